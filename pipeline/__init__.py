@@ -1,0 +1,1 @@
+"""Capture: a source and a teacher in, a dataset directory out."""

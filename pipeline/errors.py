@@ -1,0 +1,37 @@
+"""The named errors of a capture."""
+
+from __future__ import annotations
+
+from storage_schema.errors import ColdstillError
+
+
+class SourceNotFound(ColdstillError):
+    """There is no file at the source's path."""
+
+
+class SourceUnreadable(ColdstillError):
+    """The source is of an unknown kind, or is damaged."""
+
+
+class SourceEmpty(ColdstillError):
+    """The source has no row."""
+
+
+class SourceChanged(ColdstillError):
+    """The source is no longer what the plan was made from."""
+
+
+class TemplateCannotMark(ColdstillError):
+    """The chat template is missing, or cannot tell which tokens are the assistant's."""
+
+
+class TeacherUnusable(ColdstillError):
+    """The teacher's configuration, tokenizer or weights cannot be loaded or do not fit the settings."""
+
+
+class TeacherOutputInvalid(ColdstillError):
+    """An engine gave something that is not K log-probs for each wanted position."""
+
+
+class UnitFailed(ColdstillError):
+    """A unit could not be done; all others stay committed."""

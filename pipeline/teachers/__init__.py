@@ -1,0 +1,1 @@
+"""Who speaks: one protocol, and an engine per file behind it."""

@@ -1,0 +1,105 @@
+"""The vLLM engine by its public path: `prompt_logprobs` give K entries, a derived tail and no draws.
+
+The one file that imports vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from storage_schema.header import DatasetHeader
+from storage_schema.rows import TeacherTargets
+
+from ..config import TeacherConfig
+from ..errors import TeacherUnusable
+from ..sources.chat import TokenSequence
+from .vllm_logprobs import read_prompt_logprobs
+
+_REFUSED = {
+    "speculative_config": "prompt log-probs are wrong under speculative decoding",
+    "enable_prefix_caching": "positions in a cached prefix are never computed",
+    "max_logprobs": "it follows teacher.top_k",
+    "logprobs_mode": "the log-probs are those of the raw logits",
+    "model": "it is teacher.model",
+}
+
+
+class VllmTeacher:
+    """vLLM in this process. Takes and gives what `protocol.Teacher` says."""
+
+    def __init__(self, config: TeacherConfig, header: DatasetHeader):
+        for name, reason in _REFUSED.items():
+            if name in config.engine_args:
+                raise TeacherUnusable(
+                    f"teacher.engine_args.{name}",
+                    found=config.engine_args[name],
+                    wanted="nothing",
+                    fix=f"remove it: {reason}",
+                )
+        _set_environment(config)
+        import vllm
+
+        self._config, self._header, self._vllm = config, header, vllm
+        # One sampled token is required beside the prompt, so the engine's window is one longer than a row.
+        arguments: dict[str, Any] = {
+            "model": config.model,
+            "revision": config.revision,
+            "dtype": config.dtype,
+            "max_model_len": config.max_length + 1,
+            "max_logprobs": config.top_k,
+            "logprobs_mode": "raw_logprobs",
+            "enable_prefix_caching": False,
+            "seed": 0,
+            **config.engine_args,
+        }
+        try:
+            self._engine = vllm.LLM(**arguments)
+        except (ValueError, OSError) as error:
+            raise TeacherUnusable(
+                config.model, found=str(error).strip().splitlines()[-1], wanted="a model that vLLM loads"
+            ) from error
+        self._sampling = vllm.SamplingParams(
+            prompt_logprobs=config.top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
+        )
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """See `protocol.Teacher`."""
+        import torch
+
+        return {"engine": "vllm", "vllm": self._vllm.__version__, "torch": torch.__version__, "device": _device()}
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+        """See `protocol.Teacher`. `LLM.generate` queues all requests before the engine's first step."""
+        prompts = [{"prompt_token_ids": sequence.token_ids.tolist()} for sequence in sequences]
+        outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
+        return [
+            read_prompt_logprobs(
+                output.prompt_logprobs,
+                sequence,
+                top_k=self._config.top_k,
+                min_prob=self._config.min_prob,
+                token_count=self._header.token_count,
+            )
+            for output, sequence in zip(outputs, sequences, strict=True)
+        ]
+
+
+def _set_environment(config: TeacherConfig) -> None:
+    """What vLLM reads from the environment at import; what the user set stays."""
+    parallel = config.engine_args.get("tensor_parallel_size", 1) * config.engine_args.get("pipeline_parallel_size", 1)
+    # In one process the engine dies with its worker and cannot hang it; several GPUs need processes of their own.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if parallel == 1 else "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Inside a Ray placement group vLLM would choose Ray for its own workers and wait for GPUs that this actor holds.
+    config.engine_args.setdefault("distributed_executor_backend", "uni" if parallel == 1 else "mp")
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

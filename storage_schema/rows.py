@@ -1,0 +1,194 @@
+"""The nouns of a dataset in memory: `TeacherTargets` and `CachedRow`, and the law that aligns them.
+
+Shape letters: `T` tokens of a row, `N` target positions, `K` teacher top-k, `R` kept tail draws of all positions.
+
+THE ALIGNMENT LAW, said here once and made once, in the capture: target position `t` is the teacher's distribution of
+token `t + 1` given tokens `0..t`. A row of `T` tokens has at most `T - 1` target positions, `0 <= t <= T - 2`.
+Nothing is shifted anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import InvalidRow, InvalidTargets
+
+LOG_TAIL_FLOOR = -60.0
+"""Log tail of a position whose kept ids hold all the mass: e^-60 is zero for any loss, and finite (0 * -inf is not)."""
+
+MASS_TOLERANCE = 1e-3
+"""How far the mass of kept ids and tail may be from 1 before encoding: float16 log-probs of a peer are off by this much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherTargets:
+    """What the cache knows of the teacher at `N` target positions.
+
+    `ids int32 [N, K]`, `logprobs float32 [N, K]`: the kept ids and the natural log of the full softmax at temperature
+    1, descending. `counts int32 [N]`: how many of the K entries a position keeps (fewer than K under a floor); unused
+    entries repeat the position's first id with log-prob -inf. `log_tail float32 [N]`: log of the mass outside the kept
+    ids, not below `LOG_TAIL_FLOOR`. `label_logprob float32 [N]`: log-prob of the token that really follows.
+    `draw_ids int32 [R]`, `draw_counts int32 [N]`: those of `D` iid draws from the full softmax that fell outside the
+    kept ids, position by position, with multiplicity, in draw order.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    counts: np.ndarray
+    log_tail: np.ndarray
+    label_logprob: np.ndarray
+    draw_ids: np.ndarray
+    draw_counts: np.ndarray
+
+    @property
+    def positions(self) -> int:
+        """N."""
+        return int(self.ids.shape[0])
+
+    @property
+    def top_k(self) -> int:
+        """K: the width of the arrays; a position may keep fewer."""
+        return int(self.ids.shape[1])
+
+    @property
+    def kept(self) -> np.ndarray:
+        """`bool [N, K]`: which entries are in use."""
+        return np.arange(self.top_k) < self.counts[:, None]
+
+    @property
+    def draw_offsets(self) -> np.ndarray:
+        """`int64 [N + 1]`: draws of position `i` are `draw_ids[offsets[i]:offsets[i + 1]]`."""
+        return np.concatenate(([0], np.cumsum(self.draw_counts, dtype=np.int64)))
+
+    def check(self, *, token_count: int) -> None:
+        """Raise `InvalidTargets` unless every position is a distribution over ids below `token_count`."""
+        if self.positions == 0:
+            return
+        kept = self.kept
+        if self.counts.min() < 1 or self.counts.max() > self.top_k:
+            raise InvalidTargets(
+                "counts", found=(int(self.counts.min()), int(self.counts.max())), wanted=f"1..{self.top_k}"
+            )
+        for name, ids in (("ids", self.ids[kept]), ("draw_ids", self.draw_ids)):
+            if ids.size and (ids.min() < 0 or ids.max() >= token_count):
+                raise InvalidTargets(name, found=f"{ids.min()}..{ids.max()}", wanted=f"0..{token_count - 1}")
+        ordered = np.sort(np.where(kept, self.ids, -1 - np.arange(self.top_k)), axis=1)
+        if self.top_k > 1 and (np.diff(ordered, axis=1) == 0).any():
+            raise InvalidTargets("ids", found="an id kept twice at one position", wanted="distinct ids")
+        for name, values in (
+            ("logprobs", self.logprobs[kept]),
+            ("log_tail", self.log_tail),
+            ("label_logprob", self.label_logprob),
+        ):
+            if not np.isfinite(values).all() or values.max() > MASS_TOLERANCE:
+                raise InvalidTargets(
+                    name, found="a value that is not finite or above 0", wanted="finite natural logs <= 0"
+                )
+        mass = np.where(kept, np.exp(self.logprobs, dtype=np.float64), 0.0).sum(1) + np.exp(
+            self.log_tail, dtype=np.float64
+        )
+        worst = int(np.abs(mass - 1).argmax())
+        if abs(mass[worst] - 1) > MASS_TOLERANCE:
+            raise InvalidTargets(
+                f"mass of position {worst}", found=f"{mass[worst]:.6f}", wanted=f"1 within {MASS_TOLERANCE}"
+            )
+        if self.draw_ids.size:
+            owner = np.repeat(np.arange(self.positions), self.draw_counts)
+            if ((self.ids[owner] == self.draw_ids[:, None]) & kept[owner]).any():
+                raise InvalidTargets(
+                    "draw_ids", found="a draw among the kept ids of its position", wanted="tail draws only"
+                )
+
+    def slice(self, start: int, stop: int) -> TeacherTargets:
+        """Positions `start..stop` as targets of their own (views, no copies)."""
+        offsets = self.draw_offsets
+        return TeacherTargets(
+            ids=self.ids[start:stop],
+            logprobs=self.logprobs[start:stop],
+            counts=self.counts[start:stop],
+            log_tail=self.log_tail[start:stop],
+            label_logprob=self.label_logprob[start:stop],
+            draw_ids=self.draw_ids[offsets[start] : offsets[stop]],
+            draw_counts=self.draw_counts[start:stop],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedRow:
+    """One sequence and what the teacher thinks of it.
+
+    `token_ids int32 [T]`; `target_spans int32 [n, 2]`: ascending, disjoint runs `[start, stop)` of target positions;
+    `targets`: their distributions in that order; `metadata`: free JSON of the source row.
+    """
+
+    sample_id: str
+    token_ids: np.ndarray
+    target_spans: np.ndarray
+    targets: TeacherTargets
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """`int64 [N]`: the target positions of the row, ascending."""
+        return span_positions(self.target_spans)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`int32 [N]`: the token that really follows each target position (the alignment law)."""
+        return self.token_ids[self.positions + 1]
+
+    def check(self, *, token_count: int) -> None:
+        """Raise `InvalidRow` or `InvalidTargets` unless tokens, spans and targets fit together."""
+        check_sequence(self.sample_id, self.token_ids, self.target_spans, token_count=token_count)
+        if self.positions.size != self.targets.positions:
+            raise InvalidRow(
+                f"row {self.sample_id!r}: targets",
+                found=f"{self.targets.positions} distributions",
+                wanted=f"{self.positions.size}, one per target position",
+            )
+        self.targets.check(token_count=token_count)
+
+
+def check_sequence(sample_id: str, token_ids: np.ndarray, target_spans: np.ndarray, *, token_count: int) -> None:
+    """Raise `InvalidRow` unless the ids exist and the spans are ascending, disjoint, not empty and end before the last token."""
+    if token_ids.ndim != 1 or token_ids.size < 2:
+        raise InvalidRow(f"row {sample_id!r}: token_ids", found=f"shape {token_ids.shape}", wanted="at least 2 tokens")
+    if token_ids.min() < 0 or token_ids.max() >= token_count:
+        raise InvalidRow(
+            f"row {sample_id!r}: token_ids",
+            found=f"{token_ids.min()}..{token_ids.max()}",
+            wanted=f"0..{token_count - 1}",
+        )
+    edges = np.asarray(target_spans, np.int64)
+    if edges.ndim != 2 or edges.shape[1] != 2 or edges.shape[0] == 0:
+        raise InvalidRow(f"row {sample_id!r}: target_spans", found=f"shape {edges.shape}", wanted="[n, 2] with n >= 1")
+    flat = edges.reshape(-1)
+    if flat[0] < 0 or flat[-1] > token_ids.size - 1 or (edges[:, 0] >= edges[:, 1]).any() or (np.diff(flat) < 0).any():
+        raise InvalidRow(
+            f"row {sample_id!r}: target_spans",
+            found=edges.tolist(),
+            wanted=f"ascending [start, stop) with 0 <= start < stop <= {token_ids.size - 1}",
+        )
+
+
+def spans_from_mask(learned: Sequence[bool] | np.ndarray) -> np.ndarray:
+    """`int32 [n, 2]` target spans from a mask over TOKENS: token `j` is learned at target position `j - 1`.
+
+    The one place where a loss mask is shifted. A learned token 0 has nothing before it and gives no target.
+    """
+    wanted = np.asarray(learned, bool)[1:].astype(np.int8)
+    edges = np.diff(np.concatenate(([0], wanted, [0])))
+    return np.stack([np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)], axis=1).astype(np.int32)
+
+
+def span_positions(target_spans: np.ndarray) -> np.ndarray:
+    """`int64 [N]`: all positions of the spans, ascending."""
+    if len(target_spans) == 0:
+        return np.empty(0, np.int64)
+    return np.concatenate(
+        [np.arange(start, stop, dtype=np.int64) for start, stop in np.asarray(target_spans, np.int64)]
+    )

@@ -1,0 +1,188 @@
+"""Small parts that tests are built from: random teachers, rows, sealed datasets, tokenizers and models. All real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from storage_schema.commits import commit_unit
+from storage_schema.header import DatasetHeader, TeacherFacts
+from storage_schema.manifest import Manifest, seal
+from storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
+from storage_schema.rows import LOG_TAIL_FLOOR, CachedRow, TeacherTargets, span_positions, spans_from_mask
+from storage_schema.store import Store
+from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint
+
+VOCABULARY = 64
+
+
+def targets_of(probs: np.ndarray, labels: np.ndarray, *, top_k: int, draws: int = 0, seed: int = 0) -> TeacherTargets:
+    """The targets of dense teacher distributions `probs float64 [N, V]`, by the plainest code there is."""
+    rng = np.random.default_rng(seed)
+    positions, vocabulary = probs.shape
+    ids = np.argsort(-probs, axis=1, kind="stable")[:, :top_k]
+    log_tail, draw_ids, draw_counts = [], [], []
+    for n in range(positions):
+        tail = [v for v in range(vocabulary) if v not in set(ids[n])]
+        log_tail.append(max(np.log(probs[n, tail].sum()), LOG_TAIL_FLOOR) if tail else LOG_TAIL_FLOOR)
+        drawn = rng.choice(vocabulary, size=draws, p=probs[n])
+        outside = [v for v in drawn if v in set(tail)]
+        draw_ids.extend(outside)
+        draw_counts.append(len(outside))
+    return TeacherTargets(
+        ids=ids.astype(np.int32),
+        logprobs=np.log(np.take_along_axis(probs, ids, 1)).astype(np.float32),
+        counts=np.full(positions, top_k, np.int32),
+        log_tail=np.array(log_tail, np.float32),
+        label_logprob=np.log(probs[np.arange(positions), labels]).astype(np.float32),
+        draw_ids=np.array(draw_ids, np.int32),
+        draw_counts=np.array(draw_counts, np.int32),
+    )
+
+
+def random_probs(rng: np.random.Generator, positions: int, vocabulary: int, *, sharpness: float = 2.0) -> np.ndarray:
+    """`float64 [N, V]` distributions of random logits."""
+    logits = sharpness * rng.standard_normal((positions, vocabulary))
+    probs = np.exp(logits - logits.max(1, keepdims=True))
+    return probs / probs.sum(1, keepdims=True)
+
+
+def random_row(
+    rng: np.random.Generator, sample_id: str, *, top_k: int = 8, draws: int = 4, length: int | None = None
+) -> CachedRow:
+    """A row of random tokens, a random loss mask and a random teacher."""
+    tokens = rng.integers(0, VOCABULARY, length or int(rng.integers(4, 24)), dtype=np.int32)
+    learned = rng.random(tokens.size) < 0.6
+    learned[-1] = True
+    spans = spans_from_mask(learned)
+    positions = span_positions(spans)
+    probs = random_probs(rng, positions.size, VOCABULARY)
+    targets = targets_of(probs, tokens[positions + 1], top_k=top_k, draws=draws, seed=int(rng.integers(1 << 30)))
+    return CachedRow(
+        sample_id=sample_id, token_ids=tokens, target_spans=spans, targets=targets, metadata={"n": sample_id}
+    )
+
+
+def tiny_tokenizer(folder: Path, *, vocabulary: int = VOCABULARY) -> Path:
+    """A byte-level `tokenizer.json` with `vocabulary` ids, loadable by transformers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", *(chr(ord("!") + i) for i in range(vocabulary - 2))]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def tiny_header(tokenizer: Path, *, top_k: int = 8, draws: int = 4, **changes: object) -> DatasetHeader:
+    """A header for rows of `random_row`."""
+    facts = fingerprint(tokenizer)
+    fields = {
+        "teacher": TeacherFacts(name="tiny", weights_fingerprint="0" * 64, dtype="float32", head_dtype="float32"),
+        "tokenizer_fingerprint": facts.fingerprint,
+        "vocab_size": facts.token_count,
+        "token_count": facts.token_count,
+        "top_k": top_k,
+        "min_prob": 0.0,
+        "draws": draws,
+        "draw_seed": 0,
+        "tail": "exact",
+        "loss_on": "assistant",
+        "max_length": 64,
+        "over_long": "reject",
+        "rows_per_unit": 8,
+        "source_sha256": "0" * 64,
+        "licence": "CC0-1.0",
+    }
+    return DatasetHeader.model_validate({**fields, **changes})
+
+
+def begin_dataset(root: Path | str, header: DatasetHeader, tokenizer: Path, units: list[int]) -> Store:
+    """A dataset directory before its first commit: header, tokenizer files and a plan with `units` rows each."""
+    store = Store(root)
+    store.create("dataset.json", header.to_bytes())
+    store.put(f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}", (tokenizer / TOKENIZER_FILE).read_bytes())
+    starts = np.cumsum([0, *units])
+    plan = [Unit(i, int(starts[i]), int(starts[i]), rows) for i, rows in enumerate(units)]
+    store.create(PLAN_NAME, plan_to_bytes(plan))
+    return store
+
+
+def write_dataset(
+    root: Path | str, shards: list[list[CachedRow]], *, header: DatasetHeader, tokenizer: Path
+) -> Manifest:
+    """A sealed dataset with one shard per list of rows, through the real commit protocol."""
+    store = begin_dataset(root, header, tokenizer, [len(rows) for rows in shards])
+    for unit, rows in enumerate(shards):
+        commit_unit(store, unit, rows=rows, rejects=[], header=header, environment={})
+    return seal(store)
+
+
+def tiny_llama(folder: Path, *, vocabulary: int = VOCABULARY, seed: int = 0, **changes: int) -> Path:
+    """A random 2-layer Llama with the tiny tokenizer beside its weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    fields = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).save_pretrained(folder)
+    tiny_tokenizer(folder, vocabulary=min(vocabulary, VOCABULARY))
+    return folder
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}:{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}</s>{% endgeneration %}{% else %}{{ message['content'] }}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+def chat_model(folder: Path, *, template: str | None = CHAT_TEMPLATE, seed: int = 0, padding: int = 6) -> Path:
+    """A random 2-layer Llama whose byte-level tokenizer has a chat template; its head has `padding` rows too many."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tiny_llama(folder, vocabulary=len(tokens) + padding, seed=seed, max_position_embeddings=512)
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat_rows(count: int) -> list[object]:
+    """Short chats of different lengths with one assistant turn each."""
+    return [
+        {
+            "id": f"chat-{i}",
+            "topic": i % 3,
+            "messages": [
+                {"role": "user", "content": f"What is {i} plus {i * i}?"},
+                {"role": "assistant", "content": f"It is {i + i * i}." + " Yes." * (i % 7)},
+            ],
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[object]) -> Path:
+    """One JSON document per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,128 @@
+"""Slow, obvious float64 twins of the trainer's formulas, one position at a time. Imports nothing of ours.
+
+Everything is a plain numpy vector over the whole vocabulary `V`; gradients are of a cross-entropy with a fixed target,
+`q - target`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """`[V]` probabilities of `[V]` scores."""
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    """`KL(p || q)` in nats; `0 log 0 = 0`."""
+    return float(sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True) if a > 0))
+
+
+def dense_taid_target(student_logits: np.ndarray, teacher_logits: np.ndarray, t: float) -> np.ndarray:
+    """arXiv 2501.16937: the softmax of the interpolated LOGITS."""
+    return softmax((1 - t) * student_logits + t * teacher_logits)
+
+
+def probability_mix_target(student_logits: np.ndarray, teacher_logits: np.ndarray, t: float) -> np.ndarray:
+    """What TAID is not: the interpolated probabilities; the gradient is that of forward KL times t."""
+    return (1 - t) * softmax(student_logits) + t * softmax(teacher_logits)
+
+
+def sparse_target(
+    student_logits: np.ndarray,
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    log_tail: float,
+    draws: Sequence[int],
+    t: float,
+) -> np.ndarray:
+    """The target `[V]` of a position of which K log-probs, the tail's mass and some tail draws are known.
+
+    The teacher's head is known; its tail, for the mass, is the student's tail scaled; inside the tail the share t goes
+    to the draws, if there are any.
+    """
+    q = softmax(student_logits)
+    tail = [v for v in range(q.size) if v not in set(ids)]
+    student_tail = sum(q[v] for v in tail)
+    weights = np.zeros(q.size)
+    for token, logprob in zip(ids, logprobs, strict=True):
+        weights[token] = q[token] ** (1 - t) * math.exp(logprob) ** t
+    tail_weight = student_tail ** (1 - t) * math.exp(log_tail) ** t if tail else 0.0
+    total = weights.sum() + tail_weight
+    target = weights / total
+    for v in tail:
+        shape = q[v] / student_tail
+        if len(draws):
+            shape = (1 - t) * shape + t * list(draws).count(v) / len(draws)
+        target[v] = tail_weight / total * shape
+    return target
+
+
+def gradient(student_logits: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """d/dlogits of `-sum target log softmax(logits)`, the target fixed."""
+    return softmax(student_logits) - target
+
+
+def sparse_value(
+    student_logits: np.ndarray,
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    log_tail: float,
+    draws: Sequence[int],
+    t: float,
+    *,
+    fixed_at: np.ndarray | None = None,
+) -> float:
+    """KL over the K+1 symbols, plus the draws' cross-entropy within the tail.
+
+    The K+1 target is made from the student `fixed_at`, if given: then its slope is the gradient to be learned from.
+    """
+    target = sparse_target(student_logits if fixed_at is None else fixed_at, ids, logprobs, log_tail, (), t)
+    q = softmax(student_logits)
+    tail = [v for v in range(q.size) if v not in set(ids)]
+
+    def view(p: np.ndarray) -> np.ndarray:
+        return np.array([*(p[v] for v in ids), *([sum(p[v] for v in tail)] if tail else [])])
+
+    value = kl(view(target), view(q))
+    if len(draws):
+        tail_target, tail_mass = view(target)[-1], view(q)[-1]
+        value += t * tail_target * sum(math.log(tail_mass / q[v]) for v in draws) / len(draws)
+    return value
+
+
+def bucket_kl(student_logits: np.ndarray, ids: Sequence[int], logprobs: Sequence[float], log_tail: float) -> float:
+    """KL(teacher || student) over the K ids and one symbol for the rest."""
+    return sparse_value(student_logits, ids, logprobs, log_tail, (), 1.0)
+
+
+def cross_entropy(student_logits: np.ndarray, label: int) -> float:
+    """`-log q(label)`."""
+    return -math.log(softmax(student_logits)[label])
+
+
+def all_draws(teacher: np.ndarray, ids: Sequence[int], count: int) -> Iterator[tuple[float, list[int]]]:
+    """Every outcome of `count` iid draws from `teacher [V]`: its probability, and the draws that fell outside `ids`."""
+    for outcome in itertools.product(range(teacher.size), repeat=count):
+        yield math.prod(teacher[v] for v in outcome), [v for v in outcome if v not in set(ids)]
+
+
+def taid_course(
+    losses: Sequence[float], *, t_start: float, t_end: float, alpha: float, beta: float, total_steps: int
+) -> list[float]:
+    """t after each step, by the update rule of the official code, once per optimizer step."""
+    t, momentum, previous, course = t_start, 0.0, math.inf, []
+    for step, loss in enumerate(losses, start=1):
+        if math.isfinite(previous):
+            momentum = beta * momentum + (1 - beta) * (previous - loss) / (previous + 1e-15)
+            step_size = alpha / (1 + math.exp(-momentum)) * (1 - t)
+            t = min(t_end, max(t_start + (t_end - t_start) * step / total_steps, t + step_size))
+        previous = loss
+        course.append(t)
+    return course

@@ -1,0 +1,87 @@
+"""`ray_cluster.yaml` is what Ray's own launcher accepts, and keeps the laws that its comments promise."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parent.parent
+FILE = REPOSITORY / "ray_cluster.yaml"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    return yaml.safe_load(FILE.read_text())
+
+
+def workers(cluster: dict[str, Any]) -> dict[str, Any]:
+    return {name: kind for name, kind in cluster["available_node_types"].items() if name != cluster["head_node_type"]}
+
+
+def check_with_ray(cluster: dict[str, Any]) -> None:
+    """As `ray up` does before it talks to the cloud: defaults filled in, then Ray's schema."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(copy.deepcopy(cluster)))
+
+
+def test_ray_accepts_the_file(cluster: dict[str, Any]) -> None:
+    check_with_ray(cluster)
+
+
+def test_ray_refuses_a_key_that_it_does_not_know(cluster: dict[str, Any]) -> None:
+    with pytest.raises(jsonschema.ValidationError, match="idle_timeout"):
+        check_with_ray(cluster | {"idle_timeout": 5})
+
+
+def test_the_head_is_on_demand_and_runs_no_work(cluster: dict[str, Any]) -> None:
+    head = cluster["available_node_types"][cluster["head_node_type"]]
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    assert head["max_workers"] == 0
+
+
+def test_every_worker_is_a_gpu_on_spot_that_comes_from_nothing_and_goes_back_to_nothing(
+    cluster: dict[str, Any],
+) -> None:
+    assert workers(cluster)
+    for name, kind in workers(cluster).items():
+        assert kind["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot", name
+        assert kind["resources"]["GPU"] >= 1, name
+        assert kind["min_workers"] == 0, name
+        assert 1 <= kind["max_workers"] <= cluster["max_workers"], name
+    assert cluster["idle_timeout_minutes"] > 0
+
+
+def test_the_images_have_the_locked_ray_and_the_python_of_the_lock(cluster: dict[str, Any]) -> None:
+    ray = re.search(r"^ray==(\S+)", (REPOSITORY / "requirements/gpu.txt").read_text(), re.MULTILINE)
+    assert ray
+    for image in ("head_image", "worker_image"):
+        assert cluster["docker"][image].startswith(f"rayproject/ray:{ray[1]}-py311-")
+    assert f"ray[default]=={ray[1]}" in FILE.read_text()
+
+
+def test_every_node_has_the_token_and_refuses_to_run_without(cluster: dict[str, Any]) -> None:
+    options = cluster["docker"]["run_options"]
+    assert "--env RAY_AUTH_MODE=token" in options
+    (path,) = (option.partition("RAY_AUTH_TOKEN_PATH=")[2] for option in options if "RAY_AUTH_TOKEN_PATH" in option)
+    assert cluster["file_mounts"][path] == "~/.ray/auth_token"
+
+
+def test_the_nodes_install_this_folder_in_the_locked_versions(cluster: dict[str, Any]) -> None:
+    (folder,) = (remote for remote, local in cluster["file_mounts"].items() if local == ".")
+    (install,) = (command for command in cluster["setup_commands"] if "coldstill[" in command)
+    assert re.search(rf'"{folder}\[capture\b[^"]*\]"', install)
+    assert f"--constraint {folder}/requirements/gpu.txt" in install
+
+
+def test_every_choice_has_its_reason_above_it() -> None:
+    lines = FILE.read_text().splitlines()
+    keys = [number for number, line in enumerate(lines) if re.match(r"[a-z_]+:", line)]
+    assert [lines[number] for number in keys if not lines[number - 1].startswith("#")] == []
