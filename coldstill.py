@@ -6,7 +6,6 @@ import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +33,7 @@ def _command_with_keys(module: str, model: str) -> type[TyperCommand]:
     """A command whose `--help` also lists every key of its settings; the settings are imported only then."""
 
     class CommandWithKeys(TyperCommand):
-        def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
             _print_keys(getattr(importlib.import_module(module), model))
 
@@ -112,7 +111,7 @@ def demo(
         bool, typer.Option("--quick", help="A tenth of the size: the same order of results, sooner.")
     ] = False,
 ) -> None:
-    """Show the product on this machine: a teacher under vLLM and Ray, its dataset, and three students. About 8 minutes."""
+    """Show the product on this machine: a teacher under vLLM and Ray, its dataset, three students. About 8 minutes."""
     from demo.run import run_demo
 
     run_demo(output, quick=quick)
@@ -123,13 +122,16 @@ def main() -> None:
     try:
         app()
     except ColdstillError as error:
-        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        message = f"{type(error).__name__}: {error}"
+        Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
 def _finish(result: dict[str, Any], summary: Path | None, *, title: str) -> None:
     """Print a result, and write it as JSON where asked."""
     table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in result.items():
         table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else _text(value))
     Console().print(table)

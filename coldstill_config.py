@@ -1,4 +1,4 @@
-"""A YAML file and `key=value` words in, a checked settings object out. Unknown keys are errors that name the nearest one."""
+"""A YAML file and `key=value` words in, checked settings out. Unknown keys are errors that name the nearest one."""
 
 from __future__ import annotations
 
@@ -88,8 +88,13 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] != "extra_forbidden":
-        found = "nothing" if first["type"] == "missing" else repr(first["input"])[:200]
-        return ConfigInvalid(f"{path}: {key}", found=found, wanted=_sentence(first["msg"]))
+        # A law over several keys is found in a whole section, which would only bury the message.
+        found = None if isinstance(first["input"], dict) else repr(first["input"])[:200]
+        return ConfigInvalid(
+            f"{path}: {key}",
+            found="nothing" if first["type"] == "missing" else found,
+            wanted=first["msg"].removeprefix("Value error, "),
+        )
     section: type[BaseModel] | None = model
     for part in location[:-1]:
         section = _inner_model(section.model_fields[part].annotation) if section else None
@@ -101,7 +106,3 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
         wanted=f"one of {', '.join(names)}",
         fix=f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "remove it",
     )
-
-
-def _sentence(message: str) -> str:
-    return message.removeprefix("Value error, ")

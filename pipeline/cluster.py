@@ -24,8 +24,8 @@ from .worker import CaptureWorker, UnitReport
 
 _UNITS_PER_ACTOR = 2
 _DEATHS = 2
-"""How often a worker may die over a unit, or at its start. A worker had two units when it died: both are suspects and are
-tried again alone, so that a healthy unit is not blamed for its neighbour a second time."""
+"""How often a worker may die over one unit, or at its start, before the capture ends. A worker had up to two units when
+it died: both are tried again alone, so that a healthy unit is not blamed for its neighbour a second time."""
 
 
 @contextmanager

@@ -62,7 +62,9 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _draws_need_an_engine_that_draws(self) -> TeacherConfig:
         if self.engine == "vllm" and self.draws:
-            raise ValueError("0 with engine vllm, whose public path cannot draw; engine transformers can")
+            raise ValueError(
+                f"draws 0, not {self.draws}: the public path of engine vllm cannot draw; engine transformers can"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""One worker: a unit's number in, a committed shard out. Knows the source, the teacher and the store; not the cluster."""
+"""One worker: a unit's number in, a committed shard out. Knows source, teacher and store; not the cluster."""
 
 from __future__ import annotations
 

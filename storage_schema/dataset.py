@@ -1,4 +1,4 @@
-"""The one way in: `open_dataset(path)`. Path of a sealed dataset in, rows out; shards are opened when they are needed."""
+"""The one way in: `open_dataset(path)`. Path of a sealed dataset in, rows out; shards are opened when needed."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class ColdstillError(Exception):
             lines.append(f"  do:     {fix}")
         super().__init__("\n".join(lines))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are rebuilt from their positional arguments by default; ours travel between Ray processes whole.
         return _rebuild, (type(self), self.what, self.found, self.wanted, self.fix)
 
@@ -86,8 +86,12 @@ class StreamDamaged(ColdstillError):
     """A codec stream of a row does not decode: wrong frame, wrong length, or values outside their bounds."""
 
 
-class StorageFull(ColdstillError):
-    """The store has no room left. What was committed stays good; the run can be started again."""
+class StorageFailed(ColdstillError):
+    """The store refused a write. What was committed stays good; the run can be started again."""
+
+
+class StorageFull(StorageFailed):
+    """The store has no room left."""
 
 
 class UnsupportedStore(ColdstillError):

@@ -109,7 +109,7 @@ class DatasetHeader(BaseModel):
             raise InvalidHeader(f"{where}: {field}", found=repr(first["input"])[:200], wanted=first["msg"]) from None
 
     def require_equal(self, other: DatasetHeader, *, where: str, fix: str) -> None:
-        """Raise `HeaderMismatch` that names the first field in which `other`, found at `where`, differs from this header."""
+        """Raise `HeaderMismatch` that names the first field in which `other`, found at `where`, differs."""
         mine, theirs = self.model_dump(), other.model_dump()
         for name, value in mine.items():
             if theirs[name] != value:

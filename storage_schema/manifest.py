@@ -107,7 +107,7 @@ def seal(store: Store) -> Manifest:
             )
             for commit in commits
         ),
-        files=tuple([*files, *(commit.rejects for commit in commits if commit.rejects)]),
+        files=(*files, *(commit.rejects for commit in commits if commit.rejects)),
     )
     store.create(MANIFEST_NAME, manifest.to_bytes())
     store.delete_folder(RUN_FOLDER)

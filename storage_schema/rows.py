@@ -21,7 +21,7 @@ LOG_TAIL_FLOOR = -60.0
 """Log tail of a position whose kept ids hold all the mass: e^-60 is zero for any loss, and finite (0 * -inf is not)."""
 
 MASS_TOLERANCE = 1e-3
-"""How far the mass of kept ids and tail may be from 1 before encoding: float16 log-probs of a peer are off by this much."""
+"""How far the mass of kept ids and tail may be from 1 before encoding: float16 log-probs are off by this much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class CachedRow:
 
 
 def check_sequence(sample_id: str, token_ids: np.ndarray, target_spans: np.ndarray, *, token_count: int) -> None:
-    """Raise `InvalidRow` unless the ids exist and the spans are ascending, disjoint, not empty and end before the last token."""
+    """Raise `InvalidRow` unless the ids exist and the spans are ascending, disjoint, not empty and within the row."""
     if token_ids.ndim != 1 or token_ids.size < 2:
         raise InvalidRow(f"row {sample_id!r}: token_ids", found=f"shape {token_ids.shape}", wanted="at least 2 tokens")
     if token_ids.min() < 0 or token_ids.max() >= token_count:

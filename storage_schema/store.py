@@ -11,13 +11,13 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import fsspec
 
-from .errors import CommitDamaged, StorageFull, UnsupportedStore
+from .errors import CommitDamaged, StorageFailed, StorageFull, UnsupportedStore
 
 RUN_FOLDER = "_run"
 CREATE_IF_ABSENT = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs"})
@@ -46,6 +46,10 @@ class Store:
                 found="no way to create a file only if it is absent",
                 wanted="a local folder, s3://, gs:// or memory://",
                 fix="capture into one of those and copy the sealed dataset",
+            )
+        if self.is_local and os.path.exists(self.root) and not os.path.isdir(self.root):
+            raise UnsupportedStore(
+                self.url, found="a file", wanted="a folder, or nothing yet", fix="choose another output"
             )
 
     def path(self, name: str) -> str:
@@ -82,10 +86,8 @@ class Store:
 
     def delete(self, name: str) -> None:
         """Remove the file if it is there."""
-        try:
+        with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
-        except FileNotFoundError:
-            pass
 
     def delete_folder(self, name: str) -> None:
         """Remove the folder and all in it, if it is there."""
@@ -93,7 +95,7 @@ class Store:
             self.fs.rm(self.path(name), recursive=True)
 
     def put(self, name: str, data: bytes) -> None:
-        """Write the file whole, over what was there. Raises `StorageFull`."""
+        """Write the file whole, over what was there. Raises `StorageFailed`."""
         with self._named_errors(name):
             if not self.is_local:
                 self.fs.pipe_file(self.path(name), data)
@@ -103,18 +105,18 @@ class Store:
                 _sync_folder(Path(self.path(name)).parent)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write the file whole unless it is there already; whether this call was the one. Raises `StorageFull`."""
+        """Write the file whole unless it is there already; whether this call was the one. Raises `StorageFailed`."""
         with self._named_errors(name):
-            try:
-                if not self.is_local:
-                    self.fs.pipe_file(self.path(name), data, mode="create")
-                    return True
+            if self.is_local:
                 with self._beside(name, data) as beside:
-                    os.link(beside, self.path(name))
-                    _sync_folder(Path(self.path(name)).parent)
-                return True
+                    created = _link(beside, Path(self.path(name)))
+                _sync_folder(Path(self.path(name)).parent)
+                return created
+            try:
+                self.fs.pipe_file(self.path(name), data, mode="create")
             except FileExistsError:
                 return False
+            return True
 
     @contextmanager
     def _beside(self, name: str, data: bytes) -> Iterator[Path]:
@@ -136,14 +138,22 @@ class Store:
         try:
             yield
         except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise StorageFull(
-                    f"{self.url}: writing {name}",
-                    found=os.strerror(error.errno or 0),
-                    wanted="room for one more shard",
-                    fix="free some room and start the same command again: what was committed stays good",
-                ) from None
-            raise
+            kind = StorageFull if error.errno in _NO_ROOM else StorageFailed
+            raise kind(
+                f"{self.url}: writing {name}",
+                found=str(error),
+                wanted="a store that takes one more file",
+                fix="free some room or mend the store, and start the same command again: what was committed stays good",
+            ) from error
+
+
+def _link(beside: Path, final: Path) -> bool:
+    """Give a whole file its final name, unless that is taken: a rename would overwrite."""
+    try:
+        os.link(beside, final)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config import SourceConfig
+from pipeline.errors import SourceNotFound, TemplateCannotMark
 from storage_schema.commits import Reject
 from storage_schema.rows import spans_from_mask
 
-from ..config import SourceConfig
-from ..errors import SourceNotFound, TemplateCannotMark
 from .readers import SourceRow
 
 # The tag by which a template marks the assistant's tokens; the same test as in transformers' own tokenizer code.
@@ -136,6 +136,9 @@ def _problem_of(messages: object) -> str:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message:
             return f"message {index} has no role"
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            return f"content of message {index} is {type(content).__name__}, neither text nor parts"
     return ""
 
 

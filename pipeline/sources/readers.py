@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from pipeline.errors import SourceChanged, SourceEmpty, SourceNotFound, SourceUnreadable
 from storage_schema.plan import Unit
-
-from ..errors import SourceChanged, SourceEmpty, SourceNotFound, SourceUnreadable
 
 _BLOCK = 8 << 20
 
@@ -49,12 +48,10 @@ class Source(ABC):
     def sha256(self) -> str:
         """Digest of the file's content."""
         digest = hashlib.sha256()
-        with fsspec.open(self.path, "rb") as file:
-            total = getattr(file, "size", None)
-            with tqdm(total=total, unit="B", unit_scale=True, desc="source digest", delay=3) as bar:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-                    bar.update(len(block))
+        with fsspec.open(self.path, "rb") as file, _byte_bar(file, "source digest") as bar:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                bar.update(len(block))
         return digest.hexdigest()
 
     def first(self) -> SourceRow:
@@ -80,15 +77,14 @@ class JsonLines(Source):
     def plan(self, rows_per_unit: int) -> list[Unit]:
         starts: list[int] = []
         rows = offset = 0
-        with fsspec.open(self.path, "rb") as file:
-            with tqdm(total=getattr(file, "size", None), unit="B", unit_scale=True, desc="plan", delay=3) as bar:
-                for line in file:
-                    if line.strip():
-                        if rows % rows_per_unit == 0:
-                            starts.append(offset)
-                        rows += 1
-                    offset += len(line)
-                    bar.update(len(line))
+        with fsspec.open(self.path, "rb") as file, _byte_bar(file, "plan") as bar:
+            for line in file:
+                if line.strip():
+                    if rows % rows_per_unit == 0:
+                        starts.append(offset)
+                    rows += 1
+                offset += len(line)
+                bar.update(len(line))
         return _units(self.path, starts, rows, rows_per_unit)
 
     def read(self, unit: Unit) -> Iterator[SourceRow]:
@@ -153,6 +149,11 @@ def open_source(path: str) -> Source:
     if not fs.isfile(inner):
         raise SourceNotFound(path, found="no such file", wanted="a .jsonl or .parquet file", fix="check source.path")
     return kind(path)
+
+
+def _byte_bar(file: Any, what: str) -> tqdm:
+    """A bar over the file's bytes, shown only where it takes longer than three seconds."""
+    return tqdm(total=getattr(file, "size", None), unit="B", unit_scale=True, desc=what, delay=3)
 
 
 def _units(path: str, starts: list[int], rows: int, rows_per_unit: int) -> list[Unit]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from pipeline.config import TeacherConfig
+from pipeline.sources.chat import TokenSequence
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import TeacherTargets
-
-from ..config import TeacherConfig
-from ..sources.chat import TokenSequence
 
 
 class Teacher(Protocol):

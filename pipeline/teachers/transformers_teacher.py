@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import transformers
 
+from pipeline.config import TeacherConfig
+from pipeline.errors import TeacherUnusable
+from pipeline.sources.chat import TokenSequence
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import TeacherTargets, span_positions
 
-from ..config import TeacherConfig
-from ..errors import TeacherUnusable
-from ..sources.chat import TokenSequence
 from .kernel import summarise
 from .uniforms import draw_uniforms
 

@@ -13,10 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.errors import TeacherOutputInvalid
+from pipeline.sources.chat import TokenSequence
 from storage_schema.rows import TeacherTargets, span_positions
-
-from ..errors import TeacherOutputInvalid
-from ..sources.chat import TokenSequence
 
 DERIVED_TAIL_FLOOR = 1e-6
 """The public path gives no tail: 1 minus the kept mass is noise below this."""
@@ -76,7 +75,7 @@ def read_prompt_logprobs(
 def _kept(
     ids: np.ndarray, logprobs: np.ndarray, min_prob: float, token_count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kept ids and log-probs first (descending, ties by id), then repeats of the first id with -inf; and their counts."""
+    """Kept ids and log-probs first (descending, ties by id), then the first id again with -inf; and their counts."""
     keep = (ids < token_count) & (np.exp(logprobs) >= min_prob)
     best = np.where(ids < token_count, logprobs, -np.inf).argmax(1)
     keep[np.arange(len(ids)), best] = True

@@ -9,12 +9,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.config import TeacherConfig
+from pipeline.errors import TeacherUnusable
+from pipeline.sources.chat import TokenSequence
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import TeacherTargets
 
-from ..config import TeacherConfig
-from ..errors import TeacherUnusable
-from ..sources.chat import TokenSequence
 from .vllm_logprobs import read_prompt_logprobs
 
 _REFUSED = {

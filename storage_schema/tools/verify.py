@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..commits import FileRecord
-from ..dataset import Dataset, open_dataset
-from ..errors import ColdstillError, ShardDamaged, TokenizerMismatch
-from ..tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+from storage_schema.commits import FileRecord
+from storage_schema.dataset import Dataset, open_dataset
+from storage_schema.errors import ColdstillError, ShardDamaged, TokenizerMismatch
+from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
 
 
 class Finding(NamedTuple):
@@ -35,12 +35,14 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
         is_tokenizer = file.name == f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
         checks.append((file.name, partial(_check_tokenizer if is_tokenizer else Dataset.read_file, dataset, file)))
     for index, shard in enumerate(dataset.shards):
-        check = partial(_check_rows, dataset, index) if deep else partial(dataset.read_file, shard.file)
-        checks.append((shard.file.name, check))
+        if deep:
+            checks.append((shard.file.name, partial(_check_rows, dataset, index)))
+        else:
+            checks.append((shard.file.name, partial(dataset.read_file, shard.file)))
     findings = []
-    for where, check in tqdm(checks, desc="verify", unit=" files", disable=not progress):
+    for where, run_check in tqdm(checks, desc="verify", unit=" files", disable=not progress):
         try:
-            check()
+            run_check()
         except ColdstillError as error:
             findings.append(Finding(where, type(error).__name__, str(error)))
     return findings

@@ -33,7 +33,7 @@ def make_targets(teacher: np.ndarray, *, top_k: int, draws: Sequence[Sequence[in
     return SparseTargets(
         ids=torch.from_numpy(ids),
         logprobs=torch.from_numpy(kept),
-        log_tail=torch.tensor([math.log(np.exp(tail).sum()) if tail.size else -60.0 for tail in tails]).double(),
+        log_tail=torch.from_numpy(np.array([math.log(np.exp(tail).sum()) if tail.size else -60.0 for tail in tails])),
         labels=torch.arange(len(teacher)) % teacher.shape[1],
         label_logprob=torch.zeros(len(teacher)),
         draws=torch.tensor([[*drawn, *[0] * (width - len(drawn))] for drawn in draws], dtype=torch.int64),

@@ -1,0 +1,69 @@
+# Everything a clone can do. Each target first makes the virtual environment `.venv` by itself, once: GPU packages where
+# `nvidia-smi -L` answers, CPU packages elsewhere, in the versions of requirements/{cpu,gpu}.txt.
+# All paths are relative: the folder's own path may hold spaces.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+DEVICE := $(or $(DEVICE),$(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu))
+
+BIN := .venv/bin
+UV := $(BIN)/python requirements/uv.py
+OVERRIDE_cpu := --override requirements/overrides.txt
+INSTALLED := .venv/installed-$(DEVICE)
+# One thread each: on a shared machine OpenMP's barriers cost up to ten times what more threads win.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# For one platform, not `--universal`: that reads one wheel's needs for all, and misses what only Linux wheels ask for.
+COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
+	pyproject.toml --extra share --extra train --extra dev
+
+.PHONY: help demo test test-slow lint types lock venv clean
+
+help: ## show this list
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(INSTALLED) ## the whole way once, on this machine (QUICK=1: a tenth of the size; OUTPUT=DIR: where to)
+	$(BIN)/coldstill demo $(if $(filter-out 0,$(QUICK)),--quick) $(if $(OUTPUT),--output "$(OUTPUT)")
+
+test: lint types ## lint, types and all tests but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED) ## the tests that take minutes
+	@$(PYTEST) -m slow || { code=$$?; [ $$code -eq 5 ] || exit $$code; } # 5: no test is marked slow
+
+lint: $(INSTALLED) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## mypy
+	$(BIN)/mypy
+
+lock: $(BIN)/uv ## remake requirements/{cpu,gpu}.txt (UPGRADE=1: newest versions)
+	$(UV) cpu $(COMPILE) --extra capture-cpu requirements/cpu.in $(OVERRIDE_cpu) \
+		--output-file requirements/cpu.txt
+	$(UV) gpu $(COMPILE) --extra capture requirements/gpu.in --output-file requirements/gpu.txt
+
+venv: $(INSTALLED) ## only the virtual environment
+
+clean: ## remove the virtual environment, builds and caches; what the demo wrote stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Locked for Python 3.11; a newer Python's own needs are resolved beside the pins.
+$(INSTALLED): requirements/$(DEVICE).txt requirements/uv.py pyproject.toml | $(BIN)/uv
+	$(UV) $(DEVICE) pip install -r requirements/$(DEVICE).txt $(OVERRIDE_$(DEVICE))
+	$(UV) $(DEVICE) pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BIN)/uv:
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "No $(PYTHON) here. Install Python 3.11 to 3.14, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { \
+		echo "Coldstill needs Python 3.11 to 3.14; $(PYTHON) is $$("$(PYTHON)" -V 2>&1)." \
+			"Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements/cpu.txt)"

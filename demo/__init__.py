@@ -1,0 +1,1 @@
+"""The whole way once, on real parts and on this machine: `coldstill demo`."""

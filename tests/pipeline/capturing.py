@@ -1,0 +1,50 @@
+"""What capture tests share: a whole configuration on disk, and what a dataset directory holds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import CaptureConfig
+from pipeline.worker import CaptureWorker
+from storage_schema.plan import PLAN_NAME, plan_from_bytes
+from tests import making
+
+
+def capture_config(folder: Path, *, rows: int = 40, output: str = "dataset", **changes: Any) -> CaptureConfig:
+    """A capture of short chats by a tiny teacher of transformers, in units of ten rows; one row cannot be used."""
+    teacher = folder / "teacher"
+    if not teacher.exists():
+        making.chat_model(teacher)
+        making.write_jsonl(folder / "rows.jsonl", [*making.chat_rows(rows), {"id": "useless"}])
+    document: dict[str, Any] = {
+        "output": str(folder / output),
+        "source": {"path": str(folder / "rows.jsonl")},
+        "teacher": {"model": str(teacher), "engine": "transformers", "top_k": 12, "draws": 4, "max_length": 256},
+        "rows_per_unit": 10,
+        "cluster": {"cpus_per_worker": 0.5},
+    }
+    for name, value in changes.items():
+        document[name] = {**document[name], **value} if isinstance(value, dict) else value
+    return CaptureConfig.model_validate(document)
+
+
+def write_config(path: Path, config: CaptureConfig) -> Path:
+    """The same as a YAML file."""
+    path.write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
+    return path
+
+
+def contents(root: Path | str, folder: str = "shards") -> dict[str, str]:
+    """Digest of each file in a folder of a dataset."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(root, folder).iterdir())}
+
+
+def do_units(config: CaptureConfig) -> None:
+    """What a worker process does: all units that are not committed, one after the other."""
+    worker = CaptureWorker(config)
+    for unit in plan_from_bytes(worker.store.read(PLAN_NAME), where=PLAN_NAME):
+        worker.run(unit.index)

@@ -1,0 +1,137 @@
+"""Laws of a whole capture: real Ray, real processes, real signals; with real vLLM where it is marked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.capture import capture
+from storage_schema.commits import committed_units
+from storage_schema.dataset import open_dataset
+from storage_schema.store import Store
+from storage_schema.tools.verify import verify
+from tests.pipeline.capturing import capture_config, contents, write_config
+
+VLLM = {"engine": "vllm", "draws": 0, "engine_args": {"enforce_eager": True}}
+
+
+def _start(config_path: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "coldstill", "capture", str(config_path), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"ended too soon: {process.communicate()}")
+        time.sleep(0.02)
+
+
+def _finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    return out
+
+
+def _killed_half_way_equals_unbroken(folder: Path, **changes: object) -> None:
+    unbroken = write_config(folder / "unbroken.yaml", capture_config(folder, rows=120, output="unbroken", **changes))
+    _finish(_start(unbroken))
+    config = capture_config(folder, rows=120, **changes)
+    path = write_config(folder / "capture.yaml", config)
+    process = _start(path)
+    _wait_for(lambda: len(committed_units(Store(config.output))) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = committed_units(Store(config.output))
+    assert len(done) < 13, "the kill came too late to prove anything"
+    before = contents(config.output, "commits")
+    out = _finish(_start(path))
+    assert "dataset id" in out
+    after = contents(config.output, "commits")
+    assert {name: after[name] for name in before} == before, "a committed unit was done again"
+    assert contents(config.output) == contents(folder / "unbroken")
+    assert open_dataset(config.output).dataset_id == open_dataset(folder / "unbroken").dataset_id
+    assert verify(config.output, deep=True, progress=False) == []
+
+
+def test_capture_killed_half_way_and_started_again_equals_an_unbroken_one(tmp_path: Path) -> None:
+    _killed_half_way_equals_unbroken(tmp_path)
+
+
+@pytest.mark.slow
+def test_capture_by_vllm_killed_half_way_and_started_again_equals_an_unbroken_one(tmp_path: Path) -> None:
+    _killed_half_way_equals_unbroken(tmp_path, teacher=VLLM)
+
+
+def test_capture_by_vllm_through_ray_is_whole(tmp_path: Path) -> None:
+    summary = capture(capture_config(tmp_path, teacher=VLLM))
+    assert (summary.units, summary.rows, summary.rejected) == (5, 40, 1)
+    assert open_dataset(tmp_path / "dataset").header.tail == "derived"
+    assert verify(tmp_path / "dataset", deep=True, progress=False) == []
+    again = capture(capture_config(tmp_path, teacher=VLLM))
+    assert again.dataset_id == summary.dataset_id
+
+
+def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
+    """SIGKILL to a busy actor, twice; another number of workers than in the unbroken run."""
+    import psutil
+
+    config = capture_config(tmp_path, rows=300, cluster={"workers": 2})
+    kills = []
+
+    def kill_two() -> None:
+        deadline = time.monotonic() + 120
+        while len(kills) < 2 and time.monotonic() < deadline:
+            busy = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if process.name().startswith("ray::_RayWorker.r") or "_RayWorker.run" in " ".join(process.cmdline())
+            ]
+            if busy:
+                os.kill(busy[0].pid, signal.SIGKILL)
+                kills.append(busy[0].pid)
+                time.sleep(1)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_two)
+    killer.start()
+    summary = capture(config)
+    killer.join()
+    assert kills
+    assert (summary.rows, summary.rejected) == (300, 1)
+    unbroken = capture(capture_config(tmp_path, rows=300, output="unbroken"))
+    assert unbroken.dataset_id == summary.dataset_id
+
+
+def test_a_workers_named_error_reaches_the_user_with_exit_code_1(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, teacher={"engine_args": {"attn_implementation": "no such thing"}})
+    process = _start(write_config(tmp_path / "capture.yaml", config))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "TeacherUnusable" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["teacher.topk=4"], "did you mean teacher.top_k?"),
+        (["source.path=absent.jsonl"], "SourceNotFound"),
+        (["teacher.engine=vllm"], "engine transformers can"),
+        (["nonsense"], "key=value"),
+    ],
+)
+def test_bad_settings_are_named_with_exit_code_1(tmp_path: Path, words: list[str], message: str) -> None:
+    process = _start(write_config(tmp_path / "capture.yaml", capture_config(tmp_path)), *words)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert message in err
+    assert "Traceback" not in err

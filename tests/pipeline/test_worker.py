@@ -1,0 +1,185 @@
+"""Laws of one worker, in this process: real teacher, real shards, real commits, and a SIGKILL at any moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import CaptureConfig
+from pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
+from pipeline.prepare import prepare
+from pipeline.worker import CaptureWorker
+from storage_schema.commits import committed_units, read_commit
+from storage_schema.dataset import open_dataset
+from storage_schema.errors import HeaderMismatch, StorageFull, UnsupportedStore
+from storage_schema.manifest import seal
+from storage_schema.rows import span_positions
+from storage_schema.store import Store
+from storage_schema.tools.verify import verify
+from tests import making
+from tests.pipeline.capturing import capture_config, contents, do_units
+
+
+def _do(config: CaptureConfig, units: list[int] | None = None) -> Store:
+    prepared = prepare(config)
+    worker = CaptureWorker(config)
+    for unit in units if units is not None else [unit.index for unit in prepared.units]:
+        worker.run(unit)
+    return prepared.store
+
+
+def test_every_source_row_is_in_the_dataset_or_among_the_rejects(tmp_path: Path) -> None:
+    store = _do(capture_config(tmp_path))
+    manifest = seal(store)
+    assert (manifest.rows, manifest.rejected) == (40, 1)
+    dataset = open_dataset(store.url)
+    assert [row.sample_id for row in dataset.rows()] == [f"chat-{i}" for i in range(40)]
+    assert dataset.row(7).metadata == {"topic": 1}
+    (rejects,) = Path(store.url, "rejects").iterdir()
+    assert json.loads(rejects.read_text())["reason"] == "no_messages"
+    assert verify(store.url, deep=True, progress=False) == []
+
+
+def test_what_is_stored_is_what_the_assistant_said(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = capture_config(tmp_path)
+    store = _do(config)
+    seal(store)
+    tokenizer = AutoTokenizer.from_pretrained(Path(store.url, "tokenizer"))
+    row = open_dataset(store.url).row(3)
+    assert tokenizer.decode(row.token_ids[span_positions(row.target_spans) + 1]) == "It is 12. Yes. Yes. Yes.</s>"
+
+
+def test_units_in_any_order_and_twice_give_the_same_dataset(tmp_path: Path) -> None:
+    first = _do(capture_config(tmp_path))
+    second = _do(capture_config(tmp_path, output="second"), [4, 2, 2, 0, 1, 3, 0])
+    seal(first), seal(second)
+    assert open_dataset(first.url).dataset_id == open_dataset(second.url).dataset_id
+
+
+def test_a_committed_unit_is_never_done_again(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    store = _do(config, [0])
+    before = Path(store.url, "commits", "000000.json").stat()
+    _do(config, [0])
+    assert Path(store.url, "commits", "000000.json").stat() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"teacher": {"top_k": 9}}, "top_k"),
+        ({"teacher": {"draws": 9}}, "draws"),
+        ({"source": {"loss_on": "all"}}, "loss_on"),
+        ({"rows_per_unit": 7}, "rows_per_unit"),
+    ],
+)
+def test_a_changed_configuration_on_an_existing_dataset_is_named(tmp_path: Path, changes: dict, field: str) -> None:
+    prepare(capture_config(tmp_path))
+    with pytest.raises(HeaderMismatch, match=field):
+        prepare(capture_config(tmp_path, **changes))
+
+
+def test_a_changed_source_or_teacher_on_an_existing_dataset_is_named(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    prepare(config)
+    making.write_jsonl(tmp_path / "rows.jsonl", making.chat_rows(41))
+    with pytest.raises(HeaderMismatch, match="source_sha256"):
+        prepare(config)
+    making.chat_model(tmp_path / "teacher", seed=1)
+    with pytest.raises(HeaderMismatch, match="teacher"):
+        prepare(config)
+
+
+def test_a_source_that_shrinks_under_a_worker_is_named(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    prepare(config)
+    making.write_jsonl(tmp_path / "rows.jsonl", making.chat_rows(3))
+    with pytest.raises(SourceChanged, match="unit 0"):
+        CaptureWorker(config).run(0)
+
+
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    with pytest.raises(TeacherUnusable, match=r"teacher\.model"):
+        prepare(capture_config(tmp_path, teacher={"model": str(tmp_path / "absent")}))
+    with pytest.raises(TeacherUnusable, match="top_k"):
+        prepare(capture_config(tmp_path, teacher={"top_k": 4000}))
+    template = tmp_path / "plain.jinja"
+    template.write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(TemplateCannotMark, match="generation"):
+        prepare(capture_config(tmp_path, source={"chat_template": str(template)}))
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(SourceEmpty, match="no rows"):
+        prepare(config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnsupportedStore, match="a file"):
+        prepare(capture_config(tmp_path, output="file"))
+    assert not Path(config.output).exists()
+
+
+def test_a_full_disk_ends_with_its_name_and_what_was_committed_stays_good(tmp_path: Path) -> None:
+    mount = tmp_path / "small disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(mount)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs rights that this user lacks")
+    try:
+        config = capture_config(tmp_path, output="small disk/dataset")
+        with pytest.raises(StorageFull, match="No space left"):
+            _do(config)
+        store = Store(config.output)
+        done = committed_units(store)
+        assert 0 < len(done) < 5
+        for unit in done:
+            record = read_commit(store, unit)
+            assert contents(config.output)[Path(record.shard.name).name] == record.shard.sha256
+        subprocess.run(["mount", "-o", "remount,size=8m", str(mount)], check=True)
+        unbroken = _do(capture_config(tmp_path, output="unbroken"))
+        resumed = _do(config)
+        seal(unbroken), seal(resumed)
+        assert contents(resumed.url) == contents(unbroken.url)
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+PRELOADED = [
+    "pipeline.teachers.transformers_teacher",
+    "tests.pipeline.capturing",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+def test_a_worker_killed_at_any_moment_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """SIGKILL at seeded moments, again and again until the capture is whole: the same bytes as an unbroken one."""
+    unbroken = _do(capture_config(tmp_path, rows=200, output="unbroken"))
+    config = capture_config(tmp_path, rows=200)
+    prepare(config)
+    # Workers are forked from a process that has imported what takes long: a start costs 1 s, not 10.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOADED)
+    moments = random.Random(0)
+    done: list[int] = []
+    while not done or done[-1] < 21:
+        process = processes.Process(target=do_units, args=(config,))
+        process.start()
+        process.join(timeout=moments.uniform(0.6, 2.2))
+        process.kill()
+        process.join()
+        units = committed_units(Store(config.output)) if Path(config.output, "commits").exists() else set()
+        for unit in units:
+            record = read_commit(Store(config.output), unit)
+            assert contents(config.output)[Path(record.shard.name).name] == record.shard.sha256
+        done.append(len(units))
+        assert len(done) < 60, "no progress"
+    assert len(set(done)) > 3, "the kills fell on too few moments to prove anything"
+    seal(Store(config.output)), seal(unbroken)
+    assert contents(config.output) == contents(unbroken.url)
+    assert open_dataset(config.output).dataset_id == open_dataset(unbroken.url).dataset_id

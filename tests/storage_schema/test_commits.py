@@ -1,0 +1,139 @@
+"""Laws of the commit protocol: the first record wins, and what no record names does not exist."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage_schema.commits import (
+    CommitRecord,
+    Reject,
+    commit_name,
+    commit_unit,
+    committed_units,
+    read_commit,
+)
+from storage_schema.dataset import open_dataset
+from storage_schema.errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
+from storage_schema.header import DatasetHeader
+from storage_schema.manifest import MANIFEST_NAME, seal
+from storage_schema.rows import CachedRow
+from storage_schema.store import RUN_FOLDER, Store
+from tests import making
+
+
+@pytest.fixture(scope="module")
+def header(tokenizer_folder: Path) -> DatasetHeader:
+    return making.tiny_header(tokenizer_folder)
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, header: DatasetHeader, tokenizer_folder: Path) -> Store:
+    root = str(tmp_path / "root") if request.param == "local" else f"memory://{tmp_path.name}"
+    return making.begin_dataset(root, header, tokenizer_folder, [2, 2])
+
+
+def _rows(seed: int) -> list[CachedRow]:
+    rng = np.random.default_rng(seed)
+    return [making.random_row(rng, f"{seed}-{i}") for i in range(2)]
+
+
+def _commit(
+    store: Store, header: DatasetHeader, unit: int, seed: int, rejects: list[Reject] | None = None
+) -> CommitRecord:
+    return commit_unit(store, unit, rows=_rows(seed), rejects=rejects or [], header=header, environment={"n": seed})
+
+
+def test_the_first_commit_of_a_unit_wins_and_the_loser_leaves_nothing(store: Store, header: DatasetHeader) -> None:
+    reject = Reject(1, "b", "over_long", "9 tokens")
+    first = _commit(store, header, 0, seed=1)
+    zombie = _commit(store, header, 0, seed=2, rejects=[reject])
+    assert zombie == first == read_commit(store, 0)
+    assert store.names("shards") == [first.shard.name.removeprefix("shards/")]
+    assert store.names("rejects") == []
+
+
+def test_equal_attempts_share_their_shard(store: Store, header: DatasetHeader) -> None:
+    first, second = _commit(store, header, 0, seed=1), _commit(store, header, 0, seed=1)
+    assert first == second
+    assert store.exists(first.shard.name)
+
+
+def test_of_racing_workers_one_commits(store: Store, header: DatasetHeader) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        records = list(threads.map(lambda seed: _commit(store, header, 0, seed), range(8)))
+    assert len({record.shard.sha256 for record in records}) == 1
+    assert store.names("shards") == [records[0].shard.name.removeprefix("shards/")]
+
+
+def test_a_shard_without_a_record_is_not_done_and_goes_at_sealing(store: Store, header: DatasetHeader) -> None:
+    store.put("shards/000001-aaaaaaaaaaaa.parquet", b"written by a worker that was killed before its record")
+    assert committed_units(store) == set()
+    for unit in range(2):
+        _commit(store, header, unit, seed=unit)
+    manifest = seal(store)
+    assert store.names("shards") == sorted(shard.file.name.removeprefix("shards/") for shard in manifest.shards)
+    assert not store.exists(RUN_FOLDER)
+
+
+def test_sealing_refuses_while_a_unit_is_missing(store: Store, header: DatasetHeader) -> None:
+    _commit(store, header, 1, seed=1)
+    with pytest.raises(UnitsMissing, match="1 of 2 not committed, the first is 0"):
+        seal(store)
+    assert not store.exists(MANIFEST_NAME)
+
+
+def test_equal_captures_have_equal_ids_whatever_the_order(
+    tmp_path: Path, header: DatasetHeader, tokenizer_folder: Path
+) -> None:
+    ids = []
+    for order in ([0, 1], [1, 0]):
+        store = making.begin_dataset(tmp_path / str(order), header, tokenizer_folder, [2, 2])
+        for unit in order:
+            _commit(store, header, unit, seed=unit)
+        seal(store)
+        ids.append(open_dataset(store.url).dataset_id)
+    assert ids[0] == ids[1]
+
+
+def test_sealing_twice_changes_nothing(store: Store, header: DatasetHeader) -> None:
+    for unit in range(2):
+        _commit(store, header, unit, seed=unit)
+    first = seal(store)
+    assert seal(store) == first
+
+
+def test_rejects_are_kept_with_their_reason(store: Store, header: DatasetHeader) -> None:
+    record = _commit(store, header, 0, seed=1, rejects=[Reject(7, "b", "over_long", "9 tokens ü")])
+    assert record.rejects is not None
+    line = json.loads(store.read(record.rejects.name))
+    assert line == {"source_row": 7, "sample_id": "b", "reason": "over_long", "detail": "9 tokens ü"}
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"{}", b"\xff", b'{"unit": -1}'])
+def test_a_damaged_record_has_a_name(store: Store, header: DatasetHeader, data: bytes) -> None:
+    store.put(commit_name(0), data)
+    with pytest.raises(CommitDamaged, match="000000.json"):
+        read_commit(store, 0)
+
+
+def test_a_record_of_another_unit_has_a_name(store: Store, header: DatasetHeader) -> None:
+    _commit(store, header, 0, seed=1)
+    store.put(commit_name(1), store.read(commit_name(0)))
+    with pytest.raises(CommitDamaged, match="unit"):
+        read_commit(store, 1)
+
+
+def test_an_unsealed_dataset_is_not_opened(store: Store) -> None:
+    with pytest.raises(DatasetNotSealed, match="sealed"):
+        open_dataset(store.url)
+
+
+def test_a_folder_that_is_no_dataset_is_not_opened(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DatasetNotFound, match="check the path"):
+            open_dataset(path)

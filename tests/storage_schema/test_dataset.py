@@ -1,0 +1,165 @@
+"""Laws of reading and verifying a sealed dataset: every damage has a name that says which file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from storage_schema import open_dataset
+from storage_schema.errors import (
+    ColdstillError,
+    CommitDamaged,
+    FileDamaged,
+    InvalidHeader,
+    ShardDamaged,
+    ShardMissing,
+    UnsupportedFormat,
+)
+from storage_schema.header import DatasetHeader
+from storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
+from storage_schema.tokenizer import fingerprint
+from storage_schema.tools.verify import verify
+from tests import making
+
+
+def test_rows_by_number_by_slice_and_by_shard_are_the_same(tiny_dataset: Path) -> None:
+    dataset = open_dataset(tiny_dataset)
+    assert len(dataset) == 24
+    by_shard = [row.sample_id for shard in range(3) for row in dataset.read_shard(shard)]
+    assert [dataset.row(i).sample_id for i in range(24)] == by_shard
+    assert [row.sample_id for row in dataset.rows(5, 19)] == by_shard[5:19]
+    for index in (-1, 24):
+        with pytest.raises(IndexError):
+            dataset.row(index)
+
+
+def test_a_copy_in_another_place_is_the_same_dataset(tiny_dataset: Path) -> None:
+    moved = tiny_dataset.rename(tiny_dataset.parent / "moved")
+    assert verify(moved, deep=True, progress=False) == []
+
+
+def test_a_sound_dataset_has_no_findings(tiny_dataset: Path) -> None:
+    assert verify(tiny_dataset, progress=False) == []
+    assert verify(tiny_dataset, deep=True, progress=False) == []
+
+
+def _shard(root: Path) -> Path:
+    return sorted((root / "shards").iterdir())[1]
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip])
+def test_a_damaged_shard_is_named_at_reading_and_by_verify(tiny_dataset: Path, damage: Callable[[Path], None]) -> None:
+    path = _shard(tiny_dataset)
+    damage(path)
+    with pytest.raises(ShardDamaged, match=path.name):
+        open_dataset(tiny_dataset).read_shard(1)
+    assert [(finding.where, finding.error) for finding in verify(tiny_dataset, progress=False)] == [
+        (f"shards/{path.name}", "ShardDamaged")
+    ]
+
+
+def test_a_missing_shard_is_named(tiny_dataset: Path) -> None:
+    path = _shard(tiny_dataset)
+    path.unlink()
+    with pytest.raises(ShardMissing, match=path.name):
+        open_dataset(tiny_dataset).read_shard(1)
+    assert [finding.error for finding in verify(tiny_dataset, deep=True, progress=False)] == ["ShardMissing"]
+
+
+def test_shards_swapped_between_units_are_named(tiny_dataset: Path) -> None:
+    first, second, _ = sorted((tiny_dataset / "shards").iterdir())
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+    assert [finding.error for finding in verify(tiny_dataset, progress=False)] == ["ShardDamaged", "ShardDamaged"]
+
+
+def test_another_tokenizer_inside_is_named(tiny_dataset: Path) -> None:
+    path = tiny_dataset / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"!"', '"?!"'))
+    assert [finding.error for finding in verify(tiny_dataset, progress=False)] == ["FileDamaged"]
+
+
+def test_a_changed_header_is_named(tiny_dataset: Path) -> None:
+    path = tiny_dataset / "dataset.json"
+    path.write_text(path.read_text().replace('"top_k": 8', '"top_k": 9'))
+    with pytest.raises(FileDamaged, match=r"dataset\.json"):
+        open_dataset(tiny_dataset)
+
+
+def test_a_manifest_that_points_outside_is_refused_before_anything_is_opened(tiny_dataset: Path) -> None:
+    path = tiny_dataset / "manifest.json"
+    document = json.loads(path.read_text())
+    document["shards"][0]["file"]["name"] = "../../etc/passwd"
+    path.write_text(json.dumps(document))
+    with pytest.raises(CommitDamaged, match="inside the dataset"):
+        open_dataset(tiny_dataset)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\x80\x04pickle"])
+def test_a_damaged_manifest_has_a_name(tiny_dataset: Path, data: bytes) -> None:
+    (tiny_dataset / "manifest.json").write_bytes(data)
+    with pytest.raises(CommitDamaged, match=r"manifest\.json"):
+        open_dataset(tiny_dataset)
+
+
+def test_a_later_format_is_refused_by_its_number(tokenizer_folder: Path) -> None:
+    document = json.loads(making.tiny_header(tokenizer_folder).to_bytes())
+    with pytest.raises(UnsupportedFormat, match="format_version"):
+        DatasetHeader.from_bytes(json.dumps({**document, "format_version": 7}).encode(), where="x")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("top_k", 0), ("top_k", 65), ("vocab_size", 3), ("token_count", 1 << 21), ("codec", "pickle"), ("surprise", 1)],
+)
+def test_a_header_field_out_of_bounds_is_named(tokenizer_folder: Path, field: str, value: object) -> None:
+    document = json.loads(making.tiny_header(tokenizer_folder).to_bytes())
+    with pytest.raises(InvalidHeader, match="x: "):
+        DatasetHeader.from_bytes(json.dumps({**document, field: value}).encode(), where="x")
+
+
+def test_a_header_of_a_gigabyte_is_not_parsed() -> None:
+    with pytest.raises(InvalidHeader, match="size"):
+        DatasetHeader.from_bytes(b" " * (2 << 20), where="x")
+
+
+def test_a_plan_gives_back_its_units() -> None:
+    units = [Unit(0, 0, 0, 5), Unit(1, 321, 5, 2)]
+    assert plan_from_bytes(plan_to_bytes(units), where="x") == units
+    with pytest.raises(CommitDamaged, match="x"):
+        plan_from_bytes(b"PAR1", where="x")
+
+
+def test_the_fingerprint_is_of_meaning_not_of_layout(tokenizer_folder: Path, tmp_path: Path) -> None:
+    document = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    same = tmp_path / "same"
+    same.mkdir()
+    (same / "tokenizer.json").write_text(json.dumps({**document, "truncation": {"max_length": 3}}, indent=7))
+    assert fingerprint(same) == fingerprint(tokenizer_folder)
+    document["model"]["vocab"]["!"], document["model"]["vocab"]["#"] = 3, 2
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text(json.dumps(document))
+    assert fingerprint(other).fingerprint != fingerprint(tokenizer_folder).fingerprint
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"model": {}}', '{"model": {"vocab": {"a": "b"}}}'])
+def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ColdstillError, match=r"tokenizer\.json"):
+        fingerprint(tmp_path)

@@ -1,0 +1,89 @@
+"""Laws of the store: whole or not at all, and of several creators one wins."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from storage_schema.errors import CommitDamaged, StorageFailed, StorageFull, UnsupportedStore
+from storage_schema.store import RUN_FOLDER, Store
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(tmp_path / "a root" if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_of_many_creators_exactly_one_wins(store: Store) -> None:
+    contents = [str(i).encode() * 1000 for i in range(16)]
+    with ThreadPoolExecutor(8) as threads:
+        won = list(threads.map(lambda data: store.create("commits/000000.json", data), contents))
+    assert sum(won) == 1
+    assert store.read("commits/000000.json") == contents[won.index(True)]
+
+
+def test_put_replaces_and_create_does_not(store: Store) -> None:
+    assert store.create("a/b", b"1")
+    assert not store.create("a/b", b"2")
+    assert store.read("a/b") == b"1"
+    store.put("a/b", b"3")
+    assert store.read("a/b") == b"3"
+    assert store.size("a/b") == 1
+    assert store.names("a") == ["b"]
+    assert store.names("absent") == []
+    store.delete("a/b")
+    store.delete("a/b")
+    assert not store.exists("a/b")
+
+
+def test_nothing_is_left_beside_a_file(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.create("a", b"1")
+    store.create("a", b"2")
+    store.put("b", b"3")
+    assert list((tmp_path / RUN_FOLDER).iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", "./a", "a\\..\\b"])
+def test_a_name_that_leaves_the_dataset_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CommitDamaged, match="a file's name"):
+        Store(tmp_path).read(name)
+
+
+def test_a_store_that_cannot_create_is_refused_by_name() -> None:
+    pytest.importorskip("aiohttp")
+    with pytest.raises(UnsupportedStore, match="only if it is absent"):
+        Store("http://127.0.0.1/x").require_writable()
+
+
+def test_a_file_where_a_folder_is_wanted_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    with pytest.raises(UnsupportedStore, match="a file"):
+        Store(tmp_path / "x").require_writable()
+
+
+def test_a_refused_write_has_a_name(tmp_path: Path) -> None:
+    (tmp_path / "shards").write_text("a file in the way")
+    with pytest.raises(StorageFailed, match="writing shards/x"):
+        Store(tmp_path).put("shards/x", b"1")
+    with pytest.raises(StorageFailed, match="writing shards/x"):
+        Store(tmp_path).create("shards/x", b"1")
+
+
+def test_a_full_disk_has_a_name_and_leaves_what_was_there(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs rights that this user lacks")
+    try:
+        store = Store(tmp_path)
+        store.put("good", b"1")
+        with pytest.raises(StorageFull, match="No space left"):
+            store.put("large", bytes(1 << 20))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [RUN_FOLDER, "good"]
+        assert list((tmp_path / RUN_FOLDER).iterdir()) == []
+        assert store.read("good") == b"1"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -1,0 +1,100 @@
+"""The output folder of a run: which run it belongs to, its newest whole checkpoint, its finished student.
+
+run.json               what this folder is a run of; another run is refused
+checkpoint-<step>/     as transformers writes them
+student/               the finished student: model and tokenizer files, loadable by `from_pretrained`
+trainer_state.json     the log of the whole run
+train_summary.json     written last: its presence means finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointMismatch
+from .student import TOKENIZER_FILES, tokenizer_folder
+
+RUN_NAME = "run.json"
+STATE_NAME = "trainer_state.json"
+SUMMARY_NAME = "train_summary.json"
+STUDENT_FOLDER = "student"
+_RESUME_ONLY = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", STATE_NAME, "training_args.bin")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, and the `trainer_state.json` in it."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run's last step was taken."""
+        return int(self.state["global_step"]) >= int(self.state["max_steps"])
+
+
+def claim(output: Path, identity: dict[str, Any]) -> None:
+    """Make `output` the folder of the run that `identity` describes.
+
+    Raises `CheckpointMismatch` where it holds checkpoints or a student of another run.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    occupied = newest_checkpoint(output) is not None or (output / SUMMARY_NAME).exists()
+    if occupied:
+        before = _read_json(output / RUN_NAME) or {}
+        differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+        if differing:
+            raise CheckpointMismatch(
+                f"{output}: the run in this folder differs in {', '.join(differing)}",
+                found={key: before.get(key) for key in differing},
+                wanted={key: identity.get(key) for key in differing},
+                fix="choose another output, or delete this folder if its run is not needed",
+            )
+    write_json(output / RUN_NAME, identity)
+
+
+def newest_checkpoint(output: Path) -> Checkpoint | None:
+    """The checkpoint of the highest step that was written to its end; transformers writes its state file last."""
+    folders = sorted(output.glob("checkpoint-*"), key=lambda folder: _step(folder), reverse=True)
+    for folder in folders:
+        state = _read_json(folder / STATE_NAME)
+        if state is not None:
+            return Checkpoint(folder, state)
+    return None
+
+
+def finish(output: Path, checkpoint: Checkpoint, *, student: str) -> None:
+    """Copy the last checkpoint's model, and the tokenizer files of `student`, into `student/`; keep the log."""
+    folder = output / STUDENT_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(checkpoint.folder, folder, ignore=shutil.ignore_patterns(*_RESUME_ONLY))
+    source = tokenizer_folder(student)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    write_json(output / STATE_NAME, checkpoint.state)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
