@@ -46,9 +46,9 @@ def batches(
     ]
     pairs.sort(key=lambda pair: len(pair[0]))
     for start in range(0, len(pairs), ROWS_PER_BATCH):
-        tokens, learned = zip(*pairs[start : start + ROWS_PER_BATCH], strict=True)
+        batch = pairs[start : start + ROWS_PER_BATCH]
         pad = torch.nn.utils.rnn.pad_sequence
-        yield pad(tokens, batch_first=True), pad(learned, batch_first=True)
+        yield pad([ids for ids, _ in batch], batch_first=True), pad([mask for _, mask in batch], batch_first=True)
 
 
 def target_logprobs(model: Any, tokens: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
@@ -104,6 +104,9 @@ class TeacherSums:
 def measure(layout: Layout, size: Size) -> dict[str, Any]:
     """Measure the teacher, the student before distillation and after each of the three runs on held-out rows."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     def load(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 RAW_SHARE = 0.25
-"""Share of the training tokens that are whole files, read first; the rest are pairs, the form of what is asked later."""
+"""Share of the training tokens that are whole files, read first; the rest are pairs, as the capture asks for."""
 
 
 def new_model(shape: Shape, *, vocabulary: int) -> LlamaForCausalLM:
@@ -39,7 +39,8 @@ def new_model(shape: Shape, *, vocabulary: int) -> LlamaForCausalLM:
             num_key_value_heads=shape.heads,
             head_dim=shape.width // shape.heads,
             intermediate_size=shape.feed_forward,
-            max_position_embeddings=MAX_TOKENS,
+            # vLLM asks for room for a token after the row.
+            max_position_embeddings=2 * MAX_TOKENS,
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=1,
@@ -80,7 +81,11 @@ def make_tokenizer(layout: Layout) -> None:
 
 def make_model(layout: Layout, final: Path, shape: Shape, *, tokens: int) -> None:
     """Train a model of this shape and save it, with the tokenizer beside it, as the folder `final`."""
+    from transformers.utils import logging
+
     from .pretrain import pretrain
+
+    logging.disable_progress_bar()
 
     tokenizer = load_tokenizer(layout.tokenizer)
     model = new_model(shape, vocabulary=len(tokenizer))

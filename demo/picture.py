@@ -21,7 +21,7 @@ def draw(summary: Mapping[str, Any], logs: Mapping[str, Sequence[Mapping[str, An
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {
+    style: Any = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,

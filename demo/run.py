@@ -60,7 +60,8 @@ def run_demo(output: Path, *, quick: bool) -> None:
         state = "  [dim]done before[/dim]" if stage.done else ""
         console.print(
             f"[bold]{number}/{len(stages)}[/bold] [dim]{elapsed // 60:2.0f}:{elapsed % 60:02.0f}[/dim]  "
-            f"[bold]{stage.name}[/bold]  {stage.heading}{state}"
+            f"[bold]{stage.name}[/bold]  {stage.heading}{state}",
+            soft_wrap=True,
         )
         if not stage.done:
             stage.work()
@@ -126,7 +127,7 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
     return [
         Stage(
             name="text",
-            heading="this machine's Python library: raw text, and functions as instruction pairs",
+            heading="this machine's Python library, raw and as instruction pairs",
             makes=(layout.text,),
             work=text,
         ),
@@ -144,20 +145,20 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
         ),
         Stage(
             name="capture",
-            heading="coldstill capture: Ray starts, vLLM reads the pairs, shards are committed",
+            heading="Ray, vLLM, top-k log-probs into Parquet shards",
             makes=(layout.dataset / "manifest.json", layout.capture_summary),
             work=capture,
         ),
         Stage(
             name="verify",
-            heading="coldstill verify --deep: every digest, every value",
+            heading="every digest, every value",
             makes=(layout.verified,),
             work=verify,
         ),
         *(
             Stage(
                 name=f"train {loss}",
-                heading="coldstill train: from the shards alone, the teacher's folder put away",
+                heading="from the shards alone, the teacher put away",
                 makes=(layout.train_summary(loss),),
                 work=train(loss),
             )
@@ -165,7 +166,7 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
         ),
         Stage(
             name="measure",
-            heading="dense teacher against dense students, on files that none of them has seen",
+            heading="true KL to the teacher, on files that no model has seen",
             makes=(layout.measurements,),
             work=lambda: run("measure", module("measure")),
         ),

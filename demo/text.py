@@ -25,8 +25,10 @@ PART_BORDERS = {"teacher": 0.60, "distill": 0.92, "held_out": 1.0}
 """Upper ends of the parts on the unit interval on which file names are hashed."""
 
 SKIPPED_FOLDERS = frozenset(
-    ("test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data")
-    + ("site-packages", "dist-packages", "lib-dynload", "__pycache__")
+    [
+        *("test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data"),
+        *("site-packages", "dist-packages", "lib-dynload", "__pycache__"),
+    ]
 )
 """Tests, data tables and what was installed later: absent on some machines, or no prose and no code worth learning."""
 

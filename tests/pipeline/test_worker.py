@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -159,27 +160,27 @@ PRELOADED = [
 
 def test_a_worker_killed_at_any_moment_leaves_nothing_half_done(tmp_path: Path) -> None:
     """SIGKILL at seeded moments, again and again until the capture is whole: the same bytes as an unbroken one."""
-    unbroken = _do(capture_config(tmp_path, rows=200, output="unbroken"))
-    config = capture_config(tmp_path, rows=200)
+    unbroken = _do(capture_config(tmp_path, rows=400, output="unbroken"))
+    config = capture_config(tmp_path, rows=400)
     prepare(config)
     # Workers are forked from a process that has imported what takes long: a start costs 1 s, not 10.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOADED)
-    moments = random.Random(0)
-    done: list[int] = []
-    while not done or done[-1] < 21:
+    store, moments, kills = Store(config.output), random.Random(0), 0
+    while len(done := committed_units(store)) < 41:
         process = processes.Process(target=do_units, args=(config,))
         process.start()
-        process.join(timeout=moments.uniform(0.6, 2.2))
+        wanted, pause = len(done) + moments.randrange(1, 5), moments.uniform(0, 0.03)
+        while process.is_alive() and len(committed_units(store)) < wanted:
+            time.sleep(0.001)
+        time.sleep(pause)
+        kills += process.is_alive()
         process.kill()
         process.join()
-        units = committed_units(Store(config.output)) if Path(config.output, "commits").exists() else set()
-        for unit in units:
-            record = read_commit(Store(config.output), unit)
-            assert contents(config.output)[Path(record.shard.name).name] == record.shard.sha256
-        done.append(len(units))
-        assert len(done) < 60, "no progress"
-    assert len(set(done)) > 3, "the kills fell on too few moments to prove anything"
-    seal(Store(config.output)), seal(unbroken)
+        for unit in committed_units(store):
+            record = read_commit(store, unit)
+            assert contents(store.url)[Path(record.shard.name).name] == record.shard.sha256
+    assert kills >= 4
+    seal(store), seal(unbroken)
     assert contents(config.output) == contents(unbroken.url)
     assert open_dataset(config.output).dataset_id == open_dataset(unbroken.url).dataset_id
