@@ -1,0 +1,43 @@
+"""The chat templates of `examples/` render what the models expect, and mark exactly what the assistant says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.config import SourceConfig
+from pipeline.sources.chat import SequenceMaker, TokenSequence
+from pipeline.sources.readers import SourceRow
+from storage_schema.rows import span_positions
+from tests import making
+
+TEMPLATES = Path(__file__).parents[1] / "examples" / "chat_templates"
+SYSTEM = {
+    "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "qwen2": "You are a helpful assistant.",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(making.chat_model(tmp_path_factory.mktemp("m")))
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEM))
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_templates_render_chatml_and_mark_the_assistant(
+    tokenizer: PreTrainedTokenizerBase, name: str, system: str | None
+) -> None:
+    turns = [("user", "hi"), ("assistant", "hello\nyou"), ("user", "and?"), ("assistant", "bye")]
+    turns = [("system", system), *turns] if system else turns
+    shown = turns if system else [("system", SYSTEM[name]), *turns]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    source = SourceConfig(path="x.jsonl", chat_template=str(TEMPLATES / f"{name}.jinja"))
+    sequence = SequenceMaker(tokenizer, source=source, max_length=2000).make(SourceRow(0, {"messages": messages}))
+    assert isinstance(sequence, TokenSequence)
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in shown)
+    assert tokenizer.decode(sequence.token_ids) == text
+    learned = tokenizer.decode(sequence.token_ids[span_positions(sequence.target_spans) + 1])
+    assert learned == "hello\nyou<|im_end|>bye<|im_end|>"
