@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,8 +137,6 @@ def _finish(result: dict[str, Any], summary: Path | None, *, title: str) -> None
         table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else _text(value))
     Console().print(table)
     if summary:
-        import json
-
         summary.parent.mkdir(parents=True, exist_ok=True)
         summary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

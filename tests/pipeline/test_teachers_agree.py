@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +49,8 @@ def sequences(folder: Path) -> list[TokenSequence]:
 
 
 @pytest.fixture(scope="module")
-def vllm_teacher(folder: Path, header: DatasetHeader) -> Iterator[Teacher]:
-    yield load_teacher(_config(folder, "vllm", engine_args={"enforce_eager": True}), header)
+def vllm_teacher(folder: Path, header: DatasetHeader) -> Teacher:
+    return load_teacher(_config(folder, "vllm", engine_args={"enforce_eager": True}), header)
 
 
 @pytest.fixture(scope="module")

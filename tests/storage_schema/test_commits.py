@@ -117,7 +117,7 @@ def test_rejects_are_kept_with_their_reason(store: Store, header: DatasetHeader)
 @pytest.mark.parametrize("data", [b"", b"{", b"{}", b"\xff", b'{"unit": -1}'])
 def test_a_damaged_record_has_a_name(store: Store, header: DatasetHeader, data: bytes) -> None:
     store.put(commit_name(0), data)
-    with pytest.raises(CommitDamaged, match="000000.json"):
+    with pytest.raises(CommitDamaged, match=r"000000\.json"):
         read_commit(store, 0)
 
 
