@@ -72,16 +72,17 @@ def _draw_bars(axes: Any, summary: Mapping[str, Any]) -> None:
     rows = {"before": summary["student_before"], **summary["students"]}
     values = [row["kl_teacher_student"] for row in rows.values()]
     colours = [COLOURS.get(name, "#c9cdd3") for name in rows]
-    drawn = axes.bar([NAMES[name] for name in rows], values, color=colours, width=0.65)
-    axes.bar_label(drawn, fmt="%.3f", padding=3)
+    drawn = axes.bar(
+        [NAMES[name].replace(" ", "\n").replace("-", "-\n") for name in rows], values, color=colours, width=0.65
+    )
+    axes.bar_label(drawn, fmt="%.3f", padding=3, fontweight="bold")
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)
     axes.set(title="KL(teacher || student), held out", ylabel="nats per target, whole vocabulary")
 
 
-def _smooth(values: Sequence[float], share: float = 0.15) -> list[float]:
-    """Exponential mean, started at the first value."""
-    smooth: list[float] = []
-    for value in values:
-        smooth.append(value if not smooth else (1 - share) * smooth[-1] + share * value)
-    return smooth
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred mean over a twentieth of the run, and less at its ends."""
+    reach = len(values) // 40
+    windows = ((index, min(reach, index, len(values) - 1 - index)) for index in range(len(values)))
+    return [sum(values[index - near : index + near + 1]) / (2 * near + 1) for index, near in windows]

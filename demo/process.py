@@ -65,8 +65,14 @@ def _pump(stream: IO[bytes], log: int) -> None:
 
 def _environment() -> dict[str, str]:
     size = shutil.get_terminal_size()
-    # Behind a pipe a progress bar cannot ask the terminal how wide it is.
-    return {**os.environ, "COLUMNS": str(size.columns), "LINES": str(size.lines)}
+    return {
+        # Threads that wait asleep: where a neighbour takes one core of two, a training step took 1.0 s instead of 4.4.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        # Behind a pipe a progress bar cannot ask the terminal how wide it is.
+        "COLUMNS": str(size.columns),
+        "LINES": str(size.lines),
+    }
 
 
 def _end_with_parent() -> None:

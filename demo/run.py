@@ -115,7 +115,9 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
         def work() -> None:
             _write_yaml(layout.train_config(loss), train_config(layout, size, loss=loss))
             with put_away(layout.teacher):
+                before = layout.teacher.exists()
                 run(f"train_{loss}", [*coldstill, "train", str(layout.train_config(loss))])
+                write_json(layout.witness(loss), {"teacher_before": before, "teacher_after": layout.teacher.exists()})
 
         return work
 
@@ -159,7 +161,7 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
             Stage(
                 name=f"train {loss}",
                 heading="from the shards alone, the teacher put away",
-                makes=(layout.train_summary(loss),),
+                makes=(layout.train_summary(loss), layout.witness(loss)),
                 work=train(loss),
             )
             for loss in LOSSES

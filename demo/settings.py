@@ -149,6 +149,10 @@ class Layout:
     def run(self, loss: str) -> Path:
         return self.root / "runs" / loss
 
+    def witness(self, loss: str) -> Path:
+        """Whether the teacher's folder was there when a run began and when it had ended."""
+        return self.root / "runs" / f"{loss}.witness.json"
+
     def train_summary(self, loss: str) -> Path:
         """Written last by the trainer."""
         return self.run(loss) / "train_summary.json"

@@ -30,7 +30,7 @@ def summarise(layout: Layout, size: Size) -> dict[str, Any]:
         "students": students,
         "capture": {**{key: capture[key] for key in CAPTURE_KEYS}, "top_k": size.top_k},
         "held_out_targets": measured["targets"],
-        "teacher_folder_put_away_while_training": True,
+        "teacher_folder_present_while_training": any(any(read_json(layout.witness(loss)).values()) for loss in LOSSES),
     }
 
 
@@ -59,20 +59,23 @@ def show(layout: Layout, console: Console, *, wall_s: float) -> None:
         f"[bold]student[/bold]  {before['parameters'] / 1e6:.2f} M parameters, {ratio:.1f} times smaller\n"
         f"[bold]dataset[/bold]  {capture['rows']:,} rows, {capture['targets']:,} targets, "
         f"{capture['bytes_per_target']:.0f} bytes per target, {capture['rejected']} rows rejected, "
-        f"{capture['tokens_per_s']:,.0f} tokens/s\n"
+        f"{capture['tokens_per_s']:,.0f} tokens/s\n",
+        soft_wrap=True,
     )
+    present = "STILL" if summary["teacher_folder_present_while_training"] else "not"
     table = Table(title=f"On {summary['held_out_targets']:,} held-out targets", title_justify="left")
-    table.add_column("student")
-    for column in ("KL(teacher || student)", "cross-entropy", "top-1 agreement", "targets/s", "peak memory"):
+    table.add_column("student", no_wrap=True)
+    for column in ("KL to\nteacher", "cross-\nentropy", "top-1\nagreement", "targets\nper second", "peak\nmemory"):
         table.add_column(column, justify="right")
-    table.add_row("before distillation", *_quality(before), "", "")
+    table.add_row("before", *_quality(before), "", "")
     table.add_section()
     for loss, row in summary["students"].items():
         speed = f"{row['targets_per_s']:,.0f}", f"{row['peak_memory_mb']:,.0f} MB"
         table.add_row(loss, *_quality(row), *speed, style=None if loss == "cross_entropy" else "bold green")
     console.print(table)
     console.print(
-        "Nats per target, over the whole vocabulary. While the students trained, the teacher's folder was put away.\n"
+        "KL(teacher || student) and cross-entropy in nats per target, over the whole vocabulary.\n"
+        f"Peak memory of each training process; the teacher's folder was {present} there meanwhile.\n"
         f"{layout.summary}\n{layout.picture}\n[dim]{wall_s // 60:.0f}:{wall_s % 60:02.0f} minutes[/dim]",
         soft_wrap=True,
     )

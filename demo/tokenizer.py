@@ -25,13 +25,15 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "<|assistant|>\n{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}\n"
+    "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}\n"
     "{% else %}"
     "<|user|>\n{{ message['content'] }}\n"
     "{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+"""The answer stands between two special tokens: a line break before it would merge with its indentation, and a token
+that is half the template's and half the assistant's cannot be marked."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:

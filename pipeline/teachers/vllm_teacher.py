@@ -6,6 +6,7 @@ The one file that imports vLLM.
 from __future__ import annotations
 
 import os
+import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,22 +39,11 @@ class VllmTeacher:
                     wanted="nothing",
                     fix=f"remove it: {reason}",
                 )
-        _set_environment(config)
+        arguments = _engine_arguments(config)
+        _set_environment(arguments)
         import vllm
 
         self._config, self._header, self._vllm = config, header, vllm
-        # One sampled token is required beside the prompt, so the engine's window is one longer than a row.
-        arguments: dict[str, Any] = {
-            "model": config.model,
-            "revision": config.revision,
-            "dtype": config.dtype,
-            "max_model_len": config.max_length + 1,
-            "max_logprobs": config.top_k,
-            "logprobs_mode": "raw_logprobs",
-            "enable_prefix_caching": False,
-            "seed": 0,
-            **config.engine_args,
-        }
         try:
             self._engine = vllm.LLM(**arguments)
         except (ValueError, OSError) as error:
@@ -87,16 +77,41 @@ class VllmTeacher:
         ]
 
 
-def _set_environment(config: TeacherConfig) -> None:
-    """What vLLM reads from the environment at import; what the user set stays."""
+def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:
+    """Arguments of vLLM's LLM class; what the user gave wins where it is not refused above."""
     parallel = config.engine_args.get("tensor_parallel_size", 1) * config.engine_args.get("pipeline_parallel_size", 1)
+    return {
+        "model": config.model,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        # One sampled token is required beside the prompt, so the engine's window is one longer than a row.
+        "max_model_len": config.max_length + 1,
+        "max_logprobs": config.top_k,
+        "logprobs_mode": "raw_logprobs",
+        "enable_prefix_caching": False,
+        # Inside a Ray placement group vLLM would choose Ray for its own workers and wait for GPUs that this actor holds.
+        "distributed_executor_backend": "uni" if parallel == 1 else "mp",
+        "enforce_eager": not _can_compile(),
+        "seed": 0,
+        **config.engine_args,
+    }
+
+
+def _set_environment(arguments: dict[str, Any]) -> None:
+    """What vLLM reads from the environment at import; what the user set stays."""
     # In one process the engine dies with its worker and cannot hang it; several GPUs need processes of their own.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if parallel == 1 else "1")
+    one_process = arguments["distributed_executor_backend"] == "uni"
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if one_process else "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Inside a Ray placement group vLLM would choose Ray for its own workers and wait for GPUs that this actor holds.
-    config.engine_args.setdefault("distributed_executor_backend", "uni" if parallel == 1 else "mp")
+    if not _can_compile():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _can_compile() -> bool:
+    """torch.compile hands its include paths to the C++ compiler without quotes: a space in them makes it fail."""
+    return not any(character.isspace() for character in sysconfig.get_path("purelib"))
 
 
 def _device() -> str:

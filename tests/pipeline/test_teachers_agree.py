@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,9 @@ def sequences(folder: Path) -> list[TokenSequence]:
 
 @pytest.fixture(scope="module")
 def vllm_teacher(folder: Path, header: DatasetHeader) -> Teacher:
-    return load_teacher(_config(folder, "vllm", engine_args={"enforce_eager": True}), header)
+    teacher = load_teacher(_config(folder, "vllm", engine_args={"enforce_eager": True}), header)
+    os.environ.pop("LD_PRELOAD", None)  # set by vLLM for its children; the other tests start children too
+    return teacher
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,121 @@
+"""The demo's tokenizer and models: the loss mask, the sizes, and a training run that goes on where it was killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+
+from demo import pretrain
+from demo.models import new_model, parameter_count
+from demo.pretrain import pack
+from demo.settings import MAX_TOKENS, STUDENT, TEACHER, Shape
+from demo.tokenizer import END, SPECIAL_TOKENS, VOCABULARY, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TINY = Shape(width=32, layers=1, heads=1, feed_forward=32, seed=3)
+
+CHAT = [
+    {"role": "user", "content": 'def twice(x):\n    """Both of it."""'},
+    {"role": "assistant", "content": "result = x + x  # \u00fcber\nreturn result"},
+    {"role": "user", "content": "def once(x):"},
+    {"role": "assistant", "content": "    return x"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    texts = [Path(pretrain.__file__).read_text(), Path(__file__).read_text()]
+    return train_tokenizer(texts, vocabulary=600)
+
+
+def test_the_template_marks_exactly_the_assistants_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    runs: list[list[int]] = [[]]
+    for token, learned in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        if learned:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    answers = [message["content"] + END for message in CHAT if message["role"] == "assistant"]
+    assert [tokenizer.decode(run) for run in runs if run] == answers
+
+
+def test_any_text_comes_back_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    for text in ("def f(x):\n\t return  x\n\n\n    # \u00e9\u4e2d\U0001f642\r\n", "__init__ _a1 12345 ...", ""):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_same_text_gives_the_same_tokenizer_and_a_folder_keeps_it(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    texts = [Path(pretrain.__file__).read_text(), Path(__file__).read_text()]
+    again = train_tokenizer(texts, vocabulary=600)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.chat_template == tokenizer.chat_template
+    assert loaded.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3]
+
+
+def test_the_student_is_at_least_four_times_smaller() -> None:
+    teacher, student = (parameter_count(new_model(shape, vocabulary=VOCABULARY)) for shape in (TEACHER, STUDENT))
+    assert teacher >= 4 * student
+
+
+@pytest.mark.parametrize("shape", [TEACHER, STUDENT])
+def test_vllm_can_serve_the_shape(shape: Shape) -> None:
+    config = new_model(shape, vocabulary=VOCABULARY).config
+    assert config.head_dim % 32 == 0
+    assert config.max_position_embeddings > MAX_TOKENS
+
+
+def test_a_seed_gives_the_same_weights() -> None:
+    one, two = (new_model(TINY, vocabulary=64).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_packing_keeps_every_token_but_the_rest_of_the_last_block() -> None:
+    documents = [[document] * (document + 1) for document in range(9)]
+    blocks = pack(documents, block=7, seed=1)
+    assert blocks.shape == (sum(map(len, documents)) // 7, 7)
+    lengths = torch.unique_consecutive(blocks.flatten(), return_counts=True)
+    for document, length in list(zip(*lengths, strict=True))[:-1]:
+        assert length == document + 1
+    assert torch.equal(blocks, pack(documents, block=7, seed=1))
+    assert not torch.equal(blocks, pack(documents, block=7, seed=2))
+
+
+def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(pretrain, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    unbroken = new_model(TINY, vocabulary=64)
+    loss = pretrain.pretrain(unbroken, blocks, checkpoint=tmp_path / "unbroken.pt", label="unbroken")
+
+    class Killed(BaseException):
+        pass
+
+    save = pretrain._save
+
+    def save_and_die(path: Path, model: object, optimizers: list, step: int, losses: list[float]) -> None:
+        save(path, model, optimizers, step, losses)
+        if step == 3:
+            raise Killed
+
+    monkeypatch.setattr(pretrain, "_save", save_and_die)
+    with pytest.raises(Killed):
+        pretrain.pretrain(new_model(TINY, vocabulary=64), blocks, checkpoint=tmp_path / "broken.pt", label="broken")
+    monkeypatch.setattr(pretrain, "_save", save)
+    resumed = new_model(TINY, vocabulary=64)
+    assert pretrain.pretrain(resumed, blocks, checkpoint=tmp_path / "broken.pt", label="resumed") == loss
+    for name, weight in unbroken.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name

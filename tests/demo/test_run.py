@@ -1,0 +1,162 @@
+"""The driver: stages that are done are skipped, what a kill leaves is never taken for done, failures are named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coldstill_config import load_config
+from demo.files import bring_back, new_file, new_folder, put_away, read_json, write_json
+from demo.process import StageFailed, run_stage
+from demo.run import OutputOfAnotherSize, Stage, run_demo
+from demo.settings import FULL, LOSSES, QUICK, Layout
+from demo.stage_configs import capture_config, train_config
+from pipeline.config import CaptureConfig
+from trainer.config import TrainConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_a_killed_stage_leaves_nothing_under_its_final_name(tmp_path: Path, make) -> None:
+    final = tmp_path / "final"
+    program = (
+        "import os, pathlib, signal, sys; from demo.files import new_file, new_folder\n"
+        f"with {make.__name__}(pathlib.Path(sys.argv[1])) as beside:\n"
+        "    (beside / 'half' if beside.is_dir() else beside).write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(final)], cwd=REPOSITORY, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not final.exists()
+    with make(final) as beside:
+        (beside / "whole" if beside.is_dir() else beside).write_text("whole")
+    assert sorted(path.name for path in tmp_path.rglob("*")) in (["final"], ["final", "whole"])
+
+
+def test_a_stage_that_raises_leaves_nothing_under_its_final_name(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "final") as folder:
+            (folder / "half").write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert not (tmp_path / "final").exists()
+
+
+def test_the_teacher_comes_back_after_a_failure_and_after_a_kill(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+
+    def fail() -> None:
+        with put_away(teacher):
+            assert not teacher.exists()
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert teacher.exists()
+    away = put_away(teacher)
+    away.__enter__()
+    assert not teacher.exists()
+    bring_back(teacher)
+    assert teacher.exists()
+    bring_back(teacher)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_a_stage_is_done_when_all_that_it_makes_is_there(tmp_path: Path) -> None:
+    stage = Stage(name="s", heading="h", makes=(tmp_path / "a", tmp_path / "b"), work=lambda: None)
+    (tmp_path / "a").touch()
+    assert not stage.done
+    (tmp_path / "b").touch()
+    assert stage.done
+
+
+def test_an_output_folder_of_another_size_is_refused_and_left_alone(tmp_path: Path) -> None:
+    write_json(Layout(tmp_path).size, QUICK.as_dict())
+    with pytest.raises(OutputOfAnotherSize, match="add --quick"):
+        run_demo(tmp_path, quick=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["size.json"]
+    assert read_json(Layout(tmp_path).size) == QUICK.as_dict()
+
+
+def test_a_failed_command_is_named_with_its_stage_and_last_lines(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    program = "import sys; print('printed'); sys.stderr.write('1%\\r2%\\rthe reason\\n'); sys.exit(3)"
+    with pytest.raises(StageFailed) as failed:
+        run_stage("capture", [sys.executable, "-c", program], log=tmp_path / "logs of it" / "capture.txt")
+    message = str(failed.value)
+    for part in ("stage capture", sys.executable, "exit code 3", "printed", "the reason"):
+        assert part in message
+    assert "the reason" in capfd.readouterr().err
+
+
+def test_a_command_that_ends_well_shows_its_progress_and_keeps_its_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    program = "import sys; print('a table'); sys.stderr.write('50%\\r100%\\n')"
+    run_stage("verify", [sys.executable, "-c", program], log=tmp_path / "verify.txt")
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("", "50%\r100%\n")
+    assert "a table" in (tmp_path / "verify.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent was killed")
+def test_a_killed_demo_takes_its_stage_along(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    inner = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    program = (
+        "import pathlib, sys; from demo.process import run_stage\n"
+        f"run_stage('s', [sys.executable, '-c', {inner!r}], log=pathlib.Path({str(tmp_path / 'log.txt')!r}))"
+    )
+    demo = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY)
+    _wait_for(lambda: mark.exists() and mark.read_text().isdigit())
+    stage = int(mark.read_text())
+    demo.kill()
+    demo.wait()
+    _wait_for(lambda: not _alive(stage))
+
+
+def test_the_written_settings_are_accepted_by_both_halves(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "a folder")
+    for size in (FULL, QUICK):
+        capture = _load(tmp_path, capture_config(layout, size), CaptureConfig)
+        assert capture.teacher.top_k == size.top_k
+        runs = [_load(tmp_path, train_config(layout, size, loss=loss), TrainConfig) for loss in LOSSES]
+        assert [run.loss.name for run in runs] == list(LOSSES)
+        assert len({run.model_dump_json(exclude={"loss", "output"}) for run in runs}) == 1
+
+
+def test_the_driver_imports_nothing_heavy() -> None:
+    program = "import sys, demo.run; print({'torch', 'transformers', 'ray', 'vllm', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def _load(folder: Path, settings: dict, model):
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return load_config(str(path), model=model, overrides=())
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
