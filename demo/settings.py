@@ -50,10 +50,10 @@ class Size:
 
 
 FULL = Size(
-    teacher_tokens=460_000,
-    student_tokens=230_000,
-    distill_rows=2_048,
-    held_out_rows=512,
+    teacher_tokens=360_000,
+    student_tokens=200_000,
+    distill_rows=1_536,
+    held_out_rows=384,
     rows_per_unit=256,
     top_k=256,
     epochs=1.0,
@@ -64,9 +64,9 @@ FULL = Size(
 )
 
 QUICK = Size(
-    teacher_tokens=120_000,
-    student_tokens=60_000,
-    distill_rows=512,
+    teacher_tokens=90_000,
+    student_tokens=45_000,
+    distill_rows=384,
     held_out_rows=128,
     rows_per_unit=128,
     top_k=256,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,31 @@ import pytest
 from tests import making
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+class SmallDisk:
+    """A real file system of its own, so that a test can fill it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def resize(self, size: str) -> None:
+        """Mount it with `size` bytes ("64k"), or give it more room."""
+        mounted = os.path.ismount(self.path)
+        options = f"remount,size={size}" if mounted else f"size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs rights that this user lacks")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk to fill; not mounted before its first `resize`."""
+    path = tmp_path / "small disk"
+    path.mkdir()
+    yield SmallDisk(path)
+    if os.path.ismount(path):
+        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.fixture(scope="session")

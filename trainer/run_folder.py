@@ -12,9 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from storage_schema.errors import ColdstillError, StorageFull
 
 from .errors import CheckpointMismatch
 from .student import TOKENIZER_FILES, tokenizer_folder
@@ -23,6 +27,7 @@ RUN_NAME = "run.json"
 STATE_NAME = "trainer_state.json"
 SUMMARY_NAME = "train_summary.json"
 STUDENT_FOLDER = "student"
+_FULL_BELOW = 1 << 20  # bytes
 _RESUME_ONLY = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", STATE_NAME, "training_args.bin")
 
 
@@ -79,6 +84,24 @@ def finish(output: Path, checkpoint: Checkpoint, *, student: str) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     write_json(output / STATE_NAME, checkpoint.state)
+
+
+@contextmanager
+def full_disk_named(output: Path) -> Iterator[None]:
+    """Raise `StorageFull` for whatever a library raises when the disk of `output` has no room left."""
+    try:
+        yield
+    except ColdstillError:
+        raise
+    except Exception as error:
+        if "No space left" not in str(error) and shutil.disk_usage(output).free >= _FULL_BELOW:
+            raise
+        raise StorageFull(
+            f"{output}: writing a checkpoint",
+            found=str(error).strip().splitlines()[0],
+            wanted="room for two checkpoints and the finished student",
+            fix="free some room and start the same command again: it goes on from the last whole checkpoint",
+        ) from error
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from .data import StreamingRows
 from .distill_trainer import DistillTrainer
 from .errors import NoTargets
 from .losses import build_loss, build_schedule
-from .run_folder import SUMMARY_NAME, Checkpoint, claim, finish, newest_checkpoint, write_json
+from .run_folder import SUMMARY_NAME, Checkpoint, claim, finish, full_disk_named, newest_checkpoint, write_json
 from .step_record import STATE_NAME
 from .student import load_student
 
@@ -45,7 +45,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     """Train the student of `config` on its dataset; `callbacks` are transformers' own, for whoever wants to look on.
 
     Raises the errors of `open_dataset`, of `load_student` and of `build_loss`, and `NoTargets`, `CheckpointMismatch`,
-    `NonFiniteLoss`.
+    `NonFiniteLoss`, `StorageFull`.
     """
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
@@ -63,12 +63,13 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
     checkpoint = newest_checkpoint(output)
-    if checkpoint is None or not checkpoint.finished:
-        trainer = _build(config, dataset, callbacks)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-        checkpoint = newest_checkpoint(output)
-        assert checkpoint is not None
-    finish(output, checkpoint, student=config.student.model)
+    with full_disk_named(output):
+        if checkpoint is None or not checkpoint.finished:
+            trainer = _build(config, dataset, callbacks)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+            checkpoint = newest_checkpoint(output)
+            assert checkpoint is not None
+        finish(output, checkpoint, student=config.student.model)
     summary = _summary(config, dataset.dataset_id, checkpoint)
     write_json(output / SUMMARY_NAME, summary.model_dump())
     return summary

@@ -89,7 +89,7 @@ def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:
         "max_logprobs": config.top_k,
         "logprobs_mode": "raw_logprobs",
         "enable_prefix_caching": False,
-        # Inside a Ray placement group vLLM would choose Ray for its own workers and wait for GPUs that this actor holds.
+        # Inside a Ray placement group vLLM would choose Ray by itself, and wait for the GPUs that this actor holds.
         "distributed_executor_backend": "uni" if parallel == 1 else "mp",
         "enforce_eager": not _can_compile(),
         "seed": 0,

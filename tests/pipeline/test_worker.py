@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import subprocess
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from storage_schema.rows import span_positions
 from storage_schema.store import Store
 from storage_schema.tools.verify import verify
 from tests import making
+from tests.conftest import SmallDisk
 from tests.pipeline.capturing import capture_config, contents, do_units
 
 
@@ -125,29 +125,24 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> 
     assert not Path(config.output).exists()
 
 
-def test_a_full_disk_ends_with_its_name_and_what_was_committed_stays_good(tmp_path: Path) -> None:
-    mount = tmp_path / "small disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(mount)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs rights that this user lacks")
-    try:
-        config = capture_config(tmp_path, output="small disk/dataset")
-        with pytest.raises(StorageFull, match="No space left"):
-            _do(config)
-        store = Store(config.output)
-        done = committed_units(store)
-        assert 0 < len(done) < 5
-        for unit in done:
-            record = read_commit(store, unit)
-            assert contents(config.output)[Path(record.shard.name).name] == record.shard.sha256
-        subprocess.run(["mount", "-o", "remount,size=8m", str(mount)], check=True)
-        unbroken = _do(capture_config(tmp_path, output="unbroken"))
-        resumed = _do(config)
-        seal(unbroken), seal(resumed)
-        assert contents(resumed.url) == contents(unbroken.url)
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
+def test_a_full_disk_ends_with_its_name_and_what_was_committed_stays_good(
+    tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    small_disk.resize("96k")
+    config = capture_config(tmp_path, output="small disk/dataset")
+    with pytest.raises(StorageFull, match="No space left"):
+        _do(config)
+    store = Store(config.output)
+    done = committed_units(store)
+    assert 0 < len(done) < 5
+    for unit in done:
+        record = read_commit(store, unit)
+        assert contents(config.output)[Path(record.shard.name).name] == record.shard.sha256
+    small_disk.resize("8m")
+    unbroken = _do(capture_config(tmp_path, output="unbroken"))
+    resumed = _do(config)
+    seal(unbroken), seal(resumed)
+    assert contents(resumed.url) == contents(unbroken.url)
 
 
 PRELOADED = [

@@ -14,7 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from storage_schema import open_dataset
-from storage_schema.errors import DatasetNotFound, DatasetNotSealed, ShardDamaged, TokenizerMismatch, TokenizerNotFound
+from storage_schema.errors import (
+    DatasetNotFound,
+    DatasetNotSealed,
+    ShardDamaged,
+    StorageFull,
+    TokenizerMismatch,
+    TokenizerNotFound,
+)
 from tests import making
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointMismatch, NoDraws, NoTargets, StudentHeadTooSmall, StudentNotFound
@@ -261,3 +268,17 @@ def test_a_process_killed_with_sigkill_goes_on_to_the_weights_of_an_unbroken_one
     train(config)
     wanted = weights(tmp_path / "unbroken")
     assert all(torch.equal(value, wanted[key]) for key, value in weights(tmp_path / "run").items())
+
+
+def test_a_full_disk_has_its_name_and_the_run_goes_on_once_there_is_room(
+    tiny_dataset, tiny_student, tmp_path, small_disk
+):
+    small_disk.resize("500k")
+    config = make_config(tiny_dataset, tiny_student, small_disk.path / "run")
+    with pytest.raises(StorageFull, match="writing a checkpoint"):
+        train(config)
+    small_disk.resize("64m")
+    train(config)
+    train(make_config(tiny_dataset, tiny_student, tmp_path / "unbroken"))
+    ours, unbroken = weights(small_disk.path / "run"), weights(tmp_path / "unbroken")
+    assert all(torch.equal(ours[key], unbroken[key]) for key in unbroken)
