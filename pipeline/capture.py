@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from storage_schema.commits import committed_units, read_commit
 from storage_schema.manifest import read_manifest, seal
+from storage_schema.plan import Unit
 from storage_schema.store import Store
 
 from .config import CaptureConfig
@@ -45,7 +46,7 @@ def capture(config: CaptureConfig) -> CaptureSummary:
     return _summary(prepared.store, time.monotonic() - started)
 
 
-def _rows(units: list, done: set[int]) -> int:
+def _rows(units: list[Unit], done: set[int]) -> int:
     return sum(unit.rows for unit in units if unit.index in done)
 
 

@@ -86,7 +86,7 @@ class ClusterConfig(Section):
 class CaptureConfig(Section):
     """A whole capture."""
 
-    output: str = Field(description="The dataset's directory: a local path, s3://, gs:// or memory://.")
+    output: str = Field(description="The dataset's directory: a path that all workers see, s3:// or gs://.")
     source: SourceConfig
     teacher: TeacherConfig
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)

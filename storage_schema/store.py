@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import fsspec
 
@@ -63,17 +63,9 @@ class Store:
         """Whether the file is there."""
         return bool(self.fs.exists(self.path(name)))
 
-    def size(self, name: str) -> int:
-        """Bytes of the file; raises `FileNotFoundError`."""
-        return int(self.fs.size(self.path(name)))
-
     def read(self, name: str) -> bytes:
         """The whole file; raises `FileNotFoundError`."""
         return cast(bytes, self.fs.cat_file(self.path(name)))
-
-    def open(self, name: str) -> BinaryIO:
-        """The file, opened for reading; raises `FileNotFoundError`."""
-        return cast(BinaryIO, self.fs.open(self.path(name), "rb"))
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files directly in `folder`; empty where there is none."""

@@ -55,12 +55,8 @@ class Source(ABC):
         return digest.hexdigest()
 
     def first(self) -> SourceRow:
-        """The first row."""
-        return next(self.read(self.plan_head()))
-
-    def plan_head(self) -> Unit:
-        """A unit of the first row alone."""
-        return Unit(0, 0, 0, 1)
+        """The first row, before there is a plan."""
+        return next(self.read(Unit(0, 0, 0, 1)))
 
     def _changed(self, unit: Unit, found: int) -> SourceChanged:
         return SourceChanged(

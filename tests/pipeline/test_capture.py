@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.capture import capture
+from pipeline.errors import UnitFailed
 from storage_schema.commits import committed_units
 from storage_schema.dataset import open_dataset
 from storage_schema.store import Store
@@ -80,35 +82,49 @@ def test_capture_by_vllm_through_ray_is_whole(tmp_path: Path) -> None:
     assert again.dataset_id == summary.dataset_id
 
 
-def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
-    """SIGKILL to a busy actor, twice; another number of workers than in the unbroken run."""
-    import psutil
+def _workers(state: str = "") -> list[psutil.Process]:
+    """Ray's actor processes below this one; Ray writes what they are at into their title."""
+    title = f"ray::_RayWorker{state}"
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
 
-    config = capture_config(tmp_path, rows=300, cluster={"workers": 2})
-    kills = []
 
-    def kill_two() -> None:
-        deadline = time.monotonic() + 120
-        while len(kills) < 2 and time.monotonic() < deadline:
-            busy = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if process.name().startswith("ray::_RayWorker.r") or "_RayWorker.run" in " ".join(process.cmdline())
-            ]
-            if busy:
-                os.kill(busy[0].pid, signal.SIGKILL)
-                kills.append(busy[0].pid)
-                time.sleep(1)
-            time.sleep(0.01)
+@contextmanager
+def _killing(state: str, *, at_most: int) -> Iterator[list[int]]:
+    """SIGKILL to workers in this state, as soon as they are seen, until so many are dead."""
+    killed: list[int] = []
+    over = threading.Event()
 
-    killer = threading.Thread(target=kill_two)
+    def kill() -> None:
+        while len(killed) < at_most and not over.wait(0.01):
+            with suppress(psutil.Error):
+                for worker in _workers(state)[:1]:
+                    worker.kill()
+                    killed.append(worker.pid)
+                    over.wait(1)  # a dead worker is seen for a while
+
+    killer = threading.Thread(target=kill)
     killer.start()
-    summary = capture(config)
-    killer.join()
-    assert kills
+    try:
+        yield killed
+    finally:
+        over.set()
+        killer.join()
+
+
+def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Twice, and with another number of workers than in the unbroken run."""
+    with _killing(".run", at_most=2) as killed:
+        summary = capture(capture_config(tmp_path, rows=300, cluster={"workers": 2}))
+    assert killed
     assert (summary.rows, summary.rejected) == (300, 1)
     unbroken = capture(capture_config(tmp_path, rows=300, output="unbroken"))
     assert unbroken.dataset_id == summary.dataset_id
+
+
+def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(tmp_path: Path) -> None:
+    with _killing("", at_most=100), pytest.raises(UnitFailed, match="a worker's start"):
+        capture(capture_config(tmp_path))
 
 
 def test_a_workers_named_error_reaches_the_user_with_exit_code_1(tmp_path: Path) -> None:
