@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,10 @@ Overrides = Annotated[
 ]
 
 
+class PackagesMissing(ColdstillError):
+    """A command needs packages that are not installed: they are an extra of this distribution."""
+
+
 def _command_with_keys(module: str, model: str) -> type[TyperCommand]:
     """A command whose `--help` also lists every key of its settings; the settings are imported only then."""
 
@@ -51,6 +56,7 @@ def capture(
 
     Start the same command again after any interruption: it does what is missing, and nothing twice.
     """
+    _require("capture", "ray", "torch", "transformers")
     from coldstill_config import load_config
     from pipeline.capture import capture as run_capture
     from pipeline.config import CaptureConfig
@@ -67,6 +73,7 @@ def train(
 ) -> None:
     """Train a student from a dataset. Start the same command again after any interruption: it goes on from the newest
     checkpoint."""
+    _require("train", "accelerate", "torch", "transformers")
     from coldstill_config import load_config
     from trainer.config import TrainConfig
     from trainer.train import train as run_train
@@ -113,6 +120,9 @@ def demo(
     ] = False,
 ) -> None:
     """Show the product on this machine: a teacher under vLLM and Ray, its dataset, three students. About 8 minutes."""
+    _require(
+        "capture-cpu,train,share", "accelerate", "matplotlib", "ray", "tokenizers", "torch", "transformers", "vllm"
+    )
     from demo.run import run_demo
 
     run_demo(output, quick=quick)
@@ -126,6 +136,18 @@ def main() -> None:
         message = f"{type(error).__name__}: {error}"
         Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
+
+
+def _require(extras: str, *packages: str) -> None:
+    """Raise `PackagesMissing` before any work is begun that would only fail later."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise PackagesMissing(
+            "this command's packages",
+            found=f"no {', '.join(missing)}",
+            wanted=f"the extras {extras}",
+            fix=f'pip install "coldstill[{extras}]"',
+        )
 
 
 def _finish(result: dict[str, Any], summary: Path | None, *, title: str) -> None:

@@ -79,3 +79,18 @@ def test_the_base_names_the_error_of_a_folder_that_is_no_dataset(base: Path, tmp
     assert done.returncode == 1
     assert "DatasetNotFound" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["capture", "train"])
+def test_the_base_says_which_extra_a_command_needs(base: Path, command: str) -> None:
+    done = run([base / "coldstill", command, "config.yaml"], cwd=base)
+    assert done.returncode == 1
+    assert "PackagesMissing" in done.stderr
+    assert f'pip install "coldstill[{command}]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_base_lists_a_captures_keys(base: Path) -> None:
+    done = run([base / "coldstill", "capture", "--help"], cwd=base)
+    assert done.returncode == 0, done.stderr
+    assert "teacher.top_k" in done.stdout

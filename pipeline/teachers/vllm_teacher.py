@@ -41,7 +41,15 @@ class VllmTeacher:
                 )
         arguments = _engine_arguments(config)
         _set_environment(arguments)
-        import vllm
+        try:
+            import vllm
+        except ImportError as error:
+            raise TeacherUnusable(
+                "teacher.engine vllm",
+                found=str(error),
+                wanted="vLLM",
+                fix='pip install "coldstill[capture]" (GPU) or "coldstill[capture-cpu]" on each node',
+            ) from error
 
         self._config, self._header, self._vllm = config, header, vllm
         try:
