@@ -50,9 +50,9 @@ class Size:
 
 
 FULL = Size(
-    teacher_tokens=360_000,
-    student_tokens=200_000,
-    distill_rows=1_536,
+    teacher_tokens=300_000,
+    student_tokens=180_000,
+    distill_rows=1_280,
     held_out_rows=384,
     rows_per_unit=256,
     top_k=256,
@@ -64,11 +64,11 @@ FULL = Size(
 )
 
 QUICK = Size(
-    teacher_tokens=90_000,
-    student_tokens=45_000,
-    distill_rows=384,
-    held_out_rows=128,
-    rows_per_unit=128,
+    teacher_tokens=60_000,
+    student_tokens=30_000,
+    distill_rows=256,
+    held_out_rows=96,
+    rows_per_unit=64,
     top_k=256,
     epochs=1.0,
     batch_size=8,
