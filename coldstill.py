@@ -74,9 +74,13 @@ def train(
     """Train a student from a dataset. Start the same command again after any interruption: it goes on from the newest
     checkpoint."""
     _require("train", "accelerate", "torch", "transformers")
+    from transformers.utils import logging
+
     from coldstill_config import load_config
     from trainer.config import TrainConfig
     from trainer.train import train as run_train
+
+    logging.disable_progress_bar()  # those of loading and saving, which would break the bar of the run
 
     result = run_train(load_config(config, model=TrainConfig, overrides=overrides or ()))
     _finish(result.model_dump(), summary, title="train")

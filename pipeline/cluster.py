@@ -8,6 +8,7 @@ are pending and pull nodes in. The one file that imports Ray.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +32,12 @@ it died: both are tried again alone, so that a healthy unit is not blamed for it
 @contextmanager
 def cluster(config: CaptureConfig) -> Iterator[None]:
     """Join the cluster that the settings or RAY_ADDRESS name, or start one on this machine; leave it afterwards."""
+    is_local = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
     ray.init(
         address=config.cluster.address,
-        include_dashboard=False if config.cluster.address is None else None,
-        logging_level=logging.WARNING,
+        include_dashboard=False if is_local else None,
+        # What Ray warns of in a cluster that lives for this capture alone (its token, its dashboard) concerns nobody.
+        logging_level=logging.ERROR if is_local else logging.WARNING,
         log_to_driver=False,
     )
     try:

@@ -94,6 +94,14 @@ def _header(
             wanted="top_k <= token ids <= logit columns",
             fix="choose a smaller teacher.top_k, or the tokenizer that belongs to the model",
         )
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context and teacher.max_length > context:
+        raise TeacherUnusable(
+            "teacher.max_length",
+            found=teacher.max_length,
+            wanted=f"at most {context}, the context of {teacher.model}",
+            fix="lower teacher.max_length",
+        )
     return DatasetHeader(
         teacher=_teacher_facts(teacher, model_config, dtype),
         tokenizer_fingerprint=facts.fingerprint,

@@ -151,13 +151,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def chat_model(folder: Path, *, template: str | None = CHAT_TEMPLATE, seed: int = 0, padding: int = 6) -> Path:
+def chat_model(
+    folder: Path, *, template: str | None = CHAT_TEMPLATE, seed: int = 0, padding: int = 6, context: int = 512
+) -> Path:
     """A random 2-layer Llama whose byte-level tokenizer has a chat template; its head has `padding` rows too many."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tiny_llama(folder, vocabulary=len(tokens) + padding, seed=seed, max_position_embeddings=512)
+    tiny_llama(folder, vocabulary=len(tokens) + padding, seed=seed, max_position_embeddings=context)
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

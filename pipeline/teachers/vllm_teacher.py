@@ -56,7 +56,9 @@ class VllmTeacher:
             self._engine = vllm.LLM(**arguments)
         except (ValueError, OSError) as error:
             raise TeacherUnusable(
-                config.model, found=str(error).strip().splitlines()[-1], wanted="a model that vLLM loads"
+                f"teacher.model {config.model}",
+                found=" ".join(str(error).split())[:600],
+                wanted="a model and engine_args that vLLM takes",
             ) from error
         self._sampling = vllm.SamplingParams(
             prompt_logprobs=config.top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
@@ -92,7 +94,7 @@ def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:
         "model": config.model,
         "revision": config.revision,
         "dtype": config.dtype,
-        # One sampled token is required beside the prompt, so the engine's window is one longer than a row.
+        # vLLM demands room for one sampled token after the prompt.
         "max_model_len": config.max_length + 1,
         "max_logprobs": config.top_k,
         "logprobs_mode": "raw_logprobs",
@@ -113,6 +115,8 @@ def _set_environment(arguments: dict[str, Any]) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # That one token may lie beyond the model's context: it is sampled and thrown away, never read.
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     if not _can_compile():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

@@ -22,16 +22,17 @@ from tests import making
 
 TOLERANCE = 1e-4  # in log-prob; both engines compute in float32
 TOP_K = 16
+CONTEXT = 300  # of the model, and the longest row: vLLM's one sampled token then lies beyond the context
 
 
 def _config(folder: Path, engine: str, **changes: object) -> TeacherConfig:
-    fields = {"model": str(folder), "engine": engine, "top_k": TOP_K, "min_prob": 0.0, "max_length": 300}
+    fields = {"model": str(folder), "engine": engine, "top_k": TOP_K, "min_prob": 0.0, "max_length": CONTEXT}
     return TeacherConfig.model_validate({**fields, "dtype": "float32", **changes})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return making.chat_model(tmp_path_factory.mktemp("teacher"), seed=5, padding=0)
+    return making.chat_model(tmp_path_factory.mktemp("teacher"), seed=5, padding=0, context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,12 @@ def header(folder: Path) -> DatasetHeader:
 
 @pytest.fixture(scope="module")
 def sequences(folder: Path) -> list[TokenSequence]:
-    source = SourceConfig(path="x.jsonl", loss_on="assistant")
-    maker = SequenceMaker(load_tokenizer(_config(folder, "vllm")), source=source, max_length=300)
-    rows = [*making.chat_rows(12), {"text": "def f(x):\n    return x\n" * 12}]
+    source = SourceConfig(path="x.jsonl", loss_on="assistant", over_long="cut")
+    maker = SequenceMaker(load_tokenizer(_config(folder, "vllm")), source=source, max_length=CONTEXT)
+    rows = [*making.chat_rows(12), {"text": "def f(x): return x\n" * 100}]
     made = [maker.make(SourceRow(i, row)) for i, row in enumerate(rows)]  # type: ignore[arg-type]
     assert all(isinstance(sequence, TokenSequence) for sequence in made)
+    assert made[-1].token_ids.size == CONTEXT  # type: ignore[union-attr]
     return made  # type: ignore[return-value]
 
 

@@ -112,6 +112,8 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> 
         prepare(capture_config(tmp_path, teacher={"model": str(tmp_path / "absent")}))
     with pytest.raises(TeacherUnusable, match="top_k"):
         prepare(capture_config(tmp_path, teacher={"top_k": 4000}))
+    with pytest.raises(TeacherUnusable, match=r"at most 512, the context"):
+        prepare(capture_config(tmp_path, teacher={"max_length": 513}))
     template = tmp_path / "plain.jinja"
     template.write_text("{{ messages[0]['content'] }}")
     with pytest.raises(TemplateCannotMark, match="generation"):
