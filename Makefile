@@ -21,12 +21,12 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	pyproject.toml --extra share --extra train --extra dev
 
-.PHONY: help demo test test-slow lint types lock venv clean
+.PHONY: help demo test test-slow lint types bench-quality-by-k lock venv clean
 
 help: ## show this list
-	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
 
-demo: $(INSTALLED) ## the whole way once, on this machine (QUICK=1: a tenth of the size; OUTPUT=DIR: where to)
+demo: $(INSTALLED) ## the whole way once, on this machine (QUICK=1: a fifth of the size; OUTPUT=DIR: where to)
 	$(BIN)/coldstill demo $(if $(filter-out 0,$(QUICK)),--quick) $(if $(OUTPUT),--output "$(OUTPUT)")
 
 test: lint types ## lint, types and all tests but the slow ones
@@ -41,6 +41,9 @@ lint: $(INSTALLED) ## ruff: lint and format
 
 types: $(INSTALLED) ## mypy
 	$(BIN)/mypy
+
+bench-quality-by-k: $(INSTALLED) ## how much of its teacher a cache must keep (DEMO=DIR of a finished demo; QUICK=1)
+	QUICK=$(QUICK) $(BIN)/python -m benchmarks.quality_by_k "$(or $(DEMO),demo_output)"
 
 lock: $(BIN)/uv ## remake requirements/{cpu,gpu}.txt (UPGRADE=1: newest versions)
 	$(UV) cpu $(COMPILE) --extra capture-cpu requirements/cpu.in $(OVERRIDE_cpu) \

@@ -1,0 +1,1 @@
+"""Claims of speed, size and fidelity, each a command: it prints a table with the spread and ends with one JSON line."""
