@@ -12,8 +12,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from .documents import parse_document
 from .errors import CommitDamaged
 from .header import DatasetHeader
 from .rows import CachedRow
@@ -77,12 +78,7 @@ def committed_units(store: Store) -> set[int]:
 def read_commit(store: Store, unit: int) -> CommitRecord:
     """The record of a unit. Raises `CommitDamaged`, or `FileNotFoundError` where the unit is not done."""
     name = commit_name(unit)
-    try:
-        record = CommitRecord.model_validate_json(store.read(name), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise CommitDamaged(f"{name}: {field}", found=repr(first["input"])[:200], wanted=first["msg"]) from None
+    record = parse_document(store.read(name), model=CommitRecord, where=name, error=CommitDamaged)
     if record.unit != unit:
         raise CommitDamaged(f"{name}: unit", found=record.unit, wanted=unit)
     return record

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .documents import parse_document
 from .errors import HeaderMismatch, InvalidHeader, UnsupportedFormat
 
 FORMAT_VERSION = 0
@@ -93,7 +94,7 @@ class DatasetHeader(BaseModel):
         """The header in `data`. Raises `InvalidHeader`, or `UnsupportedFormat` for another format version."""
         if len(data) > MAX_HEADER_BYTES:
             raise InvalidHeader(f"{where}: size", found=f"{len(data)} bytes", wanted=f"at most {MAX_HEADER_BYTES}")
-        version = _format_version(data, where)
+        version = parse_document(data, model=_VersionOnly, where=where, error=InvalidHeader).format_version
         if version != FORMAT_VERSION:
             raise UnsupportedFormat(
                 f"{where}: format_version",
@@ -101,12 +102,7 @@ class DatasetHeader(BaseModel):
                 wanted=FORMAT_VERSION,
                 fix="read it with the release of coldstill that wrote it, or capture it again",
             )
-        try:
-            return cls.model_validate_json(data, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "header"
-            raise InvalidHeader(f"{where}: {field}", found=repr(first["input"])[:200], wanted=first["msg"]) from None
+        return parse_document(data, model=cls, where=where, error=InvalidHeader)
 
     def require_equal(self, other: DatasetHeader, *, where: str, fix: str) -> None:
         """Raise `HeaderMismatch` that names the first field in which `other`, found at `where`, differs."""
@@ -116,13 +112,7 @@ class DatasetHeader(BaseModel):
                 raise HeaderMismatch(f"{where}: {name}", found=theirs[name], wanted=value, fix=fix)
 
 
-def _format_version(data: bytes, where: str) -> object:
-    class VersionOnly(BaseModel):
-        format_version: int
+class _VersionOnly(BaseModel):
+    """Of a header of any version only this is known: more must not be demanded before it is compared."""
 
-    try:
-        return VersionOnly.model_validate_json(data).format_version
-    except ValidationError:
-        raise InvalidHeader(
-            f"{where}: format_version", found=repr(data[:80]), wanted="JSON with a format_version"
-        ) from None
+    format_version: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from .commits import (
     COMMITS_FOLDER,
@@ -19,6 +19,7 @@ from .commits import (
     file_record,
     read_commit,
 )
+from .documents import parse_document
 from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
 from .header import FORMAT_VERSION, HEADER_NAME
 from .plan import PLAN_NAME, plan_from_bytes
@@ -120,14 +121,7 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
         data = store.read(MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         _raise_absent(store)
-    try:
-        manifest = Manifest.model_validate_json(data, strict=False)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise CommitDamaged(
-            f"{MANIFEST_NAME}: {field}", found=repr(first["input"])[:200], wanted=first["msg"]
-        ) from None
+    manifest = parse_document(data, model=Manifest, where=MANIFEST_NAME, error=CommitDamaged)
     for file in (*(shard.file for shard in manifest.shards), *manifest.files):
         store.path(file.name)  # a name that leaves the dataset is refused before anything is opened
     return manifest, dataset_id(data)
