@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from storage_schema.errors import ColdstillError
 
 from .config import CaptureConfig
-from .errors import UnitFailed
+from .errors import ClusterTooSmall, UnitFailed
 from .worker import CaptureWorker, UnitReport
 
 _UNITS_PER_ACTOR = 2
@@ -41,9 +41,25 @@ def cluster(config: CaptureConfig) -> Iterator[None]:
         log_to_driver=False,
     )
     try:
+        if is_local:
+            _require_room(config)
         yield
     finally:
         ray.shutdown()
+
+
+def _require_room(config: CaptureConfig) -> None:
+    """Raise `ClusterTooSmall` where no worker can ever start: this machine will not grow."""
+    resources = ray.cluster_resources()
+    for key, name in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU")):
+        wanted, found = getattr(config.cluster, key), resources.get(name, 0)
+        if wanted > found:
+            raise ClusterTooSmall(
+                f"cluster.{key}",
+                found=f"{found:g} {name}s on this machine",
+                wanted=f"at least {wanted:g}",
+                fix=f"lower cluster.{key}, or join a cluster with cluster.address or RAY_ADDRESS",
+            )
 
 
 def run_units(todo: list[int], config: CaptureConfig) -> Iterator[UnitReport]:
@@ -57,6 +73,9 @@ def run_units(todo: list[int], config: CaptureConfig) -> Iterator[UnitReport]:
     while waiting or suspects or pool.busy:
         pool.fill(waiting, suspects)
         for unit, result in pool.ended():
+            if result is None:
+                deaths[None] = 0  # only starts that fail one after the other tell against the set-up
+                continue
             if isinstance(result, UnitReport):
                 yield result
                 continue
@@ -109,8 +128,9 @@ class _Pool:
             else:
                 return
 
-    def ended(self) -> Iterator[tuple[int | None, UnitReport | Exception]]:
-        """What ended since the last call, waiting a second for the first; `None` stands for a worker's start.
+    def ended(self) -> Iterator[tuple[int | None, UnitReport | Exception | None]]:
+        """What ended since the last call, waiting a second for the first: a unit with its report or error, or, as unit
+        None, a worker's start with None or its error.
 
         A dead actor is replaced, and all that it had comes back with its error.
         """
@@ -121,19 +141,27 @@ class _Pool:
             try:
                 result = ray.get(reference)
             except RayActorError as error:
-                if call.unit is None or self._load.pop(call.actor, None) is not None:
-                    self._start()
+                self._replace(call)
                 yield call.unit, error
             except RayTaskError as error:
                 yield call.unit, error
             else:
-                self._load[call.actor] = self._load.get(call.actor, 0) - call.weight
-                if call.unit is not None:
-                    yield call.unit, UnitReport(*result)
+                if call.unit is None:
+                    self._load[call.actor] = 0
+                elif call.actor in self._load:  # its actor may have died over the next unit by now
+                    self._load[call.actor] -= call.weight
+                yield call.unit, None if call.unit is None else UnitReport(*result)
 
     def _send(self, actor: Any, unit: int, *, weight: int) -> None:
         self._running[actor.run.remote(unit)] = _Call(actor, unit, weight)
         self._load[actor] += weight
+
+    def _replace(self, call: _Call) -> None:
+        """Start another actor for a dead one, once for all the calls that it had."""
+        if call.unit is None or self._load.pop(call.actor, None) is not None:
+            # "Unavailable" may mean alive behind a broken connection; its late commits are harmless, its GPU is not.
+            ray.kill(call.actor)
+            self._start()
 
     def _start(self) -> None:
         actor = _RayWorker.options(**self._options).remote(self._config)  # type: ignore[attr-defined]

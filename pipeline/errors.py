@@ -33,5 +33,9 @@ class TeacherOutputInvalid(ColdstillError):
     """An engine gave something that is not K log-probs for each wanted position."""
 
 
+class ClusterTooSmall(ColdstillError):
+    """A worker asks for more than this machine has: it could never start."""
+
+
 class UnitFailed(ColdstillError):
     """A unit could not be done; all others stay committed."""

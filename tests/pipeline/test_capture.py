@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pipeline.capture import capture
-from pipeline.errors import UnitFailed
+from pipeline.errors import ClusterTooSmall, UnitFailed
 from storage_schema.commits import committed_units
 from storage_schema.dataset import open_dataset
 from storage_schema.store import Store
@@ -125,6 +125,11 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path
 def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(tmp_path: Path) -> None:
     with _killing("", at_most=100), pytest.raises(UnitFailed, match="a worker's start"):
         capture(capture_config(tmp_path))
+
+
+def test_a_worker_that_could_never_start_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ClusterTooSmall, match="gpus_per_worker"):
+        capture(capture_config(tmp_path, cluster={"gpus_per_worker": 64}))
 
 
 def test_a_workers_named_error_reaches_the_user_with_exit_code_1(tmp_path: Path) -> None:
