@@ -38,8 +38,8 @@ class Size:
     held_out_rows: int
     rows_per_unit: int
     top_k: int
-    """K. A teacher this small is flat: 23 % of its mass lies outside its top 256, and the bucket leaves the shape of that
-    free. Measured (benchmarks/quality_by_k.py): at K = 32 forward KL is no better than cross-entropy."""
+    """K. A teacher this small is flat: 23 % of its mass lies outside its top 256, and the bucket leaves the shape of
+    that free. Measured (benchmarks/quality_by_k.py): at K = 32 forward KL is no better than cross-entropy."""
     epochs: float
     batch_size: int
     learning_rate: float
