@@ -19,16 +19,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="""Teach a small model with a big one, without keeping the big one in memory.
-
-    A teacher runs once (`capture`) and leaves a dataset of its next-token distributions; from then on students are
-    trained from that dataset alone (`train`). `demo` shows all of it on this machine, without a network.""",
+    help="Teach a small model with a big one, without keeping the big one in memory.\n\n"
+    "A teacher runs once (`capture`) and leaves a dataset of its next-token distributions; from then on students are "
+    "trained from that dataset alone (`train`). `demo` shows all of it on this machine, without a network.",
 )
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings; the keys are listed below.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings that replace the file's.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace the file's.")]
 
 
 class PackagesMissing(ColdstillError):
@@ -71,8 +68,10 @@ def train(
     overrides: Overrides = None,
     summary: Annotated[Path | None, typer.Option(help="Write the summary as JSON to this file too.")] = None,
 ) -> None:
-    """Train a student from a dataset. Start the same command again after any interruption: it goes on from the newest
-    checkpoint."""
+    """Train a student from a dataset.
+
+    Start the same command again after any interruption: it goes on from the newest checkpoint.
+    """
     _require("train", "accelerate", "torch", "transformers")
     from transformers.utils import logging
 
@@ -91,7 +90,10 @@ def verify(
     root: Annotated[str, typer.Argument(metavar="ROOT", help="The dataset's directory, or a URL that fsspec reaches.")],
     deep: Annotated[bool, typer.Option("--deep", help="Decode every row and check every value too.")] = False,
 ) -> None:
-    """Check that a dataset holds what its manifest says. Exit code 1 and one line per finding where it does not."""
+    """Check that a dataset holds what its manifest says.
+
+    Where it does not: one line per finding, and exit code 1.
+    """
     from storage_schema.dataset import open_dataset
     from storage_schema.tools.verify import verify as run_verify
 
