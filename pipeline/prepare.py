@@ -16,7 +16,7 @@ from storage_schema.errors import ColdstillError
 from storage_schema.header import HEADER_NAME, DatasetHeader, TeacherFacts
 from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
 from storage_schema.store import Store
-from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint
+from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
 
 from .config import CaptureConfig, TeacherConfig
 from .errors import TeacherUnusable
@@ -46,20 +46,22 @@ def prepare(config: CaptureConfig) -> Prepared:
     source = open_source(config.source.path)
     tokenizer = load_tokenizer(config.teacher)
     maker = SequenceMaker(tokenizer, source=config.source, max_length=config.teacher.max_length)
-    if store.exists(PLAN_NAME):
-        units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)
-    else:
-        units = source.plan(config.rows_per_unit)
+    new_plan = None if store.exists(PLAN_NAME) else source.plan(config.rows_per_unit)
     maker.make(source.first())  # a template that cannot mark is refused before anything is started
-    header = _header(config, tokenizer, maker, source.sha256())
+    tokenizer_files = _files_of(tokenizer)
+    facts = fingerprint_bytes(tokenizer_files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
+    header = _header(config, facts, chat_template_sha256=maker.template_sha256, source_sha256=source.sha256())
     if not store.create(HEADER_NAME, header.to_bytes()):
         DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME).require_equal(
             header,
             where="the configuration",
             fix=f"{store.url} was begun with another value: put it back, or choose another output",
         )
-    _keep_tokenizer(store, tokenizer)
-    store.create(PLAN_NAME, plan_to_bytes(units))
+    # Who receives the dataset can read its tokens without the teacher.
+    for name, data in tokenizer_files.items():
+        store.create(f"{TOKENIZER_FOLDER}/{name}", data)
+    if new_plan is not None:
+        store.create(PLAN_NAME, plan_to_bytes(new_plan))
     return Prepared(store, header, plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME))
 
 
@@ -75,7 +77,7 @@ def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBas
 
 
 def _header(
-    config: CaptureConfig, tokenizer: transformers.PreTrainedTokenizerBase, maker: SequenceMaker, source_sha256: str
+    config: CaptureConfig, facts: TokenizerFacts, *, chat_template_sha256: str | None, source_sha256: str
 ) -> DatasetHeader:
     teacher = config.teacher
     try:
@@ -83,9 +85,6 @@ def _header(
     except (ValueError, OSError) as error:
         raise _unusable(teacher, "config.json", error) from None
     text_config = model_config.get_text_config()
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        facts = fingerprint(folder)
     dtype = _dtype_name(teacher, text_config)
     if text_config.vocab_size < facts.token_count or teacher.top_k > facts.token_count:
         raise TeacherUnusable(
@@ -105,7 +104,7 @@ def _header(
     return DatasetHeader(
         teacher=_teacher_facts(teacher, model_config, dtype),
         tokenizer_fingerprint=facts.fingerprint,
-        chat_template_sha256=maker.template_sha256,
+        chat_template_sha256=chat_template_sha256,
         vocab_size=text_config.vocab_size,
         token_count=facts.token_count,
         top_k=teacher.top_k,
@@ -142,14 +141,11 @@ def _dtype_name(teacher: TeacherConfig, text_config: Any) -> str:
     return str(getattr(text_config, "dtype", None) or "float32").removeprefix("torch.")
 
 
-def _keep_tokenizer(store: Store, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Who receives the dataset can read its tokens without the teacher."""
+def _files_of(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The tokenizer's files by name, as transformers saves them."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for name in _TOKENIZER_FILES:
-            path = Path(folder, name)
-            if path.exists():
-                store.create(f"{TOKENIZER_FOLDER}/{name}", path.read_bytes())
+        return {name: Path(folder, name).read_bytes() for name in _TOKENIZER_FILES if Path(folder, name).exists()}
 
 
 def _unusable(teacher: TeacherConfig, what: str, error: Exception) -> ColdstillError:

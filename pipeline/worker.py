@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from storage_schema.commits import CommitRecord, Reject, commit_unit, committed_units, read_commit
+from storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from storage_schema.header import HEADER_NAME, DatasetHeader
 from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
 from storage_schema.rows import CachedRow
@@ -47,7 +47,7 @@ class CaptureWorker:
 
         Raises the named errors of sources, teachers and stores; nothing of the unit is visible then.
         """
-        if index in committed_units(self.store):
+        if self.store.exists(commit_name(index)):
             return _report(read_commit(self.store, index))
         sequences, rejects = self._sequences(self._units[index])
         started = time.monotonic()

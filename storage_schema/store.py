@@ -60,7 +60,8 @@ class Store:
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there."""
+        """Whether the file is there now: another writer may have created it since the last look."""
+        self.fs.invalidate_cache(self.path(name))
         return bool(self.fs.exists(self.path(name)))
 
     def read(self, name: str) -> bytes:
