@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from storage_schema.header import MAX_TOP_K
+from storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
 
 
 class Section(BaseModel):
@@ -52,9 +52,14 @@ class TeacherConfig(Section):
     min_prob: float = Field(
         default=1e-4, ge=0, lt=1, description="Floor: of the top K, ids less probable than this are not kept."
     )
-    draws: int = Field(default=0, ge=0, le=1024, description="D: iid draws from the full softmax at each position.")
+    draws: int = Field(
+        default=0, ge=0, le=MAX_DRAWS, description="D: iid draws from the full softmax at each position."
+    )
+    kept_draws: int = Field(
+        default=32, ge=0, le=MAX_DRAWS, description="The most tail draws kept at a position: the first in draw order."
+    )
     draw_seed: int = Field(default=0, ge=0, lt=1 << 63, description="Key of the generator of the draws.")
-    max_length: int = Field(default=2048, ge=2, description="The most tokens of a row.")
+    max_length: int = Field(default=2048, ge=2, le=MAX_TOKENS, description="The most tokens of a row.")
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of vLLM's LLM class, or of from_pretrained."
     )
@@ -92,5 +97,10 @@ class CaptureConfig(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     rows_per_unit: int = Field(
         default=1024, ge=1, description="Source rows of a unit: one shard, and what a kill can cost at the most."
+    )
+    fidelity: Literal["fine", "coarse", "exact"] = Field(
+        default="fine",
+        description="What storage may cost, as mean KL in nats: fine below 1e-5, coarse below 1e-4 in fewer bytes; "
+        "exact keeps float16 values in rank order.",
     )
     licence: str | None = Field(default=None, description="Under which terms the dataset may be used, for its header.")

@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 
 from storage_schema.errors import ColdstillError
-from storage_schema.header import HEADER_NAME, DatasetHeader, TeacherFacts
+from storage_schema.header import HEADER_NAME, Codec, DatasetHeader, TeacherFacts
 from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
 from storage_schema.store import Store
 from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
@@ -102,6 +102,7 @@ def _header(
             fix="lower teacher.max_length",
         )
     return DatasetHeader(
+        codec=Codec.preset(config.fidelity, top_k=teacher.top_k),
         teacher=_teacher_facts(teacher, model_config, dtype),
         tokenizer_fingerprint=facts.fingerprint,
         chat_template_sha256=chat_template_sha256,
@@ -110,6 +111,7 @@ def _header(
         top_k=teacher.top_k,
         min_prob=teacher.min_prob,
         draws=teacher.draws,
+        kept_draws=min(teacher.draws, teacher.kept_draws),
         draw_seed=teacher.draw_seed,
         tail="derived" if teacher.engine == "vllm" else "exact",
         loss_on=config.source.loss_on,

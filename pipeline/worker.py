@@ -6,6 +6,7 @@ import time
 from typing import NamedTuple
 
 from storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
+from storage_schema.faithfulness import sample_share
 from storage_schema.header import HEADER_NAME, DatasetHeader
 from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
 from storage_schema.rows import CachedRow
@@ -65,7 +66,15 @@ class CaptureWorker:
         ]
         environment = {**self._teacher.environment, "score_seconds": round(seconds, 3)}
         return _report(
-            commit_unit(self.store, index, rows=rows, rejects=rejects, header=self.header, environment=environment)
+            commit_unit(
+                self.store,
+                index,
+                rows=rows,
+                rejects=rejects,
+                header=self.header,
+                environment=environment,
+                faithful_positions=sample_share(index, units=len(self._units)),
+            )
         )
 
     def _sequences(self, unit: Unit) -> tuple[list[TokenSequence], list[Reject]]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .documents import parse_document
 from .errors import CommitDamaged
+from .faithfulness import sample_to_bytes, take_sample
 from .header import DatasetHeader
 from .rows import CachedRow
 from .shard import write_shard
@@ -24,6 +25,8 @@ from .store import Store
 COMMITS_FOLDER = "commits"
 SHARDS_FOLDER = "shards"
 REJECTS_FOLDER = "rejects"
+FAITHFULNESS_FOLDER = "faithfulness"
+"""The units' shares of the sample, until sealing makes one file of them."""
 
 _DIGEST = "^[0-9a-f]{64}$"
 
@@ -59,9 +62,15 @@ class CommitRecord(BaseModel):
     targets: int = Field(ge=0)
     rejected: int = Field(ge=0)
     rejects: FileRecord | None = None
+    faithfulness: FileRecord | None = Field(default=None, description="The unit's share of the faithfulness sample.")
     environment: dict[str, Any] = Field(
         default_factory=dict, description="Engine, versions, hardware; no part of the manifest."
     )
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        """All files that the record names."""
+        return tuple(file for file in (self.shard, self.rejects, self.faithfulness) if file)
 
 
 def commit_name(unit: int) -> str:
@@ -92,33 +101,70 @@ def commit_unit(
     rejects: Sequence[Reject],
     header: DatasetHeader,
     environment: Mapping[str, Any],
+    faithful_positions: int = 0,
 ) -> CommitRecord:
-    """Write the unit's shard and rejects, then its record if there is none yet; the record that won.
+    """Write the unit's shard, rejects and its `faithful_positions` of the faithfulness sample, then its record if there
+    is none yet; the record that won.
 
     Raises `StorageFull`; what was committed before stays good.
     """
-    shard, shard_bytes = _file(SHARDS_FOLDER, unit, "parquet", write_shard(rows, header=header))
-    store.put(shard.name, shard_bytes)
-    rejected: FileRecord | None = None
-    if rejects:
-        rejected, reject_bytes = _file(REJECTS_FOLDER, unit, "jsonl", _reject_lines(rejects))
-        store.put(rejected.name, reject_bytes)
-    record = CommitRecord(
-        unit=unit,
-        shard=shard,
+    sample = take_sample(rows, unit=unit, count=faithful_positions)
+    return commit_files(
+        store,
+        unit,
+        shard=write_shard(rows, header=header),
+        rejects=_reject_lines(rejects) if rejects else None,
+        faithfulness=sample_to_bytes(sample) if sample else None,
         rows=len(rows),
         tokens=sum(row.token_ids.size for row in rows),
         targets=sum(row.targets.positions for row in rows),
         rejected=len(rejects),
-        rejects=rejected,
+        environment=environment,
+    )
+
+
+def commit_files(
+    store: Store,
+    unit: int,
+    *,
+    shard: bytes,
+    rejects: bytes | None = None,
+    faithfulness: bytes | None = None,
+    rows: int,
+    tokens: int,
+    targets: int,
+    rejected: int = 0,
+    environment: Mapping[str, Any],
+) -> CommitRecord:
+    """The same for files that are made already, with the counts of what is in them."""
+    files: dict[str, FileRecord | None] = dict.fromkeys(("shard", "rejects", "faithfulness"))
+    for field, folder, ending, data in (
+        ("shard", SHARDS_FOLDER, "parquet", shard),
+        ("rejects", REJECTS_FOLDER, "jsonl", rejects),
+        ("faithfulness", FAITHFULNESS_FOLDER, "parquet", faithfulness),
+    ):
+        if data is not None:
+            name = f"{folder}/{unit:06d}-{hashlib.sha256(data).hexdigest()[:12]}.{ending}"
+            store.put(name, data)
+            files[field] = file_record(name, data)
+    assert files["shard"] is not None
+    record = CommitRecord(
+        unit=unit,
+        shard=files["shard"],
+        rejects=files["rejects"],
+        faithfulness=files["faithfulness"],
+        rows=rows,
+        tokens=tokens,
+        targets=targets,
+        rejected=rejected,
         environment=dict(environment),
     )
     if store.create(commit_name(unit), (record.model_dump_json(indent=2) + "\n").encode()):
         return record
     winner = read_commit(store, unit)
-    kept = {file.name for file in (winner.shard, winner.rejects) if file}
-    for file in (record.shard, record.rejects):
-        if file and file.name not in kept:
+    kept = {file.name for file in winner.files}
+    for file in record.files:
+        if file.name not in kept:
             store.delete(file.name)
     return winner
 
@@ -126,11 +172,6 @@ def commit_unit(
 def file_record(name: str, data: bytes) -> FileRecord:
     """Size and digest of a file's bytes under its name."""
     return FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _file(folder: str, unit: int, ending: str, data: bytes) -> tuple[FileRecord, bytes]:
-    digest = hashlib.sha256(data).hexdigest()
-    return file_record(f"{folder}/{unit:06d}-{digest[:12]}.{ending}", data), data
 
 
 def _reject_lines(rejects: Sequence[Reject]) -> bytes:

@@ -9,13 +9,19 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import pyarrow as pa
+
+from .codec import RowCodec
 from .commits import SHARDS_FOLDER, FileRecord
 from .errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged, ShardMissing
 from .header import HEADER_NAME, DatasetHeader
 from .manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
 from .rows import CachedRow
-from .shard import read_shard
+from .shard import ShardFile
 from .store import Store
+
+_OPEN_SHARDS = 8
+_COPY_AGAIN = "copy this file again from where the dataset came from"
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -25,15 +31,20 @@ def open_dataset(path: str | Path) -> Dataset:
 
 
 class Dataset:
-    """Rows of a sealed dataset by number, by slice and by shard."""
+    """Rows of a sealed dataset by number, by slice and by shard.
+
+    A single row costs the footer of its shard and one row group, whose page and frame checksums are checked. What reads
+    whole shards (`read_shard`, `rows`) has each verified against the digest in the manifest.
+    """
 
     def __init__(self, store: Store):
         self.store = store
         self.manifest: Manifest
         self.manifest, self.dataset_id = read_manifest(store)
         self.header = DatasetHeader.from_bytes(self._header_bytes(), where=f"{store.url}/{HEADER_NAME}")
+        self.codec = RowCodec(self.header)
         self._first_rows = [0, *itertools.accumulate(shard.rows for shard in self.manifest.shards)]
-        self._cached_shard = lru_cache(maxsize=2)(self.read_shard)
+        self._cached_shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
@@ -45,26 +56,52 @@ class Dataset:
         return self.manifest.rows
 
     def row(self, index: int) -> CachedRow:
-        """Row number `index`; raises `IndexError`."""
+        """Row number `index`; raises `IndexError`, and what `read_shard` raises."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a dataset of {len(self)} rows")
         shard = bisect.bisect_right(self._first_rows, index) - 1
-        return self._cached_shard(shard)[index - self._first_rows[shard]]
+        return self._cached_shard(shard).row(index - self._first_rows[shard])
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[CachedRow]:
-        """Rows `start..stop` in order, shard by shard."""
-        return (self.row(index) for index in range(start, len(self) if stop is None else min(stop, len(self))))
+        """Rows `start..stop` in order, a row group in memory at a time."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        for shard, first in enumerate(self._first_rows[:-1]):
+            if first < stop and self._first_rows[shard + 1] > start:
+                rows = self.shard_file(shard).rows()
+                yield from itertools.islice(rows, max(0, start - first), stop - first)
 
     def read_shard(self, index: int) -> list[CachedRow]:
         """All rows of shard number `index`; its digest is verified first.
 
         Raises `ShardMissing`, `ShardDamaged`, `HeaderMismatch`, `StreamDamaged`, `InvalidRow`.
         """
+        return list(self.shard_file(index).rows())
+
+    def shard_file(self, index: int) -> ShardFile:
+        """Shard number `index`, read whole and verified against its digest; raises as `read_shard`."""
         record = self.shards[index]
-        rows = list(read_shard(self.read_file(record.file), header=self.header, where=record.file.name))
-        if len(rows) != record.rows:
-            raise ShardDamaged(f"{record.file.name}: rows", found=len(rows), wanted=record.rows)
-        return rows
+        data = self.read_file(record.file)
+        return self._counted(
+            record, ShardFile(pa.BufferReader(data), size=len(data), codec=self.codec, where=record.file.name)
+        )
+
+    def _open_shard(self, index: int) -> ShardFile:
+        """The same, with nothing read but its footer."""
+        record = self.shards[index]
+        where = f"{self.store.url}/{record.file.name}"
+        try:
+            source = pa.PythonFile(self.store.open(record.file.name), mode="r")
+            size = source.size()
+        except FileNotFoundError:
+            raise _not_there(ShardMissing, where) from None
+        if size != record.file.bytes:
+            raise ShardDamaged(where, found=f"{size} bytes", wanted=f"{record.file.bytes} bytes", fix=_COPY_AGAIN)
+        return self._counted(record, ShardFile(source, size=size, codec=self.codec, where=record.file.name))
+
+    def _counted(self, record: ShardRecord, file: ShardFile) -> ShardFile:
+        if len(file) != record.rows:
+            raise ShardDamaged(f"{record.file.name}: rows", found=len(file), wanted=record.rows)
+        return file
 
     def read_file(self, file: FileRecord) -> bytes:
         """A file that the manifest names, verified. Raises `FileMissing` or `FileDamaged`; for a shard `ShardMissing`
@@ -75,19 +112,14 @@ class Dataset:
         try:
             data = self.store.read(file.name)
         except FileNotFoundError:
-            raise missing(
-                where,
-                found="no such file",
-                wanted="a file that the manifest names",
-                fix="copy the dataset again: this copy is not whole",
-            ) from None
+            raise _not_there(missing, where) from None
         digest = hashlib.sha256(data).hexdigest()
         if len(data) != file.bytes or digest != file.sha256:
             raise damaged(
                 where,
                 found=f"{len(data)} bytes, sha256 {digest}",
                 wanted=f"{file.bytes} bytes, sha256 {file.sha256}",
-                fix="copy this file again from where the dataset came from",
+                fix=_COPY_AGAIN,
             )
         return data
 
@@ -96,3 +128,12 @@ class Dataset:
             if file.name == HEADER_NAME:
                 return self.read_file(file)
         raise CommitDamaged(f"{self.store.url}/{MANIFEST_NAME}: files", found=f"no {HEADER_NAME}", wanted="the header")
+
+
+def _not_there(error: type[FileMissing], where: str) -> FileMissing:
+    return error(
+        where,
+        found="no such file",
+        wanted="a file that the manifest names",
+        fix="copy the dataset again: this copy is not whole",
+    )

@@ -8,11 +8,16 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import ColdstillError
 
+MAX_DOCUMENT_BYTES = 256 << 20
+"""A manifest of 500,000 shards; everything else is far smaller."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_document(data: bytes, *, model: type[Model], where: str, error: type[ColdstillError]) -> Model:
     """The `model` in `data`, by strict rules. Raises `error` with the first field that breaks one."""
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise error(f"{where}: size", found=f"{len(data)} bytes", wanted=f"at most {MAX_DOCUMENT_BYTES}")
     try:
         return model.model_validate_json(data, strict=True)
     except ValidationError as failure:

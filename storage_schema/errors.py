@@ -21,6 +21,10 @@ class ColdstillError(Exception):
             lines.append(f"  do:     {fix}")
         super().__init__("\n".join(lines))
 
+    def at(self, place: str) -> ColdstillError:
+        """The same error, with the place where it was found before what it says."""
+        return type(self)(f"{place}: {self.what}", found=self.found, wanted=self.wanted, fix=self.fix)
+
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are rebuilt from their positional arguments by default; ours travel between Ray processes whole.
         return _rebuild, (type(self), self.what, self.found, self.wanted, self.fix)
@@ -76,6 +80,10 @@ class FileDamaged(ColdstillError):
 
 class ShardDamaged(FileDamaged):
     """A shard cannot be read, or its size or digest is not the recorded one."""
+
+
+class ShardTooLarge(ColdstillError):
+    """A unit's rows make a shard that is larger than the format allows."""
 
 
 class CommitDamaged(ColdstillError):

@@ -7,20 +7,58 @@ never changes. It holds no time, host or path, so that equal captures have equal
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from .documents import parse_document
 from .errors import HeaderMismatch, InvalidHeader, UnsupportedFormat
 
-FORMAT_VERSION = 0
-"""0: the draft before the format is frozen. Datasets of format 0 are not promised to be read by later releases."""
+FORMAT_VERSION = 1
+"""Every later release reads version 1; the draft before it, version 0, is read by none."""
 
 MAX_TOP_K = 4096
 MAX_VOCAB_SIZE = 1 << 20
+MAX_TOKENS = 1 << 20
+MAX_DRAWS = 1024
+MAX_ID_RANKS = 1 << 16
 MAX_HEADER_BYTES = 1 << 20
 HEADER_NAME = "dataset.json"
+
+_MEAN_KL = {"fine": 1e-5, "coarse": 1e-4, "exact": 1e-6}
+"""Guarantees of the presets; benchmarks/codec.py and tests/storage_schema/test_fidelity.py hold them."""
+
+
+class Codec(BaseModel):
+    """How the kept entries and tails of a row are stored; FORMAT.md says how each is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["grid", "float16"] = Field(
+        description="`grid`: sets of ids and levels of a companded grid; `float16`: ids and halves in rank order."
+    )
+    a: int | None = Field(default=None, ge=0, le=1 << 15, description="Grid: how fine it is where probability is high.")
+    b: int | None = Field(default=None, ge=1, le=1 << 8, description="Grid: no step is longer than 1 / b nats.")
+    fidelity: Literal["fine", "coarse", "exact"] = Field(description="Preset that the parameters were taken from.")
+    mean_kl: float = Field(
+        gt=0, description="Guarantee: mean KL(teacher || stored) over kept ids and tail is below this, nats."
+    )
+
+    @classmethod
+    def preset(cls, fidelity: Literal["fine", "coarse", "exact"], *, top_k: int) -> Codec:
+        """The codec of a fidelity. On a grid whose `a` grows with sqrt(K) the KL does not depend on K."""
+        mean_kl = _MEAN_KL[fidelity]
+        if fidelity == "exact":
+            return cls(name="float16", fidelity=fidelity, mean_kl=mean_kl)
+        scale, b = (96, 8) if fidelity == "fine" else (24, 4)
+        return cls(name="grid", a=round(scale * math.sqrt(top_k)), b=b, fidelity=fidelity, mean_kl=mean_kl)
+
+    @model_validator(mode="after")
+    def _grid_has_parameters(self) -> Codec:
+        if (self.name == "grid") != (self.a is not None) or (self.name == "grid") != (self.b is not None):
+            raise ValueError("codec grid has both parameters a and b, codec float16 none")
+        return self
 
 
 class TeacherFacts(BaseModel):
@@ -42,8 +80,11 @@ class DatasetHeader(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int = FORMAT_VERSION
-    codec: Literal["float16"] = Field(
-        default="float16", description="How the streams of a row are encoded; see FORMAT.md."
+    codec: Codec
+    id_ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        max_length=MAX_ID_RANKS,
+        description="Id rank table: token ids from the most frequent on; those not listed follow in ascending order.",
     )
     teacher: TeacherFacts
     tokenizer_fingerprint: str = Field(pattern="^[0-9a-f]{64}$", description="See storage_schema/tokenizer.py.")
@@ -56,17 +97,35 @@ class DatasetHeader(BaseModel):
     min_prob: float = Field(
         ge=0, lt=1, description="Floor: ids less probable than this are not kept (the first always is)."
     )
-    draws: int = Field(ge=0, le=1024, description="D: iid draws from the full softmax taken at each position.")
+    draws: int = Field(ge=0, le=MAX_DRAWS, description="D: iid draws from the full softmax taken at each position.")
+    kept_draws: int = Field(
+        ge=0, le=MAX_DRAWS, description="The most tail draws kept at a position: the first in draw order."
+    )
+    draw_logprobs: bool = Field(default=False, description="Whether the log-prob of each kept draw is stored too.")
     draw_seed: int = Field(ge=0, lt=1 << 63, description="Key of the generator of the draws.")
     tail: Literal["exact", "derived"] = Field(
         description="`exact`: log tail from the teacher's own masked sum; `derived`: log(max(1 - sum of kept, 1e-6))."
     )
-    mode: Literal["score"] = Field(default="score", description="`score`: the source's own tokens, teacher-forced.")
-    loss_on: Literal["all", "assistant", "last_turn"] = Field(description="Which tokens of a row are targets.")
-    order: Literal["exact"] = Field(
-        default="exact", description="`exact`: a unit is a barrier, equal runs give equal bytes."
+    mode: Literal["score", "generate", "pretrain", "imported"] = Field(
+        default="score",
+        description="`score`: the source's own tokens, teacher-forced; `generate`: the teacher's own answers; "
+        "`pretrain`: raw documents; `imported`: taken over from another tool's dataset.",
     )
-    max_length: int = Field(ge=2, description="The most tokens of a row.")
+    documents: Literal["isolate", "concat"] | None = Field(
+        default=None, description="Of mode `pretrain`: each document a row, or joined to rows of one length."
+    )
+    sampling: dict[str, JsonValue] | None = Field(
+        default=None, description="Of mode `generate`: the sampling parameters of the answers."
+    )
+    loss_on: Literal["all", "assistant", "last_turn", "given"] = Field(
+        description="Which tokens of a row are targets; `given`: as the imported dataset marked them."
+    )
+    order: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="`exact`: a unit is a barrier, equal runs give equal bytes; `fast`: equal rows, values within the "
+        "engine's tolerance.",
+    )
+    max_length: int = Field(ge=2, le=MAX_TOKENS, description="The most tokens of a row.")
     over_long: Literal["reject", "cut"] = Field(description="What happened to rows of more tokens.")
     rows_per_unit: int = Field(ge=1, description="Source rows of one unit of work, one shard.")
     source_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Digest of the source's content.")
@@ -78,6 +137,10 @@ class DatasetHeader(BaseModel):
             raise ValueError(f"token_count {self.token_count} is above vocab_size {self.vocab_size}")
         if self.top_k > self.token_count:
             raise ValueError(f"top_k {self.top_k} is above token_count {self.token_count}")
+        if self.kept_draws > self.draws:
+            raise ValueError(f"kept_draws {self.kept_draws} is above draws {self.draws}")
+        if self.id_ranks and (max(self.id_ranks) >= self.token_count or len(set(self.id_ranks)) < len(self.id_ranks)):
+            raise ValueError(f"id_ranks has an id twice, or one that is not below token_count {self.token_count}")
         return self
 
     def to_bytes(self) -> bytes:

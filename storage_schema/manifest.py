@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .commits import (
     COMMITS_FOLDER,
+    FAITHFULNESS_FOLDER,
     REJECTS_FOLDER,
     SHARDS_FOLDER,
+    CommitRecord,
     FileRecord,
     committed_units,
     file_record,
@@ -21,7 +23,9 @@ from .commits import (
 )
 from .documents import parse_document
 from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
+from .faithfulness import FAITHFULNESS_NAME, sample_from_bytes, sample_to_bytes
 from .header import FORMAT_VERSION, HEADER_NAME
+from .media import MEDIA_FOLDER
 from .plan import PLAN_NAME, plan_from_bytes
 from .store import RUN_FOLDER, Store
 from .tokenizer import TOKENIZER_FOLDER
@@ -53,7 +57,23 @@ class Manifest(BaseModel):
     targets: int = Field(ge=0)
     rejected: int = Field(ge=0)
     shards: tuple[ShardRecord, ...] = Field(description="In the order of their units.")
-    files: tuple[FileRecord, ...] = Field(description="Header, plan, tokenizer and rejects.")
+    files: tuple[FileRecord, ...] = Field(description="Header, plan, tokenizer, rejects, faithfulness sample, media.")
+    derived_from: tuple[str, ...] = Field(
+        default=(), description="Ids of the datasets that this one was made of, by merge, split or subset."
+    )
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Manifest:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"format_version {self.format_version}, this release reads {FORMAT_VERSION}")
+        for name in ("rows", "tokens", "targets", "rejected"):
+            total = sum(getattr(shard, name) for shard in self.shards)
+            if getattr(self, name) != total:
+                raise ValueError(f"{name} {getattr(self, name)}, its shards have {total}")
+        names = [file.name for file in (*(shard.file for shard in self.shards), *self.files)]
+        if len(set(names)) != len(names):
+            raise ValueError("a file is listed twice")
+        return self
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -65,12 +85,13 @@ def dataset_id(manifest_bytes: bytes) -> str:
     return hashlib.sha256(manifest_bytes).hexdigest()
 
 
-def seal(store: Store) -> Manifest:
+def seal(store: Store, *, derived_from: tuple[str, ...] = ()) -> Manifest:
     """Write the manifest of a finished capture and remove what no commit record names; the manifest that is there.
 
     Raises `UnitsMissing` while a planned unit is not committed.
     """
     if store.exists(MANIFEST_NAME):
+        _remove_what_readers_ignore(store)
         return read_manifest(store)[0]
     plan_bytes = _require(store, PLAN_NAME)
     planned = len(plan_from_bytes(plan_bytes, where=PLAN_NAME))
@@ -85,34 +106,55 @@ def seal(store: Store) -> Manifest:
     commits = [read_commit(store, unit) for unit in range(planned)]
     # Two attempts with equal bytes share one shard file, and a racing loser may delete only names of its own: so what a
     # record names is there, and whatever else lies in the folders belongs to nobody.
-    named = {file.name for commit in commits for file in (commit.shard, commit.rejects) if file}
-    for folder in (SHARDS_FOLDER, REJECTS_FOLDER):
+    named = {file.name for commit in commits for file in commit.files}
+    for folder in (SHARDS_FOLDER, REJECTS_FOLDER, FAITHFULNESS_FOLDER):
         for name in store.names(folder):
             if f"{folder}/{name}" not in named:
                 store.delete(f"{folder}/{name}")
-    tokenizer_files = [f"{TOKENIZER_FOLDER}/{name}" for name in store.names(TOKENIZER_FOLDER)]
-    files = [file_record(name, _require(store, name)) for name in (HEADER_NAME, PLAN_NAME, *tokenizer_files)]
+    _join_samples(store, commits)
+    single = (HEADER_NAME, PLAN_NAME, *(name for name in (FAITHFULNESS_NAME,) if store.exists(name)))
+    listed = [f"{folder}/{name}" for folder in (TOKENIZER_FOLDER, MEDIA_FOLDER) for name in store.names(folder)]
     manifest = Manifest(
         rows=sum(commit.rows for commit in commits),
         tokens=sum(commit.tokens for commit in commits),
         targets=sum(commit.targets for commit in commits),
         rejected=sum(commit.rejected for commit in commits),
-        shards=tuple(
-            ShardRecord(
-                unit=commit.unit,
-                file=commit.shard,
-                rows=commit.rows,
-                tokens=commit.tokens,
-                targets=commit.targets,
-                rejected=commit.rejected,
-            )
-            for commit in commits
+        shards=tuple(_shard_record(commit) for commit in commits),
+        files=(
+            *(file_record(name, _require(store, name)) for name in (*single, *listed)),
+            *(commit.rejects for commit in commits if commit.rejects),
         ),
-        files=(*files, *(commit.rejects for commit in commits if commit.rejects)),
+        derived_from=derived_from,
     )
     store.create(MANIFEST_NAME, manifest.to_bytes())
-    store.delete_folder(RUN_FOLDER)
+    _remove_what_readers_ignore(store)
     return read_manifest(store)[0]
+
+
+def _remove_what_readers_ignore(store: Store) -> None:
+    for folder in (RUN_FOLDER, FAITHFULNESS_FOLDER):
+        store.delete_folder(folder)
+
+
+def _join_samples(store: Store, commits: list[CommitRecord]) -> None:
+    """Make one file of the units' shares of the faithfulness sample."""
+    parts = [commit.faithfulness for commit in commits if commit.faithfulness]
+    if parts:
+        joined = [
+            position for part in parts for position in sample_from_bytes(_require(store, part.name), where=part.name)
+        ]
+        store.put(FAITHFULNESS_NAME, sample_to_bytes(joined))
+
+
+def _shard_record(commit: CommitRecord) -> ShardRecord:
+    return ShardRecord(
+        unit=commit.unit,
+        file=commit.shard,
+        rows=commit.rows,
+        tokens=commit.tokens,
+        targets=commit.targets,
+        rejected=commit.rejected,
+    )
 
 
 def read_manifest(store: Store) -> tuple[Manifest, str]:

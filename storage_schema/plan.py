@@ -6,16 +6,22 @@ many workers there are.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .errors import CommitDamaged
+from .small_tables import table_from_bytes, table_to_bytes
 
 PLAN_NAME = "plan.parquet"
-_SCHEMA = pa.schema([("start", pa.int64()), ("first_row", pa.int64()), ("rows", pa.int32())])
+MAX_UNITS = 1_000_000
+_SCHEMA = pa.schema(
+    [
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("first_row", pa.int64(), nullable=False),
+        pa.field("rows", pa.int32(), nullable=False),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -32,21 +38,14 @@ class Unit:
 def plan_to_bytes(units: list[Unit]) -> bytes:
     """The plan as a Parquet file; the row number is the unit's index."""
     columns = {name: [getattr(unit, name) for unit in units] for name in _SCHEMA.names}
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, compression="zstd", store_schema=False)
-    return sink.getvalue()
+    return table_to_bytes(pa.table(columns, schema=_SCHEMA))
 
 
 def plan_from_bytes(data: bytes, *, where: str) -> list[Unit]:
     """The units of a plan. Raises `CommitDamaged`."""
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        columns = [table[name].to_pylist() for name in _SCHEMA.names]
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise CommitDamaged(where, found=f"{type(error).__name__}: {error}", wanted="a plan in Parquet") from None
+    table = table_from_bytes(data, schema=_SCHEMA, max_rows=MAX_UNITS, where=where, error=CommitDamaged)
+    columns = [table[name].to_pylist() for name in _SCHEMA.names]
     units = [Unit(index, *values) for index, values in enumerate(zip(*columns, strict=True))]
-    if any(
-        not isinstance(value, int) or value < 0 for unit in units for value in (unit.start, unit.first_row, unit.rows)
-    ):
-        raise CommitDamaged(where, found="a missing or negative number", wanted="units of whole, non-negative numbers")
+    if any(value < 0 for unit in units for value in (unit.start, unit.first_row, unit.rows)):
+        raise CommitDamaged(where, found="a negative number", wanted="units of non-negative numbers")
     return units

@@ -10,15 +10,16 @@ Nothing is shifted anywhere else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from .errors import InvalidRow, InvalidTargets
+from .media import MediaReference, check_media
 
-LOG_TAIL_FLOOR = -60.0
-"""Log tail of a position whose kept ids hold all the mass: e^-60 is zero for any loss, and finite (0 * -inf is not)."""
+LOG_FLOOR = -60.0
+"""The least log-prob that is stored; -inf becomes this. e^-60 is zero for any loss, and finite (0 * -inf is not)."""
 
 MASS_TOLERANCE = 1e-3
 """How far the mass of kept ids and tail may be from 1 before encoding: float16 log-probs are off by this much."""
@@ -28,12 +29,12 @@ MASS_TOLERANCE = 1e-3
 class TeacherTargets:
     """What the cache knows of the teacher at `N` target positions.
 
-    `ids int32 [N, K]`, `logprobs float32 [N, K]`: the kept ids and the natural log of the full softmax at temperature
-    1, descending. `counts int32 [N]`: how many of the K entries a position keeps (fewer than K under a floor); unused
-    entries repeat the position's first id with log-prob -inf. `log_tail float32 [N]`: log of the mass outside the kept
-    ids, not below `LOG_TAIL_FLOOR`. `label_logprob float32 [N]`: log-prob of the token that really follows.
-    `draw_ids int32 [R]`, `draw_counts int32 [N]`: those of `D` iid draws from the full softmax that fell outside the
-    kept ids, position by position, with multiplicity, in draw order.
+    `ids int32 [N, K]`, `logprobs float32 [N, K]`: the kept ids, a set in no particular order, and the natural log of
+    the full softmax at temperature 1. `counts int32 [N]`: how many of the K entries a position keeps (fewer than K
+    under a floor); unused entries repeat the position's first id with log-prob -inf. `log_tail float32 [N]`: log of the
+    mass outside the kept ids. `label_logprob float32 [N]`: log-prob of the token that really follows. `draw_ids int32
+    [R]`, `draw_counts int32 [N]`: those of `D` iid draws from the full softmax that fell outside the kept ids, position
+    by position, a multiset. `draw_logprobs float32 [R]`: their log-probs, where the dataset keeps them.
     """
 
     ids: np.ndarray
@@ -43,6 +44,20 @@ class TeacherTargets:
     label_logprob: np.ndarray
     draw_ids: np.ndarray
     draw_counts: np.ndarray
+    draw_logprobs: np.ndarray | None = None
+
+    @classmethod
+    def empty(cls, positions: int, top_k: int) -> TeacherTargets:
+        """Arrays for `positions` distributions of `top_k` entries, not filled, without draws."""
+        return cls(
+            ids=np.empty((positions, top_k), np.int32),
+            logprobs=np.empty((positions, top_k), np.float32),
+            counts=np.empty(positions, np.int32),
+            log_tail=np.empty(positions, np.float32),
+            label_logprob=np.empty(positions, np.float32),
+            draw_ids=np.empty(0, np.int32),
+            draw_counts=np.zeros(positions, np.int32),
+        )
 
     @property
     def positions(self) -> int:
@@ -64,6 +79,17 @@ class TeacherTargets:
         """`int64 [N + 1]`: draws of position `i` are `draw_ids[offsets[i]:offsets[i + 1]]`."""
         return np.concatenate(([0], np.cumsum(self.draw_counts, dtype=np.int64)))
 
+    def among_kept(self, token_ids: np.ndarray) -> np.ndarray:
+        """`bool [N]`: whether a position keeps its one of `token_ids [N]`."""
+        # An unused entry repeats an id that is kept: it cannot add a match.
+        return (self.ids == token_ids[:, None]).any(1)
+
+    def by_probability(self) -> TeacherTargets:
+        """The same targets with the entries of each position descending, ties by id."""
+        order = np.lexsort((self.ids, -self.logprobs), axis=1)
+        ids, logprobs = np.take_along_axis(self.ids, order, 1), np.take_along_axis(self.logprobs, order, 1)
+        return replace(self, ids=np.where(self.kept, ids, ids[:, :1]), logprobs=logprobs)
+
     def check(self, *, token_count: int) -> None:
         """Raise `InvalidTargets` unless every position is a distribution over ids below `token_count`."""
         if self.positions == 0:
@@ -79,16 +105,19 @@ class TeacherTargets:
         ordered = np.sort(np.where(kept, self.ids, -1 - np.arange(self.top_k)), axis=1)
         if self.top_k > 1 and (np.diff(ordered, axis=1) == 0).any():
             raise InvalidTargets("ids", found="an id kept twice at one position", wanted="distinct ids")
+        self._check_logprobs(kept)
+        self._check_draws()
+
+    def _check_logprobs(self, kept: np.ndarray) -> None:
         for name, values in (
             ("logprobs", self.logprobs[kept]),
             ("log_tail", self.log_tail),
             ("label_logprob", self.label_logprob),
+            ("draw_logprobs", self.draw_logprobs),
         ):
-            if not np.isfinite(values).all() or values.max() > MASS_TOLERANCE:
-                raise InvalidTargets(
-                    name, found="a value that is not finite or above 0", wanted="finite natural logs <= 0"
-                )
-        mass = np.where(kept, np.exp(self.logprobs, dtype=np.float64), 0.0).sum(1) + np.exp(
+            if values is not None and values.size and not values.max() <= MASS_TOLERANCE:
+                raise InvalidTargets(name, found=f"a value of {values.max()}", wanted="natural logs, at most 0")
+        mass = np.exp(np.where(kept, self.logprobs, -np.inf), dtype=np.float64).sum(1) + np.exp(
             self.log_tail, dtype=np.float64
         )
         worst = int(np.abs(mass - 1).argmax())
@@ -96,12 +125,21 @@ class TeacherTargets:
             raise InvalidTargets(
                 f"mass of position {worst}", found=f"{mass[worst]:.6f}", wanted=f"1 within {MASS_TOLERANCE}"
             )
-        if self.draw_ids.size:
-            owner = np.repeat(np.arange(self.positions), self.draw_counts)
-            if ((self.ids[owner] == self.draw_ids[:, None]) & kept[owner]).any():
-                raise InvalidTargets(
-                    "draw_ids", found="a draw among the kept ids of its position", wanted="tail draws only"
-                )
+
+    def _check_draws(self) -> None:
+        if self.draw_counts.min() < 0 or self.draw_counts.sum(dtype=np.int64) != self.draw_ids.size:
+            raise InvalidTargets(
+                "draw_counts", found=f"{self.draw_counts.sum()} draws", wanted=f"{self.draw_ids.size}, one for each id"
+            )
+        if not self.draw_ids.size:
+            return
+        owner = np.repeat(np.arange(self.positions), self.draw_counts)
+        # Position and id in one integer: a comparison of every draw with all K entries would take R x K bytes.
+        entries = (np.arange(self.positions)[:, None] << 32 | self.ids)[self.kept]
+        if np.isin(owner << 32 | self.draw_ids, entries).any():
+            raise InvalidTargets(
+                "draw_ids", found="a draw among the kept ids of its position", wanted="tail draws only"
+            )
 
     def slice(self, start: int, stop: int) -> TeacherTargets:
         """Positions `start..stop` as targets of their own (views, no copies)."""
@@ -114,6 +152,7 @@ class TeacherTargets:
             label_logprob=self.label_logprob[start:stop],
             draw_ids=self.draw_ids[offsets[start] : offsets[stop]],
             draw_counts=self.draw_counts[start:stop],
+            draw_logprobs=None if self.draw_logprobs is None else self.draw_logprobs[offsets[start] : offsets[stop]],
         )
 
 
@@ -122,7 +161,8 @@ class CachedRow:
     """One sequence and what the teacher thinks of it.
 
     `token_ids int32 [T]`; `target_spans int32 [n, 2]`: ascending, disjoint runs `[start, stop)` of target positions;
-    `targets`: their distributions in that order; `metadata`: free JSON of the source row.
+    `targets`: their distributions in that order; `metadata`: free JSON of the source row; `media`: what stands
+    behind the placeholder tokens of images, one reference for each.
     """
 
     sample_id: str
@@ -130,6 +170,7 @@ class CachedRow:
     target_spans: np.ndarray
     targets: TeacherTargets
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    media: tuple[MediaReference, ...] = ()
 
     @property
     def positions(self) -> np.ndarray:
@@ -141,8 +182,11 @@ class CachedRow:
         """`int32 [N]`: the token that really follows each target position (the alignment law)."""
         return self.token_ids[self.positions + 1]
 
-    def check(self, *, token_count: int) -> None:
-        """Raise `InvalidRow` or `InvalidTargets` unless tokens, spans and targets fit together."""
+    def check(self, *, token_count: int, label_slack: np.ndarray | float = MASS_TOLERANCE) -> None:
+        """Raise `InvalidRow` or `InvalidTargets` unless tokens, spans, targets and media fit together.
+
+        `label_slack`, nats or `[N]`: by how much the log-prob of a label outside the kept ids may pass the log tail.
+        """
         check_sequence(self.sample_id, self.token_ids, self.target_spans, token_count=token_count)
         if self.positions.size != self.targets.positions:
             raise InvalidRow(
@@ -151,6 +195,14 @@ class CachedRow:
                 wanted=f"{self.positions.size}, one per target position",
             )
         self.targets.check(token_count=token_count)
+        above = self.targets.label_logprob - self.targets.log_tail - label_slack
+        if ((above > 0) & ~self.targets.among_kept(self.labels)).any():
+            raise InvalidTargets(
+                f"row {self.sample_id!r}: label_logprob",
+                found=f"{above.max():.4f} nats too much for a label outside the kept ids",
+                wanted="at most the log tail",
+            )
+        check_media(self.sample_id, self.media, tokens=self.token_ids.size)
 
 
 def check_sequence(sample_id: str, token_ids: np.ndarray, target_spans: np.ndarray, *, token_count: int) -> None:

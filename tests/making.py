@@ -8,37 +8,85 @@ from pathlib import Path
 import numpy as np
 
 from storage_schema.commits import commit_unit
-from storage_schema.header import DatasetHeader, TeacherFacts
+from storage_schema.header import Codec, DatasetHeader, TeacherFacts
 from storage_schema.manifest import Manifest, seal
 from storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
-from storage_schema.rows import LOG_TAIL_FLOOR, CachedRow, TeacherTargets, span_positions, spans_from_mask
+from storage_schema.rows import LOG_FLOOR, CachedRow, TeacherTargets, span_positions, spans_from_mask
 from storage_schema.store import Store
 from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint
 
 VOCABULARY = 64
 
 
-def targets_of(probs: np.ndarray, labels: np.ndarray, *, top_k: int, draws: int = 0, seed: int = 0) -> TeacherTargets:
+def targets_of(
+    probs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    top_k: int,
+    min_prob: float = 0.0,
+    draws: int = 0,
+    seed: int = 0,
+    draw_logprobs: bool = False,
+) -> TeacherTargets:
     """The targets of dense teacher distributions `probs float64 [N, V]`, by the plainest code there is."""
     rng = np.random.default_rng(seed)
     positions, vocabulary = probs.shape
     ids = np.argsort(-probs, axis=1, kind="stable")[:, :top_k]
+    counts = np.maximum(1, (np.take_along_axis(probs, ids, 1) >= min_prob).sum(1)).astype(np.int32)
+    kept = np.arange(top_k) < counts[:, None]
     log_tail, draw_ids, draw_counts = [], [], []
     for n in range(positions):
-        tail = [v for v in range(vocabulary) if v not in set(ids[n])]
-        log_tail.append(max(np.log(probs[n, tail].sum()), LOG_TAIL_FLOOR) if tail else LOG_TAIL_FLOOR)
+        tail = [v for v in range(vocabulary) if v not in set(ids[n, : counts[n]])]
+        log_tail.append(max(np.log(probs[n, tail].sum()), LOG_FLOOR) if tail else LOG_FLOOR)
         drawn = rng.choice(vocabulary, size=draws, p=probs[n])
         outside = [v for v in drawn if v in set(tail)]
         draw_ids.extend(outside)
         draw_counts.append(len(outside))
+    owner = np.repeat(np.arange(positions), np.array(draw_counts, int))
     return TeacherTargets(
-        ids=ids.astype(np.int32),
-        logprobs=np.log(np.take_along_axis(probs, ids, 1)).astype(np.float32),
-        counts=np.full(positions, top_k, np.int32),
+        ids=np.where(kept, ids, ids[:, :1]).astype(np.int32),
+        logprobs=np.where(kept, np.log(np.take_along_axis(probs, ids, 1)), -np.inf).astype(np.float32),
+        counts=counts,
         log_tail=np.array(log_tail, np.float32),
         label_logprob=np.log(probs[np.arange(positions), labels]).astype(np.float32),
         draw_ids=np.array(draw_ids, np.int32),
         draw_counts=np.array(draw_counts, np.int32),
+        draw_logprobs=np.log(probs[owner, np.array(draw_ids, int)]).astype(np.float32) if draw_logprobs else None,
+    )
+
+
+def wide_targets(
+    rng: np.random.Generator,
+    counts: np.ndarray,
+    *,
+    vocabulary: int,
+    top_k: int,
+    most_draws: int = 0,
+    sharpness: float = 4.0,
+) -> TeacherTargets:
+    """Targets with `counts [N]` kept entries over a large vocabulary, whose dense distributions are never made."""
+    parts = []
+    for count in counts.tolist():
+        ids = rng.choice(vocabulary, top_k, replace=False)
+        tail = 0.1 if count < vocabulary else 0.0
+        probs = (1 - tail) * random_probs(rng, 1, count, sharpness=sharpness)[0]
+        draws = rng.integers(0, most_draws + 1) if tail else 0
+        outside = rng.integers(0, vocabulary, 4 * draws + 8)
+        outside = outside[~np.isin(outside, ids[:count])][:draws]
+        parts.append((ids, probs, tail, outside))
+    counts = counts.astype(np.int32)
+    kept = np.arange(top_k) < counts[:, None]
+    logprobs = np.full((counts.size, top_k), -np.inf, np.float32)
+    logprobs[kept] = np.log(np.concatenate([probs for _, probs, _, _ in parts]))
+    ids = np.stack([ids for ids, _, _, _ in parts]).astype(np.int32)
+    return TeacherTargets(
+        ids=np.where(kept, ids, ids[:, :1]),
+        logprobs=logprobs,
+        counts=counts,
+        log_tail=np.array([np.log(tail) if tail else LOG_FLOOR for _, _, tail, _ in parts], np.float32),
+        label_logprob=np.full(counts.size, LOG_FLOOR, np.float32),
+        draw_ids=np.concatenate([draws for _, _, _, draws in parts]).astype(np.int32),
+        draw_counts=np.array([draws.size for _, _, _, draws in parts], np.int32),
     )
 
 
@@ -89,6 +137,8 @@ def tiny_header(tokenizer: Path, *, top_k: int = 8, draws: int = 4, **changes: o
         "top_k": top_k,
         "min_prob": 0.0,
         "draws": draws,
+        "kept_draws": draws,
+        "codec": Codec.preset("fine", top_k=top_k),
         "draw_seed": 0,
         "tail": "exact",
         "loss_on": "assistant",

@@ -126,3 +126,19 @@ def taid_course(
         previous = loss
         course.append(t)
     return course
+
+
+def storage_kl(exact: object, stored: object) -> list[float]:
+    """KL(exact || stored) of each position in nats, over the kept ids and the tail, by plain Python in float64."""
+    values = []
+    for n in range(len(exact.counts)):  # type: ignore[attr-defined]
+        sides = []
+        for targets in (exact, stored):
+            count = int(targets.counts[n])  # type: ignore[attr-defined]
+            logs = {int(targets.ids[n, k]): float(targets.logprobs[n, k]) for k in range(count)}  # type: ignore[attr-defined]
+            logs[-1] = float(targets.log_tail[n])  # type: ignore[attr-defined]
+            total = math.log(sum(math.exp(value) for value in logs.values()))
+            sides.append({key: value - total for key, value in logs.items()})
+        mine, theirs = sides
+        values.append(sum(math.exp(value) * (value - theirs[key]) for key, value in mine.items() if value > -600))
+    return values

@@ -68,5 +68,6 @@ class TransformersTeacher:
             uniforms,
             top_k=self._config.top_k,
             min_prob=self._config.min_prob,
+            kept_draws=self._header.kept_draws,
             token_count=self._header.token_count,
         )

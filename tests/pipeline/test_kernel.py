@@ -8,7 +8,7 @@ import torch
 
 from pipeline.teachers.kernel import summarise
 from pipeline.teachers.uniforms import draw_uniforms
-from storage_schema.rows import LOG_TAIL_FLOOR, TeacherTargets
+from storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 
 def _logits(positions: int, vocabulary: int, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -28,7 +28,9 @@ def test_targets_are_those_of_plain_float64_formulas(
 ) -> None:
     logits = _logits(9, vocabulary + padding)
     labels = torch.arange(9) % vocabulary
-    targets = summarise(logits, labels, _no_draws(9), top_k=top_k, min_prob=min_prob, token_count=vocabulary)
+    targets = summarise(
+        logits, labels, _no_draws(9), top_k=top_k, min_prob=min_prob, kept_draws=1024, token_count=vocabulary
+    )
     targets.check(token_count=vocabulary)
     for n in range(9):
         z = logits[n, :vocabulary].double().numpy()
@@ -38,31 +40,37 @@ def test_targets_are_those_of_plain_float64_formulas(
         assert targets.ids[n, : targets.counts[n]].tolist() == kept
         np.testing.assert_allclose(targets.logprobs[n, : len(kept)], np.log(p[kept]), atol=2e-6)
         tail = sum(p[v] for v in range(vocabulary) if v not in kept)
-        np.testing.assert_allclose(targets.log_tail[n], max(np.log(tail), LOG_TAIL_FLOOR), atol=2e-6)
+        np.testing.assert_allclose(targets.log_tail[n], max(np.log(tail), LOG_FLOOR), atol=2e-6)
         np.testing.assert_allclose(targets.label_logprob[n], np.log(p[int(labels[n])]), atol=2e-6)
 
 
 def test_the_tail_is_exact_where_one_minus_the_rest_is_noise() -> None:
     logits = torch.zeros(1, 100)
     logits[0, 0] = 40.0
-    targets = summarise(logits, torch.tensor([0]), _no_draws(1), top_k=1, min_prob=0, token_count=100)
+    targets = summarise(logits, torch.tensor([0]), _no_draws(1), top_k=1, min_prob=0, kept_draws=1024, token_count=100)
     np.testing.assert_allclose(targets.log_tail[0], np.log(99) - 40, atol=1e-5)
 
 
 def test_k_equal_to_v_leaves_no_tail() -> None:
-    targets = summarise(_logits(4, 8), torch.zeros(4).long(), np.zeros((4, 3)), top_k=8, min_prob=0, token_count=8)
-    assert (targets.log_tail == LOG_TAIL_FLOOR).all()
+    targets = summarise(
+        _logits(4, 8), torch.zeros(4).long(), np.zeros((4, 3)), top_k=8, min_prob=0, kept_draws=1024, token_count=8
+    )
+    assert (targets.log_tail == LOG_FLOOR).all()
     assert targets.draw_ids.size == 0
 
 
 def test_ties_are_kept_by_id() -> None:
-    targets = summarise(torch.zeros(2, 50), torch.zeros(2).long(), _no_draws(2), top_k=5, min_prob=0, token_count=50)
+    targets = summarise(
+        torch.zeros(2, 50), torch.zeros(2).long(), _no_draws(2), top_k=5, min_prob=0, kept_draws=1024, token_count=50
+    )
     assert (np.diff(targets.ids, axis=1) > 0).all()
 
 
 def test_low_precision_logits_give_whole_distributions() -> None:
     logits = _logits(16, 3000).bfloat16()
-    targets = summarise(logits, torch.zeros(16).long(), _no_draws(16), top_k=32, min_prob=1e-4, token_count=3000)
+    targets = summarise(
+        logits, torch.zeros(16).long(), _no_draws(16), top_k=32, min_prob=1e-4, kept_draws=1024, token_count=3000
+    )
     mass = np.where(targets.kept, np.exp(targets.logprobs.astype(np.float64)), 0).sum(1) + np.exp(targets.log_tail)
     np.testing.assert_allclose(mass, 1, atol=1e-6)
 

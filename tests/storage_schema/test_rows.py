@@ -64,7 +64,7 @@ def test_a_row_that_obeys_every_law_is_accepted() -> None:
         ("logprobs", (0, 0), -20.0, "mass of position 0"),
         ("counts", 0, 0, "counts"),
         ("counts", 0, 99, "counts"),
-        ("log_tail", 0, -np.inf, "log_tail"),
+        ("log_tail", 0, -np.inf, "mass of position 0"),
         ("label_logprob", 0, np.inf, "label_logprob"),
         ("draw_ids", 0, making.VOCABULARY, "draw_ids"),
     ],

@@ -1,0 +1,5 @@
+"""How the targets of a row become bytes: named streams, one zstd frame each."""
+
+from .row_codec import MAX_ENTRIES, STREAMS, RowCodec
+
+__all__ = ["MAX_ENTRIES", "STREAMS", "RowCodec"]

@@ -1,0 +1,85 @@
+"""The tail draws of a row as byte streams, and back (FORMAT.md, "Draws").
+
+Shape letters: `N` target positions of the row, `D` draws, `R` kept draws of all positions.
+
+Draws are a multiset: of each position the ranks in ascending order, each as its distance to the one before; a repeat is
+distance 0. That costs less than a stream of multiplicities.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from storage_schema.errors import StreamDamaged
+from storage_schema.header import DatasetHeader
+from storage_schema.rows import LOG_FLOOR, TeacherTargets
+
+from .frames import Frames
+from .kept import id_width, open_halves
+from .octets import ESCAPE, from_planes, half_planes, to_escapes, to_planes
+from .ranks import Ranks
+
+_MAX_DRAWS = 1 << 24
+
+
+class Draws(NamedTuple):
+    """`ids int32 [R]`, `counts int32 [N]`, `logprobs float32 [R]` or none."""
+
+    ids: np.ndarray
+    counts: np.ndarray
+    logprobs: np.ndarray | None
+
+
+class DrawStreams:
+    """The draws of one dataset's rows."""
+
+    def __init__(self, header: DatasetHeader, ranks: Ranks):
+        self._ranks = ranks
+        self._kept_draws = header.kept_draws
+        self._has_logprobs = header.draw_logprobs
+        self._token_count = header.token_count
+        self._id_width = id_width(header.token_count)
+        self._count_width = 1 if header.kept_draws <= 255 else 2
+
+    def encode(self, targets: TeacherTargets) -> dict[str, np.ndarray]:
+        """The streams; none at all where no position has a draw."""
+        if not targets.draw_ids.size:
+            return {}
+        ranks = self._ranks.of(targets.draw_ids).astype(np.int64)
+        owner = np.repeat(np.arange(targets.positions), targets.draw_counts)
+        order = np.lexsort((ranks, owner))
+        ranks = ranks[order]
+        starts = (np.cumsum(targets.draw_counts) - targets.draw_counts)[targets.draw_counts > 0]
+        deltas = np.diff(ranks, prepend=0)
+        deltas[starts] = ranks[starts]
+        ids, escapes = to_escapes(deltas, self._id_width)
+        streams = {
+            "draw_counts": to_planes(targets.draw_counts, self._count_width),
+            "draw_ids": ids,
+            "draw_id_escapes": escapes,
+        }
+        if self._has_logprobs:
+            assert targets.draw_logprobs is not None
+            streams["draw_logprobs"] = half_planes(np.maximum(targets.draw_logprobs[order], LOG_FLOOR))
+        return streams
+
+    def decode(self, frames: Frames, positions: int) -> Draws:
+        """Draws of a row, of each position in ascending order of rank. Raises `StreamDamaged`."""
+        counts = np.zeros(positions, np.int32)
+        if frames.has("draw_counts"):
+            raw = frames.open("draw_counts", self._count_width * positions)
+            counts = frames.bounded("draw_counts", from_planes(raw, self._count_width), low=0, high=self._kept_draws)
+        total = int(counts.sum(dtype=np.int64))
+        if total > _MAX_DRAWS:
+            raise StreamDamaged("stream draw_counts", found=f"{total} draws", wanted=f"at most {_MAX_DRAWS}")
+        short = frames.open("draw_ids", total)
+        deltas = short.astype(np.int64)
+        escaped = np.flatnonzero(short == ESCAPE)
+        deltas[escaped] += from_planes(frames.open("draw_id_escapes", self._id_width * escaped.size), self._id_width)
+        sums = np.cumsum(deltas)
+        before = np.concatenate(([0], sums))[np.cumsum(counts) - counts]
+        ranks = frames.bounded("draw_ids", sums - np.repeat(before, counts), low=0, high=self._token_count - 1)
+        logprobs = open_halves(frames, "draw_logprobs", total if self._has_logprobs else 0)
+        return Draws(self._ranks.ids(ranks).astype(np.int32), counts, logprobs if self._has_logprobs else None)

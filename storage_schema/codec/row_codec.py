@@ -1,0 +1,130 @@
+"""The targets of one row as named byte streams, one zstd frame each, and back (FORMAT.md, "Streams").
+
+In: `TeacherTargets` of a row and its labels. Out: `{stream name: frame}`; an empty stream is an empty value.
+Shape letters: `N` target positions of the row, `K` teacher top-k, `R` kept draws of all positions.
+
+Decoding subtracts the log of a position's total mass from its values: a decoded position sums to 1, tail included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from storage_schema.errors import StreamDamaged
+from storage_schema.header import DatasetHeader
+from storage_schema.rows import LOG_FLOOR, TeacherTargets
+
+from .draws import DrawStreams
+from .frames import Frames, compress
+from .kept import Float16Kept, GridKept, open_halves
+from .octets import from_planes, half_planes, to_planes
+from .ranks import Ranks
+
+STREAMS = (
+    "counts",
+    "ids",
+    "id_escapes",
+    "logprobs",
+    "logprob_escapes",
+    "last_levels",
+    "log_tail",
+    "label_logprob",
+    "draw_counts",
+    "draw_ids",
+    "draw_id_escapes",
+    "draw_logprobs",
+)
+"""Order and names of the streams; each is a column of a shard."""
+
+MAX_ENTRIES = 1 << 24
+"""The most entries (positions times K, or kept draws) of one row: 128 MiB of ids and log-probs when decoded."""
+
+
+class RowCodec:
+    """Encodes and decodes the rows of one dataset; made once per header, used by any number of threads."""
+
+    def __init__(self, header: DatasetHeader):
+        self.header = header
+        ranks = Ranks(header.id_ranks, token_count=header.token_count)
+        self._kept = GridKept(header, ranks) if header.codec.name == "grid" else Float16Kept(header)
+        self._draws = DrawStreams(header, ranks)
+        self._count_width = 1 if header.top_k <= 255 else 2
+
+    def encode(self, targets: TeacherTargets, *, labels: np.ndarray) -> dict[str, bytes]:
+        """Frames of one row. `labels int32 [N]` are the tokens that really follow; their log-prob is stored only where
+        a position does not keep the label."""
+        empty = np.empty(0, np.uint8)
+        all_full = bool((targets.counts == self.header.top_k).all())
+        outside = ~targets.among_kept(labels)
+        streams = {
+            **dict.fromkeys(STREAMS, empty),
+            "counts": empty if all_full else to_planes(targets.counts, self._count_width),
+            **self._kept.encode(targets),
+            "label_logprob": half_planes(np.maximum(targets.label_logprob[outside], LOG_FLOOR)),
+            **self._draws.encode(targets),
+        }
+        return compress(streams)
+
+    def decode(
+        self, frames: Mapping[str, object], *, labels: np.ndarray, out: TeacherTargets | None = None
+    ) -> TeacherTargets:
+        """Targets of one row from its frames (anything with the buffer protocol).
+
+        `out`: targets whose arrays `[N, K]` and `[N]` are filled and returned instead of new ones, for instance slices
+        of a batch; draws are new in any case. Raises `StreamDamaged`; no frame is opened before its declared size is
+        the one that the row's own counts demand, and nothing above `MAX_ENTRIES` entries is begun.
+        """
+        positions, width = labels.size, self.header.top_k
+        if positions * width > MAX_ENTRIES:
+            raise StreamDamaged(
+                "row", found=f"{positions} positions of {width} entries", wanted=f"at most {MAX_ENTRIES}"
+            )
+        source = Frames(frames)
+        filled = TeacherTargets.empty(positions, width) if out is None else out
+        counts = self._counts(source, positions)
+        filled.counts[:] = width if counts is None else counts
+        mass = self._kept.decode(source, counts, ids=filled.ids, logprobs=filled.logprobs, log_tail=filled.log_tail)
+        draws = self._draws.decode(source, positions)
+
+        log_mass = np.log(mass).astype(np.float32)
+        np.subtract(filled.logprobs, log_mass[:, None], out=filled.logprobs)
+        np.minimum(filled.logprobs, 0, out=filled.logprobs)
+        np.clip(filled.log_tail - log_mass, LOG_FLOOR, 0, out=filled.log_tail)
+        self._labels(source, filled, labels, log_mass)
+        return TeacherTargets(
+            ids=filled.ids,
+            logprobs=filled.logprobs,
+            counts=filled.counts,
+            log_tail=filled.log_tail,
+            label_logprob=filled.label_logprob,
+            draw_ids=draws.ids,
+            draw_counts=draws.counts,
+            draw_logprobs=draws.logprobs,
+        )
+
+    def label_slack(self, log_tail: np.ndarray) -> np.ndarray:
+        """`[N]` nats by which the label log-prob of a decoded position may pass its log tail: one step of either."""
+        halves = 2.0**-10 * (1 - log_tail)
+        return halves + (self._kept.grid.step(log_tail) if isinstance(self._kept, GridKept) else halves)
+
+    def _counts(self, source: Frames, positions: int) -> np.ndarray | None:
+        """`int32 [N]`, or none where every position keeps K."""
+        if not source.has("counts"):
+            return None
+        raw = source.open("counts", self._count_width * positions)
+        return source.bounded("counts", from_planes(raw, self._count_width), low=1, high=self.header.top_k)
+
+    def _labels(self, source: Frames, filled: TeacherTargets, labels: np.ndarray, log_mass: np.ndarray) -> None:
+        """Fill `label_logprob`: from the kept entries where the label is among them, else from its stream."""
+        if not labels.size:
+            source.open("label_logprob", 0)
+            return
+        at_label = filled.ids == labels[:, None]
+        column = at_label.argmax(1)
+        rows = np.arange(labels.size)
+        filled.label_logprob[:] = filled.logprobs[rows, column]
+        outside = np.flatnonzero(~at_label[rows, column])
+        stored = open_halves(source, "label_logprob", outside.size)
+        filled.label_logprob[outside] = np.clip(stored - log_mass[outside], LOG_FLOOR, 0)

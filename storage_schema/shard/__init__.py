@@ -1,0 +1,8 @@
+"""One shard: a Parquet file with the rows of one unit."""
+
+from .columns import PLAIN_COLUMNS, SCHEMA
+from .footer import MAX_SHARD_BYTES
+from .reader import ShardFile, read_shard
+from .writer import copy_shard, write_shard
+
+__all__ = ["MAX_SHARD_BYTES", "PLAIN_COLUMNS", "SCHEMA", "ShardFile", "copy_shard", "read_shard", "write_shard"]

@@ -1,0 +1,87 @@
+"""A shard's rows: all of them from its bytes, or one by number from a seekable file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pyarrow as pa
+
+from storage_schema.codec import RowCodec
+from storage_schema.errors import ColdstillError, ShardDamaged
+from storage_schema.header import DatasetHeader
+from storage_schema.rows import CachedRow
+
+from .columns import from_batch
+from .footer import footer_header, open_parquet
+from .pages import check_pages
+
+_CACHED_GROUPS = 2
+
+
+class ShardFile:
+    """An open shard. Its footer is checked at once, a row group when it is read, a row when it is decoded.
+
+    Raises `ShardDamaged` and, where `codec` is that of another dataset, `HeaderMismatch`.
+    """
+
+    def __init__(self, source: pa.NativeFile, *, size: int, codec: RowCodec | None, where: str):
+        self._source, self._where = source, where
+        self._file = open_parquet(source, size=size, where=where)
+        self.header: DatasetHeader = footer_header(self._file, where=where)
+        if codec is not None:
+            codec.header.require_equal(
+                self.header, where=f"{where}: footer", fix="this shard belongs to another dataset"
+            )
+        self._codec = codec or RowCodec(self.header)
+        metadata = self._file.metadata
+        self.group_rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+        self._cached_batch = lru_cache(maxsize=_CACHED_GROUPS)(self.batch)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return sum(self.group_rows)
+
+    def batch(self, group: int) -> pa.RecordBatch:
+        """A row group as it is stored, frames unopened. Raises `ShardDamaged`."""
+        at = f"{self._where}: row group {group}"
+        metadata = self._file.metadata.row_group(group)
+        check_pages(self._source, metadata, where=at)
+        try:
+            table = self._file.read_row_group(group)
+            table.validate()
+            batches = table.combine_chunks().to_batches()
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            raise ShardDamaged(at, found=f"{type(error).__name__}: {error}"[:300], wanted="whole pages") from None
+        if len(batches) != 1 or batches[0].num_rows != metadata.num_rows:
+            raise ShardDamaged(at, found=f"{table.num_rows} rows", wanted=metadata.num_rows)
+        return batches[0]
+
+    def row(self, index: int) -> CachedRow:
+        """Row number `index`: one row group is read, one row is decoded."""
+        first = 0
+        for group, rows in enumerate(self.group_rows):
+            if index < first + rows:
+                return self._row(self._cached_batch(group), index - first, index)
+            first += rows
+        raise IndexError(f"row {index} of a shard of {first} rows")
+
+    def rows(self) -> Iterator[CachedRow]:
+        """All rows, a row group at a time."""
+        number = 0
+        for group in range(len(self.group_rows)):
+            batch = self.batch(group)
+            for index in range(batch.num_rows):
+                yield self._row(batch, index, number)
+                number += 1
+
+    def _row(self, batch: pa.RecordBatch, index: int, number: int) -> CachedRow:
+        try:
+            return from_batch(batch, index, self._codec)
+        except ColdstillError as error:
+            raise error.at(f"{self._where}, row {number}") from None
+
+
+def read_shard(data: bytes, *, header: DatasetHeader, where: str) -> Iterator[CachedRow]:
+    """Rows of a shard given as bytes. Raises `ShardDamaged`, `HeaderMismatch`, `StreamDamaged`, `InvalidRow`."""
+    return ShardFile(pa.BufferReader(data), size=len(data), codec=RowCodec(header), where=where).rows()
