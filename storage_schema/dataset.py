@@ -55,6 +55,10 @@ class Dataset:
         """Rows."""
         return self.manifest.rows
 
+    def first_row(self, shard: int) -> int:
+        """Number of the first row of shard number `shard`."""
+        return self._first_rows[shard]
+
     def row(self, index: int) -> CachedRow:
         """Row number `index`; raises `IndexError`, and what `read_shard` raises."""
         if not 0 <= index < len(self):

@@ -91,7 +91,7 @@ class RowCodec:
         log_mass = np.log(mass).astype(np.float32)
         np.subtract(filled.logprobs, log_mass[:, None], out=filled.logprobs)
         np.minimum(filled.logprobs, 0, out=filled.logprobs)
-        np.clip(filled.log_tail - log_mass, LOG_FLOOR, 0, out=filled.log_tail)
+        np.minimum(filled.log_tail - log_mass, 0, out=filled.log_tail)
         self._labels(source, filled, labels, log_mass)
         return TeacherTargets(
             ids=filled.ids,
@@ -127,4 +127,4 @@ class RowCodec:
         filled.label_logprob[:] = filled.logprobs[rows, column]
         outside = np.flatnonzero(~at_label[rows, column])
         stored = open_halves(source, "label_logprob", outside.size)
-        filled.label_logprob[outside] = np.clip(stored - log_mass[outside], LOG_FLOOR, 0)
+        filled.label_logprob[outside] = np.minimum(stored - log_mass[outside], 0)

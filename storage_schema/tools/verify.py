@@ -1,12 +1,13 @@
 """`coldstill verify`: does a dataset hold what it says? A path in, findings out; no finding means that it does.
 
-Always: every file that the manifest names is there with its size and digest, and the tokenizer inside is the header's.
-Deep: every row is decoded too, and every decoded value obeys the laws of `rows.py`.
+Always: every file that the manifest names is there with its size and digest, the tokenizer inside is the header's, the
+plan is that of the shards. Deep: every row is decoded too, and every decoded value obeys the laws of `rows.py`; media
+and the faithfulness sample belong to the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,20 @@ from tqdm import tqdm
 
 from storage_schema.commits import FileRecord
 from storage_schema.dataset import Dataset, open_dataset
-from storage_schema.errors import ColdstillError, ShardDamaged, TokenizerMismatch
+from storage_schema.errors import (
+    ColdstillError,
+    CommitDamaged,
+    FileDamaged,
+    FileMissing,
+    ShardDamaged,
+    TokenizerMismatch,
+)
+from storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes, storage_kl
+from storage_schema.plan import PLAN_NAME, plan_from_bytes
+from storage_schema.rows import CachedRow
 from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+
+_FINDINGS_PER_SHARD = 20
 
 
 class Finding(NamedTuple):
@@ -28,39 +41,93 @@ class Finding(NamedTuple):
 
 
 def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> list[Finding]:
-    """All findings. Raises `DatasetNotFound` or `DatasetNotSealed` where there is nothing to check."""
+    """All findings, at most 20 of one shard. Raises `DatasetNotFound` or `DatasetNotSealed` where there is nothing to
+    check, and `CommitDamaged` or `InvalidHeader` where nothing can be."""
     dataset = open_dataset(root)
-    checks: list[tuple[str, Callable[[], object]]] = []
-    for file in dataset.manifest.files:
-        is_tokenizer = file.name == f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
-        checks.append((file.name, partial(_check_tokenizer if is_tokenizer else Dataset.read_file, dataset, file)))
-    for index, shard in enumerate(dataset.shards):
-        if deep:
-            checks.append((shard.file.name, partial(_check_rows, dataset, index)))
-        else:
-            checks.append((shard.file.name, partial(dataset.read_file, shard.file)))
+    checks: list[tuple[FileRecord, Callable[[], Iterator[ColdstillError]]]] = [
+        *((file, partial(_check_file, dataset, file, deep)) for file in dataset.manifest.files),
+        *((shard.file, partial(_check_shard, dataset, index, deep)) for index, shard in enumerate(dataset.shards)),
+    ]
     findings = []
-    for where, run_check in tqdm(checks, desc="verify", unit=" files", disable=not progress):
-        try:
-            run_check()
-        except ColdstillError as error:
-            findings.append(Finding(where, type(error).__name__, str(error)))
+    total = sum(file.bytes for file, _ in checks)
+    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
+        for file, run_check in checks:
+            try:
+                findings += [_finding(file, error) for error in run_check()]
+            except ColdstillError as error:
+                findings.append(_finding(file, error))
+            bar.update(file.bytes)
+            if findings:
+                bar.set_postfix_str(f"{len(findings)} findings")
     return findings
 
 
-def _check_tokenizer(dataset: Dataset, file: FileRecord) -> None:
-    facts = fingerprint_bytes(dataset.read_file(file), where=file.name)
-    if facts.fingerprint != dataset.header.tokenizer_fingerprint:
-        raise TokenizerMismatch(file.name, found=facts.fingerprint, wanted=dataset.header.tokenizer_fingerprint)
+def _finding(file: FileRecord, error: ColdstillError) -> Finding:
+    return Finding(file.name, type(error).__name__, str(error))
 
 
-def _check_rows(dataset: Dataset, index: int) -> None:
+def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[ColdstillError]:
+    """A file that is no shard: its digest, and what is known of its content."""
+    data = dataset.read_file(file)
+    if file.name == f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}":
+        facts = fingerprint_bytes(data, where=file.name)
+        if facts.fingerprint != dataset.header.tokenizer_fingerprint:
+            yield TokenizerMismatch(file.name, found=facts.fingerprint, wanted=dataset.header.tokenizer_fingerprint)
+    elif file.name == PLAN_NAME:
+        planned = [unit.rows for unit in plan_from_bytes(data, where=file.name)]
+        found = [shard.rows + shard.rejected for shard in dataset.shards]
+        if planned != found:
+            yield CommitDamaged(
+                f"{file.name}: rows",
+                found=f"{sum(planned)} in {len(planned)} units",
+                wanted=f"{sum(found)} in {len(found)}",
+            )
+    elif file.name == FAITHFULNESS_NAME:
+        sample = sample_from_bytes(data, where=file.name)
+        for exact in sample if deep else ():
+            if exact.unit >= len(dataset.shards) or exact.row >= dataset.shards[exact.unit].rows:
+                yield FileDamaged(
+                    file.name, found=f"row {exact.row} of unit {exact.unit}", wanted="a row of the dataset"
+                )
+                return
+            row = dataset.row(dataset.first_row(exact.unit) + exact.row)
+            if exact.target >= row.targets.positions:
+                yield FileDamaged(
+                    file.name, found=f"target {exact.target} of {row.sample_id!r}", wanted="one that it has"
+                )
+                return
+            storage_kl(exact, row.targets)
+
+
+def _check_shard(dataset: Dataset, index: int, deep: bool) -> Iterator[ColdstillError]:
+    """A shard: its digest; deep, its rows one by one, so that one damaged row does not hide the next."""
     record = dataset.shards[index]
-    tokens = targets = 0
-    for row in dataset.shard_file(index).rows():
-        row.check(token_count=dataset.header.token_count, label_slack=dataset.codec.label_slack(row.targets.log_tail))
-        tokens += row.token_ids.size
-        targets += row.targets.positions
-    for name, found, wanted in (("tokens", tokens, record.tokens), ("targets", targets, record.targets)):
-        if found != wanted:
-            raise ShardDamaged(f"{record.file.name}: {name}", found=found, wanted=wanted)
+    if not deep:
+        dataset.read_file(record.file)
+        return
+    shard = dataset.shard_file(index)
+    media = {file.name for file in dataset.manifest.files}
+    tokens = targets = found = 0
+    for number in range(len(shard)):
+        try:
+            row = shard.row(number)
+            _check_row(dataset, row, media)
+            tokens += row.token_ids.size
+            targets += row.targets.positions
+        except ColdstillError as error:
+            yield error if error.what.startswith(record.file.name) else error.at(f"{record.file.name}, row {number}")
+            found += 1
+            if found == _FINDINGS_PER_SHARD:
+                return
+    for name, counted, wanted in (("tokens", tokens, record.tokens), ("targets", targets, record.targets)):
+        if counted != wanted and not found:
+            yield ShardDamaged(f"{record.file.name}: {name}", found=counted, wanted=wanted)
+
+
+def _check_row(dataset: Dataset, row: CachedRow, media: set[str]) -> None:
+    row.check(token_count=dataset.header.token_count, label_slack=dataset.codec.label_slack(row.targets.log_tail))
+    for item in row.media:
+        if item.path is not None and item.path not in media:
+            raise FileMissing(
+                f"row {row.sample_id!r}: media {item.path}", found="no such file", wanted="one that the manifest names"
+            )

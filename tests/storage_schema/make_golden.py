@@ -1,0 +1,95 @@
+"""Made the golden datasets of format 1, once: `python -m tests.storage_schema.make_golden FOLDER`.
+
+They pin reading: what stands in `golden/format_v1` is never made again, and every later release must read it. The
+expected values beside each dataset come from `plain_decoder.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from storage_schema.commits import Reject, commit_unit
+from storage_schema.dataset import open_dataset
+from storage_schema.header import Codec, DatasetHeader
+from storage_schema.manifest import seal
+from storage_schema.media import MediaReference
+from storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
+from storage_schema.rows import CachedRow, spans_from_mask
+from storage_schema.store import Store
+from tests import making
+from tests.storage_schema.plain_decoder import decode_row
+
+
+def main(folder: Path) -> None:
+    """All golden datasets with their expected values."""
+    for name, changes in {
+        "fine_ranks_draws_media": {
+            "top_k": 8,
+            "token_count": 70_000,
+            "draws": 4,
+            "draw_logprobs": True,
+            "id_ranks": (69_999, 5, 300, 0),
+        },
+        "coarse_wide": {"top_k": 300, "token_count": 4096, "codec": Codec.preset("coarse", top_k=300)},
+        "exact_draws": {"top_k": 6, "token_count": 500, "draws": 300, "codec": Codec.preset("exact", top_k=6)},
+    }.items():
+        _make(folder / name, **changes)
+
+
+def _make(root: Path, *, top_k: int, token_count: int, draws: int = 0, **changes: object) -> None:
+    rng = np.random.default_rng(top_k)
+    fields = {"vocab_size": token_count + 64, "token_count": token_count, "kept_draws": draws, **changes}
+    with tempfile.TemporaryDirectory() as folder:
+        header = making.tiny_header(making.tiny_tokenizer(Path(folder)), top_k=top_k, draws=draws, **fields)
+    store = Store(root)
+    store.create("dataset.json", header.to_bytes())
+    store.create(PLAN_NAME, plan_to_bytes([Unit(0, 0, 0, 3), Unit(1, 900, 3, 3)]))
+    image = b"\x89PNG, nearly"
+    store.put("media/cat.png", image)
+    digest = hashlib.sha256(image).hexdigest()
+    for unit in range(2):
+        rows = [_row(rng, f"row-{unit}-{i}", header) for i in range(3 - unit)]
+        rows[0] = replace(
+            rows[0],
+            metadata={"topic": "Ü", "n": [1, 2.5, None]},
+            media=(
+                MediaReference(position=0, type="image/png", sha256=digest, data=image),
+                MediaReference(position=3, type="image/png", sha256=digest, path="media/cat.png"),
+            ),
+        )
+        rejects = [Reject(5, "row-1-2", "too_long", "99 tokens")] * unit
+        commit_unit(store, unit, rows=rows, rejects=rejects, header=header, environment={}, faithful_positions=4)
+    seal(store)
+    store.delete_folder("commits")
+    expected = []
+    for shard in open_dataset(root).shards:
+        for row in pq.read_table(root / shard.file.name).to_pylist():
+            positions = decode_row(row, json.loads(header.to_bytes()))
+            expected.append({"sample_id": row["sample_id"], "token_ids": row["token_ids"], "positions": positions})
+    (root.parent / f"{root.name}.expected.json").write_text(json.dumps(expected), encoding="utf-8")
+
+
+def _row(rng: np.random.Generator, sample_id: str, header: DatasetHeader) -> CachedRow:
+    tokens = rng.integers(0, header.token_count, 9, dtype=np.int32)
+    spans = spans_from_mask([False, True, True, False, False, True, True, True, False])
+    counts = rng.integers(1, header.top_k + 1, 5)
+    targets = making.wide_targets(
+        rng, counts, vocabulary=header.token_count, top_k=header.top_k, most_draws=header.draws, sharpness=5
+    )
+    if header.draw_logprobs:
+        targets = replace(targets, draw_logprobs=np.linspace(-9, -4, targets.draw_ids.size, dtype=np.float32))
+    # A label or two are among the kept ids.
+    tokens[1 + 1] = targets.ids[1, 0]
+    return CachedRow(sample_id=sample_id, token_ids=tokens, target_spans=spans, targets=targets)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,70 @@
+"""FORMAT.md says what the code does: its worked example and its bounds are the code's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+import storage_schema
+from storage_schema.codec import MAX_ENTRIES, STREAMS, RowCodec
+from storage_schema.header import MAX_DRAWS, MAX_ID_RANKS, MAX_TOKENS, MAX_TOP_K, MAX_VOCAB_SIZE, Codec, DatasetHeader
+from storage_schema.rows import TeacherTargets
+from storage_schema.shard import MAX_SHARD_BYTES, SCHEMA
+from storage_schema.shard.footer import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES
+from tests import making
+
+DOCUMENT = (Path(storage_schema.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+
+
+def _example_header(tokenizer: Path) -> DatasetHeader:
+    codec = Codec.preset("fine", top_k=3)
+    assert (codec.a, codec.b) == (166, 8)
+    return making.tiny_header(tokenizer, top_k=3, draws=4, vocab_size=50_257, token_count=50_257, codec=codec)
+
+
+def _example_frames(tokenizer: Path) -> dict[str, bytes]:
+    logs = np.log([[0.5, 0.25, 0.125], [0.9375, 1e-99, 1e-99]])
+    logs[1, 1:] = -np.inf
+    targets = TeacherTargets(
+        ids=np.array([[300, 7, 5], [2, 2, 2]], np.int32),
+        logprobs=logs.astype(np.float32),
+        counts=np.array([3, 1], np.int32),
+        log_tail=np.log([0.125, 0.0625]).astype(np.float32),
+        label_logprob=np.array([np.log(0.5), -5.0], np.float32),
+        draw_ids=np.array([40_000, 11, 11], np.int32),
+        draw_counts=np.array([3, 0], np.int32),
+    )
+    return RowCodec(_example_header(tokenizer)).encode(targets, labels=np.array([300, 9], np.int32))
+
+
+def test_the_worked_example_is_what_the_encoder_writes(tokenizer_folder: Path) -> None:
+    block = DOCUMENT.split("in hex:")[1].split("```")[1]
+    written = dict(re.fullmatch(r"(\w+) *(.*)", line).groups() for line in block.strip().splitlines())  # type: ignore[union-attr]
+    frames = _example_frames(tokenizer_folder)
+    assert tuple(written) == STREAMS
+    found = {name: zstandard.decompress(frame).hex(" ") if frame else "" for name, frame in frames.items()}
+    assert found == written
+
+
+def test_the_frame_of_the_example_reads_as_it_says(tokenizer_folder: Path) -> None:
+    frame = bytes.fromhex(re.search(r"The frame of `counts`\s+is `([0-9a-f ]+)`", DOCUMENT).group(1))  # type: ignore[union-attr]
+    assert zstandard.decompress(frame) == bytes([3, 1])
+    decoded = RowCodec(_example_header(tokenizer_folder)).decode(
+        {**_example_frames(tokenizer_folder), "counts": frame}, labels=np.array([300, 9], np.int32)
+    )
+    assert decoded.counts.tolist() == [3, 1]
+
+
+def test_every_column_is_in_the_document() -> None:
+    assert [name for name in SCHEMA.names if f"`{name}`" not in DOCUMENT] == []
+
+
+def test_the_bounds_are_the_code_s() -> None:
+    assert (MAX_TOP_K, MAX_VOCAB_SIZE, MAX_TOKENS, MAX_DRAWS) == (4096, 1 << 20, 1 << 20, 1024)
+    assert (MAX_ID_RANKS, MAX_ENTRIES) == (65_536, 1 << 24)
+    assert (MAX_SHARD_BYTES, MAX_GROUP_ROWS, MAX_GROUP_BYTES, MAX_ROW_BYTES) == (500_000_000, 1024, 8 << 20, 256 << 20)
+    for bound in ("4,096", "2^20", "1,024", "65,536", "2^24", "500 MB", "8 MiB", "256 MiB"):
+        assert bound in DOCUMENT

@@ -1,0 +1,92 @@
+"""What format 1 once wrote is read for ever: ids, counts and levels exactly, log-probs to 1e-6."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from storage_schema.codec.grid import Grid
+from storage_schema.dataset import open_dataset
+from storage_schema.media import MediaReference
+from storage_schema.tools.verify import verify
+from tests.storage_schema.plain_decoder import decode_row
+
+GOLDEN = Path(__file__).parent / "golden" / "format_v1"
+NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+IDS = {
+    "coarse_wide": "74259e99bc1e",
+    "exact_draws": "bd083757e385",
+    "fine_ranks_draws_media": "59d8e98a0119",
+}
+
+
+def _expected(name: str) -> list[dict]:
+    return json.loads((GOLDEN / f"{name}.expected.json").read_text(encoding="utf-8"))
+
+
+def test_there_is_one_of_each_kind() -> None:
+    codecs = {open_dataset(GOLDEN / name).header.codec.fidelity for name in NAMES}
+    assert codecs == {"fine", "coarse", "exact"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_golden_datasets_are_as_they_were(name: str) -> None:
+    assert open_dataset(GOLDEN / name).dataset_id.startswith(IDS[name])
+    assert verify(GOLDEN / name, deep=True, progress=False) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_rows_are_read(name: str) -> None:
+    dataset = open_dataset(GOLDEN / name)
+    expected = _expected(name)
+    assert len(dataset) == len(expected)
+    for row, wanted in zip(dataset.rows(), expected, strict=True):
+        assert (row.sample_id, row.token_ids.tolist()) == (wanted["sample_id"], wanted["token_ids"])
+        targets, offsets = row.targets, row.targets.draw_offsets
+        assert targets.positions == len(wanted["positions"])
+        for n, position in enumerate(wanted["positions"]):
+            count = int(targets.counts[n])
+            assert targets.ids[n, :count].tolist() == position["ids"]
+            assert targets.draw_ids[offsets[n] : offsets[n + 1]].tolist() == position["draws"]
+            np.testing.assert_allclose(targets.logprobs[n, :count], position["logprobs"], rtol=0, atol=1e-6 * 60)
+            np.testing.assert_allclose(np.exp(targets.logprobs[n, :count]), np.exp(position["logprobs"]), atol=1e-6)
+            np.testing.assert_allclose(targets.log_tail[n], position["log_tail"], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(targets.label_logprob[n], position["label_logprob"], rtol=1e-6, atol=1e-6)
+            if targets.draw_logprobs is not None:
+                stored = targets.draw_logprobs[offsets[n] : offsets[n + 1]]
+                np.testing.assert_allclose(stored, position["draw_logprobs"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_decoder_reads_them_too(name: str) -> None:
+    """Written from FORMAT.md alone, it gives the levels that were written, to the last one."""
+    dataset = open_dataset(GOLDEN / name)
+    header = json.loads(dataset.header.to_bytes())
+    rows = [row for shard in dataset.shards for row in pq.read_table(GOLDEN / name / shard.file.name).to_pylist()]
+    for row, wanted in zip(rows, _expected(name), strict=True):
+        decoded = decode_row(row, header)
+        assert [position["levels"] for position in decoded] == [position["levels"] for position in wanted["positions"]]
+        assert [position["ids"] for position in decoded] == [position["ids"] for position in wanted["positions"]]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "exact_draws"])
+def test_levels_of_the_grid_are_those_of_the_golden_rows(name: str) -> None:
+    """Putting a level's own log-prob on the grid gives the level: reader and writer mean the same grid."""
+    codec = open_dataset(GOLDEN / name).header.codec
+    assert codec.a is not None
+    assert codec.b is not None
+    grid = Grid(codec.a, codec.b)
+    levels = [level for row in _expected(name) for position in row["positions"] for level in position["levels"]]
+    np.testing.assert_array_equal(grid.levels(grid.logprobs[levels]), levels)
+
+
+def test_golden_media_are_read() -> None:
+    first = next(iter(open_dataset(GOLDEN / "fine_ranks_draws_media").rows()))
+    inline, path = first.media
+    assert inline.data == b"\x89PNG, nearly"
+    assert path == MediaReference(position=3, type="image/png", sha256=inline.sha256, path="media/cat.png")
+    assert first.metadata == {"topic": "Ü", "n": [1, 2.5, None]}
