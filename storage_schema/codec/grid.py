@@ -2,8 +2,7 @@
 
 `level(x) = floor(a (1 - exp(-x / 2)) + b x + 1/2)` with `x = -logprob` in nats: the step between levels is
 `1 / ((a / 2) exp(-x / 2) + b)`. The KL that rounding costs is about `sum p step^2 / 24`; a step in proportion to
-`p^-1/2` spends the same on every entry, and `b` bounds the step where p is next to nothing. With `a` in proportion to
-`sqrt(K)` the cost does not grow with K (benchmarks/codec.py).
+`p^-1/2` spends the same on every entry, and `b` bounds the step where p is next to nothing.
 """
 
 from __future__ import annotations

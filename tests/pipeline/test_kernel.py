@@ -77,7 +77,7 @@ def test_low_precision_logits_give_whole_distributions() -> None:
 
 def _drawn(logits: torch.Tensor, positions: np.ndarray, sample_id: str, **settings: float) -> TeacherTargets:
     uniforms = draw_uniforms(positions, draws=64, seed=11, sample_id=sample_id)
-    options = {"top_k": 4, "min_prob": 0.0, "token_count": logits.shape[1], **settings}
+    options = {"top_k": 4, "min_prob": 0.0, "kept_draws": 64, "token_count": logits.shape[1], **settings}
     return summarise(logits, torch.zeros(len(positions)).long(), uniforms, **options)  # type: ignore[arg-type]
 
 
@@ -118,3 +118,13 @@ def test_uniforms_are_philox_at_counter_position(draws: int) -> None:
         words = np.random.Philox(counter=counter, key=np.array(key, np.uint64)).random_raw(draws)
         assert row.tolist() == [(int(word) >> 11) / 2**53 for word in words]
     assert draw_uniforms(np.empty(0, np.int64), draws=draws, seed=3, sample_id="ü").shape == (0, draws)
+
+
+def test_of_more_draws_than_are_kept_the_first_stay() -> None:
+    logits, positions = _logits(6, 30, scale=0.5), np.arange(6)
+    all_of_them = _drawn(logits, positions, "a")
+    some = _drawn(logits, positions, "a", kept_draws=5)
+    offsets = all_of_them.draw_offsets
+    assert some.draw_counts.tolist() == np.minimum(all_of_them.draw_counts, 5).tolist()
+    first = [all_of_them.draw_ids[offsets[n] : offsets[n] + some.draw_counts[n]] for n in range(6)]
+    np.testing.assert_array_equal(some.draw_ids, np.concatenate(first))

@@ -20,8 +20,7 @@ DOCUMENT = (Path(storage_schema.__file__).parent / "FORMAT.md").read_text(encodi
 
 
 def _example_header(tokenizer: Path) -> DatasetHeader:
-    codec = Codec.preset("fine", top_k=3)
-    assert (codec.a, codec.b) == (166, 8)
+    codec = Codec(name="grid", a=166, b=8, fidelity="fine", mean_kl=1e-5)
     return making.tiny_header(tokenizer, top_k=3, draws=4, vocab_size=50_257, token_count=50_257, codec=codec)
 
 
