@@ -6,12 +6,16 @@ ignores `max_output_size` where a frame declares a size, and bytes after a frame
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import numpy as np
 import zstandard
 
 from storage_schema.errors import StreamDamaged
+
+_of_thread = threading.local()
+"""A decompressor is made once per thread: no two threads may use one at a time."""
 
 _LEVEL = 3
 """Level 19 is 3-4 % smaller and ten times slower; level 1 is 1.4 % larger (benchmarks/codec.py)."""
@@ -28,7 +32,9 @@ class Frames:
 
     def __init__(self, frames: Mapping[str, object]):
         self._frames = frames
-        self._decompressor = zstandard.ZstdDecompressor()
+        if not hasattr(_of_thread, "decompressor"):
+            _of_thread.decompressor = zstandard.ZstdDecompressor()
+        self._decompressor: zstandard.ZstdDecompressor = _of_thread.decompressor
 
     def has(self, name: str) -> bool:
         """Whether the stream has any bytes."""

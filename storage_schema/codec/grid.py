@@ -24,8 +24,6 @@ class Grid:
         self.a, self.b = a, b
         self.logprobs = level_logprobs(a, b)
         """`float32 [levels]`: the log-prob of each level, descending."""
-        self.probs = np.exp(self.logprobs, dtype=np.float64).astype(np.float32)
-        """`float32 [levels]`: the same as probabilities."""
 
     @property
     def top(self) -> int:

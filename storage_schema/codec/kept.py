@@ -62,9 +62,11 @@ class GridKept:
 
     def decode(
         self, frames: Frames, counts: np.ndarray | None, *, ids: np.ndarray, logprobs: np.ndarray, log_tail: np.ndarray
-    ) -> np.ndarray:
-        """Fill `ids int32 [N, K]`, `logprobs float32 [N, K]`, `log_tail float32 [N]`, before they are normalised; the
-        mass `float64 [N]` of each position. `counts int32 [N]`: none where all are K. Raises `StreamDamaged`."""
+    ) -> None:
+        """Fill `ids int32 [N, K]`, `logprobs float32 [N, K]`, `log_tail float32 [N]`, before they are normalised.
+
+        `counts int32 [N]`: none where all are K. Raises `StreamDamaged`.
+        """
         positions, width = ids.shape
         total = ids.size if counts is None else int(counts.sum(dtype=np.int64))
         last = frames.bounded(
@@ -88,15 +90,11 @@ class GridKept:
         if highest.size and highest.max() >= self._token_count:
             raise StreamDamaged("stream ids", found=int(highest.max()), wanted=f"ranks below {self._token_count}")
         log_tail[:] = self.grid.logprobs[tail_levels]
-        mass = self.grid.probs[tail_levels].astype(np.float64)
         if counts is None:
             self._ranks.ids(ranks, out=ids)
             np.take(self.grid.logprobs, levels, out=logprobs, mode="clip")
-            mass += np.take(self.grid.probs, levels, mode="clip").sum(1, dtype=np.float64)
         elif total:
             _scatter(self._ranks.ids(ranks), self.grid.logprobs[levels], counts, ids=ids, logprobs=logprobs)
-            mass += np.add.reduceat(self.grid.probs[levels], np.cumsum(counts) - counts, dtype=np.float64)
-        return mass
 
     def _escaped(self, frames: Frames, name: str, escapes: str, size: int, width: int) -> np.ndarray:
         """`int32 [size]` from one byte each and the list of what is above."""
@@ -125,7 +123,7 @@ class Float16Kept:
 
     def decode(
         self, frames: Frames, counts: np.ndarray | None, *, ids: np.ndarray, logprobs: np.ndarray, log_tail: np.ndarray
-    ) -> np.ndarray:
+    ) -> None:
         """As `GridKept.decode`."""
         positions, width = ids.shape
         total = ids.size if counts is None else int(counts.sum(dtype=np.int64))
@@ -147,7 +145,6 @@ class Float16Kept:
         in_order = np.sort(np.where(np.isneginf(logprobs), -1 - np.arange(width), ids), axis=1)
         if width > 1 and (np.diff(in_order, axis=1) == 0).any():
             raise StreamDamaged("stream ids", found="an id kept twice at one position", wanted="distinct ids")
-        return np.exp(logprobs, dtype=np.float64).sum(1) + np.exp(log_tail, dtype=np.float64)
 
 
 def open_halves(frames: Frames, name: str, count: int) -> np.ndarray:
