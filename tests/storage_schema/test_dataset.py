@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from storage_schema.errors import (
 )
 from storage_schema.header import DatasetHeader
 from storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
+from storage_schema.store import Store
 from storage_schema.tokenizer import fingerprint
 from storage_schema.tools.verify import verify
 from tests import making
@@ -163,3 +165,41 @@ def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path: Path, text: st
         (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ColdstillError, match=r"tokenizer\.json"):
         fingerprint(tmp_path)
+
+
+def test_a_dataset_of_ten_thousand_shards_opens_without_touching_one(
+    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but manifest and header is read, in tens of megabytes; a row costs its own shard."""
+    manifest = open_dataset(tiny_dataset).manifest
+    first = manifest.shards[0]
+    many = 10_000
+    shards = [
+        first.model_copy(
+            update={
+                "unit": unit,
+                "file": first.file.model_copy(update={"name": f"shards/{unit:06d}-{first.file.sha256[:12]}.parquet"}),
+            }
+        )
+        for unit in range(many)
+    ]
+    totals = {name: many * getattr(first, name) for name in ("rows", "tokens", "targets", "rejected")}
+    large = manifest.model_copy(update={"shards": tuple(shards), **totals})
+    (tiny_dataset / "manifest.json").write_bytes(large.to_bytes())
+    last = tiny_dataset / shards[-1].file.name
+    (tiny_dataset / first.file.name).rename(last)
+
+    read: list[str] = []
+    reading = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, name: read.append(name) or reading(self, name))
+    tracemalloc.start()
+    dataset = open_dataset(tiny_dataset)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read == ["manifest.json", "dataset.json"]
+    assert peak < 64 << 20
+    assert len(dataset) == 8 * many
+    assert dataset.row(len(dataset) - 1).sample_id == "row-0-7"
+    assert read == ["manifest.json", "dataset.json"]
+    with pytest.raises(ShardMissing):
+        dataset.row(0)
