@@ -19,7 +19,16 @@ _ENCODINGS = {"PLAIN", "RLE"}
 def table_to_bytes(table: pa.Table) -> bytes:
     """A Parquet file: plain encoding, page checksums."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True, store_schema=False)
+    with pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+        store_schema=False,
+    ) as writer:
+        if table.num_rows:
+            writer.write_table(table)
     return sink.getvalue()
 
 

@@ -47,15 +47,31 @@ SCHEMA = pa.schema(
 )
 
 
+def _leaves(field: pa.Field, path: str) -> list[str]:
+    if pa.types.is_list(field.type):
+        return _leaves(field.type.value_field, f"{path}.list.element")
+    if pa.types.is_struct(field.type):
+        return [leaf for inner in field.type for leaf in _leaves(inner, f"{path}.{inner.name}")]
+    return [path]
+
+
+LEAF_PATHS = tuple(leaf for field in SCHEMA for leaf in _leaves(field, field.name))
+"""The columns as Parquet has them, for instance `token_ids.list.element`."""
+
+
 def to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
     """Column values of a row. Raises `InvalidRow` or `InvalidTargets` for one that breaks a law of `rows.py`."""
     header = codec.header
     row.check(token_count=header.token_count)
     _check_bounds(row, codec)
     metadata = json.dumps(row.metadata, ensure_ascii=False, sort_keys=True)
-    if len(metadata.encode()) > MAX_METADATA_BYTES:
+    try:
+        size = len(f"{row.sample_id}{metadata}".encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRow(f"row {row.sample_id!r}", found=str(error), wanted="sample id and metadata as UTF-8") from None
+    if size > MAX_METADATA_BYTES:
         raise InvalidRow(
-            f"row {row.sample_id!r}: metadata", found=f"{len(metadata)} bytes", wanted=f"at most {MAX_METADATA_BYTES}"
+            f"row {row.sample_id!r}: metadata", found=f"{size} bytes", wanted=f"at most {MAX_METADATA_BYTES}"
         )
     return {
         "sample_id": row.sample_id,
@@ -101,8 +117,8 @@ def from_batch(batch: pa.RecordBatch, index: int, codec: RowCodec) -> CachedRow:
 
 def sequence_of(batch: pa.RecordBatch, index: int, codec: RowCodec) -> tuple[np.ndarray, np.ndarray]:
     """`token_ids int32 [T]` and `target_spans int32 [n, 2]` of a row, without its targets. Raises `InvalidRow`."""
-    token_ids = np.asarray(batch.column("token_ids")[index].values, dtype=np.int32)
-    flat_spans = np.asarray(batch.column("target_spans")[index].values, dtype=np.int32)
+    token_ids = _integers(batch.column("token_ids")[index].values)
+    flat_spans = _integers(batch.column("target_spans")[index].values)
     if flat_spans.size % 2:
         raise InvalidRow("target_spans", found=f"{flat_spans.size} numbers", wanted="pairs (start, stop)")
     target_spans = flat_spans.reshape(-1, 2)
@@ -110,6 +126,12 @@ def sequence_of(batch: pa.RecordBatch, index: int, codec: RowCodec) -> tuple[np.
     if token_ids.size > codec.header.max_length:
         raise InvalidRow("token_ids", found=f"{token_ids.size} tokens", wanted=f"at most {codec.header.max_length}")
     return token_ids, target_spans
+
+
+def _integers(values: pa.Array) -> np.ndarray:
+    """`int32 [n]`: the array's own memory. Arrow's conversion to numpy imports pandas first, which takes seconds."""
+    buffer = values.buffers()[1]
+    return np.frombuffer(buffer, np.int32, len(values), 4 * values.offset) if len(values) else np.empty(0, np.int32)
 
 
 def _check_bounds(row: CachedRow, codec: RowCodec) -> None:

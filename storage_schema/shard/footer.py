@@ -1,20 +1,22 @@
 """What a shard's footer may say. Checked before any page is touched: bounds first, then structure.
 
 A footer that names a codec, an encoding, a column or a count that the format does not use is refused from the footer
-alone: a stranger's file reaches no more of the Parquet reader than our own files do.
+alone, by our own code: a stranger's file reaches no more of the Parquet reader than our own files do.
 """
 
 from __future__ import annotations
 
 import struct
+from itertools import zip_longest
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schema.errors import ShardDamaged
 from storage_schema.header import MAX_HEADER_BYTES, DatasetHeader
+from storage_schema.parquet_footer import CODECS, PLAIN, RLE, ChunkFacts, FooterFacts, GroupFacts, read_footer
 
-from .columns import PLAIN_COLUMNS, SCHEMA
+from .columns import LEAF_PATHS, PLAIN_COLUMNS, SCHEMA
 
 FOOTER_KEY = b"coldstill"
 MAX_SHARD_BYTES = 500_000_000
@@ -24,22 +26,21 @@ MAX_GROUP_BYTES = 8 << 20
 MAX_ROW_BYTES = 256 << 20
 """A row that is larger than a group has a group to itself."""
 
-_MAX_FOOTER_BYTES = 16 << 20
+_MAX_FOOTER_BYTES = 4 << 20
+"""The header, and 1.3 kB for each of the 2,200 row groups that the shortest rows make of 500 MB."""
 _MAX_GROUPS = 1 << 16
 _GROUP_SLACK = 1 << 20
 """Page headers and levels, which the writer's own count leaves out."""
-_ENCODINGS = {"PLAIN", "RLE"}
+_ENCODINGS = {PLAIN, RLE}
+_NUMBER_BYTES = 4
 _TAIL = struct.Struct("<I4s")
 
 
-def open_parquet(source: pa.NativeFile, *, size: int, where: str) -> pq.ParquetFile:
-    """The Parquet file in `source` of `size` bytes, its footer checked. Raises `ShardDamaged`."""
+def open_parquet(source: pa.NativeFile, *, size: int, where: str) -> tuple[pq.ParquetFile, FooterFacts]:
+    """The Parquet file in `source` of `size` bytes and the facts of its footer, checked. Raises `ShardDamaged`."""
     if not 12 <= size <= MAX_SHARD_BYTES + _MAX_FOOTER_BYTES:
         raise ShardDamaged(where, found=f"{size} bytes", wanted=f"12 to {MAX_SHARD_BYTES}")
-    source.seek(size - _TAIL.size)
-    footer, magic = _TAIL.unpack(source.read(_TAIL.size))
-    if magic != b"PAR1" or footer > min(_MAX_FOOTER_BYTES, size - 12):
-        raise ShardDamaged(where, found=f"a footer of {footer} bytes, {magic!r}", wanted="a whole Parquet file")
+    facts = _facts(source, size, where)
     source.seek(0)
     try:
         file = pq.ParquetFile(
@@ -50,56 +51,84 @@ def open_parquet(source: pa.NativeFile, *, size: int, where: str) -> pq.ParquetF
             thrift_container_size_limit=_MAX_GROUPS,
         )
         found = file.schema_arrow.remove_metadata()
+        differing = "" if found.equals(SCHEMA) else _differing(found)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ShardDamaged(
             where, found=f"{type(error).__name__}: {error}"[:300], wanted="a whole Parquet file"
         ) from None
-    if not found.equals(SCHEMA):
-        raise ShardDamaged(f"{where}: columns", found=_differing(found), wanted="the columns of FORMAT.md")
-    _check_groups(file.metadata, size, where)
-    return file
+    if differing:
+        raise ShardDamaged(f"{where}: columns", found=differing, wanted="the columns of FORMAT.md")
+    return file, facts
 
 
-def footer_header(file: pq.ParquetFile, *, where: str) -> DatasetHeader:
+def footer_header(facts: FooterFacts, *, where: str) -> DatasetHeader:
     """The header in the footer. Raises `ShardDamaged`, `InvalidHeader`, `UnsupportedFormat`."""
-    metadata = file.metadata.metadata or {}
-    if FOOTER_KEY not in metadata:
+    if FOOTER_KEY not in facts.key_values:
         raise ShardDamaged(f"{where}: footer", found="no header", wanted=f"key {FOOTER_KEY.decode()!r}")
-    return DatasetHeader.from_bytes(metadata[FOOTER_KEY], where=f"{where}: footer")
+    return DatasetHeader.from_bytes(facts.key_values[FOOTER_KEY], where=f"{where}: footer")
 
 
-def _check_groups(metadata: pq.FileMetaData, size: int, where: str) -> None:
-    rows = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        at = f"{where}: row group {number}"
-        if not 1 <= group.num_rows <= MAX_GROUP_ROWS:
-            raise ShardDamaged(f"{at}: rows", found=group.num_rows, wanted=f"1 to {MAX_GROUP_ROWS}")
-        rows += group.num_rows
-        total = 0
-        for index in range(group.num_columns):
-            total += _check_chunk(group.column(index), size, f"{at}, column {index}")
-        bound = _GROUP_SLACK + (MAX_ROW_BYTES if group.num_rows == 1 else MAX_GROUP_BYTES)
-        if total > bound:
-            raise ShardDamaged(f"{at}: size", found=f"{total} bytes", wanted=f"at most {bound}")
-    if rows != metadata.num_rows:
-        raise ShardDamaged(f"{where}: rows", found=f"{rows} in row groups", wanted=f"{metadata.num_rows}")
+def _facts(source: pa.NativeFile, size: int, where: str) -> FooterFacts:
+    source.seek(size - _TAIL.size)
+    length, magic = _TAIL.unpack(source.read(_TAIL.size))
+    if magic != b"PAR1" or length > min(_MAX_FOOTER_BYTES, size - 12):
+        raise ShardDamaged(where, found=f"a footer of {length} bytes, {magic!r}", wanted="a whole Parquet file")
+    source.seek(size - _TAIL.size - length)
+    try:
+        facts = read_footer(source.read(length))
+    except ValueError as error:
+        raise ShardDamaged(f"{where}: footer", found=str(error)[:300], wanted="a Parquet footer") from None
+    end = 4
+    for number, group in enumerate(facts.groups):
+        end = _check_group(group, end, size - length, f"{where}: row group {number}")
+    rows = sum(group.rows for group in facts.groups)
+    if rows != facts.rows:
+        raise ShardDamaged(f"{where}: rows", found=f"{rows} in row groups", wanted=f"{facts.rows}")
+    return facts
 
 
-def _check_chunk(chunk: pq.ColumnChunkMetaData, size: int, where: str) -> int:
-    """Uncompressed bytes of a column chunk that is as the format has it."""
-    plain = chunk.path_in_schema.split(".")[0] in PLAIN_COLUMNS
-    wanted = "ZSTD" if plain else "UNCOMPRESSED"
-    if chunk.compression != wanted:
-        raise ShardDamaged(f"{where}: compression", found=chunk.compression, wanted=wanted)
-    if chunk.has_dictionary_page or not set(chunk.encodings) <= _ENCODINGS:
+def _check_group(group: GroupFacts, start: int, size: int, where: str) -> int:
+    """Where the pages of a group that is as the format has it end; they stand behind those before, from `start` on."""
+    if not 1 <= group.rows <= MAX_GROUP_ROWS:
+        raise ShardDamaged(f"{where}: rows", found=group.rows, wanted=f"1 to {MAX_GROUP_ROWS}")
+    for chunk, path in zip_longest(group.chunks, LEAF_PATHS):
+        if chunk is None or chunk.path != path:
+            raise ShardDamaged(f"{where}: columns", found=chunk and chunk.path[:80], wanted=path)
+        start = _check_chunk(chunk, start, size, f"{where}, column {path}")
+        if not 0 <= chunk.values - group.rows <= _most_elements(chunk, group):
+            raise ShardDamaged(f"{where}, column {path}: values", found=chunk.values, wanted="those of its rows")
+    total = sum(chunk.raw for chunk in group.chunks)
+    bound = _GROUP_SLACK + (MAX_ROW_BYTES if group.rows == 1 else MAX_GROUP_BYTES)
+    if total > bound:
+        raise ShardDamaged(f"{where}: size", found=f"{total} bytes", wanted=f"at most {bound}")
+    return start
+
+
+def _check_chunk(chunk: ChunkFacts, start: int, size: int, where: str) -> int:
+    """Where a column chunk ends that is stored as the format has it."""
+    plain = chunk.path.split(".")[0] in PLAIN_COLUMNS
+    codec, wanted = CODECS.get(chunk.codec, chunk.codec), "ZSTD" if plain else "UNCOMPRESSED"
+    if codec != wanted:
+        raise ShardDamaged(f"{where}: compression", found=codec, wanted=wanted)
+    if not chunk.encodings <= _ENCODINGS:
+        raise ShardDamaged(f"{where}: encodings", found=sorted(chunk.encodings), wanted="plain, no dictionary")
+    end = chunk.place + chunk.stored
+    if not start <= chunk.place <= end <= size or chunk.raw < 0 or not (plain or chunk.raw == chunk.stored):
         raise ShardDamaged(
-            f"{where}: encodings", found=chunk.encodings, wanted=f"of {sorted(_ENCODINGS)}, no dictionary"
+            f"{where}: place", found=(chunk.place, chunk.stored, chunk.raw), wanted=f"between {start} and {size}"
         )
-    start, compressed, raw = chunk.data_page_offset, chunk.total_compressed_size, chunk.total_uncompressed_size
-    if start < 4 or compressed < 0 or start + compressed > size or raw < 0 or not (plain or raw == compressed):
-        raise ShardDamaged(f"{where}: place", found=(start, compressed, raw), wanted=f"inside the {size} bytes")
-    return int(raw)
+    return end
+
+
+def _most_elements(chunk: ChunkFacts, group: GroupFacts) -> int:
+    """How many list elements a chunk may have: Arrow takes memory for as many values as the footer names.
+
+    The members of a media reference have as many values as its first, a number; nulls among them take no bytes.
+    """
+    if ".list." not in chunk.path:
+        return 0
+    first = group.chunks[LEAF_PATHS.index("media.list.element.position")] if chunk.path.startswith("media.") else chunk
+    return first.raw // _NUMBER_BYTES
 
 
 def _differing(found: pa.Schema) -> str:

@@ -27,15 +27,14 @@ class ShardFile:
 
     def __init__(self, source: pa.NativeFile, *, size: int, codec: RowCodec | None, where: str):
         self._source, self._where = source, where
-        self._file = open_parquet(source, size=size, where=where)
-        self.header: DatasetHeader = footer_header(self._file, where=where)
+        self._file, self._facts = open_parquet(source, size=size, where=where)
+        self.header: DatasetHeader = footer_header(self._facts, where=where)
         if codec is not None:
             codec.header.require_equal(
                 self.header, where=f"{where}: footer", fix="this shard belongs to another dataset"
             )
         self._codec = codec or RowCodec(self.header)
-        metadata = self._file.metadata
-        self.group_rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+        self.group_rows = tuple(group.rows for group in self._facts.groups)
         self._cached_batch = lru_cache(maxsize=_CACHED_GROUPS)(self.batch)
 
     def __len__(self) -> int:
@@ -45,16 +44,16 @@ class ShardFile:
     def batch(self, group: int) -> pa.RecordBatch:
         """A row group as it is stored, frames unopened. Raises `ShardDamaged`."""
         at = f"{self._where}: row group {group}"
-        metadata = self._file.metadata.row_group(group)
-        check_pages(self._source, metadata, where=at)
+        facts = self._facts.groups[group]
+        check_pages(self._source, facts, where=at)
         try:
             table = self._file.read_row_group(group)
             table.validate()
             batches = table.combine_chunks().to_batches()
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             raise ShardDamaged(at, found=f"{type(error).__name__}: {error}"[:300], wanted="whole pages") from None
-        if len(batches) != 1 or batches[0].num_rows != metadata.num_rows:
-            raise ShardDamaged(at, found=f"{table.num_rows} rows", wanted=metadata.num_rows)
+        if len(batches) != 1 or batches[0].num_rows != facts.rows:
+            raise ShardDamaged(at, found=f"{table.num_rows} rows", wanted=facts.rows)
         return batches[0]
 
     def row(self, index: int) -> CachedRow:

@@ -14,7 +14,7 @@ from storage_schema.errors import InvalidRow, ShardTooLarge
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import CachedRow
 
-from .columns import PLAIN_COLUMNS, SCHEMA, to_record
+from .columns import LEAF_PATHS, PLAIN_COLUMNS, SCHEMA, to_record
 from .footer import FOOTER_KEY, MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES, MAX_SHARD_BYTES
 
 
@@ -41,7 +41,7 @@ def _write(groups: Iterable[pa.Table], header: DatasetHeader) -> bytes:
     with pq.ParquetWriter(
         sink,
         SCHEMA,
-        compression={path: "zstd" if path.split(".")[0] in PLAIN_COLUMNS else "none" for path in _leaf_paths(SCHEMA)},
+        compression={path: "zstd" if path.split(".")[0] in PLAIN_COLUMNS else "none" for path in LEAF_PATHS},
         use_dictionary=False,
         write_statistics=["sample_id"],
         write_page_checksum=True,
@@ -81,11 +81,3 @@ def _size(record: dict[str, Any]) -> int:
     plain = 4 * (len(record["token_ids"]) + len(record["target_spans"])) + len(record["metadata"].encode())
     media = sum(256 + len(item["bytes"] or b"") for item in record["media"])
     return 128 + plain + media + len(record["sample_id"].encode()) + sum(4 + len(record[name]) for name in STREAMS)
-
-
-def _leaf_paths(schema: pa.Schema) -> list[str]:
-    """pyarrow matches compression settings on leaf paths, for instance `token_ids.list.element`."""
-    sink = io.BytesIO()
-    pq.write_table(schema.empty_table(), sink)
-    columns = pq.ParquetFile(sink).schema
-    return [columns.column(index).path for index in range(len(columns))]
