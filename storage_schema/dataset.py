@@ -14,13 +14,17 @@ import pyarrow as pa
 from .codec import RowCodec
 from .commits import SHARDS_FOLDER, FileRecord
 from .errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged, ShardMissing
-from .header import HEADER_NAME, DatasetHeader
+from .header import HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
 from .manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
 from .rows import CachedRow
 from .shard import ShardFile
 from .store import Store
 
+MAX_FILE_BYTES = 512 << 20
+"""The most that is read at once: the largest shard, and more than any other file that is not only copied."""
+
 _OPEN_SHARDS = 8
+_BLOCK_BYTES = 8 << 20
 _COPY_AGAIN = "copy this file again from where the dataset came from"
 
 
@@ -92,14 +96,8 @@ class Dataset:
     def _open_shard(self, index: int) -> ShardFile:
         """The same, with nothing read but its footer."""
         record = self.shards[index]
-        where = f"{self.store.url}/{record.file.name}"
-        try:
-            source = pa.PythonFile(self.store.open(record.file.name), mode="r")
-            size = source.size()
-        except FileNotFoundError:
-            raise _not_there(ShardMissing, where) from None
-        if size != record.file.bytes:
-            raise ShardDamaged(where, found=f"{size} bytes", wanted=f"{record.file.bytes} bytes", fix=_COPY_AGAIN)
+        size = self._size(record.file)
+        source = pa.PythonFile(self.store.open(record.file.name), mode="r")
         return self._counted(record, ShardFile(source, size=size, codec=self.codec, where=record.file.name))
 
     def _counted(self, record: ShardRecord, file: ShardFile) -> ShardFile:
@@ -107,31 +105,56 @@ class Dataset:
             raise ShardDamaged(f"{record.file.name}: rows", found=len(file), wanted=record.rows)
         return file
 
-    def read_file(self, file: FileRecord) -> bytes:
-        """A file that the manifest names, verified. Raises `FileMissing` or `FileDamaged`; for a shard `ShardMissing`
-        or `ShardDamaged`."""
-        is_shard = file.name.startswith(f"{SHARDS_FOLDER}/")
-        missing, damaged = (ShardMissing, ShardDamaged) if is_shard else (FileMissing, FileDamaged)
+    def read_file(self, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) -> bytes:
+        """A file that the manifest names, whole and verified. Raises `FileMissing`, or `FileDamaged` also for one of
+        more than `at_most` bytes, before it is read; for a shard `ShardMissing` or `ShardDamaged`."""
+        size = self._size(file)
+        if size > at_most:
+            raise FileDamaged(f"{self.store.url}/{file.name}: size", found=f"{size} bytes", wanted=f"at most {at_most}")
+        data = self.store.read(file.name)
+        self._require_digest(file, len(data), hashlib.sha256(data).hexdigest())
+        return data
+
+    def check_file(self, file: FileRecord) -> None:
+        """Verify a file of any size, a block in memory at a time. Raises as `read_file`."""
+        self._size(file)
+        size, digest = 0, hashlib.sha256()
+        with self.store.open(file.name) as source:
+            while block := source.read(_BLOCK_BYTES):
+                size += len(block)
+                digest.update(block)
+        self._require_digest(file, size, digest.hexdigest())
+
+    def _size(self, file: FileRecord) -> int:
+        missing, damaged = _errors_of(file)
         where = f"{self.store.url}/{file.name}"
         try:
-            data = self.store.read(file.name)
+            size = self.store.size(file.name)
         except FileNotFoundError:
             raise _not_there(missing, where) from None
-        digest = hashlib.sha256(data).hexdigest()
-        if len(data) != file.bytes or digest != file.sha256:
-            raise damaged(
-                where,
-                found=f"{len(data)} bytes, sha256 {digest}",
+        if size != file.bytes:
+            raise damaged(where, found=f"{size} bytes", wanted=f"{file.bytes} bytes", fix=_COPY_AGAIN)
+        return size
+
+    def _require_digest(self, file: FileRecord, size: int, sha256: str) -> None:
+        if (size, sha256) != (file.bytes, file.sha256):
+            raise _errors_of(file)[1](
+                f"{self.store.url}/{file.name}",
+                found=f"{size} bytes, sha256 {sha256}",
                 wanted=f"{file.bytes} bytes, sha256 {file.sha256}",
                 fix=_COPY_AGAIN,
             )
-        return data
 
     def _header_bytes(self) -> bytes:
         for file in self.manifest.files:
             if file.name == HEADER_NAME:
-                return self.read_file(file)
+                return self.read_file(file, at_most=MAX_HEADER_BYTES)
         raise CommitDamaged(f"{self.store.url}/{MANIFEST_NAME}: files", found=f"no {HEADER_NAME}", wanted="the header")
+
+
+def _errors_of(file: FileRecord) -> tuple[type[FileMissing], type[FileDamaged]]:
+    is_shard = file.name.startswith(f"{SHARDS_FOLDER}/")
+    return (ShardMissing, ShardDamaged) if is_shard else (FileMissing, FileDamaged)
 
 
 def _not_there(error: type[FileMissing], where: str) -> FileMissing:

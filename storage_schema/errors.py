@@ -95,7 +95,7 @@ class StreamDamaged(ColdstillError):
 
 
 class StorageFailed(ColdstillError):
-    """The store refused a write. What was committed stays good; the run can be started again."""
+    """The store refused a read or a write. What was committed stays good; the run can be started again."""
 
 
 class StorageFull(StorageFailed):

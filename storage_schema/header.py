@@ -86,12 +86,6 @@ class DatasetHeader(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int = FORMAT_VERSION
-    codec: Codec
-    id_ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(),
-        max_length=MAX_ID_RANKS,
-        description="Id rank table: token ids from the most frequent on; those not listed follow in ascending order.",
-    )
     teacher: TeacherFacts
     tokenizer_fingerprint: str = Field(pattern="^[0-9a-f]{64}$", description="See storage_schema/tokenizer.py.")
     chat_template_sha256: str | None = Field(default=None, description="Digest of the chat template, for chat rows.")
@@ -109,6 +103,12 @@ class DatasetHeader(BaseModel):
     )
     draw_logprobs: bool = Field(default=False, description="Whether the log-prob of each kept draw is stored too.")
     draw_seed: int = Field(ge=0, lt=1 << 63, description="Key of the generator of the draws.")
+    codec: Codec
+    id_ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        max_length=MAX_ID_RANKS,
+        description="Id rank table: token ids from the most frequent on; those not listed follow in ascending order.",
+    )
     tail: Literal["exact", "derived"] = Field(
         description="`exact`: log tail from the teacher's own masked sum; `derived`: log(max(1 - sum of kept, 1e-6))."
     )

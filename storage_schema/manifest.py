@@ -21,7 +21,7 @@ from .commits import (
     file_record,
     read_commit,
 )
-from .documents import parse_document
+from .documents import MAX_DOCUMENT_BYTES, parse_document
 from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
 from .faithfulness import FAITHFULNESS_NAME, sample_from_bytes, sample_to_bytes
 from .header import FORMAT_VERSION, HEADER_NAME
@@ -160,7 +160,7 @@ def _shard_record(commit: CommitRecord) -> ShardRecord:
 def read_manifest(store: Store) -> tuple[Manifest, str]:
     """The manifest and the dataset's id. Raises `DatasetNotFound`, `DatasetNotSealed`, `CommitDamaged`."""
     try:
-        data = store.read(MANIFEST_NAME)
+        data = store.read(MANIFEST_NAME, at_most=MAX_DOCUMENT_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         _raise_absent(store)
     manifest = parse_document(data, model=Manifest, where=MANIFEST_NAME, error=CommitDamaged)

@@ -103,8 +103,11 @@ class Store:
             self.fs.invalidate_cache(self.path(name))
             return bool(self.fs.exists(self.path(name)))
 
-    def read(self, name: str) -> bytes:
-        """The whole file. Raises `FileNotFoundError`, `OutsideDataset`, `StorageFailed`."""
+    def read(self, name: str, *, at_most: int | None = None) -> bytes:
+        """The whole file. Raises `FileNotFoundError`, `OutsideDataset`, `StorageFailed`; `CommitDamaged` for a file of
+        more than `at_most` bytes, before it is read."""
+        if at_most is not None and (size := self.size(name)) > at_most:
+            raise CommitDamaged(f"{self.url}/{name}: size", found=f"{size} bytes", wanted=f"at most {at_most}")
         with self._named_errors(f"reading {name}"):
             if self.is_local:
                 return self.local_path(name).read_bytes()

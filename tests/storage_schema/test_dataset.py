@@ -191,7 +191,9 @@ def test_a_dataset_of_ten_thousand_shards_opens_without_touching_one(
 
     read: list[str] = []
     reading = Store.read
-    monkeypatch.setattr(Store, "read", lambda self, name: read.append(name) or reading(self, name))
+    monkeypatch.setattr(
+        Store, "read", lambda self, name, **options: read.append(name) or reading(self, name, **options)
+    )
     tracemalloc.start()
     dataset = open_dataset(tiny_dataset)
     peak = tracemalloc.get_traced_memory()[1]
