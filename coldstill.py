@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +12,9 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from storage_schema.errors import ColdstillError
+from storage_schema.tools.commands import dataset_commands
+from storage_schema.tools.terminal import require_packages, show_result
+from storage_schema.tools.visible import visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,13 +24,10 @@ app = typer.Typer(
     "A teacher runs once (`capture`) and leaves a dataset of its next-token distributions; from then on students are "
     "trained from that dataset alone (`train`). `demo` shows all of it on this machine, without a network.",
 )
+MAKE = "Capture and train"
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings; the keys are listed below.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace the file's.")]
-
-
-class PackagesMissing(ColdstillError):
-    """A command needs packages that are not installed: they are an extra of this distribution."""
 
 
 def _command_with_keys(module: str, model: str) -> type[TyperCommand]:
@@ -43,7 +41,7 @@ def _command_with_keys(module: str, model: str) -> type[TyperCommand]:
     return CommandWithKeys
 
 
-@app.command(cls=_command_with_keys("pipeline.config", "CaptureConfig"))
+@app.command(rich_help_panel=MAKE, cls=_command_with_keys("pipeline.config", "CaptureConfig"))
 def capture(
     config: Config,
     overrides: Overrides = None,
@@ -53,16 +51,16 @@ def capture(
 
     Start the same command again after any interruption: it does what is missing, and nothing twice.
     """
-    _require("capture", "ray", "torch", "transformers")
+    require_packages("capture", "ray", "torch", "transformers")
     from coldstill_config import load_config
     from pipeline.capture import capture as run_capture
     from pipeline.config import CaptureConfig
 
     result = run_capture(load_config(config, model=CaptureConfig, overrides=overrides or ()))
-    _finish(result.model_dump(), summary, title="capture")
+    show_result(result.model_dump(), title="capture", summary=summary)
 
 
-@app.command(cls=_command_with_keys("trainer.config", "TrainConfig"))
+@app.command(rich_help_panel=MAKE, cls=_command_with_keys("trainer.config", "TrainConfig"))
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -72,7 +70,7 @@ def train(
 
     Start the same command again after any interruption: it goes on from the newest checkpoint.
     """
-    _require("train", "accelerate", "torch", "transformers")
+    require_packages("train", "accelerate", "torch", "transformers")
     from transformers.utils import logging
 
     from coldstill_config import load_config
@@ -82,41 +80,10 @@ def train(
     logging.disable_progress_bar()  # those of loading and saving, which would break the bar of the run
 
     result = run_train(load_config(config, model=TrainConfig, overrides=overrides or ()))
-    _finish(result.model_dump(), summary, title="train")
+    show_result(result.model_dump(), title="train", summary=summary)
 
 
-@app.command()
-def verify(
-    root: Annotated[str, typer.Argument(metavar="ROOT", help="The dataset's directory, or a URL that fsspec reaches.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every row and check every value too.")] = False,
-) -> None:
-    """Check that a dataset holds what its manifest says.
-
-    Where it does not: one line per finding, and exit code 1.
-    """
-    from storage_schema.dataset import open_dataset
-    from storage_schema.tools.verify import verify as run_verify
-
-    findings = run_verify(root, deep=deep)
-    for finding in findings:
-        typer.echo(f"{finding.error}: " + " | ".join(line.strip() for line in finding.message.splitlines()))
-    if findings:
-        raise typer.Exit(1)
-    dataset = open_dataset(root)
-    _finish(
-        {
-            "dataset_id": dataset.dataset_id,
-            "shards": len(dataset.shards),
-            "rows": len(dataset),
-            "targets": dataset.manifest.targets,
-            "checked": "files, digests and every value" if deep else "files and digests",
-        },
-        None,
-        title="verified",
-    )
-
-
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def demo(
     output: Annotated[
         Path, typer.Option(help="Where models, dataset and results go; a second run goes on there.")
@@ -126,7 +93,7 @@ def demo(
     ] = False,
 ) -> None:
     """Show the product on this machine: a teacher under vLLM and Ray, its dataset, three students. About 8 minutes."""
-    _require(
+    require_packages(
         "capture-cpu,train,share", "accelerate", "matplotlib", "ray", "tokenizers", "torch", "transformers", "vllm"
     )
     from demo.run import run_demo
@@ -134,43 +101,18 @@ def demo(
     run_demo(output, quick=quick)
 
 
+app.add_typer(dataset_commands)
+
+
 def main() -> None:
     """Entry point of the `coldstill` command: an error that the user can mend is printed, with exit code 1."""
     try:
         app()
     except ColdstillError as error:
-        message = f"{type(error).__name__}: {error}"
+        # A message may quote what stands in a stranger's dataset: none of it may steer the terminal.
+        message = visible(f"{type(error).__name__}: {error}", newline="\n")
         Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
-
-
-def _require(extras: str, *packages: str) -> None:
-    """Raise `PackagesMissing` before any work is begun that would only fail later."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise PackagesMissing(
-            "this command's packages",
-            found=f"no {', '.join(missing)}",
-            wanted=f"the extras {extras}",
-            fix=f'pip install "coldstill[{extras}]"',
-        )
-
-
-def _finish(result: dict[str, Any], summary: Path | None, *, title: str) -> None:
-    """Print a result, and write it as JSON where asked."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else _text(value))
-    Console().print(table)
-    if summary:
-        summary.parent.mkdir(parents=True, exist_ok=True)
-        summary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _text(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _print_keys(model: Any) -> None:

@@ -111,6 +111,11 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
         with new_file(layout.verified) as beside:
             beside.write_bytes(layout.log("verify").read_bytes())
 
+    def card() -> None:
+        with new_file(layout.page) as beside:
+            run("page", [*coldstill, "inspect", str(layout.dataset), "0", "--html", str(beside)])
+        run("card", [*coldstill, "card", "--replace", str(layout.dataset)])
+
     def train(loss: str) -> Callable[[], None]:
         def work() -> None:
             _write_yaml(layout.train_config(loss), train_config(layout, size, loss=loss))
@@ -156,6 +161,12 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
             heading="every digest, every value",
             makes=(layout.verified,),
             work=verify,
+        ),
+        Stage(
+            name="card",
+            heading="what the dataset holds, what storage cost, one row as a page",
+            makes=(layout.page, layout.card),
+            work=card,
         ),
         *(
             Stage(

@@ -126,6 +126,16 @@ class Layout:
         return self.root / "verified.txt"
 
     @property
+    def card(self) -> Path:
+        """The dataset's card."""
+        return self.dataset / "README.md"
+
+    @property
+    def page(self) -> Path:
+        """A row of the dataset as an HTML page."""
+        return self.root / "row.html"
+
+    @property
     def measurements(self) -> Path:
         return self.root / "measurements.json"
 

@@ -6,7 +6,6 @@ import bisect
 import hashlib
 import itertools
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ from .commits import SHARDS_FOLDER, FileRecord
 from .errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged, ShardMissing
 from .header import HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
 from .manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
+from .recent import Recent
 from .rows import CachedRow
 from .shard import ShardFile
 from .store import Store
@@ -48,7 +48,7 @@ class Dataset:
         self.header = DatasetHeader.from_bytes(self._header_bytes(), where=f"{store.url}/{HEADER_NAME}")
         self.codec = RowCodec(self.header)
         self._first_rows = [0, *itertools.accumulate(shard.rows for shard in self.manifest.shards)]
-        self._cached_shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._open_shards: Recent[int, ShardFile] = Recent(_OPEN_SHARDS)
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
@@ -68,7 +68,7 @@ class Dataset:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a dataset of {len(self)} rows")
         shard = bisect.bisect_right(self._first_rows, index) - 1
-        return self._cached_shard(shard).row(index - self._first_rows[shard])
+        return self._open_shards.get(shard, self._open_shard).row(index - self._first_rows[shard])
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[CachedRow]:
         """Rows `start..stop` in order, a row group in memory at a time."""

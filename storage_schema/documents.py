@@ -8,8 +8,13 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import ColdstillError
 
-MAX_DOCUMENT_BYTES = 256 << 20
-"""A manifest of 500,000 shards; everything else is far smaller."""
+MAX_DOCUMENT_BYTES = 64 << 20
+"""A manifest of 150,000 shards; everything else is far smaller."""
+_BYTES_PER_CONTAINER = 64
+_BYTES_PER_VALUE = 16
+_FREE_CONTAINERS = 1 << 14
+_FREE_VALUES = 1 << 20
+"""A list or object takes the parser 500 bytes, a value 64. None of our documents is as dense as this."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -18,6 +23,12 @@ def parse_document(data: bytes, *, model: type[Model], where: str, error: type[C
     """The `model` in `data`, by strict rules. Raises `error` with the first field that breaks one."""
     if len(data) > MAX_DOCUMENT_BYTES:
         raise error(f"{where}: size", found=f"{len(data)} bytes", wanted=f"at most {MAX_DOCUMENT_BYTES}")
+    containers, values = data.count(b"[") + data.count(b"{"), data.count(b",")
+    if (
+        containers > _FREE_CONTAINERS + len(data) // _BYTES_PER_CONTAINER
+        or values > _FREE_VALUES + len(data) // _BYTES_PER_VALUE
+    ):
+        raise error(f"{where}: size", found=f"{containers} lists and objects, {values} values", wanted="far fewer")
     try:
         return model.model_validate_json(data, strict=True)
     except ValidationError as failure:

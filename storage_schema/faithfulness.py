@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import FileDamaged
-from .rows import CachedRow, TeacherTargets
+from .rows import MASS_TOLERANCE, CachedRow, TeacherTargets
 from .small_tables import table_from_bytes, table_to_bytes
 
 FAITHFULNESS_NAME = "faithfulness.parquet"
@@ -92,12 +92,34 @@ def sample_from_bytes(data: bytes, *, where: str) -> list[ExactPosition]:
 
 
 def _positions(table: pa.Table, where: str) -> Iterator[ExactPosition]:
-    for record in table.to_pylist():
-        ids, logprobs = np.array(record["ids"], np.int32), np.array(record["logprobs"], np.float32)
-        numbers = (record["unit"], record["row"], record["target"])
-        if not ids.size or ids.size != logprobs.size or min(numbers) < 0 or np.isnan(logprobs).any():
-            raise FileDamaged(where, found=f"{ids.size} ids, {logprobs.size} log-probs", wanted="as many, and numbers")
-        yield ExactPosition(*numbers, ids, logprobs, record["log_tail"])
+    numbers = [table[name].to_pylist() for name in ("unit", "row", "target")]
+    log_tails = _values(table["log_tail"].combine_chunks(), np.float32)
+    (starts, ids), (other, logprobs) = _lists(table["ids"], np.int32), _lists(table["logprobs"], np.float32)
+    if (
+        not np.array_equal(starts, other)
+        or (np.diff(starts) < 1).any()
+        or any(min(column, default=0) < 0 for column in numbers)
+    ):
+        raise FileDamaged(where, found="other lengths, or a negative number", wanted="as many ids as log-probs")
+    logs = np.concatenate((logprobs, log_tails))
+    if not (logs <= MASS_TOLERANCE).all():  # NaN is not
+        raise FileDamaged(where, found=f"a log-prob of {logs.max()}", wanted="natural logs, at most 0")
+    for number, (unit, row, target) in enumerate(zip(*numbers, strict=True)):
+        start, stop = starts[number : number + 2]
+        yield ExactPosition(unit, row, target, ids[start:stop], logprobs[start:stop], float(log_tails[number]))
+
+
+def _lists(column: pa.ChunkedArray, kind: type) -> tuple[np.ndarray, np.ndarray]:
+    """Where each list begins, and where the last ends, in the values of all; the values."""
+    lists = column.combine_chunks()
+    return _values(lists.offsets, np.int32), _values(lists.values, kind)
+
+
+def _values(array: pa.Array, kind: type) -> np.ndarray:
+    """The array's own memory: Arrow's conversion to numpy imports pandas first, which takes seconds."""
+    if not len(array):
+        return np.empty(0, kind)
+    return np.frombuffer(array.buffers()[1], kind, len(array), np.dtype(kind).itemsize * array.offset)
 
 
 def storage_kl(exact: ExactPosition, stored: TeacherTargets) -> float:

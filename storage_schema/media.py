@@ -15,6 +15,8 @@ from .errors import InvalidRow
 
 MEDIA_FOLDER = "media"
 MAX_MEDIA_BYTES = 64 << 20
+MAX_MEDIA = 4096
+"""References of one row."""
 
 _TYPE = re.compile(r"[a-z]+/[a-z0-9][a-z0-9.+-]*")
 _PATH = re.compile(rf"{MEDIA_FOLDER}/[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -36,6 +38,8 @@ class MediaReference:
 
 def check_media(sample_id: str, media: Sequence[MediaReference], *, tokens: int) -> None:
     """Raise `InvalidRow` unless every reference is whole and its content is what its digest says."""
+    if len(media) > MAX_MEDIA:
+        raise InvalidRow(f"row {sample_id!r}: media", found=len(media), wanted=f"at most {MAX_MEDIA}")
     before = -1
     for number, item in enumerate(media):
         where = f"row {sample_id!r}: media {number}"
@@ -43,11 +47,11 @@ def check_media(sample_id: str, media: Sequence[MediaReference], *, tokens: int)
             raise InvalidRow(f"{where}: position", found=item.position, wanted=f"ascending positions below {tokens}")
         before = item.position
         if not _TYPE.fullmatch(item.type):
-            raise InvalidRow(f"{where}: type", found=repr(item.type)[:100], wanted="a MIME type, as image/png")
+            raise InvalidRow(f"{where}: type", found=repr(item.type[:80]), wanted="a MIME type, as image/png")
         if (item.path is None) == (item.data is None):
             raise InvalidRow(where, found="a path and data, or neither", wanted="one of path and data")
         if item.path is not None and not _PATH.fullmatch(item.path):
-            raise InvalidRow(f"{where}: path", found=repr(item.path)[:100], wanted=f"a file in {MEDIA_FOLDER}/")
+            raise InvalidRow(f"{where}: path", found=repr(item.path[:80]), wanted=f"a file in {MEDIA_FOLDER}/")
         if item.data is not None:
             _check_data(where, item)
 

@@ -45,7 +45,6 @@ def plan_from_bytes(data: bytes, *, where: str) -> list[Unit]:
     """The units of a plan. Raises `CommitDamaged`."""
     table = table_from_bytes(data, schema=_SCHEMA, max_rows=MAX_UNITS, where=where, error=CommitDamaged)
     columns = [table[name].to_pylist() for name in _SCHEMA.names]
-    units = [Unit(index, *values) for index, values in enumerate(zip(*columns, strict=True))]
-    if any(value < 0 for unit in units for value in (unit.start, unit.first_row, unit.rows)):
+    if any(min(column, default=0) < 0 for column in columns):
         raise CommitDamaged(where, found="a negative number", wanted="units of non-negative numbers")
-    return units
+    return [Unit(index, *values) for index, values in enumerate(zip(*columns, strict=True))]

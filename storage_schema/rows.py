@@ -222,7 +222,7 @@ def check_sequence(sample_id: str, token_ids: np.ndarray, target_spans: np.ndarr
     if flat[0] < 0 or flat[-1] > token_ids.size - 1 or (edges[:, 0] >= edges[:, 1]).any() or (np.diff(flat) < 0).any():
         raise InvalidRow(
             f"row {sample_id!r}: target_spans",
-            found=edges.tolist(),
+            found=f"{edges[:4].tolist()} of {len(edges)}",
             wanted=f"ascending [start, stop) with 0 <= start < stop <= {token_ids.size - 1}",
         )
 

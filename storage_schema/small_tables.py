@@ -6,29 +6,25 @@ They are written without compression, so that a file takes no more memory than i
 from __future__ import annotations
 
 import io
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import ColdstillError
+from .parquet_footer import CODECS, PLAIN, RLE, read_footer
 
 MAX_TABLE_BYTES = 256 << 20
-_ENCODINGS = {"PLAIN", "RLE"}
+_MAX_FOOTER_BYTES = 1 << 20
+_MAX_NESTED = 1 << 24
+"""The most values of a column of lists."""
+_TAIL = struct.Struct("<I4s")
 
 
 def table_to_bytes(table: pa.Table) -> bytes:
     """A Parquet file: plain encoding, page checksums."""
     sink = io.BytesIO()
-    with pq.ParquetWriter(
-        sink,
-        table.schema,
-        compression="none",
-        use_dictionary=False,
-        write_page_checksum=True,
-        store_schema=False,
-    ) as writer:
-        if table.num_rows:
-            writer.write_table(table)
+    pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True, store_schema=False)
     return sink.getvalue()
 
 
@@ -39,6 +35,7 @@ def table_from_bytes(
     if len(data) > MAX_TABLE_BYTES:
         raise error(where, found=f"{len(data)} bytes", wanted=f"at most {MAX_TABLE_BYTES}")
     try:
+        rows = _checked_rows(data, max_rows)
         file = pq.ParquetFile(
             pa.BufferReader(data),
             page_checksum_verification=True,
@@ -48,27 +45,41 @@ def table_from_bytes(
         )
         found = file.schema_arrow.remove_metadata()
         if not found.equals(schema):
-            raise error(f"{where}: columns", found=str(found)[:300], wanted=str(schema))
-        _check(file.metadata, len(data), max_rows, where, error)
+            raise ValueError(f"columns {str(found)[:200]}")
         table = file.read()
         table.validate(full=True)
+        if table.num_rows != rows:
+            raise ValueError(f"{table.num_rows} rows of {rows}")
     except (pa.ArrowException, OSError, ValueError, MemoryError) as failure:
-        raise error(where, found=f"{type(failure).__name__}: {failure}"[:300], wanted="a whole Parquet file") from None
-    if table.num_rows != file.metadata.num_rows:
-        raise error(where, found=f"{table.num_rows} rows", wanted=file.metadata.num_rows)
+        raise error(
+            where, found=f"{type(failure).__name__}: {failure}"[:300], wanted="a whole Parquet file of our own columns"
+        ) from None
     return table
 
 
-def _check(metadata: pq.FileMetaData, size: int, max_rows: int, where: str, error: type[ColdstillError]) -> None:
-    if not 0 <= metadata.num_rows <= max_rows:
-        raise error(f"{where}: rows", found=metadata.num_rows, wanted=f"at most {max_rows}")
-    chunks = [
-        metadata.row_group(group).column(column)
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-    ]
-    for chunk in chunks:
-        if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page or not set(chunk.encodings) <= _ENCODINGS:
-            raise error(where, found=f"{chunk.compression}, {chunk.encodings}", wanted="plain pages, no compression")
-        if chunk.data_page_offset < 4 or chunk.data_page_offset + chunk.total_compressed_size > size:
-            raise error(where, found=f"a column at {chunk.data_page_offset}", wanted=f"inside the {size} bytes")
+def _checked_rows(data: bytes, max_rows: int) -> int:
+    """Rows of a file whose footer names what we write and no more. Raises `ValueError`."""
+    if len(data) < 12:
+        raise ValueError(f"{len(data)} bytes")
+    length, magic = _TAIL.unpack(data[-_TAIL.size :])
+    start = len(data) - _TAIL.size - length
+    if magic != b"PAR1" or length > _MAX_FOOTER_BYTES or start < 4:
+        raise ValueError(f"a footer of {length} bytes, {magic!r}")
+    facts = read_footer(data[start : start + length])
+    rows, end = 0, 4
+    for group in facts.groups:
+        if not 0 <= group.rows <= max_rows - rows:
+            raise ValueError(f"more than {max_rows} rows")
+        rows += group.rows
+        for chunk in group.chunks:
+            if CODECS.get(chunk.codec) != "UNCOMPRESSED" or chunk.other_pages or not chunk.encodings <= {PLAIN, RLE}:
+                raise ValueError("other than plain pages without compression")
+            if not end <= chunk.place <= chunk.place + chunk.stored <= start or chunk.raw != chunk.stored:
+                raise ValueError(f"a column at {chunk.place}")
+            end = chunk.place + chunk.stored
+            nested = chunk.stored // 4 if "." in chunk.path else 0
+            if not 0 <= chunk.values - group.rows <= min(nested, _MAX_NESTED):
+                raise ValueError(f"{chunk.values} values of {group.rows} rows")
+    if rows != facts.rows:
+        raise ValueError(f"{rows} rows of {facts.rows}")
+    return rows

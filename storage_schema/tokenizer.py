@@ -16,7 +16,9 @@ from .errors import TokenizerNotFound
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FOLDER = "tokenizer"
-MAX_TOKENIZER_BYTES = 256 << 20
+MAX_TOKENIZER_BYTES = 64 << 20
+_MAX_VALUES = 6_000_000
+"""Those of the largest vocabulary that the format allows, with as many merges, and some more."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,12 @@ def fingerprint_bytes(data: bytes, *, where: str) -> TokenizerFacts:
     try:
         if len(data) > MAX_TOKENIZER_BYTES:
             raise ValueError(f"{len(data)} bytes")
+        if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+            raise ValueError(f"more than {_MAX_VALUES} values")
         return _facts(json.loads(data))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TokenizerNotFound(
-            where, found=f"{type(error).__name__}: {error}", wanted="a valid tokenizer.json"
+            where, found=f"{type(error).__name__}: {error}"[:300], wanted="a valid tokenizer.json"
         ) from None
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from storage_schema.codec import STREAMS, RowCodec
 from storage_schema.errors import InvalidRow, ShardDamaged
-from storage_schema.media import MediaReference
+from storage_schema.media import MAX_MEDIA, MediaReference, check_media
 from storage_schema.rows import CachedRow, check_sequence, span_positions
 
 MAX_METADATA_BYTES = 1 << 20
@@ -91,6 +91,13 @@ def from_batch(batch: pa.RecordBatch, index: int, codec: RowCodec) -> CachedRow:
 
     Raises `InvalidRow`, `StreamDamaged`, `ShardDamaged`.
     """
+    text = batch.column("sample_id")[index].as_buffer().size + batch.column("metadata")[index].as_buffer().size
+    for name, size, most in (
+        ("metadata", text, MAX_METADATA_BYTES),
+        ("media", len(batch.column("media")[index]), MAX_MEDIA),
+    ):
+        if size > most:
+            raise InvalidRow(name, found=size, wanted=f"at most {most}")
     try:
         sample_id = batch.column("sample_id")[index].as_py()
         metadata = json.loads(batch.column("metadata")[index].as_py())
@@ -102,6 +109,7 @@ def from_batch(batch: pa.RecordBatch, index: int, codec: RowCodec) -> CachedRow:
     if not isinstance(metadata, dict):
         raise ShardDamaged("metadata", found=f"a JSON {type(metadata).__name__}", wanted="a JSON object")
     token_ids, target_spans = sequence_of(batch, index, codec)
+    check_media(sample_id, media, tokens=token_ids.size)
     labels = token_ids[span_positions(target_spans) + 1]
     frames = {name: batch.column(name)[index].as_buffer() for name in STREAMS}
     targets = codec.decode(frames, labels=labels)

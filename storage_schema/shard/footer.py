@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schema.errors import ShardDamaged
-from storage_schema.header import MAX_HEADER_BYTES, DatasetHeader
+from storage_schema.header import MAX_HEADER_BYTES, MAX_TOKENS, DatasetHeader
 from storage_schema.parquet_footer import CODECS, PLAIN, RLE, ChunkFacts, FooterFacts, GroupFacts, read_footer
 
-from .columns import LEAF_PATHS, PLAIN_COLUMNS, SCHEMA
+from .columns import LEAF_PATHS, MAX_METADATA_BYTES, PLAIN_COLUMNS, SCHEMA
 
 FOOTER_KEY = b"coldstill"
 MAX_SHARD_BYTES = 500_000_000
@@ -33,6 +33,13 @@ _GROUP_SLACK = 1 << 20
 """Page headers and levels, which the writer's own count leaves out."""
 _ENCODINGS = {PLAIN, RLE}
 _NUMBER_BYTES = 4
+_MOST_BYTES_OF_A_ROW = {
+    "sample_id": MAX_METADATA_BYTES,
+    "metadata": MAX_METADATA_BYTES,
+    "token_ids.list.element": _NUMBER_BYTES * MAX_TOKENS,
+    "target_spans.list.element": _NUMBER_BYTES * MAX_TOKENS,
+}
+"""Of the others a row may have as many as it likes, up to what a row group may have."""
 _TAIL = struct.Struct("<I4s")
 
 
@@ -95,6 +102,9 @@ def _check_group(group: GroupFacts, start: int, size: int, where: str) -> int:
         if chunk is None or chunk.path != path:
             raise ShardDamaged(f"{where}: columns", found=chunk and chunk.path[:80], wanted=path)
         start = _check_chunk(chunk, start, size, f"{where}, column {path}")
+        most = _GROUP_SLACK + group.rows * _MOST_BYTES_OF_A_ROW.get(path, MAX_ROW_BYTES)
+        if chunk.raw > most:
+            raise ShardDamaged(f"{where}, column {path}: size", found=f"{chunk.raw} bytes", wanted=f"at most {most}")
         if not 0 <= chunk.values - group.rows <= _most_elements(chunk, group):
             raise ShardDamaged(f"{where}, column {path}: values", found=chunk.values, wanted="those of its rows")
     total = sum(chunk.raw for chunk in group.chunks)
@@ -110,7 +120,7 @@ def _check_chunk(chunk: ChunkFacts, start: int, size: int, where: str) -> int:
     codec, wanted = CODECS.get(chunk.codec, chunk.codec), "ZSTD" if plain else "UNCOMPRESSED"
     if codec != wanted:
         raise ShardDamaged(f"{where}: compression", found=codec, wanted=wanted)
-    if not chunk.encodings <= _ENCODINGS:
+    if chunk.other_pages or not chunk.encodings <= _ENCODINGS:
         raise ShardDamaged(f"{where}: encodings", found=sorted(chunk.encodings), wanted="plain, no dictionary")
     end = chunk.place + chunk.stored
     if not start <= chunk.place <= end <= size or chunk.raw < 0 or not (plain or chunk.raw == chunk.stored):

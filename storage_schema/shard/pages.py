@@ -1,6 +1,7 @@
 """How large the pages of a row group say they are, before any is opened.
 
-Arrow takes the memory that a page's own header asks for; the footer's totals, which `footer.py` bounds, may say another.
+Arrow takes the memory that a page's own header asks for; the footer's totals, which `footer.py` bounds, may
+say another.
 Field numbers are those of the Parquet format's `PageHeader`.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from storage_schema.errors import ShardDamaged
-from storage_schema.parquet_footer import CODECS, PLAIN, RLE, ChunkFacts, GroupFacts
+from storage_schema.parquet_footer import CODECS, PLAIN, RLE, GroupFacts
 from storage_schema.thrift import read_struct
 
 _DATA_PAGE = 0

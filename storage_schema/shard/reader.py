@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import pyarrow as pa
 
 from storage_schema.codec import RowCodec
 from storage_schema.errors import ColdstillError, ShardDamaged
 from storage_schema.header import DatasetHeader
+from storage_schema.recent import Recent
 from storage_schema.rows import CachedRow
 
 from .columns import from_batch
@@ -35,7 +35,7 @@ class ShardFile:
             )
         self._codec = codec or RowCodec(self.header)
         self.group_rows = tuple(group.rows for group in self._facts.groups)
-        self._cached_batch = lru_cache(maxsize=_CACHED_GROUPS)(self.batch)
+        self._batches: Recent[int, pa.RecordBatch] = Recent(_CACHED_GROUPS)
 
     def __len__(self) -> int:
         """Rows."""
@@ -61,7 +61,7 @@ class ShardFile:
         first = 0
         for group, rows in enumerate(self.group_rows):
             if index < first + rows:
-                return self._row(self._cached_batch(group), index - first, index)
+                return self._row(self._batches.get(group, self.batch), index - first, index)
             first += rows
         raise IndexError(f"row {index} of a shard of {first} rows")
 

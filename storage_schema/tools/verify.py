@@ -28,8 +28,11 @@ from storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes, st
 from storage_schema.plan import PLAN_NAME, plan_from_bytes
 from storage_schema.rows import CachedRow
 from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+from storage_schema.tools.visible import visible
 
 _FINDINGS_PER_SHARD = 20
+_TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
+_READ = {_TOKENIZER, PLAN_NAME, FAITHFULNESS_NAME}
 
 
 class Finding(NamedTuple):
@@ -38,6 +41,11 @@ class Finding(NamedTuple):
     where: str
     error: str
     message: str
+
+    @property
+    def line(self) -> str:
+        """The finding on one line; what it quotes of a stranger's dataset cannot steer a terminal."""
+        return visible(f"{self.error}: " + " | ".join(part.strip() for part in self.message.splitlines()))
 
 
 def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> list[Finding]:
@@ -68,8 +76,11 @@ def _finding(file: FileRecord, error: ColdstillError) -> Finding:
 
 def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[ColdstillError]:
     """A file that is no shard: its digest, and what is known of its content."""
+    if file.name not in _READ:
+        dataset.check_file(file)
+        return
     data = dataset.read_file(file)
-    if file.name == f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}":
+    if file.name == _TOKENIZER:
         facts = fingerprint_bytes(data, where=file.name)
         if facts.fingerprint != dataset.header.tokenizer_fingerprint:
             yield TokenizerMismatch(file.name, found=facts.fingerprint, wanted=dataset.header.tokenizer_fingerprint)
@@ -103,7 +114,7 @@ def _check_shard(dataset: Dataset, index: int, deep: bool) -> Iterator[Coldstill
     """A shard: its digest; deep, its rows one by one, so that one damaged row does not hide the next."""
     record = dataset.shards[index]
     if not deep:
-        dataset.read_file(record.file)
+        dataset.check_file(record.file)
         return
     shard = dataset.shard_file(index)
     media = {file.name for file in dataset.manifest.files}

@@ -41,8 +41,8 @@ from storage_schema.manifest import MANIFEST_NAME, seal
 from storage_schema.rows import CachedRow
 from storage_schema.store import RUN_FOLDER, Store
 from storage_schema.store_errors import AccessDenied, CredentialsMissing, StoreNotFound, StoreUnreachable
-from storage_schema.tools.copying import dataset_files
-from storage_schema.tools.hub import pull, push
+from storage_schema.tools.hub.copying import dataset_files
+from storage_schema.tools.hub.transfer import pull, push
 from storage_schema.tools.verify import verify
 from tests import making
 from tests.storage_schema.s3_server import S3Server, serve

@@ -1,0 +1,1 @@
+"""What a dataset and a row of it look like: on the terminal, and as a page."""

@@ -1,0 +1,1 @@
+"""What a dataset holds, in figures: measured, as a table, as a picture."""

@@ -1,0 +1,47 @@
+"""What the commands have in common on the terminal: results as tables, JSON on demand, packages that must be there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from storage_schema.errors import ColdstillError
+
+
+class PackagesMissing(ColdstillError):
+    """A command needs packages that are not installed: they are an extra of this distribution."""
+
+
+def require_packages(extras: str, *packages: str) -> None:
+    """Raise `PackagesMissing` before any work is begun that would only fail later."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise PackagesMissing(
+            "this command's packages",
+            found=f"no {', '.join(missing)}",
+            wanted=f"the extras {extras}",
+            fix=f'pip install "coldstill[{extras}]"',
+        )
+
+
+def show_result(result: Mapping[str, Any], *, title: str, summary: Path | None = None) -> None:
+    """Print a result, and write it as JSON where asked."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else _text(value))
+    Console().print(table)
+    if summary:
+        summary.parent.mkdir(parents=True, exist_ok=True)
+        summary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _text(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
