@@ -24,7 +24,14 @@ Open = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    names = (
+        "chromium-headless-shell",
+        "chromium",
+        "chromium-browser",
+        "google-chrome",
+        "google-chrome-stable",
+        "chrome",
+    )
     program = next((found for found in map(shutil.which, names) if found), None)
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(names)} is installed")
