@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 from tqdm import tqdm
@@ -14,6 +15,9 @@ from storage_schema.store import Store
 
 from .config import CaptureConfig
 from .prepare import prepare
+
+if TYPE_CHECKING:
+    from .cluster import Workforce
 
 
 class CaptureSummary(BaseModel):
@@ -37,11 +41,14 @@ def capture(config: CaptureConfig) -> CaptureSummary:
     Raises the named errors of the configuration, source, teacher, cluster and store.
     """
     started = time.monotonic()
-    prepared = prepare(config)
-    done = committed_units(prepared.store)
-    todo = [unit.index for unit in prepared.units if unit.index not in done]
-    if todo:
-        _do(todo, config, total=sum(unit.rows for unit in prepared.units), rows_done=_rows(prepared.units, done))
+    from .cluster import Workforce
+
+    with Workforce(config) as workforce:
+        prepared = prepare(config, rank_ids=workforce.rank_ids if config.pilot_targets else None)
+        done = committed_units(prepared.store)
+        todo = [unit.index for unit in prepared.units if unit.index not in done]
+        if todo:
+            _do(todo, workforce, total=sum(unit.rows for unit in prepared.units), rows_done=_rows(prepared.units, done))
     seal(prepared.store)
     return _summary(prepared.store, time.monotonic() - started)
 
@@ -50,13 +57,11 @@ def _rows(units: list[Unit], done: set[int]) -> int:
     return sum(unit.rows for unit in units if unit.index in done)
 
 
-def _do(todo: list[int], config: CaptureConfig, *, total: int, rows_done: int) -> None:
-    from .cluster import cluster, run_units
-
-    with cluster(config), tqdm(total=total, initial=rows_done, desc="capture", unit=" rows", smoothing=0) as bar:
+def _do(todo: list[int], workforce: Workforce, *, total: int, rows_done: int) -> None:
+    with tqdm(total=total, initial=rows_done, desc="capture", unit=" rows", smoothing=0) as bar:
         bar.set_postfix_str("starting workers")
         targets = 0
-        for report in run_units(todo, config):
+        for report in workforce.run_units(todo):
             targets += report.targets
             bar.update(report.rows + report.rejected)
             bar.set_postfix_str(f"{targets:,} targets, unit {report.unit} committed")

@@ -11,16 +11,20 @@ import logging
 import os
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from storage_schema.errors import ColdstillError
+from storage_schema.header import DatasetHeader
+from storage_schema.plan import Unit
 
 from .config import CaptureConfig
 from .errors import ClusterTooSmall, UnitFailed
+from .pilot import rank_ids
+from .teachers.protocol import Teacher, load_teacher
 from .worker import CaptureWorker, UnitReport
 
 _UNITS_PER_ACTOR = 2
@@ -29,23 +33,81 @@ _DEATHS = 2
 it died: both are tried again alone, so that a healthy unit is not blamed for its neighbour a second time."""
 
 
-@contextmanager
-def cluster(config: CaptureConfig) -> Iterator[None]:
-    """Join the cluster that the settings or RAY_ADDRESS name, or start one on this machine; leave it afterwards."""
-    is_local = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
-    ray.init(
-        address=config.cluster.address,
-        include_dashboard=False if is_local else None,
-        # What Ray warns of in a cluster that lives for this capture alone (its token, its dashboard) concerns nobody.
-        logging_level=logging.ERROR if is_local else logging.WARNING,
-        log_to_driver=False,
-    )
-    try:
+class Workforce:
+    """The actors of one capture. Joins the cluster that the settings or RAY_ADDRESS name, or starts one on this
+    machine, when the first is needed; leaves it at the end."""
+
+    def __init__(self, config: CaptureConfig):
+        self._config = config
+        self._is_joined = False
+        self._ready: Any = None
+
+    def __enter__(self) -> Workforce:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._is_joined:
+            ray.shutdown()
+
+    def rank_ids(self, header: DatasetHeader, unit: Unit) -> list[int]:
+        """The id rank table that the pilot gives (`pilot.py`). Its actor and engine stay for the units.
+
+        Raises as `run_units`.
+        """
+        self._join()
+        for _ in range(_DEATHS + 1):
+            actor = _new_actor(self._config)
+            try:
+                ranks: list[int] = ray.get(actor.rank_ids.remote(header.to_bytes(), astuple(unit)))
+            except RayTaskError as error:
+                raise _named("the pilot", error) from None
+            except RayActorError as error:
+                died = error
+            else:
+                self._ready = actor
+                return ranks
+        raise _given_up("the pilot", _DEATHS + 1, died)
+
+    def run_units(self, todo: list[int]) -> Iterator[UnitReport]:
+        """Do the units on up to `cluster.workers` actors.
+
+        Raises a worker's own named error, or `UnitFailed` for a unit whose worker died twice while it was alone there.
+        """
+        self._join()
+        pool = _Pool(self._config, actors=min(self._config.cluster.workers, len(todo)), first=self._ready)
+        waiting, suspects = deque(todo), deque[int]()
+        deaths: Counter[int | None] = Counter()
+        while waiting or suspects or pool.busy:
+            pool.fill(waiting, suspects)
+            for unit, result in pool.ended():
+                if result is None:
+                    deaths[None] = 0  # only starts that fail one after the other tell against the set-up
+                    continue
+                if isinstance(result, UnitReport):
+                    yield result
+                    continue
+                if isinstance(result, RayTaskError):
+                    raise _named(_what(unit), result)
+                deaths[unit] += 1
+                if deaths[unit] > _DEATHS:
+                    raise _given_up(_what(unit), deaths[unit], result)
+                if unit is not None:
+                    suspects.append(unit)
+
+    def _join(self) -> None:
+        if self._is_joined:
+            return
+        is_local = self._config.cluster.address is None and "RAY_ADDRESS" not in os.environ
+        ray.init(
+            address=self._config.cluster.address,
+            include_dashboard=False if is_local else None,
+            # What Ray warns of in a cluster of this capture alone (its token, its dashboard) concerns nobody.
+            logging_level=logging.ERROR if is_local else logging.WARNING,
+            log_to_driver=False,
+        )
+        self._is_joined = True
         if is_local:
-            _require_room(config)
-        yield
-    finally:
-        ray.shutdown()
+            _require_room(self._config)
 
 
 def _require_room(config: CaptureConfig) -> None:
@@ -62,53 +124,16 @@ def _require_room(config: CaptureConfig) -> None:
             )
 
 
-def run_units(todo: list[int], config: CaptureConfig) -> Iterator[UnitReport]:
-    """Do the units on up to `cluster.workers` actors.
-
-    Raises a worker's own named error, or `UnitFailed` for a unit whose worker died twice while it was alone there.
-    """
-    pool = _Pool(config, actors=min(config.cluster.workers, len(todo)))
-    waiting, suspects = deque(todo), deque[int]()
-    deaths: Counter[int | None] = Counter()
-    while waiting or suspects or pool.busy:
-        pool.fill(waiting, suspects)
-        for unit, result in pool.ended():
-            if result is None:
-                deaths[None] = 0  # only starts that fail one after the other tell against the set-up
-                continue
-            if isinstance(result, UnitReport):
-                yield result
-                continue
-            if isinstance(result, RayTaskError):
-                raise _named(unit, result)
-            deaths[unit] += 1
-            if deaths[unit] > _DEATHS:
-                raise UnitFailed(
-                    _what(unit),
-                    found=f"its worker died {deaths[unit]} times: {result}",
-                    wanted="a worker that lives through it",
-                    fix="see Ray's worker logs; what was committed stays good, start again to go on",
-                )
-            if unit is not None:
-                suspects.append(unit)
-
-
 class _Pool:
     """Actors, what each is doing, and their replacements."""
 
-    def __init__(self, config: CaptureConfig, *, actors: int):
-        self._options: dict[str, Any] = {
-            "num_cpus": config.cluster.cpus_per_worker,
-            "num_gpus": config.cluster.gpus_per_worker,
-            # Whether a unit is tried again is for the dispatcher to say: Ray would send the same call to a new actor.
-            "max_restarts": 0,
-            "max_task_retries": 0,
-        }
-        self._config = config.model_dump()
+    def __init__(self, config: CaptureConfig, *, actors: int, first: Any):
+        """`first`: an actor that has its engine already, where there is one."""
+        self._config = config
         self._load: dict[Any, int] = {}
         self._running: dict[Any, _Call] = {}
-        for _ in range(actors):
-            self._start()
+        for number in range(actors):
+            self._start(first if number == 0 else None)
 
     @property
     def busy(self) -> bool:
@@ -163,8 +188,8 @@ class _Pool:
             ray.kill(call.actor)
             self._start()
 
-    def _start(self) -> None:
-        actor = _RayWorker.options(**self._options).remote(self._config)  # type: ignore[attr-defined]
+    def _start(self, actor: Any = None) -> None:
+        actor = actor or _new_actor(self._config)
         self._running[actor.ready.remote()] = _Call(actor, None, 0)
 
 
@@ -176,26 +201,52 @@ class _Call(NamedTuple):
     weight: int
 
 
+def _new_actor(config: CaptureConfig) -> Any:
+    options: dict[str, Any] = {
+        "num_cpus": config.cluster.cpus_per_worker,
+        "num_gpus": config.cluster.gpus_per_worker,
+        # Whether a unit is tried again is for the dispatcher to say: Ray would send the same call to a new actor.
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
+    return _RayWorker.options(**options).remote(config.model_dump())  # type: ignore[attr-defined]
+
+
 @ray.remote
 class _RayWorker:
     """`CaptureWorker` as an actor. The engine is loaded in `ready`, so that its errors have a call to come back by."""
 
     def __init__(self, config: dict[str, Any]):
         self._config = CaptureConfig.model_validate(config)
+        self._teacher: Teacher | None = None
+
+    def rank_ids(self, header: bytes, unit: tuple[int, ...]) -> list[int]:
+        facts = DatasetHeader.from_bytes(header, where="the pilot's header")
+        self._teacher = load_teacher(self._config.teacher, facts)
+        return list(rank_ids(self._config, self._teacher, facts, Unit(*unit)))
 
     def ready(self) -> None:
-        self._worker = CaptureWorker(self._config)
+        self._worker = CaptureWorker(self._config, self._teacher)
 
     def run(self, unit: int) -> tuple[int, ...]:
         return tuple(self._worker.run(unit))
 
 
-def _named(unit: int | None, error: RayTaskError) -> Exception:
+def _named(what: str, error: RayTaskError) -> Exception:
     """The worker's own error where it has a name; otherwise `UnitFailed` with its traceback."""
     cause = error.cause
     if isinstance(cause, ColdstillError):
         return cause
-    return UnitFailed(_what(unit), found=str(error), wanted="no exception", fix="what was committed stays good")
+    return UnitFailed(what, found=str(error), wanted="no exception", fix="what was committed stays good")
+
+
+def _given_up(what: str, deaths: int, last: Exception) -> UnitFailed:
+    return UnitFailed(
+        what,
+        found=f"its worker died {deaths} times: {last}",
+        wanted="a worker that lives through it",
+        fix="see Ray's worker logs; what was committed stays good, start again to go on",
+    )
 
 
 def _what(unit: int | None) -> str:

@@ -98,6 +98,11 @@ class CaptureConfig(Section):
     rows_per_unit: int = Field(
         default=1024, ge=1, description="Source rows of a unit: one shard, and what a kill can cost at the most."
     )
+    pilot_targets: int = Field(
+        default=8192,
+        ge=0,
+        description="Targets that the teacher scores before all others, to learn which ids get short codes; 0: none.",
+    )
     fidelity: Literal["fine", "coarse", "exact"] = Field(
         default="fine",
         description="What storage may cost, as mean KL in nats: fine below 1e-5, coarse below 1e-4 in fewer bytes; "

@@ -6,6 +6,7 @@ Settings in, `Prepared` out. Runs on the driver and loads no weights.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,12 @@ class Prepared:
     units: list[Unit]
 
 
-def prepare(config: CaptureConfig) -> Prepared:
+def prepare(
+    config: CaptureConfig, *, rank_ids: Callable[[DatasetHeader, Unit], Sequence[int]] | None = None
+) -> Prepared:
     """Create the dataset directory, or check that it is the one that `config` describes.
 
+    `rank_ids`: the pilot that gives a new dataset's id rank table; none, no table.
     Raises `HeaderMismatch` for a changed configuration, and the errors of sources, templates and teachers.
     """
     store = Store(config.output)
@@ -46,23 +50,27 @@ def prepare(config: CaptureConfig) -> Prepared:
     source = open_source(config.source.path)
     tokenizer = load_tokenizer(config.teacher)
     maker = SequenceMaker(tokenizer, source=config.source, max_length=config.teacher.max_length)
-    new_plan = None if store.exists(PLAN_NAME) else source.plan(config.rows_per_unit)
+    is_planned = store.exists(PLAN_NAME)
+    units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME) if is_planned else source.plan(config.rows_per_unit)
     maker.make(source.first())  # a template that cannot mark is refused before anything is started
     tokenizer_files = _files_of(tokenizer)
     facts = fingerprint_bytes(tokenizer_files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
     header = _header(config, facts, chat_template_sha256=maker.template_sha256, source_sha256=source.sha256())
-    if not store.create(HEADER_NAME, header.to_bytes()):
-        DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME).require_equal(
-            header,
-            where="the configuration",
-            fix=f"{store.url} was begun with another value: put it back, or choose another output",
-        )
+    if not store.exists(HEADER_NAME):
+        ranks = tuple(rank_ids(header, units[0])) if rank_ids and units else ()
+        store.create(HEADER_NAME, header.model_copy(update={"id_ranks": ranks}).to_bytes())
+    stored = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
+    stored.require_equal(
+        header.model_copy(update={"id_ranks": stored.id_ranks}),
+        where="the configuration",
+        fix=f"{store.url} was begun with another value: put it back, or choose another output",
+    )
     # Who receives the dataset can read its tokens without the teacher.
     for name, data in tokenizer_files.items():
         store.create(f"{TOKENIZER_FOLDER}/{name}", data)
-    if new_plan is not None:
-        store.create(PLAN_NAME, plan_to_bytes(new_plan))
-    return Prepared(store, header, plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME))
+    if not is_planned:
+        store.create(PLAN_NAME, plan_to_bytes(units))
+    return Prepared(store, stored, plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME))
 
 
 def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBase:

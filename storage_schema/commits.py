@@ -28,6 +28,8 @@ REJECTS_FOLDER = "rejects"
 FAITHFULNESS_FOLDER = "faithfulness"
 """The units' shares of the sample, until sealing makes one file of them."""
 
+MAX_COUNT = 1 << 53
+"""What other languages read from JSON without loss; `len` takes no more than 2^63."""
 _DIGEST = "^[0-9a-f]{64}$"
 
 
@@ -46,7 +48,7 @@ class FileRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=MAX_COUNT)
     sha256: str = Field(pattern=_DIGEST)
 
 
@@ -55,12 +57,12 @@ class CommitRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    unit: int = Field(ge=0)
+    unit: int = Field(ge=0, le=MAX_COUNT)
     shard: FileRecord
-    rows: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    targets: int = Field(ge=0)
-    rejected: int = Field(ge=0)
+    rows: int = Field(ge=0, le=MAX_COUNT)
+    tokens: int = Field(ge=0, le=MAX_COUNT)
+    targets: int = Field(ge=0, le=MAX_COUNT)
+    rejected: int = Field(ge=0, le=MAX_COUNT)
     rejects: FileRecord | None = None
     faithfulness: FileRecord | None = Field(default=None, description="The unit's share of the faithfulness sample.")
     environment: dict[str, Any] = Field(
@@ -81,7 +83,7 @@ def commit_name(unit: int) -> str:
 def committed_units(store: Store) -> set[int]:
     """Units that are done, from the names alone: no record is opened."""
     stems = (name.removesuffix(".json") for name in store.names(COMMITS_FOLDER) if name.endswith(".json"))
-    return {int(stem) for stem in stems if stem.isdigit()}
+    return {int(stem) for stem in stems if stem.isascii() and stem.isdigit() and f"{int(stem):06d}" == stem}
 
 
 def read_commit(store: Store, unit: int) -> CommitRecord:

@@ -7,6 +7,7 @@ never changes. It holds no time, host or path, so that equal captures have equal
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from typing import Annotated, Literal
 
@@ -150,8 +151,10 @@ class DatasetHeader(BaseModel):
         return self
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: equal headers give equal bytes."""
-        return (self.model_dump_json(indent=2) + "\n").encode()
+        """Canonical JSON, a field on a line: equal headers give equal bytes."""
+        fields = self.model_dump(mode="json").items()
+        lines = (f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields)
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
     @property
     def sha256(self) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,
+    MAX_COUNT,
     REJECTS_FOLDER,
     SHARDS_FOLDER,
     CommitRecord,
@@ -38,12 +39,12 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    unit: int = Field(ge=0)
+    unit: int = Field(ge=0, le=MAX_COUNT)
     file: FileRecord
-    rows: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    targets: int = Field(ge=0)
-    rejected: int = Field(ge=0)
+    rows: int = Field(ge=0, le=MAX_COUNT)
+    tokens: int = Field(ge=0, le=MAX_COUNT)
+    targets: int = Field(ge=0, le=MAX_COUNT)
+    rejected: int = Field(ge=0, le=MAX_COUNT)
 
 
 class Manifest(BaseModel):
@@ -52,10 +53,10 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int = FORMAT_VERSION
-    rows: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    targets: int = Field(ge=0)
-    rejected: int = Field(ge=0)
+    rows: int = Field(ge=0, le=MAX_COUNT)
+    tokens: int = Field(ge=0, le=MAX_COUNT)
+    targets: int = Field(ge=0, le=MAX_COUNT)
+    rejected: int = Field(ge=0, le=MAX_COUNT)
     shards: tuple[ShardRecord, ...] = Field(description="In the order of their units.")
     files: tuple[FileRecord, ...] = Field(description="Header, plan, tokenizer, rejects, faithfulness sample, media.")
     derived_from: tuple[str, ...] = Field(

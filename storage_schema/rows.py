@@ -239,8 +239,7 @@ def spans_from_mask(learned: Sequence[bool] | np.ndarray) -> np.ndarray:
 
 def span_positions(target_spans: np.ndarray) -> np.ndarray:
     """`int64 [N]`: all positions of the spans, ascending."""
-    if len(target_spans) == 0:
-        return np.empty(0, np.int64)
-    return np.concatenate(
-        [np.arange(start, stop, dtype=np.int64) for start, stop in np.asarray(target_spans, np.int64)]
-    )
+    starts, stops = np.asarray(target_spans, np.int64).reshape(-1, 2).T
+    lengths = stops - starts
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from .errors import ColdstillError
 from .parquet_footer import CODECS, PLAIN, RLE, read_footer
+from .parquet_pages import check_pages
 
 MAX_TABLE_BYTES = 256 << 20
 _MAX_FOOTER_BYTES = 1 << 20
@@ -77,6 +78,7 @@ def _checked_rows(data: bytes, max_rows: int) -> int:
             if not end <= chunk.place <= chunk.place + chunk.stored <= start or chunk.raw != chunk.stored:
                 raise ValueError(f"a column at {chunk.place}")
             end = chunk.place + chunk.stored
+            check_pages(memoryview(data)[chunk.place : end], chunk)
             nested = chunk.stored // 4 if "." in chunk.path else 0
             if not 0 <= chunk.values - group.rows <= min(nested, _MAX_NESTED):
                 raise ValueError(f"{chunk.values} values of {group.rows} rows")

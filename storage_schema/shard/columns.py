@@ -64,11 +64,13 @@ def to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
     header = codec.header
     row.check(token_count=header.token_count)
     _check_bounds(row, codec)
-    metadata = json.dumps(row.metadata, ensure_ascii=False, sort_keys=True)
     try:
+        metadata = json.dumps(row.metadata, ensure_ascii=False, sort_keys=True)
         size = len(f"{row.sample_id}{metadata}".encode())
-    except UnicodeEncodeError as error:
-        raise InvalidRow(f"row {row.sample_id!r}", found=str(error), wanted="sample id and metadata as UTF-8") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRow(
+            f"row {row.sample_id!r}", found=str(error)[:200], wanted="sample id as UTF-8, metadata as JSON in UTF-8"
+        ) from None
     if size > MAX_METADATA_BYTES:
         raise InvalidRow(
             f"row {row.sample_id!r}: metadata", found=f"{size} bytes", wanted=f"at most {MAX_METADATA_BYTES}"

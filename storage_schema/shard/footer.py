@@ -37,7 +37,7 @@ _MOST_BYTES_OF_A_ROW = {
     "sample_id": MAX_METADATA_BYTES,
     "metadata": MAX_METADATA_BYTES,
     "token_ids.list.element": _NUMBER_BYTES * MAX_TOKENS,
-    "target_spans.list.element": _NUMBER_BYTES * MAX_TOKENS,
+    "target_spans.list.element": 2 * _NUMBER_BYTES * MAX_TOKENS,
 }
 """Of the others a row may have as many as it likes, up to what a row group may have."""
 _TAIL = struct.Struct("<I4s")

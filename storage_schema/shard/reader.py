@@ -9,12 +9,13 @@ import pyarrow as pa
 from storage_schema.codec import RowCodec
 from storage_schema.errors import ColdstillError, ShardDamaged
 from storage_schema.header import DatasetHeader
+from storage_schema.parquet_footer import GroupFacts
+from storage_schema.parquet_pages import check_pages
 from storage_schema.recent import Recent
 from storage_schema.rows import CachedRow
 
 from .columns import from_batch
 from .footer import footer_header, open_parquet
-from .pages import check_pages
 
 _CACHED_GROUPS = 2
 
@@ -45,8 +46,8 @@ class ShardFile:
         """A row group as it is stored, frames unopened. Raises `ShardDamaged`."""
         at = f"{self._where}: row group {group}"
         facts = self._facts.groups[group]
-        check_pages(self._source, facts, where=at)
         try:
+            self._check_pages(facts)
             table = self._file.read_row_group(group)
             table.validate()
             batches = table.combine_chunks().to_batches()
@@ -55,6 +56,15 @@ class ShardFile:
         if len(batches) != 1 or batches[0].num_rows != facts.rows:
             raise ShardDamaged(at, found=f"{table.num_rows} rows", wanted=facts.rows)
         return batches[0]
+
+    def _check_pages(self, group: GroupFacts) -> None:
+        first, last = group.chunks[0], group.chunks[-1]
+        self._source.seek(first.place)
+        # One read, and of a remote file one request: what Arrow asks for next is in the file's buffer then.
+        data = memoryview(self._source.read_buffer(last.place + last.stored - first.place))
+        for chunk in group.chunks:
+            start = chunk.place - first.place
+            check_pages(data[start : start + chunk.stored], chunk)
 
     def row(self, index: int) -> CachedRow:
         """Row number `index`: one row group is read, one row is decoded."""

@@ -1,0 +1,70 @@
+"""Laws of the pilot: the table ranks ids by how often they are kept, and a capture with it holds the same rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.pilot import rank_ids
+from pipeline.prepare import prepare
+from pipeline.teachers.protocol import load_teacher
+from storage_schema.dataset import open_dataset
+from storage_schema.header import DatasetHeader
+from storage_schema.manifest import seal
+from storage_schema.plan import Unit
+from storage_schema.tools.verify import verify
+from tests.pipeline.capturing import capture_config, do_units
+
+
+def _ranked(folder: Path, **changes: object) -> tuple[Path, DatasetHeader]:
+    """A whole capture with a table, by the driver's own steps."""
+    config = capture_config(folder, **changes)
+
+    def pilot(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
+        return rank_ids(config, load_teacher(config.teacher, header), header, unit)
+
+    prepared = prepare(config, rank_ids=pilot)
+    do_units(config)
+    seal(prepared.store)
+    return Path(config.output), prepared.header
+
+
+def test_the_table_ranks_ids_by_how_often_they_are_kept_or_drawn(tmp_path: Path) -> None:
+    root, header = _ranked(tmp_path, pilot_targets=10**6)
+    counts: Counter[int] = Counter()
+    for row in open_dataset(root).read_shard(0):
+        counts.update(row.targets.ids[row.targets.kept].tolist())
+        counts.update(row.targets.draw_ids.tolist())
+    wanted = sorted((token for token, count in counts.items() if count > 1), key=lambda token: (-counts[token], token))
+    assert header.id_ranks == tuple(wanted)
+
+
+def test_a_table_changes_the_bytes_and_nothing_else(tmp_path: Path) -> None:
+    root, header = _ranked(tmp_path)
+    plain = capture_config(tmp_path, output="plain")
+    store = prepare(plain).store
+    do_units(plain)
+    seal(store)
+    assert header.id_ranks
+    assert verify(root, deep=True, progress=False) == []
+    for with_table, without in zip(open_dataset(root).rows(), open_dataset(plain.output).rows(), strict=True):
+        assert with_table.sample_id == without.sample_id
+        mine, theirs = with_table.targets.by_probability(), without.targets.by_probability()
+        np.testing.assert_array_equal(mine.ids, theirs.ids)
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-6)
+
+
+def test_a_few_targets_are_enough_for_a_pilot(tmp_path: Path) -> None:
+    _, some = _ranked(tmp_path, pilot_targets=1)
+    assert 0 < len(some.id_ranks) < len(_ranked(tmp_path, output="all")[1].id_ranks)
+
+
+def test_a_dataset_keeps_the_table_that_it_was_begun_with(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    first = prepare(config, rank_ids=lambda header, unit: (5, 3, 8))
+    again = prepare(config, rank_ids=lambda header, unit: pytest.fail("a second pilot"))
+    assert first.header == again.header
+    assert again.header.id_ranks == (5, 3, 8)
