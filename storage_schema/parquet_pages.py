@@ -10,7 +10,8 @@ from .parquet_footer import PLAIN, RLE, ChunkFacts
 from .thrift import read_struct
 
 _DATA_PAGE = 0
-_MAX_HEADER = 4 << 10
+_MAX_HEADER = 64 << 10
+"""Four times the longest that is written: one with the least and the greatest sample id, of 4 kB each, twice."""
 _MAX_PAGES = 1024
 """Four times what the writer makes of the largest row: a header takes as long to look at as a page to open."""
 
@@ -25,7 +26,7 @@ def check_pages(data: memoryview, chunk: ChunkFacts) -> None:
         raw += page_raw
         values += page_values
         pages += 1
-    if (place, raw, values) != (chunk.stored, chunk.raw, chunk.values):
+    if place != len(data) or (place, raw, values) != (chunk.stored, chunk.raw, chunk.values):
         raise ValueError(
             f"column {chunk.path}: {pages} pages of {place} bytes, {raw} uncompressed, {values} values; "
             f"the footer says {chunk.stored}, {chunk.raw} and {chunk.values}"

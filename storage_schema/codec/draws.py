@@ -67,10 +67,13 @@ class DrawStreams:
 
     def decode(self, frames: Frames, positions: int) -> Draws:
         """Draws of a row, of each position in ascending order of rank. Raises `StreamDamaged`."""
-        counts = np.zeros(positions, np.int32)
-        if frames.has("draw_counts"):
-            raw = frames.open("draw_counts", self._count_width * positions)
-            counts = frames.bounded("draw_counts", from_planes(raw, self._count_width), low=0, high=self._kept_draws)
+        if not frames.has("draw_counts"):
+            for name in ("draw_ids", "draw_id_escapes", "draw_logprobs"):
+                frames.open(name, 0)
+            none = np.empty(0, np.int32)
+            return Draws(none, np.zeros(positions, np.int32), none.astype(np.float32) if self._has_logprobs else None)
+        raw = frames.open("draw_counts", self._count_width * positions)
+        counts = frames.bounded("draw_counts", from_planes(raw, self._count_width), low=0, high=self._kept_draws)
         total = int(counts.sum(dtype=np.int64))
         if total > _MAX_DRAWS:
             raise StreamDamaged("stream draw_counts", found=f"{total} draws", wanted=f"at most {_MAX_DRAWS}")

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from storage_schema.codec import STREAMS, RowCodec
-from storage_schema.errors import InvalidRow, ShardDamaged
-from storage_schema.media import MAX_MEDIA, MediaReference, check_media
-from storage_schema.rows import CachedRow, check_sequence, span_positions
+from storage_schema.errors import InvalidRow
+from storage_schema.rows import CachedRow
 
 MAX_METADATA_BYTES = 1 << 20
 
@@ -88,62 +87,6 @@ def to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
     }
 
 
-def from_batch(batch: pa.RecordBatch, index: int, codec: RowCodec) -> CachedRow:
-    """Row number `index` of a record batch; its neighbours are not decoded.
-
-    Raises `InvalidRow`, `StreamDamaged`, `ShardDamaged`.
-    """
-    text = batch.column("sample_id")[index].as_buffer().size + batch.column("metadata")[index].as_buffer().size
-    for name, size, most in (
-        ("metadata", text, MAX_METADATA_BYTES),
-        ("media", len(batch.column("media")[index]), MAX_MEDIA),
-    ):
-        if size > most:
-            raise InvalidRow(name, found=size, wanted=f"at most {most}")
-    try:
-        sample_id = batch.column("sample_id")[index].as_py()
-        metadata = json.loads(batch.column("metadata")[index].as_py())
-        media = tuple(_media(item) for item in batch.column("media")[index].as_py())
-    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
-        raise ShardDamaged(
-            "plain columns", found=f"{type(error).__name__}: {error}"[:200], wanted="UTF-8 and JSON"
-        ) from None
-    if not isinstance(metadata, dict):
-        raise ShardDamaged("metadata", found=f"a JSON {type(metadata).__name__}", wanted="a JSON object")
-    token_ids, target_spans = sequence_of(batch, index, codec)
-    check_media(sample_id, media, tokens=token_ids.size)
-    labels = token_ids[span_positions(target_spans) + 1]
-    frames = {name: batch.column(name)[index].as_buffer() for name in STREAMS}
-    targets = codec.decode(frames, labels=labels)
-    return CachedRow(
-        sample_id=sample_id,
-        token_ids=token_ids,
-        target_spans=target_spans,
-        targets=targets,
-        metadata=metadata,
-        media=media,
-    )
-
-
-def sequence_of(batch: pa.RecordBatch, index: int, codec: RowCodec) -> tuple[np.ndarray, np.ndarray]:
-    """`token_ids int32 [T]` and `target_spans int32 [n, 2]` of a row, without its targets. Raises `InvalidRow`."""
-    token_ids = _integers(batch.column("token_ids")[index].values)
-    flat_spans = _integers(batch.column("target_spans")[index].values)
-    if flat_spans.size % 2:
-        raise InvalidRow("target_spans", found=f"{flat_spans.size} numbers", wanted="pairs (start, stop)")
-    target_spans = flat_spans.reshape(-1, 2)
-    check_sequence("", token_ids, target_spans, token_count=codec.header.token_count)
-    if token_ids.size > codec.header.max_length:
-        raise InvalidRow("token_ids", found=f"{token_ids.size} tokens", wanted=f"at most {codec.header.max_length}")
-    return token_ids, target_spans
-
-
-def _integers(values: pa.Array) -> np.ndarray:
-    """`int32 [n]`: the array's own memory. Arrow's conversion to numpy imports pandas first, which takes seconds."""
-    buffer = values.buffers()[1]
-    return np.frombuffer(buffer, np.int32, len(values), 4 * values.offset) if len(values) else np.empty(0, np.int32)
-
-
 def _check_bounds(row: CachedRow, codec: RowCodec) -> None:
     """What the header promises of every row, and the decoder holds it to."""
     header = codec.header
@@ -163,9 +106,3 @@ def _check_bounds(row: CachedRow, codec: RowCodec) -> None:
             found=targets.draw_logprobs is not None,
             wanted=header.draw_logprobs,
         )
-
-
-def _media(item: dict[str, Any]) -> MediaReference:
-    return MediaReference(
-        position=item["position"], type=item["type"], sha256=item["sha256"], path=item["path"], data=item["bytes"]
-    )

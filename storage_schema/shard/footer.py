@@ -26,8 +26,8 @@ MAX_GROUP_BYTES = 8 << 20
 MAX_ROW_BYTES = 256 << 20
 """A row that is larger than a group has a group to itself."""
 
-_MAX_FOOTER_BYTES = 4 << 20
-"""The header, and 1.3 kB for each of the 2,200 row groups that the shortest rows make of 500 MB."""
+MAX_FOOTER_BYTES = 4 << 20
+"""The header, and 1.3 kB for each of 2,300 row groups: it takes as long to check as two seconds allow."""
 _MAX_GROUPS = 1 << 16
 _GROUP_SLACK = 1 << 20
 """Page headers and levels, which the writer's own count leaves out."""
@@ -45,7 +45,7 @@ _TAIL = struct.Struct("<I4s")
 
 def open_parquet(source: pa.NativeFile, *, size: int, where: str) -> tuple[pq.ParquetFile, FooterFacts]:
     """The Parquet file in `source` of `size` bytes and the facts of its footer, checked. Raises `ShardDamaged`."""
-    if not 12 <= size <= MAX_SHARD_BYTES + _MAX_FOOTER_BYTES:
+    if not 12 <= size <= MAX_SHARD_BYTES + MAX_FOOTER_BYTES:
         raise ShardDamaged(where, found=f"{size} bytes", wanted=f"12 to {MAX_SHARD_BYTES}")
     facts = _facts(source, size, where)
     source.seek(0)
@@ -78,7 +78,7 @@ def footer_header(facts: FooterFacts, *, where: str) -> DatasetHeader:
 def _facts(source: pa.NativeFile, size: int, where: str) -> FooterFacts:
     source.seek(size - _TAIL.size)
     length, magic = _TAIL.unpack(source.read(_TAIL.size))
-    if magic != b"PAR1" or length > min(_MAX_FOOTER_BYTES, size - 12):
+    if magic != b"PAR1" or length > min(MAX_FOOTER_BYTES, size - 12):
         raise ShardDamaged(where, found=f"a footer of {length} bytes, {magic!r}", wanted="a whole Parquet file")
     source.seek(size - _TAIL.size - length)
     try:

@@ -14,7 +14,7 @@ from storage_schema.parquet_pages import check_pages
 from storage_schema.recent import Recent
 from storage_schema.rows import CachedRow
 
-from .columns import from_batch
+from .batch_rows import BatchRows
 from .footer import footer_header, open_parquet
 
 _CACHED_GROUPS = 2
@@ -36,7 +36,7 @@ class ShardFile:
             )
         self._codec = codec or RowCodec(self.header)
         self.group_rows = tuple(group.rows for group in self._facts.groups)
-        self._batches: Recent[int, pa.RecordBatch] = Recent(_CACHED_GROUPS)
+        self._batches: Recent[int, BatchRows] = Recent(_CACHED_GROUPS)
 
     def __len__(self) -> int:
         """Rows."""
@@ -71,7 +71,7 @@ class ShardFile:
         first = 0
         for group, rows in enumerate(self.group_rows):
             if index < first + rows:
-                return self._row(self._batches.get(group, self.batch), index - first, index)
+                return self._row(self._batches.get(group, self._batch_rows), index - first, index)
             first += rows
         raise IndexError(f"row {index} of a shard of {first} rows")
 
@@ -79,14 +79,17 @@ class ShardFile:
         """All rows, a row group at a time."""
         number = 0
         for group in range(len(self.group_rows)):
-            batch = self.batch(group)
-            for index in range(batch.num_rows):
+            batch = self._batch_rows(group)
+            for index in range(len(batch)):
                 yield self._row(batch, index, number)
                 number += 1
 
-    def _row(self, batch: pa.RecordBatch, index: int, number: int) -> CachedRow:
+    def _batch_rows(self, group: int) -> BatchRows:
+        return BatchRows(self.batch(group), self._codec)
+
+    def _row(self, batch: BatchRows, index: int, number: int) -> CachedRow:
         try:
-            return from_batch(batch, index, self._codec)
+            return batch.row(index)
         except ColdstillError as error:
             raise error.at(f"{self._where}, row {number}") from None
 

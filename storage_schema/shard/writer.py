@@ -15,7 +15,7 @@ from storage_schema.header import DatasetHeader
 from storage_schema.rows import CachedRow
 
 from .columns import LEAF_PATHS, PLAIN_COLUMNS, SCHEMA, to_record
-from .footer import FOOTER_KEY, MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES, MAX_SHARD_BYTES
+from .footer import FOOTER_KEY, MAX_FOOTER_BYTES, MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES, MAX_SHARD_BYTES
 
 
 def write_shard(rows: Iterable[CachedRow], *, header: DatasetHeader) -> bytes:
@@ -49,15 +49,16 @@ def _write(groups: Iterable[pa.Table], header: DatasetHeader) -> bytes:
     ) as writer:
         for group in groups:
             writer.write_table(group, row_group_size=group.num_rows)
-            if sink.tell() > MAX_SHARD_BYTES:
-                raise ShardTooLarge(
-                    "a shard",
-                    found=f"more than {MAX_SHARD_BYTES} bytes",
-                    wanted=f"at most {MAX_SHARD_BYTES}",
-                    fix="lower rows_per_unit",
-                )
+            _check_size("a shard", sink.tell(), MAX_SHARD_BYTES)
+        pages = sink.tell()
         writer.add_key_value_metadata({FOOTER_KEY: header.to_bytes()})
+    _check_size("the footer of a shard", sink.tell() - pages, MAX_FOOTER_BYTES)
     return sink.getvalue()
+
+
+def _check_size(what: str, size: int, most: int) -> None:
+    if size > most:
+        raise ShardTooLarge(what, found=f"{size} bytes", wanted=f"at most {most}", fix="lower rows_per_unit")
 
 
 def _groups(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -1,0 +1,127 @@
+"""Rows of a record batch, one by one; the neighbours of a row are not decoded.
+
+The columns' own memory is looked into: Arrow's scalars and its conversion to numpy cost as much as the decoding, and
+the latter imports pandas first.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from storage_schema.codec import STREAMS, RowCodec
+from storage_schema.errors import InvalidRow, ShardDamaged
+from storage_schema.media import MAX_MEDIA, MediaReference, check_media
+from storage_schema.rows import CachedRow, check_sequence, span_positions
+
+from .columns import MAX_METADATA_BYTES
+
+
+class BatchRows:
+    """The rows of `batch`, whose schema is `SCHEMA` and which holds no nulls."""
+
+    def __init__(self, batch: pa.RecordBatch, codec: RowCodec):
+        self._codec = codec
+        self._sample_ids, self._metadata = _Values(batch.column("sample_id")), _Values(batch.column("metadata"))
+        self._media = batch.column("media")
+        self._token_ids, self._spans = _Integers(batch.column("token_ids")), _Integers(batch.column("target_spans"))
+        self._streams = {name: _Values(batch.column(name)) for name in STREAMS}
+        self._rows = batch.num_rows
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self._rows
+
+    def row(self, index: int) -> CachedRow:
+        """Row number `index`. Raises `InvalidRow`, `StreamDamaged`, `ShardDamaged`."""
+        sample_id, metadata = self._text(index)
+        token_ids, target_spans = self._sequence(sample_id, index)
+        media = self._media_of(index)
+        check_media(sample_id, media, tokens=token_ids.size)
+        labels = token_ids[span_positions(target_spans) + 1]
+        frames = {name: values.at(index) for name, values in self._streams.items()}
+        return CachedRow(
+            sample_id=sample_id,
+            token_ids=token_ids,
+            target_spans=target_spans,
+            targets=self._codec.decode(frames, labels=labels),
+            metadata=metadata,
+            media=media,
+        )
+
+    def _text(self, index: int) -> tuple[str, dict[str, Any]]:
+        raw_id, raw_metadata = self._sample_ids.at(index), self._metadata.at(index)
+        if (size := len(raw_id) + len(raw_metadata)) > MAX_METADATA_BYTES:
+            raise InvalidRow("metadata", found=f"{size} bytes", wanted=f"at most {MAX_METADATA_BYTES}")
+        try:
+            sample_id = str(raw_id, "utf-8")
+            metadata = json.loads(bytes(raw_metadata).decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
+            raise ShardDamaged(
+                "plain columns", found=f"{type(error).__name__}: {error}"[:200], wanted="UTF-8 and JSON"
+            ) from None
+        if not isinstance(metadata, dict):
+            raise ShardDamaged("metadata", found=f"a JSON {type(metadata).__name__}", wanted="a JSON object")
+        return sample_id, metadata
+
+    def _media_of(self, index: int) -> tuple[MediaReference, ...]:
+        items = self._media[index]
+        if len(items) > MAX_MEDIA:
+            raise InvalidRow("media", found=len(items), wanted=f"at most {MAX_MEDIA}")
+        try:
+            return tuple(_media(item) for item in items.as_py()) if len(items) else ()
+        except ValueError as error:
+            raise ShardDamaged("media", found=str(error)[:200], wanted="UTF-8") from None
+
+    def _sequence(self, sample_id: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """`token_ids int32 [T]` and `target_spans int32 [n, 2]`."""
+        token_ids, flat_spans = self._token_ids.at(index), self._spans.at(index)
+        if flat_spans.size % 2:
+            raise InvalidRow("target_spans", found=f"{flat_spans.size} numbers", wanted="pairs (start, stop)")
+        target_spans = flat_spans.reshape(-1, 2)
+        header = self._codec.header
+        check_sequence(sample_id, token_ids, target_spans, token_count=header.token_count)
+        if token_ids.size > header.max_length:
+            raise InvalidRow("token_ids", found=f"{token_ids.size} tokens", wanted=f"at most {header.max_length}")
+        return token_ids, target_spans
+
+
+class _Values:
+    """A string or binary column as slices of its memory."""
+
+    def __init__(self, column: pa.Array):
+        _, offsets, data = column.buffers()
+        self._offsets = _offsets(column, offsets)
+        self._data = memoryview(data) if data is not None else memoryview(b"")
+
+    def at(self, index: int) -> memoryview:
+        return self._data[self._offsets[index] : self._offsets[index + 1]]
+
+
+class _Integers:
+    """A column of lists of int32 as slices of its memory."""
+
+    def __init__(self, column: pa.Array):
+        self._offsets = _offsets(column, column.buffers()[1])
+        values = column.values
+        data = values.buffers()[1]
+        self._values = np.empty(0, np.int32) if data is None else np.frombuffer(data, np.int32)[values.offset :]
+
+    def at(self, index: int) -> np.ndarray:
+        return self._values[self._offsets[index] : self._offsets[index + 1]]
+
+
+def _offsets(column: pa.Array, buffer: pa.Buffer | None) -> list[int]:
+    """Where each value of a column begins, and where the last ends."""
+    if buffer is None or not len(column):
+        return [0] * (len(column) + 1)
+    return np.frombuffer(buffer, np.int32, len(column) + 1, 4 * column.offset).tolist()
+
+
+def _media(item: dict[str, Any]) -> MediaReference:
+    return MediaReference(
+        position=item["position"], type=item["type"], sha256=item["sha256"], path=item["path"], data=item["bytes"]
+    )
