@@ -10,7 +10,7 @@ Nothing is shifted anywhere else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -141,6 +141,12 @@ class TeacherTargets:
                 "draw_ids", found="a draw among the kept ids of its position", wanted="tail draws only"
             )
 
+    def copy(self) -> TeacherTargets:
+        """The same in memory of its own."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        copies: dict[str, Any] = {name: None if array is None else array.copy() for name, array in arrays.items()}
+        return TeacherTargets(**copies)
+
     def slice(self, start: int, stop: int) -> TeacherTargets:
         """Positions `start..stop` as targets of their own (views, no copies)."""
         offsets = self.draw_offsets
@@ -239,6 +245,8 @@ def spans_from_mask(learned: Sequence[bool] | np.ndarray) -> np.ndarray:
 
 def span_positions(target_spans: np.ndarray) -> np.ndarray:
     """`int64 [N]`: all positions of the spans, ascending."""
+    if len(target_spans) == 1:
+        return np.arange(*np.asarray(target_spans, np.int64)[0])
     starts, stops = np.asarray(target_spans, np.int64).reshape(-1, 2).T
     lengths = stops - starts
     before = np.cumsum(lengths) - lengths

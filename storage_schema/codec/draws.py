@@ -16,9 +16,9 @@ from storage_schema.errors import StreamDamaged
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import LOG_FLOOR, TeacherTargets
 
-from .frames import Frames
-from .kept import id_width, open_halves
-from .octets import ESCAPE, from_planes, half_planes, to_escapes, to_planes
+from .frames import Frames, bounded
+from .kept import id_width
+from .octets import half_planes, to_escapes, to_planes
 from .ranks import Ranks
 
 _MAX_DRAWS = 1 << 24
@@ -65,24 +65,22 @@ class DrawStreams:
             streams["draw_logprobs"] = half_planes(np.maximum(targets.draw_logprobs[order], LOG_FLOOR))
         return streams
 
-    def decode(self, frames: Frames, positions: int) -> Draws:
-        """Draws of a row, of each position in ascending order of rank. Raises `StreamDamaged`."""
-        if not frames.has("draw_counts"):
-            for name in ("draw_ids", "draw_id_escapes", "draw_logprobs"):
-                frames.open(name, 0)
+    def decode(self, frames: Frames) -> Draws:
+        """Draws of the rows, of each position in ascending order of rank. Raises `StreamDamaged`."""
+        counts = frames.counts("draw_counts", width=self._count_width, low=0, high=self._kept_draws, absent=0)
+        if counts is None:
+            frames.require_empty("draw_ids", "draw_id_escapes", "draw_logprobs")
             none = np.empty(0, np.int32)
-            return Draws(none, np.zeros(positions, np.int32), none.astype(np.float32) if self._has_logprobs else None)
-        raw = frames.open("draw_counts", self._count_width * positions)
-        counts = frames.bounded("draw_counts", from_planes(raw, self._count_width), low=0, high=self._kept_draws)
-        total = int(counts.sum(dtype=np.int64))
-        if total > _MAX_DRAWS:
-            raise StreamDamaged("stream draw_counts", found=f"{total} draws", wanted=f"at most {_MAX_DRAWS}")
-        short = frames.open("draw_ids", total)
-        deltas = short.astype(np.int64)
-        escaped = np.flatnonzero(short == ESCAPE)
-        deltas[escaped] += from_planes(frames.open("draw_id_escapes", self._id_width * escaped.size), self._id_width)
-        sums = np.cumsum(deltas)
+            logprobs = none.astype(np.float32) if self._has_logprobs else None
+            return Draws(none, np.zeros(sum(frames.positions), np.int32), logprobs)
+        sizes = frames.totals(counts)
+        if sum(sizes) > _MAX_DRAWS:
+            raise StreamDamaged("stream draw_counts", found=f"{sum(sizes)} draws", wanted=f"at most {_MAX_DRAWS}")
+        deltas = frames.escaped("draw_ids", "draw_id_escapes", sizes, width=self._id_width, dtype=np.int64)
+        sums = np.cumsum(deltas, dtype=np.int64)
         before = np.concatenate(([0], sums))[np.cumsum(counts) - counts]
-        ranks = frames.bounded("draw_ids", sums - np.repeat(before, counts), low=0, high=self._token_count - 1)
-        logprobs = open_halves(frames, "draw_logprobs", total if self._has_logprobs else 0)
-        return Draws(self._ranks.ids(ranks).astype(np.int32), counts, logprobs if self._has_logprobs else None)
+        ranks = bounded("draw_ids", sums - np.repeat(before, counts), low=0, high=self._token_count - 1)
+        if not self._has_logprobs:
+            frames.require_empty("draw_logprobs")
+        logprobs = frames.halves("draw_logprobs", sizes) if self._has_logprobs else None
+        return Draws(self._ranks.ids(ranks).astype(np.int32), counts, logprobs)

@@ -7,12 +7,15 @@ ignores `max_output_size` where a frame declares a size, and bytes after a frame
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import zstandard
 
 from storage_schema.errors import StreamDamaged
+
+from .octets import ESCAPE, from_half_planes, from_planes
+from .scratch import SCRATCH
 
 _of_thread = threading.local()
 """A decompressor is made once per thread: no two threads may use one at a time."""
@@ -28,22 +31,90 @@ def compress(streams: Mapping[str, np.ndarray]) -> dict[str, bytes]:
 
 
 class Frames:
-    """The frames of one row, opened one by one. `frames` maps stream names to anything with the buffer protocol."""
+    """The frames of some rows, opened stream by stream; a stream's values of all rows are joined.
 
-    def __init__(self, frames: Mapping[str, object]):
-        self._frames = frames
+    What is done once for many rows costs little for each: numpy's calls on a row of 512 positions take as long as its
+    values. `rows`: stream names to anything with the buffer protocol. `positions`: target positions of each row.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, object]], positions: Sequence[int]):
+        self._rows = rows
+        self.positions = positions
         if not hasattr(_of_thread, "decompressor"):
             _of_thread.decompressor = zstandard.ZstdDecompressor()
         self._decompressor: zstandard.ZstdDecompressor = _of_thread.decompressor
 
     def has(self, name: str) -> bool:
-        """Whether the stream has any bytes."""
-        return len(self._frames[name]) > 0  # type: ignore[arg-type]
+        """Whether the stream of any row has any bytes."""
+        return any(self._present(name))
 
-    def open(self, name: str, size: int) -> np.ndarray:
-        """`uint8 [size]`, read only: the content of a stream. Raises `StreamDamaged` unless it is of that size."""
-        frame = self._frames[name]
-        if not self.has(name):
+    def totals(self, counts: np.ndarray) -> list[int]:
+        """Sums of `counts [N]` over the positions of each row."""
+        if len(self._rows) == 1:
+            return [int(counts.sum(dtype=np.int64))]
+        running = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        ends = np.cumsum(self.positions)
+        return (running[ends] - running[ends - self.positions]).tolist()
+
+    def integers(self, name: str, sizes: Sequence[int], *, width: int, low: int, high: int) -> np.ndarray:
+        """`int32 [n]` from planes; `sizes` values of each row. Raises `StreamDamaged` unless all are in `low..high`."""
+        return bounded(name, from_planes(self._planes(name, sizes, width)), low=low, high=high)
+
+    def counts(self, name: str, *, width: int, low: int, high: int, absent: int) -> np.ndarray | None:
+        """`int32 [N]` from planes, `absent` at the positions of rows without the stream; none where no row has it."""
+        present = self._present(name)
+        if not any(present):
+            return None
+        sizes = [size if there else 0 for size, there in zip(self.positions, present, strict=True)]
+        values = self.integers(name, sizes, width=width, low=low, high=high)
+        if all(present):
+            return values
+        filled = np.full(sum(self.positions), absent, np.int32)
+        filled[np.repeat(present, self.positions)] = values
+        return filled
+
+    def escaped(self, name: str, escapes: str, sizes: Sequence[int], *, width: int, dtype: type) -> np.ndarray:
+        """`dtype [n]` from one byte each, and `width` planes of what the escaped ones have above. The array is the
+        thread's scratch: it holds until the stream is opened again."""
+        short = self._planes(name, sizes, 1)[0]
+        values = SCRATCH.array(name, short.shape, dtype)
+        values[:] = short
+        places = np.flatnonzero(np.equal(short, ESCAPE, out=SCRATCH.array("escaped", short.shape, np.bool_)))
+        above = from_planes(self._planes(escapes, split(places, sizes), width))
+        values[places] = np.add(above, ESCAPE, out=above)
+        return values
+
+    def halves(self, name: str, sizes: Sequence[int]) -> np.ndarray:
+        """`float32 [n]`: log-probs from halves. Raises `StreamDamaged` unless they are finite and not above 0."""
+        values = from_half_planes(self._planes(name, sizes, 2))
+        if values.size and not (np.isfinite(values).all() and values.max() <= 0):
+            raise StreamDamaged(
+                f"stream {name}", found="a value that is not finite or above 0", wanted="natural logs <= 0"
+            )
+        return values
+
+    def require_empty(self, *names: str) -> None:
+        """Raise `StreamDamaged` where a stream that nothing asks for has bytes."""
+        for name in names:
+            if self.has(name):
+                raise StreamDamaged(f"stream {name}", found="bytes", wanted="nothing: this row has no use for it")
+
+    def _present(self, name: str) -> list[bool]:
+        return [len(row[name]) > 0 for row in self._rows]  # type: ignore[arg-type]
+
+    def _planes(self, name: str, sizes: Sequence[int], width: int) -> np.ndarray:
+        """`uint8 [width, n]`, to be read before the next stream is opened."""
+        parts = [
+            self._content(row[name], name, width * size).reshape(width, size)
+            for row, size in zip(self._rows, sizes, strict=True)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts, axis=1, out=SCRATCH.array("planes", (width, sum(sizes)), np.uint8))
+
+    def _content(self, frame: object, name: str, size: int) -> np.ndarray:
+        """`uint8 [size]`: the content of one frame. Raises `StreamDamaged` unless it is of that size."""
+        if not len(frame):  # type: ignore[arg-type]
             if size:
                 raise StreamDamaged(f"stream {name}", found="nothing", wanted=f"{size} bytes")
             return np.empty(0, np.uint8)
@@ -58,8 +129,16 @@ class Frames:
             raise StreamDamaged(f"stream {name}", found=f"{len(content)} bytes", wanted=f"{size} bytes")
         return np.frombuffer(content, np.uint8)
 
-    def bounded(self, name: str, values: np.ndarray, *, low: int, high: int) -> np.ndarray:
-        """`values` of a stream; raises `StreamDamaged` unless all are in `low..high`."""
-        if values.size and (values.min() < low or values.max() > high):
-            raise StreamDamaged(f"stream {name}", found=f"{values.min()}..{values.max()}", wanted=f"{low}..{high}")
-        return values
+
+def bounded(name: str, values: np.ndarray, *, low: int, high: int) -> np.ndarray:
+    """`values` of a stream; raises `StreamDamaged` unless all are in `low..high`."""
+    if values.size and (values.min() < low or values.max() > high):
+        raise StreamDamaged(f"stream {name}", found=f"{values.min()}..{values.max()}", wanted=f"{low}..{high}")
+    return values
+
+
+def split(places: np.ndarray, sizes: Sequence[int]) -> list[int]:
+    """How many of the ascending `places` lie in each of the runs of `sizes` values."""
+    if len(sizes) == 1:
+        return [places.size]
+    return np.diff(np.searchsorted(places, np.cumsum(sizes)), prepend=0).tolist()

@@ -17,7 +17,7 @@ from storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 from .frames import Frames
 from .grid import Grid
-from .octets import ESCAPE, from_planes, half_planes, halves, to_escapes, to_planes
+from .octets import half_planes, to_escapes, to_planes
 from .ranks import Ranks
 
 
@@ -68,18 +68,17 @@ class GridKept:
         `counts int32 [N]`: none where all are K. Raises `StreamDamaged`.
         """
         positions, width = ids.shape
-        total = ids.size if counts is None else int(counts.sum(dtype=np.int64))
-        last = frames.bounded(
-            "last_levels", from_planes(frames.open("last_levels", 2 * positions), 2), low=0, high=self.grid.top
-        )
-        tail_levels = frames.bounded(
-            "log_tail", from_planes(frames.open("log_tail", 2 * positions), 2), low=0, high=self.grid.top
-        )
-        gaps = self._escaped(frames, "logprobs", "logprob_escapes", total, 2)
-        deltas = self._escaped(frames, "ids", "id_escapes", total, self._id_width)
+        sizes = entry_sizes(frames, counts, width)
+        top = self.grid.top
+        last = frames.integers("last_levels", frames.positions, width=2, low=0, high=top)
+        tail_levels = frames.integers("log_tail", frames.positions, width=2, low=0, high=top)
+        # The type that numpy looks tables up by: any other is copied first.
+        gaps = frames.escaped("logprobs", "logprob_escapes", sizes, width=2, dtype=np.int32)
+        deltas = frames.escaped("ids", "id_escapes", sizes, width=self._id_width, dtype=np.int32)
         if counts is None:
-            levels = np.subtract(last[:, None], gaps.reshape(positions, width))
-            ranks = _running_sums(deltas.reshape(positions, width), self._token_count)
+            levels = gaps.reshape(positions, width)
+            np.subtract(last[:, None], levels, out=levels)
+            ranks = self._running_sums(deltas.reshape(positions, width), out=ids)
             highest = ranks[:, -1]
         else:
             levels = np.repeat(last, counts) - gaps
@@ -91,18 +90,22 @@ class GridKept:
             raise StreamDamaged("stream ids", found=int(highest.max()), wanted=f"ranks below {self._token_count}")
         log_tail[:] = self.grid.logprobs[tail_levels]
         if counts is None:
-            self._ranks.ids(ranks, out=ids)
+            if ranks is not ids:
+                self._ranks.ids(ranks, out=ids)
             np.take(self.grid.logprobs, levels, out=logprobs, mode="clip")
-        elif total:
+        elif counts.size:
             _scatter(self._ranks.ids(ranks), self.grid.logprobs[levels], counts, ids=ids, logprobs=logprobs)
 
-    def _escaped(self, frames: Frames, name: str, escapes: str, size: int, width: int) -> np.ndarray:
-        """`int32 [size]` from one byte each and the list of what is above."""
-        short = frames.open(name, size)
-        values = short.astype(np.int32)
-        escaped = np.flatnonzero(short == ESCAPE)
-        values[escaped] += from_planes(frames.open(escapes, width * escaped.size), width)
-        return values
+    def _running_sums(self, deltas: np.ndarray, *, out: np.ndarray) -> np.ndarray:
+        """`[N, K]` ranks: the running sum of delta + 1, less 1, of each position; in `out` where ranks are ids."""
+        width = deltas.shape[1]
+        if deltas.size and deltas.max() >= self._token_count:
+            raise StreamDamaged("stream ids", found=int(deltas.max()), wanted=f"ranks below {self._token_count}")
+        fits = width * self._token_count < 1 << 31
+        ranks = out if fits and self._ranks.are_ids else np.empty(deltas.shape, np.int32 if fits else np.int64)
+        deltas += 1
+        deltas[:, 0] -= 1
+        return np.cumsum(deltas, axis=1, dtype=ranks.dtype, out=ranks)
 
 
 class Float16Kept:
@@ -126,17 +129,11 @@ class Float16Kept:
     ) -> None:
         """As `GridKept.decode`."""
         positions, width = ids.shape
-        total = ids.size if counts is None else int(counts.sum(dtype=np.int64))
-        kept_ids = frames.bounded(
-            "ids",
-            from_planes(frames.open("ids", self._id_width * total), self._id_width),
-            low=0,
-            high=self._token_count - 1,
-        )
-        values = open_halves(frames, "logprobs", total)
-        log_tail[:] = open_halves(frames, "log_tail", positions)
-        for unused in ("id_escapes", "logprob_escapes", "last_levels"):
-            frames.open(unused, 0)
+        sizes = entry_sizes(frames, counts, width)
+        kept_ids = frames.integers("ids", sizes, width=self._id_width, low=0, high=self._token_count - 1)
+        values = frames.halves("logprobs", sizes)
+        log_tail[:] = frames.halves("log_tail", frames.positions)
+        frames.require_empty("id_escapes", "logprob_escapes", "last_levels")
         if counts is None:
             ids[:] = kept_ids.reshape(positions, width)
             logprobs[:] = values.reshape(positions, width)
@@ -147,21 +144,9 @@ class Float16Kept:
             raise StreamDamaged("stream ids", found="an id kept twice at one position", wanted="distinct ids")
 
 
-def open_halves(frames: Frames, name: str, count: int) -> np.ndarray:
-    """`float32 [count]`: log-probs of a stream of halves. Raises `StreamDamaged` unless they are finite and <= 0."""
-    values = halves(frames.open(name, 2 * count))
-    if values.size and not (np.isfinite(values).all() and values.max() <= 0):
-        raise StreamDamaged(f"stream {name}", found="a value that is not finite or above 0", wanted="natural logs <= 0")
-    return values
-
-
-def _running_sums(deltas: np.ndarray, token_count: int) -> np.ndarray:
-    """`[N, K]` ranks: the running sum of delta + 1, less 1, of each position."""
-    width = deltas.shape[1]
-    if deltas.size and deltas.max() >= token_count:
-        raise StreamDamaged("stream ids", found=int(deltas.max()), wanted=f"ranks below {token_count}")
-    ranks = np.cumsum(deltas, axis=1, dtype=np.int32 if width * token_count < 1 << 31 else np.int64)
-    return np.add(ranks, np.arange(width, dtype=ranks.dtype), out=ranks)
+def entry_sizes(frames: Frames, counts: np.ndarray | None, width: int) -> list[int]:
+    """Kept entries of each row, all K of a position where there are no counts."""
+    return [width * positions for positions in frames.positions] if counts is None else frames.totals(counts)
 
 
 def _ragged_sums(deltas: np.ndarray, counts: np.ndarray) -> np.ndarray:

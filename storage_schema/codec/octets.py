@@ -17,11 +17,10 @@ def to_planes(values: np.ndarray, width: int) -> np.ndarray:
     return np.ascontiguousarray(octets[:, :width].T).reshape(-1)
 
 
-def from_planes(raw: np.ndarray, width: int) -> np.ndarray:
-    """`int32 [n]` from `width` planes."""
-    planes = raw.reshape(width, -1)
+def from_planes(planes: np.ndarray) -> np.ndarray:
+    """`int32 [n]` from planes `uint8 [width, n]`."""
     values = planes[0].astype(np.int32)
-    for plane in range(1, width):
+    for plane in range(1, len(planes)):
         values |= planes[plane].astype(np.int32) << (8 * plane)
     return values
 
@@ -38,6 +37,6 @@ def half_planes(logprobs: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(halves.view(np.uint8).reshape(-1, 2).T).reshape(-1)
 
 
-def halves(raw: np.ndarray) -> np.ndarray:
-    """`float32 [n]` from the two planes of float16."""
-    return np.ascontiguousarray(raw.reshape(2, -1).T).view("<f2").reshape(-1).astype(np.float32)
+def from_half_planes(planes: np.ndarray) -> np.ndarray:
+    """`float32 [n]` from the two planes `uint8 [2, n]` of float16."""
+    return np.ascontiguousarray(planes.T).view("<f2").reshape(-1).astype(np.float32)

@@ -24,6 +24,11 @@ class Ranks:
             self._rank_of = np.empty(token_count, np.int32)
             self._rank_of[self._by_rank] = np.arange(token_count, dtype=np.int32)
 
+    @property
+    def are_ids(self) -> bool:
+        """Whether every rank is its id."""
+        return self._by_rank is None
+
     def of(self, ids: np.ndarray) -> np.ndarray:
         """Ranks of `ids`, shaped as they are."""
         return ids if self._by_rank is None else self._rank_of[ids]

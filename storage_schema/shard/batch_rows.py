@@ -1,4 +1,4 @@
-"""Rows of a record batch, one by one; the neighbours of a row are not decoded.
+"""Rows of a record batch: one without its neighbours, or as many together as are decoded fast.
 
 The columns' own memory is looked into: Arrow's scalars and its conversion to numpy cost as much as the decoding, and
 the latter imports pandas first.
@@ -7,17 +7,40 @@ the latter imports pandas first.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from storage_schema.codec import STREAMS, RowCodec
-from storage_schema.errors import InvalidRow, ShardDamaged
+from storage_schema.errors import ColdstillError, InvalidRow, ShardDamaged
 from storage_schema.media import MAX_MEDIA, MediaReference, check_media
-from storage_schema.rows import CachedRow, check_sequence, span_positions
+from storage_schema.rows import CachedRow, TeacherTargets, check_sequence, span_positions
 
 from .columns import MAX_METADATA_BYTES
+
+_ENTRIES_TOGETHER = 1 << 15
+"""512 positions of K = 64. For shorter rows numpy's calls cost more than their values; for longer ones a processor's
+cache ends."""
+
+
+class _Head(NamedTuple):
+    sample_id: str
+    token_ids: np.ndarray
+    target_spans: np.ndarray
+    metadata: dict[str, Any]
+    media: tuple[MediaReference, ...]
+    labels: np.ndarray
+
+    def with_targets(self, targets: TeacherTargets) -> CachedRow:
+        return CachedRow(
+            sample_id=self.sample_id,
+            token_ids=self.token_ids,
+            target_spans=self.target_spans,
+            targets=targets,
+            metadata=self.metadata,
+            media=self.media,
+        )
 
 
 class BatchRows:
@@ -37,20 +60,36 @@ class BatchRows:
 
     def row(self, index: int) -> CachedRow:
         """Row number `index`. Raises `InvalidRow`, `StreamDamaged`, `ShardDamaged`."""
+        head = self._head(index)
+        return head.with_targets(self._codec.decode(self._frames(index), labels=head.labels))
+
+    def some(self, start: int) -> list[CachedRow]:
+        """Rows from number `start` on, as many as are decoded well together, at least that one. Raises as `row`, of row
+        number `start` alone."""
+        try:
+            return self._together(start)
+        except ColdstillError:
+            return [self.row(start)]  # another one's fault is that one's, when its turn comes
+
+    def _together(self, start: int) -> list[CachedRow]:
+        heads = [self._head(start)]
+        alike = _ENTRIES_TOGETHER // (heads[0].labels.size * self._codec.header.top_k)
+        heads += [self._head(index) for index in range(start + 1, min(start + alike, self._rows))]
+        frames = [self._frames(start + number) for number in range(len(heads))]
+        targets = self._codec.decode_rows(frames, labels=[head.labels for head in heads])
+        return [head.with_targets(row_targets) for head, row_targets in zip(heads, targets, strict=True)]
+
+    def _head(self, index: int) -> _Head:
+        """All of a row but its targets."""
         sample_id, metadata = self._text(index)
         token_ids, target_spans = self._sequence(sample_id, index)
         media = self._media_of(index)
         check_media(sample_id, media, tokens=token_ids.size)
         labels = token_ids[span_positions(target_spans) + 1]
-        frames = {name: values.at(index) for name, values in self._streams.items()}
-        return CachedRow(
-            sample_id=sample_id,
-            token_ids=token_ids,
-            target_spans=target_spans,
-            targets=self._codec.decode(frames, labels=labels),
-            metadata=metadata,
-            media=media,
-        )
+        return _Head(sample_id, token_ids, target_spans, metadata, media, labels)
+
+    def _frames(self, index: int) -> dict[str, memoryview]:
+        return {name: values.at(index) for name, values in self._streams.items()}
 
     def _text(self, index: int) -> tuple[str, dict[str, Any]]:
         raw_id, raw_metadata = self._sample_ids.at(index), self._metadata.at(index)

@@ -48,7 +48,7 @@ class ShardFile:
         facts = self._facts.groups[group]
         try:
             self._check_pages(facts)
-            table = self._file.read_row_group(group)
+            table = self._file.read_row_group(group, use_threads=False)
             table.validate()
             batches = table.combine_chunks().to_batches()
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -80,9 +80,15 @@ class ShardFile:
         number = 0
         for group in range(len(self.group_rows)):
             batch = self._batch_rows(group)
-            for index in range(len(batch)):
-                yield self._row(batch, index, number)
-                number += 1
+            index = 0
+            while index < len(batch):
+                try:
+                    rows = batch.some(index)
+                except ColdstillError as error:
+                    raise error.at(f"{self._where}, row {number}") from None
+                yield from rows
+                index += len(rows)
+                number += len(rows)
 
     def _batch_rows(self, group: int) -> BatchRows:
         return BatchRows(self.batch(group), self._codec)

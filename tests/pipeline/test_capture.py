@@ -122,9 +122,12 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path
     assert unbroken.dataset_id == summary.dataset_id
 
 
-def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(tmp_path: Path) -> None:
-    with _killing("", at_most=100), pytest.raises(UnitFailed, match="a worker's start"):
-        capture(capture_config(tmp_path))
+@pytest.mark.parametrize(("pilot_targets", "what"), [(8192, "the pilot"), (0, "a worker's start")])
+def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(
+    tmp_path: Path, pilot_targets: int, what: str
+) -> None:
+    with _killing("", at_most=100), pytest.raises(UnitFailed, match=what):
+        capture(capture_config(tmp_path, pilot_targets=pilot_targets))
 
 
 def test_a_worker_that_could_never_start_is_refused_by_name(tmp_path: Path) -> None:
