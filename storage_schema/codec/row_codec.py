@@ -53,7 +53,6 @@ class RowCodec:
         self._kept = GridKept(header, ranks) if header.codec.name == "grid" else Float16Kept(header)
         self._draws = DrawStreams(header, ranks)
         self._count_width = 1 if header.top_k <= 255 else 2
-        self._ones = np.ones(header.top_k, np.float32)
 
     def encode(self, targets: TeacherTargets, *, labels: np.ndarray) -> dict[str, bytes]:
         """Frames of one row. `labels int32 [N]` are the tokens that really follow; their log-prob is stored only where
@@ -119,9 +118,10 @@ class RowCodec:
         self._kept.decode(source, counts, ids=filled.ids, logprobs=filled.logprobs, log_tail=filled.log_tail)
         draws = self._draws.decode(source)
 
-        # A product with ones is the fastest sum along short rows; it is off by 1e-7 at most.
+        # The fastest sum along short rows that does not depend on how many there are (BLAS's does): a row alone and
+        # among others has the same values, to the bit.
         probs = np.exp(filled.logprobs, out=SCRATCH.array("probs", filled.logprobs.shape, np.float32))
-        mass = probs @ self._ones + np.exp(filled.log_tail)
+        mass = np.einsum("nk->n", probs) + np.exp(filled.log_tail)
         log_mass = np.log(mass)
         for values, shift in ((filled.logprobs, log_mass[:, None]), (filled.log_tail, log_mass)):
             np.subtract(values, shift, out=values)

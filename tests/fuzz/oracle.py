@@ -1,0 +1,147 @@
+"""What a child process does with a mutant: read it in every way there is, and say what came of it.
+
+In: the folder of a dataset. Out: `Reading`, which JSON can carry. Nothing here decides whether that is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from storage_schema import open_dataset
+from storage_schema.commits import committed_units, read_commit
+from storage_schema.dataset import Dataset
+from storage_schema.errors import ColdstillError
+from storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes
+from storage_schema.plan import PLAN_NAME, plan_from_bytes
+from storage_schema.rows import CachedRow
+from storage_schema.store import Store
+from storage_schema.tools.verify import verify
+
+_MOST_ROWS = 64
+_MOST_FINDINGS = 20
+_MOST_ENTRIES = 100_000
+"""Of a row that is looked at one target at a time."""
+_NO_MEMORY = ("MemoryError", "malloc of size", "realloc of size", "bad_alloc", "Allocation error")
+
+
+@dataclass
+class Reading:
+    """`rows`, `single`: digests of all rows, read in order and by number; none where that failed.
+
+    `named`: the class of the first named error of each way to read; `unnamed`: anything else that was raised, with its
+    traceback; `findings`: what `verify --deep` found; `unlawful`: a law that a row breaks and nobody noticed.
+    """
+
+    rows: str | None = None
+    single: str | None = None
+    named: dict[str, str] = field(default_factory=dict)
+    unnamed: str | None = None
+    findings: list[str] | None = None
+    unlawful: str | None = None
+
+
+def read(root: Path) -> Reading:
+    """Read a dataset in every way."""
+    reading = Reading()
+    opened: list[Dataset] = []
+
+    def attempt(way: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except ColdstillError as error:
+            reading.named.setdefault(way, type(error).__name__)
+            if any(mark in str(error) for mark in _NO_MEMORY):
+                reading.unnamed = f"{way}: memory ran out\n{error}"
+        except Exception:
+            reading.unnamed = f"{way}: {traceback.format_exc()}"
+
+    def in_order() -> None:
+        reading.rows = _digest(_lawful(reading, opened[0], opened[0].rows()))
+
+    def by_number() -> None:
+        dataset = opened[0]
+        reading.single = _digest(dataset.row(index) for index in range(min(len(dataset), _MOST_ROWS)))
+
+    def find() -> None:
+        findings = verify(root, deep=True, progress=False)
+        reading.findings = [finding.error for finding in findings[:_MOST_FINDINGS]]
+        if any(mark in finding.message for finding in findings for mark in _NO_MEMORY):
+            reading.unnamed = "verify: memory ran out"
+
+    def take_commits() -> None:
+        for unit in sorted(committed_units(Store(root))):
+            attempt("commits", lambda unit=unit: read_commit(Store(root), unit))
+
+    attempt("open", lambda: opened.append(open_dataset(root)))
+    if opened:
+        attempt("rows", in_order)
+        attempt("single", by_number)
+    attempt("verify", find)
+    if (root / PLAN_NAME).is_file():
+        attempt("plan", lambda: plan_from_bytes((root / PLAN_NAME).read_bytes(), where=PLAN_NAME))
+    if (root / FAITHFULNESS_NAME).is_file():
+        attempt("sample", lambda: sample_from_bytes((root / FAITHFULNESS_NAME).read_bytes(), where=FAITHFULNESS_NAME))
+    attempt("commits", take_commits)
+    return reading
+
+
+def _digest(rows: Iterable[CachedRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        targets = row.targets
+        digest.update(repr((row.sample_id, row.metadata, row.media)).encode("utf-8", "surrogatepass"))
+        for values in (
+            row.token_ids, row.target_spans, targets.ids, targets.logprobs, targets.counts, targets.log_tail,
+            targets.label_logprob, targets.draw_ids, targets.draw_counts, targets.draw_logprobs,
+        ):  # fmt: skip
+            digest.update(b"none" if values is None else repr(values.shape).encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def _lawful(reading: Reading, dataset: Dataset, rows: Iterable[CachedRow]) -> Iterable[CachedRow]:
+    """The rows, each held to the laws by other code than verify's. Only what verify passes is held against it."""
+    for row in rows:
+        broken = _broken_law(dataset, row)
+        if broken and reading.unlawful is None:
+            reading.unlawful = f"row {row.sample_id!r:.80}: {broken}"
+        yield row
+
+
+def _broken_law(dataset: Dataset, row: CachedRow) -> str | None:
+    header, targets = dataset.header, row.targets
+    if targets.ids.size > _MOST_ENTRIES:
+        return None
+    if not 2 <= row.token_ids.size <= header.max_length:
+        return "its length"
+    if row.token_ids.min() < 0 or row.token_ids.max() >= header.token_count:
+        return "a token id"
+    wanted = [t for start, stop in row.target_spans.tolist() for t in range(start, stop)]
+    if wanted != sorted(set(wanted)) or not wanted or wanted[0] < 0 or wanted[-1] > row.token_ids.size - 2:
+        return "its spans"
+    place = 0
+    for n in range(len(wanted)):
+        count = int(targets.counts[n])
+        ids = targets.ids[n, :count].tolist()
+        logs = np.concatenate((targets.logprobs[n, :count], targets.log_tail[n : n + 1])).astype(np.float64)
+        draws = targets.draw_ids[place : place + int(targets.draw_counts[n])].tolist()
+        place += len(draws)
+        if not 1 <= count <= header.top_k or len(set(ids)) != count:
+            return f"ids of target {n}"
+        if not all(0 <= one < header.token_count for one in (*ids, *draws)) or set(ids) & set(draws):
+            return f"ids or draws of target {n}"
+        if len(draws) > header.kept_draws:
+            return f"number of draws of target {n}"
+        if not np.isfinite(logs).all() or logs.max() > 0 or abs(np.exp(logs).sum() - 1) > 1e-3:
+            return f"log-probs of target {n}"
+        label = float(targets.label_logprob[n])
+        if not label <= 0 or not np.isfinite(label):
+            return f"label log-prob of target {n}"
+    if place != targets.draw_ids.size:
+        return "its draws"
+    return None

@@ -1,0 +1,110 @@
+"""What is too large is refused before it is read or parsed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage_schema.header import HEADER_NAME
+from storage_schema.manifest import MANIFEST_NAME
+from tests.fuzz import shard_rows
+from tests.fuzz.tree import Tree
+from tests.storage_schema.hostile.changes import (
+    Read,
+    change_document,
+    change_parts,
+    change_row,
+    first_shard,
+    written,
+)
+
+
+def test_a_header_of_100_megabytes_is_not_parsed(tree: Tree, read: Read) -> None:
+    tree.files[HEADER_NAME] = tree.files[HEADER_NAME].replace(b'"tiny"', b'"' + b"a" * 100_000_000 + b'"')
+    tree.reseal()
+    assert read(tree)["named"]["open"] in ("InvalidHeader", "FileDamaged")
+
+
+def test_a_header_in_a_footer_that_is_too_large_is_not_parsed(tree: Tree, read: Read) -> None:
+    header = tree.files[HEADER_NAME]
+    change_parts(tree, lambda parts: parts.set_header(header + b" " * (1 << 20)))
+    assert read(tree)["named"]["rows"] == "InvalidHeader"
+
+
+def test_a_footer_that_is_too_large_is_not_read(tree: Tree, read: Read) -> None:
+    change_parts(tree, lambda parts: parts.set_header(b" " * (64 << 20)))
+    assert read(tree)["named"]["rows"] == "ShardDamaged"
+
+
+def test_a_manifest_of_8_gigabytes_is_not_read(tree: Tree, read: Read, tmp_path: Path) -> None:
+    root = written(tree, tmp_path / "dataset")
+    del tree.files[MANIFEST_NAME]
+    os.truncate(root / MANIFEST_NAME, 8 << 30)  # a file of holes: takes no room
+    assert isinstance(read(tree)["named"]["open"], str)
+
+
+@pytest.mark.parametrize("filling", [b"[],", b"{},", b'"",', b"0,", b'{"name":"","bytes":0,"sha256":""},'])
+def test_a_manifest_of_45_megabytes_of_tiny_values_does_not_fill_the_memory(
+    tree: Tree, read: Read, filling: bytes
+) -> None:
+    mark = b'"derived_from": ['
+    assert mark in tree.files[MANIFEST_NAME]
+    many = filling * (45_000_000 // len(filling))
+    tree.files[MANIFEST_NAME] = tree.files[MANIFEST_NAME].replace(mark, mark + many[:-1])
+    assert read(tree)["named"]["open"] == "CommitDamaged"
+
+
+@pytest.mark.parametrize("filling", [b"[],", b"{},", b'"",', b"0,", b'"ab",', b"1e1,"])
+@pytest.mark.parametrize("field", [b'"merges": [', b'"added_tokens": ['])
+def test_a_tokenizer_of_45_megabytes_of_tiny_values_does_not_fill_the_memory(
+    tree: Tree, read: Read, filling: bytes, field: bytes
+) -> None:
+    name = "tokenizer/tokenizer.json"
+    many = filling * (45_000_000 // len(filling))
+    tree.files[name] = tree.files[name].replace(field + b"]", field + many[:-1] + b"]")
+    tree.files[name] = tree.files[name].replace(field + b"{", field + many + b"{")
+    tree.reseal()
+    assert read(tree)["findings"] == ["TokenizerNotFound"]
+
+
+def test_metadata_that_are_too_long_are_not_parsed(tree: Tree, read: Read) -> None:
+    change_row(tree, metadata='{"a": [' + "[]," * 500_000 + "0]}")
+    assert read(tree)["named"]["rows"] == "InvalidRow"
+
+
+def test_a_sample_id_that_is_too_long_is_refused(tree: Tree, read: Read) -> None:
+    change_row(tree, sample_id="\0" * (1 << 20))
+    assert read(tree)["named"]["rows"] == "InvalidRow"
+
+
+@pytest.mark.parametrize("column", ["sample_id", "metadata", "token_ids", "target_spans"])
+def test_a_column_that_is_larger_than_its_rows_can_be_is_refused_from_the_footer_alone(
+    tree: Tree, read: Read, column: str
+) -> None:
+    change_row(
+        tree, **{column: "0" * 3_000_000 if column in ("sample_id", "metadata") else np.zeros(3_000_000, np.int32)}
+    )
+    assert read(tree)["named"]["rows"] == "ShardDamaged"
+
+
+def test_too_many_media_are_not_made(tree: Tree, read: Read) -> None:
+    item = {"position": 1, "type": "", "sha256": "", "path": None, "bytes": None}
+    change_row(tree, media=[item] * 500_000)
+    assert read(tree)["named"]["rows"] == "InvalidRow"
+
+
+def test_a_row_of_a_million_spans_is_read_in_time(tree: Tree, read: Read) -> None:
+    change_document(tree, HEADER_NAME, lambda header: header.update(max_length=1 << 20))
+    name, count = first_shard(tree), 1 << 20
+    tree.files[name] = shard_rows.write_rows(shard_rows.rows_of(tree.files[name]), header=tree.files[HEADER_NAME])
+    edges = np.arange(count - 2).repeat(2)[1:-1]  # of one position each: as many as there can be
+    change_row(tree, token_ids=np.zeros(count, np.int32), target_spans=edges)
+    assert read(tree)["named"]["rows"] == "StreamDamaged"
+
+
+def test_a_row_of_too_many_tokens_is_refused(tree: Tree, read: Read) -> None:
+    change_row(tree, token_ids=np.zeros(1 << 20, np.int32))
+    assert read(tree)["named"]["rows"] == "InvalidRow"
