@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import FileDamaged
+from .parquet.small_tables import table_from_bytes, table_to_bytes
 from .rows import MASS_TOLERANCE, CachedRow, TeacherTargets
-from .small_tables import table_from_bytes, table_to_bytes
 
 FAITHFULNESS_NAME = "faithfulness.parquet"
 SAMPLE_POSITIONS = 1000

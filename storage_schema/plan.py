@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from .errors import CommitDamaged
-from .small_tables import table_from_bytes, table_to_bytes
+from .parquet.small_tables import table_from_bytes, table_to_bytes
 
 PLAN_NAME = "plan.parquet"
 MAX_UNITS = 1_000_000

@@ -58,7 +58,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
 def test_the_wheel_holds_every_source_file_and_the_specification_and_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(file.relative_to(REPOSITORY)) for name in PACKAGES for file in (REPOSITORY / name).rglob("*.py")}
-    wanted = sources | {"coldstill.py", "coldstill_config.py", "storage_schema/FORMAT.md"}
+    page = {f"storage_schema/tools/inspect/page.{ending}" for ending in ("html", "css", "js")}
+    wanted = sources | page | {"coldstill.py", "coldstill_config.py", "storage_schema/FORMAT.md"}
     assert wanted - names == set()
     assert {name for name in names if not name.startswith("coldstill-")} - wanted == set()
 

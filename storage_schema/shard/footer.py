@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from storage_schema.errors import ShardDamaged
 from storage_schema.header import MAX_HEADER_BYTES, MAX_TOKENS, DatasetHeader
-from storage_schema.parquet_footer import CODECS, PLAIN, RLE, ChunkFacts, FooterFacts, GroupFacts, read_footer
+from storage_schema.parquet.footer import CODECS, PLAIN, RLE, ChunkFacts, FooterFacts, GroupFacts, read_footer
 
 from .columns import LEAF_PATHS, MAX_METADATA_BYTES, PLAIN_COLUMNS, SCHEMA
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 from storage_schema.codec import RowCodec
 from storage_schema.errors import ColdstillError, ShardDamaged
 from storage_schema.header import DatasetHeader
-from storage_schema.parquet_footer import GroupFacts
-from storage_schema.parquet_pages import check_pages
+from storage_schema.parquet.footer import GroupFacts
+from storage_schema.parquet.pages import check_pages
 from storage_schema.recent import Recent
 from storage_schema.rows import CachedRow
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from storage_schema.commits import SHARDS_FOLDER, FileRecord
 from storage_schema.errors import FileDamaged, FileMissing, ShardDamaged, ShardMissing
 from storage_schema.store import Store
-from storage_schema.store_errors import OutsideDataset
+from storage_schema.store.errors import OutsideDataset
 
 BLOCK_BYTES = 16 << 20
 """Read at once, by each thread: one request of a remote store."""

@@ -18,7 +18,7 @@ from storage_schema.commits import FileRecord, file_record
 from storage_schema.dataset import Dataset
 from storage_schema.errors import ColdstillError, StorageFailed, UnsupportedStore
 from storage_schema.manifest import MANIFEST_NAME
-from storage_schema.store_errors import CredentialsMissing, named_errors
+from storage_schema.store.errors import CredentialsMissing, named_errors
 from storage_schema.tools.hub.copying import (
     CARD_NAME,
     THREADS,

@@ -35,7 +35,7 @@ from storage_schema.errors import (
 from storage_schema.manifest import MANIFEST_NAME
 from storage_schema.plan import PLAN_NAME
 from storage_schema.store import RUN_FOLDER, Store
-from storage_schema.store_errors import AccessDenied, CredentialsMissing, OutsideDataset, StoreNotFound
+from storage_schema.store.errors import AccessDenied, CredentialsMissing, OutsideDataset, StoreNotFound
 from storage_schema.tools.hub.copying import CARD_FILES, CARD_NAME, AnotherDataset, dataset_files
 from storage_schema.tools.hub.transfer import pull, push
 from storage_schema.tools.hub.tree import hub_place

@@ -20,10 +20,11 @@ from typing import BinaryIO, cast
 
 import fsspec
 
-from . import store_local
-from .errors import CommitDamaged, UnsupportedStore
+from storage_schema.errors import CommitDamaged, UnsupportedStore
+
+from . import local
+from .errors import error_codes, named_errors
 from .remote_file import BLOCK_BYTES, RemoteFile
-from .store_errors import error_codes, named_errors
 
 RUN_FOLDER = "_run"
 CREATE_IF_ABSENT = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs"})
@@ -95,7 +96,7 @@ class Store:
     def local_path(self, name: str) -> Path:
         """Where a file of a local store really lies. Raises `FileNotFoundError`, `OutsideDataset`."""
         self.path(name)
-        return store_local.local_file(self.root, name)
+        return local.local_file(self.root, name)
 
     def exists(self, name: str) -> bool:
         """Whether the file is there now: another writer may have created it since the last look."""
@@ -170,7 +171,7 @@ class Store:
                 return
             with self._beside(name) as part:
                 part.write_bytes(data)
-                store_local.replace(part, Path(self.path(name)))
+                local.replace(part, Path(self.path(name)))
 
     @contextmanager
     def receive(self, name: str) -> Iterator[Path]:
@@ -186,7 +187,7 @@ class Store:
                 return
             with self._beside(name) as part:
                 yield part
-                store_local.replace(part, Path(self.path(name)))
+                local.replace(part, Path(self.path(name)))
 
     def upload(self, name: str, local: Path) -> None:
         """Put a local file's content on a remote store, in parts if it is large. Raises `StorageFailed`."""
@@ -204,7 +205,7 @@ class Store:
                 return self._create_object(name, data)
             with self._beside(name) as part:
                 part.write_bytes(data)
-                return store_local.link(part, Path(self.path(name)))
+                return local.link(part, Path(self.path(name)))
 
     def _create_object(self, name: str, data: bytes) -> bool:
         for wait in (*_CONFLICT_WAITS, None):
@@ -224,7 +225,7 @@ class Store:
         raise AssertionError("the last attempt returns or raises")
 
     def _beside(self, name: str) -> AbstractContextManager[Path]:
-        return store_local.beside(Path(self.root, RUN_FOLDER), Path(self.path(name)))
+        return local.beside(Path(self.root, RUN_FOLDER), Path(self.path(name)))
 
     def _named_errors(self, doing: str, *, writes: bool = False) -> AbstractContextManager[None]:
         return named_errors(self.url, doing, writes=writes)

@@ -11,9 +11,10 @@ import struct
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import ColdstillError
-from .parquet_footer import CODECS, PLAIN, RLE, read_footer
-from .parquet_pages import check_pages
+from storage_schema.errors import ColdstillError
+
+from .footer import CODECS, PLAIN, RLE, read_footer
+from .pages import check_pages
 
 MAX_TABLE_BYTES = 256 << 20
 _MAX_FOOTER_BYTES = 1 << 20

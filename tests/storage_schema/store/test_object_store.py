@@ -40,18 +40,18 @@ from storage_schema.header import DatasetHeader
 from storage_schema.manifest import MANIFEST_NAME, seal
 from storage_schema.rows import CachedRow
 from storage_schema.store import RUN_FOLDER, Store
-from storage_schema.store_errors import AccessDenied, CredentialsMissing, StoreNotFound, StoreUnreachable
+from storage_schema.store.errors import AccessDenied, CredentialsMissing, StoreNotFound, StoreUnreachable
 from storage_schema.tools.hub.copying import dataset_files
 from storage_schema.tools.hub.transfer import pull, push
 from storage_schema.tools.verify import verify
 from tests import making
-from tests.storage_schema.s3_server import S3Server, serve
+from tests.storage_schema.store.s3_server import S3Server, serve
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 UNITS = 3
 WORKER = """
 import sys
-from tests.storage_schema.test_object_store import DatasetHeader, Store, commit
+from tests.storage_schema.store.test_object_store import DatasetHeader, Store, commit
 store = Store(sys.argv[1])
 commit(store, DatasetHeader.from_bytes(store.read("dataset.json"), where=""), 1, seed=int(sys.argv[2]))
 """

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .store_errors import OutsideDataset
+from .errors import OutsideDataset
 
 
 def local_file(root: str, name: str) -> Path:

@@ -11,7 +11,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import ColdstillError, CommitDamaged, StorageFailed, StorageFull
+from storage_schema.errors import ColdstillError, CommitDamaged, StorageFailed, StorageFull
 
 
 class CredentialsMissing(StorageFailed):

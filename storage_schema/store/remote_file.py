@@ -6,7 +6,7 @@ import io
 import os
 from typing import Any
 
-from .store_errors import named_errors
+from .errors import named_errors
 
 BLOCK_BYTES = 1 << 20
 """What a remote file reads ahead: a footer or a small column comes with one request, a row group with its own."""

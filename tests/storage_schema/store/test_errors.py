@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from storage_schema.errors import ColdstillError, InvalidRow, StorageFailed, StorageFull
-from storage_schema.store_errors import (
+from storage_schema.store.errors import (
     AccessDenied,
     CredentialsMissing,
     StoreNotFound,

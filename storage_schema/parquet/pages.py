@@ -6,7 +6,7 @@ the footer does not mention turns a few bytes into gigabytes. Field numbers are 
 
 from __future__ import annotations
 
-from .parquet_footer import PLAIN, RLE, ChunkFacts
+from .footer import PLAIN, RLE, ChunkFacts
 from .thrift import read_struct
 
 _DATA_PAGE = 0
