@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import FileDamaged
+from .parquet.fields import list_of, required
 from .parquet.small_tables import table_from_bytes, table_to_bytes
 from .rows import MASS_TOLERANCE, CachedRow, TeacherTargets
 
@@ -22,18 +23,14 @@ SAMPLE_POSITIONS = 1000
 _MAX_POSITIONS = 100_000
 
 
-def _list_of(kind: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("element", kind, nullable=False))
-
-
 _SCHEMA = pa.schema(
     [
-        pa.field("unit", pa.int32(), nullable=False),
-        pa.field("row", pa.int32(), nullable=False),
-        pa.field("target", pa.int32(), nullable=False),
-        pa.field("ids", _list_of(pa.int32()), nullable=False),
-        pa.field("logprobs", _list_of(pa.float32()), nullable=False),
-        pa.field("log_tail", pa.float32(), nullable=False),
+        required("unit", pa.int32()),
+        required("row", pa.int32()),
+        required("target", pa.int32()),
+        required("ids", list_of(pa.int32())),
+        required("logprobs", list_of(pa.float32())),
+        required("log_tail", pa.float32()),
     ]
 )
 

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from .errors import CommitDamaged
+from .parquet.fields import required
 from .parquet.small_tables import table_from_bytes, table_to_bytes
 
 PLAN_NAME = "plan.parquet"
 MAX_UNITS = 1_000_000
 _SCHEMA = pa.schema(
     [
-        pa.field("start", pa.int64(), nullable=False),
-        pa.field("first_row", pa.int64(), nullable=False),
-        pa.field("rows", pa.int32(), nullable=False),
+        required("start", pa.int64()),
+        required("first_row", pa.int64()),
+        required("rows", pa.int32()),
     ]
 )
 

@@ -14,20 +14,17 @@ import pyarrow as pa
 
 from storage_schema.codec import STREAMS, RowCodec
 from storage_schema.errors import InvalidRow
+from storage_schema.parquet.fields import list_of, required
 from storage_schema.rows import CachedRow
 
 MAX_METADATA_BYTES = 1 << 20
 
 
-def _list_of(kind: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("element", kind, nullable=False))
-
-
 _MEDIA = pa.struct(
     [
-        pa.field("position", pa.int32(), nullable=False),
-        pa.field("type", pa.string(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
+        required("position", pa.int32()),
+        required("type", pa.string()),
+        required("sha256", pa.string()),
         pa.field("path", pa.string()),
         pa.field("bytes", pa.binary()),
     ]
@@ -36,12 +33,12 @@ _MEDIA = pa.struct(
 PLAIN_COLUMNS = ("sample_id", "token_ids", "target_spans", "metadata", "media")
 SCHEMA = pa.schema(
     [
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("token_ids", _list_of(pa.int32()), nullable=False),
-        pa.field("target_spans", _list_of(pa.int32()), nullable=False),
-        pa.field("metadata", pa.string(), nullable=False),
-        pa.field("media", _list_of(_MEDIA), nullable=False),
-        *(pa.field(name, pa.binary(), nullable=False) for name in STREAMS),
+        required("sample_id", pa.string()),
+        required("token_ids", list_of(pa.int32())),
+        required("target_spans", list_of(pa.int32())),
+        required("metadata", pa.string()),
+        required("media", list_of(_MEDIA)),
+        *(required(name, pa.binary()) for name in STREAMS),
     ]
 )
 
