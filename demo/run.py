@@ -56,10 +56,10 @@ def run_demo(output: Path, *, quick: bool) -> None:
     started = time.monotonic()
     stages = _stages(layout, size, quick=quick)
     for number, stage in enumerate(stages, start=1):
-        elapsed = time.monotonic() - started
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
         state = "  [dim]done before[/dim]" if stage.done else ""
         console.print(
-            f"[bold]{number}/{len(stages)}[/bold] [dim]{elapsed // 60:2.0f}:{elapsed % 60:02.0f}[/dim]  "
+            f"[bold]{number}/{len(stages)}[/bold] [dim]{minutes:2}:{seconds:02}[/dim]  "
             f"[bold]{stage.name}[/bold]  {stage.heading}{state}",
             soft_wrap=True,
         )

@@ -77,7 +77,7 @@ def show(layout: Layout, console: Console, *, wall_s: float) -> None:
         "KL(teacher || student) and cross-entropy in nats per target, over the whole vocabulary.\n"
         f"Peak memory of each training process; the teacher's folder was {present} there meanwhile.\n"
         f"{layout.card}\n{layout.page}\n{layout.summary}\n{layout.picture}\n"
-        f"[dim]{wall_s // 60:.0f}:{wall_s % 60:02.0f} minutes[/dim]",
+        f"[dim]{round(wall_s) // 60}:{round(wall_s) % 60:02} minutes[/dim]",
         soft_wrap=True,
     )
 
