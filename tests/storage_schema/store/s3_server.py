@@ -1,6 +1,9 @@
 """A real S3 protocol server on loopback: moto behind a front that can fail or hold a request, as a network does.
 
 The front lets one request through at a time: S3's conditional PUT is atomic, moto's looks first and writes then.
+
+moto is imported when a server starts, not when tests are collected: it brings Flask, whose proxies raise whenever
+someone looks at them, and vLLM looks at every object of every imported module when an engine starts.
 """
 
 from __future__ import annotations
@@ -9,9 +12,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 _ERROR = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{code}</Message></Error>"
 
@@ -35,8 +35,15 @@ class S3Server:
     """`url` of the endpoint, and the faults that tests ask for."""
 
     def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, type: str, message: str, *args: Any) -> None:
+                """Nothing on the terminal."""
+
         self._app = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=Quiet)
         self._one_at_a_time = threading.Lock()
         self._faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
@@ -79,11 +86,6 @@ class S3Server:
         body = _ERROR.format(code=fault.code).encode()
         start_response(fault.status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body]
-
-
-class _Quiet(WSGIRequestHandler):
-    def log(self, type: str, message: str, *args: Any) -> None:
-        """Nothing on the terminal."""
 
 
 def serve() -> Iterator[S3Server]:
