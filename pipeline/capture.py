@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from tqdm import tqdm
 
 from storage_schema.commits import committed_units, read_commit
+from storage_schema.header import DatasetHeader
 from storage_schema.manifest import read_manifest, seal
 from storage_schema.plan import Unit
 from storage_schema.store import Store
@@ -44,7 +45,16 @@ def capture(config: CaptureConfig) -> CaptureSummary:
     from .cluster import Workforce
 
     with Workforce(config) as workforce:
-        prepared = prepare(config, rank_ids=workforce.rank_ids if config.pilot_targets else None)
+
+        def rank_ids(header: DatasetHeader, unit: Unit) -> list[int]:
+            with tqdm(total=config.pilot_targets, desc="pilot", unit=" targets") as bar:
+                bar.set_postfix_str("starting a worker")
+                ranks = workforce.rank_ids(header, unit)
+                bar.set_postfix_str(f"{len(ranks):,} frequent ids")
+                bar.update(config.pilot_targets)
+            return ranks
+
+        prepared = prepare(config, rank_ids=rank_ids if config.pilot_targets else None)
         done = committed_units(prepared.store)
         todo = [unit.index for unit in prepared.units if unit.index not in done]
         if todo:
