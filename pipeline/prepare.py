@@ -17,15 +17,19 @@ from storage_schema.errors import ColdstillError
 from storage_schema.header import HEADER_NAME, Codec, DatasetHeader, TeacherFacts
 from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
 from storage_schema.store import Store
-from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
+from storage_schema.tokenizer import (
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    TOKENIZER_FOLDER,
+    TokenizerFacts,
+    fingerprint_bytes,
+)
 
 from .config import CaptureConfig, TeacherConfig
 from .errors import TeacherUnusable
 from .sources.chat import SequenceMaker
 from .sources.readers import open_source
 from .teachers.fingerprint import weights_fingerprint
-
-_TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ def prepare(
     # Who receives the dataset can read its tokens without the teacher.
     for name, data in tokenizer_files.items():
         store.create(f"{TOKENIZER_FOLDER}/{name}", data)
-    if not is_planned:
-        store.create(PLAN_NAME, plan_to_bytes(units))
-    return Prepared(store, stored, plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME))
+    if not is_planned and not store.create(PLAN_NAME, plan_to_bytes(units)):
+        units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)  # another driver was first
+    return Prepared(store, stored, units)
 
 
 def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBase:
@@ -155,7 +159,7 @@ def _files_of(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, byte
     """The tokenizer's files by name, as transformers saves them."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {name: Path(folder, name).read_bytes() for name in _TOKENIZER_FILES if Path(folder, name).exists()}
+        return {name: Path(folder, name).read_bytes() for name in TOKENIZER_FILES if Path(folder, name).exists()}
 
 
 def _unusable(teacher: TeacherConfig, what: str, error: Exception) -> ColdstillError:

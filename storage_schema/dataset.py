@@ -88,7 +88,10 @@ class Dataset:
     def shard_file(self, index: int) -> ShardFile:
         """Shard number `index`, read whole and verified against its digest; raises as `read_shard`."""
         record = self.shards[index]
-        data = self.read_file(record.file)
+        return self.open_bytes(self.read_file(record.file), record)
+
+    def open_bytes(self, data: bytes, record: ShardRecord) -> ShardFile:
+        """A shard whose file is read already. Raises `ShardDamaged`, `HeaderMismatch`."""
         return self._counted(
             record, ShardFile(pa.BufferReader(data), size=len(data), codec=self.codec, where=record.file.name)
         )

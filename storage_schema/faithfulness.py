@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from .errors import FileDamaged
 from .parquet.fields import list_of, required
+from .parquet.memory import values_of
 from .parquet.small_tables import table_from_bytes, table_to_bytes
 from .rows import MASS_TOLERANCE, CachedRow, TeacherTargets
 
@@ -90,7 +91,7 @@ def sample_from_bytes(data: bytes, *, where: str) -> list[ExactPosition]:
 
 def _positions(table: pa.Table, where: str) -> Iterator[ExactPosition]:
     numbers = [table[name].to_pylist() for name in ("unit", "row", "target")]
-    log_tails = _values(table["log_tail"].combine_chunks(), np.float32)
+    log_tails = values_of(table["log_tail"].combine_chunks(), np.float32)
     (starts, ids), (other, logprobs) = _lists(table["ids"], np.int32), _lists(table["logprobs"], np.float32)
     if (
         not np.array_equal(starts, other)
@@ -109,14 +110,7 @@ def _positions(table: pa.Table, where: str) -> Iterator[ExactPosition]:
 def _lists(column: pa.ChunkedArray, kind: type) -> tuple[np.ndarray, np.ndarray]:
     """Where each list begins, and where the last ends, in the values of all; the values."""
     lists = column.combine_chunks()
-    return _values(lists.offsets, np.int32), _values(lists.values, kind)
-
-
-def _values(array: pa.Array, kind: type) -> np.ndarray:
-    """The array's own memory: Arrow's conversion to numpy imports pandas first, which takes seconds."""
-    if not len(array):
-        return np.empty(0, kind)
-    return np.frombuffer(array.buffers()[1], kind, len(array), np.dtype(kind).itemsize * array.offset)
+    return values_of(lists.offsets, np.int32), values_of(lists.values, kind)
 
 
 def storage_kl(exact: ExactPosition, stored: TeacherTargets) -> float:

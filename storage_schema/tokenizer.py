@@ -15,6 +15,8 @@ from typing import Any
 from .errors import TokenizerNotFound
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What a dataset takes over of a teacher's tokenizer, as far as it is there."""
 TOKENIZER_FOLDER = "tokenizer"
 MAX_TOKENIZER_BYTES = 64 << 20
 _MAX_VALUES = 6_000_000

@@ -15,6 +15,7 @@ import pyarrow as pa
 from storage_schema.codec import STREAMS, RowCodec
 from storage_schema.errors import ColdstillError, InvalidRow, ShardDamaged
 from storage_schema.media import MAX_MEDIA, MediaReference, check_media
+from storage_schema.parquet.memory import values_of
 from storage_schema.rows import CachedRow, TeacherTargets, check_sequence, span_positions
 
 from .columns import MAX_METADATA_BYTES
@@ -145,9 +146,7 @@ class _Integers:
 
     def __init__(self, column: pa.Array):
         self._offsets = _offsets(column, column.buffers()[1])
-        values = column.values
-        data = values.buffers()[1]
-        self._values = np.empty(0, np.int32) if data is None else np.frombuffer(data, np.int32)[values.offset :]
+        self._values = values_of(column.values, np.int32)
 
     def at(self, index: int) -> np.ndarray:
         return self._values[self._offsets[index] : self._offsets[index + 1]]

@@ -8,11 +8,10 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from storage_schema.commits import REJECTS_FOLDER, FileRecord
 from storage_schema.dataset import Dataset
-from storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged, TokenizerMismatch
+from storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, TokenizerMismatch
 from storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes
 from storage_schema.header import HEADER_NAME, DatasetHeader
 from storage_schema.manifest import ShardRecord
@@ -70,12 +69,9 @@ class Sources:
 
         Raises `ShardMissing`, `ShardDamaged`, `HeaderMismatch`.
         """
-        dataset, record = self.datasets[shard.source], shard.record
-        data = dataset.read_file(record.file)
-        file = ShardFile(pa.BufferReader(data), size=len(data), codec=dataset.codec, where=record.file.name)
-        if len(file) != record.rows:
-            raise ShardDamaged(f"{record.file.name}: rows", found=len(file), wanted=record.rows)
-        return data, file
+        dataset = self.datasets[shard.source]
+        data = dataset.read_file(shard.record.file)
+        return data, dataset.open_bytes(data, shard.record)
 
     def rejects(self, shard: SourceShard) -> bytes | None:
         """The file of a shard's rejects, if it has one. Raises `FileMissing`, `FileDamaged`."""

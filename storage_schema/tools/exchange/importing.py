@@ -21,14 +21,13 @@ from storage_schema.manifest import MANIFEST_NAME, Manifest, read_manifest, seal
 from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
 from storage_schema.rows import CachedRow
 from storage_schema.store import Store
-from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint
+from storage_schema.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, fingerprint
 
 from .errors import SourceUnreadable, UnusableRow
 
 BadRows = Literal["fail", "reject"]
 Fidelity = Literal["fine", "coarse", "exact"]
 
-TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 UNKNOWN = "unknown"
 """What the header says of a teacher's weights and data types, which no peer stores."""
 
