@@ -7,6 +7,7 @@ Field numbers are those of the Parquet format's `FileMetaData`.
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 from .thrift import Fields, read_struct
@@ -17,6 +18,10 @@ PLAIN, RLE = 0, 3
 _ENCRYPTION = {8, 9}
 _FILE_PATH_AND_ENCRYPTION = {1, 8, 9}
 _INDEX_AND_DICTIONARY = {10, 11}
+
+_TAIL = struct.Struct("<I4s")
+TAIL_BYTES = _TAIL.size
+"""The length of the footer and four letters, at the end of every file."""
 
 
 class ChunkFacts(NamedTuple):
@@ -47,6 +52,14 @@ class FooterFacts(NamedTuple):
     rows: int
     groups: list[GroupFacts]
     key_values: dict[bytes, bytes]
+
+
+def footer_length(tail: bytes, *, size: int, most: int) -> int:
+    """Bytes of the footer of a file of `size` bytes, from its last `TAIL_BYTES`. Raises `ValueError`."""
+    length, magic = _TAIL.unpack(tail)
+    if magic != b"PAR1" or length > min(most, size - 12):
+        raise ValueError(f"a footer of {length} bytes, {magic!r}")
+    return int(length)
 
 
 def read_footer(footer: bytes) -> FooterFacts:

@@ -6,21 +6,19 @@ They are written without compression, so that a file takes no more memory than i
 from __future__ import annotations
 
 import io
-import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage_schema.errors import ColdstillError
 
-from .footer import CODECS, PLAIN, RLE, read_footer
+from .footer import CODECS, PLAIN, RLE, TAIL_BYTES, footer_length, read_footer
 from .pages import check_pages
 
 MAX_TABLE_BYTES = 256 << 20
 _MAX_FOOTER_BYTES = 1 << 20
 _MAX_NESTED = 1 << 24
 """The most values of a column of lists."""
-_TAIL = struct.Struct("<I4s")
 
 
 def table_to_bytes(table: pa.Table) -> bytes:
@@ -63,10 +61,8 @@ def _checked_rows(data: bytes, max_rows: int) -> int:
     """Rows of a file whose footer names what we write and no more. Raises `ValueError`."""
     if len(data) < 12:
         raise ValueError(f"{len(data)} bytes")
-    length, magic = _TAIL.unpack(data[-_TAIL.size :])
-    start = len(data) - _TAIL.size - length
-    if magic != b"PAR1" or length > _MAX_FOOTER_BYTES or start < 4:
-        raise ValueError(f"a footer of {length} bytes, {magic!r}")
+    length = footer_length(data[-TAIL_BYTES:], size=len(data), most=_MAX_FOOTER_BYTES)
+    start = len(data) - TAIL_BYTES - length
     facts = read_footer(data[start : start + length])
     rows, end = 0, 4
     for group in facts.groups:

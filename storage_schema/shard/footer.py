@@ -6,7 +6,6 @@ alone, by our own code: a stranger's file reaches no more of the Parquet reader 
 
 from __future__ import annotations
 
-import struct
 from itertools import zip_longest
 
 import pyarrow as pa
@@ -14,7 +13,17 @@ import pyarrow.parquet as pq
 
 from storage_schema.errors import ShardDamaged
 from storage_schema.header import MAX_HEADER_BYTES, MAX_TOKENS, DatasetHeader
-from storage_schema.parquet.footer import CODECS, PLAIN, RLE, ChunkFacts, FooterFacts, GroupFacts, read_footer
+from storage_schema.parquet.footer import (
+    CODECS,
+    PLAIN,
+    RLE,
+    TAIL_BYTES,
+    ChunkFacts,
+    FooterFacts,
+    GroupFacts,
+    footer_length,
+    read_footer,
+)
 
 from .columns import LEAF_PATHS, MAX_METADATA_BYTES, PLAIN_COLUMNS, SCHEMA
 
@@ -40,7 +49,6 @@ _MOST_BYTES_OF_A_ROW = {
     "target_spans.list.element": 2 * _NUMBER_BYTES * MAX_TOKENS,
 }
 """Of the others a row may have as many as it likes, up to what a row group may have."""
-_TAIL = struct.Struct("<I4s")
 
 
 def open_parquet(source: pa.NativeFile, *, size: int, where: str) -> tuple[pq.ParquetFile, FooterFacts]:
@@ -76,11 +84,12 @@ def footer_header(facts: FooterFacts, *, where: str) -> DatasetHeader:
 
 
 def _facts(source: pa.NativeFile, size: int, where: str) -> FooterFacts:
-    source.seek(size - _TAIL.size)
-    length, magic = _TAIL.unpack(source.read(_TAIL.size))
-    if magic != b"PAR1" or length > min(MAX_FOOTER_BYTES, size - 12):
-        raise ShardDamaged(where, found=f"a footer of {length} bytes, {magic!r}", wanted="a whole Parquet file")
-    source.seek(size - _TAIL.size - length)
+    source.seek(size - TAIL_BYTES)
+    try:
+        length = footer_length(source.read(TAIL_BYTES), size=size, most=MAX_FOOTER_BYTES)
+    except ValueError as error:
+        raise ShardDamaged(where, found=str(error), wanted="a whole Parquet file") from None
+    source.seek(size - TAIL_BYTES - length)
     try:
         facts = read_footer(source.read(length))
     except ValueError as error:
