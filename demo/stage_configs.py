@@ -20,7 +20,7 @@ def capture_config(layout: Layout, size: Size) -> dict[str, Any]:
             "max_length": MAX_TOKENS,
         },
         "rows_per_unit": size.rows_per_unit,
-        "cluster": {"workers": 1},
+        "cluster": {"max_workers": 1},
     }
 
 

@@ -69,12 +69,12 @@ class Workforce:
         raise _given_up("the pilot", _DEATHS + 1, died)
 
     def run_units(self, todo: list[int]) -> Iterator[UnitReport]:
-        """Do the units on up to `cluster.workers` actors.
+        """Do the units on up to `cluster.max_workers` actors.
 
         Raises a worker's own named error, or `UnitFailed` for a unit whose worker died twice while it was alone there.
         """
         self._join()
-        pool = _Pool(self._config, actors=min(self._config.cluster.workers, len(todo)), first=self._ready)
+        pool = _Pool(self._config, actors=min(self._config.cluster.max_workers, len(todo)), first=self._ready)
         waiting, suspects = deque(todo), deque[int]()
         deaths: Counter[int | None] = Counter()
         while waiting or suspects or pool.busy:
@@ -114,7 +114,7 @@ def _require_room(config: CaptureConfig) -> None:
     """Raise `ClusterTooSmall` where no worker can ever start: this machine will not grow."""
     resources = ray.cluster_resources()
     for key, name in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU")):
-        wanted, found = getattr(config.cluster, key), resources.get(name, 0)
+        wanted, found = getattr(config.cluster, key) or 0, resources.get(name, 0)
         if wanted > found:
             raise ClusterTooSmall(
                 f"cluster.{key}",
@@ -204,7 +204,7 @@ class _Call(NamedTuple):
 def _new_actor(config: CaptureConfig) -> Any:
     options: dict[str, Any] = {
         "num_cpus": config.cluster.cpus_per_worker,
-        "num_gpus": config.cluster.gpus_per_worker,
+        "num_gpus": config.cluster.gpus_per_worker or 0,
         # Whether a unit is tried again is for the dispatcher to say: Ray would send the same call to a new actor.
         "max_restarts": 0,
         "max_task_retries": 0,

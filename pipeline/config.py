@@ -18,8 +18,21 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """What the teacher reads."""
 
-    path: str = Field(description="A .jsonl or .parquet file: a local path or a URL that fsspec reaches.")
+    path: str | None = Field(
+        default=None,
+        description="JSON lines (.jsonl, also .gz and .zst) or Parquet: a local path, a URL that fsspec reaches, or a "
+        "pattern such as data/*.jsonl, whose files are read in order of their names.",
+    )
+    dataset: str | None = Field(
+        default=None, description="In place of a path: a hub name or local folder that `datasets` streams."
+    )
+    dataset_config: str | None = Field(default=None, description="Configuration of that dataset, where it has several.")
+    split: str = Field(default="train", description="Split of that dataset.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of that dataset.")
     messages: str = Field(default="messages", description="Column with a chat: a list of {role, content}.")
+    tools: str = Field(default="tools", description="Column with the tools that a chat's assistant may call.")
+    prompt: str = Field(default="prompt", description="Column with a prompt, as text or messages; see response.")
+    response: str = Field(default="response", description="Column with the answer to the prompt, as text.")
     text: str = Field(default="text", description="Column with plain text, for rows that have no chat.")
     id: str = Field(
         default="id", description="Column with the sample id; rows without it are named by their row number."
@@ -30,10 +43,20 @@ class SourceConfig(Section):
     chat_template: str | None = Field(
         default=None, description="File with a Jinja chat template that replaces the tokenizer's own."
     )
-    over_long: Literal["reject", "cut"] = Field(
-        default="reject",
-        description="Rows of more than teacher.max_length tokens: reject them, or cut them at the end.",
+    template_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Further variables of the chat template, such as enable_thinking."
     )
+    over_long: Literal["reject", "cut", "split"] = Field(
+        default="reject",
+        description="Rows of more than teacher.max_length tokens: reject them, cut them at the end, or split them into "
+        "rows of that length.",
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceConfig:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("exactly one of path and dataset")
+        return self
 
 
 class TeacherConfig(Section):
@@ -41,12 +64,29 @@ class TeacherConfig(Section):
 
     model: str = Field(description="Folder or hub name of a causal language model.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub repository.")
-    engine: Literal["vllm", "transformers"] = Field(
+    engine: Literal["vllm", "transformers", "endpoint"] = Field(
         default="vllm",
-        description="vllm: fast, K entries, no draws yet; transformers: slow, with draws and exact tail.",
+        description="vllm: fast, in the worker; transformers: slow and plain, the reference; endpoint: a server that "
+        "speaks OpenAI's protocol and returns prompt log-probs, such as `vllm serve`: K entries, no draws.",
+    )
+    endpoint: str | None = Field(
+        default=None, description="Base URL of engine endpoint, for instance http://host:8000/v1."
+    )
+    tap: Literal["worker", "public"] = Field(
+        default="worker",
+        description="Of engine vllm. worker: tensors from inside its worker, exact tail, draws; public: its "
+        "prompt_logprobs, slower, derived tail, no draws.",
+    )
+    runner: Literal["v1", "v2"] = Field(
+        default="v1", description="Model runner of engine vllm that is tapped; v2 has not been run on a GPU yet."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Data type of the weights; auto takes the one in the model's configuration."
+    )
+    head_dtype: Literal["auto", "float32", "model"] = Field(
+        default="auto",
+        description="Data type of the logits: auto takes float32 where the engine can, for a bfloat16 head rounds "
+        "away half of the order; model takes that of the weights.",
     )
     top_k: int = Field(default=64, ge=1, le=MAX_TOP_K, description="K: the most ids kept at a position.")
     min_prob: float = Field(
@@ -58,34 +98,70 @@ class TeacherConfig(Section):
     kept_draws: int = Field(
         default=32, ge=0, le=MAX_DRAWS, description="The most tail draws kept at a position: the first in draw order."
     )
+    draw_logprobs: bool = Field(default=False, description="Record the log-prob of each kept draw too.")
     draw_seed: int = Field(default=0, ge=0, lt=1 << 63, description="Key of the generator of the draws.")
     max_length: int = Field(default=2048, ge=2, le=MAX_TOKENS, description="The most tokens of a row.")
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of vLLM's LLM class, or of from_pretrained."
     )
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether the engine gives exact tails and draws."""
+        return self.engine == "transformers" or (self.engine == "vllm" and self.tap == "worker")
+
     @model_validator(mode="after")
-    def _draws_need_an_engine_that_draws(self) -> TeacherConfig:
-        if self.engine == "vllm" and self.draws:
-            raise ValueError(
-                f"draws 0, not {self.draws}: the public path of engine vllm cannot draw; engine transformers can"
-            )
+    def _fits_the_engine(self) -> TeacherConfig:
+        if self.draws and not self.can_draw:
+            way = "engine endpoint" if self.engine == "endpoint" else "tap public"
+            raise ValueError(f"draws 0, not {self.draws}: {way} cannot draw; tap worker and engine transformers can")
+        if (self.engine == "endpoint") != (self.endpoint is not None):
+            raise ValueError("teacher.endpoint with engine endpoint, and only with it")
         return self
+
+
+class SamplingConfig(Section):
+    """How the teacher answers, in mode generate."""
+
+    temperature: float = Field(default=1.0, ge=0, description="0: always the most probable token.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Only the most probable tokens of this mass are sampled.")
+    n: int = Field(default=1, ge=1, le=1024, description="Answers to each prompt.")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="Of the sampler; each answer has a key of its own.")
+    max_tokens: int = Field(default=512, ge=1, le=MAX_TOKENS, description="The most tokens of an answer.")
+    stop: tuple[str, ...] = Field(default=(), description="Texts at which an answer ends, besides the end of turn.")
 
 
 class ClusterConfig(Section):
     """Where it runs."""
 
-    workers: int = Field(default=1, ge=1, description="The most Ray actors, each with an engine of its own.")
+    min_workers: int = Field(default=1, ge=1, description="Units are given out once so many workers are ready.")
+    max_workers: int = Field(default=1, ge=1, description="The most Ray actors, each with an engine of its own.")
     cpus_per_worker: float = Field(
         default=1, gt=0, description="Cores that Ray reserves for a worker; its OpenMP threads."
     )
-    gpus_per_worker: float = Field(
-        default=0, ge=0, description="GPUs that Ray reserves for a worker: tensor times pipeline parallel size."
+    gpus_per_worker: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs that Ray reserves for a worker; by default tensor times pipeline parallel size where the "
+        "cluster has GPUs.",
     )
     address: str | None = Field(
         default=None, description="Ray cluster to join; by default RAY_ADDRESS, else one is started on this machine."
     )
+    hung_after_s: float = Field(
+        default=600,
+        gt=0,
+        description="An engine without progress for so long is hung: its worker ends itself.",
+    )
+    price_per_gpu_hour: float | None = Field(
+        default=None, ge=0, description="For the cost that `status` and `--dry-run` show, in any currency."
+    )
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> ClusterConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers at most max_workers, {self.max_workers}, not {self.min_workers}")
+        return self
 
 
 class CaptureConfig(Section):
@@ -94,6 +170,22 @@ class CaptureConfig(Section):
     output: str = Field(description="The dataset's directory: a path that all workers see, s3:// or gs://.")
     source: SourceConfig
     teacher: TeacherConfig
+    mode: Literal["score", "generate", "pretrain"] = Field(
+        default="score",
+        description="score: the source's own answers; generate: the teacher answers the source's prompts; pretrain: "
+        "raw text, all positions are targets.",
+    )
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    documents: Literal["isolate", "concat"] = Field(
+        default="isolate",
+        description="Of mode pretrain. isolate: each document is a row of its own; concat: the documents of a unit are "
+        "joined by separators and cut to rows of teacher.max_length.",
+    )
+    order: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="exact: a unit is a barrier, equal captures give equal bytes; fast: engines stay full across "
+        "units, values within the engine's tolerance.",
+    )
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     rows_per_unit: int = Field(
         default=1024, ge=1, description="Source rows of a unit: one shard, and what a kill can cost at the most."
@@ -107,5 +199,10 @@ class CaptureConfig(Section):
         default="fine",
         description="What storage may cost, as mean KL in nats: fine below 1e-5, coarse below 1e-4 in fewer bytes; "
         "exact keeps float16 values in rank order.",
+    )
+    max_attempts: int = Field(
+        default=2,
+        ge=1,
+        description="Deaths of a worker over one unit alone, before its rows are searched for the one that kills it.",
     )
     licence: str | None = Field(default=None, description="Under which terms the dataset may be used, for its header.")

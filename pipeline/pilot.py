@@ -15,7 +15,8 @@ from storage_schema.rows import span_positions
 
 from .config import CaptureConfig
 from .prepare import load_tokenizer
-from .sources.chat import SequenceMaker, TokenSequence
+from .sequences import TokenSequence
+from .sources.chat import SequenceMaker
 from .sources.readers import open_source
 from .teachers.protocol import Teacher
 

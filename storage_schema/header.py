@@ -133,7 +133,7 @@ class DatasetHeader(BaseModel):
         "engine's tolerance.",
     )
     max_length: int = Field(ge=2, le=MAX_TOKENS, description="The most tokens of a row.")
-    over_long: Literal["reject", "cut"] = Field(description="What happened to rows of more tokens.")
+    over_long: Literal["reject", "cut", "split"] = Field(description="What happened to rows of more tokens.")
     rows_per_unit: int = Field(ge=1, description="Source rows of one unit of work, one shard.")
     source_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Digest of the source's content.")
     licence: str | None = Field(default=None, description="Under which terms the dataset may be used.")

@@ -31,9 +31,9 @@ def _run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 
 def test_words_replace_keys_of_the_file(config: Path) -> None:
-    words = ["teacher.top_k=7", "cluster.workers=3", "source.loss_on=all", "teacher.engine_args={a: [1, 2]}"]
+    words = ["teacher.top_k=7", "cluster.max_workers=3", "source.loss_on=all", "teacher.engine_args={a: [1, 2]}"]
     settings = load_config(str(config), model=CaptureConfig, overrides=words)
-    assert (settings.teacher.top_k, settings.cluster.workers, settings.source.loss_on) == (7, 3, "all")
+    assert (settings.teacher.top_k, settings.cluster.max_workers, settings.source.loss_on) == (7, 3, "all")
     assert settings.teacher.engine_args == {"a": [1, 2]}
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import SourceConfig
 from pipeline.errors import SourceNotFound, TemplateCannotMark
+from pipeline.sequences import TokenSequence
 from storage_schema.commits import Reject
 from storage_schema.rows import spans_from_mask
 
@@ -26,17 +25,6 @@ from .readers import SourceRow
 
 # The tag by which a template marks the assistant's tokens; the same test as in transformers' own tokenizer code.
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSequence:
-    """What a teacher is asked about: `token_ids int32 [T]`, and its distributions at the positions of
-    `target_spans int32 [n, 2]`."""
-
-    sample_id: str
-    token_ids: np.ndarray
-    target_spans: np.ndarray
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SequenceMaker:
@@ -87,7 +75,11 @@ class SequenceMaker:
         used = (self.source.messages, self.source.text, self.source.id)
         metadata = {name: _plain(value) for name, value in columns.items() if name not in used}
         return TokenSequence(
-            sample_id=sample_id, token_ids=np.array(token_ids, np.int32), target_spans=spans, metadata=metadata
+            sample_id=sample_id,
+            source_row=row.number,
+            token_ids=np.array(token_ids, np.int32),
+            target_spans=spans,
+            metadata=metadata,
         )
 
     def _chat(self, messages: list[dict[str, Any]], tools: Any) -> tuple[list[int], list[bool]]:

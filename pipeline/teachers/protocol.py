@@ -1,22 +1,33 @@
-"""What every engine gives: sequences in, `TeacherTargets` out, in the same order."""
+"""What every engine gives: sequences in, the teacher's distributions out, in the same order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pipeline.config import TeacherConfig
-from pipeline.sources.chat import TokenSequence
+from pipeline.config import SamplingConfig, TeacherConfig
+from pipeline.sequences import ScoredSequence, TokenSequence
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import TeacherTargets
 
 
 class Teacher(Protocol):
-    """A loaded engine."""
+    """A loaded engine. Of a header with `order: fast` its calls may overlap in several threads: an engine that can
+    works on all of them at once. With `order: exact` the caller makes one call at a time."""
 
     @property
     def environment(self) -> dict[str, Any]:
         """Engine, versions and hardware, for the commit records."""
+        ...
+
+    @property
+    def progress(self) -> int:
+        """Grows while a call makes progress: the watchdog's sign of life. Never blocks."""
+        ...
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Processes without which no call returns, beside the caller's own."""
         ...
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
@@ -27,13 +38,27 @@ class Teacher(Protocol):
         """
         ...
 
+    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        """The teacher's answers, `sampling.n` to each prompt, one after the other: each a sequence of prompt and answer
+        with the answer's tokens as targets, and `finish_reason` (`stop` or `length`) in its metadata.
 
-def load_teacher(config: TeacherConfig, header: DatasetHeader) -> Teacher:
-    """The engine that `config.engine` names, loaded; its libraries are imported only here."""
+        The sample id of answer number `i` of several is `ID#i`. The stored log-probs are those of the untempered
+        softmax. Raises `TeacherOutputInvalid`.
+        """
+        ...
+
+
+def load_teacher(config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None) -> Teacher:
+    """The engine that `config.engine` names, loaded; its libraries are imported only here. `sampling` is needed for
+    `generate`."""
     if config.engine == "vllm":
-        from .vllm_teacher import VllmTeacher
+        from .vllm.teacher import VllmTeacher
 
-        return VllmTeacher(config, header)
+        return VllmTeacher(config, header, sampling)
+    if config.engine == "endpoint":
+        from .endpoint_teacher import EndpointTeacher
+
+        return EndpointTeacher(config, header, sampling)
     from .transformers_teacher import TransformersTeacher
 
-    return TransformersTeacher(config, header)
+    return TransformersTeacher(config, header, sampling)

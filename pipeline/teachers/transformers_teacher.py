@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import transformers
 
-from pipeline.config import TeacherConfig
+from pipeline.config import SamplingConfig, TeacherConfig
 from pipeline.errors import TeacherUnusable
-from pipeline.sources.chat import TokenSequence
+from pipeline.sequences import TokenSequence
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import TeacherTargets, span_positions
 
@@ -25,7 +25,7 @@ from .uniforms import draw_uniforms
 class TransformersTeacher:
     """A causal language model of transformers. Takes and gives what `protocol.Teacher` says."""
 
-    def __init__(self, config: TeacherConfig, header: DatasetHeader):
+    def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
         self._config, self._header = config, header
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:

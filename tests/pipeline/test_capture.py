@@ -115,7 +115,7 @@ def _killing(state: str, *, at_most: int) -> Iterator[list[int]]:
 def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
     """Twice, and with another number of workers than in the unbroken run."""
     with _killing(".run", at_most=2) as killed:
-        summary = capture(capture_config(tmp_path, rows=300, cluster={"workers": 2}))
+        summary = capture(capture_config(tmp_path, rows=300, cluster={"max_workers": 2}))
     assert killed
     assert (summary.rows, summary.rejected) == (300, 1)
     unbroken = capture(capture_config(tmp_path, rows=300, output="unbroken"))

@@ -80,7 +80,7 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
     grid = f" (a = {codec.a}, b = {codec.b})" if codec.name == "grid" else ""
     quantised = f", {plain(teacher.quantization)}" if teacher.quantization else ""
-    over_long = "rejected" if header.over_long == "reject" else "cut"
+    over_long = {"reject": "rejected", "cut": "cut", "split": "split"}[header.over_long]
     return {
         "Teacher": plain(teacher.name) + (f" at revision {plain(teacher.revision)}" if teacher.revision else ""),
         "Weights": f"{plain(teacher.dtype)}{quantised}; head in {plain(teacher.head_dtype)}; "

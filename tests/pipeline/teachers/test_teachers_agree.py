@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import SourceConfig, TeacherConfig
 from pipeline.errors import TeacherUnusable
 from pipeline.prepare import load_tokenizer
-from pipeline.sources.chat import SequenceMaker, TokenSequence
+from pipeline.sequences import TokenSequence
+from pipeline.sources.chat import SequenceMaker
 from pipeline.sources.readers import SourceRow
 from pipeline.teachers.protocol import Teacher, load_teacher
 from storage_schema.header import DatasetHeader

@@ -10,13 +10,13 @@ import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config import TeacherConfig
+from pipeline.config import SamplingConfig, TeacherConfig
 from pipeline.errors import TeacherUnusable
-from pipeline.sources.chat import TokenSequence
+from pipeline.sequences import TokenSequence
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import TeacherTargets
 
-from .vllm_logprobs import read_prompt_logprobs
+from .public_path import read_prompt_logprobs
 
 _REFUSED = {
     "speculative_config": "prompt log-probs are wrong under speculative decoding",
@@ -30,7 +30,7 @@ _REFUSED = {
 class VllmTeacher:
     """vLLM in this process. Takes and gives what `protocol.Teacher` says."""
 
-    def __init__(self, config: TeacherConfig, header: DatasetHeader):
+    def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
         for name, reason in _REFUSED.items():
             if name in config.engine_args:
                 raise TeacherUnusable(

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.config import SourceConfig
 from pipeline.errors import SourceNotFound, TemplateCannotMark
-from pipeline.sources.chat import SequenceMaker, TokenSequence
+from pipeline.sequences import TokenSequence
+from pipeline.sources.chat import SequenceMaker
 from pipeline.sources.readers import SourceRow
 from storage_schema.commits import Reject
 from storage_schema.rows import span_positions

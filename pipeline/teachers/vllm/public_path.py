@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.errors import TeacherOutputInvalid
-from pipeline.sources.chat import TokenSequence
+from pipeline.sequences import TokenSequence
 from storage_schema.rows import TeacherTargets, span_positions
 
 DERIVED_TAIL_FLOOR = 1e-6

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import TeacherOutputInvalid
 from pipeline.sources.chat import TokenSequence
-from pipeline.teachers.vllm_logprobs import DERIVED_TAIL_FLOOR, read_prompt_logprobs
+from pipeline.teachers.vllm.public_path import DERIVED_TAIL_FLOOR, read_prompt_logprobs
 from storage_schema.rows import spans_from_mask
 from tests import making
 
@@ -18,7 +18,9 @@ VOCABULARY, TOP_K, LENGTH = 20, 5, 9
 
 def _sequence() -> TokenSequence:
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).astype(np.int32)
-    return TokenSequence(sample_id="a", token_ids=tokens, target_spans=spans_from_mask([0, 1, 0, 1, 1, 0, 0, 1, 1]))
+    return TokenSequence(
+        sample_id="a", source_row=0, token_ids=tokens, target_spans=spans_from_mask([0, 1, 0, 1, 1, 0, 0, 1, 1])
+    )
 
 
 def _payload(sequence: TokenSequence, probs: np.ndarray) -> SimpleNamespace:
@@ -52,7 +54,11 @@ def test_run_of_token_j_is_target_position_j_minus_1(probs: np.ndarray) -> None:
 def test_padding_ids_and_ids_under_the_floor_go_to_the_tail(probs: np.ndarray) -> None:
     sequence = _sequence()
     sequence = TokenSequence(
-        sample_id="a", token_ids=np.minimum(sequence.token_ids, 14), target_spans=sequence.target_spans
+        sample_id="a",
+        source_row=0,
+        source_row=0,
+        token_ids=np.minimum(sequence.token_ids, 14),
+        target_spans=sequence.target_spans,
     )
     targets = read_prompt_logprobs(_payload(sequence, probs), sequence, top_k=TOP_K, min_prob=0.1, token_count=15)
     targets.check(token_count=15)
