@@ -56,7 +56,6 @@ def test_padding_ids_and_ids_under_the_floor_go_to_the_tail(probs: np.ndarray) -
     sequence = TokenSequence(
         sample_id="a",
         source_row=0,
-        source_row=0,
         token_ids=np.minimum(sequence.token_ids, 14),
         target_spans=sequence.target_spans,
     )
