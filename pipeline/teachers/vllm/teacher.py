@@ -1,46 +1,39 @@
-"""The vLLM engine by its public path: `prompt_logprobs` give K entries, a derived tail and no draws.
-
-The one file that imports vLLM.
-"""
+"""The vLLM engine as a teacher: through the tap in its workers, or by its public path. Takes and gives what
+`protocol.Teacher` says."""
 
 from __future__ import annotations
 
-import os
-import sysconfig
+import itertools
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.errors import TeacherUnusable
-from pipeline.sequences import TokenSequence
+from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from pipeline.sequences import ScoredSequence, TokenSequence
+from pipeline.teachers.answers import answer_room, answer_sequence
+from pipeline.teachers.sampling import answer_seed
 from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets
+from storage_schema.rows import TeacherTargets, span_positions
 
+from .arguments import engine_arguments, set_environment
+from .canary import canary_sequences, largest_difference
+from .engine import Engine, Request
 from .public_path import read_prompt_logprobs
+from .requests import KEY, Arrays, TapSettings
 
-_REFUSED = {
-    "speculative_config": "prompt log-probs are wrong under speculative decoding",
-    "enable_prefix_caching": "positions in a cached prefix are never computed",
-    "max_logprobs": "it follows teacher.top_k",
-    "logprobs_mode": "the log-probs are those of the raw logits",
-    "model": "it is teacher.model",
-}
+_TAKEN_BYTES = 8 << 20
+"""At a time from the worker's process: larger messages leave vLLM's shared memory queue for a slower way."""
 
 
 class VllmTeacher:
-    """vLLM in this process. Takes and gives what `protocol.Teacher` says."""
+    """A started engine. Calls may overlap."""
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
-        for name, reason in _REFUSED.items():
-            if name in config.engine_args:
-                raise TeacherUnusable(
-                    f"teacher.engine_args.{name}",
-                    found=config.engine_args[name],
-                    wanted="nothing",
-                    fix=f"remove it: {reason}",
-                )
-        arguments = _engine_arguments(config)
-        _set_environment(arguments)
+        arguments = engine_arguments(config, header)
+        set_environment(config, arguments)
         try:
             import vllm
         except ImportError as error:
@@ -50,83 +43,192 @@ class VllmTeacher:
                 wanted="vLLM",
                 fix='pip install "coldstill[capture]" (GPU) or "coldstill[capture-cpu]" on each node',
             ) from error
-
-        self._config, self._header, self._vllm = config, header, vllm
-        try:
-            self._engine = vllm.LLM(**arguments)
-        except (ValueError, OSError) as error:
-            raise TeacherUnusable(
-                f"teacher.model {config.model}",
-                found=" ".join(str(error).split())[:600],
-                wanted="a model and engine_args that vLLM takes",
-            ) from error
-        self._sampling = vllm.SamplingParams(
-            prompt_logprobs=config.top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
+        self._vllm, self._config, self._header, self._sampling = vllm, config, header, sampling
+        self._numbers = itertools.count()
+        self._engine = Engine(config, arguments)
+        self._settings = TapSettings(
+            top_k=header.top_k,
+            min_prob=header.min_prob,
+            draws=header.draws,
+            kept_draws=header.kept_draws,
+            draw_logprobs=header.draw_logprobs,
+            draw_seed=header.draw_seed,
+            token_count=header.token_count,
         )
+        self._facts: dict[str, Any] = {"tap": config.tap}
+        if config.tap == "worker":
+            self._facts |= {"recomputed_positions": 0, "mass_beyond_tokens": 0.0}
+            self._install()
 
     @property
     def environment(self) -> dict[str, Any]:
         """See `protocol.Teacher`."""
         import torch
 
-        return {"engine": "vllm", "vllm": self._vllm.__version__, "torch": torch.__version__, "device": _device()}
+        return {
+            "engine": "vllm",
+            "vllm": self._vllm.__version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            **self._facts,
+        }
+
+    @property
+    def progress(self) -> int:
+        """See `protocol.Teacher`: the engine's steps."""
+        return self._engine.steps
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """See `protocol.Teacher`."""
+        return self._engine.processes
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-        """See `protocol.Teacher`. `LLM.generate` queues all requests before the engine's first step."""
-        prompts = [{"prompt_token_ids": sequence.token_ids.tolist()} for sequence in sequences]
-        outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
+        """See `protocol.Teacher`."""
+        return self._score_tapped(sequences) if self._config.tap == "worker" else self._score_publicly(sequences)
+
+    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        """See `protocol.Teacher`."""
+        if self._sampling is None or self._config.tap != "worker" or self._config.runner != "v1":
+            raise TeacherUnusable(
+                "mode generate",
+                found=f"tap {self._config.tap}, runner {self._config.runner}",
+                wanted="tap worker, runner v1",
+            )
+        answers = [(prompt, number) for prompt in prompts for number in range(self._sampling.n)]
+        wishes = [self._answer_wish(prompt, number) for prompt, number in answers]
+        outputs = self._engine.run(
+            [
+                Request(prompt.token_ids.tolist(), self._answer_parameters(prompt, number, wish))
+                for (prompt, number), wish in zip(answers, wishes, strict=True)
+            ]
+        )
+        said = [output.outputs[0] for output in outputs]
+        sequences = [
+            answer_sequence(
+                prompt,
+                answer.token_ids,
+                number=number,
+                answers=self._sampling.n,
+                finish_reason="length" if answer.finish_reason == "length" else "stop",
+            )
+            for (prompt, number), answer in zip(answers, said, strict=True)
+        ]
+        targets = self._take(sequences, [wish["number"] for wish in wishes])
+        return [ScoredSequence(*pair) for pair in zip(sequences, targets, strict=True)]
+
+    def _install(self) -> None:
+        """Put the tap into each worker, and hold it against the public path."""
+        answers = self._engine.call_workers("coldstill_install", asdict(self._settings), self._config.runner)
+        problems = [problem for answer in answers for problem in answer["problems"]]
+        if problems:
+            raise TeacherUnusable(
+                f"vLLM {self._vllm.__version__} and teacher.tap worker",
+                found=problems[0],
+                wanted="a vLLM and engine_args that the tap fits",
+                fix="take that out of teacher.engine_args, install the vLLM that is pinned, or set teacher.tap: public",
+            )
+        facts = answers[0]
+        sequences = canary_sequences(token_count=self._header.token_count, max_length=self._header.max_length)
+        difference = largest_difference(
+            self._score_tapped,
+            self._score_publicly,
+            sequences,
+            is_float32=self._header.teacher.head_dtype == "float32",
+        )
+        self._facts |= {name: value for name, value in facts.items() if name != "problems"}
+        self._facts["canary_difference"] = difference
+
+    def _score_tapped(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+        numbers = [next(self._numbers) for _ in sequences]
+        requests = [
+            Request(
+                sequence.token_ids.tolist(),
+                self._parameters(
+                    max_tokens=1,
+                    temperature=0,
+                    wish={
+                        "number": number,
+                        "sample_id": sequence.sample_id,
+                        "spans": sequence.target_spans.tolist(),
+                    },
+                ),
+            )
+            for sequence, number in zip(sequences, numbers, strict=True)
+        ]
+        self._engine.run(requests)
+        return self._take(sequences, numbers)
+
+    def _score_publicly(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+        parameters = self._vllm.SamplingParams(
+            prompt_logprobs=self._header.top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
+        )
+        outputs = self._engine.run([Request(sequence.token_ids.tolist(), parameters) for sequence in sequences])
         return [
             read_prompt_logprobs(
                 output.prompt_logprobs,
                 sequence,
-                top_k=self._config.top_k,
-                min_prob=self._config.min_prob,
+                top_k=self._header.top_k,
+                min_prob=self._header.min_prob,
                 token_count=self._header.token_count,
             )
             for output, sequence in zip(outputs, sequences, strict=True)
         ]
 
+    def _take(self, sequences: Sequence[TokenSequence], numbers: Sequence[int]) -> list[TeacherTargets]:
+        """What the tap kept of these finished requests. Raises `TeacherOutputInvalid`."""
+        sizes = [span_positions(sequence.target_spans).size for sequence in sequences]
+        targets: list[TeacherTargets] = []
+        start = 0
+        while start < len(sequences):
+            stop, size = start + 1, sizes[start]
+            while stop < len(sequences) and (size + sizes[stop]) * self._settings.row_bytes() <= _TAKEN_BYTES:
+                size += sizes[stop]
+                stop += 1
+            answers = self._engine.call_workers("coldstill_take", list(numbers[start:stop]), sizes[start:stop])
+            kept = next(answer for answer in answers if answer is not None)
+            targets += map(self._targets, sequences[start:stop], kept)
+            start = stop
+        return targets
 
-def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:
-    """Arguments of vLLM's LLM class; what the user gave wins where it is not refused above."""
-    parallel = config.engine_args.get("tensor_parallel_size", 1) * config.engine_args.get("pipeline_parallel_size", 1)
-    return {
-        "model": config.model,
-        "revision": config.revision,
-        "dtype": config.dtype,
-        # vLLM demands room for one sampled token after the prompt.
-        "max_model_len": config.max_length + 1,
-        "max_logprobs": config.top_k,
-        "logprobs_mode": "raw_logprobs",
-        "enable_prefix_caching": False,
-        # Inside a Ray placement group vLLM would choose Ray by itself, and wait for the GPUs that this actor holds.
-        "distributed_executor_backend": "uni" if parallel == 1 else "mp",
-        "enforce_eager": not _can_compile(),
-        "seed": 0,
-        **config.engine_args,
-    }
+    def _targets(self, sequence: TokenSequence, answer: Sequence[Any]) -> TeacherTargets:
+        problem, again, beyond, *parts = answer
+        labels = sequence.token_ids[span_positions(sequence.target_spans) + 1]
+        arrays = None if problem else Arrays.from_wire(parts, positions=labels.size, settings=self._settings)
+        if arrays is not None and not np.array_equal(arrays.labels, labels):
+            problem = "the engine saw other tokens than it was given"
+        if arrays is None or problem:
+            raise TeacherOutputInvalid(
+                f"row {sequence.sample_id!r} in vLLM's worker",
+                found=problem,
+                wanted="a distribution at each target position",
+                fix="set teacher.tap: public to compare, or reject the row",
+            )
+        self._facts["recomputed_positions"] += again
+        self._facts["mass_beyond_tokens"] = max(self._facts["mass_beyond_tokens"], beyond / max(1, arrays.labels.size))
+        return arrays.targets(draw_logprobs=self._header.draw_logprobs)
 
+    def _answer_wish(self, prompt: TokenSequence, number: int) -> dict[str, Any]:
+        assert self._sampling is not None
+        name = answer_sequence(prompt, [], number=number, answers=self._sampling.n, finish_reason="").sample_id
+        room = answer_room(prompt, sampling=self._sampling, header=self._header)
+        return {"number": next(self._numbers), "sample_id": name, "answer": room}
 
-def _set_environment(arguments: dict[str, Any]) -> None:
-    """What vLLM reads from the environment at import; what the user set stays."""
-    # In one process the engine dies with its worker and cannot hang it; several GPUs need processes of their own.
-    one_process = arguments["distributed_executor_backend"] == "uni"
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if one_process else "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # That one token may lie beyond the model's context: it is sampled and thrown away, never read.
-    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    if not _can_compile():
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    def _answer_parameters(self, prompt: TokenSequence, number: int, wish: dict[str, Any]) -> Any:
+        sampling = self._sampling
+        assert sampling is not None
+        return self._parameters(
+            max_tokens=wish["answer"],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number),
+            stop=list(sampling.stop),
+            detokenize=bool(sampling.stop),
+            wish=wish,
+        )
 
-
-def _can_compile() -> bool:
-    """torch.compile hands its include paths to the C++ compiler without quotes: a space in them makes it fail."""
-    return not any(character.isspace() for character in sysconfig.get_path("purelib"))
-
-
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    def _parameters(self, *, wish: dict[str, Any], detokenize: bool = False, **parameters: Any) -> Any:
+        """vLLM's sampling parameters. A cached prefix is not read: its positions would never be computed."""
+        return self._vllm.SamplingParams(
+            detokenize=detokenize, extra_args={KEY: wish}, skip_reading_prefix_cache=True, **parameters
+        )

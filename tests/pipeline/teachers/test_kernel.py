@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.teachers.kernel import summarise
+from pipeline.teachers.kernel import Kernel, summarise, targets_of
 from pipeline.teachers.uniforms import draw_uniforms
 from storage_schema.rows import LOG_FLOOR, TeacherTargets
 
@@ -59,11 +59,89 @@ def test_k_equal_to_v_leaves_no_tail() -> None:
     assert targets.draw_ids.size == 0
 
 
-def test_ties_are_kept_by_id() -> None:
+@pytest.mark.parametrize("vocabulary", [50, 5000])
+def test_among_ties_any_ids_are_kept_and_the_rest_are_the_tail(vocabulary: int) -> None:
     targets = summarise(
-        torch.zeros(2, 50), torch.zeros(2).long(), _no_draws(2), top_k=5, min_prob=0, kept_draws=1024, token_count=50
+        torch.zeros(2, vocabulary),
+        torch.zeros(2).long(),
+        np.full((2, 1), 0.999),
+        top_k=5,
+        min_prob=0,
+        kept_draws=1024,
+        token_count=vocabulary,
     )
-    assert (np.diff(targets.ids, axis=1) > 0).all()
+    targets.check(token_count=vocabulary)
+    np.testing.assert_allclose(targets.logprobs, -np.log(vocabulary), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_logit_that_is_no_number_is_told_by_position(bad: float) -> None:
+    logits = _logits(5, 400)
+    logits[3, 77] = bad
+    kernel = Kernel(top_k=4, min_prob=1e-4, kept_draws=8, token_count=400)
+    summary = kernel(logits, torch.zeros(5).long(), torch.rand(5, 8).double())
+    assert summary.finite.tolist() == [True, True, True, False, True]
+
+
+def test_the_mass_beyond_the_last_token_is_recorded() -> None:
+    logits = _logits(5, 400)
+    kernel = Kernel(top_k=4, min_prob=0.0, kept_draws=0, token_count=390)
+    summary = kernel(logits, torch.zeros(5).long(), torch.empty(5, 0).double())
+    wanted = torch.softmax(logits.double(), -1)[:, 390:].sum(-1)
+    np.testing.assert_allclose(summary.beyond.numpy(), wanted.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [70, 5000])
+@pytest.mark.parametrize("min_prob", [0.0, 0.01])
+def test_draws_are_those_of_a_plain_inverse_cdf(vocabulary: int, min_prob: float) -> None:
+    """Kept mass first, then the tail in order of ids, summed in float64 one by one."""
+    logits, uniforms = _logits(40, vocabulary, scale=2.0), np.random.default_rng(0).random((40, 24))
+    targets = summarise(
+        logits,
+        torch.zeros(40).long(),
+        uniforms,
+        top_k=6,
+        min_prob=min_prob,
+        kept_draws=10,
+        token_count=vocabulary,
+        draw_logprobs=True,
+    )
+    targets.check(token_count=vocabulary)
+    offsets, right, total = targets.draw_offsets, 0, 0
+    assert targets.draw_logprobs is not None
+    for n in range(40):
+        p = torch.softmax(logits[n].double(), -1).numpy()
+        kept = targets.ids[n, : targets.counts[n]]
+        order = [*kept, *np.setdiff1d(np.arange(vocabulary), kept)]
+        cumulative = np.cumsum(p[order])
+        drawn = [order[int(np.searchsorted(cumulative, u, side="right"))] for u in uniforms[n]]
+        wanted = [v for v in drawn if v not in kept][:10]
+        found = targets.draw_ids[offsets[n] : offsets[n + 1]]
+        assert len(found) == len(wanted)
+        np.testing.assert_allclose(targets.draw_logprobs[offsets[n] : offsets[n + 1]], np.log(p[found]), atol=1e-5)
+        right += int((found == wanted).sum())
+        total += len(wanted)
+    assert total > 100
+    assert right >= total - 1  # a uniform may stand where rounding decides
+
+
+def test_a_kernel_may_be_used_for_any_number_of_positions() -> None:
+    """Its work memory grows, and what was in it does not matter."""
+    kernel = Kernel(top_k=6, min_prob=1e-4, kept_draws=8, token_count=3000)
+    for positions, seed in ((1, 0), (900, 1), (3, 2), (0, 3), (900, 4)):
+        logits = _logits(positions, 3003, seed=seed)
+        labels, uniforms = torch.arange(positions), np.random.default_rng(seed).random((positions, 8))
+        ours = targets_of(kernel(logits, labels, torch.from_numpy(uniforms)))
+        alone = [
+            summarise(
+                logits[n : n + 1], labels[n : n + 1], uniforms[n : n + 1],
+                top_k=6, min_prob=1e-4, kept_draws=8, token_count=3000,
+            )
+            for n in range(positions)
+        ]  # fmt: skip
+        for name in ("ids", "logprobs", "log_tail", "label_logprob", "draw_ids"):
+            wanted = [getattr(one, name) for one in alone]
+            assert np.array_equal(getattr(ours, name), np.concatenate(wanted)) if wanted else True
 
 
 def test_low_precision_logits_give_whole_distributions() -> None:

@@ -1,0 +1,186 @@
+"""The tap: what runs inside vLLM's worker processes. The one file that knows vLLM's insides.
+
+`TapExtension` is appended to vLLM's worker class (`worker_extension_cls`), so that `LLM.collective_rpc` reaches its
+methods by name. It wraps the runner's own prompt log-prob step, which runs after the forward pass of each step with the
+hidden states of all scheduled tokens, final norm applied, before the head. From there on everything is ours: which
+rows are scored (`requests.py`), and how (`scoring.py`).
+
+What is touched of vLLM is listed in `gate.py` and compared before anything is wrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from .gate import problems_of_config, problems_of_runner
+from .requests import KEY, TappedRequest, TapSettings
+from .scoring import Piece, StepScorer
+
+_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""Below the peak that vLLM itself measures at its start, whose activations are free again when the tap runs."""
+
+
+class TapExtension:
+    """Methods of the worker, called by every rank's process; the one that keeps the results answers with them."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def coldstill_install(self, settings: dict[str, Any], runner: str) -> dict[str, Any]:
+        """Wrap the runner's hook. Answers with facts about the engine, or with `problems`: then nothing is wrapped."""
+        problems = [*problems_of_config(self.vllm_config), *problems_of_runner(self.model_runner, runner)]
+        if problems:
+            return {"problems": problems}
+        self._coldstill = Tap(self.model_runner, TapSettings(**settings))
+        (_wrap_v2 if runner == "v2" else _wrap_v1)(self.model_runner, self._coldstill)
+        return {
+            "problems": [],
+            "runner": runner,
+            "vocab_size": self.model_runner.model_config.get_vocab_size(),
+            "threads": torch.get_num_threads(),
+            "batched_tokens": self.vllm_config.scheduler_config.max_num_batched_tokens,
+            "async_scheduling": bool(self.vllm_config.scheduler_config.async_scheduling),
+        }
+
+    def coldstill_take(self, numbers: list[int], positions: list[int]) -> list[list[Any]] | None:
+        """What is known of these requests, which are finished: for each one its first `positions` wanted positions as
+        `[problem, positions computed twice, mass beyond the tokens, *arrays as bytes]`. They are forgotten here."""
+        return self._coldstill.take(numbers, positions)
+
+    def coldstill_forget(self) -> None:
+        """Forget all requests: those of a call that failed."""
+        self._coldstill.requests.clear()
+
+
+class Tap:
+    """The wrapped runner of one worker process, and the requests under way in it."""
+
+    def __init__(self, runner: Any, settings: TapSettings):
+        self.settings = settings
+        self.requests: dict[int, TappedRequest] = {}
+        self._keeps = get_tensor_model_parallel_rank() == 0
+        self._scorer = StepScorer(
+            settings,
+            vocab_size=runner.model_config.get_vocab_size(),
+            block_bytes=_BLOCK_BYTES.get(runner.device.type, _BLOCK_BYTES["cuda"]),
+            keeps=self._keeps,
+        )
+
+    def request(self, sampling_params: Any, prompt: Sequence[int] | None) -> TappedRequest | None:
+        """The request with these parameters, if it is one of the tap's: vLLM's own id of it is no key, a suffix of
+        chance is appended to that."""
+        wish = (getattr(sampling_params, "extra_args", None) or {}).get(KEY)
+        if wish is None or prompt is None:
+            return None
+        number = int(wish["number"])
+        if number not in self.requests:
+            self.requests[number] = TappedRequest(wish, prompt=prompt, settings=self.settings)
+        return self.requests[number]
+
+    def step(self, pieces: Callable[[], list[Piece]], hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+        """Score a step. Never raises: that would end the engine, and with it all other requests."""
+        try:
+            self._scorer.score(pieces(), hidden, head)
+        except Exception as error:
+            for request in self.requests.values():
+                request.fail(f"{type(error).__name__}: {error}")
+
+    def take(self, numbers: Sequence[int], positions: Sequence[int]) -> list[list[Any]] | None:
+        """See `TapExtension.coldstill_take`."""
+        self._scorer.settle()
+        taken = [(self.requests.pop(number, None), count) for number, count in zip(numbers, positions, strict=True)]
+        if not self._keeps:
+            return None
+        return [
+            [request.problem(count), request.again, request.beyond, *request.arrays.to_wire(count)]
+            if request
+            else ["vLLM never scheduled it", 0, 0.0]
+            for request, count in taken
+        ]
+
+
+def _wrap_v1(runner: Any, tap: Tap) -> None:
+    """Model runner V1: `_get_prompt_logprobs_dict` is a method, called after sampling in every step that had logits."""
+    original = runner._get_prompt_logprobs_dict
+
+    def pieces(scheduled: Mapping[str, int]) -> list[Piece]:
+        found = []
+        for index, request_id in enumerate(runner.input_batch.req_ids):
+            state, tokens = runner.requests[request_id], scheduled.get(request_id, 0)
+            request = tap.request(state.sampling_params, state.prompt_token_ids) if tokens else None
+            if request is None:
+                continue
+            first = state.num_computed_tokens
+            part = request.wanted(first, first + tokens)
+            if part.start < part.stop:
+                rows = request.positions[part] - first + int(runner.query_start_loc.np[index])
+                found.append(Piece(request, part, rows, request.labels(part, state.output_token_ids)))
+        return found
+
+    def step(hidden_states: Tensor, num_scheduled_tokens: Mapping[str, int]) -> Any:
+        result = original(hidden_states, num_scheduled_tokens)
+        tap.step(lambda: pieces(num_scheduled_tokens), hidden_states, runner.model.compute_logits)
+        return result
+
+    runner._get_prompt_logprobs_dict = step
+
+
+def _wrap_v2(runner: Any, tap: Tap) -> None:
+    """Model runner V2: an object of its own does prompt log-probs; one that does both takes its place. Prompts only.
+
+    Its hidden states may be padded, and a preempted request is removed and added again: its number is the same then.
+    """
+    original = runner.prompt_logprobs_worker
+
+    class TappedWorker(type(original)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.__dict__.update(original.__dict__)  # its constructor differs between releases
+            self.coldstill_wishes: dict[str, Any] = {}
+
+        def add_request(self, req_id: str, req_idx: int, sampling_params: Any) -> None:
+            super().add_request(req_id, req_idx, sampling_params)
+            self.coldstill_wishes[req_id] = sampling_params
+
+        def remove_request(self, req_id: str) -> None:
+            super().remove_request(req_id)
+            self.coldstill_wishes.pop(req_id, None)
+
+        def compute_prompt_logprobs(
+            self,
+            logits_fn: Callable[[Tensor], Tensor],
+            hidden_states: Tensor,
+            input_batch: Any,
+            all_token_ids: Tensor,
+            num_computed_tokens: Tensor,
+            prompt_lens: np.ndarray,
+        ) -> Any:
+            result = super().compute_prompt_logprobs(
+                logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens
+            )
+            tap.step(lambda: self.coldstill_pieces(input_batch, all_token_ids, prompt_lens), hidden_states, logits_fn)
+            return result
+
+        def coldstill_pieces(self, batch: Any, all_token_ids: Tensor, prompt_lens: np.ndarray) -> list[Piece]:
+            found = []
+            for index, request_id in enumerate(batch.req_ids):
+                place = int(batch.idx_mapping_np[index])
+                parameters = self.coldstill_wishes.get(request_id)
+                if KEY not in (getattr(parameters, "extra_args", None) or {}):
+                    continue
+                prompt = all_token_ids[place, : int(prompt_lens[place])].tolist()
+                request = tap.request(parameters, prompt)
+                assert request is not None
+                first = int(batch.num_computed_prefill_tokens_np[index])
+                part = request.wanted(first, first + int(batch.num_scheduled_tokens[index]))
+                if part.start < part.stop:
+                    rows = request.positions[part] - first + int(batch.query_start_loc_np[index])
+                    found.append(Piece(request, part, rows, request.labels(part)))
+            return found
+
+    runner.prompt_logprobs_worker = TappedWorker()
