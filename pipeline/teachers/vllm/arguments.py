@@ -6,6 +6,8 @@ import os
 import sysconfig
 from typing import Any
 
+import torch
+
 from pipeline.config import TeacherConfig
 from pipeline.errors import TeacherUnusable
 from storage_schema.header import DatasetHeader
@@ -52,6 +54,9 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, 
     if header.order == "exact" or header.mode == "generate":
         # A step that runs ahead of its results hangs on timing, and the tap would not know the tokens of an answer yet.
         arguments["async_scheduling"] = False
+    if header.mode == "generate" and not torch.cuda.is_available():
+        # vLLM 0.32 on a CPU fails where a request with a seed of its own is prefilled in chunks.
+        arguments["enable_chunked_prefill"] = False
     if config.tap == "worker":
         arguments["worker_extension_cls"] = "pipeline.teachers.vllm.tap.TapExtension"
     if header.teacher.head_dtype != header.teacher.dtype:

@@ -65,6 +65,7 @@ class StepScorer:
         processes wait in it for this one.
         """
         self.settle()
+        pieces = [piece for piece in pieces if piece.labels.size]
         if not pieces:
             return
         rows = torch.from_numpy(np.concatenate([piece.rows for piece in pieces])).to(hidden.device, non_blocking=True)

@@ -37,7 +37,8 @@ class TapExtension:
         problems = [*problems_of_config(self.vllm_config), *problems_of_runner(self.model_runner, runner)]
         if problems:
             return {"problems": problems}
-        self._coldstill = Tap(self.model_runner, TapSettings(**settings))
+        self._coldstill = Tap(self.model_runner)
+        self._coldstill.configure(TapSettings(**settings))
         (_wrap_v2 if runner == "v2" else _wrap_v1)(self.model_runner, self._coldstill)
         return {
             "problems": [],
@@ -48,27 +49,31 @@ class TapExtension:
             "async_scheduling": bool(self.vllm_config.scheduler_config.async_scheduling),
         }
 
+    def coldstill_configure(self, settings: dict[str, Any]) -> None:
+        """Keep other things of requests that come from now on."""
+        self._coldstill.configure(TapSettings(**settings))
+
     def coldstill_take(self, numbers: list[int], positions: list[int]) -> list[list[Any]] | None:
         """What is known of these requests, which are finished: for each one its first `positions` wanted positions as
         `[problem, positions computed twice, mass beyond the tokens, *arrays as bytes]`. They are forgotten here."""
         return self._coldstill.take(numbers, positions)
 
-    def coldstill_forget(self) -> None:
-        """Forget all requests: those of a call that failed."""
-        self._coldstill.requests.clear()
-
 
 class Tap:
     """The wrapped runner of one worker process, and the requests under way in it."""
 
-    def __init__(self, runner: Any, settings: TapSettings):
-        self.settings = settings
+    def __init__(self, runner: Any):
         self.requests: dict[int, TappedRequest] = {}
+        self._runner = runner
         self._keeps = get_tensor_model_parallel_rank() == 0
+
+    def configure(self, settings: TapSettings) -> None:
+        """Set what is kept."""
+        self.settings = settings
         self._scorer = StepScorer(
             settings,
-            vocab_size=runner.model_config.get_vocab_size(),
-            block_bytes=_BLOCK_BYTES.get(runner.device.type, _BLOCK_BYTES["cuda"]),
+            vocab_size=self._runner.model_config.get_vocab_size(),
+            block_bytes=_BLOCK_BYTES.get(self._runner.device.type, _BLOCK_BYTES["cuda"]),
             keeps=self._keeps,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,9 @@ class VllmTeacher:
 
     def _install(self) -> None:
         """Put the tap into each worker, and hold it against the public path."""
+        # The public path knows no padding columns: to be compared, the tap must take them for tokens too.
+        settings = self._settings
+        self._settings = replace(settings, token_count=self._header.vocab_size, draws=0, min_prob=0.0)
         answers = self._engine.call_workers("coldstill_install", asdict(self._settings), self._config.runner)
         problems = [problem for answer in answers for problem in answer["problems"]]
         if problems:
@@ -129,6 +132,12 @@ class VllmTeacher:
                 fix="take that out of teacher.engine_args, install the vLLM that is pinned, or set teacher.tap: public",
             )
         facts = answers[0]
+        if facts["vocab_size"] != self._header.vocab_size:
+            raise TeacherUnusable(
+                f"logit columns of {self._config.model} in vLLM",
+                found=facts["vocab_size"],
+                wanted=f"{self._header.vocab_size}, as its configuration says",
+            )
         sequences = canary_sequences(token_count=self._header.token_count, max_length=self._header.max_length)
         difference = largest_difference(
             self._score_tapped,
@@ -136,6 +145,8 @@ class VllmTeacher:
             sequences,
             is_float32=self._header.teacher.head_dtype == "float32",
         )
+        self._settings = settings
+        self._engine.call_workers("coldstill_configure", asdict(settings))
         self._facts |= {name: value for name, value in facts.items() if name != "problems"}
         self._facts["canary_difference"] = difference
 
@@ -169,8 +180,8 @@ class VllmTeacher:
                 output.prompt_logprobs,
                 sequence,
                 top_k=self._header.top_k,
-                min_prob=self._header.min_prob,
-                token_count=self._header.token_count,
+                min_prob=self._settings.min_prob,
+                token_count=self._settings.token_count,
             )
             for output, sequence in zip(outputs, sequences, strict=True)
         ]

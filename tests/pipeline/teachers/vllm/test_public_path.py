@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import TeacherOutputInvalid
-from pipeline.sources.chat import TokenSequence
-from pipeline.teachers.vllm.public_path import DERIVED_TAIL_FLOOR, read_prompt_logprobs
+from pipeline.sequences import TokenSequence
+from pipeline.teachers.topk_entries import DERIVED_TAIL_FLOOR
+from pipeline.teachers.vllm.public_path import read_prompt_logprobs
 from storage_schema.rows import spans_from_mask
 from tests import making
 
