@@ -21,7 +21,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	pyproject.toml --extra share --extra train --extra dev
 
-.PHONY: help demo test test-slow lint types fuzz bench-codec bench-quality-by-k lock venv clean
+.PHONY: help demo test test-slow lint types fuzz bench-codec bench-capture bench-quality-by-k lock venv clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ fuzz: $(INSTALLED) ## damaged datasets: each reads as before or has a named erro
 
 bench-codec: $(INSTALLED) ## bytes, speed and fidelity of the codec beside its rivals (QUICK=1)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.codec
+
+bench-capture: $(INSTALLED) ## the tap beside its floor, vLLM's public path and transformers (QUICK=1)
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.capture
 
 bench-quality-by-k: $(INSTALLED) ## how much of its teacher a cache must keep (DEMO=DIR of a finished demo; QUICK=1)
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.quality_by_k "$(or $(DEMO),demo_output)"

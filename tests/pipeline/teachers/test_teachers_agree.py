@@ -106,7 +106,8 @@ def test_the_tap_draws_what_transformers_draws(
     """The same uniforms; a draw may differ only where the cumulative sum passes its uniform by less than rounding."""
     drawn = same = 0
     for ours, reference in zip(by_tap, by_transformers, strict=True):
-        assert ours.draw_logprobs is not None and reference.draw_logprobs is not None
+        assert ours.draw_logprobs is not None
+        assert reference.draw_logprobs is not None
         if ours.draw_ids.size == reference.draw_ids.size:
             same += int((ours.draw_ids == reference.draw_ids).sum())
             np.testing.assert_allclose(np.sort(ours.draw_logprobs), np.sort(reference.draw_logprobs), atol=1e-3)
