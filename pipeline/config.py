@@ -102,7 +102,9 @@ class TeacherConfig(Section):
     draw_seed: int = Field(default=0, ge=0, lt=1 << 63, description="Key of the generator of the draws.")
     max_length: int = Field(default=2048, ge=2, le=MAX_TOKENS, description="The most tokens of a row.")
     engine_args: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments of vLLM's LLM class, or of from_pretrained."
+        default_factory=dict,
+        description="Further arguments of vLLM's LLM class, or of from_pretrained; of engine endpoint: served_model, "
+        "concurrency, timeout_s, attempts.",
     )
 
     @property
@@ -152,6 +154,16 @@ class ClusterConfig(Section):
         default=600,
         gt=0,
         description="An engine without progress for so long is hung: its worker ends itself.",
+    )
+    store_patience_s: float = Field(
+        default=300,
+        ge=0,
+        description="How long a worker asks a store again that does not answer, before the capture ends.",
+    )
+    driver_dead_after_s: float = Field(
+        default=120,
+        gt=0,
+        description="A driver that gave no sign of life for so long is dead, and a new one takes over.",
     )
     price_per_gpu_hour: float | None = Field(
         default=None, ge=0, description="For the cost that `status` and `--dry-run` show, in any currency."

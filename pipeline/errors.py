@@ -39,3 +39,27 @@ class ClusterTooSmall(ColdstillError):
 
 class UnitFailed(ColdstillError):
     """A unit could not be done; all others stay committed."""
+
+
+class LeaseHeld(ColdstillError):
+    """Another driver is at work on the dataset directory."""
+
+
+class LeaseLost(ColdstillError):
+    """Another driver took the dataset directory over while this one was at work."""
+
+
+class CaptureIncomplete(ColdstillError):
+    """Some units could not be done; all others are committed, and the dataset is not sealed."""
+
+
+class TooManyUnits(ColdstillError):
+    """The plan has more units than a manifest can list."""
+
+
+class EndpointFailed(ColdstillError):
+    """The teacher's server cannot be reached, or fails again and again."""
+
+
+class EndpointRefused(EndpointFailed):
+    """The teacher's server refuses a request, and would again."""

@@ -167,8 +167,9 @@ def _tail_draws(weights: Tensor, blocks: Tensor, depths: Tensor, kept_draws: int
     # The block's sum was taken in float32: the rest must not step past the last entry that has any mass.
     rest = torch.minimum(depth - before, _below(inside[:, :, -1]))
     offset = (inside <= rest[:, :, None]).sum(-1).clamp(max=_B - 1)
-    drawn = (block * _B + offset, entries.gather(2, offset[:, :, None])[:, :, 0])
-    return _Draws(*(functional.pad(part, (0, most - width)) for part in drawn), counts)
+    drawn = entries.gather(2, offset[:, :, None])[:, :, 0]
+    unused = (0, most - width)
+    return _Draws(functional.pad(block * _B + offset, unused), functional.pad(drawn, unused), counts)
 
 
 def _below(sums: Tensor) -> Tensor:

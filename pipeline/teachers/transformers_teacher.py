@@ -1,24 +1,32 @@
 """The transformers engine: slow and plain, with exact tails and draws. For models that vLLM lacks, and as reference.
 
-Shape letters: `T` tokens, `N` target positions, `V` vocabulary.
+One sequence at a time: its values do not depend on its neighbours. Shape letters: `T` tokens, `N` target positions,
+`V` vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from torch import Tensor, nn
 
 from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.errors import TeacherUnusable
-from pipeline.sequences import TokenSequence
+from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from pipeline.sequences import ScoredSequence, TokenSequence
+from pipeline.tokenizer import load_tokenizer
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import TeacherTargets, span_positions
 
-from .kernel import summarise
+from .answers import StopTexts, answer_name, answer_room, answer_sequence
+from .kernel import Kernel, Summary, targets_of
+from .sampling import answer_uniforms, next_token
+from .transformers_model import end_tokens, load_model
 from .uniforms import draw_uniforms
 
 
@@ -27,16 +35,23 @@ class TransformersTeacher:
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
         self._config, self._header = config, header
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                config.model, revision=config.revision, dtype=config.dtype, **config.engine_args
-            )
-        except (ValueError, OSError) as error:
-            raise TeacherUnusable(
-                config.model, found=str(error).strip().splitlines()[0], wanted="a model that transformers loads"
-            ) from error
-        self._model = model.eval().to(self._device)
+        self._model = load_model(config, header)
+        self._kernel = Kernel(
+            top_k=config.top_k,
+            min_prob=config.min_prob,
+            kept_draws=header.kept_draws,
+            token_count=header.token_count,
+        )
+        self._one_at_a_time = threading.Lock()
+        self._progress = 0
+        for layers in self._model.modules():
+            for layer in layers if isinstance(layers, nn.ModuleList) else ():
+                layer.register_forward_hook(self._count_progress)
+        if sampling is not None:
+            tokenizer = load_tokenizer(config)
+            self._sampling = sampling
+            self._ends = end_tokens(self._model, tokenizer)
+            self._stops = StopTexts(sampling.stop, tokenizer)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -45,29 +60,112 @@ class TransformersTeacher:
             "engine": "transformers",
             "transformers": transformers.__version__,
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if self._device == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if self._model.device.type == "cuda" else "cpu",
         }
 
+    @property
+    def progress(self) -> int:
+        """See `protocol.Teacher`: layers computed. A long row on a CPU can take longer than the watchdog waits."""
+        return self._progress
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """See `protocol.Teacher`: it runs in the caller's own process."""
+        return ()
+
     def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-        """See `protocol.Teacher`. One sequence at a time: its values do not depend on its neighbours."""
+        """See `protocol.Teacher`."""
         return [self._score_one(sequence) for sequence in sequences]
+
+    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        """See `protocol.Teacher`. An answer is a function of (seed, sample id, number) and the prompt."""
+        return [answer for prompt in prompts for answer in self._answers(prompt)]
 
     @torch.inference_mode()
     def _score_one(self, sequence: TokenSequence) -> TeacherTargets:
         positions = span_positions(sequence.target_spans)
-        tokens = torch.from_numpy(sequence.token_ids.astype(np.int64)).to(self._device)
-        wanted = torch.from_numpy(positions).to(self._device)
-        # The head is applied at the wanted positions only: [1, N, V].
-        logits = self._model(input_ids=tokens[None], logits_to_keep=wanted, use_cache=False).logits[0]
-        uniforms = draw_uniforms(
-            positions, draws=self._config.draws, seed=self._config.draw_seed, sample_id=sequence.sample_id
+        tokens = self._on_device(sequence.token_ids)
+        wanted = torch.from_numpy(positions).to(tokens.device)
+        with self._one_at_a_time:
+            # The head is applied at the wanted positions only: [1, N, V].
+            logits = self._model(input_ids=tokens[None], logits_to_keep=wanted, use_cache=False).logits[0]
+            summary = self._summary(logits, tokens[wanted + 1], positions, sample_id=sequence.sample_id)
+        return self._targets(summary, positions, sample_id=sequence.sample_id)
+
+    @torch.inference_mode()
+    def _answers(self, prompt: TokenSequence) -> list[ScoredSequence]:
+        room = answer_room(prompt, sampling=self._sampling, header=self._header)
+        with self._one_at_a_time:
+            logits, cache = self._forward(self._on_device(prompt.token_ids))
+            last = self._sampling.n - 1
+            return [
+                self._answer(prompt, n, room=room, logits=logits, cache=cache if n == last else copy.deepcopy(cache))
+                for n in range(last + 1)
+            ]
+
+    def _answer(
+        self, prompt: TokenSequence, number: int, *, room: int, logits: Tensor, cache: object
+    ) -> ScoredSequence:
+        """`logits [1, V]` and key-value cache: those of the prompt."""
+        sampling = self._sampling
+        name = answer_name(prompt.sample_id, number, answers=sampling.n)
+        uniforms = answer_uniforms(seed=sampling.seed, sample_id=prompt.sample_id, number=number, count=room)
+        positions = prompt.token_ids.size - 1 + np.arange(room)
+        answer: list[int] = []
+        summaries: list[Summary] = []
+        while True:
+            here = positions[len(answer) : len(answer) + 1]
+            answer.append(self._sampled(logits, uniforms[len(answer)], sample_id=name, position=int(here[0])))
+            newest = torch.tensor(answer[-1:], device=self._model.device)
+            summaries.append(self._summary(logits, newest, here, sample_id=name))
+            is_stopped = answer[-1] in self._ends or self._stops.end(answer)
+            if is_stopped or len(answer) == room:
+                break
+            logits, cache = self._forward(newest, cache)
+        sequence = answer_sequence(
+            prompt, answer, number=number, answers=sampling.n, finish_reason="stop" if is_stopped else "length"
         )
-        return summarise(
-            logits,
-            tokens[wanted + 1],
-            uniforms,
-            top_k=self._config.top_k,
-            min_prob=self._config.min_prob,
-            kept_draws=self._header.kept_draws,
-            token_count=self._header.token_count,
-        )
+        whole = Summary(*map(torch.cat, zip(*summaries, strict=True)))
+        return ScoredSequence(sequence, self._targets(whole, positions[: len(answer)], sample_id=name))
+
+    def _forward(self, tokens: Tensor, cache: object = None) -> tuple[Tensor, object]:
+        """Logits `[1, V]` after `tokens int64 [T]` that follow those in the cache, and the cache with them."""
+        output = self._model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        grown = getattr(output, "past_key_values", None)
+        if grown is None:
+            raise TeacherUnusable(
+                f"{self._config.model} in mode generate", found="no key-value cache", wanted="a model that has one"
+            )
+        return output.logits[0], grown
+
+    def _sampled(self, logits: Tensor, uniform: float, *, sample_id: str, position: int) -> int:
+        scores = logits[0, : self._header.token_count].float().cpu().numpy()
+        if not np.isfinite(scores.max()):  # of NaN too
+            raise _invalid(sample_id, position)
+        return next_token(scores, temperature=self._sampling.temperature, top_p=self._sampling.top_p, uniform=uniform)
+
+    def _summary(self, logits: Tensor, labels: Tensor, positions: np.ndarray, *, sample_id: str) -> Summary:
+        config = self._config
+        uniforms = draw_uniforms(positions, draws=config.draws, seed=config.draw_seed, sample_id=sample_id)
+        return self._kernel(logits, labels.to(logits.device), torch.from_numpy(uniforms).to(logits.device))
+
+    def _targets(self, summary: Summary, positions: np.ndarray, *, sample_id: str) -> TeacherTargets:
+        finite = summary.finite.cpu().numpy()
+        if not finite.all():
+            raise _invalid(sample_id, int(positions[finite.argmin()]))
+        return targets_of(summary, draw_logprobs=self._header.draw_logprobs)
+
+    def _on_device(self, token_ids: np.ndarray) -> Tensor:
+        return torch.from_numpy(token_ids.astype(np.int64)).to(self._model.device)
+
+    def _count_progress(self, *_: object) -> None:
+        self._progress += 1
+
+
+def _invalid(sample_id: str, position: int) -> TeacherOutputInvalid:
+    return TeacherOutputInvalid(
+        f"logits of row {sample_id!r}, position {position}",
+        found="NaN or infinity",
+        wanted="numbers",
+        fix="the model may overflow in this data type: try another teacher.dtype",
+    )

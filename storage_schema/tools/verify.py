@@ -25,6 +25,7 @@ from storage_schema.errors import (
     TokenizerMismatch,
 )
 from storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes, storage_kl
+from storage_schema.header import DatasetHeader
 from storage_schema.plan import PLAN_NAME, plan_from_bytes
 from storage_schema.rows import CachedRow
 from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
@@ -78,6 +79,12 @@ def _finding(file: FileRecord, error: ColdstillError) -> Finding:
     return Finding(file.name, type(error).__name__, str(error))
 
 
+def _is_row_for_row(header: DatasetHeader) -> bool:
+    """Whether each source row gives one row or one reject: not several answers, pieces, or documents joined."""
+    answers = (header.sampling or {}).get("n", 1)
+    return answers == 1 and header.over_long != "split" and header.documents != "concat"
+
+
 def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[ColdstillError]:
     """A file that is no shard: its digest, and what is known of its content."""
     if file.name not in _READ:
@@ -91,7 +98,7 @@ def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[Cold
     elif file.name == PLAN_NAME:
         planned = [unit.rows for unit in plan_from_bytes(data, where=file.name)]
         found = [shard.rows + shard.rejected for shard in dataset.shards]
-        if planned != found:
+        if len(planned) != len(found) or (_is_row_for_row(dataset.header) and planned != found):
             yield CommitDamaged(
                 f"{file.name}: rows",
                 found=f"{sum(planned)} in {len(planned)} units",

@@ -1,0 +1,177 @@
+"""JSON over HTTP to one server: bounded connections, bounded answers, attempts with growing waits, named errors.
+
+Knows nothing of models. What comes back is untrusted until it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import urllib3
+from urllib3.exceptions import HTTPError, LocationParseError
+
+from pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""What a busy server, one that starts, or a proxy before it may say."""
+_CONNECT_S = 10.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_CHUNK = 1 << 20
+_MOST_SHOWN = 400
+
+Result = TypeVar("Result")
+
+
+class EndpointClient:
+    """For several threads at once. The key in OPENAI_API_KEY, if any, goes to this server alone: redirects are not
+    followed, and no message holds it."""
+
+    def __init__(self, url: str, *, connections: int, timeout_s: float, attempts: int):
+        self.url = _checked(url)
+        self._key = _key()
+        self._timeout_s, self._attempts = timeout_s, attempts
+        self._pool = urllib3.PoolManager(maxsize=connections, block=True)
+        self._parsing = threading.Lock()
+        self._counting = threading.Lock()
+        self.progress = 0
+
+    def get(self, path: str, *, at_most: int, read: Callable[[object], Result]) -> Result:
+        """What `read` makes of the JSON at `path`; see `post`."""
+        return self._patiently("GET", path, None, at_most, read)
+
+    def post(self, path: str, body: Mapping[str, Any], *, at_most: int, read: Callable[[object], Result]) -> Result:
+        """What `read` makes of the JSON answer to `body`, of `at_most` bytes.
+
+        Documents are parsed one at a time: a parsed one takes many times its bytes, and Python's lock would serialise
+        it anyway. Raises `EndpointRefused` for an answer that would be the same again, `EndpointFailed` after the last
+        attempt, `TeacherOutputInvalid` for a longer answer, and what `read` raises.
+        """
+        return self._patiently("POST", path, json.dumps(body).encode(), at_most, read)
+
+    def _patiently(
+        self, method: str, path: str, body: bytes | None, at_most: int, read: Callable[[object], Result]
+    ) -> Result:
+        wait = _FIRST_WAIT_S
+        for attempt in range(1, self._attempts + 1):
+            asked_to_wait = 0.0
+            try:
+                status, headers, data = self._once(method, path, body, at_most)
+                if status == HTTPStatus.OK:
+                    with self._parsing:
+                        return read(_parsed(data))
+                problem = f"status {status}: {self._shown(data)}"
+                if status not in _PASSING:
+                    raise EndpointRefused(
+                        f"{method} {self.url}{path}",
+                        found=problem,
+                        wanted="status 200",
+                        fix=f"check teacher.endpoint, and {KEY_VARIABLE} where the server wants a key",
+                    )
+                asked_to_wait = _seconds(headers.get("Retry-After"))
+            except (HTTPError, _NotJson) as error:
+                problem = f"{type(error).__name__}: {self._shown(str(error).encode())}"
+            self._count()
+            if attempt < self._attempts:
+                # A random part, so that many workers do not all come back in the same instant.
+                time.sleep(max(wait * random.uniform(0.5, 1.0), asked_to_wait))
+                wait = min(2 * wait, _LONGEST_WAIT_S)
+        raise EndpointFailed(
+            f"{method} {self.url}{path}",
+            found=f"{problem} (the last of {self._attempts} attempts)",
+            wanted="an answer",
+            fix="see whether the server runs and is reachable from the workers; committed units stay, start it again",
+        )
+
+    def _once(self, method: str, path: str, body: bytes | None, at_most: int) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of one attempt."""
+        deadline = time.monotonic() + self._timeout_s
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        response = self._pool.request(
+            method,
+            self.url + path,
+            body=body,
+            headers=headers,
+            timeout=urllib3.Timeout(connect=_CONNECT_S, read=self._timeout_s),
+            retries=False,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+        )
+        try:
+            data = bytearray()
+            for chunk in response.stream(_CHUNK, decode_content=False):
+                self._count()
+                data += chunk
+                if len(data) > at_most:
+                    raise TeacherOutputInvalid(
+                        f"{method} {self.url}{path}", found="a longer answer", wanted=f"at most {at_most} bytes"
+                    )
+                if time.monotonic() > deadline:
+                    raise HTTPError(f"no whole answer after {self._timeout_s} s")
+        except BaseException:
+            response.close()
+            raise
+        finally:
+            response.release_conn()  # a closed one too: its place in the pool is needed again
+        return response.status, response.headers, bytes(data)
+
+    def _count(self) -> None:
+        with self._counting:
+            self.progress += 1
+
+    def _shown(self, data: bytes) -> str:
+        """The start of a message, as text without the key: some servers repeat it."""
+        text = " ".join(data[: 4 * _MOST_SHOWN].decode(errors="replace").split())
+        return (text.replace(self._key, "***") if self._key else text)[:_MOST_SHOWN]
+
+
+class _NotJson(Exception):
+    """An answer that is not JSON: half of one, or a proxy's page."""
+
+
+def _parsed(data: bytes) -> object:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _NotJson(f"{error}; it begins with {data[:40]!r}") from None
+
+
+def _seconds(value: str | None) -> float:
+    """Of a Retry-After header; one that holds a date, or too long a time, is left to our own waits."""
+    return min(float(value), _LONGEST_WAIT_S) if value and value.isascii() and value.isdigit() else 0.0
+
+
+def _checked(url: str) -> str:
+    try:
+        parts = urllib3.util.parse_url(url)
+    except LocationParseError:
+        parts = urllib3.util.Url()
+    if parts.scheme not in ("http", "https") or not parts.host or parts.auth or parts.query or parts.fragment:
+        raise TeacherUnusable(
+            "teacher.endpoint",
+            found="a URL with a name or key in it" if parts.auth or parts.query else url,
+            wanted="a plain URL such as http://host:8000/v1",
+            fix=f"a key belongs in the environment variable {KEY_VARIABLE}, on each worker",
+        )
+    return url.rstrip("/")
+
+
+def _key() -> str:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise TeacherUnusable(
+            f"the environment variable {KEY_VARIABLE}",
+            found="characters that a header cannot carry",
+            wanted="a key, or nothing",
+        )
+    return key

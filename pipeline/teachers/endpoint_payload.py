@@ -1,0 +1,161 @@
+"""Reads what a server's completions endpoint returns. JSON documents in, `TeacherTargets` out; nothing is believed.
+
+The layout is vLLM's (vllm/entrypoints/openai/completion/protocol.py, read and run at 0.32), where ids, not texts, name
+the entries: two tokens may have one text. Shape letters: `N` target positions, `K` teacher top-k.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from pipeline.config import TeacherConfig
+from pipeline.errors import TeacherOutputInvalid
+from pipeline.sequences import ScoredSequence, TokenSequence
+from storage_schema.header import DatasetHeader
+from storage_schema.rows import MASS_TOLERANCE, TeacherTargets, span_positions
+
+from .answers import answer_sequence
+from .topk_entries import targets_of_entries
+
+_ID = re.compile("(?:0|[1-9][0-9]{0,6})")
+_ANSWER_KEY = "token_id:"
+_MINUS_INFINITY = -9999.0
+"""JSON has no -inf: vLLM writes this."""
+_ABSURD = 1e9
+
+
+def serve_command(config: TeacherConfig) -> str:
+    """How a server is started whose answers can be read."""
+    return (
+        f"vllm serve {config.model} --max-logprobs {config.top_k} --logprobs-mode raw_logprobs "
+        f"--max-model-len {config.max_length + 1}"
+    )
+
+
+class PayloadReader:
+    """Reads for one teacher. All methods raise `TeacherOutputInvalid`."""
+
+    def __init__(self, config: TeacherConfig, header: DatasetHeader):
+        self._config, self._header = config, header
+
+    def prompt(self, document: object, sequence: TokenSequence) -> TeacherTargets:
+        """Targets from `prompt_logprobs`: a list with one object for each token, none for the first; the object of
+        token `j`, ids to log-probs, is the distribution of target position `j - 1`."""
+        where = f"the server's prompt log-probs of row {sequence.sample_id!r}"
+        found = self._choice(document, where).get("prompt_logprobs")
+        if not isinstance(found, list) or len(found) != sequence.token_ids.size:
+            self._fail(where, _shape(found), f"a list of {sequence.token_ids.size}, one for each token")
+        positions = span_positions(sequence.target_spans)
+        entries = [_prompt_entries(found[position + 1]) for position in positions]
+        return self._targets(entries, sequence.token_ids[positions + 1], positions, where)
+
+    def answer(
+        self, document: object, prompt: TokenSequence, *, number: int, answers: int, room: int
+    ) -> ScoredSequence:
+        """An answer of at most `room` tokens, its targets from `logprobs.top_logprobs` with keys `token_id:ID`."""
+        where = f"the server's answer {number} to row {prompt.sample_id!r}"
+        choice = self._choice(document, where)
+        if choice.get("prompt_token_ids") != prompt.token_ids.tolist():
+            self._fail(where, "an answer to another prompt, or no prompt_token_ids", "the prompt's own token ids")
+        tokens, logprobs = choice.get("token_ids"), choice.get("logprobs")
+        if not isinstance(tokens, list) or not 0 < len(tokens) <= room:
+            self._fail(where, f"token_ids: {_shape(tokens)}", f"1 to {room} token ids")
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < self._header.token_count:
+                self._fail(where, f"token id {token!r:.40}", f"0..{self._header.token_count - 1}")
+        tops = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
+        if not isinstance(tops, list) or len(tops) != len(tokens):
+            self._fail(where, f"top_logprobs: {_shape(tops)}", f"a list of {len(tokens)}, one for each token")
+        reason = choice.get("finish_reason")
+        if reason not in ("stop", "length"):
+            self._fail(where, f"finish_reason {reason!r:.40}", "stop or length")
+        sequence = answer_sequence(prompt, tokens, number=number, answers=answers, finish_reason=reason)
+        positions = span_positions(sequence.target_spans)
+        entries = [_answer_entries(top) for top in tops]
+        return ScoredSequence(sequence, self._targets(entries, np.array(tokens, np.int32), positions, where))
+
+    def _targets(
+        self, entries: Sequence[Mapping[int, float] | None], labels: np.ndarray, positions: np.ndarray, where: str
+    ) -> TeacherTargets:
+        """K best entries, or these and the label's own, of each position."""
+        top_k, header = self._config.top_k, self._header
+        ids, logprobs = np.empty((len(entries), top_k), np.int32), np.empty((len(entries), top_k))
+        label_logprobs = np.empty(len(entries))
+        for n, (entry, label, position) in enumerate(zip(entries, labels.tolist(), positions.tolist(), strict=True)):
+            if entry is None:
+                self._fail(
+                    where, f"position {position} is missing, or is not ids and log-probs", "one of each position"
+                )
+            if label not in entry or len(entry) not in (top_k, top_k + 1):
+                self._fail(
+                    where,
+                    f"{len(entry)} entries at position {position}, {'with' if label in entry else 'without'} the label",
+                    f"{top_k} and the label's",
+                )
+            label_logprobs[n] = entry[label]
+            best = [id_ for id_ in entry if id_ != label] if len(entry) > top_k else list(entry)
+            ids[n], logprobs[n] = best, [entry[id_] for id_ in best]
+        if ids.size and ids.max() >= header.vocab_size:
+            self._fail(where, f"token id {ids.max()}", f"ids below {header.vocab_size}: is it another model?")
+        targets = targets_of_entries(
+            labels,
+            label_logprobs,
+            ids,
+            logprobs,
+            min_prob=self._config.min_prob,
+            token_count=header.token_count,
+            where=where,
+            fix=serve_command(self._config),
+        )
+        # The K best of V entries hold at least K / V of a softmax; logits that are all negative look like log-probs.
+        least = top_k / header.vocab_size * (1 - MASS_TOLERANCE)
+        mass = np.exp(logprobs).sum(1)
+        if mass.size and mass.min() < least:
+            self._fail(where, f"{top_k} best entries of mass {mass.min():.3g}", f"log-probs: at least {least:.3g}")
+        return targets
+
+    def _choice(self, document: object, where: str) -> Mapping[str, Any]:
+        choices = document.get("choices") if isinstance(document, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            self._fail(where, f"choices: {_shape(choices)}", "a list with one object")
+        choice: Mapping[str, Any] = choices[0]
+        return choice
+
+    def _fail(self, where: str, found: str, wanted: str) -> NoReturn:
+        raise TeacherOutputInvalid(where, found=found, wanted=wanted, fix=serve_command(self._config))
+
+
+def _prompt_entries(value: object) -> dict[int, float] | None:
+    """From `{"ID": {"logprob": ...}}`; none for anything else."""
+    entries: dict[int, float] = {}
+    for key, entry in value.items() if isinstance(value, dict) else ():
+        if not _ID.fullmatch(key) or not isinstance(entry, dict):
+            return None
+        entries[int(key)] = _logprob(entry.get("logprob"))
+    return entries or None
+
+
+def _answer_entries(value: object) -> dict[int, float] | None:
+    """From `{"token_id:ID": ...}`; none for anything else."""
+    entries: dict[int, float] = {}
+    for key, logprob in value.items() if isinstance(value, dict) else ():
+        id_ = key.removeprefix(_ANSWER_KEY)
+        if id_ == key or not _ID.fullmatch(id_):
+            return None
+        entries[int(id_)] = _logprob(logprob)
+    return entries or None
+
+
+def _logprob(value: object) -> float:
+    """NaN for what is no number; the arithmetic names it."""
+    if type(value) not in (int, float) or not abs(value) <= _ABSURD:  # type: ignore[arg-type]
+        return float("-inf") if value == float("-inf") else float("nan")
+    return float("-inf") if value <= _MINUS_INFINITY else float(value)  # type: ignore[operator, arg-type]
+
+
+def _shape(value: object) -> str:
+    return f"{len(value)} entries" if isinstance(value, list) else type(value).__name__

@@ -1,0 +1,197 @@
+"""The endpoint engine: a server that speaks OpenAI's protocol and returns log-probs by token id, such as `vllm serve`.
+
+It gives K entries of a position: the tail is derived and there are no draws. The server batches requests as they come,
+so that values are equal within its tolerance, not bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from pipeline.config import SamplingConfig, Section, TeacherConfig
+from pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
+from pipeline.sequences import ScoredSequence, TokenSequence
+from storage_schema.header import DatasetHeader
+from storage_schema.rows import TeacherTargets
+
+from .answers import answer_room
+from .endpoint_client import EndpointClient
+from .endpoint_payload import PayloadReader, serve_command
+from .endpoint_requests import answer_fields, score_fields
+from .sampling import answer_seed
+
+_ENTRY_BYTES = 512
+"""Of one entry of an answer, its text included; vLLM's take about 80."""
+_OTHER_BYTES = 1 << 20
+_PROBE_TEMPERATURE, _PROBE_TOKENS = 0.5, 4
+_PROBE_NATS, _PROBE_SHARE = 0.25, 0.05
+"""Two rounding steps of a bfloat16 head; log-probs of another temperature are off by nats."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class EndpointArguments(Section):
+    """`teacher.engine_args` of engine endpoint."""
+
+    served_model: str | None = Field(default=None, description="Name under which it is served; by default its own.")
+    concurrency: int = Field(default=32, ge=1, le=1024, description="The most requests of a worker under way.")
+    timeout_s: float = Field(default=300, gt=0, description="Of one request; below cluster.hung_after_s.")
+    attempts: int = Field(default=8, ge=1, le=100, description="Of a request, with waits of up to half a minute.")
+
+
+class EndpointTeacher:
+    """A server elsewhere. Takes and gives what `protocol.Teacher` says."""
+
+    def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
+        """Raises `TeacherUnusable` for a server that serves something else, or no log-probs."""
+        assert config.endpoint is not None
+        self._config, self._header, self._sampling = config, header, sampling
+        self._arguments = _arguments(config)
+        self._client = EndpointClient(
+            config.endpoint,
+            connections=self._arguments.concurrency,
+            timeout_s=self._arguments.timeout_s,
+            attempts=self._arguments.attempts,
+        )
+        self._read = PayloadReader(config, header)
+        self._threads = ThreadPoolExecutor(self._arguments.concurrency, thread_name_prefix="endpoint")
+        self._model = self._arguments.served_model or config.model
+        card = self._client.get("/models", at_most=_OTHER_BYTES, read=self._card)
+        self._owner = ascii(card.get("owned_by"))[:100].strip("'")
+        self._probe()
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """See `protocol.Teacher`."""
+        return {"engine": "endpoint", "served_model": self._model, "served_by": self._owner}
+
+    @property
+    def progress(self) -> int:
+        """See `protocol.Teacher`: pieces of answers that arrived, and attempts that ended."""
+        return self._client.progress
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """See `protocol.Teacher`: the server is elsewhere."""
+        return ()
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+        """See `protocol.Teacher`. Raises `EndpointFailed` too."""
+        return self._each(self._score_one, sequences)
+
+    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        """See `protocol.Teacher`. Raises `EndpointFailed` too. Each answer is a request of its own, with its seed."""
+        assert self._sampling is not None
+        sampling = self._sampling
+        wanted = [(prompt, number) for prompt in prompts for number in range(sampling.n)]
+        return self._each(lambda item: self._answer(*item, sampling), wanted)
+
+    def _each(self, do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        futures = [self._threads.submit(do, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _score_one(self, sequence: TokenSequence) -> TeacherTargets:
+        body = score_fields(self._config.top_k)
+        return self._complete(
+            sequence, body, tokens=sequence.token_ids.size, read=lambda document: self._read.prompt(document, sequence)
+        )
+
+    def _answer(self, prompt: TokenSequence, number: int, sampling: SamplingConfig) -> ScoredSequence:
+        room = answer_room(prompt, sampling=sampling, header=self._header)
+        seed = answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number)
+        body = answer_fields(self._config.top_k, sampling=sampling, room=room, seed=seed)
+        return self._complete(
+            prompt,
+            body,
+            tokens=prompt.token_ids.size + room,
+            read=lambda document: self._read.answer(document, prompt, number=number, answers=sampling.n, room=room),
+        )
+
+    def _complete(
+        self, prompt: TokenSequence, body: dict[str, Any], *, tokens: int, read: Callable[[object], Result]
+    ) -> Result:
+        try:
+            return self._client.post(
+                "/completions",
+                {"model": self._model, "prompt": prompt.token_ids.tolist(), **body},
+                at_most=_OTHER_BYTES + _ENTRY_BYTES * tokens * (self._config.top_k + 1),
+                read=read,
+            )
+        except EndpointFailed as error:
+            raise error.at(f"row {prompt.sample_id!r}") from error
+
+    def _card(self, document: object) -> dict[str, Any]:
+        """The server's own words about the model."""
+        cards = document.get("data") if isinstance(document, dict) else None
+        cards = [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+        card = next((card for card in cards if card.get("id") == self._model), None)
+        if card is None:
+            raise TeacherUnusable(
+                f"{self._client.url}/models",
+                found=", ".join(ascii(card.get("id"))[:100] for card in cards[:10]) or "no model",
+                wanted=self._model,
+                fix="teacher.engine_args: {served_model: NAME}, or serve the model that teacher.model names",
+            )
+        length, needed = card.get("max_model_len"), self._config.max_length + 1
+        if isinstance(length, int) and length < needed:
+            raise TeacherUnusable(
+                f"{self._client.url}/models: max_model_len of {self._model}",
+                found=length,
+                wanted=f"at least {needed}: a row, and the one token that a server insists on answering",
+                fix=f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 {serve_command(self._config)}, or a smaller teacher.max_length",
+            )
+        return card
+
+    def _probe(self) -> None:
+        """Score two tokens, the highest id among them, and, where answers are wanted, a few tokens of one."""
+        tokens = np.array([self._header.token_count - 1, 0], np.int32)
+        row = TokenSequence(
+            sample_id="probe", source_row=0, token_ids=tokens, target_spans=np.array([[0, 1]], np.int32)
+        )
+        reader = self._read
+        self._read = PayloadReader(self._config.model_copy(update={"min_prob": 0.0}), self._header)
+        try:
+            self._score_one(row)
+            if self._sampling is not None:
+                self._probe_answer(replace(row, token_ids=tokens[:1]))
+        except (EndpointRefused, TeacherOutputInvalid) as error:
+            raise TeacherUnusable(
+                f"{self._client.url}: {error.what}",
+                found=error.found,
+                wanted=f"log-probs by token id, {self._config.top_k} of a position, of this vocabulary",
+                fix=serve_command(self._config),
+            ) from error
+        self._read = reader
+
+    def _probe_answer(self, prompt: TokenSequence) -> None:
+        """Log-probs of sampled tokens may be those after temperature and top-p; those of a prompt never are."""
+        tokens = min(_PROBE_TOKENS, self._header.max_length - 1)
+        answer, on_the_way = self._answer(prompt, 0, SamplingConfig(temperature=_PROBE_TEMPERATURE, max_tokens=tokens))
+        again = self._score_one(answer)
+        if not np.allclose(on_the_way.logprobs, again.logprobs, atol=_PROBE_NATS, rtol=_PROBE_SHARE):
+            raise TeacherOutputInvalid(
+                "log-probs of an answer", found="others than those of the same tokens as a prompt", wanted="the same"
+            )
+
+
+def _arguments(config: TeacherConfig) -> EndpointArguments:
+    try:
+        return EndpointArguments.model_validate(config.engine_args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TeacherUnusable(
+            f"teacher.engine_args.{'.'.join(map(str, first['loc']))}",
+            found=first["msg"],
+            wanted=f"of engine endpoint: {', '.join(EndpointArguments.model_fields)}",
+        ) from None

@@ -1,0 +1,66 @@
+"""A vLLM of several processes, in a process of its own: `python -m ...parallel_engine FOLDER tensor|pipeline OUTPUT`.
+
+Scores the same rows twice and writes both answers, for a test to compare.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoConfig
+
+from pipeline.config import TeacherConfig
+from pipeline.sequences import TokenSequence
+from pipeline.teachers.protocol import load_teacher
+from storage_schema.header import DatasetHeader
+from tests import making
+
+TOP_K = 8
+
+
+def rows() -> list[TokenSequence]:
+    """Random tokens; of some rows only a part are targets."""
+    generator = np.random.default_rng(0)
+    return [
+        TokenSequence(
+            sample_id=f"row {i}",
+            source_row=i,
+            token_ids=generator.integers(0, making.VOCABULARY, length).astype(np.int32),
+            target_spans=np.array([[length // 3, length - 1]], np.int32),
+        )
+        for i, length in enumerate((5, 60, 17, 120, 3, 90))
+    ]
+
+
+def header(folder: Path) -> DatasetHeader:
+    """With draws."""
+    changes = {
+        "draws": 6,
+        "kept_draws": 6,
+        "max_length": 128,
+        "vocab_size": AutoConfig.from_pretrained(folder).vocab_size,
+    }
+    return making.tiny_header(folder, top_k=TOP_K).model_copy(update=changes)
+
+
+def config(folder: Path, **engine_args: object) -> TeacherConfig:
+    """Of the same teacher; chunks of 64 tokens."""
+    arguments = {"enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 16, **engine_args}
+    fields = {"model": str(folder), "top_k": TOP_K, "min_prob": 0.0, "max_length": 128, "dtype": "float32"}
+    return TeacherConfig.model_validate({**fields, "engine_args": arguments})
+
+
+def main() -> None:
+    """Score, and write what came."""
+    folder, kind, output = sys.argv[1:]
+    teacher = load_teacher(config(Path(folder), **{f"{kind}_parallel_size": 2}), header(Path(folder)))
+    answers = [teacher.score(rows()), teacher.score(rows())]
+    # Of this test's own making, and read by it alone.
+    Path(output).write_bytes(pickle.dumps((answers, teacher.environment, teacher.processes)))
+
+
+if __name__ == "__main__":
+    main()

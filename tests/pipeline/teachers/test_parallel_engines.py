@@ -1,0 +1,42 @@
+"""The tap where vLLM splits a teacher over processes: tensor parallel (a split head) and pipeline parallel (the last
+stage alone has logits), on real vLLM."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.teachers.protocol import load_teacher
+from tests import making
+from tests.pipeline.teachers.parallel_engine import config, header, rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_a_teacher_split_over_processes_gives_what_a_whole_one_gives(tmp_path: Path, kind: str) -> None:
+    folder = making.tiny_llama(
+        tmp_path / "teacher", hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64
+    )
+    command = [sys.executable, "-m", "tests.pipeline.teachers.parallel_engine", str(folder), kind]
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "auto", "OMP_NUM_THREADS": "1"}
+    environment.pop("LD_PRELOAD", None)  # set by vLLM in a test before this one
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    subprocess.run([*command, str(tmp_path / "output")], env=environment, check=True, timeout=500)
+    (first, second), facts, processes = pickle.loads((tmp_path / "output").read_bytes())
+    whole = load_teacher(config(folder), header(folder)).score(rows())
+    os.environ.pop("LD_PRELOAD", None)
+    assert processes
+    assert facts["canary_difference"] < 5e-5
+    for split, again, alone in zip(first, second, whole, strict=True):
+        np.testing.assert_array_equal(split.logprobs, again.logprobs)  # equal schedules, equal bits
+        np.testing.assert_array_equal(split.draw_ids, again.draw_ids)
+        np.testing.assert_allclose(np.sort(split.logprobs), np.sort(alone.logprobs), atol=1e-5)
+        np.testing.assert_allclose(split.label_logprob, alone.label_logprob, atol=1e-5)
+        np.testing.assert_allclose(split.log_tail, alone.log_tail, atol=1e-5)
+        assert (split.draw_ids == alone.draw_ids).mean() > 0.98 if split.draw_ids.size == alone.draw_ids.size else True
