@@ -17,6 +17,7 @@ def capture_config(layout: Layout, size: Size) -> dict[str, Any]:
             "engine": "vllm",
             "dtype": "float32",
             "top_k": size.top_k,
+            "draws": size.draws,
             "max_length": MAX_TOKENS,
         },
         "rows_per_unit": size.rows_per_unit,

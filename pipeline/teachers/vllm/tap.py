@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
 from .gate import problems_of_config, problems_of_runner
 from .requests import KEY, TappedRequest, TapSettings
@@ -65,7 +65,7 @@ class Tap:
     def __init__(self, runner: Any):
         self.requests: dict[int, TappedRequest] = {}
         self._runner = runner
-        self._keeps = get_tensor_model_parallel_rank() == 0
+        self._keeps = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank
 
     def configure(self, settings: TapSettings) -> None:
         """Set what is kept."""

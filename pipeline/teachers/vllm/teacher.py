@@ -235,6 +235,7 @@ class VllmTeacher:
             seed=answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number),
             stop=list(sampling.stop),
             detokenize=bool(sampling.stop),
+            skip_special_tokens=False,  # a stop text may hold one, as with the other engines
             wish=wish,
         )
 

@@ -1,4 +1,4 @@
-"""A vLLM of several processes, in a process of its own: `python -m ...parallel_engine FOLDER tensor|pipeline OUTPUT`.
+"""A vLLM of several processes, in a process of its own: `python -m ...parallel_engine FOLDER OUTPUT`.
 
 Scores the same rows twice and writes both answers, for a test to compare.
 """
@@ -55,8 +55,8 @@ def config(folder: Path, **engine_args: object) -> TeacherConfig:
 
 def main() -> None:
     """Score, and write what came."""
-    folder, kind, output = sys.argv[1:]
-    teacher = load_teacher(config(Path(folder), **{f"{kind}_parallel_size": 2}), header(Path(folder)))
+    folder, output = sys.argv[1:]
+    teacher = load_teacher(config(Path(folder), tensor_parallel_size=2), header(Path(folder)))
     answers = [teacher.score(rows()), teacher.score(rows())]
     # Of this test's own making, and read by it alone.
     Path(output).write_bytes(pickle.dumps((answers, teacher.environment, teacher.processes)))
