@@ -43,11 +43,11 @@ class _Pending(NamedTuple):
 class StepScorer:
     """Scores the pieces of one step after the other."""
 
-    def __init__(self, settings: TapSettings, *, vocab_size: int, block_bytes: int, keeps: bool):
+    def __init__(self, settings: TapSettings, *, vocab_size: int, block_bytes: int, keeps: bool, is_split: bool):
         """`block_bytes`: the most memory for the logits of a block and what is made of them. `keeps`: whether this
-        process keeps what it computes. With a head that is split over several processes all of them must make the same
-        calls of it, and one keeps the result."""
-        self._settings, self._keeps = settings, keeps
+        process keeps what it computes. `is_split`: whether the head is split over several processes: all of them must
+        make the same calls of it then, and one keeps the result."""
+        self._settings, self._keeps, self._is_split = settings, keeps, is_split
         # Logits in the head's type and what the kernel makes of them: 8 bytes an entry.
         self._block = min(_MOST_ROWS, max(_LEAST_ROWS, block_bytes // (8 * vocab_size)))
         self._kernel = Kernel(
@@ -73,21 +73,19 @@ class StepScorer:
         uniforms = np.concatenate([piece.request.uniforms(piece.part) for piece in pieces])
         parts: list[Summary] = []
         failure = ""
-        for start in range(0, len(labels), self._block):
+        start = 0
+        while start < len(labels):
             block = slice(start, start + self._block)
-            logits = head(hidden[rows[block]])
-            if not self._keeps or failure:
-                continue
             try:
-                parts.append(
-                    self._kernel(
-                        logits,
-                        torch.from_numpy(labels[block]).to(logits.device, non_blocking=True),
-                        torch.from_numpy(uniforms[block]).to(logits.device, non_blocking=True),
-                    )
-                )
+                logits = head(hidden[rows[block]])
+                start = block.stop
+                if self._keeps and not failure:
+                    parts.append(self._summary(logits, labels[block], uniforms[block]))
+            except torch.OutOfMemoryError as error:
+                start = block.start if self._smaller() else block.stop
+                failure = failure if start == block.start else f"{type(error).__name__}: {error}"
             except Exception as error:  # must not leave the hook: it would end the engine and all that is in it
-                failure = f"{type(error).__name__}: {error}"
+                start, failure = block.stop, f"{type(error).__name__}: {error}"
         if failure:
             for piece in pieces:
                 piece.request.fail(failure)
@@ -109,6 +107,21 @@ class StepScorer:
                 stop = start + piece.labels.size
                 piece.request.store(piece.part, arrays, slice(start, stop), finite=finite, beyond=beyond)
                 start = stop
+
+    def _summary(self, logits: Tensor, labels: np.ndarray, uniforms: np.ndarray) -> Summary:
+        return self._kernel(
+            logits,
+            torch.from_numpy(labels).to(logits.device, non_blocking=True),
+            torch.from_numpy(uniforms).to(logits.device, non_blocking=True),
+        )
+
+    def _smaller(self) -> bool:
+        """Halve the blocks from now on, where that can be: processes that share a head would part ways."""
+        if self._is_split or self._block <= _LEAST_ROWS:
+            return False
+        self._block //= 2
+        torch.cuda.empty_cache()
+        return True
 
     def _send(self, pieces: Sequence[Piece], summary: Summary, labels: np.ndarray) -> None:
         """Start the copy to the host; nothing waits for it before the next step."""

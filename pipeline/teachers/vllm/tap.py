@@ -16,7 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 
 from .gate import problems_of_config, problems_of_runner
 from .requests import KEY, TappedRequest, TapSettings
@@ -37,7 +41,11 @@ class TapExtension:
         problems = [*problems_of_config(self.vllm_config), *problems_of_runner(self.model_runner, runner)]
         if problems:
             return {"problems": problems}
-        self._coldstill = Tap(self.model_runner)
+        self._coldstill = Tap(
+            self.model_runner,
+            keeps=get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank,
+            is_split=get_tensor_model_parallel_world_size() > 1,
+        )
         self._coldstill.configure(TapSettings(**settings))
         (_wrap_v2 if runner == "v2" else _wrap_v1)(self.model_runner, self._coldstill)
         return {
@@ -62,10 +70,10 @@ class TapExtension:
 class Tap:
     """The wrapped runner of one worker process, and the requests under way in it."""
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: Any, *, keeps: bool, is_split: bool):
+        """`keeps`, `is_split`: see `StepScorer`."""
         self.requests: dict[int, TappedRequest] = {}
-        self._runner = runner
-        self._keeps = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank
+        self._runner, self._keeps, self._is_split = runner, keeps, is_split
 
     def configure(self, settings: TapSettings) -> None:
         """Set what is kept."""
@@ -75,6 +83,7 @@ class Tap:
             vocab_size=self._runner.model_config.get_vocab_size(),
             block_bytes=_BLOCK_BYTES.get(self._runner.device.type, _BLOCK_BYTES["cuda"]),
             keeps=self._keeps,
+            is_split=self._is_split,
         )
 
     def request(self, sampling_params: Any, prompt: Sequence[int] | None) -> TappedRequest | None:

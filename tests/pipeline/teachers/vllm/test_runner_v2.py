@@ -48,8 +48,7 @@ def _installed(settings: TapSettings) -> tuple[_Runner, Any]:
 
     runner = _Runner()
     assert list(problems_of_runner(runner, "v2")) == []
-    tap = module.Tap.__new__(module.Tap)
-    tap.requests, tap._runner, tap._keeps = {}, runner, True
+    tap = module.Tap(runner, keeps=True, is_split=False)
     tap.configure(settings)
     module._wrap_v2(runner, tap)
     return runner, tap

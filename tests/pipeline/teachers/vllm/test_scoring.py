@@ -33,7 +33,9 @@ def _request(prompt: Sequence[int], spans: Sequence[Sequence[int]], sample_id: s
 
 
 def _scorer(**changes: Any) -> StepScorer:
-    return StepScorer(SETTINGS, **{"vocab_size": V, "block_bytes": 20 * 8 * V, "keeps": True, **changes})
+    return StepScorer(
+        SETTINGS, **{"vocab_size": V, "block_bytes": 20 * 8 * V, "keeps": True, "is_split": False, **changes}
+    )
 
 
 def _piece(request: TappedRequest, first: int, stop: int, offset: int = 0) -> Piece:
@@ -137,6 +139,30 @@ def test_the_head_is_called_as_often_whatever_happens_to_the_result(keeps: bool)
     _scorer(keeps=keeps).score([_piece(request, 0, 90)], hidden, head)
     assert calls == [20, 20, 20, 20, 9]
     assert bool(request.failure) == keeps
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+def test_blocks_are_halved_where_memory_runs_out(is_split: bool) -> None:
+    """Not where the head is split over processes: they would part ways, so there it is a failure by name."""
+    prompt, hidden = _prompt(90)
+    calls: list[int] = []
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        calls.append(len(rows))
+        if len(rows) > 30:
+            raise torch.OutOfMemoryError("out of memory")
+        return rows @ HEAD
+
+    request, scorer = _request(prompt, [[0, 89]]), _scorer(block_bytes=64 * 8 * V, is_split=is_split)
+    for _ in range(2):
+        scorer.score([_piece(request, 0, 90)], hidden, head)
+    scorer.settle()
+    if is_split:
+        assert calls == [64, 25] * 2
+        assert request.failure == "OutOfMemoryError: out of memory"
+    else:
+        assert calls == [64, 32, 16, 16, 16, 16, 16, 9, 16, 16, 16, 16, 16, 9]
+        _assert_same(_taken(request), _expected(prompt, hidden, request.positions, "a"))
 
 
 def test_logits_stay_within_the_block() -> None:
