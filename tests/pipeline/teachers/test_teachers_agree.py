@@ -259,6 +259,16 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_text(
         assert answer.targets.positions == answer.sequence.token_ids.size - 20
 
 
+@pytest.mark.parametrize(("head_dtype", "is_whole"), [("float32", True), ("bfloat16", False)])
+def test_a_float32_head_keeps_the_order_that_a_bfloat16_head_rounds_away(
+    folder: Path, header: DatasetHeader, sequences: list[TokenSequence], head_dtype: str, is_whole: bool
+) -> None:
+    facts = header.teacher.model_copy(update={"dtype": "bfloat16", "head_dtype": head_dtype})
+    teacher = _load(_config(folder, dtype="bfloat16"), header.model_copy(update={"teacher": facts}))
+    distinct = [len(set(entries)) for targets in teacher.score(sequences) for entries in targets.logprobs.tolist()]
+    assert (np.mean(distinct) > TOP_K - 0.05) == is_whole
+
+
 def test_a_distribution_that_is_no_number_is_named_by_row_and_position(
     folder: Path, header: DatasetHeader, sequences: list[TokenSequence], tmp_path: Path
 ) -> None:
