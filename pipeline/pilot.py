@@ -7,14 +7,17 @@ text saves half as much (`python -m benchmarks.codec --grid-study`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 import numpy as np
 
 from storage_schema.header import DatasetHeader
 from storage_schema.plan import Unit
-from storage_schema.rows import span_positions
+from storage_schema.rows import TeacherTargets, span_positions
+from storage_schema.store import Store
 
 from .config import CaptureConfig
-from .prepare import load_tokenizer
 from .sequences import TokenSequence
 from .sources.chat import SequenceMaker
 from .sources.readers import open_source
@@ -28,8 +31,10 @@ _LEAST_COUNT = 2
 def rank_ids(config: CaptureConfig, teacher: Teacher, header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
     """Ids from the most frequent on, at most 4,096, as kept and drawn at the first `config.pilot_targets` targets of a
     unit; ties by id. Raises the named errors of sources and teachers."""
+    made = SequenceMaker.of(config).sequences(open_source(config.source, Store(config.output)).read(unit))
+    sequences = (sequence for sequence in made if isinstance(sequence, TokenSequence))
     counts = np.zeros(header.token_count, np.int64)
-    for targets in teacher.score(_first_sequences(config, unit)):
+    for targets in (_answered if config.mode == "generate" else _scored)(config, teacher, sequences):
         counts += np.bincount(targets.ids[targets.kept], minlength=counts.size)
         counts += np.bincount(targets.draw_ids, minlength=counts.size)
     listed = np.flatnonzero(counts >= _LEAST_COUNT)
@@ -37,15 +42,24 @@ def rank_ids(config: CaptureConfig, teacher: Teacher, header: DatasetHeader, uni
     return tuple(listed[order].tolist())
 
 
-def _first_sequences(config: CaptureConfig, unit: Unit) -> list[TokenSequence]:
-    maker = SequenceMaker(load_tokenizer(config.teacher), source=config.source, max_length=config.teacher.max_length)
-    sequences: list[TokenSequence] = []
+def _scored(config: CaptureConfig, teacher: Teacher, sequences: Iterable[TokenSequence]) -> Iterable[TeacherTargets]:
+    """The first sequences, scored in one call."""
+    chosen: list[TokenSequence] = []
     targets = 0
-    for row in open_source(config.source.path).read(unit):
-        made = maker.make(row)
-        if isinstance(made, TokenSequence):
-            sequences.append(made)
-            targets += span_positions(made.target_spans).size
+    for sequence in sequences:
+        chosen.append(sequence)
+        targets += span_positions(sequence.target_spans).size
         if targets >= config.pilot_targets:
             break
-    return sequences
+    return teacher.score(chosen) if chosen else ()
+
+
+def _answered(config: CaptureConfig, teacher: Teacher, prompts: Iterator[TokenSequence]) -> Iterator[TeacherTargets]:
+    """Answers to the first prompts: at each call so many prompts as would give the wanted targets if all their answers
+    were as long as they may be."""
+    wanted = config.pilot_targets
+    most = config.sampling.n * min(config.sampling.max_tokens, config.teacher.max_length)
+    while wanted > 0 and (chosen := list(islice(prompts, -(-wanted // most)))):
+        for answer in teacher.generate(chosen):
+            wanted -= answer.targets.positions
+            yield answer.targets

@@ -89,7 +89,9 @@ class DatasetHeader(BaseModel):
     format_version: int = FORMAT_VERSION
     teacher: TeacherFacts
     tokenizer_fingerprint: str = Field(pattern="^[0-9a-f]{64}$", description="See storage_schema/tokenizer.py.")
-    chat_template_sha256: str | None = Field(default=None, description="Digest of the chat template, for chat rows.")
+    chat_template_sha256: str | None = Field(
+        default=None, description="Digest of the chat template and its arguments, for chat rows."
+    )
     vocab_size: int = Field(ge=1, le=MAX_VOCAB_SIZE, description="Logit columns of the teacher.")
     token_count: int = Field(
         ge=1, le=MAX_VOCAB_SIZE, description="Ids that the tokenizer can produce; all stored ids are below."

@@ -1,148 +1,165 @@
-"""From a source row to a token sequence: ONE call of the chat template gives the ids and the loss mask.
+"""From source rows to token sequences: ONE call of the chat template gives the ids and the loss mask.
 
-A row in; a `TokenSequence`, or a `Reject` with a named reason, out. The mask over tokens becomes target spans in
-`storage_schema.rows.spans_from_mask`, the one place where anything is shifted.
+The rows of a unit in; for each a `TokenSequence` (several where it is split, prompts in mode generate), or a `Reject`
+with a named reason, out. The mask over tokens becomes target spans in `storage_schema.rows.spans_from_mask`, the one
+place where anything is shifted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceNotFound, TemplateCannotMark
+from pipeline.config import CaptureConfig, SourceConfig
+from pipeline.errors import TeacherUnusable, TemplateCannotMark
 from pipeline.sequences import TokenSequence
+from pipeline.tokenizer import load_tokenizer
 from storage_schema.commits import Reject
-from storage_schema.rows import spans_from_mask
 
-from .readers import SourceRow
+from .conversations import RowUnusable, conversation_of
+from .documents import Document, isolated, joined
+from .pieces import OverLong, facts_of, pieces_of, prompt_of, sample_id_of
+from .rows import SourceRow
+from .template import ChatTemplate
 
-# The tag by which a template marks the assistant's tokens; the same test as in transformers' own tokenizer code.
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Mode = Literal["score", "generate", "pretrain"]
+Columns = dict[str, Any]
 
 
 class SequenceMaker:
-    """Makes token sequences from the rows of one source with one tokenizer."""
+    """Makes token sequences from the rows of one source with one tokenizer. Not for two threads at once: the
+    tokenizer is not."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, source: SourceConfig, max_length: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        source: SourceConfig,
+        max_length: int,
+        mode: Mode = "score",
+        documents: Literal["isolate", "concat"] = "isolate",
+    ):
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
-        self.template: str | None = _template(tokenizer, source)
+        self.template = ChatTemplate(tokenizer, source)
+        self._mode, self._documents = mode, documents
+        self._made: Callable[[int, Columns], Iterator[TokenSequence | Reject]] = {
+            "score": self._scored,
+            "generate": self._prompted,
+            "pretrain": self._isolated,
+        }[mode]
+        if mode == "pretrain" and documents == "concat" and tokenizer.eos_token_id is None:
+            raise TeacherUnusable(
+                tokenizer.name_or_path,
+                found="a tokenizer without an end-of-sequence token",
+                wanted="one, to stand between documents",
+                fix="set documents to isolate",
+            )
+
+    @classmethod
+    def of(cls, config: CaptureConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> SequenceMaker:
+        """The maker of a capture. Raises `TeacherUnusable` for a tokenizer that cannot be loaded."""
+        return cls(
+            tokenizer or load_tokenizer(config.teacher),
+            source=config.source,
+            max_length=config.teacher.max_length,
+            mode=config.mode,
+            documents=config.documents,
+        )
 
     @property
     def template_sha256(self) -> str | None:
-        """Digest of the chat template in use."""
-        return hashlib.sha256(self.template.encode()).hexdigest() if self.template else None
+        """Digest of the chat template in use and of its arguments; none where raw text is read."""
+        return None if self._mode == "pretrain" else self.template.sha256
+
+    @property
+    def over_long(self) -> OverLong:
+        """What becomes of rows that are too long: documents are cut unless they are split, prompts never."""
+        if self._mode == "generate":
+            return "reject"
+        if self._mode == "pretrain":
+            return "split" if self._documents == "concat" or self.source.over_long == "split" else "cut"
+        return self.source.over_long
+
+    def sequences(self, rows: Iterable[SourceRow]) -> Iterator[TokenSequence | Reject]:
+        """What the rows of one unit become, in their order. A row whose mask the template cannot give is a reject:
+        `check` has told apart beforehand a template that cannot do it at all."""
+        if self._mode == "pretrain" and self._documents == "concat":
+            yield from joined(map(self._document_or_reject, rows), max_length=self.max_length)
+            return
+        for row in rows:
+            try:
+                yield from self._of_row(row)
+            except TemplateCannotMark as error:
+                yield self._reject(row, RowUnusable("template_cannot_mark", str(error.found)))
 
     def make(self, row: SourceRow) -> TokenSequence | Reject:
-        """The sequence of a row, or why there is none. Raises `TemplateCannotMark` for the first chat row where the
-        template is missing or has no generation marks."""
-        columns = row.columns or {}
-        sample_id = str(columns.get(self.source.id) or f"row-{row.number:09d}")
+        """The first sequence of a row, or why there is none. Raises `TemplateCannotMark`."""
+        return next(self._of_row(row))
 
-        def reject(reason: str, detail: str) -> Reject:
-            return Reject(row.number, sample_id, reason, detail)
+    def check(self, rows: Iterable[SourceRow]) -> None:
+        """Raise `TemplateCannotMark` where the template is missing, or cannot mark the assistant's tokens of one of
+        these rows: the first of the source, before anything is started."""
+        for row in rows:
+            for _ in self._of_row(row):
+                pass
 
-        if row.columns is None:
-            return reject("not_json", row.problem)
-        messages, text = columns.get(self.source.messages), columns.get(self.source.text)
-        if messages:
-            problem = _problem_of(messages)
-            if problem:
-                return reject("bad_messages", problem)
-            self._require_marks()
-            try:
-                token_ids, learned = self._chat(messages, columns.get("tools"))
-            except Exception as error:  # a template is a program of its own and may raise anything
-                return reject("template_failed", f"{type(error).__name__}: {error}")
-        elif isinstance(text, str) and text:
-            token_ids = self.tokenizer(text)["input_ids"]
+    def _of_row(self, row: SourceRow) -> Iterator[TokenSequence | Reject]:
+        try:
+            yield from self._made(row.number, _columns_of(row))
+        except RowUnusable as unusable:
+            yield self._reject(row, unusable)
+
+    def _scored(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
+        chat = conversation_of(columns, self.source, answered=True)
+        if chat is None:
+            used: tuple[str, ...] = (self.source.text,)
+            token_ids = self._tokens(columns)
             learned = [True] * len(token_ids)
         else:
-            return reject("no_messages", f"neither {self.source.messages!r} nor {self.source.text!r} holds anything")
-        if len(token_ids) > self.max_length:
-            if self.source.over_long == "reject":
-                return reject("over_long", f"{len(token_ids)} tokens, at most {self.max_length}")
-            token_ids, learned = token_ids[: self.max_length], learned[: self.max_length]
-        spans = spans_from_mask(learned)
-        if not len(spans):
-            return reject("no_targets", f"none of its {len(token_ids)} tokens is to be learned")
-        used = (self.source.messages, self.source.text, self.source.id)
-        metadata = {name: _plain(value) for name, value in columns.items() if name not in used}
-        return TokenSequence(
-            sample_id=sample_id,
-            source_row=row.number,
-            token_ids=np.array(token_ids, np.int32),
-            target_spans=spans,
-            metadata=metadata,
-        )
+            used = chat.columns
+            token_ids, learned = self.template.learned(chat)
+        facts = facts_of(number, columns, id_column=self.source.id, used=used)
+        yield from pieces_of(facts, token_ids, learned, max_length=self.max_length, over_long=self.over_long)
 
-    def _chat(self, messages: list[dict[str, Any]], tools: Any) -> tuple[list[int], list[bool]]:
-        marked = self.source.loss_on != "all"
-        encoded = self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools or None,
-            chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=marked,
-        )
-        token_ids = list(encoded["input_ids"])
-        learned = [bool(bit) for bit in encoded["assistant_masks"]] if marked else [True] * len(token_ids)
-        return token_ids, _last_turn(learned) if self.source.loss_on == "last_turn" else learned
+    def _prompted(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
+        chat = conversation_of(columns, self.source, answered=False)
+        token_ids = self._tokens(columns) if chat is None else self.template.prompt(chat)
+        used = (self.source.text,) if chat is None else chat.columns
+        facts = facts_of(number, columns, id_column=self.source.id, used=used)
+        yield prompt_of(facts, token_ids, max_length=self.max_length)
 
-    def _require_marks(self) -> None:
-        where = self.source.chat_template or f"chat template of {self.tokenizer.name_or_path}"
-        if not self.template:
-            raise TemplateCannotMark(
-                where, found="no chat template", wanted="one", fix="set source.chat_template to a Jinja file"
-            )
-        if self.source.loss_on != "all" and not _GENERATION_TAG.search(self.template):
-            raise TemplateCannotMark(
-                where,
-                found="no {% generation %} marks",
-                wanted=f"marks round the assistant's tokens, because source.loss_on is {self.source.loss_on}",
-                fix="set source.chat_template to a copy with marks (see examples/), or source.loss_on to all",
-            )
+    def _isolated(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
+        yield from isolated(self._document(number, columns), max_length=self.max_length, over_long=self.over_long)
+
+    def _document(self, number: int, columns: Columns) -> Document:
+        facts = facts_of(number, columns, id_column=self.source.id, used=(self.source.text,))
+        token_ids, end = self._tokens(columns), self.tokenizer.eos_token_id
+        has_end = end is None or token_ids[-1:] == [end]  # some tokenizers append it themselves
+        return Document(facts, token_ids if has_end else [*token_ids, end])
+
+    def _document_or_reject(self, row: SourceRow) -> Document | Reject:
+        try:
+            return self._document(row.number, _columns_of(row))
+        except RowUnusable as unusable:
+            return self._reject(row, unusable)
+
+    def _tokens(self, columns: Columns) -> list[int]:
+        """Token ids of a row's text, as the tokenizer begins and ends a text of its own."""
+        text = columns.get(self.source.text)
+        if not isinstance(text, str) or not text:
+            names = [self.source.text] if self._mode == "pretrain" else [self.source.messages, self.source.prompt]
+            wanted = " nor ".join(map(repr, dict.fromkeys([*names, self.source.text])))
+            raise RowUnusable("no_text" if self._mode == "pretrain" else "no_messages", f"{wanted} holds no text")
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _reject(self, row: SourceRow, why: RowUnusable) -> Reject:
+        sample_id = sample_id_of(row.number, row.columns or {}, id_column=self.source.id)
+        return Reject(row.number, sample_id, why.reason, why.detail)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> str | None:
-    if source.chat_template is None:
-        return tokenizer.chat_template
-    try:
-        return Path(source.chat_template).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SourceNotFound(
-            source.chat_template, found=error.strerror, wanted="a Jinja chat template", fix="check source.chat_template"
-        ) from None
-
-
-def _problem_of(messages: object) -> str:
-    if not isinstance(messages, list):
-        return f"messages are {type(messages).__name__}, not a list"
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message:
-            return f"message {index} has no role"
-        content = message.get("content")
-        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
-            return f"content of message {index} is {type(content).__name__}, neither text nor parts"
-    return ""
-
-
-def _last_turn(learned: list[bool]) -> list[bool]:
-    """Only the last run of learned tokens."""
-    stop = len(learned) - learned[::-1].index(True) if True in learned else 0
-    start = stop
-    while start and learned[start - 1]:
-        start -= 1
-    return [start <= index < stop for index in range(len(learned))]
-
-
-def _plain(value: object) -> object:
-    """Metadata is JSON: what JSON cannot say (dates, bytes) is stored as text."""
-    return json.loads(json.dumps(value, default=str))
+def _columns_of(row: SourceRow) -> Columns:
+    if row.columns is None:
+        raise RowUnusable("not_json", row.problem)
+    return row.columns

@@ -28,7 +28,7 @@ def capture_config(folder: Path, *, rows: int = 40, output: str = "dataset", **c
         "cluster": {"cpus_per_worker": 0.5},
     }
     for name, value in changes.items():
-        document[name] = {**document[name], **value} if isinstance(value, dict) else value
+        document[name] = {**document.get(name, {}), **value} if isinstance(value, dict) else value
     return CaptureConfig.model_validate(document)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from pipeline.pilot import rank_ids
 from pipeline.prepare import prepare
-from pipeline.teachers.protocol import load_teacher
+from pipeline.sequences import ScoredSequence, TokenSequence
+from pipeline.teachers.protocol import Teacher, load_teacher
 from storage_schema.dataset import open_dataset
 from storage_schema.header import DatasetHeader
 from storage_schema.manifest import seal
 from storage_schema.plan import Unit
 from storage_schema.tools.verify import verify
+from tests import making
 from tests.pipeline.capturing import capture_config, do_units
 
 
@@ -60,6 +64,37 @@ def test_a_table_changes_the_bytes_and_nothing_else(tmp_path: Path) -> None:
 def test_a_few_targets_are_enough_for_a_pilot(tmp_path: Path) -> None:
     _, some = _ranked(tmp_path, pilot_targets=1)
     assert 0 < len(some.id_ranks) < len(_ranked(tmp_path, output="all")[1].id_ranks)
+
+
+class _Answering:
+    """A teacher at its protocol: each answer has three targets, and says which prompts it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        self.calls.append([prompt.sample_id for prompt in prompts])
+        assert all(not prompt.target_spans.size for prompt in prompts)
+        probs = making.random_probs(np.random.default_rng(0), 3, 64)
+        targets = making.targets_of(probs, np.zeros(3, int), top_k=2)
+        return [ScoredSequence(prompt, targets) for prompt in prompts]
+
+
+def test_the_pilot_of_mode_generate_asks_for_a_few_answers_until_it_has_its_targets(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, mode="generate", pilot_targets=10, sampling={"max_tokens": 5})
+    prepared = prepare(config)
+    teacher = _Answering()
+    ranks = rank_ids(config, cast(Teacher, teacher), prepared.header, prepared.units[0])
+    # Two prompts would do, were the answers as long as they may be; one more for what is missing, and another.
+    assert teacher.calls == [["chat-0", "chat-1"], ["chat-2"], ["chat-3"]]
+    assert ranks
+
+
+def test_a_first_unit_of_rejects_alone_gives_no_table(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    making.write_jsonl(tmp_path / "rows.jsonl", [{"id": "useless"}, *making.chat_rows(3)])
+    prepared = prepare(capture_config(tmp_path, rows_per_unit=1))
+    assert rank_ids(config, cast(Teacher, None), prepared.header, prepared.units[0]) == ()
 
 
 def test_a_dataset_keeps_the_table_that_it_was_begun_with(tmp_path: Path) -> None:

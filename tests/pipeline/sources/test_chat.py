@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,13 @@ def test_what_is_no_text_of_a_row_becomes_metadata(tokenizer: PreTrainedTokenize
         ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": 3}]}, "bad_messages"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "bad_messages"),
         ({"messages": [{"role": "user", "content": "only a question"}]}, "no_targets"),
+        ({"messages": [{"role": 3, "content": "hi"}]}, "bad_messages"),
+        ({"messages": CHAT, "tools": "not json"}, "bad_tools"),
+        ({"messages": CHAT, "tools": {"name": "f"}}, "bad_tools"),
+        ({"prompt": "a question", "response": ""}, "no_response"),
+        ({"prompt": 5, "response": "a"}, "bad_messages"),
+        ({"text": 5}, "no_messages"),
+        ({"text": "abc", "note": "x" * (1 << 20)}, "metadata_too_large"),
         ({"text": "a"}, "no_targets"),
         ({"messages": [*CHAT, {"role": "user", "content": "x" * 600}]}, "over_long"),
     ],
@@ -116,18 +124,92 @@ def test_a_template_that_raises_rejects_its_row(tokenizer: PreTrainedTokenizerBa
     assert (reject.reason, reject.detail) == ("template_failed", "TemplateError: roles must alternate")
 
 
+@pytest.mark.parametrize(("given", "name"), [(0, "0"), ("", "row-000000003"), (None, "row-000000003"), ("é", "é")])
+def test_a_row_is_named_by_its_id_or_else_by_its_number(
+    tokenizer: PreTrainedTokenizerBase, given: object, name: str
+) -> None:
+    sequence = _make(tokenizer, {"id": given, "text": "abc"})
+    assert isinstance(sequence, TokenSequence)
+    assert (sequence.sample_id, sequence.source_row) == (name, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [
+        ("and?", "bye"),
+        (CHAT[:4], "bye"),
+        (CHAT[:4], CHAT[4:]),
+    ],
+    ids=["text", "messages and text", "messages"],
+)
+def test_a_prompt_and_its_response_are_a_chat(
+    tokenizer: PreTrainedTokenizerBase, prompt: object, response: object
+) -> None:
+    columns = {"prompt": prompt, "response": response, "topic": 1}
+    sequence = _make(tokenizer, columns, loss_on="last_turn")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else CHAT[:4]
+    as_chat = _make(tokenizer, {"messages": [*messages, CHAT[4]], "topic": 1}, loss_on="last_turn")
+    assert isinstance(sequence, TokenSequence)
+    assert isinstance(as_chat, TokenSequence)
+    assert _target_text(tokenizer, sequence) == "bye</s>"
+    assert sequence.token_ids.tolist() == as_chat.token_ids.tolist()
+    assert sequence.metadata == as_chat.metadata == {"topic": 1}
+
+
+def test_columns_have_the_names_that_the_settings_give_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    sequence = _make(tokenizer, {"q": "and?", "a": "bye", "key": "k"}, prompt="q", response="a", id="key")
+    assert isinstance(sequence, TokenSequence)
+    assert (sequence.sample_id, sequence.metadata) == ("k", {})
+
+
+@pytest.mark.parametrize("length", [1, 99, 100, 101, 200, 250])
+def test_over_long_rows_are_split_into_parts_that_are_the_row_end_to_end(
+    tokenizer: PreTrainedTokenizerBase, length: int
+) -> None:
+    source = SourceConfig(path="x.jsonl", over_long="split")
+    row = SourceRow(3, {"id": "x", "text": "abcdefg" * 100, "topic": 1})
+    row.columns["text"] = row.columns["text"][:length]
+    made = list(SequenceMaker(tokenizer, source=source, max_length=100).sequences([row]))
+    whole = tokenizer(row.columns["text"])["input_ids"]
+    parts = [part.token_ids.tolist() for part in made if isinstance(part, TokenSequence)]
+    rejected = [part for part in made if isinstance(part, Reject)]
+    assert list(chain.from_iterable(parts)) == whole[: len(whole) - len(rejected)]
+    assert all(len(part) == 100 for part in parts[:-1])
+    names = [part.sample_id for part in made]
+    assert names == (["x"] if length <= 100 else [f"x~{n}" for n in range(-(-length // 100))])
+    # One token alone has nothing before it that would predict it.
+    assert [(reject.sample_id, reject.reason) for reject in rejected] == (
+        [(names[-1], "no_targets")] if length % 100 == 1 else []
+    )
+
+
+def test_parts_without_targets_are_rejected_by_name(tokenizer: PreTrainedTokenizerBase) -> None:
+    source = SourceConfig(path="x.jsonl", over_long="split")
+    messages = [{"role": "user", "content": "?" * 150}, {"role": "assistant", "content": "!" * 150}]
+    made = SequenceMaker(tokenizer, source=source, max_length=100).sequences([SourceRow(3, {"messages": messages})])
+    kinds = [(part.sample_id[-2:], getattr(part, "reason", "")) for part in made]
+    assert kinds == [("~0", "no_targets"), ("~1", ""), ("~2", ""), ("~3", "")]
+
+
 def test_over_long_rows_are_cut_by_choice(tokenizer: PreTrainedTokenizerBase) -> None:
     sequence = _make(tokenizer, {"text": "x" * 600}, over_long="cut", max_length=100)
     assert isinstance(sequence, TokenSequence)
     assert (sequence.token_ids.size, sequence.target_spans.tolist()) == (100, [[0, 99]])
 
 
-def test_a_template_without_generation_marks_is_an_error_never_a_guess(tmp_path: Path) -> None:
-    plain = making.CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    tokenizer = AutoTokenizer.from_pretrained(making.chat_model(tmp_path / "m", template=plain))
-    with pytest.raises(TemplateCannotMark, match="generation"):
-        _make(tokenizer, {"messages": CHAT})
-    assert isinstance(_make(tokenizer, {"messages": CHAT}, loss_on="all"), TokenSequence)
+@pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
+def test_a_template_without_marks_gives_the_same_mask(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, loss_on: str
+) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text(making.CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    marked, plain = (
+        _make(tokenizer, {"messages": CHAT}, loss_on=loss_on, chat_template=file) for file in (None, str(path))
+    )
+    assert isinstance(marked, TokenSequence)
+    assert isinstance(plain, TokenSequence)
+    assert plain.token_ids.tolist() == marked.token_ids.tolist()
+    assert plain.target_spans.tolist() == marked.target_spans.tolist()
 
 
 def test_a_model_without_a_template_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Rows of Parquet files. A unit starts at a row number, counted over the files in their order.
+
+Files in, rows out. Of a file only the row groups are read in which a unit has rows, and of those only up to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from pipeline.errors import SourceUnreadable
+from storage_schema.plan import Unit
+
+from .files import ByteMeter, opened, opened_for
+from .rows import Reader, SourceFile, SourceRow, Survey, changed, without_nulls
+
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 1 << 20
+"""With it Arrow reads a column chunk piece by piece, not whole."""
+_WIDE_BYTES = 128 << 20
+
+
+class ParquetRows(Reader):
+    """Rows of one file or of several."""
+
+    def rows(self) -> Iterator[SourceRow]:
+        number = 0
+        for file in self.files:
+            with _parquet(file) as parquet:
+                for columns in _columns(parquet, file, 0, parquet.metadata.num_rows):
+                    yield SourceRow(number, columns)
+                    number += 1
+
+    def is_wide(self) -> bool:
+        """Whether a file has row groups of more than 128 MiB: a unit would read much that is not its own."""
+        for file in self._with_bar():
+            with _parquet(file) as parquet:
+                groups = (parquet.metadata.row_group(number) for number in range(parquet.num_row_groups))
+                if any(group.num_rows > 1 and group.total_byte_size > _WIDE_BYTES for group in groups):
+                    return True
+        return False
+
+    def survey(self, rows_per_unit: int) -> Survey:
+        files = []
+        for file in self._with_bar():
+            with _parquet(file) as parquet:
+                files.append(file.model_copy(update={"rows": parquet.metadata.num_rows}))
+        with ByteMeter(self.files, "reading the source") as meter:
+            for file in self.files:
+                with meter.opened(file):
+                    pass
+        return Survey(meter.sha256, sum(file.rows for file in files), None, tuple(files))
+
+    def _with_bar(self) -> Iterable[SourceFile]:
+        return tqdm(self.files, desc="footers", unit=" files", delay=3)
+
+    def read(self, unit: Unit) -> Iterator[SourceRow]:
+        end, number = unit.start + unit.rows, unit.first_row
+        for file, stop in zip(self.files, accumulate(file.rows for file in self.files), strict=True):
+            start = stop - file.rows
+            low, high = max(unit.start, start) - start, min(end, stop) - start
+            if low >= high:
+                continue
+            with _parquet(file, unit=unit) as parquet:
+                if parquet.metadata.num_rows != file.rows:
+                    found, wanted = f"{parquet.metadata.num_rows} rows in the file", f"{file.rows} rows in the file"
+                    raise changed(file.name, unit=unit, found=found, wanted=wanted)
+                for columns in _columns(parquet, file, low, high):
+                    yield SourceRow(number, columns)
+                    number += 1
+        if number < unit.first_row + unit.rows:
+            found, wanted = f"{number - unit.first_row} rows", f"{unit.rows} rows"
+            raise changed(self.files[-1].name, unit=unit, found=found, wanted=wanted)
+
+
+@contextmanager
+def _parquet(file: SourceFile, *, unit: Unit | None = None) -> Iterator[pq.ParquetFile]:
+    with opened(file) if unit is None else opened_for(unit, file) as handle:
+        try:
+            parquet = pq.ParquetFile(handle, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(file, error) from None
+        yield parquet
+
+
+def _columns(parquet: pq.ParquetFile, file: SourceFile, low: int, high: int) -> Iterator[dict[str, object]]:
+    """Rows `low` to `high` of a file."""
+    first = 0
+    for group in range(parquet.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        if first < high and low < first + rows:
+            start = first
+            batches = parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
+            while start < high:
+                try:
+                    batch = next(batches, None)
+                except (pa.ArrowException, OSError) as error:
+                    raise _unreadable(file, error) from None
+                if batch is None:
+                    break
+                stop = start + batch.num_rows
+                if stop > low:
+                    offset = max(0, low - start)
+                    for row in batch.slice(offset, min(high, stop) - start - offset).to_pylist():
+                        yield {name: without_nulls(value) for name, value in row.items()}
+                start = stop
+        first += rows
+
+
+def _unreadable(file: SourceFile, error: Exception) -> SourceUnreadable:
+    return SourceUnreadable(
+        file.name, found=str(error), wanted="a whole Parquet file", fix="fetch or write the file again"
+    )
