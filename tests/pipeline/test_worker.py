@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from pipeline.attempts import ExcludedRow
+from pipeline.bisection import UnitTask
 from pipeline.config import CaptureConfig
 from pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
 from pipeline.prepare import prepare
-from pipeline.worker import CaptureWorker
+from pipeline.sequences import TokenSequence
+from pipeline.teachers.protocol import Teacher
+from pipeline.worker import CaptureWorker, load_for
 from storage_schema.commits import committed_units, read_commit
 from storage_schema.dataset import open_dataset
 from storage_schema.errors import HeaderMismatch, StorageFull, UnsupportedStore
 from storage_schema.manifest import seal
-from storage_schema.rows import span_positions
+from storage_schema.rows import TeacherTargets, span_positions
 from storage_schema.store import Store
 from storage_schema.tools.verify import verify
 from tests import making
@@ -146,6 +153,104 @@ def test_a_full_disk_ends_with_its_name_and_what_was_committed_stays_good(
     resumed = _do(config)
     seal(unbroken), seal(resumed)
     assert contents(resumed.url) == contents(unbroken.url)
+
+
+class Meeting:
+    """A teacher that says how many calls were in it at once; each waits a moment for another."""
+
+    environment: dict[str, object] = {}
+    progress = 0
+    processes = ()
+
+    def __init__(self, teacher: Teacher):
+        self._teacher, self._turn = teacher, threading.Lock()
+        self._here = self.most = 0
+        self.calls = 0
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+        with self._turn:
+            self._here += 1
+            self.calls += 1
+            self.most = max(self.most, self._here)
+        deadline = time.monotonic() + 0.5
+        while self.most < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            return self._teacher.score(sequences)
+        finally:
+            with self._turn:
+                self._here -= 1
+
+
+@pytest.mark.parametrize(("order", "most"), [("exact", 1), ("fast", 2)])
+def test_calls_of_the_teacher_overlap_only_where_order_is_fast(tmp_path: Path, order: str, most: int) -> None:
+    config = capture_config(tmp_path, order=order)
+    prepared = prepare(config)
+    teacher = Meeting(load_for(config, prepared.header))
+    worker = CaptureWorker(config, teacher)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(worker.run, range(5)))
+    assert teacher.most == most
+    unbroken = _do(capture_config(tmp_path, output="unbroken", order=order))
+    assert contents(config.output) == contents(unbroken.url)
+
+
+def test_the_next_unit_is_scored_while_one_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = capture_config(tmp_path)
+    prepared = prepare(config)
+    teacher = Meeting(load_for(config, prepared.header))
+    worker = CaptureWorker(config, teacher)
+    put, is_scored = worker.store.put, []
+
+    def put_after_the_next_call(name: str, data: bytes) -> None:
+        deadline = time.monotonic() + 60
+        while teacher.calls < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        is_scored.append(teacher.calls >= 2)
+        put(name, data)
+
+    monkeypatch.setattr(worker.store, "put", put_after_the_next_call)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(worker.run, range(2)))
+    assert all(is_scored)
+
+
+def test_excluded_rows_become_rejects_and_parts_give_the_same_rows(tmp_path: Path) -> None:
+    whole = _do(capture_config(tmp_path, output="whole"), [0])
+    config = capture_config(tmp_path)
+    prepare(config)
+    worker = CaptureWorker(config)
+    worker.probe(0, 3, 7)
+    assert committed_units(worker.store) == set()
+    task = UnitTask(
+        unit=0,
+        kind="parts",
+        start=0,
+        stop=10,
+        excluded=(ExcludedRow(source_row=4, detail="it hung"),),
+        parts=((5, 10), (0, 4)),
+    )
+    report = worker.run(0, task)
+    assert (report.rows, report.rejected) == (9, 1)
+    record = read_commit(worker.store, 0)
+    assert record.environment["parts"] == 2
+    assert record.rejects is not None
+    assert json.loads(worker.store.read(record.rejects.name)) == {
+        "source_row": 4,
+        "sample_id": "chat-4",
+        "reason": "kills_the_engine",
+        "detail": "it hung",
+    }
+    kept, all_rows = (list(read_shard(store)) for store in (worker.store, whole))
+    assert kept == [row for row in all_rows if row != "chat-4"]
+
+
+def read_shard(store: Store) -> list[str]:
+    """Sample ids of the first unit's shard, in order."""
+    import pyarrow.parquet as pq
+
+    with store.open(read_commit(store, 0).shard.name) as file:
+        return pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist()
 
 
 PRELOADED = [
