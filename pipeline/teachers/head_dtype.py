@@ -29,12 +29,12 @@ def quantization_of(config: TeacherConfig, model_config: Any) -> str | None:
 
 def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:
     """Data type of the logits: float32 where it is asked for, and by itself where the weights are float32, or plain
-    halves in the tapped vLLM, whose head can be computed in float32. A bfloat16 head rounds away half of the order."""
+    halves in transformers or the tapped vLLM, whose head can be computed in float32. A bfloat16 head rounds away half
+    of the order."""
     dtype = dtype_of(config, model_config)
     if config.head_dtype == "float32":
         return "float32"
-    is_tapped = config.engine == "vllm" and config.tap == "worker"
     is_plain = dtype in _PLAIN and quantization_of(config, model_config) is None
-    if config.head_dtype == "auto" and (dtype == "float32" or (is_tapped and is_plain)):
+    if config.head_dtype == "auto" and (dtype == "float32" or (config.can_draw and is_plain)):
         return "float32"
     return dtype

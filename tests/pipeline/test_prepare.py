@@ -43,13 +43,13 @@ TAP: dict[str, Any] = {"engine": "vllm"}
         ({**TAP, "head_dtype": "model"}, _model("bfloat16"), "bfloat16"),
         ({**TAP, "dtype": "float16", "head_dtype": "model"}, _model("bfloat16"), "float16"),
         ({**TAP, "tap": "public", "head_dtype": "float32"}, _model("bfloat16"), "float32"),
-        ({"engine": "transformers"}, _model("bfloat16"), "bfloat16"),
+        ({"engine": "transformers"}, _model("bfloat16"), "float32"),
         ({"engine": "transformers"}, _model("float32"), "float32"),
         ({"engine": "transformers", "head_dtype": "float32"}, _model("bfloat16"), "float32"),
         ({"engine": "endpoint", "endpoint": "http://x/v1"}, _model("bfloat16"), "bfloat16"),
     ],
 )
-def test_logits_are_float32_where_it_is_asked_for_or_the_tap_can(
+def test_logits_are_float32_where_it_is_asked_for_or_the_engine_can(
     settings: dict[str, Any], model: Any, head: str
 ) -> None:
     assert head_dtype_of(TeacherConfig(model="m", **settings), model) == head
