@@ -21,7 +21,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	pyproject.toml --extra share --extra train --extra dev
 
-.PHONY: help demo test test-slow lint types fuzz bench-codec bench-capture bench-quality-by-k lock venv clean
+.PHONY: help demo test test-slow lint types fuzz bench-codec bench-capture bench-scale bench-quality-by-k lock venv clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ bench-codec: $(INSTALLED) ## bytes, speed and fidelity of the codec beside its r
 
 bench-capture: $(INSTALLED) ## the tap beside its floor, vLLM's public path and transformers (QUICK=1)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.capture
+
+bench-scale: $(INSTALLED) ## planning and resuming a million units, the driver's cost per unit, 1 to 16 workers (QUICK=1)
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.scale
 
 bench-quality-by-k: $(INSTALLED) ## how much of its teacher a cache must keep (DEMO=DIR of a finished demo; QUICK=1)
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.quality_by_k "$(or $(DEMO),demo_output)"

@@ -46,6 +46,12 @@ def capture(
     config: Config,
     overrides: Overrides = None,
     summary: Annotated[Path | None, typer.Option(help="Write the summary as JSON to this file too.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the source and say what the capture would be; write nothing.")
+    ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="With --dry-run: have one worker score for a minute, for hours and cost.")
+    ] = False,
 ) -> None:
     """Run a teacher over a source and write a dataset of its distributions.
 
@@ -56,8 +62,56 @@ def capture(
     from pipeline.capture import capture as run_capture
     from pipeline.config import CaptureConfig
 
-    result = run_capture(load_config(config, model=CaptureConfig, overrides=overrides or ()))
+    settings = load_config(config, model=CaptureConfig, overrides=overrides or ())
+    if probe and not dry_run:
+        raise typer.BadParameter("--probe belongs to --dry-run")
+    if dry_run:
+        from pipeline.dry_run import dry_run as run_dry
+
+        show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
+        return
+    try:
+        result = run_capture(settings)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(
+            "interrupted: what was committed stays good; start the same command again to do the rest",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
     show_result(result.model_dump(), title="capture", summary=summary)
+
+
+@app.command(rich_help_panel=MAKE)
+def status(
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="The capture's output, here or on s3:// or gs://.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document; with --watch, one per line.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until nobody is at work any more.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 10.0,
+) -> None:
+    """Show how far a capture is, from any machine that reaches its directory: done, failed, speed, time left, cost.
+
+    Works while it runs, after its driver has died, and after its end.
+    """
+    import time
+
+    from pipeline.status import read_status
+    from pipeline.status_view import show_status, watch_status
+
+    if watch and not as_json:
+        watch_status(lambda: read_status(root), every_s=every, console=Console())
+        return
+    found = read_status(root)
+    while watch and not found.is_over:
+        typer.echo(found.model_dump_json())
+        time.sleep(every)
+        found = read_status(root)
+    if as_json:
+        typer.echo(found.model_dump_json())
+    else:
+        show_status(found, console=Console())
 
 
 @app.command(rich_help_panel=MAKE, cls=_command_with_keys("trainer.config", "TrainConfig"))

@@ -3,10 +3,10 @@
     python -m benchmarks.capture      QUICK=1: fewer rounds and tokens, nothing is stored
 
 Two tiny teachers, V = 8,192 and 151,936, K = 16, 64, 128. Sides take turns in every round, in one process, with one
-OpenMP thread: bare prefill; the floor (prefill, head, top K and log-sum-exp, thrown away); the tap to committed shards, in
-order `exact` and `fast`, without and with D = 64 draws; the public path to committed shards; transformers to committed
-shards. As in a worker, one unit is encoded and committed while the next is scored. Rows of which a quarter are targets
-are a side of their own. Occupancy: answers of different lengths, the share of the engine's places that are in use.
+OpenMP thread: bare prefill; the floor (prefill, head, top K and log-sum-exp, thrown away); the tap to committed shards,
+in order `exact` and `fast`, without and with D = 64 draws; the public path to committed shards; transformers to
+committed shards. As in a worker, one unit is encoded and committed while the next is scored. Rows of which a quarter
+are targets are sides of their own. Occupancy: answers of different lengths, the share of the engine's places in use.
 
 Ratios are medians of the rounds' own ratios; no verdict where their spread (quartiles) exceeds the margin to the goal.
 """

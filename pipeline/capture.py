@@ -1,24 +1,36 @@
-"""A whole capture: prepare, do the units that are not committed, seal. Settings in, a sealed dataset out."""
+"""A whole capture: take the lease, prepare, do the units that are not committed, seal. Settings in, a sealed dataset
+out.
+
+The driver itself holds little: the plan as columns, the numbers of units, and no row, commit record or log-prob.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field
 from tqdm import tqdm
 
-from storage_schema.commits import committed_units, read_commit
+from storage_schema.commits import CommitRecord, committed_units, read_commit
 from storage_schema.header import DatasetHeader
-from storage_schema.manifest import read_manifest, seal
+from storage_schema.manifest import MANIFEST_NAME, MAX_SEALED_UNITS, read_manifest, seal
 from storage_schema.plan import Unit
 from storage_schema.store import Store
 
 from .config import CaptureConfig
-from .prepare import prepare
+from .driver_bar import DriverBar
+from .errors import CaptureIncomplete, TooManyUnits
+from .lease import Lease
+from .prepare import Prepared, prepare
+from .progress import Progress
+from .progress_record import read_progress
+from .sources.staging import remove_staging
 
 if TYPE_CHECKING:
     from .cluster import Workforce
+
+_MOST_NAMED = 20
 
 
 class CaptureSummary(BaseModel):
@@ -39,48 +51,106 @@ class CaptureSummary(BaseModel):
 def capture(config: CaptureConfig) -> CaptureSummary:
     """Do what is missing of the capture and seal the dataset. Safe to call again after any kill.
 
-    Raises the named errors of the configuration, source, teacher, cluster and store.
+    Raises `LeaseHeld` where another driver is at work; `CaptureIncomplete` at the end, where units could not be done;
+    and the named errors of the configuration, source, teacher, cluster and store.
     """
     started = time.monotonic()
     from .cluster import Workforce
 
-    with Workforce(config) as workforce:
-
-        def rank_ids(header: DatasetHeader, unit: Unit) -> list[int]:
-            with tqdm(total=config.pilot_targets, desc="pilot", unit=" targets") as bar:
-                bar.set_postfix_str("starting a worker")
-                ranks = workforce.rank_ids(header, unit)
-                bar.set_postfix_str(f"{len(ranks):,} frequent ids")
-                bar.update(config.pilot_targets)
-            return ranks
-
-        prepared = prepare(config, rank_ids=rank_ids if config.pilot_targets else None)
-        done = committed_units(prepared.store)
-        todo = [unit.index for unit in prepared.units if unit.index not in done]
-        if todo:
-            _do(todo, workforce, total=sum(unit.rows for unit in prepared.units), rows_done=_rows(prepared.units, done))
-    seal(prepared.store)
-    return _summary(prepared.store, time.monotonic() - started)
-
-
-def _rows(units: list[Unit], done: set[int]) -> int:
-    return sum(unit.rows for unit in units if unit.index in done)
+    store = Store(config.output)
+    store.require_writable()
+    workforce = Workforce(config)
+    with (
+        Lease(store, dead_after_s=config.cluster.driver_dead_after_s) as lease,
+        Progress(
+            store, token=lease.token, work=workforce, price_per_gpu_hour=config.cluster.price_per_gpu_hour
+        ) as progress,
+    ):
+        with workforce:
+            prepared = _prepare(config, workforce)
+            if not store.exists(MANIFEST_NAME):
+                progress.begin()
+                _do(prepared, workforce, lease=lease, progress=progress)
+        _seal(store, units=len(prepared.units), progress=progress)
+    return _summary(store, time.monotonic() - started)
 
 
-def _do(todo: list[int], workforce: Workforce, *, total: int, rows_done: int) -> None:
-    with tqdm(total=total, initial=rows_done, desc="capture", unit=" rows", smoothing=0) as bar:
-        bar.set_postfix_str("starting workers")
-        targets = 0
+def _prepare(config: CaptureConfig, workforce: Workforce) -> Prepared:
+    def rank_ids(header: DatasetHeader, unit: Unit) -> list[int]:
+        with tqdm(total=config.pilot_targets, desc="pilot", unit=" targets") as bar:
+            bar.set_postfix_str("starting a worker")
+            ranks = workforce.rank_ids(header, unit)
+            bar.set_postfix_str(f"{len(ranks):,} frequent ids")
+            bar.update(config.pilot_targets)
+        return ranks
+
+    prepared = prepare(config, rank_ids=rank_ids if config.pilot_targets else None)
+    if len(prepared.units) > MAX_SEALED_UNITS:
+        raise TooManyUnits(
+            f"{config.output}: plan",
+            found=f"{len(prepared.units):,} units of {config.rows_per_unit} rows",
+            wanted=f"at most {MAX_SEALED_UNITS:,}, which one manifest can list",
+            fix="raise rows_per_unit and choose another output, or capture parts of the source and merge them",
+        )
+    return prepared
+
+
+class Remaining(NamedTuple):
+    """What a start has to do: units that are not committed, and the source rows of those that are."""
+
+    todo: list[int]
+    rows_done: int
+
+
+def remaining(prepared: Prepared) -> Remaining:
+    """From the plan and the names of commit records; none is opened. Raises `StorageFailed`."""
+    done = committed_units(prepared.store)
+    todo = [unit for unit in range(len(prepared.units)) if unit not in done]
+    return Remaining(todo, prepared.units.rows_of(done))
+
+
+def _do(prepared: Prepared, workforce: Workforce, *, lease: Lease, progress: Progress) -> None:
+    """Do the units that are not committed. Raises `CaptureIncomplete`, `LeaseLost`."""
+    plan, (todo, rows_done) = prepared.units, remaining(prepared)
+    if not todo:
+        return
+    with DriverBar(progress, work=workforce, rows=plan.total_rows, rows_done=rows_done) as bar:
         for report in workforce.run_units(todo):
-            targets += report.targets
-            bar.update(report.rows + report.rejected)
-            bar.set_postfix_str(f"{targets:,} targets, unit {report.unit} committed")
+            lease.check()
+            progress.add(report)
+            bar.add(report)
+    if workforce.failed:
+        named = [f"unit {failed.unit}: {failed.reason}" for failed in workforce.failed[:_MOST_NAMED]]
+        more = len(workforce.failed) - len(named)
+        raise CaptureIncomplete(
+            f"{prepared.store.url}: {len(workforce.failed):,} of {len(plan):,} units failed",
+            found="\n          ".join([*named, *([f"... and {more:,} more"] if more else [])]),
+            wanted="a shard of each planned unit",
+            fix="all other units are committed; mend what the reasons name and start the same capture again",
+        )
+
+
+def _seal(store: Store, *, units: int, progress: Progress) -> None:
+    seconds = 0.0
+    with tqdm(total=units, desc="seal", unit=" units", delay=3) as bar:
+
+        def read(commit: CommitRecord) -> None:
+            nonlocal seconds
+            seconds += _score_seconds(commit)
+            bar.update()
+
+        seal(store, on_commit=read)
+    remove_staging(store)
+    if bar.n:  # else it was sealed already
+        progress.sealed(score_seconds=seconds)
 
 
 def _summary(store: Store, wall_s: float) -> CaptureSummary:
     manifest, dataset_id = read_manifest(store)
-    commits = [read_commit(store, shard.unit) for shard in manifest.shards]
-    seconds = sum(float(commit.environment.get("score_seconds", 0)) for commit in commits)
+    record = read_progress(store)
+    seconds = record.score_seconds if record else None
+    if seconds is None:  # killed between the manifest and the last record
+        seconds = sum(_score_seconds(read_commit(store, shard.unit)) for shard in manifest.shards)
     size = sum(shard.file.bytes for shard in manifest.shards)
     return CaptureSummary(
         dataset_id=dataset_id,
@@ -94,3 +164,7 @@ def _summary(store: Store, wall_s: float) -> CaptureSummary:
         tokens_per_s=manifest.tokens / seconds if seconds else 0.0,
         wall_s=wall_s,
     )
+
+
+def _score_seconds(commit: CommitRecord) -> float:
+    return float(commit.environment.get("score_seconds", 0))

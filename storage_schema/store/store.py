@@ -113,7 +113,12 @@ class Store:
             if self.is_local:
                 return self.local_path(name).read_bytes()
             try:
-                return cast(bytes, self.fs.cat_file(self.path(name)))
+                try:
+                    return cast(bytes, self.fs.cat_file(self.path(name)))
+                except FileNotFoundError:
+                    # s3fs believes an earlier listing of the folder; another process may have written since.
+                    self.fs.invalidate_cache(self.path(name))
+                    return cast(bytes, self.fs.cat_file(self.path(name)))
             except OSError as error:
                 if error_codes(error) & {"IsADirectoryError", "EntryNotFoundError"}:  # the second is the Hub's
                     raise FileNotFoundError(self.path(name)) from error
@@ -145,9 +150,11 @@ class Store:
         """Sorted names of the files directly in `folder`; empty where there is none."""
         try:
             with self._named_errors(f"listing {folder}"):
+                if self.is_local:  # what fsspec lists are whole paths, at three times the memory
+                    return sorted(os.listdir(self.path(folder)))
                 self.fs.invalidate_cache(self.path(folder))
                 listed = self.fs.ls(self.path(folder), detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         # A console that makes a "folder" on an object store leaves an empty object of the folder's own name.
         return sorted(str(path).rsplit("/", 1)[-1] for path in listed if str(path).rstrip("/") != self.path(folder))

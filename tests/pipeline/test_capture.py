@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -14,13 +15,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline import cluster
 from pipeline.capture import capture
-from pipeline.errors import ClusterTooSmall, UnitFailed
-from storage_schema.commits import committed_units
+from pipeline.errors import CaptureIncomplete, ClusterTooSmall, LeaseHeld, TooManyUnits, UnitFailed
+from pipeline.prepare import prepare
+from pipeline.status import read_status
+from storage_schema.commits import commit_name, committed_units
 from storage_schema.dataset import open_dataset
+from storage_schema.manifest import MANIFEST_NAME
 from storage_schema.store import Store
 from storage_schema.tools.verify import verify
-from tests.pipeline.capturing import capture_config, contents, write_config
+from tests.pipeline.capturing import capture_config, contents, do_units, write_config
+from tests.pipeline.cluster.faulty import Faults
 
 VLLM = {"engine": "vllm", "draws": 0, "engine_args": {"enforce_eager": True}}
 
@@ -54,9 +60,12 @@ def _killed_half_way_equals_unbroken(folder: Path, **changes: object) -> None:
     process.communicate()
     done = committed_units(Store(config.output))
     assert len(done) < 13, "the kill came too late to prove anything"
+    assert read_status(config.output).state == "dead"
     before = contents(config.output, "commits")
     out = _finish(_start(path))
     assert "dataset id" in out
+    status = read_status(config.output)
+    assert (status.state, status.totals.starts, status.units_done) == ("sealed", 2, 13)
     after = contents(config.output, "commits")
     assert {name: after[name] for name in before} == before, "a committed unit was done again"
     assert contents(config.output) == contents(folder / "unbroken")
@@ -71,6 +80,74 @@ def test_capture_killed_half_way_and_started_again_equals_an_unbroken_one(tmp_pa
 @pytest.mark.slow
 def test_capture_by_vllm_killed_half_way_and_started_again_equals_an_unbroken_one(tmp_path: Path) -> None:
     _killed_half_way_equals_unbroken(tmp_path, teacher=VLLM)
+
+
+def test_a_second_driver_is_refused_while_one_works_and_ctrl_c_ends_that_one_cleanly(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, rows=1500)
+    path = write_config(tmp_path / "capture.yaml", config)
+    process = _start(path)
+    _wait_for(lambda: len(committed_units(Store(config.output))) >= 3, process)
+    with pytest.raises(LeaseHeld, match=f"pid {process.pid}"):
+        capture(config)
+    status = read_status(config.output)
+    assert (status.state, status.units_planned) == ("running", 151)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "start the same command again" in err
+    assert "Traceback" not in err
+    status = read_status(config.output)
+    assert (status.state, status.driver, status.workers) == ("interrupted", None, 0)
+    assert 3 <= status.units_done < 151
+
+
+def test_units_that_fail_are_named_at_the_end_all_others_are_committed_and_a_later_start_seals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = capture_config(tmp_path, teacher={"draws": 0}, pilot_targets=0)
+    faults = Faults(folder=str(tmp_path), invalid=("chat-13",))
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "Workforce", functools.partial(cluster.Workforce, load=faults))
+        with pytest.raises(CaptureIncomplete, match="unit 1: ") as failed:
+            capture(config)
+    assert "NaN" in str(failed.value)
+    assert committed_units(Store(config.output)) == {0, 2, 3, 4}
+    status = read_status(config.output)
+    assert (status.state, status.units_failed, status.failed[0].unit) == ("incomplete", 1, 1)
+    assert not Store(config.output).exists(MANIFEST_NAME)
+    assert capture(config).rows == 40
+    assert read_status(config.output).state == "sealed"
+
+
+def test_a_finished_capture_reads_each_commit_once_to_seal_and_none_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = capture_config(tmp_path, pilot_targets=0)
+    prepare(config)
+    do_units(config)
+    read: list[str] = []
+    real = Store.read
+
+    def watched(store: Store, name: str, **limits: int) -> bytes:
+        read.append(name)
+        return real(store, name, **limits)
+
+    monkeypatch.setattr(Store, "read", watched)
+    first = capture(config)
+    assert sorted(name for name in read if name.startswith("commits/")) == [commit_name(unit) for unit in range(5)]
+    read.clear()
+    second = capture(config)
+    assert not any(name.startswith("commits/") for name in read)
+    assert second.model_copy(update={"wall_s": 0.0}) == first.model_copy(update={"wall_s": 0.0})
+    assert first.tokens_per_s > 0
+
+
+def test_a_plan_that_no_manifest_can_list_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.capture.MAX_SEALED_UNITS", 4)
+    with pytest.raises(TooManyUnits, match="rows_per_unit"):
+        capture(capture_config(tmp_path, pilot_targets=0))
 
 
 def test_capture_by_vllm_through_ray_is_whole(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from storage_schema.commits import Reject, commit_unit, committed_units
 from storage_schema.errors import ColdstillError, InvalidHeader, InvalidRow, InvalidTargets
 from storage_schema.header import HEADER_NAME, Codec, DatasetHeader, TeacherFacts
 from storage_schema.manifest import MANIFEST_NAME, Manifest, read_manifest, seal
-from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
+from storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from storage_schema.rows import CachedRow
 from storage_schema.store import Store
 from storage_schema.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, fingerprint
@@ -136,7 +136,7 @@ def import_rows(
     return seal(store)
 
 
-def _begin(store: Store, rows: RowSource, header: DatasetHeader, tokenizer: Path) -> list[Unit]:
+def _begin(store: Store, rows: RowSource, header: DatasetHeader, tokenizer: Path) -> Plan:
     """Header, tokenizer files and plan, made once and then held against every later start."""
     store.require_writable()
     if not store.create(HEADER_NAME, header.to_bytes()):

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qs
 
 _ERROR = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{code}</Message></Error>"
 
@@ -32,7 +33,8 @@ class Fault:
 
 
 class S3Server:
-    """`url` of the endpoint, and the faults that tests ask for."""
+    """`url` of the endpoint, `requests` so far (method, path), prefixes of the `lists` among them, and the faults that
+    tests ask for."""
 
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -47,6 +49,7 @@ class S3Server:
         self._one_at_a_time = threading.Lock()
         self._faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.lists: list[str] = []
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -59,6 +62,7 @@ class S3Server:
         """No faults, and no requests so far."""
         self._faults.clear()
         self.requests.clear()
+        self.lists.clear()
 
     def fail(self, method: str, ending: str, status: str, code: str, *, applied: bool = False, times: int = 1) -> None:
         """Answer with an error; `applied`: the request has its effect, and only its answer is lost."""
@@ -73,6 +77,9 @@ class S3Server:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         with self._one_at_a_time:
             self.requests.append((method, path))
+            query = parse_qs(environ["QUERY_STRING"])
+            if "list-type" in query:
+                self.lists.append("".join(query.get("prefix", [])))
             fault = next((f for f in self._faults if f.method == method and path.endswith(f.ending) and f.times), None)
             if fault:
                 fault.times -= 1

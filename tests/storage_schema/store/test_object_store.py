@@ -141,6 +141,17 @@ def shard_names(store: Store) -> list[str]:
     return [f"shards/{name}" for name in store.names("shards")]
 
 
+def test_what_another_process_wrote_after_a_listing_is_there(bucket: str) -> None:
+    store = Store(f"s3://{bucket}/dataset")
+    store.put("shards/first", b"1")
+    assert store.names("shards") == ["first"]
+    another = fsspec.filesystem("s3", skip_instance_cache=True)
+    another.pipe_file(f"{bucket}/dataset/shards/second", b"2")
+    assert store.read("shards/second") == b"2"
+    with pytest.raises(FileNotFoundError):
+        store.read("shards/third")
+
+
 def test_put_replaces_create_does_not_and_delete_forgives(url: str) -> None:
     store = Store(url)
     store.require_writable()

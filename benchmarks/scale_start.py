@@ -1,0 +1,50 @@
+"""One start of a driver, up to where it would give out units: a process of its own, so that its memory can be read.
+
+    python -m benchmarks.scale_start CONFIG.yaml
+
+It does what `coldstill capture` does: settings, source, header, plan, names of commit records. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    """Start, and print what it took."""
+    begun = time.monotonic()
+    from coldstill_config import load_config
+    from pipeline.capture import remaining
+    from pipeline.config import CaptureConfig
+    from pipeline.prepare import prepare
+    from pipeline.sources.chat import SequenceMaker
+
+    config = load_config(sys.argv[1], model=CaptureConfig, overrides=())
+    SequenceMaker.of(config)  # torch and transformers, whatever the number of units
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+    imported, base = time.monotonic(), _memory_mb("VmRSS")
+    prepared = prepare(config)
+    todo, rows_done = remaining(prepared)
+    figures = {
+        "units": len(prepared.units),
+        "todo": len(todo),
+        "rows_done": rows_done,
+        "import_s": round(imported - begun, 2),
+        "import_mb": base,
+        "seconds": round(time.monotonic() - imported, 2),
+        "mb": _memory_mb("VmHWM") - base,
+    }
+    print(json.dumps(figures))
+
+
+def _memory_mb(field: str) -> int:
+    """`VmRSS`: in memory now; `VmHWM`: at the peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Who drives: one driver at a time works on a dataset directory. A store in; the right to go on, or a named error, out.
+
+The lease saves money, it keeps nothing right: two drivers at once would do units twice, and the commit protocol keeps
+the first of each (`storage_schema/commits.py`). That is why a file that is created only if absent and read again is
+enough, on stores that can replace nothing conditionally: where two drivers take over from the same dead one, or a
+driver that slept wakes up, the next heartbeat of one of them finds the other's name, and it stops.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from storage_schema.documents import parse_document
+from storage_schema.errors import CommitDamaged, StorageFailed
+from storage_schema.store import Store
+
+from .errors import LeaseHeld, LeaseLost
+
+LEASE_NAME = "lease.json"
+_BEATS = 8
+"""Heartbeats within the time after which a silent driver counts as dead: some may be lost to a slow store."""
+
+
+class LeaseRecord(BaseModel):
+    """A driver and its last sign of life; times in seconds of the Unix clock."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token: str
+    host: str
+    machine: str
+    """Boot and process namespace: where `pid` means something."""
+    pid: int
+    process_start: int | None
+    """Clock ticks from boot to the process's start, which a later process with the same pid does not share."""
+    started: float
+    heartbeat: float
+    dead_after_s: float
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last heartbeat, by this machine's clock."""
+        return max(0.0, time.time() - self.heartbeat)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the process is known to be gone, or was silent for too long."""
+        is_known = self.machine == _machine() and self.process_start is not None
+        return self.age_s > self.dead_after_s or (is_known and _process_start(self.pid) != self.process_start)
+
+    @property
+    def name(self) -> str:
+        """The driver in words."""
+        started = datetime.fromtimestamp(self.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"the driver with pid {self.pid} on {self.host}, started {started}, last heard {self.age_s:.0f} s ago"
+
+
+def read_lease(store: Store) -> LeaseRecord | None:
+    """Whose the directory is; None: nobody's. Raises `CommitDamaged`, `StorageFailed`."""
+    try:
+        data = store.read(LEASE_NAME)
+    except FileNotFoundError:
+        return None
+    return parse_document(data, model=LeaseRecord, where=LEASE_NAME, error=CommitDamaged)
+
+
+class Lease:
+    """The right of this process to drive a dataset directory, while the `with` block lasts.
+
+    A thread keeps it; what the store refuses is tried again at the next heartbeat. A driver that lost its lease leaves
+    the block by `LeaseLost`: at once where the block runs in the main thread, elsewhere at its next `check`.
+    """
+
+    def __init__(self, store: Store, *, dead_after_s: float):
+        now = time.time()
+        self._store = store
+        self._mine = LeaseRecord(
+            token=secrets.token_hex(8),
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            process_start=_process_start(os.getpid()),
+            started=now,
+            heartbeat=now,
+            dead_after_s=dead_after_s,
+        )
+        self._winner: LeaseRecord | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._owner = threading.current_thread()
+
+    @property
+    def token(self) -> str:
+        """What tells this start from all others."""
+        return self._mine.token
+
+    def __enter__(self) -> Lease:
+        """Take the lease. Raises `LeaseHeld` where another driver is alive, `StorageFailed`."""
+        while not self._store.create(LEASE_NAME, self._record()):
+            found = read_lease(self._store)
+            if found is not None and found.token == self.token:
+                break  # the answer to our own creation was lost
+            if found is not None and not found.is_dead:
+                raise LeaseHeld(
+                    f"{self._store.url}: {LEASE_NAME}",
+                    found=found.name,
+                    wanted="no other driver on this dataset directory",
+                    fix=f"let it work (`coldstill status {self._store.url}` shows how far it is), or end it first; "
+                    f"a driver that is silent for {found.dead_after_s:g} s counts as dead and is replaced",
+                )
+            if found is not None:
+                self._store.delete(LEASE_NAME)
+        self._owner = threading.current_thread()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._winner is None:
+            with suppress(StorageFailed, CommitDamaged):
+                found = read_lease(self._store)
+                if found is not None and found.token == self.token:
+                    self._store.delete(LEASE_NAME)
+        elif kind is None or issubclass(kind, KeyboardInterrupt):
+            raise self._lost(self._winner) from None
+
+    def check(self) -> None:
+        """Raise `LeaseLost` where another driver took over."""
+        if self._winner is not None:
+            raise self._lost(self._winner)
+
+    def _keep(self) -> None:
+        while not self._over.wait(self._mine.dead_after_s / _BEATS):
+            with suppress(StorageFailed, CommitDamaged):
+                self._refresh()
+            if self._winner is not None:
+                if self._owner == threading.main_thread() and not self._over.is_set():
+                    signal.pthread_kill(self._owner.ident or 0, signal.SIGINT)  # whatever it waits for, it stops
+                return
+
+    def _refresh(self) -> None:
+        found = read_lease(self._store)
+        if found is None:
+            self._store.create(LEASE_NAME, self._record())  # somebody may be about to take over: the first one wins
+        elif found.token == self.token:
+            self._store.put(LEASE_NAME, self._record())
+        else:
+            self._winner = found
+
+    def _record(self) -> bytes:
+        return self._mine.model_copy(update={"heartbeat": time.time()}).model_dump_json(indent=2).encode()
+
+    def _lost(self, winner: LeaseRecord) -> LeaseLost:
+        return LeaseLost(
+            f"{self._store.url}: {LEASE_NAME}",
+            found=winner.name,
+            wanted="this driver's own name",
+            fix="let that one go on; what this one committed stays good",
+        )
+
+
+def _machine() -> str:
+    """Where process ids mean the same: one boot of one kernel, one process namespace."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def _process_start(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a living process; None where there is none, or no /proc to ask."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])  # a zombie only waits for its parent to look

@@ -1,0 +1,104 @@
+"""What `progress/` holds: a record of each start of a driver, and how records are read.
+
+A later start adds what it finds to its own record (`earlier`), names it there (`folded`) and removes it: so there are
+one or two files however often a capture is started, sums go over all starts, and a kill between adding and removing
+counts nothing twice.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage_schema.documents import parse_document
+from storage_schema.errors import CommitDamaged
+from storage_schema.store import Store
+
+PROGRESS_FOLDER = "progress"
+MOST_LISTED = 1000
+"""Of failed and of running units: the record stays small; their numbers are whole."""
+
+State = Literal["running", "sealed", "incomplete", "interrupted", "stopped"]
+
+
+class Totals(BaseModel):
+    """What was done, and what it took."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    starts: int = 0
+    units: int = 0
+    rows: int = Field(default=0, description="Of the source, rejected ones included.")
+    tokens: int = 0
+    targets: int = 0
+    bytes: int = Field(default=0, description="Of the shards.")
+    worker_seconds: float = Field(default=0, description="Of all workers that were ready, busy or idle.")
+    gpu_seconds: float = Field(default=0, description="The same times the GPUs of a worker.")
+    cost: float | None = Field(default=None, description="Of the starts that named a price.")
+
+    def __add__(self, other: Totals) -> Totals:
+        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in Totals.model_fields if name != "cost"}
+        return Totals(**sums, cost=sum(costs) if costs else None)
+
+
+class Failure(BaseModel):
+    """A unit that could not be done, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    unit: int
+    reason: str
+
+
+class ProgressRecord(BaseModel):
+    """One start of a driver; times in seconds of the Unix clock."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token: str
+    state: State
+    error: str | None = Field(default=None, description="What it was stopped by.")
+    started: float
+    written: float
+    own: Totals
+    earlier: Totals
+    folded: tuple[str, ...] = Field(description="Starts that `earlier` holds.")
+    workers: int = Field(description="Ready when this was written.")
+    running: dict[int, str] = Field(description="Unit to worker.")
+    failed: tuple[Failure, ...]
+    failed_units: int
+    tokens_per_s: float | None = Field(description="Of all workers, in the last ten minutes; none before a unit ended.")
+    rows_per_s: float | None
+    score_seconds: float | None = Field(description="In which teachers scored, over all units; known once sealed.")
+
+    @property
+    def totals(self) -> Totals:
+        """Over all starts."""
+        return self.own + self.earlier
+
+
+def read_progress(store: Store) -> ProgressRecord | None:
+    """The record of the newest start. Raises `CommitDamaged`, `StorageFailed`."""
+    records = read_records(store)
+    folded = {token for record in records for token in record.folded}
+    return max(
+        (record for record in records if record.token not in folded), key=lambda record: record.started, default=None
+    )
+
+
+def read_records(store: Store) -> list[ProgressRecord]:
+    """Records of all starts that are still there. Raises as `read_progress`."""
+    records = []
+    for name in store.names(PROGRESS_FOLDER):
+        path = f"{PROGRESS_FOLDER}/{name}"
+        with suppress(FileNotFoundError):  # a later start may just be removing it
+            records.append(parse_document(store.read(path), model=ProgressRecord, where=path, error=CommitDamaged))
+    return records
+
+
+def record_name(token: str) -> str:
+    """Name of a start's record."""
+    return f"{PROGRESS_FOLDER}/{token}.json"

@@ -1,0 +1,78 @@
+"""How fast a worker is: sequences in, tokens per second and bytes per target out. Nothing is kept.
+
+The first sequences of the source are scored in slices of growing size, until the time is up; the largest slice tells.
+So the engine's warm-up does not count, and a slow machine is not asked for more than it can do in the time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from storage_schema.header import DatasetHeader
+from storage_schema.rows import CachedRow
+from storage_schema.shard import write_shard
+
+from .config import CaptureConfig
+from .sequences import ScoredSequence, TokenSequence
+from .teachers.protocol import Teacher
+
+_FIRST_SLICE = 8
+_GROWTH = 2
+
+
+class SpeedReport(NamedTuple):
+    """What one slice took: `sequences` that were asked about, `tokens` and `targets` of what came back, the `seconds`
+    of the teacher, and the `bytes` of a shard of it."""
+
+    sequences: int
+    tokens: int
+    targets: int
+    seconds: float
+    bytes: int
+
+
+def measure_speed(
+    config: CaptureConfig,
+    teacher: Teacher,
+    header: DatasetHeader,
+    sequences: Sequence[TokenSequence],
+    *,
+    seconds: float,
+) -> SpeedReport:
+    """The report of the largest slice. Raises the named errors of teachers."""
+    reports: list[SpeedReport] = []
+    start, size, begun = 0, _FIRST_SLICE, time.monotonic()
+    while start < len(sequences) and (not reports or time.monotonic() - begun < seconds):
+        reports.append(_measure(config, teacher, header, sequences[start : start + size]))
+        start, size = start + size, size * _GROWTH
+    return max(reports, key=lambda report: report.tokens)
+
+
+def _measure(
+    config: CaptureConfig, teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence]
+) -> SpeedReport:
+    started = time.monotonic()
+    if config.mode == "generate":
+        scored = teacher.generate(sequences)
+    else:
+        scored = [ScoredSequence(*pair) for pair in zip(sequences, teacher.score(sequences), strict=True)]
+    seconds = time.monotonic() - started
+    rows = [
+        CachedRow(
+            sample_id=sequence.sample_id,
+            token_ids=sequence.token_ids,
+            target_spans=sequence.target_spans,
+            targets=targets,
+            metadata=sequence.metadata,
+        )
+        for sequence, targets in scored
+    ]
+    return SpeedReport(
+        sequences=len(sequences),
+        tokens=sum(row.token_ids.size for row in rows),
+        targets=sum(row.targets.positions for row in rows),
+        seconds=seconds,
+        bytes=len(write_shard(rows, header=header)),
+    )

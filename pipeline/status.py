@@ -1,0 +1,144 @@
+"""How far a capture is: a dataset directory in, `Status` out. Needs the directory alone, wherever it lies.
+
+Units that are done are counted by the names of their commit records, none of which is opened; whether a driver lives
+is said by its lease, the rest by its progress record; of a sealed dataset the manifest says it all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage_schema.commits import committed_units
+from storage_schema.errors import DatasetNotFound
+from storage_schema.header import HEADER_NAME
+from storage_schema.manifest import MANIFEST_NAME, read_manifest
+from storage_schema.plan import PLAN_NAME, plan_from_bytes
+from storage_schema.store import Store
+
+from .lease import LeaseRecord, read_lease
+from .progress_record import Failure, ProgressRecord, Totals, read_progress
+
+State = Literal["starting", "running", "dead", "interrupted", "stopped", "incomplete", "idle", "sealed"]
+MEANING: dict[State, str] = {
+    "starting": "a driver prepares: source, plan, first engine",
+    "running": "a driver is at work",
+    "dead": "its driver died: start the same capture again, it does what is missing",
+    "interrupted": "it was interrupted: start the same capture again, it does what is missing",
+    "stopped": "it was stopped by an error: mend it and start the same capture again",
+    "incomplete": "some units could not be done: see why, and start the same capture again",
+    "idle": "no driver is at work: start the same capture again, it does what is missing",
+    "sealed": "all units are done, and the dataset is sealed",
+}
+
+
+class Status(BaseModel):
+    """A capture at one moment; what is not known is null."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    root: str
+    state: State
+    error: str | None = Field(default=None, description="What the last driver was stopped by.")
+    dataset_id: str | None = None
+    driver: str | None = Field(default=None, description="Who holds the directory, and when it was last heard.")
+    heartbeat_age_s: float | None = None
+    units_planned: int | None = None
+    units_done: int
+    units_running: int
+    units_failed: int
+    rows_planned: int | None = None
+    rows_done: int | None = Field(default=None, description="Of the source, rejected ones included.")
+    totals: Totals = Field(description="Over all starts; after a kill, without its last seconds until it is sealed.")
+    workers: int = Field(description="Ready now.")
+    tokens_per_s: float | None = Field(default=None, description="Of all workers, in the last ten minutes.")
+    time_left_s: float | None = None
+    running: dict[int, str] = Field(default_factory=dict, description="Unit to worker.")
+    failed: tuple[Failure, ...] = ()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody is at work, so that nothing will change."""
+        return self.state not in ("starting", "running")
+
+
+def read_status(root: str) -> Status:
+    """The state of the capture at `root`. Raises `DatasetNotFound`, `CommitDamaged`, `StorageFailed`."""
+    store = Store(root)
+    record = read_progress(store)
+    if store.exists(MANIFEST_NAME):
+        return _sealed(store, record)
+    lease = read_lease(store)
+    if lease is None and not store.exists(HEADER_NAME):
+        raise DatasetNotFound(
+            store.url,
+            found="neither a dataset nor a capture that begins one",
+            wanted="the directory that `coldstill capture` calls `output`",
+            fix="check the path; a capture that has just been started needs a moment",
+        )
+    return _unsealed(store, record, lease)
+
+
+def _sealed(store: Store, record: ProgressRecord | None) -> Status:
+    manifest, dataset_id = read_manifest(store)
+    rows = manifest.rows + manifest.rejected
+    counted = {
+        "units": len(manifest.shards),
+        "rows": rows,
+        "tokens": manifest.tokens,
+        "targets": manifest.targets,
+        "bytes": sum(shard.file.bytes for shard in manifest.shards),
+    }
+    return Status(
+        root=store.url,
+        state="sealed",
+        dataset_id=dataset_id,
+        units_planned=len(manifest.shards),
+        units_done=len(manifest.shards),
+        units_running=0,
+        units_failed=0,
+        rows_planned=rows,
+        rows_done=rows,
+        totals=(record.totals if record else Totals()).model_copy(update=counted),
+        workers=0,
+    )
+
+
+def _unsealed(store: Store, record: ProgressRecord | None, lease: LeaseRecord | None) -> Status:
+    plan = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME) if store.exists(PLAN_NAME) else None
+    done = committed_units(store)
+    rows_planned, rows_done = (plan.total_rows, plan.rows_of(done)) if plan is not None else (None, None)
+    is_alive = lease is not None and not lease.is_dead
+    # Until its own record is there, a new driver has nothing to do with what the last one wrote.
+    is_current = record is not None and (lease is None or record.token == lease.token)
+    state: State
+    if lease is not None:
+        state = ("running" if is_current else "starting") if is_alive else "dead"
+    elif record is None or record.state in ("running", "sealed"):
+        state = "idle"
+    else:
+        state = record.state
+    now = record if is_current and is_alive else None
+    rate = now.rows_per_s if now else None
+    return Status(
+        root=store.url,
+        state=state,
+        error=record.error if record and state == "stopped" else None,
+        driver=lease.name if lease else None,
+        heartbeat_age_s=lease.age_s if lease else None,
+        units_planned=len(plan) if plan is not None else None,
+        units_done=len(done),
+        units_running=len(now.running) if now else 0,
+        units_failed=record.failed_units if record and is_current else 0,
+        rows_planned=rows_planned,
+        rows_done=rows_done,
+        totals=record.totals if record else Totals(),
+        workers=now.workers if now else 0,
+        tokens_per_s=now.tokens_per_s if now else None,
+        time_left_s=(rows_planned - rows_done) / rate
+        if rows_planned is not None and rows_done is not None and rate
+        else None,
+        running=now.running if now else {},
+        failed=record.failed if record and is_current else (),
+    )

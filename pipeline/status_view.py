@@ -1,0 +1,121 @@
+"""A `Status` on the terminal: a table that a person reads, once or again and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from storage_schema.tools.visible import NEWLINE, visible
+
+from .status import MEANING, Status
+
+MOST_SHOWN = 10
+"""Of failed and of running units; `--json` lists them all."""
+
+
+def show_status(status: Status, *, console: Console) -> None:
+    """Print it once."""
+    console.print(_view(status))
+
+
+def watch_status(read: Callable[[], Status], *, every_s: float, console: Console) -> Status:
+    """Show it again and again until nobody is at work any more; the last one."""
+    status = read()
+    with Live(_view(status), console=console, auto_refresh=False) as live:
+        while not status.is_over:
+            time.sleep(every_s)
+            status = read()
+            live.update(_view(status), refresh=True)
+    return status
+
+
+def duration(seconds: float | None) -> str:
+    """In words: two places of days, hours, minutes and seconds."""
+    if seconds is None:
+        return "not known yet"
+    left = max(0, round(seconds))
+    parts: list[str] = []
+    for size, name in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
+        count, left = divmod(left, size)
+        if count or parts or size == 1:
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])
+
+
+def _view(status: Status) -> RenderableType:
+    table = Table(title=_plain(status.root), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _lines(status):
+        table.add_row(name, _plain(value))
+    lists = [_failed(status)] * bool(status.failed) + [_running(status)] * bool(status.running)
+    return Group(table, *lists)
+
+
+def _lines(status: Status) -> list[tuple[str, str]]:
+    totals = status.totals
+    lines = [("state", f"{status.state}: {MEANING[status.state]}")]
+    if status.error:
+        lines.append(("stopped by", status.error))
+    if status.driver:
+        lines.append(("driver", status.driver.removeprefix("the driver with ")))
+    lines += [
+        ("units", f"{status.units_done:,} of {_count(status.units_planned)} done"),
+        ("", f"{status.units_running:,} running, {status.units_failed:,} failed"),
+        ("rows", f"{_count(status.rows_done)} of {_count(status.rows_planned)}{_share(status)}"),
+        ("tokens", f"{totals.tokens:,}, of which {totals.targets:,} targets"),
+        ("shards", f"{totals.bytes:,} bytes"),
+    ]
+    if not status.is_over:
+        lines += [
+            ("workers", f"{status.workers:,} ready"),
+            ("speed", f"{status.tokens_per_s:,.0f} tokens/s" if status.tokens_per_s else duration(None)),
+            ("time left", duration(status.time_left_s)),
+        ]
+    if totals.starts:
+        worker_hours, gpu_hours = totals.worker_seconds / 3600, totals.gpu_seconds / 3600
+        price = "" if totals.cost is None else f", cost {totals.cost:,.2f}"
+        lines.append(("so far", f"{totals.starts:,} starts, {worker_hours:,.2f} worker-hours"))
+        lines.append(("", f"{gpu_hours:,.2f} GPU-hours{price}"))
+    if status.dataset_id:
+        lines.append(("dataset id", status.dataset_id))
+    return lines
+
+
+def _plain(text: str, *, newline: str = NEWLINE) -> Text:
+    """What comes from the directory steers no terminal: neither by escapes nor by marks of style."""
+    return Text(visible(text, newline=newline))
+
+
+def _share(status: Status) -> str:
+    return f" ({status.rows_done / status.rows_planned:.1%})" if status.rows_done and status.rows_planned else ""
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _failed(status: Status) -> Table:
+    table = Table("unit", "why it failed", title="failed units", title_justify="left")
+    for failure in status.failed[:MOST_SHOWN]:
+        table.add_row(str(failure.unit), _plain(failure.reason, newline="\n"))
+    if status.units_failed > MOST_SHOWN:
+        table.add_row("...", f"{status.units_failed - MOST_SHOWN:,} more")
+    return table
+
+
+def _running(status: Status) -> Table:
+    table = Table("worker", "units", title="running", title_justify="left")
+    workers: dict[str, list[int]] = {}
+    for unit, worker in sorted(status.running.items()):
+        workers.setdefault(worker, []).append(unit)
+    for worker, units in sorted(workers.items())[:MOST_SHOWN]:
+        table.add_row(_plain(worker), ", ".join(map(str, units)))
+    if len(workers) > MOST_SHOWN:
+        table.add_row("...", f"{len(workers) - MOST_SHOWN:,} more")
+    return table
