@@ -28,7 +28,7 @@ from storage_schema.tools.verify import verify
 from tests.pipeline.capturing import capture_config, contents, do_units, write_config
 from tests.pipeline.cluster.faulty import Faults
 
-VLLM = {"engine": "vllm", "draws": 0, "engine_args": {"enforce_eager": True}}
+VLLM = {"engine": "vllm", "draws": 8, "engine_args": {"enforce_eager": True}}
 
 
 def _start(config_path: Path, *words: str) -> subprocess.Popen[str]:
@@ -153,7 +153,7 @@ def test_a_plan_that_no_manifest_can_list_is_refused_before_any_work(
 def test_capture_by_vllm_through_ray_is_whole(tmp_path: Path) -> None:
     summary = capture(capture_config(tmp_path, teacher=VLLM))
     assert (summary.units, summary.rows, summary.rejected) == (5, 40, 1)
-    assert open_dataset(tmp_path / "dataset").header.tail == "derived"
+    assert open_dataset(tmp_path / "dataset").header.tail == "exact"
     assert verify(tmp_path / "dataset", deep=True, progress=False) == []
     again = capture(capture_config(tmp_path, teacher=VLLM))
     assert again.dataset_id == summary.dataset_id
@@ -226,7 +226,7 @@ def test_a_workers_named_error_reaches_the_user_with_exit_code_1(tmp_path: Path)
     [
         (["teacher.topk=4"], "did you mean teacher.top_k?"),
         (["source.path=absent.jsonl"], "SourceNotFound"),
-        (["teacher.engine=vllm"], "engine transformers can"),
+        (["teacher.engine=vllm", "teacher.tap=public"], "tap worker and engine transformers can"),
         (["nonsense"], "key=value"),
     ],
 )

@@ -1,0 +1,126 @@
+"""`python -m tests.chaos --kills 200 --vllm 20 --seed 0`: the kill campaigns, what became of them as a table and one
+JSON line; exit code 1 where anything was lost, doubled or half written. Killed itself, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from .campaigns import FORKED, RAY, VLLM, Campaign, Tally, run, shares
+
+STATE_NAME = "state.json"
+
+
+class State(BaseModel):
+    """What was asked for, and the tallies of the campaigns by name."""
+
+    kills: int
+    vllm: int
+    seed: int
+    tallies: dict[str, Tally] = {}
+    is_done: bool = False
+
+    @property
+    def wanted(self) -> list[tuple[Campaign, int]]:
+        """Campaigns and their kills."""
+        others = (*FORKED, RAY)
+        return [*zip(others, shares(others, self.kills - self.vllm), strict=True), (VLLM, self.vllm)]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the campaigns, or go on with them, and print what came of them."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="how many kills in all")
+    parser.add_argument("--vllm", type=int, default=20, help="how many of them with real vLLM")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all moments")
+    parser.add_argument("--output", type=Path, default=Path("chaos_output"), help="where captures and state lie")
+    chosen = parser.parse_args(arguments)
+    if not 0 <= chosen.vllm <= chosen.kills:
+        parser.error("--vllm is a part of --kills")
+    state = _state(chosen.output, kills=chosen.kills, vllm=chosen.vllm, seed=chosen.seed)
+    with tqdm(total=state.kills, desc="chaos", unit=" kills", mininterval=2) as bar:
+        for number, (campaign, kills) in enumerate(state.wanted):
+            tally = state.tallies.setdefault(campaign.name, Tally())
+            bar.set_postfix_str(campaign.name)
+            bar.update(tally.kills)
+            folder = chosen.output / f"{number}"
+            for _ in run(campaign, folder, kills=kills, seed=state.seed, tally=tally):
+                _save(chosen.output, state)
+                bar.update(sum(each.kills for each in state.tallies.values()) - bar.n)
+    state.is_done = True
+    _save(chosen.output, state)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(_table(state))
+    for name, tally in state.tallies.items():
+        for what in tally.wrong:
+            console.print(f"{name}: {what}", style="bold red", markup=False, highlight=False)
+    print(json.dumps(_summary(state)))
+    return 0 if all(tally.is_lawful for tally in state.tallies.values()) else 1
+
+
+def _state(output: Path, *, kills: int, vllm: int, seed: int) -> State:
+    """That of a campaign that was killed, where it was asked for the same; otherwise a new one in an empty folder."""
+    path = output / STATE_NAME
+    asked = State(kills=kills, vllm=vllm, seed=seed)
+    if path.exists():
+        found = State.model_validate_json(path.read_bytes())
+        if not found.is_done and (found.kills, found.vllm, found.seed) == (kills, vllm, seed):
+            return found
+        shutil.rmtree(output)
+    elif output.exists() and any(output.iterdir()):
+        raise SystemExit(f"{output}: not empty, and no {STATE_NAME} of a campaign in it")
+    output.mkdir(parents=True, exist_ok=True)
+    _save(output, asked)
+    return asked
+
+
+def _save(output: Path, state: State) -> None:
+    part = output / f"{STATE_NAME}.part"
+    part.write_text(state.model_dump_json(indent=1))
+    os.replace(part, output / STATE_NAME)
+
+
+def _table(state: State) -> Table:
+    table = Table(title=f"Captures that were killed, seed {state.seed}")
+    table.add_column("campaign")
+    for column in ("kills", "starts", "captures", "rows lost", "rows doubled", "else wrong", "minutes"):
+        table.add_column(column, justify="right")
+    for name, tally in [*state.tallies.items(), ("all", _sum(state))]:
+        figures = (tally.kills, tally.starts, tally.rounds, tally.lost, tally.doubled, len(tally.wrong))
+        table.add_row(name, *map(str, figures), f"{tally.seconds / 60:.1f}", end_section=name != "all")
+    return table
+
+
+def _sum(state: State) -> Tally:
+    total = Tally()
+    for tally in state.tallies.values():
+        for field in ("kills", "starts", "rounds", "lost", "doubled", "wrong", "seconds"):
+            setattr(total, field, getattr(total, field) + getattr(tally, field))
+    return total
+
+
+def _summary(state: State) -> dict[str, int | float]:
+    total = _sum(state)
+    return {
+        "kills": total.kills,
+        "kills_vllm": state.tallies[VLLM.name].kills,
+        "captures": total.rounds,
+        "lost": total.lost,
+        "doubled": total.doubled,
+        "wrong": len(total.wrong),
+        "seconds": round(total.seconds, 1),
+        "seed": state.seed,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

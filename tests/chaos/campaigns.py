@@ -1,0 +1,141 @@
+"""The campaigns: which capture is killed, how, and how often. A folder in; its tally, after each start, out.
+
+A campaign goes in rounds: a capture is started, killed and started again until it is whole, and is then held against
+an unbroken one. What a round is at lies in its dataset directory, so that a campaign goes on after its own death.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from pipeline.config import CaptureConfig
+from storage_schema.manifest import MANIFEST_NAME
+from storage_schema.store import Store
+from tests.pipeline.capturing import capture_config
+
+from . import clustered, forked, laws
+from .bucket import bucket
+
+Way = Literal["forked", "ray", "vllm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Campaign:
+    """One kind of capture and of deaths. `share`: of the kills, beside the shares of others; `changes`: to the settings
+    of `tests.pipeline.capturing`."""
+
+    name: str
+    way: Way = "forked"
+    share: int = 1
+    rows: int = 160
+    rows_per_unit: int = 4
+    on_s3: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+_ON_RAY: dict[str, Any] = {"rows": 200, "rows_per_unit": 5}
+
+FORKED = (
+    Campaign(name="workers", share=8),
+    Campaign(name="workers, order fast", share=4, changes={"order": "fast", "fidelity": "exact"}),
+    Campaign(name="workers, mode generate", share=3, changes={"mode": "generate", "sampling": {"n": 2}}),
+    Campaign(name="workers, S3", share=2, rows=60, on_s3=True),
+)
+RAY = Campaign(name="Ray", way="ray", share=3, **_ON_RAY)
+VLLM = Campaign(
+    name="Ray, vLLM",
+    way="vllm",
+    **_ON_RAY,
+    changes={"teacher": {"engine": "vllm", "draws": 8, "engine_args": {"enforce_eager": True}}},
+)
+
+
+class Tally(BaseModel):
+    """What became of a campaign so far. `wrong`: what broke a law, in words."""
+
+    kills: int = 0
+    starts: int = 0
+    rounds: int = 0
+    lost: int = 0
+    doubled: int = 0
+    wrong: list[str] = []
+    is_open: bool = False
+    """Whether a round has begun that is not at its end."""
+    seconds: float = 0.0
+
+    @property
+    def is_lawful(self) -> bool:
+        """Whether nothing was lost, doubled or otherwise wrong."""
+        return not (self.lost or self.doubled or self.wrong)
+
+
+def shares(campaigns: Sequence[Campaign], kills: int) -> list[int]:
+    """So many kills of each campaign, by their shares; their sum is `kills`."""
+    total = sum(campaign.share for campaign in campaigns)
+    ends = [round(kills * sum(c.share for c in campaigns[:n]) / total) for n in range(len(campaigns) + 1)]
+    return [stop - start for start, stop in itertools.pairwise(ends)]
+
+
+def run(campaign: Campaign, folder: Path, *, kills: int, seed: int, tally: Tally) -> Iterator[Tally]:
+    """Go on with a campaign until `kills` have fallen and the last round is whole; the tally after each start."""
+    if not Store(folder / "unbroken").exists(MANIFEST_NAME):  # what a death left here is no measure of anything
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        start, root = partial(forked.start), str(folder)
+        if campaign.on_s3:
+            root, environment = stack.enter_context(bucket())
+            start = partial(forked.start, environment=environment)
+        elif campaign.way != "forked":
+            start = partial(clustered.start, teacher="fake" if campaign.way == "ray" else "real")
+        unbroken = _config(campaign, folder, output=str(folder / "unbroken"))
+        if tally.kills < kills or tally.is_open:
+            _require_unbroken(campaign, unbroken)
+        while tally.kills < kills or tally.is_open:
+            began = time.monotonic()
+            config = _config(campaign, folder, output=f"{root}/round-{tally.rounds}")
+            rng = random.Random(f"{seed} {campaign.name} {tally.starts}")
+            outcome = start(config, rng, at_most=kills - tally.kills)
+            tally.starts += 1
+            tally.kills += outcome.killed
+            tally.is_open = not outcome.finished
+            tally.wrong += [*outcome.wrong, *laws.half_written(Store(config.output))]
+            if outcome.finished:
+                compared = laws.compare(config.output, unbroken.output)
+                tally.lost += compared.lost
+                tally.doubled += compared.doubled
+                tally.wrong += compared.wrong
+                tally.rounds += 1
+                if tally.is_lawful:
+                    shutil.rmtree(config.output, ignore_errors=True)
+            tally.seconds += time.monotonic() - began
+            yield tally
+            if outcome.wrong:
+                return  # it might go on like this for ever
+
+
+def _require_unbroken(campaign: Campaign, config: CaptureConfig) -> None:
+    if Store(config.output).exists(MANIFEST_NAME):
+        return
+    if campaign.way != "vllm":
+        forked.run_unbroken(config)
+    elif wrong := clustered.start(config, random.Random(0), at_most=0, teacher="real").wrong:
+        raise RuntimeError(f"an unbroken capture failed: {wrong}")
+
+
+def _config(campaign: Campaign, folder: Path, *, output: str) -> CaptureConfig:
+    cluster = {"store_patience_s": 5 if campaign.way == "forked" else 60}
+    changes = {"rows_per_unit": campaign.rows_per_unit, "cluster": cluster, **campaign.changes}
+    config = capture_config(folder, rows=campaign.rows, **changes)
+    return config.model_copy(update={"output": output})

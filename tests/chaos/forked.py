@@ -1,0 +1,165 @@
+"""Captures without Ray, by one to three processes that share a dataset directory, and are killed at seeded moments.
+
+The first process does what the driver does besides: it prepares and it seals. All do units, in orders of their own and
+in two threads, so that two processes are at times at work on one unit: what a dead driver's last workers do. Processes
+are forked from one that has imported everything: a start costs a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from pipeline.config import CaptureConfig
+from pipeline.pilot import rank_ids
+from pipeline.prepare import prepare
+from pipeline.teachers.protocol import Teacher
+from pipeline.worker import CaptureWorker, load_for
+from storage_schema.header import HEADER_NAME, DatasetHeader
+from storage_schema.manifest import MANIFEST_NAME, seal
+from storage_schema.plan import PLAN_NAME, plan_from_bytes
+from storage_schema.store import Store
+
+from .moments import Moment, Phase, die_with_parent, random_moment
+from .teacher import LoadFakeTeacher
+
+PRELOADED = [
+    "tests.chaos.forked",
+    # Imported by what is imported above, but only when it is first used.
+    "fsspec.implementations.local",
+    "pandas",
+    "pyarrow.compute",
+    "s3fs",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",
+]
+MOST_WORKERS = 3
+_THREADS = 2
+"""Units at a time, as in the Ray actor."""
+_CALL_S = 0.008
+_PHASES: tuple[Phase, ...] = ("start", "units", "seal")
+_WEIGHTS = (2, 7, 1)
+_SPARED = 0.05
+"""Share of processes that live to the end, if they are not the last."""
+_KILLED = -9
+_NEVER_ENDS_S = 300.0
+
+
+class Start(NamedTuple):
+    """What came of one start: processes `killed`, whether the capture `finished`, and what went `wrong`."""
+
+    killed: int
+    finished: bool
+    wrong: list[str]
+
+
+def start(
+    config: CaptureConfig, rng: random.Random, *, at_most: int, environment: Mapping[str, str] | None = None
+) -> Start:
+    """Start a capture, or go on with one, and kill up to `at_most` of its processes.
+
+    `environment`: variables that the processes need, which are forked from one that was started before.
+    """
+    store = Store(config.output)
+    is_begun = store.exists(PLAN_NAME) and not store.exists(MANIFEST_NAME)
+    moments: list[Moment | None] = []
+    for number in range(rng.randint(1, MOST_WORKERS) if is_begun else 1):
+        phase = "units" if number else rng.choices(_PHASES, _WEIGHTS)[0]
+        moment = random_moment(rng, phase, has_steps=store.is_local)
+        is_spared = number >= at_most or rng.random() < _SPARED
+        moments.append(None if is_spared else moment)
+    exits = _run(config, moments, seed=rng.randrange(1 << 30), environment=environment or {})
+    wrong = [f"a process ended with code {code}" for code in exits if code not in (0, _KILLED)]
+    return Start(exits.count(_KILLED), finished=exits[0] == 0, wrong=wrong)
+
+
+def run_unbroken(config: CaptureConfig) -> None:
+    """The same capture by one process that nobody kills."""
+    (code,) = _run(config, [None], seed=0, environment={})
+    if code:
+        raise RuntimeError(f"an unbroken capture ended with code {code}")
+
+
+def _run(
+    config: CaptureConfig, moments: Sequence[Moment | None], *, seed: int, environment: Mapping[str, str]
+) -> list[int]:
+    """Exit codes of the processes, the driver's first."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(PRELOADED)
+    started = []
+    for number, moment in enumerate(moments):
+        here, there = forks.Pipe(duplex=False)
+        process = forks.Process(
+            target=_live,
+            args=(config, moment, there),
+            kwargs={"seed": seed + number, "is_driver": number == 0, "environment": environment},
+        )
+        process.start()
+        there.close()
+        killer = threading.Thread(target=_kill, args=(process, here, moment))
+        killer.start()
+        started.append((process, killer))
+    exits = []
+    for process, killer in started:
+        process.join(_NEVER_ENDS_S)
+        if process.is_alive():
+            raise RuntimeError(f"a process did not end within {_NEVER_ENDS_S:.0f} s")
+        killer.join()
+        exits.append(process.exitcode or 0)
+    return exits
+
+
+def _kill(process: multiprocessing.process.BaseProcess, begun: Connection, moment: Moment | None) -> None:
+    with begun, suppress(EOFError):  # the end of a process that died before its moment
+        begun.recv()
+        if moment and moment.seconds is not None:
+            time.sleep(moment.seconds)
+            process.kill()
+
+
+def _live(
+    config: CaptureConfig,
+    moment: Moment | None,
+    parent: Connection,
+    *,
+    seed: int,
+    is_driver: bool,
+    environment: Mapping[str, str],
+) -> None:
+    """What a process does, from its first to its last line if it is let."""
+    die_with_parent()
+    os.environ.update(environment)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which nobody removes after a kill
+
+    def begin(phase: Phase) -> None:
+        if moment and moment.phase == phase:
+            moment.arm(config.output, tell=lambda: parent.send(phase))
+
+    def fake(header: DatasetHeader) -> Teacher:
+        return load_for(config, header, LoadFakeTeacher(_CALL_S))
+
+    begin("start")
+    if is_driver:
+        prepare(config, rank_ids=lambda header, unit: rank_ids(config, fake(header), header, unit))
+    store = Store(config.output)
+    if not store.exists(MANIFEST_NAME):
+        header = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
+        worker = CaptureWorker(config, fake(header))
+        begin("units")
+        units = [unit.index for unit in plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)]
+        random.Random(seed).shuffle(units)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(worker.run, units))
+    if is_driver:
+        begin("seal")
+        seal(store)

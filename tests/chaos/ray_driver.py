@@ -1,0 +1,31 @@
+"""A whole capture on real Ray, in a process of its own: `python -m tests.chaos.ray_driver CONFIG fake|real`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from pipeline import cluster
+from pipeline.capture import capture
+from pipeline.config import CaptureConfig
+
+from .moments import die_with_parent
+from .teacher import LoadFakeTeacher
+
+_CALL_S = 0.1
+
+
+def main(config_path: str, teacher: str) -> None:
+    """Capture as the command does, with the engine that the settings name or the fake in its place."""
+    die_with_parent()
+    config = CaptureConfig.model_validate(yaml.safe_load(Path(config_path).read_text(encoding="utf-8")))
+    if teacher == "fake":
+        cluster.Workforce = partial(cluster.Workforce, load=LoadFakeTeacher(_CALL_S))  # type: ignore[assignment, misc]
+    capture(config)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

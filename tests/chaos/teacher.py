@@ -1,0 +1,86 @@
+"""A teacher for captures that are killed: fast, the same in every process, and answering what `protocol.Teacher` asks.
+
+Its values depend on the sample alone. With `order: fast` each process adds a little noise of its own, as an engine
+does whose batches differ: then a unit that is done twice has two shards of different bytes, and one must win.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import SamplingConfig, TeacherConfig
+from pipeline.sequences import ScoredSequence, TokenSequence
+from pipeline.teachers.answers import answer_name, answer_sequence
+from storage_schema.header import DatasetHeader
+from storage_schema.rows import TeacherTargets, span_positions
+from tests import making
+
+NOISE = 1e-3
+"""Nats, of `order: fast`."""
+_LONGEST_ANSWER = 8
+
+
+@dataclass(frozen=True)
+class LoadFakeTeacher:
+    """Loads the fake in place of an engine; `seconds` is what a call takes."""
+
+    seconds: float = 0.0
+
+    def __call__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None) -> FakeTeacher:
+        return FakeTeacher(header, sampling=sampling, seconds=self.seconds)
+
+
+class FakeTeacher:
+    """See `pipeline.teachers.protocol.Teacher`."""
+
+    processes: tuple[int, ...] = ()
+
+    def __init__(self, header: DatasetHeader, *, sampling: SamplingConfig | None, seconds: float):
+        self._header, self._sampling, self._seconds = header, sampling, seconds
+        self._noise = np.random.default_rng() if header.order == "fast" else None
+        self.environment: dict[str, Any] = {"engine": "fake"}
+        self.progress = 0
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+        """Targets of each."""
+        time.sleep(self._seconds)
+        return [self._targets(sequence) for sequence in sequences]
+
+    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        """Answers of different lengths to each prompt."""
+        assert self._sampling is not None
+        time.sleep(self._seconds)
+        made = []
+        for prompt in prompts:
+            for number in range(self._sampling.n):
+                rng = _rng_of(answer_name(prompt.sample_id, number, answers=self._sampling.n))
+                tokens = rng.integers(0, self._header.token_count, int(rng.integers(1, _LONGEST_ANSWER + 1)))
+                answer = answer_sequence(
+                    prompt, tokens.tolist(), number=number, answers=self._sampling.n, finish_reason="stop"
+                )
+                made.append(ScoredSequence(answer, self._targets(answer)))
+        return made
+
+    def _targets(self, sequence: TokenSequence) -> TeacherTargets:
+        self.progress += 1
+        header, positions = self._header, span_positions(sequence.target_spans).size
+        targets = making.wide_targets(
+            _rng_of(sequence.sample_id),
+            np.full(positions, header.top_k),
+            vocabulary=header.token_count,
+            top_k=header.top_k,
+            most_draws=header.kept_draws,
+        )
+        if self._noise is not None:
+            targets.logprobs[...] -= self._noise.uniform(0, NOISE, targets.logprobs.shape).astype(np.float32)
+        return targets
+
+
+def _rng_of(name: str) -> np.random.Generator:
+    return np.random.default_rng(list(hashlib.sha256(name.encode()).digest()[:8]))
