@@ -21,7 +21,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	pyproject.toml --extra share --extra train --extra dev
 
-.PHONY: help demo test test-slow lint types fuzz bench-codec bench-capture bench-scale bench-quality-by-k lock venv clean
+.PHONY: help demo test test-slow lint types fuzz chaos bench-codec bench-capture bench-scale bench-quality-by-k lock venv clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,10 @@ types: $(INSTALLED) ## mypy
 
 fuzz: $(INSTALLED) ## damaged datasets: each reads as before or has a named error (COUNT=10000, SEED=0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(or $(COUNT),10000) --seed $(or $(SEED),0)
+
+chaos: $(INSTALLED) ## captures killed again and again: no row lost, none doubled (KILLS=200, VLLM=20, SEED=0)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(or $(KILLS),200) --vllm $(or $(VLLM),20) \
+		--seed $(or $(SEED),0)
 
 bench-codec: $(INSTALLED) ## bytes, speed and fidelity of the codec beside its rivals (QUICK=1)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.codec

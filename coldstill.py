@@ -66,7 +66,7 @@ def capture(
     if probe and not dry_run:
         raise typer.BadParameter("--probe belongs to --dry-run")
     if dry_run:
-        from pipeline.dry_run import dry_run as run_dry
+        from pipeline.estimate.dry_run import dry_run as run_dry
 
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
         return
@@ -97,8 +97,8 @@ def status(
     """
     import time
 
-    from pipeline.status import read_status
-    from pipeline.status_view import show_status, watch_status
+    from pipeline.driver.status import read_status
+    from pipeline.driver.status_view import show_status, watch_status
 
     if watch and not as_json:
         watch_status(lambda: read_status(root), every_s=every, console=Console())

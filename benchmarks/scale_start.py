@@ -19,7 +19,7 @@ def main() -> None:
     from coldstill_config import load_config
     from pipeline.capture import remaining
     from pipeline.config import CaptureConfig
-    from pipeline.prepare import prepare
+    from pipeline.preparation.prepare import prepare
     from pipeline.sources.chat import SequenceMaker
 
     config = load_config(sys.argv[1], model=CaptureConfig, overrides=())

@@ -19,12 +19,12 @@ from storage_schema.plan import Unit
 from storage_schema.store import Store
 
 from .config import CaptureConfig
-from .driver_bar import DriverBar
+from .driver.bar import DriverBar
+from .driver.lease import Lease
+from .driver.progress import Progress
+from .driver.progress_record import read_progress
 from .errors import CaptureIncomplete, TooManyUnits
-from .lease import Lease
-from .prepare import Prepared, prepare
-from .progress import Progress
-from .progress_record import read_progress
+from .preparation.prepare import Prepared, prepare
 from .sources.staging import remove_staging
 
 if TYPE_CHECKING:

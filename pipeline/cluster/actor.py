@@ -10,14 +10,14 @@ from typing import Any
 
 import ray
 
-from pipeline.attempts import LastWords, write_last_words
-from pipeline.bisection import UnitTask
 from pipeline.config import CaptureConfig
-from pipeline.patience import PatientStore
-from pipeline.pilot import rank_ids
+from pipeline.estimate.speed import measure_speed
+from pipeline.preparation.pilot import rank_ids
 from pipeline.sequences import TokenSequence
-from pipeline.speed import measure_speed
-from pipeline.worker import CaptureWorker, TeacherLoader, load_for
+from pipeline.units.attempts import LastWords, write_last_words
+from pipeline.units.bisection import UnitTask
+from pipeline.units.patience import PatientStore
+from pipeline.units.worker import CaptureWorker, TeacherLoader, load_for
 from storage_schema.header import HEADER_NAME, DatasetHeader
 from storage_schema.plan import Unit
 

@@ -12,9 +12,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipeline.attempts import Attempts, LastWords, Trial, attempts_name
-from pipeline.bisection import UnitTask, next_task, search
 from pipeline.errors import UnitFailed
+from pipeline.units.attempts import Attempts, LastWords, Trial, attempts_name
+from pipeline.units.bisection import UnitTask, next_task, search
 from storage_schema.errors import ColdstillError, StorageFailed
 from storage_schema.plan import Unit
 

@@ -7,7 +7,7 @@ import time
 
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.worker import UnitReport
+from pipeline.units.worker import UnitReport
 
 _COUNTED = ("rows", "rejected", "tokens", "targets", "bytes")
 

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import psutil
 
-from pipeline.attempts import LastWords
 from pipeline.sequences import ScoredSequence, TokenSequence
 from pipeline.teachers.protocol import Teacher
+from pipeline.units.attempts import LastWords
 from storage_schema.errors import ColdstillError
 from storage_schema.rows import TeacherTargets
 

@@ -14,14 +14,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.attempts import LastWords, read_attempts, read_last_words, units_with_attempts, write_attempts
 from pipeline.config import CaptureConfig
 from pipeline.errors import UnitFailed
-from pipeline.patience import PatientStore
+from pipeline.estimate.speed import SpeedReport
 from pipeline.sequences import TokenSequence
-from pipeline.speed import SpeedReport
 from pipeline.teachers.protocol import load_teacher
-from pipeline.worker import TeacherLoader, UnitReport
+from pipeline.units.attempts import LastWords, read_attempts, read_last_words, units_with_attempts, write_attempts
+from pipeline.units.patience import PatientStore
+from pipeline.units.worker import TeacherLoader, UnitReport
 from storage_schema.errors import ColdstillError
 from storage_schema.header import DatasetHeader
 from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes

@@ -21,10 +21,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from pipeline.config import CaptureConfig
-from pipeline.pilot import rank_ids
-from pipeline.prepare import prepare
+from pipeline.preparation.pilot import rank_ids
+from pipeline.preparation.prepare import prepare
 from pipeline.teachers.protocol import Teacher
-from pipeline.worker import CaptureWorker, load_for
+from pipeline.units.worker import CaptureWorker, load_for
 from storage_schema.header import HEADER_NAME, DatasetHeader
 from storage_schema.manifest import MANIFEST_NAME, seal
 from storage_schema.plan import PLAN_NAME, plan_from_bytes

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.attempts import ATTEMPTS_FOLDER
-from pipeline.lease import LEASE_NAME
-from pipeline.progress_record import PROGRESS_FOLDER
+from pipeline.driver.lease import LEASE_NAME
+from pipeline.driver.progress_record import PROGRESS_FOLDER
+from pipeline.units.attempts import ATTEMPTS_FOLDER
 from storage_schema.commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,

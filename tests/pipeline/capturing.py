@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import CaptureConfig
-from pipeline.worker import CaptureWorker
+from pipeline.units.worker import CaptureWorker
 from storage_schema.plan import PLAN_NAME, plan_from_bytes
 from tests import making
 

@@ -17,9 +17,9 @@ import pytest
 
 from pipeline import cluster
 from pipeline.capture import capture
+from pipeline.driver.status import read_status
 from pipeline.errors import CaptureIncomplete, ClusterTooSmall, LeaseHeld, TooManyUnits, UnitFailed
-from pipeline.prepare import prepare
-from pipeline.status import read_status
+from pipeline.preparation.prepare import prepare
 from storage_schema.commits import commit_name, committed_units
 from storage_schema.dataset import open_dataset
 from storage_schema.manifest import MANIFEST_NAME

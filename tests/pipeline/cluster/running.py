@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.cluster import FailedUnit, Workforce
 from pipeline.config import CaptureConfig
-from pipeline.prepare import prepare
-from pipeline.worker import CaptureWorker, UnitReport
+from pipeline.preparation.prepare import prepare
+from pipeline.units.worker import CaptureWorker, UnitReport
 from storage_schema.commits import committed_units, read_commit
 from storage_schema.store import Store
 from tests.pipeline.capturing import capture_config, contents

@@ -8,10 +8,10 @@ from collections.abc import Set as AbstractSet
 
 import pytest
 
-from pipeline.attempts import Attempts, LastWords, Trial
-from pipeline.bisection import MOST_DEATHS, UnitTask
 from pipeline.cluster.dispatcher import AttemptBook, Dispatcher, Worker, names_by_unit
 from pipeline.errors import TeacherOutputInvalid, UnitFailed
+from pipeline.units.attempts import Attempts, LastWords, Trial
+from pipeline.units.bisection import MOST_DEATHS, UnitTask
 from storage_schema.errors import StorageFailed, StorageFull
 from storage_schema.plan import Unit
 

@@ -12,7 +12,7 @@ from pipeline.cluster import Workforce
 from pipeline.cluster.resources import gpus_per_worker, require_room
 from pipeline.config import CaptureConfig, TeacherConfig
 from pipeline.errors import ClusterTooSmall
-from pipeline.prepare import prepare
+from pipeline.preparation.prepare import prepare
 from storage_schema.commits import committed_units
 from storage_schema.store import Store
 from tests.pipeline.capturing import capture_config, contents

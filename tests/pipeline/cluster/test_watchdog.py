@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from pipeline.attempts import LastWords
 from pipeline.cluster.watchdog import Watchdog, WatchedTeacher, is_memory_error
 from pipeline.errors import TeacherOutputInvalid
+from pipeline.units.attempts import LastWords
 from storage_schema.rows import TeacherTargets
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.attempts import read_attempts
 from pipeline.cluster import Workforce
 from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from pipeline.prepare import prepare
+from pipeline.preparation.prepare import prepare
+from pipeline.units.attempts import read_attempts
 from storage_schema.commits import committed_units, read_commit
 from storage_schema.errors import StorageFull
 from storage_schema.store import Store

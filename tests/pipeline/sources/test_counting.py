@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.prepare import prepare
+from pipeline.preparation.prepare import prepare
 from pipeline.sequences import TokenSequence
 from pipeline.sources.chat import SequenceMaker
 from pipeline.sources.counting import SourceCounts, count_source

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import CaptureConfig
-from pipeline.prepare import prepare
+from pipeline.preparation.prepare import prepare
 from pipeline.teachers.protocol import load_teacher
 from storage_schema.dataset import Dataset, open_dataset
 from storage_schema.manifest import seal

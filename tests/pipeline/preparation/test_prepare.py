@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import TeacherConfig
 from pipeline.errors import SourceChanged, TemplateCannotMark
-from pipeline.prepare import prepare
+from pipeline.preparation.prepare import prepare
 from pipeline.sources.staging import remove_staging
 from pipeline.teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
 from storage_schema.errors import HeaderMismatch

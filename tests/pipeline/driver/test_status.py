@@ -16,13 +16,13 @@ import pytest
 from rich.console import Console
 
 from pipeline.cluster.dispatcher import FailedUnit
+from pipeline.driver.lease import Lease
+from pipeline.driver.progress import Progress
+from pipeline.driver.progress_record import MOST_LISTED, PROGRESS_FOLDER, Totals, read_progress
+from pipeline.driver.status import Status, read_status
+from pipeline.driver.status_view import duration, show_status
 from pipeline.errors import CaptureIncomplete
-from pipeline.lease import Lease
-from pipeline.progress import Progress
-from pipeline.progress_record import MOST_LISTED, PROGRESS_FOLDER, Totals, read_progress
-from pipeline.status import Status, read_status
-from pipeline.status_view import duration, show_status
-from pipeline.worker import UnitReport
+from pipeline.units.worker import UnitReport
 from storage_schema.commits import commit_unit
 from storage_schema.errors import DatasetNotFound
 from storage_schema.manifest import seal
@@ -114,9 +114,9 @@ def test_the_driver_writes_by_itself_and_a_killed_one_is_shown_dead(tmp_path: Pa
     begin(tmp_path, tokenizer_folder)
     script = (
         "import sys, time\n"
-        "import pipeline.progress as module\n"
+        "import pipeline.driver.progress as module\n"
         "module._WRITE_EVERY_S = 1\n"
-        "from pipeline.lease import Lease\n"
+        "from pipeline.driver.lease import Lease\n"
         "from storage_schema.store import Store\n"
         "from tests.pipeline.test_status import Workers\n"
         "store, work = Store(sys.argv[1]), Workers(workers=3, running={0: 'worker-0'})\n"
@@ -295,7 +295,8 @@ def test_the_command_prints_a_table_or_json_and_watches_to_the_end(tiny_dataset:
 def test_a_status_needs_none_of_what_a_capture_needs(tiny_dataset: Path) -> None:
     """It runs on a laptop: no torch, no Ray, no transformers is imported."""
     script = (
-        "import sys\nfrom pipeline.status import read_status\nimport pipeline.status_view\nread_status(sys.argv[1])\n"
+        "import sys\nfrom pipeline.driver.status import read_status\nimport pipeline.driver.status_view\n"
+        "read_status(sys.argv[1])\n"
         "print([name for name in ('torch', 'ray', 'transformers', 'vllm') if name in sys.modules])"
     )
     done = subprocess.run(

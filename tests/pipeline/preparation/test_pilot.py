@@ -10,8 +10,8 @@ from typing import cast
 import numpy as np
 import pytest
 
-from pipeline.pilot import rank_ids
-from pipeline.prepare import prepare
+from pipeline.preparation.pilot import rank_ids
+from pipeline.preparation.prepare import prepare
 from pipeline.sequences import ScoredSequence, TokenSequence
 from pipeline.teachers.protocol import Teacher, load_teacher
 from storage_schema.dataset import open_dataset

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from pipeline.errors import CaptureIncomplete
+from pipeline.units.worker import UnitReport
 from storage_schema.errors import StorageFailed
 from storage_schema.store import Store
 
-from .errors import CaptureIncomplete
 from .progress_record import MOST_LISTED, Failure, ProgressRecord, State, Totals, read_records, record_name
-from .worker import UnitReport
 
 _WRITE_EVERY_S = 10
 _MOST_FOLDED = 100

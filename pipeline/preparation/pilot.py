@@ -12,16 +12,15 @@ from itertools import islice
 
 import numpy as np
 
+from pipeline.config import CaptureConfig
+from pipeline.sequences import TokenSequence
+from pipeline.sources.chat import SequenceMaker
+from pipeline.sources.readers import open_source
+from pipeline.teachers.protocol import Teacher
 from storage_schema.header import DatasetHeader
 from storage_schema.plan import Unit
 from storage_schema.rows import TeacherTargets, span_positions
 from storage_schema.store import Store
-
-from .config import CaptureConfig
-from .sequences import TokenSequence
-from .sources.chat import SequenceMaker
-from .sources.readers import open_source
-from .teachers.protocol import Teacher
 
 _MOST_LISTED = 4096
 """The header stands in every shard. The whole table would save as much."""

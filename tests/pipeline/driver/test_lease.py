@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.driver.lease import LEASE_NAME, Lease, LeaseRecord, read_lease
 from pipeline.errors import LeaseHeld, LeaseLost
-from pipeline.lease import LEASE_NAME, Lease, LeaseRecord, read_lease
 from storage_schema.store import Store
 from tests.pipeline.buckets import s3_bucket
 
 HOLDER = """
 import sys, time
-from pipeline.lease import Lease
+from pipeline.driver.lease import Lease
 from storage_schema.store import Store
 with Lease(Store(sys.argv[1]), dead_after_s=float(sys.argv[2])):
     print("held", flush=True)

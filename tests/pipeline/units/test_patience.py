@@ -12,9 +12,9 @@ import fsspec
 import pytest
 
 from pipeline.config import ClusterConfig
-from pipeline.patience import PatientStore
-from pipeline.prepare import prepare
-from pipeline.worker import CaptureWorker
+from pipeline.preparation.prepare import prepare
+from pipeline.units.patience import PatientStore
+from pipeline.units.worker import CaptureWorker
 from storage_schema.commits import committed_units, read_commit
 from storage_schema.errors import StorageFailed, StorageFull
 from tests.conftest import SmallDisk

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.attempts import (
+from pipeline.units.attempts import (
     Attempts,
     LastWords,
     Trial,
@@ -19,7 +19,7 @@ from pipeline.attempts import (
     write_attempts,
     write_last_words,
 )
-from pipeline.bisection import MOST_DEATHS, UnitTask, next_task
+from pipeline.units.bisection import MOST_DEATHS, UnitTask, next_task
 from storage_schema.errors import CommitDamaged
 from storage_schema.store import Store
 

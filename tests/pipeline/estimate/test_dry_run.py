@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CaptureConfig
-from pipeline.dry_run import dry_run
-from pipeline.expected_bytes import BYTES_OF_DRAWS, BYTES_PER_TARGET, TOP_KS, bytes_per_target
-from pipeline.prepare import prepare
+from pipeline.estimate.dry_run import dry_run
+from pipeline.estimate.expected_bytes import BYTES_OF_DRAWS, BYTES_PER_TARGET, TOP_KS, bytes_per_target
+from pipeline.preparation.prepare import prepare
 from storage_schema.manifest import Manifest, seal
 from tests.pipeline.capturing import capture_config, do_units, write_config
 

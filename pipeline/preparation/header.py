@@ -10,15 +10,14 @@ from typing import Any
 
 import transformers
 
+from pipeline.config import CaptureConfig, TeacherConfig
+from pipeline.errors import TeacherUnusable
+from pipeline.sources.chat import SequenceMaker
+from pipeline.teachers.fingerprint import weights_fingerprint
+from pipeline.teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
+from pipeline.tokenizer import unusable
 from storage_schema.header import Codec, DatasetHeader, TeacherFacts
 from storage_schema.tokenizer import TokenizerFacts
-
-from .config import CaptureConfig, TeacherConfig
-from .errors import TeacherUnusable
-from .sources.chat import SequenceMaker
-from .teachers.fingerprint import weights_fingerprint
-from .teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
-from .tokenizer import unusable
 
 _LOSS_ON = {"generate": "last_turn", "pretrain": "all"}
 """What the modes learn, where the source has no say: the teacher's answer, every token."""

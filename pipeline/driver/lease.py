@@ -20,11 +20,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.errors import LeaseHeld, LeaseLost
 from storage_schema.documents import parse_document
 from storage_schema.errors import CommitDamaged, StorageFailed
 from storage_schema.store import Store
-
-from .errors import LeaseHeld, LeaseLost
 
 LEASE_NAME = "lease.json"
 _BEATS = 8

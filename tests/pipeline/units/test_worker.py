@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.attempts import ExcludedRow
-from pipeline.bisection import UnitTask
 from pipeline.config import CaptureConfig
 from pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
-from pipeline.prepare import prepare
+from pipeline.preparation.prepare import prepare
 from pipeline.sequences import TokenSequence
 from pipeline.teachers.protocol import Teacher
-from pipeline.worker import CaptureWorker, load_for
+from pipeline.units.attempts import ExcludedRow
+from pipeline.units.bisection import UnitTask
+from pipeline.units.worker import CaptureWorker, load_for
 from storage_schema.commits import committed_units, read_commit
 from storage_schema.dataset import open_dataset
 from storage_schema.errors import HeaderMismatch, StorageFull, UnsupportedStore

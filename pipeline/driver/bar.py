@@ -6,8 +6,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from pipeline.units.worker import UnitReport
+
 from .progress import Progress, Work
-from .worker import UnitReport
 
 
 class DriverBar:

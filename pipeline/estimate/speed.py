@@ -10,13 +10,12 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipeline.config import CaptureConfig
+from pipeline.sequences import ScoredSequence, TokenSequence
+from pipeline.teachers.protocol import Teacher
 from storage_schema.header import DatasetHeader
 from storage_schema.rows import CachedRow
 from storage_schema.shard import write_shard
-
-from .config import CaptureConfig
-from .sequences import ScoredSequence, TokenSequence
-from .teachers.protocol import Teacher
 
 _FIRST_SLICE = 8
 _GROWTH = 2

@@ -12,6 +12,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+from pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
+from pipeline.sequences import ScoredSequence, TokenSequence
+from pipeline.sources.chat import SequenceMaker
+from pipeline.sources.readers import open_source
+from pipeline.teachers.protocol import Teacher, load_teacher
 from storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from storage_schema.faithfulness import sample_share
 from storage_schema.header import HEADER_NAME, DatasetHeader
@@ -20,12 +25,7 @@ from storage_schema.rows import CachedRow, TeacherTargets
 
 from .attempts import ExcludedRow
 from .bisection import UnitTask
-from .config import CaptureConfig, SamplingConfig, TeacherConfig
 from .patience import PatientStore
-from .sequences import ScoredSequence, TokenSequence
-from .sources.chat import SequenceMaker
-from .sources.readers import open_source
-from .teachers.protocol import Teacher, load_teacher
 
 KILLS_THE_ENGINE = "kills_the_engine"
 """Reason of rejects that were found by bisection."""

@@ -1,0 +1,1 @@
+"""What a capture will cost, before it costs anything."""

@@ -1,0 +1,1 @@
+"""Before any unit is given out: header, tokenizer files, plan and pilot."""
