@@ -117,6 +117,12 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look, again and again."""
+        try:
+            self._look()
+        finally:  # a timer that is left would end this process long after
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look(self) -> None:
         quiet_s, last = 0.0, self._teacher.signs_of_life
         while not self._stopped.wait(self._look_s):
             signs = self._teacher.signs_of_life
@@ -130,7 +136,6 @@ class Watchdog(threading.Thread):
                 faulthandler.dump_traceback(file=_STANDARD_ERROR)
                 self._end(words)
                 return
-        faulthandler.cancel_dump_traceback_later()
 
     def _arm_the_last_resort(self) -> None:
         """A call that hangs with the interpreter's lock stops this thread too; one in C then ends the process."""

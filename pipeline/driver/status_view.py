@@ -80,7 +80,8 @@ def _lines(status: Status) -> list[tuple[str, str]]:
     if totals.starts:
         worker_hours, gpu_hours = totals.worker_seconds / 3600, totals.gpu_seconds / 3600
         price = "" if totals.cost is None else f", cost {totals.cost:,.2f}"
-        lines.append(("so far", f"{totals.starts:,} starts, {worker_hours:,.2f} worker-hours"))
+        starts = "1 start" if totals.starts == 1 else f"{totals.starts:,} starts"
+        lines.append(("so far", f"{starts}, {worker_hours:,.2f} worker-hours"))
         lines.append(("", f"{gpu_hours:,.2f} GPU-hours{price}"))
     if status.dataset_id:
         lines.append(("dataset id", status.dataset_id))

@@ -101,6 +101,7 @@ def test_a_second_driver_is_refused_while_one_works_and_ctrl_c_ends_that_one_cle
     assert 3 <= status.units_done < 151
 
 
+@pytest.mark.slow
 def test_units_that_fail_are_named_at_the_end_all_others_are_committed_and_a_later_start_seals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +190,7 @@ def _killing(state: str, *, at_most: int) -> Iterator[list[int]]:
         killer.join()
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
     """Twice, and with another number of workers than in the unbroken run."""
     with _killing(".run", at_most=2) as killed:
@@ -199,7 +201,10 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path
     assert unbroken.dataset_id == summary.dataset_id
 
 
-@pytest.mark.parametrize(("pilot_targets", "what"), [(8192, "the pilot"), (0, "a worker's start")])
+@pytest.mark.parametrize(
+    ("pilot_targets", "what"),
+    [(8192, "the pilot"), pytest.param(0, "a worker's start", marks=pytest.mark.slow)],
+)
 def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(
     tmp_path: Path, pilot_targets: int, what: str
 ) -> None:

@@ -77,6 +77,7 @@ def test_two_deadly_rows_of_a_unit_are_found_by_two_drivers_and_the_rest_of_it_i
     assert len(same) == 3, "all units but the poisoned one have the bytes of an unbroken run"
 
 
+@pytest.mark.slow
 def test_an_engine_that_runs_out_of_memory_is_given_less_at_a_time(tmp_path: Path, ray_address: str) -> None:
     config = cluster_config(tmp_path, ray_address, rows=4, rows_per_unit=4)
     outcome = run(config, faults(tmp_path, most_rows=2))
@@ -96,6 +97,7 @@ def test_a_row_that_makes_the_engine_raise_what_has_no_name_is_a_reject(tmp_path
     assert (found["sample_id"], found["detail"]) == ("chat-5", "the engine raised KeyError")
 
 
+@pytest.mark.slow
 def test_first_units_that_all_fail_and_a_start_that_fails_end_the_run_by_name(tmp_path: Path, ray_address: str) -> None:
     config = cluster_config(tmp_path, ray_address)
     with pytest.raises(TeacherOutputInvalid, match="NaN"):
@@ -105,6 +107,7 @@ def test_first_units_that_all_fail_and_a_start_that_fails_end_the_run_by_name(tm
         run(config, faults(tmp_path, start_fails=True))
 
 
+@pytest.mark.slow
 def test_units_wait_for_min_workers_and_idle_workers_are_released(tmp_path: Path, ray_address: str) -> None:
     config = cluster_config(tmp_path, ray_address, rows=29, cluster={"min_workers": 2, "max_workers": 2})
     units = [unit.index for unit in prepare(config).units]
@@ -117,6 +120,7 @@ def test_units_wait_for_min_workers_and_idle_workers_are_released(tmp_path: Path
         assert workforce.running == {}
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_by_name_and_what_was_committed_stays(
     tmp_path: Path, small_disk: SmallDisk, ray_address: str
 ) -> None:
