@@ -134,7 +134,7 @@ def main() -> None:
     """Measure, print, store."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     quick = os.environ.get("QUICK", "") not in ("", "0")
-    rounds, top_ks = (3, (16, 128)) if quick else (7, TOP_KS)
+    rounds, top_ks = (3, (16, 128)) if quick else (5, TOP_KS)
     CACHE.mkdir(exist_ok=True)
     all_rates: dict[tuple[int, int], dict[str, list[float]]] = {}
     with tqdm(total=len(SHAPES) * len(top_ks) * (rounds + 1) * 10, desc="capture", unit=" runs") as bar:

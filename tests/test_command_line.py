@@ -45,7 +45,7 @@ def test_words_replace_keys_of_the_file(config: Path) -> None:
         ("teacher.top_k=0", "greater than or equal to 1"),
         ("teacher.top_k=many", "integer"),
         ("source.loss_on=user", "'assistant', 'last_turn' or 'all'"),
-        ("teacher.draws=4", "engine transformers can"),
+        ("teacher.endpoint=http://x/v1", "engine endpoint, and only with it"),
         ("teacher.top_k", "key=value"),
         ("output.x=1", "below a section"),
         ("teacher.model=", "string"),
@@ -58,7 +58,7 @@ def test_a_wrong_setting_is_named_with_the_way_out(config: Path, word: str, mess
 
 def test_a_missing_key_is_named(config: Path) -> None:
     config.write_text(yaml.safe_dump({**CAPTURE, "source": {}}))
-    with pytest.raises(ConfigInvalid, match=r"source\.path"):
+    with pytest.raises(ConfigInvalid, match="exactly one of path and dataset"):
         load_config(str(config), model=CaptureConfig)
 
 

@@ -73,6 +73,7 @@ def _killed_half_way_equals_unbroken(folder: Path, **changes: object) -> None:
     assert verify(config.output, deep=True, progress=False) == []
 
 
+@pytest.mark.slow
 def test_capture_killed_half_way_and_started_again_equals_an_unbroken_one(tmp_path: Path) -> None:
     _killed_half_way_equals_unbroken(tmp_path)
 
@@ -201,10 +202,8 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path
     assert unbroken.dataset_id == summary.dataset_id
 
 
-@pytest.mark.parametrize(
-    ("pilot_targets", "what"),
-    [(8192, "the pilot"), pytest.param(0, "a worker's start", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("pilot_targets", "what"), [(8192, "the pilot"), (0, "a worker's start")])
 def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(
     tmp_path: Path, pilot_targets: int, what: str
 ) -> None:

@@ -37,6 +37,7 @@ def test_sigkill_a_hang_and_a_lost_engine_process_cost_time_and_nothing_else(tmp
         assert any(reason in said for said in _reasons(store, unit))
 
 
+@pytest.mark.slow
 def test_a_deadly_row_is_found_and_rejected_and_a_named_error_fails_its_unit_alone(
     tmp_path: Path, ray_address: str
 ) -> None:

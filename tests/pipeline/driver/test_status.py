@@ -118,14 +118,14 @@ def test_the_driver_writes_by_itself_and_a_killed_one_is_shown_dead(tmp_path: Pa
         "module._WRITE_EVERY_S = 1\n"
         "from pipeline.driver.lease import Lease\n"
         "from storage_schema.store import Store\n"
-        "from tests.pipeline.test_status import Workers\n"
+        "from tests.pipeline.driver.test_status import Workers\n"
         "store, work = Store(sys.argv[1]), Workers(workers=3, running={0: 'worker-0'})\n"
         "with Lease(store, dead_after_s=60) as lease:\n"
         "    with module.Progress(store, token=lease.token, work=work, price_per_gpu_hour=3600.0) as progress:\n"
         "        progress.begin()\n"
         "        time.sleep(600)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[3])
     try:
         while True:
             status = read_status(str(tmp_path))
@@ -300,7 +300,7 @@ def test_a_status_needs_none_of_what_a_capture_needs(tiny_dataset: Path) -> None
         "print([name for name in ('torch', 'ray', 'transformers', 'vllm') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tiny_dataset)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", script, str(tiny_dataset)], capture_output=True, text=True, cwd=Path(__file__).parents[3]
     )
     assert done.stdout.strip() == "[]", done.stderr
 

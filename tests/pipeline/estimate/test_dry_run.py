@@ -16,7 +16,7 @@ from pipeline.preparation.prepare import prepare
 from storage_schema.manifest import Manifest, seal
 from tests.pipeline.capturing import capture_config, do_units, write_config
 
-RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "codec_2_cores.json"
+RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "codec_2_cores.json"
 
 
 def captured(config: CaptureConfig) -> Manifest:
