@@ -146,7 +146,7 @@ def demo(
         bool, typer.Option("--quick", help="A fifth of the size: the same order of results, in under four minutes.")
     ] = False,
 ) -> None:
-    """Show the product on this machine: a teacher under vLLM and Ray, its dataset, three students. About 8 minutes."""
+    """Show the product on this machine: a teacher under vLLM and Ray, its dataset, three students. About 10 minutes."""
     require_packages(
         "capture-cpu,train,share", "accelerate", "matplotlib", "ray", "tokenizers", "torch", "transformers", "vllm"
     )
