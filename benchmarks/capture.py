@@ -33,11 +33,10 @@ from benchmarks.capture_floor import install_floor, run_requests
 from benchmarks.capture_occupancy import occupancy
 from benchmarks.capture_teachers import config_of, header_of, tiny_teacher, units_of_rows
 from benchmarks.report import finish
-from pipeline.sequences import TokenSequence
+from pipeline.sequences import ScoredSequence, TokenSequence
 from pipeline.teachers.protocol import Teacher, load_teacher
 from storage_schema.commits import commit_unit
 from storage_schema.header import DatasetHeader
-from storage_schema.rows import CachedRow
 from storage_schema.store import Store
 
 CACHE = Path(__file__).parent.parent / ".bench_cache"
@@ -65,15 +64,7 @@ def commit_all(teacher: Teacher, header: DatasetHeader, units: Units, *, overlap
         def do(index: int) -> None:
             with one_at_a_time:
                 targets = teacher.score(units[index])
-            rows = [
-                CachedRow(
-                    sample_id=sequence.sample_id,
-                    token_ids=sequence.token_ids,
-                    target_spans=sequence.target_spans,
-                    targets=one,
-                )
-                for sequence, one in zip(units[index], targets, strict=True)
-            ]
+            rows = [ScoredSequence(*pair).row for pair in zip(units[index], targets, strict=True)]
             commit_unit(store, index, rows=rows, rejects=[], header=header, environment={})
 
         for done in [threads.submit(do, index) for index in range(len(units))]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from storage_schema.rows import TeacherTargets
+from storage_schema.rows import CachedRow, TeacherTargets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,3 +32,14 @@ class ScoredSequence(NamedTuple):
 
     sequence: TokenSequence
     targets: TeacherTargets
+
+    @property
+    def row(self) -> CachedRow:
+        """The row of a dataset that it becomes."""
+        return CachedRow(
+            sample_id=self.sequence.sample_id,
+            token_ids=self.sequence.token_ids,
+            target_spans=self.sequence.target_spans,
+            targets=self.targets,
+            metadata=self.sequence.metadata,
+        )

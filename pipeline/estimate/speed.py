@@ -14,7 +14,6 @@ from pipeline.config import CaptureConfig
 from pipeline.sequences import ScoredSequence, TokenSequence
 from pipeline.teachers.protocol import Teacher
 from storage_schema.header import DatasetHeader
-from storage_schema.rows import CachedRow
 from storage_schema.shard import write_shard
 
 _FIRST_SLICE = 8
@@ -58,16 +57,7 @@ def _measure(
     else:
         scored = [ScoredSequence(*pair) for pair in zip(sequences, teacher.score(sequences), strict=True)]
     seconds = time.monotonic() - started
-    rows = [
-        CachedRow(
-            sample_id=sequence.sample_id,
-            token_ids=sequence.token_ids,
-            target_spans=sequence.target_spans,
-            targets=targets,
-            metadata=sequence.metadata,
-        )
-        for sequence, targets in scored
-    ]
+    rows = [answer.row for answer in scored]
     return SpeedReport(
         sequences=len(sequences),
         tokens=sum(row.token_ids.size for row in rows),

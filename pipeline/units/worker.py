@@ -21,7 +21,7 @@ from storage_schema.commits import CommitRecord, Reject, commit_name, commit_uni
 from storage_schema.faithfulness import sample_share
 from storage_schema.header import HEADER_NAME, DatasetHeader
 from storage_schema.plan import PLAN_NAME, plan_from_bytes
-from storage_schema.rows import CachedRow, TeacherTargets
+from storage_schema.rows import CachedRow
 
 from .attempts import ExcludedRow
 from .bisection import UnitTask
@@ -78,7 +78,7 @@ class CaptureWorker:
         seconds = 0.0
         for part in parts:
             scored, took = self._ask(part)
-            rows += [_row(*pair) for pair in scored]
+            rows += [answer.row for answer in scored]
             seconds += took
         environment = {**self._teacher.environment, "score_seconds": round(seconds, 3)}
         if len(parts) > 1:
@@ -145,16 +145,6 @@ def _without(
 def _parts_of(sequences: Sequence[TokenSequence], parts: Sequence[tuple[int, int]]) -> list[list[TokenSequence]]:
     """The sequences of each part, in source order."""
     return [[item for item in sequences if start <= item.source_row < stop] for start, stop in sorted(parts)]
-
-
-def _row(sequence: TokenSequence, targets: TeacherTargets) -> CachedRow:
-    return CachedRow(
-        sample_id=sequence.sample_id,
-        token_ids=sequence.token_ids,
-        target_spans=sequence.target_spans,
-        targets=targets,
-        metadata=sequence.metadata,
-    )
 
 
 def _report(record: CommitRecord) -> UnitReport:

@@ -22,6 +22,7 @@ from storage_schema.commits import (
     REJECTS_FOLDER,
     SHARDS_FOLDER,
     FileRecord,
+    commit_name,
     committed_units,
     read_commit,
 )
@@ -80,9 +81,10 @@ def _files_by_digest(store: Store) -> Iterator[str]:
 
 
 def _commits(store: Store) -> Iterator[str]:
-    done = committed_units(store)
-    if len(store.names(COMMITS_FOLDER)) != len(done):
-        yield f"{COMMITS_FOLDER}: {store.names(COMMITS_FOLDER)} are not all records"
+    names = {f"{COMMITS_FOLDER}/{name}" for name in store.names(COMMITS_FOLDER)}
+    done = committed_units(store)  # after the names: others may commit meanwhile
+    if strange := names - {commit_name(unit) for unit in done}:
+        yield f"{COMMITS_FOLDER}: {sorted(strange)} are no records"
     for unit in sorted(done):
         try:
             files = read_commit(store, unit).files
