@@ -1,4 +1,4 @@
-"""Plain fine-tuning on the rows' own tokens: logits and labels come in, one cross-entropy per position goes out."""
+"""Plain fine-tuning on the rows' own tokens: the student's view comes in, one cross-entropy per position goes out."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import torch
 
 from trainer.targets import SparseTargets
 
-from .protocol import LossValues
-from .taid import taid_loss
+from .protocol import StudentView
 
 
-def cross_entropy_loss(logits: torch.Tensor, targets: SparseTargets, *, t: float = 0.0) -> LossValues:
-    """`-log q(label)` of `logits [M, V]`, in float32 at least; `t` is not looked at.
+class CrossEntropy:
+    """`-log q(label)`: exact, whatever the cache holds; the teacher gives no gradient."""
 
-    The teacher gives no gradient here. It is only measured against (`bucket_kl`), so that the curves of all losses
-    can be laid over one another; that costs one more pass over the logits, without a gradient.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = torch.nn.functional.cross_entropy(wide, targets.labels, reduction="none")
-    measured = taid_loss(logits.detach(), targets, t=1.0, tail="bucket")
-    return LossValues(loss=loss, distillation=loss.detach(), bucket_kl=measured.bucket_kl)
+    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
+        """Value `[M]`; `targets` and `t` are not looked at."""
+        return -view.log_q_label

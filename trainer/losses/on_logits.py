@@ -1,0 +1,56 @@
+"""The loss of logits that exist already: `[M, V]` logits come in, one number with its gradient goes out.
+
+Shape letters: `M` target positions, `V` vocabulary.
+
+The plain way, for a head that `fused_head` cannot compute, and its reference in tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from trainer.targets import SparseTargets
+
+from .objective import Objective
+from .protocol import LossValues
+
+
+def loss_on_logits(
+    logits: torch.Tensor, targets: SparseTargets, objective: Objective, *, t: float, weight: float = 1.0
+) -> tuple[torch.Tensor, LossValues]:
+    """`weight * sum(loss)` of `logits [M, V]`, differentiable by them, and the values of each position.
+
+    Computed in float32 at least, whatever the logits' dtype.
+    """
+    kept: list[LossValues] = []
+    total = _OnLogits.apply(logits, targets, objective, t, weight, kept)
+    return total, kept[0]
+
+
+class _OnLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: SparseTargets,
+        objective: Objective,
+        t: float,
+        weight: float,
+        kept: list[LossValues],
+    ) -> torch.Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        values = objective.descend_(wide, targets, t=t, weight=weight, with_gradient=ctx.needs_input_grad[0])
+        kept.append(values)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(wide)
+            ctx.logits_dtype = logits.dtype
+        return weight * values.loss.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_total).to(ctx.logits_dtype), None, None, None, None, None
