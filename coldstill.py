@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -135,6 +135,50 @@ def train(
 
     result = run_train(load_config(config, model=TrainConfig, overrides=overrides or ()))
     show_result(result.model_dump(), title="train", summary=summary)
+
+
+@app.command(rich_help_panel=MAKE)
+def evaluate(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Folder or hub name of the model to measure.")],
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="A dataset's directory, or a URL that fsspec reaches.")
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Load this teacher too, for KL over the whole vocabulary.")
+    ] = None,
+    rouge: Annotated[
+        int, typer.Option(metavar="ROWS", min=0, help="Answer the prompts of so many rows; ROUGE-L to the references.")
+    ] = 0,
+    tasks: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="A task of lm-eval by name, or a YAML file of one.")
+    ] = None,
+    per_token: Annotated[int, typer.Option(metavar="ROWS", min=0, help="Show so many rows token by token.")] = 0,
+    records: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what --per-token shows to FILE, as JSON lines.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 8,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of the models' weights.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="The metrics as one JSON document.")] = False,
+) -> None:
+    """Measure a student on a dataset: cross-entropy, KL to the teacher, agreement, calibration, head and tail mass."""
+    require_packages("train", "accelerate", "torch", "transformers")
+    from transformers.utils import logging
+
+    from trainer.evaluation.command import evaluate as run_evaluate
+
+    logging.disable_progress_bar()
+    run_evaluate(
+        student,
+        dataset,
+        teacher=teacher,
+        rouge=rouge,
+        tasks=tasks or (),
+        per_token=per_token,
+        records=records,
+        batch_size=batch_size,
+        weights=dtype,
+        as_json=as_json,
+    )
 
 
 @app.command(rich_help_panel=MAKE)

@@ -39,8 +39,10 @@ from pipeline.sources.readers import SourceRow
 from pipeline.teachers.protocol import Teacher, load_teacher
 from storage_schema import open_dataset
 from storage_schema.rows import CachedRow
-from trainer.data import collate
-from trainer.losses.forward_kl import forward_kl_loss
+from trainer.losses.objective import Objective
+from trainer.losses.on_logits import loss_on_logits
+from trainer.losses.taid import ForwardKl
+from trainer.targets import SparseTargets
 
 ROWS_PER_STEP = 8
 LEARNING_RATE = 2e-3  # the demo's
@@ -108,12 +110,22 @@ def train(pair: Pair, rows: list[CachedRow], loss: Callable[[torch.Tensor, Any],
     for step in tqdm(range(steps), leave=False):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        batch = collate([rows[n] for n in order[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]])
+        batch = _batch([rows[n] for n in order[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]])
         loss(_logits(student, batch), batch).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return student.eval()
+
+
+def _batch(rows: list[CachedRow]) -> dict[str, Any]:
+    """Tokens padded on the right, `[B, T]`, and the targets."""
+    tokens = [torch.from_numpy(row.token_ids).long() for row in rows]
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True),
+        "targets": SparseTargets.from_rows(rows),
+    }
 
 
 def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -128,7 +140,8 @@ def _cross_entropy(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
 
 def _from_cache(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     # Where no position has a draw the mixture is the bucket.
-    return forward_kl_loss(logits, batch["targets"], tail="mixture").loss.mean()
+    targets = batch["targets"]
+    return loss_on_logits(logits, targets, Objective(ForwardKl("mixture")), t=1.0, weight=1 / targets.count)[0]
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -41,11 +41,13 @@ def sparse_target(
     log_tail: float,
     draws: Sequence[int],
     t: float,
+    *,
+    tail_ratio: float = 1.0,
 ) -> np.ndarray:
     """The target `[V]` of a position of which K log-probs, the tail's mass and some tail draws are known.
 
-    The teacher's head is known; its tail, for the mass, is the student's tail scaled; inside the tail the share t goes
-    to the draws, if there are any.
+    The teacher's head is known; its tail, for the mass, is the student's tail scaled (and `tail_ratio` times that,
+    before all is made to sum to 1); inside the tail the share t goes to the draws, if there are any.
     """
     q = softmax(student_logits)
     tail = [v for v in range(q.size) if v not in set(ids)]
@@ -53,7 +55,7 @@ def sparse_target(
     weights = np.zeros(q.size)
     for token, logprob in zip(ids, logprobs, strict=True):
         weights[token] = q[token] ** (1 - t) * math.exp(logprob) ** t
-    tail_weight = student_tail ** (1 - t) * math.exp(log_tail) ** t if tail else 0.0
+    tail_weight = tail_ratio * student_tail ** (1 - t) * math.exp(log_tail) ** t if tail else 0.0
     total = weights.sum() + tail_weight
     target = weights / total
     for v in tail:
@@ -62,6 +64,83 @@ def sparse_target(
             shape = (1 - t) * shape + t * list(draws).count(v) / len(draws)
         target[v] = tail_weight / total * shape
     return target
+
+
+def student_shaped_teacher(
+    student_logits: np.ndarray,
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    log_tail: float,
+    *,
+    apart: tuple[int, float] | None = None,
+) -> np.ndarray:
+    """The teacher `[V]` that the cache cannot tell from the real one and that is nearest to the student: its tail has
+    the student's shape. `apart`: an id of the tail whose own log-prob is known too."""
+    q = softmax(student_logits)
+    p = np.zeros(q.size)
+    known = dict(zip(ids, logprobs, strict=True))
+    if apart is not None and apart[0] not in known:
+        known[apart[0]] = apart[1]
+        log_tail = math.log(math.exp(log_tail) - math.exp(apart[1]))
+    rest = [v for v in range(q.size) if v not in known]
+    for v in known:
+        p[v] = math.exp(known[v])
+    for v in rest:
+        p[v] = math.exp(log_tail) * q[v] / sum(q[v] for v in rest)
+    return p
+
+
+def js(p: np.ndarray, q: np.ndarray, beta: float) -> float:
+    """arXiv 2306.13649, equation 1: p weighs beta."""
+    mixture = beta * p + (1 - beta) * q
+    return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
+
+
+def tvd(p: np.ndarray, q: np.ndarray) -> float:
+    """Half the L1 distance."""
+    return 0.5 * sum(abs(a - b) for a, b in zip(p, q, strict=True))
+
+
+def skew_forward_kl(p: np.ndarray, q: np.ndarray, alpha: float) -> float:
+    """arXiv 2402.03898: KL of p from a mixture with the share alpha of p."""
+    return kl(p, alpha * p + (1 - alpha) * q)
+
+
+def skew_reverse_kl(p: np.ndarray, q: np.ndarray, alpha: float) -> float:
+    """arXiv 2402.03898: KL of q from a mixture with the share alpha of q."""
+    return kl(q, alpha * q + (1 - alpha) * p)
+
+
+def adaptive_kl_share(p: np.ndarray, q: np.ndarray, mu: float) -> float:
+    """arXiv 2404.02657, as in its authors' code: the weight of forward KL."""
+    head, mass = set(), 0.0
+    for rank, v in enumerate(sorted(range(p.size), key=lambda v: -p[v])):
+        mass += p[v]
+        if rank == 0 or mass <= mu:
+            head.add(v)
+    gaps = [abs(a - b) for a, b in zip(p, q, strict=True)]
+    return sum(gaps[v] for v in head) / sum(gaps)
+
+
+def dkd(p: np.ndarray, q: np.ndarray, label: int, alpha: float, beta: float) -> float:
+    """arXiv 2203.08679 at temperature 1: the label against the rest, and the rest among themselves."""
+    others = [v for v in range(p.size) if v != label]
+    of_label = kl(np.array([p[label], 1 - p[label]]), np.array([q[label], 1 - q[label]]))
+    of_others = kl(p[others] / p[others].sum(), q[others] / q[others].sum())
+    return alpha * of_label + beta * of_others
+
+
+def kl_at_temperature(p: np.ndarray, q: np.ndarray, temperature: float) -> float:
+    """`T^2 KL` of the two distributions after their logits were divided by T."""
+    return temperature**2 * kl(softmax(np.log(p) / temperature), softmax(np.log(q) / temperature))
+
+
+def slope(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    """Gradient `[V]` of `function` by central differences; good to about 1e-9."""
+    rises = []
+    for unit in np.eye(at.size):
+        rises.append((function(at + step * unit) - function(at - step * unit)) / (2 * step))
+    return np.array(rises)
 
 
 def gradient(student_logits: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -27,3 +27,47 @@ class NonFiniteLoss(ColdstillError):
 
 class CheckpointMismatch(ColdstillError):
     """The output folder holds another run: another dataset, loss, order or recipe."""
+
+
+class AdapterMisfit(ColdstillError):
+    """No layer of the student has one of the names that should get an adapter."""
+
+
+class PackingUnsupported(ColdstillError):
+    """The student lets packed rows see each other."""
+
+
+class NonFiniteLogits(ColdstillError):
+    """The logits of a model that is measured are not numbers: no figure of it would be."""
+
+
+class NoDrawLogprobs(ColdstillError):
+    """The mass-corrected tail was asked for, and the dataset does not hold the log-probs of its draws."""
+
+
+class DenseLossOnly(ColdstillError):
+    """The loss needs every log-prob of the vocabulary, and the dataset keeps a part."""
+
+
+class RowTooLong(ColdstillError):
+    """A row has more tokens than a pack holds, and rows are never split."""
+
+
+class MoreThanStored(ColdstillError):
+    """More kept ids or draws were asked for than the dataset holds."""
+
+
+class InvalidMixture(ColdstillError):
+    """Datasets or weights that cannot be mixed."""
+
+
+class CursorMismatch(ColdstillError):
+    """A cursor leads into another sequence of rows: of another dataset, seed, order or packing."""
+
+
+class NoAnswers(ColdstillError):
+    """Answers were to be compared with references, and no row of the dataset has a prompt and an answer."""
+
+
+class TaskFailed(ColdstillError):
+    """A benchmark task cannot be read, found or run."""

@@ -1,9 +1,11 @@
-"""The output folder of a run: which run it belongs to, its newest whole checkpoint, its finished student.
+"""The output folder of a run: which run it belongs to, its newest whole checkpoint, the one that is its student.
 
 run.json               what this folder is a run of; another run is refused
 checkpoint-<step>/     as transformers writes them
-student/               the finished student: model and tokenizer files, loadable by `from_pretrained`
+student/               the finished student: model and tokenizer files, loadable by `from_pretrained`, and its card
+adapter/               only of a merged student: its adapters alone
 trainer_state.json     the log of the whole run
+report.md              the same for people: the curve of t, the losses, the measurements
 train_summary.json     written last: its presence means finished
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +22,16 @@ from typing import Any
 
 from storage_schema.errors import ColdstillError, StorageFull
 
+from .early_stopping import has_stopped
 from .errors import CheckpointMismatch
-from .student import TOKENIZER_FILES, tokenizer_folder
 
 RUN_NAME = "run.json"
 STATE_NAME = "trainer_state.json"
 SUMMARY_NAME = "train_summary.json"
+REPORT_NAME = "report.md"
 STUDENT_FOLDER = "student"
+ADAPTER_FOLDER = "adapter"
 _FULL_BELOW = 1 << 20  # bytes
-_RESUME_ONLY = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", STATE_NAME, "training_args.bin")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,24 @@ class Checkpoint:
     @property
     def finished(self) -> bool:
         """Whether the run's last step was taken."""
-        return int(self.state["global_step"]) >= int(self.state["max_steps"])
+        return self.step >= int(self.state["max_steps"]) or has_stopped(self.state)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.state["global_step"])
+
+    @property
+    def best(self) -> Checkpoint:
+        """Of the run up to here, the checkpoint with the best measurement; itself where no best one is kept."""
+        best = self.state.get("best_model_checkpoint")
+        folder = self.folder.parent / Path(best).name if best else self.folder
+        state = read_state(folder)
+        return self if state is None else Checkpoint(folder, state)
 
 
-def claim(output: Path, identity: dict[str, Any]) -> None:
-    """Make `output` the folder of the run that `identity` describes.
+def claim(output: Path, identity: Mapping[str, Any], *, write: bool) -> None:
+    """Make `output` the folder of the run that `identity` describes; without `write` only look whether it is.
 
     Raises `CheckpointMismatch` where it holds checkpoints or a student of another run.
     """
@@ -61,29 +77,22 @@ def claim(output: Path, identity: dict[str, Any]) -> None:
                 wanted={key: identity.get(key) for key in differing},
                 fix="choose another output, or delete this folder if its run is not needed",
             )
-    write_json(output / RUN_NAME, identity)
+    if write:
+        write_json(output / RUN_NAME, identity)
 
 
 def newest_checkpoint(output: Path) -> Checkpoint | None:
     """The checkpoint of the highest step that was written to its end; transformers writes its state file last."""
-    folders = sorted(output.glob("checkpoint-*"), key=lambda folder: _step(folder), reverse=True)
-    for folder in folders:
-        state = _read_json(folder / STATE_NAME)
+    for folder in sorted(output.glob("checkpoint-*"), key=_step, reverse=True):
+        state = read_state(folder)
         if state is not None:
             return Checkpoint(folder, state)
     return None
 
 
-def finish(output: Path, checkpoint: Checkpoint, *, student: str) -> None:
-    """Copy the last checkpoint's model, and the tokenizer files of `student`, into `student/`; keep the log."""
-    folder = output / STUDENT_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(checkpoint.folder, folder, ignore=shutil.ignore_patterns(*_RESUME_ONLY))
-    source = tokenizer_folder(student)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    write_json(output / STATE_NAME, checkpoint.state)
+def read_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The `trainer_state.json` in the folder of a checkpoint; None where there is none, or not a whole one."""
+    return _read_json(checkpoint / STATE_NAME)
 
 
 @contextmanager
@@ -104,7 +113,7 @@ def full_disk_named(output: Path) -> Iterator[None]:
         ) from error
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

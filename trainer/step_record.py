@@ -8,62 +8,99 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .losses import LossValues, TaidSchedule
+from .arguments import RunLength
+from .errors import NonFiniteLoss
+from .losses import LossMemory, LossValues, TaidSchedule
 
 STATE_NAME = "StepRecord"
 """Key of our state in `trainer_state.json`: transformers uses the class's name."""
 
+MOST_NAMED = 20
+"""Rows that one message names."""
+
 
 class StepRecord(TrainerCallback, ExportableState):
-    """Adds up one optimizer step over its micro-batches, closes it, and counts targets and seconds of the whole run."""
+    """Adds up one optimizer step over its micro-batches and devices, closes it, and remembers where the data stands."""
 
-    def __init__(self, schedule: TaidSchedule | None, *, reduce: Callable[[torch.Tensor], torch.Tensor]):
-        """`reduce` adds a tensor up over all devices."""
-        self.schedule, self._reduce = schedule, reduce
+    def __init__(
+        self,
+        schedule: TaidSchedule | None,
+        memory: LossMemory | None,
+        *,
+        order: Mapping[str, Any],
+        length: RunLength,
+    ):
+        """`memory`: what the loss remembers between steps, where it does. `order`: what decides which rows come when; a
+        checkpoint of another order is not gone on with."""
+        self.schedule, self.memory, self.order, self._length = schedule, memory, dict(order), length
         self._reset()
 
     def _reset(self) -> None:
         self.targets, self._seconds_before, self._began = 0, 0.0, time.monotonic()
         self._peak_before = 0.0
-        self._step_sums: torch.Tensor | None = None
-        self._step_targets = 0
+        self.cursor: dict[str, Any] | None = None
         self._kl_since_log: list[float] = []
+        self.open_step(targets=0, cursor=None)
 
-    def add(self, values: LossValues, *, targets_of_step: int) -> None:
-        """Take a micro-batch; `targets_of_step` counts the targets of all micro-batches and devices of the step."""
-        sums = torch.stack([values.distillation.sum(), values.bucket_kl.sum()]).detach().double()
-        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
-        self._step_targets = targets_of_step
+    def open_step(self, *, targets: int, cursor: dict[str, Any] | None) -> None:
+        """Begin an optimizer step of `targets` on all devices, after which the data stands at `cursor`."""
+        self._step_targets, self._step_cursor = targets, cursor
+        self._parts: list[tuple[LossValues, Mapping[str, Any]]] = []
+        self._means: tuple[float, float] | None = None
+        self._remembered: list[float] = []
+
+    def add(self, values: LossValues, batch: Mapping[str, Any]) -> None:
+        """Take the values of a micro-batch. Nothing is read from the device before the step is whole."""
+        self._parts.append((values, batch))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start afresh, or go on from the checkpoint's state."""
         self._reset()
-        if self.schedule is not None:
-            self.schedule.reset()
+        for remembers in (self.schedule, self.memory):
+            if remembers is not None:
+                remembers.reset()
         if state.global_step == 0:
             return
         saved = state.stateful_callbacks[STATE_NAME]["attributes"]
-        self.targets, self._seconds_before = saved["targets"], saved["seconds"]
+        self.targets, self._seconds_before, self.cursor = saved["targets"], saved["seconds"], saved["cursor"]
         self._peak_before = saved["peak_memory_mb"]
         if self.schedule is not None:
             self.schedule.load_state_dict(saved["schedule"])
+        if self.memory is not None:
+            self.memory.load_state_dict(saved["memory"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Raise `NonFiniteLoss`, on all devices, where a row of one of them gave no number; no weight has moved."""
+        sums = torch.stack([_sums(values) for values, _ in self._parts]).sum(0)
+        if self.memory is not None:
+            sums = torch.cat([sums, self.memory.take().to(sums.device)])
+        distillation, bucket_kl, broken, *remembered = reduce(sums, "sum").tolist()
+        if broken:
+            raise self._not_finite(int(broken), step=state.global_step + 1)
+        self._means = (distillation / self._step_targets, bucket_kl / self._step_targets)
+        self._remembered = remembered
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the optimizer step: t moves here and nowhere else."""
-        assert self._step_sums is not None
-        distillation, bucket_kl = (self._reduce(self._step_sums) / self._step_targets).tolist()
+        assert self._means is not None
+        distillation, bucket_kl = self._means
         self.targets += self._step_targets
+        self.cursor = self._step_cursor
         self._kl_since_log.append(bucket_kl)
-        self._step_sums = None
         if self.schedule is not None:
             self.schedule.update(distillation, step=state.global_step, total_steps=state.max_steps)
+        if self.memory is not None:
+            self.memory.update(self._remembered, step=state.global_step, total_steps=state.max_steps)
+        state.epoch = self._length.epoch_after(state.global_step)
+        self.open_step(targets=0, cursor=None)
 
     def take_logs(self) -> dict[str, float]:
         """Entries for the training log: `bucket_kl` is the mean of the steps since the last call."""
@@ -73,17 +110,44 @@ class StepRecord(TrainerCallback, ExportableState):
             self._kl_since_log = []
         if self.schedule is not None:
             logs |= {"taid_t": self.schedule.t, "taid_momentum": self.schedule.momentum}
+        if self.memory is not None:
+            logs |= self.memory.logs()
         return logs
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint keeps, fit for JSON."""
         attributes = {
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "memory": None if self.memory is None else self.memory.state_dict(),
             "targets": self.targets,
+            "cursor": self.cursor,
+            "order": self.order,
             "seconds": self._seconds_before + time.monotonic() - self._began,
             "peak_memory_mb": max(self._peak_before, _peak_memory_mb()),
         }
         return {"args": {}, "attributes": attributes}
+
+    def _not_finite(self, count: int, *, step: int) -> NonFiniteLoss:
+        here = sorted({name for values, batch in self._parts for name in _broken_rows(values, batch)})
+        rows = gather_object(here)
+        more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
+        return NonFiniteLoss(
+            f"loss of rows {', '.join(rows[:MOST_NAMED])}{more} at optimizer step {step}",
+            found=f"{count} of {self._step_targets} values that are not finite",
+            wanted="a finite loss; the optimizer was stopped before this step",
+            fix="lower training.learning_rate; if the very first step fails, look at these rows of the dataset",
+        )
+
+
+def _sums(values: LossValues) -> torch.Tensor:
+    """Sums of distillation and bucket KL, and how many values are not finite."""
+    broken = ~values.loss.isfinite()
+    return torch.stack([values.distillation.double().sum(), values.bucket_kl.double().sum(), broken.double().sum()])
+
+
+def _broken_rows(values: LossValues, batch: Mapping[str, Any]) -> list[str]:
+    owners = batch.get("target_samples", batch["targets"].row)
+    return [batch["sample_ids"][owner] for owner in owners[(~values.loss.isfinite()).to(owners.device)].tolist()]
 
 
 def _peak_memory_mb() -> float:

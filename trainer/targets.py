@@ -1,18 +1,19 @@
 """`SparseTargets`: the cached rows of a batch come in, what the teacher knows of them as torch tensors goes out.
 
 Shape letters: `B` rows of a batch (packs, where rows are packed), `T` tokens of each, `M` target positions of all rows,
-`K` teacher top-k, `N` most draws of one position in this batch.
+`K` teacher top-k, `N` most draws of one position in this batch, `R` draws of all positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 
-from storage_schema.rows import CachedRow
+from storage_schema.rows import CachedRow, TeacherTargets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,9 @@ class SparseTargets:
 
     `draws int64 [M, N]`: ids outside the kept ones that stand for the tail, repeats allowed; `draw_weights float32
     [M, N]`: the share of the tail that each stands for, 0 for padding (id 0). Weights of one position sum to at most 1:
-    to 1 where there are draws, to 0 where there are none. `draw_logprobs float32 [M, N]`: the teacher's log-probs of
-    them, None where the dataset holds none.
+    to 1 where there are draws, to 0 where there are none; to something between where ids that are known exactly were
+    cut from the kept ones and there are no draws beside them. `draw_logprobs float32 [M, N]`: the teacher's log-probs
+    of the draws, None where the dataset holds none.
 
     `row`, `position` `int64 [M]`: logits `[row, position]` of the batch are scored against this target, without any
     shift.
@@ -45,24 +47,47 @@ class SparseTargets:
 
     @classmethod
     def from_rows(cls, rows: Sequence[CachedRow]) -> SparseTargets:
-        """Targets of `rows`, in order; row `b` of the batch is `rows[b]`."""
-        targets = [row.targets for row in rows]
-        draw_counts = np.concatenate([item.draw_counts for item in targets]).astype(np.int64)
-        drawn = np.arange(int(draw_counts.max(initial=0))) < draw_counts[:, None]
-        draws = np.zeros(drawn.shape, np.int64)
-        draws[drawn] = np.concatenate([item.draw_ids for item in targets])
-        weights = (drawn / np.maximum(draw_counts, 1)[:, None]).astype(np.float32)
+        """Targets of `rows`, in order; row `b` of the batch is `rows[b]`. Draws of a position have equal weights."""
+        positions = [row.positions for row in rows]
+        return cls.from_joined(
+            joined([row.targets for row in rows]),
+            labels=np.concatenate([row.token_ids[at + 1] for row, at in zip(rows, positions, strict=True)]),
+            row=np.repeat(np.arange(len(rows)), [at.size for at in positions]),
+            position=np.concatenate(positions),
+        )
+
+    @classmethod
+    def from_joined(
+        cls,
+        targets: TeacherTargets,
+        *,
+        labels: np.ndarray,
+        row: np.ndarray,
+        position: np.ndarray,
+        draw_weights: np.ndarray | None = None,
+    ) -> SparseTargets:
+        """Targets of all positions together. `draw_weights float32 [R]`: the share of the tail of each of the `R` draws
+        of all positions; without them draws of a position have equal weights that sum to 1."""
+        counts = targets.draw_counts
+        drawn = np.arange(int(counts.max(initial=0))) < counts[:, None]
+        places = np.flatnonzero(drawn)
+        if draw_weights is None:
+            weights = drawn * (1 / np.maximum(counts, 1).astype(np.float32))[:, None]
+        else:
+            weights = _padded(draw_weights, places, drawn.shape, np.float32)
         return cls(
-            ids=torch.from_numpy(np.concatenate([item.ids for item in targets]).astype(np.int64)),
-            logprobs=torch.from_numpy(np.concatenate([item.logprobs for item in targets]).astype(np.float32)),
-            log_tail=torch.from_numpy(np.concatenate([item.log_tail for item in targets]).astype(np.float32)),
-            labels=torch.from_numpy(np.concatenate([row.labels for row in rows]).astype(np.int64)),
-            label_logprob=torch.from_numpy(np.concatenate([item.label_logprob for item in targets]).astype(np.float32)),
-            draws=torch.from_numpy(draws),
+            ids=torch.from_numpy(targets.ids.astype(np.int64, copy=False)),
+            logprobs=torch.from_numpy(targets.logprobs),
+            log_tail=torch.from_numpy(targets.log_tail),
+            labels=torch.from_numpy(labels.astype(np.int64, copy=False)),
+            label_logprob=torch.from_numpy(targets.label_logprob),
+            draws=torch.from_numpy(_padded(targets.draw_ids, places, drawn.shape, np.int64)),
             draw_weights=torch.from_numpy(weights),
-            draw_logprobs=None,
-            row=torch.from_numpy(np.repeat(np.arange(len(rows)), [item.positions for item in targets])),
-            position=torch.from_numpy(np.concatenate([row.positions for row in rows])),
+            draw_logprobs=None
+            if targets.draw_logprobs is None
+            else torch.from_numpy(_padded(targets.draw_logprobs, places, drawn.shape, np.float32)),
+            row=torch.from_numpy(row),
+            position=torch.from_numpy(position),
         )
 
     @property
@@ -79,10 +104,51 @@ class SparseTargets:
         """The same targets on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> SparseTargets:
+        """The same targets in memory from which a GPU copies by itself; torch's DataLoader calls this."""
+        return self._map(torch.Tensor.pin_memory)
+
     def part(self, start: int, stop: int) -> SparseTargets:
         """The positions from `start` up to `stop`; views, nothing is copied."""
         return self._map(lambda tensor: tensor[start:stop])
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SparseTargets:
-        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        return SparseTargets(**{name: None if it is None else function(it) for name, it in tensors.items()})
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        mapped: dict[str, Any] = {name: None if it is None else function(it) for name, it in found.items()}
+        return SparseTargets(**mapped)
+
+
+def joined(targets: Sequence[TeacherTargets]) -> TeacherTargets:
+    """Targets of several rows as those of one, in order; as wide as the widest of them, `ids` in torch's own int64.
+
+    Without the draws' log-probs unless all rows have them.
+    """
+    top_k = max(item.top_k for item in targets)
+    known = all(item.draw_logprobs is not None for item in targets)
+    return TeacherTargets(
+        ids=np.concatenate([_widened(item.ids, top_k, item.ids[:, :1]) for item in targets], dtype=np.int64),
+        logprobs=np.concatenate([_widened(item.logprobs, top_k, -np.inf) for item in targets]),
+        counts=np.concatenate([item.counts for item in targets]),
+        log_tail=np.concatenate([item.log_tail for item in targets]),
+        label_logprob=np.concatenate([item.label_logprob for item in targets]),
+        draw_ids=np.concatenate([item.draw_ids for item in targets]),
+        draw_counts=np.concatenate([item.draw_counts for item in targets]),
+        draw_logprobs=np.concatenate([item.draw_logprobs for item in targets]) if known else None,
+    )
+
+
+def _widened(values: np.ndarray, width: int, unused: np.ndarray | float) -> np.ndarray:
+    """`[N, width]`: `values [N, K]`, and `unused` in the columns behind them."""
+    if values.shape[1] == width:
+        return values
+    wide = np.empty((len(values), width), values.dtype)
+    wide[:] = unused
+    wide[:, : values.shape[1]] = values
+    return wide
+
+
+def _padded(values: np.ndarray, places: np.ndarray, shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """`kind [M, N]`: the flat `values [R]` at flat `places [R]`, 0 elsewhere."""
+    padded: np.ndarray = np.zeros(shape, kind)
+    padded.reshape(-1)[places] = values
+    return padded

@@ -14,16 +14,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from storage_schema import Dataset, open_dataset
+from storage_schema.tokenizer import TOKENIZER_FILE
 
 from .config import TrainConfig
-from .data import StreamingRows
+from .data import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
-from .errors import NoTargets
-from .losses import build_loss, build_schedule
-from .run_folder import SUMMARY_NAME, Checkpoint, claim, finish, full_disk_named, newest_checkpoint, write_json
+from .early_stopping import EarlyStopping
+from .finished_student import push_student, write_student
+from .run_folder import SUMMARY_NAME, Checkpoint, claim, full_disk_named, newest_checkpoint, write_json
 from .step_record import STATE_NAME
-from .student import load_student
+from .student import check_tokenizer, load_student, tokenizer_files
 
 
 class TrainSummary(BaseModel):
@@ -31,9 +31,10 @@ class TrainSummary(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    dataset_id: str
+    dataset_ids: list[str]
     loss: str
     steps: int
+    student_step: int
     targets: int
     targets_per_s: float
     wall_s: float
@@ -44,58 +45,65 @@ class TrainSummary(BaseModel):
 def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> TrainSummary:
     """Train the student of `config` on its dataset; `callbacks` are transformers' own, for whoever wants to look on.
 
-    Raises the errors of `open_dataset`, of `load_student` and of `build_loss`, and `NoTargets`, `CheckpointMismatch`,
+    Under torchrun each process trains on its share of every step, and the first one writes.
+    Raises the errors of `load_logit_dataset`, `load_student` and `DistillTrainer`, and `CheckpointMismatch`,
     `NonFiniteLoss`, `StorageFull`.
     """
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
+    args = _arguments(config)
     output = Path(config.output)
-    dataset = open_dataset(config.dataset)
-    if sum(shard.targets for shard in dataset.shards) == 0:
-        raise NoTargets(
-            f"dataset {config.dataset}",
-            found=f"{len(dataset)} rows without a target position",
-            wanted="at least one",
-            fix="capture again; see the dataset's rejects/ for why no row was usable",
-        )
-    claim(output, _identity(config, dataset.dataset_id))
+    dataset = load_logit_dataset(config.dataset, **config.data.model_dump(exclude={"seed"}))
+    claim(output, _identity(config, dataset), write=args.process_index == 0)
     if (output / SUMMARY_NAME).exists():
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
     checkpoint = newest_checkpoint(output)
     with full_disk_named(output):
         if checkpoint is None or not checkpoint.finished:
-            trainer = _build(config, dataset, callbacks)
+            trainer = _build(config, dataset, args, callbacks)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             checkpoint = newest_checkpoint(output)
             assert checkpoint is not None
-        finish(output, checkpoint, student=config.student.model)
-    summary = _summary(config, dataset.dataset_id, checkpoint)
-    write_json(output / SUMMARY_NAME, summary.model_dump())
+        summary = _summary(config, dataset, checkpoint)
+        with args.main_process_first(local=False):
+            if args.process_index == 0:
+                write_student(config, dataset, checkpoint)
+                if config.training.push_to_hub is not None:
+                    push_student(output, config.training.push_to_hub)
+                write_json(output / SUMMARY_NAME, summary.model_dump())
     return summary
 
 
-def _build(config: TrainConfig, dataset: Dataset, callbacks: Sequence[TrainerCallback]) -> DistillTrainer:
+def _build(
+    config: TrainConfig, dataset: LogitDataset, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
+) -> DistillTrainer:
+    files = tokenizer_files(config.student, dataset.sources.datasets[0])
+    check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=config.student.name)
     # What a student may have to draw at random, for instance a head that its file lacks, must not differ by start.
     set_seed(config.training.seed)
-    model = load_student(config.student.model, dataset.header)
+    patience = config.training.early_stopping_patience
     return DistillTrainer(
-        model,
-        _arguments(config, use_cache=getattr(model.config, "use_cache", True)),
-        train_dataset=StreamingRows(dataset, seed=config.data.seed),
-        loss=build_loss(config.loss, draws=dataset.header.draws),
-        schedule=build_schedule(config.loss),
-        callbacks=list(callbacks),
+        load_student(config.student, dataset.header),
+        args,
+        train_dataset=dataset,
+        loss=config.loss,
+        pack_length=config.training.pack_length,
+        eval_dataset=None if config.eval_dataset is None else load_logit_dataset(config.eval_dataset),
+        callbacks=[*callbacks, *([] if patience is None else [EarlyStopping(patience)])],
     )
 
 
-def _arguments(config: TrainConfig, *, use_cache: bool) -> TrainingArguments:
+def _arguments(config: TrainConfig) -> TrainingArguments:
     training = config.training
+    best = training.best_metric is not None
     return TrainingArguments(
         output_dir=config.output,
         per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
+        optim=training.optimizer,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=training.warmup_ratio,
         weight_decay=training.weight_decay,
@@ -104,44 +112,46 @@ def _arguments(config: TrainConfig, *, use_cache: bool) -> TrainingArguments:
         max_steps=-1 if training.max_steps is None else training.max_steps,
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
+        eval_strategy="no" if config.eval_dataset is None else "steps",
+        eval_steps=training.eval_steps,
+        metric_for_best_model=training.best_metric,
+        greater_is_better=False if best else None,
+        load_best_model_at_end=best,
         save_strategy="steps",
-        save_steps=training.save_steps,
+        # The best one must be there when the run ends.
+        save_steps=training.eval_steps if best else training.save_steps,
         # Two: a kill while the newer one is written leaves the older one whole.
         save_total_limit=2,
         seed=training.seed,
+        data_seed=config.data.seed,
         report_to=training.report_to,
         bf16=config.student.dtype == "bfloat16",
         gradient_checkpointing=config.student.gradient_checkpointing,
         use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=training.dataloader_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        # Written into the saved student's configuration, where the student's own setting belongs.
-        use_cache=use_cache,
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-        label_names=["labels"],
-        # Each device reads its own rows; else one device would read for all and cut `SparseTargets` like a tensor.
-        accelerator_config={"dispatch_batches": False},
     )
 
 
-def _identity(config: TrainConfig, dataset_id: str) -> dict[str, Any]:
+def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
     """All that decides the weights: a checkpoint is only ever gone on with under an equal identity."""
-    training = config.training.model_dump(exclude={"logging_steps", "save_steps", "report_to", "threads"})
+    of_this_start = {"logging_steps", "save_steps", "report_to", "threads", "dataloader_workers", "push_to_hub"}
     return {
-        "dataset_id": dataset_id,
+        "dataset_ids": list(dataset.dataset_ids),
         "student": config.student.model_dump(exclude={"gradient_checkpointing"}),
         "loss": config.loss.model_dump(),
-        "data": config.data.model_dump(),
-        "training": training,
+        "data": config.data.model_dump(include={"seed", "weights", "top_k", "draws"}),
+        "training": config.training.model_dump(exclude=of_this_start),
     }
 
 
-def _summary(config: TrainConfig, dataset_id: str, checkpoint: Checkpoint) -> TrainSummary:
-    record = checkpoint.state["stateful_callbacks"][STATE_NAME]["attributes"]
+def _summary(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) -> TrainSummary:
+    record = last.state["stateful_callbacks"][STATE_NAME]["attributes"]
     return TrainSummary(
-        dataset_id=dataset_id,
+        dataset_ids=list(dataset.dataset_ids),
         loss=config.loss.name,
-        steps=checkpoint.state["global_step"],
+        steps=last.step,
+        student_step=last.best.step,
         targets=record["targets"],
         targets_per_s=round(record["targets"] / record["seconds"], 1),
         wall_s=round(record["seconds"], 3),

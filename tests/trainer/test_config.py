@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import DataConfig, LossConfig, StudentConfig, TrainConfig, TrainingConfig
+from trainer.config import DataConfig, LoraConfig, LossConfig, StudentConfig, TrainConfig, TrainingConfig
 
-SECTIONS: list[type[BaseModel]] = [TrainConfig, StudentConfig, LossConfig, DataConfig, TrainingConfig]
+SECTIONS: list[type[BaseModel]] = [TrainConfig, StudentConfig, LoraConfig, LossConfig, DataConfig, TrainingConfig]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -35,6 +35,13 @@ def test_three_keys_are_enough():
         {"loss": {"alpha": 2}},
         {"training": {"learning_rate": 0}},
         {"training": {"warmup_ratio": 1}},
+        {"training": {"early_stopping_patience": 2}, "eval_dataset": "e"},
+        {"training": {"best_metric": "eval_loss"}},
+        {"student": {}},
+        {"student": {"model": "m", "from_scratch": "c"}},
+        {"student": {"from_scratch": {"hidden_size": 8}}},
+        {"student": {"from_scratch": "c", "lora": {}}},
+        {"student": {"model": "m", "lora": {"r": 0}}},
         {"teacher": "x"},
     ],
 )
@@ -44,7 +51,18 @@ def test_what_makes_no_sense_is_refused(wrong):
 
 
 def test_reading_the_configuration_loads_neither_torch_nor_transformers():
-    program = "import sys, trainer.config; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    program = "import sys, trainer, trainer.config; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_names_of_the_notebook_are_there_and_others_are_not():
+    import trainer
+
+    assert {trainer.load_logit_dataset.__name__, trainer.DistillTrainer.__name__} == {
+        "load_logit_dataset",
+        "DistillTrainer",
+    }
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = trainer.nothing

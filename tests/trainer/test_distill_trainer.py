@@ -2,69 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from storage_schema import CachedRow, Dataset, open_dataset
+from storage_schema import CachedRow, open_dataset
+from storage_schema.errors import TokenizerMismatch
 from storage_schema.rows import spans_from_mask
 from tests import making
-from trainer.config import LossConfig
-from trainer.data import StreamingRows, collate
-from trainer.distill_trainer import DistillTrainer
-from trainer.errors import NonFiniteLoss
-from trainer.losses import build_loss, build_schedule
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of every optimizer step, and t after it."""
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
-        self.steps.append(torch.cat([weight.grad.flatten().clone() for weight in model.parameters()]))
-
-
-def build(dataset: Path | Dataset, student: Path, output: Path, *, loss: LossConfig | None = None, **arguments):
-    """A trainer on the tiny parts; returns it and its gradients."""
-    dataset = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
-    loss = loss or LossConfig()
-    fields = {
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "logging_steps": 1,
-        "remove_unused_columns": False,
-        "prediction_loss_only": True,
-        "label_names": ["labels"],
-        "disable_tqdm": True,
-        "accelerator_config": {"dispatch_batches": False},
-    }
-    gradients = Gradients()
-    trainer = DistillTrainer(
-        LlamaForCausalLM.from_pretrained(student),
-        TrainingArguments(output_dir=str(output), **{**fields, **arguments}),
-        train_dataset=StreamingRows(dataset, seed=0),
-        loss=build_loss(loss, draws=dataset.header.draws),
-        schedule=build_schedule(loss),
-        callbacks=[gradients],
-    )
-    return trainer, gradients
-
-
-def one_batch(trainer: DistillTrainer, rows: list[CachedRow]) -> float:
-    """Mean loss per target of `rows` in one batch, in evaluation."""
-    trainer.model.eval()
-    with torch.no_grad():
-        return trainer.compute_loss(trainer.model, collate(rows)).item()
+from tests.trainer.training import build, mean_loss, weights_of
+from trainer import DistillTrainer, LossConfig, load_logit_dataset
+from trainer.data.collate import collate
+from trainer.errors import NonFiniteLoss, StudentHeadTooSmall
 
 
 def taught_by(model: LlamaForCausalLM, rng: np.random.Generator, sample_id: str, *, top_k: int) -> CachedRow:
@@ -85,17 +35,17 @@ def taught_by(model: LlamaForCausalLM, rng: np.random.Generator, sample_id: str,
 def test_a_student_taught_by_itself_has_nothing_to_learn_and_a_shift_by_one_would_show(
     tiny_dataset, tiny_student, tmp_path, top_k
 ):
-    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss=LossConfig(name="forward_kl"))
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss="forward_kl")
     rng = np.random.default_rng(0)
     rows = [taught_by(trainer.model.eval(), rng, f"r{n}", top_k=top_k) for n in range(5)]
-    assert one_batch(trainer, rows) == pytest.approx(0, abs=1e-6)
+    assert mean_loss(trainer, rows) == pytest.approx(0, abs=1e-6)
     batch = collate(rows)
     batch["targets"].position.add_(1)
     assert trainer.compute_loss(trainer.model, batch).item() > 1e-4
 
 
 def test_the_loss_depends_on_which_position_a_distribution_belongs_to(tiny_dataset, tiny_student, tmp_path):
-    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss=LossConfig(name="forward_kl"))
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss="forward_kl")
     batch = collate(open_dataset(tiny_dataset).read_shard(0))
     before = trainer.compute_loss(trainer.model.eval(), batch).item()
     batch["targets"].logprobs.copy_(batch["targets"].logprobs.flip(0))
@@ -104,17 +54,17 @@ def test_the_loss_depends_on_which_position_a_distribution_belongs_to(tiny_datas
 
 @pytest.mark.parametrize("name", ["taid", "forward_kl", "cross_entropy"])
 def test_padding_does_not_change_the_loss(tiny_dataset, tiny_student, tmp_path, name):
-    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss=LossConfig(name=name))
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss=name)
     rows = open_dataset(tiny_dataset).read_shard(0)
-    alone = [(one_batch(trainer, [row]), row.positions.size) for row in rows]
+    alone = [(mean_loss(trainer, [row]), row.positions.size) for row in rows]
     mean = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
-    assert one_batch(trainer, rows) == pytest.approx(mean, rel=1e-5)
+    assert mean_loss(trainer, rows) == pytest.approx(mean, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["taid", "forward_kl", "cross_entropy"])
+@pytest.mark.parametrize("name", ["taid", "cross_entropy"])
 def test_accumulation_changes_neither_gradient_nor_t(tiny_dataset, tiny_student, tmp_path, name):
-    loss = LossConfig(name=name, alpha=0.1)
-    shapes = [(8, 1), (2, 4), (1, 8), (4, 2)]
+    loss = LossConfig(name=name, alpha=0.1 if name == "taid" else None)
+    shapes = [(8, 1), (2, 4), (1, 8)]
     runs = []
     for batch, accumulation in shapes:
         trainer, gradients = build(
@@ -139,7 +89,7 @@ def test_accumulation_changes_neither_gradient_nor_t(tiny_dataset, tiny_student,
         assert trainer.record.targets == whole.record.targets
 
 
-def test_the_last_step_of_an_epoch_divides_by_its_own_targets(tiny_dataset, tiny_student, tmp_path):
+def test_the_last_step_of_a_run_takes_what_is_left_and_divides_by_its_own_targets(tiny_dataset, tiny_student, tmp_path):
     unequal, gradients = build(
         tiny_dataset,
         tiny_student,
@@ -149,13 +99,23 @@ def test_the_last_step_of_an_epoch_divides_by_its_own_targets(tiny_dataset, tiny
         learning_rate=1e-30,
     )
     unequal.train()
-    rows = StreamingRows(open_dataset(tiny_dataset), seed=0)
-    last = list(rows)[15:]
+    stream = load_logit_dataset(tiny_dataset).stream(batch_size=15, seed=0, epochs=1)
+    _, last = list(stream)
     trainer, _ = build(tiny_dataset, tiny_student, tmp_path)
+    trainer.record.schedule.t = unequal.state.log_history[0]["taid_t"]
     trainer.model.train()
-    trainer.compute_loss(trainer.model, collate(last)).backward()
+    trainer.compute_loss(trainer.model, last).backward()
     wanted = torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()])
     torch.testing.assert_close(gradients.steps[1], wanted, rtol=1e-3, atol=1e-6)
+    assert unequal.state.epoch == 1
+    assert unequal.record.targets == load_logit_dataset(tiny_dataset).targets
+
+
+def test_a_run_of_a_part_of_an_epoch_ends_there(tiny_dataset, tiny_student, tmp_path):
+    trainer, gradients = build(tiny_dataset, tiny_student, tmp_path, num_train_epochs=1.5)
+    trainer.train()
+    assert len(gradients.steps) == 9
+    assert trainer.state.epoch == 1.5
 
 
 def test_the_log_carries_the_paper_s_names_and_t_is_of_the_next_step(tiny_dataset, tiny_student, tmp_path):
@@ -173,7 +133,7 @@ def test_the_log_carries_the_paper_s_names_and_t_is_of_the_next_step(tiny_datase
 
 @pytest.mark.parametrize("name", ["forward_kl", "cross_entropy"])
 def test_losses_without_a_schedule_log_the_bucket_kl_and_no_t(tiny_dataset, tiny_student, tmp_path, name):
-    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss=LossConfig(name=name))
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss=name)
     trainer.train()
     assert "bucket_kl" in trainer.state.log_history[0]
     assert "taid_t" not in trainer.state.log_history[0]
@@ -182,7 +142,7 @@ def test_losses_without_a_schedule_log_the_bucket_kl_and_no_t(tiny_dataset, tiny
 def test_evaluation_moves_nothing(tiny_dataset, tiny_student, tmp_path):
     class Evaluate(TrainerCallback):
         def on_step_begin(self, args, state, control, **_) -> None:
-            measured.evaluate(StreamingRows(open_dataset(tiny_dataset), seed=9))
+            measured.evaluate(load_logit_dataset(tiny_dataset))
 
         on_substep_end = on_step_begin
 
@@ -192,7 +152,7 @@ def test_evaluation_moves_nothing(tiny_dataset, tiny_student, tmp_path):
     measured.add_callback(Evaluate())
     plain.train()
     measured.train()
-    assert measured.schedule.state_dict() == plain.schedule.state_dict()
+    assert measured.record.schedule.state_dict() == plain.record.schedule.state_dict()
     assert measured.record.targets == plain.record.targets
     for mine, theirs in zip(got.steps, wanted.steps, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
@@ -210,11 +170,12 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_stops_before_the_optimizer
     tiny_dataset, tiny_student, tmp_path
 ):
     trainer, gradients = build(tiny_dataset, tiny_student, tmp_path, gradient_accumulation_steps=2)
-    sick = next(iter(StreamingRows(open_dataset(tiny_dataset), seed=0)))
+    first = next(iter(load_logit_dataset(tiny_dataset).stream(batch_size=4, seed=0)))
+    sick = first["sample_ids"][2]
     with torch.no_grad():
-        trainer.model.get_input_embeddings().weight[int(sick.token_ids[0])] = torch.nan
+        trainer.model.get_input_embeddings().weight[int(first["input_ids"][2, 0])] = torch.nan
     before = [weight.clone() for weight in trainer.model.parameters()]
-    with pytest.raises(NonFiniteLoss, match=sick.sample_id):
+    with pytest.raises(NonFiniteLoss, match=sick):
         trainer.train()
     assert gradients.steps == []
     for was, weight in zip(before, trainer.model.parameters(), strict=True):
@@ -228,12 +189,82 @@ def test_rows_of_the_head_beyond_the_tokenizer_are_left_alone(tiny_dataset, tiny
     with torch.no_grad():
         padded.model.get_output_embeddings().weight[making.VOCABULARY :] = 5
     rows = open_dataset(tiny_dataset).read_shard(0)
-    assert one_batch(padded, rows) == pytest.approx(one_batch(narrow, rows), rel=1e-6)
+    assert mean_loss(padded, rows) == pytest.approx(mean_loss(narrow, rows), rel=1e-6)
     padded.compute_loss(padded.model, collate(rows)).backward()
     assert padded.model.get_output_embeddings().weight.grad[making.VOCABULARY :].abs().max() == 0
 
 
-@pytest.mark.parametrize("field", ["remove_unused_columns", "restore_callback_states_from_checkpoint"])
-def test_arguments_that_would_lose_targets_or_state_are_refused(tiny_dataset, tiny_student, tmp_path, field):
+@pytest.mark.parametrize("field", ["auto_find_batch_size", "restore_callback_states_from_checkpoint"])
+def test_arguments_that_would_lose_state_are_refused(tiny_dataset, tiny_student, tmp_path, field):
     with pytest.raises(ValueError, match=field):
         build(tiny_dataset, tiny_student, tmp_path, **{field: True})
+
+
+def test_five_lines_of_a_notebook_train_a_student_and_leave_its_arguments_alone(tiny_dataset, tiny_student, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(tiny_student)
+    before = weights_of(model)
+    args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none", num_train_epochs=1)
+    DistillTrainer(model, args, train_dataset=load_logit_dataset(tiny_dataset)).train()
+    assert any(not torch.equal(before[name], weight) for name, weight in weights_of(model).items())
+    assert (args.max_steps, args.remove_unused_columns, args.ignore_data_skip) == (-1, True, False)
+    assert model.config.use_cache is True
+
+
+def test_a_name_stands_for_a_student(tiny_dataset, tiny_student, tmp_path):
+    trainer = DistillTrainer(
+        str(tiny_student),
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+        train_dataset=load_logit_dataset(tiny_dataset),
+    )
+    assert isinstance(trainer.model, LlamaForCausalLM)
+
+
+def test_a_tokenizer_or_a_head_that_does_not_fit_is_a_named_error(tiny_dataset, tiny_student, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    other = AutoTokenizer.from_pretrained(making.tiny_tokenizer(tmp_path / "other", vocabulary=60))
+    dataset = load_logit_dataset(tiny_dataset)
+    with pytest.raises(TokenizerMismatch):
+        DistillTrainer(str(tiny_student), args, train_dataset=dataset, processing_class=other)
+    right = AutoTokenizer.from_pretrained(tiny_student)
+    DistillTrainer(str(tiny_student), args, train_dataset=dataset, processing_class=right)
+    small = LlamaForCausalLM.from_pretrained(making.tiny_llama(tmp_path / "small", vocabulary=60))
+    with pytest.raises(StudentHeadTooSmall):
+        DistillTrainer(small, args, train_dataset=dataset)
+
+
+def test_a_measurement_has_what_best_model_and_early_stopping_look_for(tiny_dataset, tiny_student, tmp_path):
+    dataset = load_logit_dataset(tiny_dataset)
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, eval_dataset={"a": dataset, "b": dataset})
+    found = trainer.evaluate()
+    assert found["eval_a_loss"] == found["eval_b_loss"] > 0
+    assert {"eval_a_cross_entropy", "eval_a_top1_agreement", "eval_a_runtime"} <= set(found)
+    taught_labels, _ = build(tiny_dataset, tiny_student, tmp_path, eval_dataset=dataset, loss="cross_entropy")
+    plain = taught_labels.evaluate()
+    assert plain["eval_loss"] == plain["eval_cross_entropy"] == pytest.approx(found["eval_a_cross_entropy"])
+    assert taught_labels.state.log_history[-1]["eval_loss"] == plain["eval_loss"]
+
+
+def test_strategies_by_epoch_are_kept(tiny_dataset, tiny_student, tmp_path):
+    trainer, _ = build(
+        tiny_dataset,
+        tiny_student,
+        tmp_path,
+        num_train_epochs=3,
+        eval_dataset=load_logit_dataset(tiny_dataset),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert [line["epoch"] for line in trainer.state.log_history if "eval_loss" in line] == [1, 2, 3]
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (12, 18, 6)]
+    assert trainer.state.best_model_checkpoint is not None
+
+
+def test_the_card_of_a_pushed_student_names_dataset_loss_and_t(tiny_dataset, tiny_student, tmp_path):
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    for fact in (open_dataset(tiny_dataset).dataset_id, "TAID", "1.0000", "tiny", "CC0-1.0"):
+        assert fact in card

@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage_schema import open_dataset
 from storage_schema.errors import (
@@ -23,34 +26,20 @@ from storage_schema.errors import (
     TokenizerNotFound,
 )
 from tests import making
+from tests.trainer.training import KillAt, Killed
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointMismatch, NoDraws, NoTargets, StudentHeadTooSmall, StudentNotFound
 from trainer.train import TrainSummary, train
 
 
-class Killed(Exception):
-    """Stands for the end of the process."""
-
-
-class KillAt(TrainerCallback):
-    """Ends the run in the middle of an optimizer step, after so many whole ones."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
-        if state.global_step == self.step:
-            raise Killed
-
-
-def make_config(dataset: Path, student: Path, output: Path, **changes) -> TrainConfig:
+def make_config(dataset: Path, folder: Path, output: Path, /, **changes) -> TrainConfig:
     training = {"learning_rate": 1e-3, "batch_size": 2, "gradient_accumulation_steps": 2, "epochs": 2}
-    training |= {"logging_steps": 1, "save_steps": 4} | changes.pop("training", {})
+    training |= {"logging_steps": 1, "save_steps": 4, "dataloader_workers": 0} | changes.pop("training", {})
     return TrainConfig.model_validate(
         {
             "dataset": str(dataset),
             "output": str(output),
-            "student": {"model": str(student)},
+            "student": {"model": str(folder)} | changes.pop("student", {}),
             "training": training,
             **changes,
         }
@@ -61,13 +50,26 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(output / "student").state_dict()
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
+    """What was pushed, by repository: the Hub's client with nobody behind it."""
+    pushed: dict[str, dict[str, bytes]] = {}
+
+    def upload_folder(self: HfApi, *, repo_id: str, folder_path: Path, **_: object) -> None:
+        pushed[repo_id] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: None)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return pushed
+
+
 @pytest.mark.parametrize("name", ["taid", "forward_kl", "cross_entropy"])
 def test_a_run_leaves_a_plain_student_its_log_and_its_summary(tiny_dataset, tiny_student, tmp_path, name):
     config = make_config(tiny_dataset, tiny_student, tmp_path / "run", loss={"name": name})
     summary = train(config)
     dataset = open_dataset(tiny_dataset)
-    assert summary.dataset_id == dataset.dataset_id
-    assert (summary.loss, summary.steps) == (name, 12)
+    assert summary.dataset_ids == [dataset.dataset_id]
+    assert (summary.loss, summary.steps, summary.student_step) == (name, 12, 12)
     assert summary.targets == 2 * sum(shard.targets for shard in dataset.shards)
     assert summary.targets_per_s == pytest.approx(summary.targets / summary.wall_s, rel=0.01)
     assert summary.peak_memory_mb > 10
@@ -78,6 +80,9 @@ def test_a_run_leaves_a_plain_student_its_log_and_its_summary(tiny_dataset, tiny
     left = {path.name for path in (tmp_path / "run/student").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= left
     assert not {"optimizer.pt", "trainer_state.json", "training_args.bin"} & left
+    card = (tmp_path / "run/student/README.md").read_text()
+    assert dataset.dataset_id in card
+    assert str(tmp_path) not in card
     before = AutoModelForCausalLM.from_pretrained(tiny_student).state_dict()
     assert any(not torch.equal(before[key], value) for key, value in weights(tmp_path / "run").items())
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tiny_student, tmp_path / "run/student")]
@@ -94,8 +99,8 @@ def test_forward_kl_brings_the_student_nearer_to_its_teacher(tiny_dataset, tiny_
     assert np.mean(kl[-6:]) < 0.8 * np.mean(kl[:6])
 
 
-@pytest.mark.parametrize("shape", [{}, {"max_steps": 10, "batch_size": 3}])
-def test_a_run_killed_twice_ends_with_the_weights_of_an_unbroken_one(tiny_dataset, tiny_student, tmp_path, shape):
+def test_a_run_killed_twice_ends_with_the_weights_of_an_unbroken_one(tiny_dataset, tiny_student, tmp_path):
+    shape = {"max_steps": 10, "batch_size": 3}
     unbroken = train(make_config(tiny_dataset, tiny_student, tmp_path / "unbroken", training=shape))
     config = make_config(tiny_dataset, tiny_student, tmp_path / "broken", training=shape)
     for step in (5, 9):
@@ -165,14 +170,14 @@ def test_the_checkpoint_of_another_dataset_is_refused_and_a_moved_one_is_not(tin
     assert train(make_config(moved, tiny_student, tmp_path / "run")) == summary
     rows = [making.random_row(np.random.default_rng(0), "other")]
     making.write_dataset(tmp_path / "other", [rows], header=making.tiny_header(tiny_student), tokenizer=tiny_student)
-    with pytest.raises(CheckpointMismatch, match="differs in dataset_id"):
+    with pytest.raises(CheckpointMismatch, match="differs in dataset_ids"):
         train(make_config(tmp_path / "other", tiny_student, tmp_path / "run"))
 
 
 def test_how_often_it_saves_and_logs_may_change_between_starts(tiny_dataset, tiny_student, tmp_path):
     with pytest.raises(Killed):
         train(make_config(tiny_dataset, tiny_student, tmp_path / "run"), callbacks=[KillAt(5)])
-    again = {"training": {"logging_steps": 2, "save_steps": 6, "threads": 1}}
+    again = {"training": {"logging_steps": 2, "save_steps": 6, "threads": 1, "dataloader_workers": 1}}
     assert train(make_config(tiny_dataset, tiny_student, tmp_path / "run", **again)).steps == 12
 
 
@@ -186,9 +191,9 @@ def test_a_head_padded_beyond_the_tokenizer_works_and_keeps_its_rows(tiny_datase
 
 
 def test_bfloat16_trains_with_float32_weights(tiny_dataset, tiny_student, tmp_path):
-    config = make_config(tiny_dataset, tiny_student, tmp_path / "run")
-    student = config.student.model_copy(update={"dtype": "bfloat16", "gradient_checkpointing": True})
-    assert train(config.model_copy(update={"student": student})).steps == 12
+    student = {"dtype": "bfloat16", "gradient_checkpointing": True}
+    config = make_config(tiny_dataset, tiny_student, tmp_path / "run", student=student, training={"max_steps": 2})
+    train(config)
     assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
 
 
@@ -244,6 +249,63 @@ def test_the_mixture_of_a_dataset_without_draws_is_a_named_error_and_auto_takes_
     with pytest.raises(NoDraws):
         train(make_config(tmp_path / "plain", tiny_student, tmp_path / "run", loss={"tail": "mixture"}))
     assert train(make_config(tmp_path / "plain", tiny_student, tmp_path / "run")).steps == 2
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters_leave_a_student_that_plain_libraries_load(tiny_dataset, tiny_student, tmp_path, merge):
+    student = {"lora": {"r": 2, "alpha": 4, "merge": merge}, "gradient_checkpointing": True}
+    config = make_config(tiny_dataset, tiny_student, tmp_path / "run", student=student)
+    with pytest.raises(Killed):
+        train(config, callbacks=[KillAt(5)])
+    assert train(config).steps == 12
+    before = AutoModelForCausalLM.from_pretrained(tiny_student).state_dict()
+    folder = tmp_path / "run" / ("adapter" if merge else "student")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folder.iterdir()}
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_student), folder)
+    learned = adapted.merge_and_unload().state_dict()
+    assert any(not torch.equal(before[key], value) for key, value in learned.items())
+    assert torch.equal(before["lm_head.weight"], learned["lm_head.weight"])
+    if merge:
+        for key, value in weights(tmp_path / "run").items():
+            torch.testing.assert_close(value, learned[key])
+
+
+def test_a_student_from_scratch_learns_with_the_dataset_s_tokenizer(tiny_dataset, tiny_student, tmp_path):
+    scratch = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 1, "n_positions": 64}
+    student = {"model": None, "from_scratch": {**scratch, "bos_token_id": 0, "eos_token_id": 1}}
+    train(make_config(tiny_dataset, tiny_student, tmp_path / "run", student=student))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/student")
+    assert loaded.get_output_embeddings().weight.shape == (making.VOCABULARY, 16)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run/student").vocab_size == making.VOCABULARY
+
+
+def test_the_best_checkpoint_is_the_student_and_patience_ends_the_run(tiny_dataset, tiny_student, tmp_path):
+    # A measurement that never gets better than at first.
+    training = {"epochs": 4, "eval_steps": 2, "best_metric": "eval_teacher_cross_entropy", "early_stopping_patience": 3}
+    config = make_config(
+        tiny_dataset, tiny_student, tmp_path / "run", training=training, eval_dataset=str(tiny_dataset)
+    )
+    summary = train(config)
+    assert (summary.steps, summary.student_step) == (8, 2)
+    best = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
+    assert all(torch.equal(value, best[key]) for key, value in weights(tmp_path / "run").items())
+    report = (tmp_path / "run/report.md").read_text()
+    assert "taid_t" in report
+    assert "eval_loss" in report
+
+    killed = config.model_copy(update={"output": str(tmp_path / "killed")})
+    with pytest.raises(Killed):
+        train(killed, callbacks=[KillAt(5)])
+    resumed = train(killed)
+    assert (resumed.steps, resumed.student_step) == (8, 2)
+    (tmp_path / "killed/train_summary.json").unlink()
+    assert train(killed, callbacks=[KillAt(0)]) == resumed
+
+
+def test_a_pushed_student_is_on_the_hub_with_its_card(tiny_dataset, tiny_student, tmp_path, hub):
+    train(make_config(tiny_dataset, tiny_student, tmp_path / "run", training={"push_to_hub": "me/student"}))
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub["me/student"])
+    assert b"TAID" in hub["me/student"]["README.md"]
 
 
 @pytest.mark.slow

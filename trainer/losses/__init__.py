@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from .build import build_objective, build_schedule
+from .build import build_objective, build_schedule, memory_of
+from .memory import LossMemory
 from .objective import Objective
 from .protocol import LossValues, SparseLoss, StudentView
 from .schedule import TaidSchedule
 
 __all__ = [
+    "LossMemory",
     "LossValues",
     "Objective",
     "SparseLoss",
@@ -15,4 +17,5 @@ __all__ = [
     "TaidSchedule",
     "build_objective",
     "build_schedule",
+    "memory_of",
 ]

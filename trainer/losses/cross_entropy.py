@@ -10,7 +10,7 @@ from .protocol import StudentView
 
 
 class CrossEntropy:
-    """`-log q(label)`: exact, whatever the cache holds; the teacher gives no gradient."""
+    """`-log q(label)`: exact, whatever the cache holds; the teacher gives no gradient. Nothing is left out."""
 
     def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
         """Value `[M]`; `targets` and `t` are not looked at."""

@@ -13,6 +13,7 @@ from trainer.targets import SparseTargets
 
 from .cache_view import bucket_kl
 from .protocol import LossValues, SparseLoss, StudentView
+from .row_passes import RowPasses
 from .student_view import see_
 
 
@@ -32,17 +33,23 @@ class Objective:
             return LossValues(loss=loss, distillation=distillation, bucket_kl=bucket_kl(view, targets))
 
     def descend_(
-        self, logits: torch.Tensor, targets: SparseTargets, *, t: float, weight: float, with_gradient: bool
+        self,
+        logits: torch.Tensor,
+        targets: SparseTargets,
+        *,
+        t: float,
+        with_gradient: bool,
+        passes: RowPasses | None = None,
     ) -> LossValues:
         """Values of `logits [M, V]` (float32 or float64); the logits are overwritten, and `with_gradient` hold the
-        gradient of `weight * sum(loss)` by themselves."""
-        seen = see_(logits, targets)
+        gradient of `sum(loss)` by themselves. `passes`: the fastest that the device has."""
+        seen = see_(logits, targets, passes=passes)
         if not with_gradient:
             return self(seen.view, targets, t=t).detached()
         leaves = seen.view.leaves()
         with torch.enable_grad():
             values = self(leaves, targets, t=t)
-            total = weight * values.loss.sum()
+            total = values.loss.sum()
         gradients = torch.autograd.grad(total, list(vars(leaves).values()), allow_unused=True, materialize_grads=True)
         seen.gradient_(StudentView(**dict(zip(vars(leaves), gradients, strict=True))), targets)
         return values.detached()

@@ -18,6 +18,7 @@ from .objective import Objective
 from .protocol import LossValues
 
 
+@torch.compiler.disable
 def loss_on_logits(
     logits: torch.Tensor, targets: SparseTargets, objective: Objective, *, t: float, weight: float = 1.0
 ) -> tuple[torch.Tensor, LossValues]:
@@ -26,7 +27,7 @@ def loss_on_logits(
     Computed in float32 at least, whatever the logits' dtype.
     """
     kept: list[LossValues] = []
-    total = _OnLogits.apply(logits, targets, objective, t, weight, kept)
+    total = _OnLogits.apply(logits, targets, objective, t, weight, torch.is_grad_enabled(), kept)
     return total, kept[0]
 
 
@@ -39,18 +40,21 @@ class _OnLogits(torch.autograd.Function):
         objective: Objective,
         t: float,
         weight: float,
+        grad_enabled: bool,
         kept: list[LossValues],
     ) -> torch.Tensor:
+        # In here gradients are always off, and `needs_input_grad` says what the inputs ask for, not whether they may.
+        with_gradient = grad_enabled and ctx.needs_input_grad[0]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        values = objective.descend_(wide, targets, t=t, weight=weight, with_gradient=ctx.needs_input_grad[0])
+        values = objective.descend_(wide, targets, t=t, with_gradient=with_gradient)
         kept.append(values)
-        if ctx.needs_input_grad[0]:
+        if with_gradient:
             ctx.save_for_backward(wide)
-            ctx.logits_dtype = logits.dtype
+            ctx.weight, ctx.logits_dtype = weight, logits.dtype
         return weight * values.loss.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_total).to(ctx.logits_dtype), None, None, None, None, None
+        return (gradient * (ctx.weight * grad_total)).to(ctx.logits_dtype), None, None, None, None, None, None

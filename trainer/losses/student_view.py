@@ -23,7 +23,9 @@ import torch
 
 from trainer.targets import SparseTargets
 
+from .fastest_passes import fastest_passes
 from .protocol import StudentView
+from .row_passes import Readings, RowGradient, RowPasses
 
 LOG_EMPTY_TAIL = -60.0
 """The student's log tail mass where the kept ids are the whole vocabulary: e^-60 is zero, and 0 * -60 is finite."""
@@ -31,45 +33,41 @@ LOG_EMPTY_TAIL = -60.0
 
 @dataclass(frozen=True, kw_only=True)
 class SeenLogits:
-    """`view`, and what its gradient needs: `exps [M, V]`, exp of the tail's logits above their maximum and 0 at the
-    kept ids, and its sums `tail_sum [M]`."""
+    """`view`, and what its gradient needs: `memory [M, V]`, as the passes left it, and what they read."""
 
     view: StudentView
-    exps: torch.Tensor
-    tail_sum: torch.Tensor
+    memory: torch.Tensor
+    readings: Readings
+    passes: RowPasses
 
     def gradient_(self, by_view: StudentView, targets: SparseTargets) -> torch.Tensor:
-        """Gradient `[M, V]` by the logits, given that by each value of the view; in the memory of `exps`."""
+        """Gradient `[M, V]` by the logits, given that by each value of the view; in the memory of the logits."""
         kept, drawn = targets.kept, targets.draw_weights > 0
         by_kept, by_draws = by_view.log_q * kept, by_view.log_q_draws * drawn
-        total = by_kept.sum(1) + by_draws.sum(1) + by_view.log_q_tail + by_view.log_q_label
-        # With a tail its largest term is exp(0), so the sum is at least 1; without one `exps` is all zero.
-        of_tail = (by_view.log_q_tail - total * self.view.log_q_tail.exp()) / self.tail_sum.clamp_min(1)
-        gradient = self.exps.mul_(of_tail[:, None])
-        gradient.scatter_add_(1, targets.ids, by_kept - total[:, None] * self.view.log_q.exp() * kept)
-        gradient.scatter_add_(1, targets.draws, by_draws)
-        return gradient.scatter_add_(1, targets.labels[:, None], by_view.log_q_label[:, None])
+        # With a tail its largest term is exp(0), so the sum is at least 1. Without one its log mass is a constant.
+        by_tail = by_view.log_q_tail * (self.readings.tail_sum > 0)
+        total = by_kept.sum(1) + by_draws.sum(1) + by_tail + by_view.log_q_label
+        gradient = RowGradient(
+            of_tail=(by_tail - total * self.view.log_q_tail.exp()) / self.readings.tail_sum.clamp_min(1),
+            at_kept=by_kept - total[:, None] * self.view.log_q.exp() * kept,
+            at_draws=by_draws,
+            at_label=by_view.log_q_label,
+        )
+        return self.passes.write_(self.memory, targets, self.readings, gradient)
 
 
-def see_(logits: torch.Tensor, targets: SparseTargets) -> SeenLogits:
-    """Look at `logits [M, V]`, float32 or float64, and overwrite them."""
+def see_(logits: torch.Tensor, targets: SparseTargets, *, passes: RowPasses | None = None) -> SeenLogits:
+    """Look at `logits [M, V]`, float32 or float64, and overwrite them; `passes`: the fastest there are."""
+    passes = fastest_passes(logits) if passes is None else passes
+    read = passes.read_(logits, targets)
     kept, drawn = targets.kept, targets.draw_weights > 0
-    of_kept = logits.gather(1, targets.ids)
-    of_draws = logits.gather(1, targets.draws)
-    of_label = logits.gather(1, targets.labels[:, None])[:, 0]
-
-    logits.scatter_(1, targets.ids, -torch.inf)
-    shift = logits.amax(1, keepdim=True)
-    shift.masked_fill_(shift == -torch.inf, 0)
-    exps = logits.sub_(shift).exp_()
-    tail_sum = exps.sum(1)
-    lse_tail = shift[:, 0] + tail_sum.log()
-    lse = torch.logaddexp(lse_tail, of_kept.masked_fill(~kept, -torch.inf).logsumexp(1))
+    lse_tail = read.tail_max + read.tail_sum.log()
+    lse = torch.logaddexp(lse_tail, read.of_kept.masked_fill(~kept, -torch.inf).logsumexp(1))
     view = StudentView(
         # Unused entries stay finite: 0 * -inf is not a number.
-        log_q=(of_kept - lse[:, None]).masked_fill(~kept, 0),
-        log_q_tail=torch.where(tail_sum > 0, lse_tail - lse, LOG_EMPTY_TAIL),
-        log_q_draws=(of_draws - lse[:, None]).masked_fill(~drawn, 0),
-        log_q_label=of_label - lse,
+        log_q=(read.of_kept - lse[:, None]).masked_fill(~kept, 0),
+        log_q_tail=torch.where(read.tail_sum > 0, lse_tail - lse, LOG_EMPTY_TAIL),
+        log_q_draws=(read.of_draws - lse[:, None]).masked_fill(~drawn, 0),
+        log_q_label=read.of_label - lse,
     )
-    return SeenLogits(view=view, exps=exps, tail_sum=tail_sum)
+    return SeenLogits(view=view, memory=logits, readings=read, passes=passes)

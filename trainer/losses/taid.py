@@ -12,8 +12,10 @@ there. With `m_q` the student's mass outside S, and everything but `q` held fixe
     target on S:       P_v
     target on the tail: P_T [ (1 - t W) q_v / m_q + t (weight of v among the draws) ]    W: the sum of the weights
 
-Without draws (W = 0) this is the K+1 bucket: TAID against a teacher whose tail has the student's shape. With them
-(W = 1), at t = 1, its expectation over the draws is the teacher itself, given that there is a draw.
+Without draws (W = 0) this is the K+1 bucket: TAID against a teacher whose tail has the student's shape. With them (W =
+1), at t = 1, its expectation over the draws is the teacher itself, given that there is a draw. At t < 1 two gaps to
+dense TAID are left, both none where the tails' shapes agree: inside the tail the mix is arithmetic, not geometric, and
+the tail's mass is the largest that the cache allows (`mass_corrected` estimates the right one).
 
 THE VALUE is `KL(P || q)` over the K+1 view, plus the cross-entropy of the draws within the tail,
 `t P_T sum(weight * (log m_q - log q_draw))`. It differs from the KL of the whole target by entropies of the target,
@@ -31,7 +33,7 @@ import torch
 from trainer.targets import SparseTargets
 
 from .cache_view import CacheView
-from .protocol import StudentView
+from .protocol import SparseLoss, StudentView
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,11 @@ class Taid:
     def __call__(self, view: StudentView, targets: SparseTargets, *, t: float) -> torch.Tensor:
         """Value `[M]` at `t`; what it leaves out of the dense TAID is in the head of this file."""
         both = CacheView.of(view, targets)
-        log_target = both.log_softmax(torch.lerp(both.log_q.detach(), both.log_p, t))
-        target = log_target.exp()
-        value = both.expect(target, log_target - both.log_q)
+        log_target = both.log_softmax(interpolated(both, t))
+        value = both.expect(log_target.exp(), log_target - both.log_q)
         if self.tail == "bucket":
             return value
-        weights = (t * target[:, -1:]) * targets.draw_weights
-        return value + (weights * (view.log_q_tail[:, None] - view.log_q_draws)).sum(1)
+        return value + pull_of_draws(view, targets, t * log_target[:, -1].exp())
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,25 @@ class ForwardKl:
     def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 1.0) -> torch.Tensor:
         """Value `[M]`; `t` is not looked at."""
         return Taid(self.tail)(view, targets, t=1.0)
+
+
+@dataclass(frozen=True)
+class AtTeacher:
+    """A loss of the kind of TAID held at t = 1: its forward KL."""
+
+    loss: SparseLoss
+
+    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 1.0) -> torch.Tensor:
+        """Value `[M]`; `t` is not looked at."""
+        return self.loss(view, targets, t=1.0)
+
+
+def interpolated(both: CacheView, t: float) -> torch.Tensor:
+    """`a [M, K+1]`: logs of the target before it is normalised; the student's part has no gradient."""
+    return torch.lerp(both.log_q.detach(), both.log_p, t)
+
+
+def pull_of_draws(view: StudentView, targets: SparseTargets, mass: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy `[M]` within the tail of draws that together hold `mass [M]`, as far as their weights sum to 1."""
+    weights = mass[:, None] * targets.draw_weights
+    return (weights * (view.log_q_tail[:, None] - view.log_q_draws)).sum(1)

@@ -1,0 +1,159 @@
+"""One run of the quality benchmark: a side and a seed come in, a trained student's held-out KL goes out.
+
+Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from demo.measure import StudentSums, batches, target_logprobs
+from demo.settings import MAX_TOKENS, Layout
+from demo.text import read_rows
+from demo.tokenizer import load_tokenizer
+from pipeline.config import CaptureConfig
+from pipeline.preparation.prepare import prepare
+from pipeline.units.worker import CaptureWorker
+from storage_schema import open_dataset
+from storage_schema.manifest import MANIFEST_NAME, seal
+from storage_schema.plan import PLAN_NAME, plan_from_bytes
+from storage_schema.rows import CachedRow
+from trainer.config import LossConfig
+from trainer.data.collate import collate
+from trainer.losses import TaidSchedule, build_objective
+from trainer.losses.on_logits import loss_on_logits
+
+ROWS_PER_STEP = 8
+LEARNING_RATE = 2e-3  # the demo's
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What is kept of the teacher: `top_k` ids and the tail draws among `draws`."""
+
+    top_k: int
+    draws: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """A name of the table; without `cache` its targets are those of the name."""
+
+    name: str
+    cache: Cache | None = None
+    tail: Literal["auto", "renormalise"] = "auto"
+
+
+class Bench:
+    """The demo's models and rows, with the teacher's logits divided by `divisor`, and captures of it in `folder`."""
+
+    def __init__(self, demo: Path, folder: Path, *, divisor: float, quick: bool):
+        torch.set_num_threads(1)
+        self.layout, self.folder = Layout(demo), folder
+        self.teacher_folder = self._teacher(divisor)
+        self.teacher: Any = AutoModelForCausalLM.from_pretrained(self.teacher_folder, dtype=torch.float32).eval()
+        rows = read_rows(self.layout.rows("held_out", "pairs"))[: 48 if quick else 256]
+        self.held_out = list(batches(rows, load_tokenizer(self.layout.tokenizer)))
+        self.rows_limit = 160 if quick else 800
+
+    def _teacher(self, divisor: float) -> Path:
+        """Folder of the teacher whose logits are divided: its head is."""
+        folder = self.folder / "teacher"
+        if not (folder / "config.json").exists():
+            model: Any = AutoModelForCausalLM.from_pretrained(self.layout.teacher, dtype=torch.float32)
+            if model.config.tie_word_embeddings:
+                model.config.tie_word_embeddings = False
+                model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            model.lm_head.weight.data.div_(divisor)
+            load_tokenizer(self.layout.tokenizer).save_pretrained(folder)
+            model.save_pretrained(folder)
+        return folder
+
+    def rows(self, cache: Cache) -> list[CachedRow]:
+        """The rows with what `cache` keeps, from a capture that is made where there is none yet."""
+        root = self.folder / f"dataset_{cache.top_k}_{cache.draws}"
+        if not (root / MANIFEST_NAME).exists():
+            self._capture(root, cache)
+        return list(open_dataset(str(root)).rows())[: self.rows_limit]
+
+    def _capture(self, root: Path, cache: Cache) -> None:
+        source = {"path": str(self.layout.rows("distill", "pairs"))}
+        teacher = {
+            "model": str(self.teacher_folder),
+            "engine": "transformers",
+            "top_k": cache.top_k,
+            "draws": cache.draws,
+            "max_length": MAX_TOKENS,
+        }
+        config = CaptureConfig.model_validate(
+            {"output": str(root), "source": source, "teacher": teacher, "rows_per_unit": 160}
+        )
+        prepare(config)
+        worker = CaptureWorker(config)
+        for unit in tqdm(plan_from_bytes(worker.store.read(PLAN_NAME), where=PLAN_NAME), desc=root.name, leave=False):
+            worker.run(unit.index)
+        seal(worker.store)
+
+    def run(self, side: Side, *, seed: int) -> dict[str, float]:
+        """Train the demo's student and measure it."""
+        began = time.monotonic()
+        student = self._trained(side, seed=seed)
+        return {"kl": round(self._held_out_kl(student), 6), "seconds": round(time.monotonic() - began, 1)}
+
+    def _trained(self, side: Side, *, seed: int) -> Any:
+        rows = self.rows(side.cache or Cache(16, 64))
+        student: Any = AutoModelForCausalLM.from_pretrained(self.layout.student, dtype=torch.float32).train()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        steps, schedule = len(rows) // ROWS_PER_STEP, TaidSchedule()
+        for step in tqdm(range(steps), desc=side.name, leave=False):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * min(1, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            batch = collate([rows[n] for n in order[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]])
+            loss = self._loss(side, student, batch, t=schedule.t)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.update(float(loss.detach()), step=step + 1, total_steps=steps)
+        return student.eval()
+
+    def _loss(self, side: Side, student: Any, batch: dict[str, Any], *, t: float) -> torch.Tensor:
+        """Mean over the batch's targets."""
+        logits, targets = _logits(student, batch), batch["targets"]
+        if side.cache is not None:
+            config = LossConfig(name="taid", tail=side.tail)
+            objective = build_objective(config, draws=side.cache.draws, mean_tail_mass=0.0)
+            return loss_on_logits(logits, targets, objective, t=t, weight=1 / targets.count)[0]
+        if side.name == "plain fine-tuning":
+            return torch.nn.functional.cross_entropy(logits, targets.labels)
+        with torch.no_grad():
+            wanted = _logits(self.teacher, batch)
+            if side.name == "dense TAID":
+                wanted = torch.lerp(logits.detach(), wanted, t)
+            wanted = wanted.log_softmax(-1)
+        return torch.nn.functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+
+    @torch.inference_mode()
+    def _held_out_kl(self, student: Any) -> float:
+        """Mean KL(teacher || student) over the whole vocabulary, nats per target."""
+        sums, targets = StudentSums(), 0
+        for tokens, learned in self.held_out:
+            labels = tokens[:, 1:][learned[:, 1:]]
+            sums.add(target_logprobs(self.teacher, tokens, learned), target_logprobs(student, tokens, learned), labels)
+            targets += len(labels)
+        return sums.means(targets)["kl_teacher_student"]
+
+
+def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """`[M, V]` at the target positions of a padded batch."""
+    hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    return model.lm_head(hidden[batch["targets"].row, batch["targets"].position])

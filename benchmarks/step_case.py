@@ -1,0 +1,50 @@
+"""One side of `benchmarks.step` in a process of its own: the last line of standard output is what it took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.memory import Peak
+from benchmarks.step_sides import SIDES, trainer_of
+
+WARM_UP = 2
+"""Steps that are not counted: the optimizer's state is made in the first."""
+
+
+class Clock(TrainerCallback):
+    """The time of each optimizer step's end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the clock when the device is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def main() -> None:
+    """Train for so many steps."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, required=True)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    peak, clock = Peak(), Clock()
+    trainer_of(asked.side, asked.folder, steps=WARM_UP + asked.steps, callbacks=[clock]).train()
+    seconds = [b - a for a, b in zip(clock.ends[WARM_UP - 1 :], clock.ends[WARM_UP:], strict=False)]
+    print(json.dumps({"step_s": statistics.median(seconds), "peak_bytes": peak.bytes()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Items that a thread makes ahead: the same items, the same errors, nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import count
+
+import pytest
+
+from trainer.data.background import BackgroundCalls, ahead
+
+
+def threads() -> int:
+    return sum(thread.name == "decode-ahead" for thread in threading.enumerate())
+
+
+def test_the_items_are_the_same():
+    assert list(ahead((n for n in range(50)), depth=2)) == list(range(50))
+    assert threads() == 0
+
+
+def test_no_more_than_depth_and_one_in_hand_are_made_ahead():
+    made = []
+
+    def items():
+        for n in count():
+            made.append(n)
+            yield n
+
+    got = ahead(items(), depth=3)
+    assert next(got) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(made) == 5
+    got.close()
+
+
+def test_an_error_comes_when_its_turn_has_come():
+    def items():
+        yield 1
+        yield 2
+        raise ValueError("the third")
+
+    got = ahead(items(), depth=9)
+    assert [next(got), next(got)] == [1, 2]
+    with pytest.raises(ValueError, match="the third"):
+        next(got)
+    assert threads() == 0
+
+
+def test_who_stops_early_ends_the_thread_and_what_makes_the_items():
+    ended = threading.Event()
+
+    def items():
+        try:
+            yield from count()
+        finally:
+            ended.set()
+
+    got = ahead(items(), depth=1)
+    assert next(got) == 0
+    got.close()
+    assert ended.is_set()
+    assert threads() == 0
+
+
+def test_calls_are_made_in_order_and_their_errors_are_their_own():
+    done: list[int] = []
+    calls = BackgroundCalls()
+    results = [calls.submit(lambda n=n: done.append(n) or 1 / (n - 2)) for n in range(5)]
+    assert [results[n].result() for n in (0, 1, 3, 4)] == [-0.5, -1, 1, 0.5]
+    with pytest.raises(ZeroDivisionError):
+        results[2].result()
+    assert done == [0, 1, 2, 3, 4]
+    calls.close()

@@ -1,0 +1,72 @@
+"""What is known of a dataset before a batch is read, and which are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from storage_schema import open_dataset
+from storage_schema.errors import DatasetNotFound, DatasetNotSealed, StreamDamaged
+from storage_schema.manifest import MANIFEST_NAME
+from storage_schema.shard import SCHEMA
+from tests import making
+from trainer.data import load_logit_dataset
+from trainer.errors import NoTargets
+
+from .datasets import make_rows, write_grouped
+
+
+def test_facts_are_those_of_all_datasets(grouped, other):
+    one, two = open_dataset(grouped), open_dataset(other)
+    both = load_logit_dataset([grouped, other])
+    assert both.header == one.header
+    assert both.dataset_ids == (one.dataset_id, two.dataset_id)
+    assert both.rows == len(one) + len(two)
+    assert both.targets == one.manifest.targets + two.manifest.targets
+
+
+def test_the_mean_tail_mass_is_that_of_all_positions_within_its_sample(grouped):
+    exact = np.concatenate([np.exp(row.targets.log_tail) for row in open_dataset(grouped).rows()])
+    assert load_logit_dataset(grouped).mean_tail_mass() == pytest.approx(exact.mean(), abs=float(exact.std()) / 4)
+
+
+def test_an_unsealed_dataset_is_refused(tiny_dataset):
+    (tiny_dataset / MANIFEST_NAME).unlink()
+    with pytest.raises(DatasetNotSealed):
+        load_logit_dataset(tiny_dataset)
+
+
+def test_no_dataset_is_refused(tmp_path):
+    with pytest.raises(DatasetNotFound):
+        load_logit_dataset(tmp_path)
+
+
+def test_a_dataset_without_targets_is_refused(tokenizer_folder, tmp_path):
+    header = making.tiny_header(tokenizer_folder)
+    path = write_grouped(tmp_path / "d", [[]], header=header, tokenizer=tokenizer_folder, rows_of_group=1)
+    with pytest.raises(NoTargets):
+        load_logit_dataset(path)
+
+
+def test_a_row_whose_frames_are_damaged_is_named_and_no_other_one_suffers(tokenizer_folder, tmp_path, monkeypatch):
+    """The digest is right: the writer itself was wrong. Rows of other ranks are passed by their lengths alone."""
+    from tests.trainer.data import datasets
+
+    def damage(batches, *, header):
+        broken = []
+        for number, batch in enumerate(batches):
+            columns = {name: batch.column(name).to_pylist() for name in SCHEMA.names}
+            if number == 1:
+                columns["ids"][2] = columns["ids"][2][:-1] + bytes([columns["ids"][2][-1] ^ 1])
+            broken.append(datasets.pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+        return original(broken, header=header)
+
+    original = datasets.copy_shard
+    monkeypatch.setattr(datasets, "copy_shard", damage)
+    header = making.tiny_header(tokenizer_folder)
+    path = write_grouped(tmp_path / "d", [make_rows(20)], header=header, tokenizer=tokenizer_folder, rows_of_group=5)
+    dataset = load_logit_dataset(path)
+    settings = {"batch_size": 1, "seed": 0, "epochs": 1, "shuffle": False, "world_size": 2}
+    assert len(list(dataset.stream(**settings, rank=0))) == 10
+    with pytest.raises(StreamDamaged, match=r"shards/.*, row 2 of row group 1"):
+        list(dataset.stream(**settings, rank=1))

@@ -1,0 +1,80 @@
+"""What each of the two processes of `test_ddp.py` does; with torchrun:
+`torchrun --nproc_per_node 2 -m tests.trainer.ddp_run DATASET STUDENT OUTPUT`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.trainer.training import KillAt, Killed, Seen, build, weights_of
+from trainer import load_logit_dataset
+from trainer.errors import NonFiniteLoss
+
+SHAPE = {
+    "per_device_train_batch_size": 2,
+    "num_train_epochs": 1,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
+def train(dataset: Path, student: Path, output: Path, *, kill: int | None = None, **shape: Any) -> dict[str, Any]:
+    """One start of a run, as it looks from this process."""
+    seen = Seen()
+    callbacks = [seen] if kill is None else [KillAt(kill), seen]
+    trainer, gradients = build(
+        dataset, student, output, callbacks=callbacks, eval_dataset=load_logit_dataset(dataset), **{**SHAPE, **shape}
+    )
+    seen.watch(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
+    except Killed:
+        return {}
+    return {
+        "rows": seen.rows,
+        "gradients": gradients.steps,
+        "weights": weights_of(trainer.model),
+        "schedule": trainer.record.schedule.state_dict(),
+        "targets": trainer.record.targets,
+        "epoch": trainer.state.epoch,
+        "log": [line for line in trainer.state.log_history if "loss" in line],
+        "evaluation": {
+            name: value for name, value in trainer.evaluate().items() if not name.endswith(("_second", "_runtime"))
+        },
+    }
+
+
+def sick_row(dataset: Path, student: Path, output: Path) -> str:
+    """The message where one row of one process gives no number."""
+    stream = load_logit_dataset(dataset).stream(batch_size=2, seed=0, rank=1, world_size=2)
+    token = int(next(iter(stream))["input_ids"][0, 0])
+    model = LlamaForCausalLM.from_pretrained(student)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    trainer, _ = build(dataset, model, output, **SHAPE)
+    try:
+        trainer.train()
+    except NonFiniteLoss as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    """Write what this process found into OUTPUT."""
+    dataset, student, output = map(Path, sys.argv[1:])
+    found = {"unbroken": train(dataset, student, output / "unbroken")}
+    train(dataset, student, output / "killed", kill=3)
+    found["resumed"] = train(dataset, student, output / "killed")
+    found["sick"] = sick_row(dataset, student, output / "sick")
+    torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Tiny random models of the families that people teach, each with what is special about its head."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.making import VOCABULARY
+
+PADDED = VOCABULARY + 6
+"""Rows of their heads: more than the tokenizer has ids, as most published models have."""
+
+_COMMON = {
+    "vocab_size": PADDED,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    # Wide enough that soft-capping and scales change the loss.
+    "initializer_range": 0.3,
+}
+_GPT2 = {"vocab_size": PADDED, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
+_SPECIAL = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gemma3_text": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "phi3": {},
+    "gpt2": _GPT2,
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.25},
+}
+FAMILIES = tuple(_SPECIAL)
+
+
+def tiny(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """A random model of `family`, without dropout, whose head has `PADDED` rows."""
+    fields = _GPT2 if family == "gpt2" else {**_COMMON, **_SPECIAL[family]}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
+    given = {name: value for name, value in (fields | dropout).items() if value is not None}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given), dtype=torch.float32)

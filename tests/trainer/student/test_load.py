@@ -1,0 +1,103 @@
+"""Where a student comes from, and what does not fit the dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from storage_schema import open_dataset
+from storage_schema.errors import TokenizerMismatch, TokenizerNotFound
+from tests import making
+from trainer.config import StudentConfig
+from trainer.errors import AdapterMisfit, StudentHeadTooSmall, StudentNotFound
+from trainer.student import check_tokenizer, load_student, tokenizer_files
+
+
+@pytest.fixture
+def header(tiny_dataset: Path):
+    return open_dataset(tiny_dataset).header
+
+
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+
+
+def test_from_scratch_takes_a_mapping_and_a_row_per_id_of_the_tokenizer(header):
+    torch.manual_seed(0)
+    model = load_student(StudentConfig(from_scratch=SMALL), header)
+    assert model.get_output_embeddings().weight.shape == (making.VOCABULARY, 16)
+    torch.manual_seed(0)
+    again = load_student(StudentConfig(from_scratch=SMALL), header)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_from_scratch_takes_a_folder_and_leaves_its_weights(header, tiny_student):
+    model = load_student(StudentConfig(from_scratch=str(tiny_student)), header)
+    trained = LlamaForCausalLM.from_pretrained(tiny_student)
+    assert model.config.hidden_size == trained.config.hidden_size
+    assert not torch.equal(model.lm_head.weight, trained.lm_head.weight)
+
+
+def test_a_student_from_scratch_has_the_dataset_s_tokenizer(tiny_dataset, header):
+    files = tokenizer_files(StudentConfig(from_scratch=SMALL), open_dataset(tiny_dataset))
+    check_tokenizer(files["tokenizer.json"], header, name="new")
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_weights_have_the_type_that_was_asked_for(header, tiny_student, weights, dtype):
+    model = load_student(StudentConfig(model=str(tiny_student), weights=weights), header)
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
+def test_adapters_are_float32_and_alone_are_trained(header, tiny_student):
+    config = StudentConfig.model_validate({"model": str(tiny_student), "weights": "bfloat16", "lora": {"r": 2}})
+    model = load_student(config, header)
+    learned = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert learned
+    assert all("lora_" in name and weight.dtype == torch.float32 for name, weight in learned.items())
+    assert not any("lm_head" in name for name in learned)
+
+
+def test_a_layer_that_is_not_there_is_a_named_error(header, tiny_student):
+    config = StudentConfig.model_validate({"model": str(tiny_student), "lora": {"target_modules": ["nowhere"]}})
+    with pytest.raises(AdapterMisfit, match="nowhere"):
+        load_student(config, header)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model": "nowhere/at-all"}, {"from_scratch": "nowhere/at-all"}, {"from_scratch": {"model_type": "lama"}}],
+)
+def test_a_student_that_is_not_there_is_a_named_error(header, config):
+    with pytest.raises(StudentNotFound, match="student"):
+        load_student(StudentConfig.model_validate(config), header)
+
+
+def test_a_head_with_too_few_rows_is_a_named_error_and_one_with_more_is_fine(header, tmp_path):
+    with pytest.raises(StudentHeadTooSmall, match="60 rows") as error:
+        load_student(StudentConfig(from_scratch={**SMALL, "vocab_size": 60}), header)
+    assert "resize_token_embeddings(64)" in error.value.fix
+    load_student(StudentConfig(from_scratch={**SMALL, "vocab_size": making.VOCABULARY + 128}), header)
+
+
+def test_another_tokenizer_and_none_are_named_errors(tiny_dataset, header, tmp_path):
+    other = making.tiny_tokenizer(tmp_path / "other", vocabulary=60)
+    files = tokenizer_files(StudentConfig(model=str(other)), open_dataset(tiny_dataset))
+    with pytest.raises(TokenizerMismatch, match="60 ids"):
+        check_tokenizer(files["tokenizer.json"], header, name="other")
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerNotFound, match=r"tokenizer\.json"):
+        tokenizer_files(StudentConfig(model=str(other)), open_dataset(tiny_dataset))
+    (other / "tokenizer.json").write_text(json.dumps({}))
+    with pytest.raises(TokenizerNotFound):
+        check_tokenizer(b"{}", header, name="other")

@@ -1,0 +1,86 @@
+"""Two processes are one: the same gradients, the same t on both, the weights of one process with twice the work."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.ddp_run import train
+from trainer import load_logit_dataset
+
+
+@pytest.fixture(scope="module")
+def sealed(_sealed: Path) -> Path:
+    """A dataset that no test changes."""
+    return _sealed
+
+
+@pytest.fixture(scope="module")
+def ranks(sealed: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What two gloo processes found."""
+    output = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.trainer.ddp_run", str(sealed), str(tiny_student), str(output)]
+    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).resolve().parents[2],
+            # What torchrun would set; it would be a third process that imports torch.
+            env={**os.environ, **here, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "".join(error[-3000:] for error in errors)
+    return [torch.load(output / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_two_processes_take_the_steps_of_one_that_accumulates(ranks, sealed, tiny_student, tmp_path):
+    alone = train(sealed, tiny_student, tmp_path, gradient_accumulation_steps=2)
+    first, second = (found["unbroken"] for found in ranks)
+    assert [rows for pair in zip(first["rows"], second["rows"], strict=True) for rows in pair] == alone["rows"]
+    for mine, theirs, wanted in zip(first["gradients"], second["gradients"], alone["gradients"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-6)
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(first["weights"][name], second["weights"][name], rtol=0, atol=0)
+    assert (first["targets"], first["epoch"]) == (alone["targets"], alone["epoch"])
+    for mine, wanted in zip(first["log"], alone["log"], strict=True):
+        for key in ("loss", "bucket_kl", "taid_t", "taid_momentum"):
+            assert mine[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-7)
+
+
+def test_t_is_equal_on_all_ranks(ranks):
+    assert ranks[0]["unbroken"]["schedule"] == ranks[1]["unbroken"]["schedule"]
+
+
+def test_an_evaluation_counts_every_row_once_on_every_rank(ranks, sealed, tiny_student, tmp_path):
+    first, second = (found["unbroken"]["evaluation"] for found in ranks)
+    assert first == second
+    assert first["eval_targets"] == load_logit_dataset(sealed).targets
+
+
+def test_killed_on_two_ranks_it_ends_with_the_weights_of_an_unbroken_run(ranks):
+    for found in ranks:
+        assert found["resumed"]["rows"] == found["unbroken"]["rows"][2:]
+        assert found["resumed"]["schedule"] == found["unbroken"]["schedule"]
+        for name, weight in found["unbroken"]["weights"].items():
+            torch.testing.assert_close(found["resumed"]["weights"][name], weight, rtol=0, atol=0)
+
+
+def test_a_row_that_gives_no_number_stops_all_ranks_by_its_name(ranks):
+    assert ranks[0]["sick"] == ranks[1]["sick"]
+    assert "row-" in ranks[0]["sick"]

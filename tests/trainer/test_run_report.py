@@ -1,0 +1,66 @@
+"""The report and the card of a run say what was learned, also where there is much or nothing to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from tests import making
+from trainer import LossConfig
+from trainer.model_card import model_card
+from trainer.run_report import MOST_LINES, run_report
+
+
+def test_the_report_shows_the_curve_of_t_and_thins_out_a_long_log():
+    log = [{"step": n, "loss": 1.0, "taid_t": n / 999, "taid_momentum": 0.0, "bucket_kl": 2.0} for n in range(1000)]
+    text = run_report(log)
+    assert "t from 0.000 to 1.000" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == MOST_LINES + 1
+    assert lines[1].startswith("| 0 ")
+    assert lines[-1].startswith("| 999 ")
+
+
+def test_the_report_of_a_loss_without_t_has_none_and_shows_measurements():
+    text = run_report([{"step": 1, "loss": 1.0}, {"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.25}])
+    assert "taid_t" not in text
+    assert "| 1 | 0.5 | 0.25 |" in text
+
+
+def test_an_empty_log_has_a_report():
+    assert run_report([]).startswith("# ")
+
+
+def test_the_card_can_be_read_by_the_hub_and_hides_local_folders(tiny_student: Path):
+    text = model_card(
+        student=str(tiny_student),
+        headers=[making.tiny_header(tiny_student)],
+        dataset_ids=["a" * 64],
+        loss=LossConfig(name="taid"),
+        record={"targets": 1234567, "schedule": {"t": 0.9}},
+        steps=12,
+        adapters=False,
+        recipe={"training": {"epochs": 2}},
+    )
+    card = ModelCard(text)
+    assert card.data.library_name == "transformers"
+    assert "taid" in card.data.tags
+    for fact in ("a" * 64, "1,234,567", "0.9000", "CC0-1.0", "epochs: 2"):
+        assert fact in text
+    assert str(tiny_student) not in text
+
+
+def test_the_card_of_a_hub_student_names_it_for_the_hub():
+    text = model_card(
+        student="Qwen/Qwen2.5-0.5B",
+        headers=[],
+        dataset_ids=[],
+        loss=LossConfig(name="cross_entropy"),
+        record={"targets": 1, "schedule": None},
+        steps=1,
+        adapters=True,
+    )
+    data = ModelCard(text).data
+    assert (data.base_model, data.library_name) == ("Qwen/Qwen2.5-0.5B", "peft")
+    assert "t at the end" not in text

@@ -1,0 +1,78 @@
+"""Rows into the batch that the trainer sees: packs of cached rows in, one dict of tensors out.
+
+Shape letters: `B` packs (rows, where each pack is one), `T` tokens of a pack, `M` target positions of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from storage_schema import CachedRow
+from trainer.targets import SparseTargets, joined
+
+from .thinning import with_smaller_top_k
+
+IGNORED = -100
+"""Label of a position that is no target: the value that transformers leaves out everywhere."""
+
+
+def collate(rows: Sequence[CachedRow], *, top_k: int | None = None) -> dict[str, Any]:
+    """`B` rows, padded on the right to the longest: `attention_mask int64 [B, T]`, 1 where a token is, besides what
+    `collate_packs` gives."""
+    length = max(row.token_ids.size for row in rows)
+    batch = collate_packs([[row] for row in rows], length=length, top_k=top_k)
+    lengths = torch.tensor([row.token_ids.size for row in rows])
+    return {**batch, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+
+
+def collate_packs(packs: Sequence[Sequence[CachedRow]], *, length: int, top_k: int | None = None) -> dict[str, Any]:
+    """`B` packs of `T = length` tokens, their rows one behind the other.
+
+    `input_ids`, `position_ids` `int64 [B, T]`: positions count from 0 in each row, and in the padding: without a mask
+    transformers takes from them which tokens see each other (only with `use_cache=False`). `labels int64 [B, T]`: at
+    target position `t` of a row its token `t + 1`, already aligned and never shifted again, `IGNORED` elsewhere.
+    `targets`: `SparseTargets` of the `M` positions, with the `top_k` most probable ids where given. `sample_ids`: a
+    name for each row, `target_samples int64 [M]`: which of them a target belongs to.
+    """
+    rows = [row for pack in packs for row in pack]
+    ids = np.zeros((len(packs), length), np.int64)
+    positions = np.empty_like(ids)
+    places, counts = [], []
+    ramp = np.arange(length)
+    for b, pack in enumerate(packs):
+        start = 0
+        for row in pack:
+            stop = start + row.token_ids.size
+            ids[b, start:stop] = row.token_ids
+            positions[b, start:stop] = ramp[: stop - start]
+            at = row.positions + start
+            places.append(at)
+            counts.append(at.size)
+            start = stop
+        positions[b, start:] = ramp[: length - start]
+    position = np.concatenate(places)
+    of_sample = np.repeat(np.arange(len(rows)), counts)
+    of_pack = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])[of_sample]
+    targets = _targets(rows, top_k, labels=ids[of_pack, position + 1], row=of_pack, position=position)
+    labels = torch.full(ids.shape, IGNORED)
+    labels[targets.row, targets.position] = targets.labels
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "labels": labels,
+        "targets": targets,
+        "sample_ids": [row.sample_id for row in rows],
+        "target_samples": torch.from_numpy(of_sample),
+    }
+
+
+def _targets(rows: Sequence[CachedRow], top_k: int | None, **places: np.ndarray) -> SparseTargets:
+    stored = joined([row.targets for row in rows])
+    if top_k is None or top_k >= stored.top_k:
+        return SparseTargets.from_joined(stored, **places)
+    thinned = with_smaller_top_k(stored, top_k)
+    return SparseTargets.from_joined(thinned.targets, draw_weights=thinned.weights, **places)
