@@ -30,8 +30,8 @@ help: ## show this list
 demo: $(INSTALLED) ## the whole way once, on this machine (QUICK=1: a fifth of the size; OUTPUT=DIR: where to)
 	$(BIN)/coldstill demo $(if $(filter-out 0,$(QUICK)),--quick) $(if $(OUTPUT),--output "$(OUTPUT)")
 
-# Tests of engines in a process of their own: vLLM's start fails beside some web servers, and beside Ray's driver its
-# end has crashed. Two processes at a time: most tests of the capture wait for others to start.
+# Tests of engines have a process of their own: vLLM's start fails beside some web servers, and a process that held
+# engines and Ray's driver has crashed at its end. Two at a time: most tests of the capture wait for others to start.
 PARTS := test-engines test-capture test-rest
 AT_ONCE := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 

@@ -12,7 +12,7 @@ from pipeline.sequences import TokenSequence
 from pipeline.teachers.vllm.engine import Engine, Request
 
 _KEY = "floor"
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 32 << 20  # the tap's
 
 
 def install_floor(engine: Engine) -> None:

@@ -183,10 +183,10 @@ def main() -> None:
     quick = os.environ.get("QUICK", "0") not in ("", "0")
     with tempfile.TemporaryDirectory(prefix="coldstill-scale-") as name:
         folder = Path(name)
-        disk = on_disk(folder, sizes=[1_000, 100_000] if quick else [1_000, 10_000, 100_000, 1_000_000])
-        store = on_object_store(folder, units=2_501 if quick else 10_001)
+        disk = on_disk(folder, sizes=[1_000, 20_000] if quick else [1_000, 10_000, 100_000, 1_000_000])
+        store = on_object_store(folder, units=1_501 if quick else 10_001)
         workers = with_workers(folder, counts=[1, 2] if quick else [1, 2, 4, 8, 16])
-        units = dispatch(folder, sizes=[1_000, 4_000] if quick else [1_000, 10_000, 100_000])
+        units = dispatch(folder, sizes=[1_000, 3_000] if quick else [1_000, 10_000, 100_000])
     console = Console(width=None if Console().is_terminal else 120)
     print_lines("planning and going on, local disk", disk, console)
     print_lines("a start on an object store", [store], console)

@@ -20,12 +20,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """vLLM's start looks at every object of every imported module, and fails on those of moto's web server: tests of
-    engines come before all tests that start an object store in this process."""
-    items.sort(key=lambda item: "pipeline/teachers" not in item.path.as_posix())
-
-
 class SmallDisk:
     """A real file system of its own, so that a test can fill it."""
 

@@ -7,7 +7,7 @@ are forked from one that has imported everything: a start costs a tenth of a sec
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.process
 import os
 import random
 import threading
@@ -29,20 +29,11 @@ from storage_schema.header import HEADER_NAME, DatasetHeader
 from storage_schema.manifest import MANIFEST_NAME, seal
 from storage_schema.plan import PLAN_NAME, plan_from_bytes
 from storage_schema.store import Store
+from tests.forking import fork_server
 
 from .moments import Moment, Phase, die_with_parent, random_moment
 from .teacher import LoadFakeTeacher
 
-PRELOADED = [
-    "tests.chaos.forked",
-    # Imported by what is imported above, but only when it is first used.
-    "fsspec.implementations.local",
-    "pandas",
-    "pyarrow.compute",
-    "s3fs",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.configuration_llama",
-]
 MOST_WORKERS = 3
 _THREADS = 2
 """Units at a time, as in the Ray actor."""
@@ -94,8 +85,7 @@ def _run(
     config: CaptureConfig, moments: Sequence[Moment | None], *, seed: int, environment: Mapping[str, str]
 ) -> list[int]:
     """Exit codes of the processes, the driver's first."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(PRELOADED)
+    forks = fork_server()
     started = []
     for number, moment in enumerate(moments):
         here, there = forks.Pipe(duplex=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.sources import staging
 from pipeline.sources.readers import open_source
 from pipeline.sources.staging import remove_staging
 from storage_schema.store import Store
+from tests.forking import fork_server
 
 ROWS = 20_000
 
@@ -41,8 +41,7 @@ def test_a_staging_that_is_killed_shows_nothing_and_starts_again(tmp_path: Path)
     config = _source(tmp_path)
     _stage(config, str(tmp_path / "unbroken"))
     root = tmp_path / "dataset"
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["pipeline.sources.readers"])
+    processes = fork_server()
     moments, kills = random.Random(0), 0
     for _ in range(4):
         process = processes.Process(target=_stage, args=(config, str(root)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import threading
 import time
@@ -30,6 +29,7 @@ from storage_schema.store import Store
 from storage_schema.tools.verify import verify
 from tests import making
 from tests.conftest import SmallDisk
+from tests.forking import fork_server
 from tests.pipeline.capturing import capture_config, contents, do_units
 
 
@@ -253,22 +253,12 @@ def read_shard(store: Store) -> list[str]:
         return pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist()
 
 
-PRELOADED = [
-    "pipeline.teachers.transformers_teacher",
-    "tests.pipeline.capturing",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-]
-
-
 def test_a_worker_killed_at_any_moment_leaves_nothing_half_done(tmp_path: Path) -> None:
     """SIGKILL at seeded moments, again and again until the capture is whole: the same bytes as an unbroken one."""
     unbroken = _do(capture_config(tmp_path, rows=400, output="unbroken"))
     config = capture_config(tmp_path, rows=400)
     prepare(config)
-    # Workers are forked from a process that has imported what takes long: a start costs 1 s, not 10.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOADED)
+    processes = fork_server()
     store, moments, kills = Store(config.output), random.Random(0), 0
     while len(done := committed_units(store)) < 41:
         process = processes.Process(target=do_units, args=(config,))
