@@ -105,7 +105,7 @@ def run(*, positions: int, rounds: int) -> tuple[Found, dict[str, Any]]:
     found: Found = {}
     processes = [Process(side, DRAWS[0]) for side in SIDES]
     processes += [Process(side, draws) for draws in DRAWS[1:] for side in READS_DRAWS]
-    how = [process.ready() for process in processes][0]
+    how, *_ = [process.ready() for process in processes]
     with tqdm(total=len(VOCABULARIES) * rounds * len(processes), desc="loss", unit="run") as bar:
         for vocabulary in VOCABULARIES:
             for seed in range(rounds):

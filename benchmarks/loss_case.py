@@ -1,5 +1,5 @@
-"""One case of `benchmarks.loss` in a process of its own: each line of JSON on standard input asks for a
-measurement, one on standard output is its answer.
+"""One case of `benchmarks.loss` in a process of its own: a line of JSON on standard input asks for a measurement,
+one on standard output is its answer.
 
 Inputs are made anew for each measurement and given back after it, so that only one process at a time holds any.
 """

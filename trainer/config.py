@@ -127,8 +127,8 @@ class TrainingConfig(_Section):
         "row of a batch to the longest.",
     )
     optimizer: str = Field(
-        "adamw_torch",
-        description="Optimizer by its name in transformers, such as adamw_torch_fused, adamw_8bit or adafactor.",
+        "adamw_torch_fused",
+        description="Optimizer by its name in transformers, such as adamw_torch, adamw_8bit or adafactor.",
     )
     warmup_ratio: float = Field(
         0.0, ge=0, lt=1, description="Share of the run in which the learning rate rises from 0."

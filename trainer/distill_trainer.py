@@ -78,10 +78,10 @@ class DistillTrainer(Trainer):
             check_tokenizer(processing_class.backend_tokenizer.to_str().encode(), header, name=name)
         self.objective = build_objective(
             self.loss_config,
-            draws=header.draws,
+            draws=train_dataset.draws,
             mean_tail_mass=train_dataset.mean_tail_mass(),
-            dense=header.top_k == header.token_count and header.min_prob == 0,
-            draw_logprobs=header.draw_logprobs,
+            dense=train_dataset.is_dense,
+            draw_logprobs=train_dataset.draw_logprobs,
         )
         self.order = data_order(args, train_dataset, pack_length=pack_length)
         of_all_devices = train_dataset.stream(

@@ -80,6 +80,28 @@ class LogitDataset:
         return tuple(dataset.dataset_id for dataset in self.sources.datasets)
 
     @property
+    def draws(self) -> int:
+        """Most tail draws of a position; 0 where no position has any. The ids that a smaller `top_k` cuts are draws."""
+        headers = [dataset.header for dataset in self.sources.datasets]
+        stored = max(min(header.draws, header.kept_draws) for header in headers)
+        draws = stored if self.sources.draws is None else min(stored, self.sources.draws)
+        top_k = self.sources.top_k
+        is_cut = top_k is not None and any(header.top_k > top_k for header in headers)
+        return max(1, draws) if is_cut else draws
+
+    @property
+    def draw_logprobs(self) -> bool:
+        """Whether the log-prob of every draw is known."""
+        return all(dataset.header.draw_logprobs for dataset in self.sources.datasets)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every id of the vocabulary is kept at every position."""
+        headers = [dataset.header for dataset in self.sources.datasets]
+        whole = all(header.top_k == header.token_count and header.min_prob == 0 for header in headers)
+        return whole and self.sources.top_k in (None, headers[0].token_count)
+
+    @property
     def rows(self) -> int:
         """Rows of all datasets, which is an epoch."""
         return self.sources.rows

@@ -70,3 +70,22 @@ def test_a_row_whose_frames_are_damaged_is_named_and_no_other_one_suffers(tokeni
     assert len(list(dataset.stream(**settings, rank=0))) == 10
     with pytest.raises(StreamDamaged, match=r"shards/.*, row 2 of row group 1"):
         list(dataset.stream(**settings, rank=1))
+
+
+def test_the_draws_of_a_position_are_those_in_use_and_the_ids_that_a_smaller_k_cuts(tiny_dataset):
+    header = open_dataset(tiny_dataset).header
+    stored = min(header.draws, header.kept_draws)
+    assert load_logit_dataset(tiny_dataset).draws == stored > 0
+    assert load_logit_dataset(tiny_dataset, draws=0).draws == 0
+    assert load_logit_dataset(tiny_dataset, draws=0, top_k=header.top_k).draws == 0
+    assert load_logit_dataset(tiny_dataset, draws=0, top_k=header.top_k - 1).draws > 0
+
+
+def test_only_a_cache_of_the_whole_vocabulary_is_dense(tokenizer_folder, tmp_path):
+    for top_k, min_prob, dense in ((64, 0.0, True), (64, 1e-4, False), (8, 0.0, False)):
+        header = making.tiny_header(tokenizer_folder, top_k=top_k, min_prob=min_prob)
+        rows = [making.random_row(np.random.default_rng(0), "row", top_k=top_k)]
+        path = tmp_path / f"{top_k} {min_prob}"
+        making.write_dataset(path, [rows], header=header, tokenizer=tokenizer_folder)
+        assert load_logit_dataset(path).is_dense == dense
+        assert not load_logit_dataset(path, top_k=4).is_dense
