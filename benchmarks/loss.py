@@ -149,7 +149,7 @@ def check_same(found: Found) -> None:
 def main() -> None:
     """Measure, print, and store a full run."""
     quick = os.environ.get("QUICK", "0") not in ("", "0")
-    found, how = run(positions=QUICK_POSITIONS if quick else POSITIONS, rounds=3 if quick else 7)
+    found, how = run(positions=QUICK_POSITIONS if quick else POSITIONS, rounds=3 if quick else 5)
     check_same(found)
     figures = _figures(found, how, goals={} if quick else MOST)
     _print(found, figures)

@@ -54,7 +54,7 @@ def ratios(found: dict[str, list[dict[str, float]]], over: str, under: str, what
 def main() -> None:
     """Measure, print, store."""
     quick = os.environ.get("QUICK", "0") not in ("", "0")
-    rounds, steps = (1, 4) if quick else (5, 8)
+    rounds, steps = (1, 3) if quick else (3, 6)
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="coldstill-step-") as name:
         folder = Path(name)
