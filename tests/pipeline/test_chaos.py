@@ -45,14 +45,12 @@ def test_workers_killed_at_any_moment_lose_and_double_nothing(tmp_path: Path, ca
     assert tally.rounds >= 1
 
 
-@pytest.mark.slow
 def test_drivers_and_workers_on_ray_killed_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> None:
     tally = _tally(RAY, tmp_path, kills=4)
     assert tally.is_lawful, tally
     assert tally.kills == 4
 
 
-@pytest.mark.slow
 def test_drivers_and_workers_with_real_vllm_killed_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> None:
     tally = _tally(VLLM, tmp_path, kills=2)
     assert tally.is_lawful, tally
