@@ -10,7 +10,8 @@ Sides, each in a process of its own, taking turns in every round, over the same 
 * `TAID, teacher resident`: the paper's way, a teacher of eight times the student's body in the same process.
 
 A step is all between one optimizer step's end and the next: reading, decoding, forward, loss, backward, optimizer. Peak
-memory is that of the whole run above the level before models and data are loaded.
+memory is that of the whole run above the level before models and data are loaded. One thread. The goal: TAID from the
+cache takes at most 1.10 of `plain, fused`, in time and in memory.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def main() -> None:
         for name, side in pairs.items()
         for label, what in (("time", "step_s"), ("memory", "peak_bytes"))
     }
-    figures |= {"goal": GOAL, "threads": 1, "rounds": dict(found)}
+    load = [round(value, 2) for value in os.getloadavg()]
+    figures |= {"goal": GOAL, "threads": 1, "load_average": load, "rounds": dict(found)}
     finish("step", figures, command="make bench-step", quick=quick)
 
 
