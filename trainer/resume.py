@@ -10,8 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .data import LogitDataset
-from .errors import CheckpointMismatch
-from .run_folder import read_state
+from .run_folder import read_state, require_same
 from .step_record import STATE_NAME
 
 
@@ -40,13 +39,10 @@ def resume_point(folder: Path, order: Mapping[str, Any]) -> ResumePoint:
     ours."""
     state = read_state(folder) or {}
     saved = state.get("stateful_callbacks", {}).get(STATE_NAME, {}).get("attributes", {})
-    before = saved.get("order", {})
-    differing = sorted(key for key in {*before, *order} if before.get(key) != order.get(key))
-    if differing:
-        raise CheckpointMismatch(
-            f"{folder}: the run of this checkpoint differs in {', '.join(differing)}",
-            found={key: before.get(key) for key in differing},
-            wanted={key: order.get(key) for key in differing},
-            fix="go on with the dataset and the order it was begun with, or start anew in another folder",
-        )
+    require_same(
+        f"{folder}: the run of this checkpoint",
+        saved.get("order", {}),
+        order,
+        fix="go on with the dataset and the order it was begun with, or start anew in another folder",
+    )
     return ResumePoint(int(state["global_step"]), saved["cursor"])

@@ -68,17 +68,26 @@ def claim(output: Path, identity: Mapping[str, Any], *, write: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     occupied = newest_checkpoint(output) is not None or (output / SUMMARY_NAME).exists()
     if occupied:
-        before = _read_json(output / RUN_NAME) or {}
-        differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
-        if differing:
-            raise CheckpointMismatch(
-                f"{output}: the run in this folder differs in {', '.join(differing)}",
-                found={key: before.get(key) for key in differing},
-                wanted={key: identity.get(key) for key in differing},
-                fix="choose another output, or delete this folder if its run is not needed",
-            )
+        require_same(
+            f"{output}: the run in this folder",
+            _read_json(output / RUN_NAME) or {},
+            identity,
+            fix="choose another output, or delete this folder if its run is not needed",
+        )
     if write:
         write_json(output / RUN_NAME, identity)
+
+
+def require_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any], *, fix: str) -> None:
+    """Raise `CheckpointMismatch`, with what was found and is wanted of it, where two runs differ in anything."""
+    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differing:
+        raise CheckpointMismatch(
+            f"{what} differs in {', '.join(differing)}",
+            found={key: before.get(key) for key in differing},
+            wanted={key: now.get(key) for key in differing},
+            fix=fix,
+        )
 
 
 def newest_checkpoint(output: Path) -> Checkpoint | None:
