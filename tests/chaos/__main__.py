@@ -68,13 +68,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _state(output: Path, *, kills: int, vllm: int, seed: int) -> State:
-    """That of a campaign that was killed, where it was asked for the same; otherwise a new one in an empty folder."""
+    """That of a campaign that was killed, where it was asked for the same; otherwise a new one in an empty folder.
+
+    What a campaign that broke a law left behind is evidence, and not removed.
+    """
     path = output / STATE_NAME
     asked = State(kills=kills, vllm=vllm, seed=seed)
     if path.exists():
         found = State.model_validate_json(path.read_bytes())
         if not found.is_done and (found.kills, found.vllm, found.seed) == (kills, vllm, seed):
             return found
+        if not all(tally.is_lawful for tally in found.tallies.values()):
+            raise SystemExit(
+                f"{output}: a law was broken here, see {STATE_NAME}; choose another --output, or delete this"
+            )
         shutil.rmtree(output)
     elif output.exists() and any(output.iterdir()):
         raise SystemExit(f"{output}: not empty, and no {STATE_NAME} of a campaign in it")

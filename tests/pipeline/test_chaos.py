@@ -19,7 +19,7 @@ from storage_schema.rows import CachedRow
 from storage_schema.store import Store
 from tests import making
 from tests.chaos import laws
-from tests.chaos.__main__ import STATE_NAME, State
+from tests.chaos.__main__ import STATE_NAME, State, main
 from tests.chaos.campaigns import FORKED, RAY, VLLM, Campaign, Tally, run, shares
 
 SEED = 1247
@@ -87,6 +87,14 @@ def test_the_command_killed_and_started_again_ends_with_all_its_kills(tmp_path: 
 
 def _kills(state: Path) -> int:
     return sum(tally.kills for tally in State.model_validate_json(state.read_bytes()).tallies.values())
+
+
+def test_what_a_campaign_that_broke_a_law_left_behind_is_not_removed(tmp_path: Path) -> None:
+    broken = State(kills=3, vllm=0, seed=0, tallies={"workers": Tally(kills=3, lost=1)}, is_done=True)
+    (tmp_path / STATE_NAME).write_text(broken.model_dump_json())
+    with pytest.raises(SystemExit, match="a law was broken here"):
+        main(["--kills", "3", "--vllm", "0", "--output", str(tmp_path)])
+    assert State.model_validate_json((tmp_path / STATE_NAME).read_bytes()) == broken
 
 
 def test_all_kills_are_shared_out() -> None:
