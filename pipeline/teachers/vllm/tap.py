@@ -28,8 +28,8 @@ from .scoring import Piece, StepScorer
 
 _BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Below the peak that vLLM itself measures at its start, whose activations are free again when the tap runs. On a CPU,
-8 to 32 MiB are 1.1 times as fast as 64 and 128 at V = 8,192, and 32 MiB is the fastest at 151,936: past it the
-allocator gives memory back between blocks, and takes new pages for each."""
+8 to 32 MiB are 1.1 times as fast as 64 and 128 at V = 8,192, and 32 MiB is the fastest at 151,936. Why is not proven:
+larger ones may be new pages each time."""
 
 
 class TapExtension:
