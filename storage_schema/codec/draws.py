@@ -76,11 +76,15 @@ class DrawStreams:
         sizes = frames.totals(counts)
         if sum(sizes) > _MAX_DRAWS:
             raise StreamDamaged("stream draw_counts", found=f"{sum(sizes)} draws", wanted=f"at most {_MAX_DRAWS}")
-        deltas = frames.escaped("draw_ids", "draw_id_escapes", sizes, width=self._id_width, dtype=np.int64)
-        sums = np.cumsum(deltas, dtype=np.int64)
-        before = np.concatenate(([0], sums))[np.cumsum(counts) - counts]
+        deltas = frames.escaped("draw_ids", "draw_id_escapes", sizes, width=self._id_width)
+        bounded("draw_ids", deltas, low=0, high=self._token_count - 1)
+        # Sums over all positions may wrap; the difference of two is right where that of one position fits.
+        fits = self._kept_draws * self._token_count < 1 << 31
+        sums = np.cumsum(deltas, dtype=np.int32 if fits else np.int64)
+        starts = np.cumsum(counts) - counts
+        before = (sums - deltas).take(starts, mode="clip")
         ranks = bounded("draw_ids", sums - np.repeat(before, counts), low=0, high=self._token_count - 1)
         if not self._has_logprobs:
             frames.require_empty("draw_logprobs")
         logprobs = frames.halves("draw_logprobs", sizes) if self._has_logprobs else None
-        return Draws(self._ranks.ids(ranks).astype(np.int32), counts, logprobs)
+        return Draws(self._ranks.ids(ranks).astype(np.int32, copy=False), counts, logprobs)

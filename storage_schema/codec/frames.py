@@ -73,16 +73,27 @@ class Frames:
         filled[np.repeat(present, self.positions)] = values
         return filled
 
-    def escaped(self, name: str, escapes: str, sizes: Sequence[int], *, width: int, dtype: type) -> np.ndarray:
-        """`dtype [n]` from one byte each, and `width` planes of what the escaped ones have above. The array is the
-        thread's scratch: it holds until the stream is opened again."""
+    def escaped(
+        self, name: str, escapes: str, sizes: Sequence[int], *, width: int, used: np.ndarray | None = None
+    ) -> np.ndarray:
+        """`int32 [n]` from one byte each, and `width` planes of what the escaped ones have above.
+
+        `used bool [N, K]`: where the values belong; then `[N, K]`, 0 at the other places. The array is the thread's
+        scratch: it holds until the stream is opened again.
+        """
         short = self._planes(name, sizes, 1)[0]
-        values = SCRATCH.array(name, short.shape, dtype)
+        if used is not None:
+            placed = SCRATCH.array("placed", used.shape, np.uint8)
+            placed.fill(0)
+            placed[used] = short  # while they are bytes: a quarter of the memory
+            short = placed.reshape(-1)
+            sizes = [used.shape[1] * positions for positions in self.positions]
+        values = SCRATCH.array(name, short.shape, np.int32)
         values[:] = short
         places = np.flatnonzero(np.equal(short, ESCAPE, out=SCRATCH.array("escaped", short.shape, np.bool_)))
         above = from_planes(self._planes(escapes, split(places, sizes), width))
         values[places] = np.add(above, ESCAPE, out=above)
-        return values
+        return values if used is None else values.reshape(used.shape)
 
     def halves(self, name: str, sizes: Sequence[int]) -> np.ndarray:
         """`float32 [n]`: log-probs from halves. Raises `StreamDamaged` unless they are finite and not above 0."""

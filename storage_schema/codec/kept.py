@@ -4,7 +4,8 @@ Shape letters: `N` target positions of the row, `K` teacher top-k, `S` kept entr
 
 `GridKept`: ids as sorted sets (deltas between ranks), log-probs as levels of a grid below the position's last one.
 `Float16Kept`: ids and halves in the order in which the teacher gave them.
-Entries travel flat, position by position: `[S]`.
+Entries are stored flat, position by position: `[S]`; decoded, they lie where they belong in `[N, K]`. Rows of equal
+length, used or not, are summed, looked up and checked several times faster than runs of different lengths.
 """
 
 from __future__ import annotations
@@ -67,34 +68,26 @@ class GridKept:
 
         `counts int32 [N]`: none where all are K. Raises `StreamDamaged`.
         """
-        positions, width = ids.shape
-        sizes = entry_sizes(frames, counts, width)
+        sizes = entry_sizes(frames, counts, ids.shape[1])
+        used = None if counts is None else _used(counts, ids.shape[1])
         top = self.grid.top
         last = frames.integers("last_levels", frames.positions, width=2, low=0, high=top)
         tail_levels = frames.integers("log_tail", frames.positions, width=2, low=0, high=top)
-        # The type that numpy looks tables up by: any other is copied first.
-        gaps = frames.escaped("logprobs", "logprob_escapes", sizes, width=2, dtype=np.int32)
-        deltas = frames.escaped("ids", "id_escapes", sizes, width=self._id_width, dtype=np.int32)
-        if counts is None:
-            levels = gaps.reshape(positions, width)
-            np.subtract(last[:, None], levels, out=levels)
-            ranks = self._running_sums(deltas.reshape(positions, width), out=ids)
-            highest = ranks[:, -1]
-        else:
-            levels = np.repeat(last, counts) - gaps
-            ranks = _ragged_sums(deltas, counts)
-            highest = ranks
+        gaps = frames.escaped("logprobs", "logprob_escapes", sizes, width=2, used=used).reshape(ids.shape)
+        levels = np.subtract(last[:, None], gaps, out=gaps)
         if levels.size and levels.min() < 0:
             raise StreamDamaged("stream logprobs", found="an entry above probability 1", wanted="levels from 0 on")
+        np.take(self.grid.logprobs, levels, out=logprobs, mode="clip")
+        deltas = frames.escaped("ids", "id_escapes", sizes, width=self._id_width, used=used)
+        ranks = self._running_sums(deltas.reshape(ids.shape), out=ids)
+        if used is not None:
+            _blank(~used, ids=ranks, logprobs=logprobs)
+        highest = ranks[:, -1] if used is None else ranks
         if highest.size and highest.max() >= self._token_count:
             raise StreamDamaged("stream ids", found=int(highest.max()), wanted=f"ranks below {self._token_count}")
+        if ranks is not ids:
+            self._ranks.ids(ranks, out=ids)
         log_tail[:] = self.grid.logprobs[tail_levels]
-        if counts is None:
-            if ranks is not ids:
-                self._ranks.ids(ranks, out=ids)
-            np.take(self.grid.logprobs, levels, out=logprobs, mode="clip")
-        elif counts.size:
-            _scatter(self._ranks.ids(ranks), self.grid.logprobs[levels], counts, ids=ids, logprobs=logprobs)
 
     def _running_sums(self, deltas: np.ndarray, *, out: np.ndarray) -> np.ndarray:
         """`[N, K]` ranks: the running sum of delta + 1, less 1, of each position; in `out` where ranks are ids."""
@@ -138,7 +131,9 @@ class Float16Kept:
             ids[:] = kept_ids.reshape(positions, width)
             logprobs[:] = values.reshape(positions, width)
         else:
-            _scatter(kept_ids, values, counts, ids=ids, logprobs=logprobs)
+            used = _used(counts, width)
+            ids[used], logprobs[used] = kept_ids, values
+            _blank(~used, ids=ids, logprobs=logprobs)
         in_order = np.sort(np.where(np.isneginf(logprobs), -1 - np.arange(width), ids), axis=1)
         if width > 1 and (np.diff(in_order, axis=1) == 0).any():
             raise StreamDamaged("stream ids", found="an id kept twice at one position", wanted="distinct ids")
@@ -149,20 +144,12 @@ def entry_sizes(frames: Frames, counts: np.ndarray | None, width: int) -> list[i
     return [width * positions for positions in frames.positions] if counts is None else frames.totals(counts)
 
 
-def _ragged_sums(deltas: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`int64 [S]` ranks: as `_running_sums`, for positions that keep `counts` entries."""
-    sums = np.cumsum(deltas, dtype=np.int64) + np.arange(1, deltas.size + 1)
-    ends = np.cumsum(counts)
-    before = np.concatenate(([0], sums))[ends - counts]
-    return sums - np.repeat(before, counts) - 1
+def _used(counts: np.ndarray, width: int) -> np.ndarray:
+    """`bool [N, K]`: the first `counts [N]` of each position."""
+    return np.less(np.arange(width, dtype=np.int32), counts[:, None])
 
 
-def _scatter(
-    kept_ids: np.ndarray, kept_logprobs: np.ndarray, counts: np.ndarray, *, ids: np.ndarray, logprobs: np.ndarray
-) -> None:
-    """Flat entries to `[N, K]`; what a position does not use repeats its first id, with log-prob -inf."""
-    kept = np.arange(ids.shape[1]) < counts[:, None]
-    ids[:] = kept_ids[np.cumsum(counts) - counts, None]
-    ids[kept] = kept_ids
-    logprobs.fill(-np.inf)
-    logprobs[kept] = kept_logprobs
+def _blank(unused: np.ndarray, *, ids: np.ndarray, logprobs: np.ndarray) -> None:
+    """What a position does not use repeats its first id (or rank), with log-prob -inf."""
+    np.copyto(ids, ids[:, :1], where=unused)
+    np.copyto(logprobs, -np.inf, where=unused)

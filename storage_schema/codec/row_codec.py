@@ -137,13 +137,11 @@ class RowCodec:
 
     def _labels(self, source: Frames, filled: TeacherTargets, labels: np.ndarray, log_mass: np.ndarray) -> None:
         """Fill `label_logprob`: from the kept entries where the label is among them, else from its stream."""
-        # Backwards: an unused entry repeats the first id of its position, and the first is the one in use.
-        at_label = SCRATCH.array("at_label", filled.ids.shape, np.bool_)
-        found = np.flatnonzero(np.equal(filled.ids, labels[:, None], out=at_label))[::-1]
-        rows = found // filled.top_k
-        filled.label_logprob[rows] = filled.logprobs.take(found)
-        is_outside = np.ones(labels.size, bool)
-        is_outside[rows] = False
-        outside = np.flatnonzero(is_outside)
+        places = np.arange(labels.size)
+        # The first that is equal: an unused entry repeats the first id of its position.
+        at_label = np.equal(filled.ids, labels[:, None], out=SCRATCH.array("at_label", filled.ids.shape, np.bool_))
+        column = at_label.argmax(axis=1)
+        filled.label_logprob[:] = filled.logprobs[places, column]
+        outside = np.flatnonzero(~at_label[places, column])
         stored = source.halves("label_logprob", split(outside, source.positions))
         filled.label_logprob[outside] = np.minimum(stored - log_mass[outside], 0)

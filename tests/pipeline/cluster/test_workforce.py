@@ -24,16 +24,17 @@ def _reasons(store: Store, unit: int) -> list[str]:
 
 
 def test_sigkill_a_hang_and_a_lost_engine_process_cost_time_and_nothing_else(tmp_path: Path, ray_address: str) -> None:
-    config = cluster_config(tmp_path, ray_address, rows=29, cluster={"max_workers": 3, "hung_after_s": 1})
+    """The first units are healthy: a run whose first three units are all in trouble ends, as it should."""
+    config = cluster_config(tmp_path, ray_address, rows=59, cluster={"max_workers": 3, "hung_after_s": 3})
     trouble = faults(
-        tmp_path, killed_once=("chat-3",), hangs_once=("chat-14",), loses_a_process_once=("chat-27",), seconds=0.2
+        tmp_path, killed_once=("chat-33",), hangs_once=("chat-44",), loses_a_process_once=("chat-57",), seconds=0.2
     )
     outcome = run(config, trouble)
-    assert sorted(outcome.reports) == [0, 1, 2]
+    assert sorted(outcome.reports) == [0, 1, 2, 3, 4, 5]
     assert outcome.failed == []
-    assert contents(config.output) == unbroken(tmp_path, rows=29)
+    assert contents(config.output) == unbroken(tmp_path, rows=59)
     store = Store(config.output)
-    for unit, reason in ((0, "unexpectedly exits"), (1, "hung: no progress for"), (2, "of the engine is gone")):
+    for unit, reason in ((3, "unexpectedly exits"), (4, "hung: no progress for"), (5, "of the engine is gone")):
         assert any(reason in said for said in _reasons(store, unit))
 
 
