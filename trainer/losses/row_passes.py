@@ -15,9 +15,6 @@ import torch
 
 from trainer.targets import SparseTargets
 
-BLOCK_BYTES = 1 << 20
-"""Rows that a CPU takes through all passes before it turns to the next: as much as its second-level cache holds."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Readings:
@@ -58,7 +55,10 @@ class RowPasses(Protocol):
 
 
 class PlainPasses:
-    """On any device, in float32 or float64; `read_` leaves exp(z - tail_max), and 0 at the kept ids."""
+    """On any device, in float32 or float64; `read_` leaves the softmax of the ids outside the kept ones, 0 at these.
+
+    torch's own softmax goes over a row while it is in the cache. Its sum is one over its largest value, so the largest
+    logit before and the largest value afterwards are all that is read besides."""
 
     def read_(self, logits: torch.Tensor, targets: SparseTargets) -> Readings:
         """Read the logits."""
@@ -66,25 +66,25 @@ class PlainPasses:
         of_draws = logits.gather(1, targets.draws)
         of_label = logits.gather(1, targets.labels[:, None])[:, 0]
         logits.scatter_(1, targets.ids, -torch.inf)
-        tail_max, tail_sum = logits.new_empty(len(logits)), logits.new_empty(len(logits))
-        for rows in _blocks(logits):
-            # -inf - -inf is not a number.
-            top = torch.amax(logits[rows], 1, out=tail_max[rows]).clamp_min_(torch.finfo(logits.dtype).min)
-            torch.sum(logits[rows].sub_(top[:, None]).exp_(), 1, out=tail_sum[rows])
-        return Readings(of_kept=of_kept, of_draws=of_draws, of_label=of_label, tail_max=tail_max, tail_sum=tail_sum)
+        tail_max = logits.amax(1)
+        has_tail = tail_max != -torch.inf
+        tail_sum = torch.softmax(logits, 1, out=logits).amax(1).reciprocal()
+        if not has_tail.all():
+            logits[~has_tail] = 0
+        lowest = torch.finfo(logits.dtype).min
+        return Readings(
+            of_kept=of_kept,
+            of_draws=of_draws,
+            of_label=of_label,
+            tail_max=tail_max.where(has_tail, lowest),
+            tail_sum=tail_sum.where(has_tail, 0),
+        )
 
     def write_(
         self, logits: torch.Tensor, targets: SparseTargets, readings: Readings, gradient: RowGradient
     ) -> torch.Tensor:
         """Write the gradient."""
-        logits.mul_(gradient.of_tail[:, None])
+        logits.mul_((gradient.of_tail * readings.tail_sum)[:, None])
         logits.scatter_add_(1, targets.ids, gradient.at_kept)
         logits.scatter_add_(1, targets.draws, gradient.at_draws)
         return logits.scatter_add_(1, targets.labels[:, None], gradient.at_label[:, None])
-
-
-def _blocks(logits: torch.Tensor) -> list[slice]:
-    """Rows that are taken together: on a CPU few enough to stay in its cache, elsewhere all."""
-    positions, vocabulary = logits.shape
-    rows = max(1, BLOCK_BYTES // (vocabulary * logits.itemsize)) if logits.device.type == "cpu" else max(1, positions)
-    return [slice(start, start + rows) for start in range(0, positions, rows)]

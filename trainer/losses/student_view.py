@@ -66,7 +66,7 @@ def see_(logits: torch.Tensor, targets: SparseTargets, *, passes: RowPasses | No
     view = StudentView(
         # Unused entries stay finite: 0 * -inf is not a number.
         log_q=(read.of_kept - lse[:, None]).masked_fill(~kept, 0),
-        log_q_tail=torch.where(read.tail_sum > 0, lse_tail - lse, LOG_EMPTY_TAIL),
+        log_q_tail=torch.where(read.tail_sum == 0, LOG_EMPTY_TAIL, lse_tail - lse),
         log_q_draws=(read.of_draws - lse[:, None]).masked_fill(~drawn, 0),
         log_q_label=read.of_label - lse,
     )

@@ -5,7 +5,7 @@ Shape letters: `M` target positions, `V` vocabulary, `K` teacher top-k, `N` padd
 
 The logits are moved three times: read for maximum and sum at once (online softmax, arXiv 1805.02867), and read and
 written once more for the gradient. `PlainPasses`, its oracle in tests and on every machine it starts on, moves them
-eight times.
+six times.
 
 Checked in Triton's interpreter on a CPU alone. NOTHING OF IT HAS BEEN MEASURED ON A GPU: `BLOCK` and `WARPS` are what
 kernels of this kind commonly take, 32 numbers per thread.
