@@ -62,7 +62,7 @@ class Bench:
         self.teacher: Any = AutoModelForCausalLM.from_pretrained(self.teacher_folder, dtype=torch.float32).eval()
         rows = read_rows(self.layout.rows("held_out", "pairs"))[: 48 if quick else 256]
         self.held_out = list(batches(rows, load_tokenizer(self.layout.tokenizer)))
-        self.rows_limit = 160 if quick else 800
+        self.prompts = self._prompts(160 if quick else 800)
 
     def _teacher(self, divisor: float) -> Path:
         """Folder of the teacher whose logits are divided: its head is."""
@@ -77,15 +77,22 @@ class Bench:
             model.save_pretrained(folder)
         return folder
 
+    def _prompts(self, count: int) -> Path:
+        """A file with the first `count` of the demo's rows to distill."""
+        lines = self.layout.rows("distill", "pairs").read_text(encoding="utf-8").splitlines(keepends=True)
+        path = self.folder / f"{count}_rows.jsonl"
+        path.write_text("".join(lines[:count]), encoding="utf-8")
+        return path
+
     def rows(self, cache: Cache) -> list[CachedRow]:
         """The rows with what `cache` keeps, from a capture that is made where there is none yet."""
         root = self.folder / f"dataset_{cache.top_k}_{cache.draws}"
         if not (root / MANIFEST_NAME).exists():
             self._capture(root, cache)
-        return list(open_dataset(str(root)).rows())[: self.rows_limit]
+        return list(open_dataset(str(root)).rows())
 
     def _capture(self, root: Path, cache: Cache) -> None:
-        source = {"path": str(self.layout.rows("distill", "pairs"))}
+        source = {"path": str(self.prompts)}
         teacher = {
             "model": str(self.teacher_folder),
             "engine": "transformers",
