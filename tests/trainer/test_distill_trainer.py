@@ -268,3 +268,25 @@ def test_the_card_of_a_pushed_student_names_dataset_loss_and_t(tiny_dataset, tin
     card = (tmp_path / "README.md").read_text()
     for fact in (open_dataset(tiny_dataset).dataset_id, "TAID", "1.0000", "tiny", "CC0-1.0"):
         assert fact in card
+
+
+def test_push_to_hub_pushes_checkpoints_on_the_way_and_the_card_at_the_end(tiny_dataset, tiny_student, tmp_path, hub):
+    trainer, _ = build(
+        tiny_dataset,
+        tiny_student,
+        tmp_path / "run",
+        push_to_hub=True,
+        hub_model_id="me/student",
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train()
+    assert "model.safetensors" in hub["me/student"]
+    assert "README.md" not in hub["me/student"]
+    trainer.push_to_hub()
+    assert open_dataset(tiny_dataset).dataset_id.encode() in hub["me/student"]["README.md"]
+    (tmp_path / "pushed").mkdir()
+    for name, data in hub["me/student"].items():
+        (tmp_path / "pushed" / name).write_bytes(data)
+    pushed, trained = LlamaForCausalLM.from_pretrained(tmp_path / "pushed").state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(pushed[name], weight) for name, weight in trained.items())

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,19 +47,6 @@ def make_config(dataset: Path, folder: Path, output: Path, /, **changes) -> Trai
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(output / "student").state_dict()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
-    """What was pushed, by repository: the Hub's client with nobody behind it."""
-    pushed: dict[str, dict[str, bytes]] = {}
-
-    def upload_folder(self: HfApi, *, repo_id: str, folder_path: Path, **_: object) -> None:
-        pushed[repo_id] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: None)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return pushed
 
 
 @pytest.mark.parametrize("name", ["taid", "forward_kl", "cross_entropy"])
