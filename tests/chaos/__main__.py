@@ -1,19 +1,22 @@
 """`python -m tests.chaos --kills 200 --vllm 20 --seed 0`: the kill campaigns, what became of them as a table and one
-JSON line; exit code 1 where anything was lost, doubled or half written. Killed itself, it goes on where it was."""
+JSON line, stored where so many or more were asked for; exit code 1 where anything was lost, doubled or half written.
+Killed itself, it goes on where it was."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from benchmarks.report import finish
 
 from .campaigns import FORKED, RAY, VLLM, Campaign, Tally, run, shares
 
@@ -63,7 +66,8 @@ def main(arguments: list[str]) -> int:
     for name, tally in state.tallies.items():
         for what in tally.wrong:
             console.print(f"{name}: {what}", style="bold red", markup=False, highlight=False)
-    print(json.dumps(_summary(state)))
+    quick = state.kills < 200 or state.vllm < 20
+    finish("chaos", _summary(state), command=f"make chaos SEED={state.seed}", quick=quick)
     return 0 if all(tally.is_lawful for tally in state.tallies.values()) else 1
 
 
@@ -115,7 +119,7 @@ def _sum(state: State) -> Tally:
     return total
 
 
-def _summary(state: State) -> dict[str, int | float]:
+def _summary(state: State) -> dict[str, Any]:
     total = _sum(state)
     return {
         "kills": total.kills,
@@ -126,6 +130,7 @@ def _summary(state: State) -> dict[str, int | float]:
         "wrong": len(total.wrong),
         "seconds": round(total.seconds, 1),
         "seed": state.seed,
+        "campaigns": {name: tally.model_dump(exclude={"is_open"}) for name, tally in state.tallies.items()},
     }
 
 
