@@ -57,13 +57,13 @@ def collate_packs(packs: Sequence[Sequence[CachedRow]], *, length: int, top_k: i
     position = np.concatenate(places)
     of_sample = np.repeat(np.arange(len(rows)), counts)
     of_pack = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])[of_sample]
-    targets = _targets(rows, top_k, labels=ids[of_pack, position + 1], row=of_pack, position=position)
-    labels = torch.full(ids.shape, IGNORED)
-    labels[targets.row, targets.position] = targets.labels
+    labels = np.full_like(ids, IGNORED)
+    labels[of_pack, position] = following = ids[of_pack, position + 1]
+    targets = _targets(rows, top_k, labels=following, row=of_pack, position=position)
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
-        "labels": labels,
+        "labels": torch.from_numpy(labels),
         "targets": targets,
         "sample_ids": [row.sample_id for row in rows],
         "target_samples": torch.from_numpy(of_sample),
