@@ -26,7 +26,10 @@ class Objective:
 
     def __call__(self, view: StudentView, targets: SparseTargets, *, t: float) -> LossValues:
         """Values of the `M` positions; `loss` carries the gradient by `view`."""
-        distillation = self.distillation(view, targets, t=t)
+        return self.mixed(self.distillation(view, targets, t=t), view, targets)
+
+    def mixed(self, distillation: torch.Tensor, view: StudentView, targets: SparseTargets) -> LossValues:
+        """`distillation [M]` and the share of cross-entropy, as values of the `M` positions."""
         share = self.cross_entropy_share
         loss = distillation if share == 0 else (1 - share) * distillation - share * view.log_q_label
         with torch.no_grad():

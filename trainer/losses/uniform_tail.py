@@ -17,7 +17,6 @@ import torch
 
 from trainer.targets import SparseTargets
 
-from .cache_view import bucket_kl
 from .objective import Objective
 from .protocol import LossValues, StudentView
 from .row_passes import RowPasses
@@ -65,13 +64,9 @@ class UniformTailObjective(Objective):
         log_q = logits.log_softmax(1)
         log_target = self.distillation.log_target(log_q, targets, t)
         distillation = (log_target.exp() * (log_target - log_q)).sum(1)
-        share = self.cross_entropy_share
         if with_gradient:
+            share = self.cross_entropy_share
             labels = torch.full_like(view.log_q_label, -share)[:, None]
             torch.sub(log_q.exp_(), log_target.exp_(), alpha=1 - share, out=logits)
             logits.scatter_add_(1, targets.labels[:, None], labels)
-        return LossValues(
-            loss=(1 - share) * distillation - share * view.log_q_label,
-            distillation=distillation,
-            bucket_kl=bucket_kl(view, targets),
-        )
+        return self.mixed(distillation, view, targets)
