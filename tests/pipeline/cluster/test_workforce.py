@@ -23,6 +23,7 @@ def _reasons(store: Store, unit: int) -> list[str]:
     return [trial.died_of.reason for trial in read_attempts(store, unit).trials if trial.died_of]
 
 
+@pytest.mark.slow
 def test_sigkill_a_hang_and_a_lost_engine_process_cost_time_and_nothing_else(tmp_path: Path, ray_address: str) -> None:
     """The first units are healthy: a run whose first three units are all in trouble ends, as it should."""
     config = cluster_config(tmp_path, ray_address, rows=59, cluster={"max_workers": 3, "hung_after_s": 3})
