@@ -37,10 +37,12 @@ LEARNING_RATE = 2e-3  # the demo's
 
 @dataclass(frozen=True)
 class Cache:
-    """What is kept of the teacher: `top_k` ids and the tail draws among `draws`."""
+    """What is kept of the teacher: `top_k` ids and the tail draws among `draws`, at most `kept_draws` of them (a
+    capture's default where none)."""
 
     top_k: int
     draws: int
+    kept_draws: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Bench:
 
     def rows(self, cache: Cache) -> list[CachedRow]:
         """The rows with what `cache` keeps, from a capture that is made where there is none yet."""
-        root = self.folder / f"dataset_{cache.top_k}_{cache.draws}"
+        numbers = (cache.top_k, cache.draws, cache.kept_draws)
+        root = self.folder / "_".join(["dataset", *(str(number) for number in numbers if number is not None)])
         if not (root / MANIFEST_NAME).exists():
             self._capture(root, cache)
         return list(open_dataset(str(root)).rows())
@@ -100,6 +103,8 @@ class Bench:
             "draws": cache.draws,
             "max_length": MAX_TOKENS,
         }
+        if cache.kept_draws is not None:
+            teacher["kept_draws"] = cache.kept_draws
         config = CaptureConfig.model_validate(
             {"output": str(root), "source": source, "teacher": teacher, "rows_per_unit": 160}
         )
