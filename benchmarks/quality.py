@@ -6,9 +6,9 @@
 Two teachers: the demo's as trained, which is flat, and the same with its logits divided by .512, which is as sharp as a
 large one. Three seeds: the order of the rows. Sides, each from the same student over the same rows and steps: plain
 fine-tuning; forward KL and TAID with the teacher resident; TAID from a cache of K = 8, 16, 32 ids and D = 0, 32, 64
-draws, of which a position keeps at most 32 in the tail; TAID from K = 16 and 256 draws, all kept, which tells what of it
-is missing for their noise; TAID from K = 16 with the top K renormalised, as others do. Caches are real
-captures, read back from their shards, so that what storage costs is in the figures; losses are the trainer's.
+draws, of which a position keeps at most 32; TAID from K = 16 and 256 draws, all kept, to see how much of a gap is the
+noise of draws; TAID from K = 16 with the top K renormalised, as others do. Caches are real captures, read back from
+their shards, so that what storage costs is in the figures; losses are the trainer's.
 
 Printed: held-out KL(teacher || student) over the whole vocabulary, and the share of dense TAID's gain over plain
 fine-tuning that each side has. Each run is written to OUTPUT/runs.jsonl when it ends: started again, the command goes
