@@ -1,6 +1,6 @@
 """A whole training step of a tiny student: what learning from a cache costs beside plain fine-tuning.
 
-    python -m benchmarks.step         QUICK=1: one round, fewer steps, under three minutes; nothing is stored
+    python -m benchmarks.step         QUICK=1: one round, fewer steps and rows, under three minutes; nothing is stored
 
 Sides, each in a process of its own, taking turns in every round, over the same rows and batches:
 
@@ -31,7 +31,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.report import finish
-from benchmarks.step_sides import SIDES, make_models_and_dataset
+from benchmarks.step_sides import QUICK_ROWS, ROWS, SIDES, make_models_and_dataset
 
 PLAIN, FUSED, CACHED, RESIDENT = SIDES
 GOAL = 1.10
@@ -55,11 +55,11 @@ def ratios(found: dict[str, list[dict[str, float]]], over: str, under: str, what
 def main() -> None:
     """Measure, print, store."""
     quick = os.environ.get("QUICK", "0") not in ("", "0")
-    rounds, steps = (1, 3) if quick else (3, 6)
+    rounds, steps, row_count = (1, 2, QUICK_ROWS) if quick else (3, 6, ROWS)
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="coldstill-step-") as name:
         folder = Path(name)
-        make_models_and_dataset(folder)
+        make_models_and_dataset(folder, row_count=row_count)
         with tqdm(total=rounds * len(SIDES), desc="steps", unit="run") as bar:
             for _ in range(rounds):
                 for side in SIDES:

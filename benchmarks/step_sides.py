@@ -26,13 +26,13 @@ from storage_schema.store import Store
 
 SIDES = ("plain, Trainer", "plain, fused", "TAID, cache", "TAID, teacher resident")
 VOCABULARY, TOP_K, DRAWS = 32_000, 16, 64
-ROWS, TOKENS, BATCH = 96, 256, 8
+ROWS, QUICK_ROWS, TOKENS, BATCH = 96, 32, 256, 8
 STUDENT = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEACHER = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
 T = 0.4
 
 
-def make_models_and_dataset(folder: Path) -> None:
+def make_models_and_dataset(folder: Path, *, row_count: int) -> None:
     """Write `student/`, `teacher/`, and `dataset/`: the teacher's word on random rows, all positions targets."""
     for name, shape, seed in (("student", STUDENT, 0), ("teacher", TEACHER, 1)):
         torch.manual_seed(seed)
@@ -41,10 +41,10 @@ def make_models_and_dataset(folder: Path) -> None:
         ).save_pretrained(folder / name)
     header = header_of(vocabulary=VOCABULARY, top_k=TOP_K, draws=DRAWS)
     teacher = load_teacher(config_of(folder / "teacher", engine="transformers", top_k=TOP_K), header)
-    (rows,) = units_of_rows(vocabulary=VOCABULARY, units=1, rows=ROWS, tokens=TOKENS, target_share=1.0)
+    (rows,) = units_of_rows(vocabulary=VOCABULARY, units=1, rows=row_count, tokens=TOKENS, target_share=1.0)
     store = Store(folder / "dataset")
     store.create(HEADER_NAME, header.to_bytes())
-    store.create(PLAN_NAME, plan_to_bytes([Unit(0, 0, 0, ROWS)]))
+    store.create(PLAN_NAME, plan_to_bytes([Unit(0, 0, 0, row_count)]))
     scored = [ScoredSequence(*pair).row for pair in zip(rows, teacher.score(rows), strict=True)]
     commit_unit(store, 0, rows=scored, rejects=[], header=header, environment={})
     seal(store)
