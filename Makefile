@@ -22,7 +22,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	pyproject.toml --extra share --extra train --extra dev
 
 .PHONY: help demo test test-slow test-engines test-capture test-rest lint types fuzz chaos bench-codec bench-capture bench-scale \
-	bench-loss bench-stream bench-step bench-quality bench-quality-by-k lock venv clean
+	bench-loss bench-stream bench-step bench-quality lock venv clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -81,9 +81,6 @@ bench-step: $(INSTALLED) ## a whole training step: TAID from a cache beside plai
 
 bench-quality: $(INSTALLED) ## what a cache costs in quality, by K and draws (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.quality "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_quality)"
-
-bench-quality-by-k: $(INSTALLED) ## how much of its teacher a cache must keep (DEMO=DIR of a finished demo; QUICK=1)
-	QUICK=$(QUICK) $(BIN)/python -m benchmarks.quality_by_k "$(or $(DEMO),demo_output)"
 
 lock: $(BIN)/uv ## remake requirements/{cpu,gpu}.txt (UPGRADE=1: newest versions)
 	$(UV) cpu $(COMPILE) --extra capture-cpu requirements/cpu.in $(OVERRIDE_cpu) \
