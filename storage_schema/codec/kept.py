@@ -77,6 +77,8 @@ class GridKept:
         levels = np.subtract(last[:, None], gaps, out=gaps)
         if levels.size and levels.min() < 0:
             raise StreamDamaged("stream logprobs", found="an entry above probability 1", wanted="levels from 0 on")
+        # Where rows are decoded together the levels lie in the memory of `logprobs`:
+        # numpy looks up by a copy of them, as they are narrower than its own indices.
         np.take(self.grid.logprobs, levels, out=logprobs, mode="clip")
         deltas = frames.escaped("ids", "id_escapes", sizes, width=self._id_width, used=used)
         ranks = self._running_sums(deltas.reshape(ids.shape), out=ids)
