@@ -33,11 +33,11 @@ from benchmarks.capture_floor import install_floor, run_requests
 from benchmarks.capture_occupancy import occupancy
 from benchmarks.capture_teachers import config_of, header_of, tiny_teacher, units_of_rows
 from benchmarks.report import finish
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.teachers.protocol import Teacher, load_teacher
-from storage_schema.commits import commit_unit
-from storage_schema.header import DatasetHeader
-from storage_schema.store import Store
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.storage_schema.commits import commit_unit
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.store import Store
 
 CACHE = Path(__file__).parent.parent / ".bench_cache"
 TOP_KS = (16, 64, 128)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.vllm.engine import Engine, Request
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.vllm.engine import Engine, Request
 
 _KEY = "floor"
 _BLOCK_BYTES = 32 << 20  # the tap's

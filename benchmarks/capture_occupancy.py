@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.capture_teachers import CONTEXT, config_of, header_of
-from pipeline.config import SamplingConfig
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.protocol import load_teacher
+from coldstill.pipeline.config import SamplingConfig
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import load_teacher
 
 PLACES = 8
 """Requests that the engine runs at a time, and prompts of a unit."""

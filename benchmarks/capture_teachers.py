@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import TeacherConfig
-from pipeline.sequences import TokenSequence
-from storage_schema.header import Codec, DatasetHeader, TeacherFacts
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
 
 CONTEXT = 512
 

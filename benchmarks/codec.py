@@ -34,7 +34,7 @@ from benchmarks.report import finish
 from benchmarks.small_language_model import VOCABULARY
 from benchmarks.teacher_distributions import TEMPERAMENTS, Distributions, load_distributions
 from benchmarks.teacher_rows import DRAWS, Limits, narrowed
-from storage_schema.errors import ColdstillError
+from coldstill.common.errors import ColdstillError
 
 CACHE = Path(__file__).parent.parent / ".bench_cache"
 TOP_KS = (16, 32, 50, 64, 128)

@@ -8,10 +8,10 @@ from typing import Literal
 from benchmarks.codec_rivals import Rival
 from benchmarks.codec_sides import Case, Side
 from benchmarks.small_language_model import CONTEXT, VOCABULARY
-from storage_schema.codec import STREAMS, RowCodec
-from storage_schema.header import Codec, DatasetHeader, TeacherFacts
-from storage_schema.rows import TeacherTargets
-from storage_schema.shard import read_shard, write_shard
+from coldstill.storage_schema.codec import STREAMS, RowCodec
+from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.rows import TeacherTargets
+from coldstill.storage_schema.shard import read_shard, write_shard
 
 Fidelity = Literal["fine", "coarse", "exact"]
 

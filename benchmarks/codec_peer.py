@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.codec_rivals import Stored, id_bits, pack_bits, unpack_bits
-from storage_schema.rows import CachedRow
+from coldstill.storage_schema.rows import CachedRow
 
 Term = int | Literal["sqrt"]
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from storage_schema.rows import CachedRow
+from coldstill.storage_schema.rows import CachedRow
 
 ZSTD_LEVEL = 3
 

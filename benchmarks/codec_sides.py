@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks.codec_fidelity import Kept, buckets, kl_nats, same_sets
 from benchmarks.small_language_model import VOCABULARY
 from benchmarks.teacher_rows import Limits
-from storage_schema.errors import ColdstillError
-from storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
 MASS_TOLERANCE = 1e-5
 """A decoded mass in float32: 128 values of relative error 6e-8, and the rounding of a log."""

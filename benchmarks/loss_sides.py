@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from trainer.losses.fused_head import CHUNK_BYTES, Head, loss_on_hidden
-from trainer.losses.objective import Objective
-from trainer.losses.taid import Taid
-from trainer.targets import SparseTargets
+from coldstill.trainer.losses.fused_head import CHUNK_BYTES, Head, loss_on_hidden
+from coldstill.trainer.losses.objective import Objective
+from coldstill.trainer.losses.taid import Taid
+from coldstill.trainer.targets import SparseTargets
 
 TOP_K = 16
 T_OF_TAID = 0.4

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from demo.text import SKIPPED_FOLDERS
+from coldstill.demo.text import SKIPPED_FOLDERS
 
 HELD_OUT_SHARE = 0.1
 

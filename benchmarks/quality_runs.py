@@ -15,21 +15,21 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from demo.measure import StudentSums, batches, target_logprobs
-from demo.settings import MAX_TOKENS, Layout
-from demo.text import read_rows
-from demo.tokenizer import load_tokenizer
-from pipeline.config import CaptureConfig
-from pipeline.preparation.prepare import prepare
-from pipeline.units.worker import CaptureWorker
-from storage_schema import open_dataset
-from storage_schema.manifest import MANIFEST_NAME, seal
-from storage_schema.plan import PLAN_NAME, plan_from_bytes
-from storage_schema.rows import CachedRow
-from trainer.config import LossConfig
-from trainer.data.collate import collate
-from trainer.losses import TaidSchedule, build_objective
-from trainer.losses.on_logits import loss_on_logits
+from coldstill.demo.measure import StudentSums, batches, target_logprobs
+from coldstill.demo.settings import MAX_TOKENS, Layout
+from coldstill.demo.text import read_rows
+from coldstill.demo.tokenizer import load_tokenizer
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.trainer.config import LossConfig
+from coldstill.trainer.data.collate import collate
+from coldstill.trainer.losses import TaidSchedule, build_objective
+from coldstill.trainer.losses.on_logits import loss_on_logits
 
 ROWS_PER_STEP = 8
 LEARNING_RATE = 2e-3  # the demo's

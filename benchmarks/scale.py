@@ -32,9 +32,9 @@ from tqdm import tqdm
 from benchmarks.report import finish
 from benchmarks.scale_capture import new_capture, pretend_committed, record_of
 from benchmarks.scale_teacher import Sleeping
-from pipeline.capture import remaining
-from pipeline.preparation.prepare import prepare
-from storage_schema.commits import commit_name
+from coldstill.pipeline.capture import remaining
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.storage_schema.commits import commit_name
 
 MOST_SECONDS, MOST_MB = 20.0, 500
 MOST_GROWTH = 1.5
@@ -114,7 +114,7 @@ def on_object_store(folder: Path, *, units: int) -> dict[str, Any]:
 
 def with_workers(folder: Path, *, counts: list[int]) -> Lines:
     """How busy engines are that sleep, by the number of workers."""
-    from pipeline.cluster import Workforce
+    from coldstill.pipeline.cluster import Workforce
 
     lines = []
     for workers in tqdm(counts, desc="workers"):
@@ -135,7 +135,7 @@ def with_workers(folder: Path, *, counts: list[int]) -> Lines:
 
 def dispatch(folder: Path, *, sizes: list[int]) -> Lines:
     """The driver's processor time and the clock's for a unit, two workers."""
-    from pipeline.cluster import Workforce
+    from coldstill.pipeline.cluster import Workforce
 
     lines = []
     for units in tqdm(sizes, desc="units"):

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from pipeline.config import CaptureConfig
-from storage_schema.commits import COMMITS_FOLDER, CommitRecord, FileRecord, commit_name
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.storage_schema.commits import COMMITS_FOLDER, CommitRecord, FileRecord, commit_name
 from tests.making import chat_model
 
 TOP_K = 4

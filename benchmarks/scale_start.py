@@ -16,11 +16,11 @@ from pathlib import Path
 def main() -> None:
     """Start, and print what it took."""
     begun = time.monotonic()
-    from coldstill_config import load_config
-    from pipeline.capture import remaining
-    from pipeline.config import CaptureConfig
-    from pipeline.preparation.prepare import prepare
-    from pipeline.sources.chat import SequenceMaker
+    from coldstill.common.config_file import load_config
+    from coldstill.pipeline.capture import remaining
+    from coldstill.pipeline.config import CaptureConfig
+    from coldstill.pipeline.preparation.prepare import prepare
+    from coldstill.pipeline.sources.chat import SequenceMaker
 
     config = load_config(sys.argv[1], model=CaptureConfig, overrides=())
     SequenceMaker.of(config)  # torch and transformers, whatever the number of units

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from transformers.trainer_callback import TrainerCallback
 
 from benchmarks.capture_teachers import config_of, header_of, units_of_rows
-from pipeline.sequences import ScoredSequence
-from pipeline.teachers.protocol import load_teacher
-from storage_schema import open_dataset
-from storage_schema.commits import commit_unit
-from storage_schema.header import HEADER_NAME
-from storage_schema.manifest import seal
-from storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
-from storage_schema.store import Store
+from coldstill.pipeline.sequences import ScoredSequence
+from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.commits import commit_unit
+from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
+from coldstill.storage_schema.store import Store
 
 SIDES = ("plain, Trainer", "plain, fused", "TAID, cache", "TAID, teacher resident")
 VOCABULARY, TOP_K, DRAWS = 32_000, 16, 64
@@ -52,7 +52,7 @@ def make_models_and_dataset(folder: Path, *, row_count: int) -> None:
 
 def trainer_of(side: str, folder: Path, *, steps: int, callbacks: list[TrainerCallback]) -> Trainer:
     """The trainer of a side, over `steps` steps."""
-    from trainer import DistillTrainer, load_logit_dataset
+    from coldstill import DistillTrainer, load_logit_dataset
 
     arguments = TrainingArguments(
         output_dir=str(folder / "out"),

@@ -15,12 +15,12 @@ from benchmarks.codec_rivals import NaiveLists
 from benchmarks.codec_sides import Case
 from benchmarks.teacher_distributions import Distributions
 from benchmarks.teacher_rows import DRAWS, Limits, narrowed
-from storage_schema.commits import commit_unit
-from storage_schema.header import HEADER_NAME
-from storage_schema.manifest import seal
-from storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
-from storage_schema.rows import CachedRow
-from storage_schema.store import Store
+from coldstill.storage_schema.commits import commit_unit
+from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.store import Store
 
 FLOOR = 1e-4
 ROWS_OF_SHARD = 120

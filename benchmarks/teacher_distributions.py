@@ -22,9 +22,9 @@ from tqdm import tqdm
 from benchmarks import machine_text
 from benchmarks.small_language_model import CONTEXT, VOCABULARY, SmallLanguageModel, train, train_tokenizer
 from benchmarks.teacher_rows import DRAWS, WIDEST, WideRow, all_draws
-from pipeline.teachers.kernel import summarise
-from pipeline.teachers.uniforms import draw_uniforms
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.teachers.kernel import summarise
+from coldstill.pipeline.teachers.uniforms import draw_uniforms
+from coldstill.storage_schema.rows import TeacherTargets
 
 RECIPE = 1
 """Counts up when the model, its text or its positions change: files of another recipe are not read."""

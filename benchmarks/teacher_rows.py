@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage_schema.rows import LOG_FLOOR, CachedRow, TeacherTargets
+from coldstill.storage_schema.rows import LOG_FLOOR, CachedRow, TeacherTargets
 
 WIDEST = 128
 DRAWS = 64

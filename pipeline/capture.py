@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel, Field
 from tqdm import tqdm
 
-from storage_schema.commits import CommitRecord, committed_units, read_commit
-from storage_schema.header import DatasetHeader
-from storage_schema.manifest import MANIFEST_NAME, MAX_SEALED_UNITS, read_manifest, seal
-from storage_schema.plan import Unit
-from storage_schema.store import Store
+from coldstill.storage_schema.commits import CommitRecord, committed_units, read_commit
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.manifest import MANIFEST_NAME, MAX_SEALED_UNITS, read_manifest, seal
+from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.store import Store
 
 from .config import CaptureConfig
 from .driver.bar import DriverBar

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
-
-
-class Section(BaseModel):
-    """Unknown keys are errors; settings do not change once they are checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from coldstill.common.models import FrozenModel
+from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
 
 
-class SourceConfig(Section):
+class SourceConfig(FrozenModel):
     """What the teacher reads."""
 
     path: str | None = Field(
@@ -59,7 +54,7 @@ class SourceConfig(Section):
         return self
 
 
-class TeacherConfig(Section):
+class TeacherConfig(FrozenModel):
     """Who speaks, and what is kept of it."""
 
     model: str = Field(description="Folder or hub name of a causal language model.")
@@ -122,7 +117,7 @@ class TeacherConfig(Section):
         return self
 
 
-class SamplingConfig(Section):
+class SamplingConfig(FrozenModel):
     """How the teacher answers, in mode generate."""
 
     temperature: float = Field(default=1.0, ge=0, description="0: always the most probable token.")
@@ -133,7 +128,7 @@ class SamplingConfig(Section):
     stop: tuple[str, ...] = Field(default=(), description="Texts at which an answer ends, besides the end of turn.")
 
 
-class ClusterConfig(Section):
+class ClusterConfig(FrozenModel):
     """Where it runs."""
 
     min_workers: int = Field(default=1, ge=1, description="Units are given out once so many workers are ready.")
@@ -176,7 +171,7 @@ class ClusterConfig(Section):
         return self
 
 
-class CaptureConfig(Section):
+class CaptureConfig(FrozenModel):
     """A whole capture."""
 
     output: str = Field(description="The dataset's directory: a path that all workers see, s3:// or gs://.")

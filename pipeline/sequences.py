@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
 
 @dataclass(frozen=True, kw_only=True)

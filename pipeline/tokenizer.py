@@ -7,8 +7,8 @@ from pathlib import Path
 
 import transformers
 
-from storage_schema.errors import ColdstillError
-from storage_schema.tokenizer import TOKENIZER_FILES
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILES
 
 from .config import TeacherConfig
 from .errors import TeacherUnusable

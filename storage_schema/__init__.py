@@ -1,7 +1,8 @@
 """The dataset directory: all that capture and training share. Needs numpy, pyarrow, zstandard, pydantic and fsspec."""
 
+from coldstill.common.errors import ColdstillError
+
 from .dataset import Dataset, open_dataset
-from .errors import ColdstillError
 from .header import DatasetHeader, TeacherFacts
 from .rows import CachedRow, TeacherTargets
 

@@ -12,7 +12,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from coldstill.common.models import FrozenModel
 
 from .documents import parse_document
 from .errors import CommitDamaged
@@ -42,20 +44,16 @@ class Reject(NamedTuple):
     detail: str
 
 
-class FileRecord(BaseModel):
+class FileRecord(FrozenModel):
     """A file of the dataset: its relative name, size and sha256."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     bytes: int = Field(ge=0, le=MAX_COUNT)
     sha256: str = Field(pattern=_DIGEST)
 
 
-class CommitRecord(BaseModel):
+class CommitRecord(FrozenModel):
     """What unit `unit` became."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: int = Field(ge=0, le=MAX_COUNT)
     shard: FileRecord

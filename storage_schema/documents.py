@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from .errors import ColdstillError
+from coldstill.common.errors import ColdstillError
 
 MAX_DOCUMENT_BYTES = 48 << 20
 """A manifest of 110,000 shards, which takes 2 s to parse; everything else is far smaller."""

@@ -1,37 +1,8 @@
-"""The named errors of a dataset. Every one says what, what was found, what was wanted, and what to do.
-
-`ColdstillError` is the root of all errors that a user can cause; the command line prints it and ends with
-exit code 1. Anything else that is raised is a defect of ours and keeps its traceback.
-"""
+"""The named errors of a dataset. Each says what failed, the value found, the value wanted, and what to do."""
 
 from __future__ import annotations
 
-
-class ColdstillError(Exception):
-    """Something the user can mend: `what` (the field, file or row), `found`, `wanted`, and the way out (`fix`)."""
-
-    def __init__(self, what: str, *, found: object = None, wanted: object = None, fix: str = ""):
-        self.what, self.found, self.wanted, self.fix = what, found, wanted, fix
-        lines = [what]
-        if found is not None:
-            lines.append(f"  found:  {found}")
-        if wanted is not None:
-            lines.append(f"  wanted: {wanted}")
-        if fix:
-            lines.append(f"  do:     {fix}")
-        super().__init__("\n".join(lines))
-
-    def at(self, place: str) -> ColdstillError:
-        """The same error, with the place where it was found before what it says."""
-        return type(self)(f"{place}: {self.what}", found=self.found, wanted=self.wanted, fix=self.fix)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions are rebuilt from their positional arguments by default; ours travel between Ray processes whole.
-        return _rebuild, (type(self), self.what, self.found, self.wanted, self.fix)
-
-
-def _rebuild(cls: type[ColdstillError], what: str, found: object, wanted: object, fix: str) -> ColdstillError:
-    return cls(what, found=found, wanted=wanted, fix=fix)
+from coldstill.common.errors import ColdstillError
 
 
 class InvalidTargets(ColdstillError):

@@ -11,7 +11,9 @@ import json
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, Field, JsonValue, model_validator
+
+from coldstill.common.models import FrozenModel
 
 from .documents import parse_document
 from .errors import HeaderMismatch, InvalidHeader, UnsupportedFormat
@@ -37,10 +39,8 @@ _GRID_B = 2
 K = 64 (`python -m benchmarks.codec --grid-study`)."""
 
 
-class Codec(BaseModel):
+class Codec(FrozenModel):
     """How the kept entries and tails of a row are stored; FORMAT.md says how each is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["grid", "float16"] = Field(
         description="`grid`: sets of ids and levels of a companded grid; `float16`: ids and halves in rank order."
@@ -68,10 +68,8 @@ class Codec(BaseModel):
         return self
 
 
-class TeacherFacts(BaseModel):
+class TeacherFacts(FrozenModel):
     """Which model spoke."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="Hub name, or the last folder name of a local path.")
     revision: str | None = Field(default=None, description="Commit of the hub repository, where there is one.")
@@ -81,10 +79,8 @@ class TeacherFacts(BaseModel):
     quantization: str | None = Field(default=None, description="Quantisation of the weights, if any.")
 
 
-class DatasetHeader(BaseModel):
+class DatasetHeader(FrozenModel):
     """Whose distributions these are, and what every reader must know before it opens a shard."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int = FORMAT_VERSION
     teacher: TeacherFacts

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from coldstill.common.models import FrozenModel
 
 from .commits import (
     COMMITS_FOLDER,
@@ -41,10 +43,8 @@ _READERS = 16
 """An object store answers after 30 ms: one after the other, 100,000 commit records would take 50 minutes."""
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(FrozenModel):
     """A committed shard as the manifest lists it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: int = Field(ge=0, le=MAX_COUNT)
     file: FileRecord
@@ -54,10 +54,8 @@ class ShardRecord(BaseModel):
     rejected: int = Field(ge=0, le=MAX_COUNT)
 
 
-class Manifest(BaseModel):
+class Manifest(FrozenModel):
     """All files of a sealed dataset with their sizes and digests."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int = FORMAT_VERSION
     rows: int = Field(ge=0, le=MAX_COUNT)

@@ -9,7 +9,7 @@ import multiprocessing
 from multiprocessing.context import ForkServerContext
 
 _PRELOADED = [
-    "pipeline.teachers.transformers_teacher",
+    "coldstill.pipeline.teachers.transformers_teacher",
     "tests.chaos.forked",
     "tests.pipeline.capturing",
     # Imported by what is imported above, but only when it is first used.

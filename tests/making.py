@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from storage_schema.commits import commit_unit
-from storage_schema.header import Codec, DatasetHeader, TeacherFacts
-from storage_schema.manifest import Manifest, seal
-from storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
-from storage_schema.rows import LOG_FLOOR, CachedRow, TeacherTargets, span_positions, spans_from_mask
-from storage_schema.store import Store
-from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint
+from coldstill.storage_schema.commits import commit_unit
+from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.manifest import Manifest, seal
+from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
+from coldstill.storage_schema.rows import LOG_FLOOR, CachedRow, TeacherTargets, span_positions, spans_from_mask
+from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint
 
 VOCABULARY = 64
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.config import SourceConfig
-from pipeline.sources.chat import SequenceMaker, TokenSequence
-from pipeline.sources.readers import SourceRow
-from storage_schema.rows import span_positions
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.sources.chat import SequenceMaker, TokenSequence
+from coldstill.pipeline.sources.readers import SourceRow
+from coldstill.storage_schema.rows import span_positions
 from tests import making
 
 TEMPLATES = Path(__file__).parents[1] / "examples" / "chat_templates"

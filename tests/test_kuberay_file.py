@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from coldstill_config import load_config
-from pipeline.config import CaptureConfig
+from coldstill.common.config_file import load_config
+from coldstill.pipeline.config import CaptureConfig
 
 REPOSITORY = Path(__file__).parent.parent
 GUIDE = (REPOSITORY / "docs" / "cluster.md").read_text()

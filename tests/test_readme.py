@@ -13,9 +13,9 @@ import typer
 from pydantic import BaseModel
 
 import coldstill
-from coldstill_config import load_config
-from pipeline.config import CaptureConfig
-from trainer.config import TrainConfig
+from coldstill.common.config_file import load_config
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.trainer.config import TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from coldstill.common.models import FrozenModel
 
 from .loss_config import LossConfig
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LoraConfig(_Section):
+class LoraConfig(FrozenModel):
     """Low-rank adapters instead of all weights (arXiv 2106.09685), by peft."""
 
     r: int = Field(16, ge=1, description="Rank of the adapters: their size, and what they can learn.")
@@ -31,7 +29,7 @@ class LoraConfig(_Section):
     )
 
 
-class StudentConfig(_Section):
+class StudentConfig(FrozenModel):
     """Which model learns."""
 
     model: str | None = Field(
@@ -79,7 +77,7 @@ class StudentConfig(_Section):
         return f"{self.from_scratch} from scratch"
 
 
-class DataConfig(_Section):
+class DataConfig(FrozenModel):
     """Which rows come, in which order, and how much of what the teacher said of them."""
 
     seed: int = Field(
@@ -108,7 +106,7 @@ class DataConfig(_Section):
     )
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(FrozenModel):
     """How the optimizer moves. AdamW; defaults of the TAID repository where it has them."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of the optimizer.")
@@ -170,7 +168,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(FrozenModel):
     """A whole training run."""
 
     dataset: str | list[str] = Field(description="Path or URL of a sealed dataset directory, or several of them.")

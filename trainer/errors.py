@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storage_schema.errors import ColdstillError
+from coldstill.common.errors import ColdstillError
 
 
 class StudentNotFound(ColdstillError):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from coldstill.common.models import FrozenModel
 
 LossName = Literal[
     "taid",
@@ -76,10 +78,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
 """Options of each loss, besides `tail` and `cross_entropy_share`."""
 
 
-class LossConfig(BaseModel):
+class LossConfig(FrozenModel):
     """What the student learns from the cache. An option left out is that of the loss's paper."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: LossName = Field(
         "taid",

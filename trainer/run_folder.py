@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage_schema.errors import ColdstillError, StorageFull
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.errors import StorageFull
 
 from .early_stopping import has_stopped
 from .errors import CheckpointMismatch

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
 
 @dataclass(frozen=True, kw_only=True)

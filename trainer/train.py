@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from storage_schema.tokenizer import TOKENIZER_FILE
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 
 from .config import TrainConfig
 from .data import LogitDataset, load_logit_dataset

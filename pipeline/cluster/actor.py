@@ -10,16 +10,16 @@ from typing import Any
 
 import ray
 
-from pipeline.config import CaptureConfig
-from pipeline.estimate.speed import measure_speed
-from pipeline.preparation.pilot import rank_ids
-from pipeline.sequences import TokenSequence
-from pipeline.units.attempts import LastWords, write_last_words
-from pipeline.units.bisection import UnitTask
-from pipeline.units.patience import PatientStore
-from pipeline.units.worker import CaptureWorker, TeacherLoader, load_for
-from storage_schema.header import HEADER_NAME, DatasetHeader
-from storage_schema.plan import Unit
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.estimate.speed import measure_speed
+from coldstill.pipeline.preparation.pilot import rank_ids
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.units.attempts import LastWords, write_last_words
+from coldstill.pipeline.units.bisection import UnitTask
+from coldstill.pipeline.units.patience import PatientStore
+from coldstill.pipeline.units.worker import CaptureWorker, TeacherLoader, load_for
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.plan import Unit
 
 from .dispatcher import TASKS_PER_WORKER
 from .metrics import WorkerMetrics

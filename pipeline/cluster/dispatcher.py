@@ -12,11 +12,12 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipeline.errors import UnitFailed
-from pipeline.units.attempts import Attempts, LastWords, Trial, attempts_name
-from pipeline.units.bisection import UnitTask, next_task, search
-from storage_schema.errors import ColdstillError, StorageFailed
-from storage_schema.plan import Unit
+from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.errors import UnitFailed
+from coldstill.pipeline.units.attempts import Attempts, LastWords, Trial, attempts_name
+from coldstill.pipeline.units.bisection import UnitTask, next_task, search
+from coldstill.storage_schema.errors import StorageFailed
+from coldstill.storage_schema.plan import Unit
 
 TASKS_PER_WORKER = 2
 """One at the teacher, one that is read before it or committed after it."""

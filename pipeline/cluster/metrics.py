@@ -7,7 +7,7 @@ import time
 
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.units.worker import UnitReport
+from coldstill.pipeline.units.worker import UnitReport
 
 _COUNTED = ("rows", "rejected", "tokens", "targets", "bytes")
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.config import CaptureConfig
-from pipeline.units.bisection import UnitTask
-from pipeline.units.worker import TeacherLoader, UnitReport
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.units.bisection import UnitTask
+from coldstill.pipeline.units.worker import TeacherLoader, UnitReport
 
 from .actor import new_actor
 from .dispatcher import Worker

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.config import CaptureConfig
-from pipeline.errors import ClusterTooSmall
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.errors import ClusterTooSmall
 
 _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 

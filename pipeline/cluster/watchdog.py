@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 
 import psutil
 
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.teachers.protocol import Teacher
-from pipeline.units.attempts import LastWords
-from storage_schema.errors import ColdstillError
-from storage_schema.rows import TeacherTargets
+from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.pipeline.units.attempts import LastWords
+from coldstill.storage_schema.rows import TeacherTargets
 
 _LONGEST_LOOK_S = 2.0
 """Seconds between two looks, at most."""

@@ -14,17 +14,23 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.config import CaptureConfig
-from pipeline.errors import UnitFailed
-from pipeline.estimate.speed import SpeedReport
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.protocol import load_teacher
-from pipeline.units.attempts import LastWords, read_attempts, read_last_words, units_with_attempts, write_attempts
-from pipeline.units.patience import PatientStore
-from pipeline.units.worker import TeacherLoader, UnitReport
-from storage_schema.errors import ColdstillError
-from storage_schema.header import DatasetHeader
-from storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
+from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.errors import UnitFailed
+from coldstill.pipeline.estimate.speed import SpeedReport
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.pipeline.units.attempts import (
+    LastWords,
+    read_attempts,
+    read_last_words,
+    units_with_attempts,
+    write_attempts,
+)
+from coldstill.pipeline.units.patience import PatientStore
+from coldstill.pipeline.units.worker import TeacherLoader, UnitReport
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
 
 from .dispatcher import AttemptBook, Dispatcher, FailedUnit, Worker, names_by_unit
 from .metrics import DriverMetrics

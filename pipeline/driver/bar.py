@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from pipeline.units.worker import UnitReport
+from coldstill.pipeline.units.worker import UnitReport
 
 from .progress import Progress, Work
 

@@ -18,22 +18,19 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
-from pipeline.errors import LeaseHeld, LeaseLost
-from storage_schema.documents import parse_document
-from storage_schema.errors import CommitDamaged, StorageFailed
-from storage_schema.store import Store
+from coldstill.common.models import FrozenModel
+from coldstill.pipeline.errors import LeaseHeld, LeaseLost
+from coldstill.storage_schema.documents import parse_document
+from coldstill.storage_schema.errors import CommitDamaged, StorageFailed
+from coldstill.storage_schema.store import Store
 
 LEASE_NAME = "lease.json"
 _BEATS = 8
 """Heartbeats within the time after which a silent driver counts as dead: some may be lost to a slow store."""
 
 
-class LeaseRecord(BaseModel):
+class LeaseRecord(FrozenModel):
     """A driver and its last sign of life; times in seconds of the Unix clock."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     token: str
     host: str

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from pipeline.errors import CaptureIncomplete
-from pipeline.units.worker import UnitReport
-from storage_schema.errors import StorageFailed
-from storage_schema.store import Store
+from coldstill.pipeline.errors import CaptureIncomplete
+from coldstill.pipeline.units.worker import UnitReport
+from coldstill.storage_schema.errors import StorageFailed
+from coldstill.storage_schema.store import Store
 
 from .progress_record import MOST_LISTED, Failure, ProgressRecord, State, Totals, read_records, record_name
 

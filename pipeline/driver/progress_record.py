@@ -10,11 +10,12 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from storage_schema.documents import parse_document
-from storage_schema.errors import CommitDamaged
-from storage_schema.store import Store
+from coldstill.common.models import FrozenModel
+from coldstill.storage_schema.documents import parse_document
+from coldstill.storage_schema.errors import CommitDamaged
+from coldstill.storage_schema.store import Store
 
 PROGRESS_FOLDER = "progress"
 MOST_LISTED = 1000
@@ -23,10 +24,8 @@ MOST_LISTED = 1000
 State = Literal["running", "sealed", "incomplete", "interrupted", "stopped"]
 
 
-class Totals(BaseModel):
+class Totals(FrozenModel):
     """What was done, and what it took."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     starts: int = 0
     units: int = 0
@@ -44,19 +43,15 @@ class Totals(BaseModel):
         return Totals(**sums, cost=sum(costs) if costs else None)
 
 
-class Failure(BaseModel):
+class Failure(FrozenModel):
     """A unit that could not be done, and why."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: int
     reason: str
 
 
-class ProgressRecord(BaseModel):
+class ProgressRecord(FrozenModel):
     """One start of a driver; times in seconds of the Unix clock."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     token: str
     state: State

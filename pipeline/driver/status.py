@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from storage_schema.commits import committed_units
-from storage_schema.errors import DatasetNotFound
-from storage_schema.header import HEADER_NAME
-from storage_schema.manifest import MANIFEST_NAME, read_manifest
-from storage_schema.plan import PLAN_NAME, plan_from_bytes
-from storage_schema.store import Store
+from coldstill.common.models import FrozenModel
+from coldstill.storage_schema.commits import committed_units
+from coldstill.storage_schema.errors import DatasetNotFound
+from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME, read_manifest
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.storage_schema.store import Store
 
 from .lease import LeaseRecord, read_lease
 from .progress_record import Failure, ProgressRecord, Totals, read_progress
@@ -33,10 +34,8 @@ MEANING: dict[State, str] = {
 }
 
 
-class Status(BaseModel):
+class Status(FrozenModel):
     """A capture at one moment; what is not known is null."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     root: str
     state: State

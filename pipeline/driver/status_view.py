@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from storage_schema.tools.visible import NEWLINE, visible
+from coldstill.common.visible import NEWLINE, visible
 
 from .status import MEANING, Status
 

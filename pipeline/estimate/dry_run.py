@@ -12,15 +12,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config import CaptureConfig
-from pipeline.preparation.header import load_model_config, make_header
-from pipeline.sequences import TokenSequence
-from pipeline.sources.chat import SequenceMaker
-from pipeline.sources.counting import SourceCounts, count_source
-from pipeline.sources.readers import Source, open_source
-from pipeline.tokenizer import files_of
-from storage_schema.rows import span_positions
-from storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.preparation.header import load_model_config, make_header
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.sources.counting import SourceCounts, count_source
+from coldstill.pipeline.sources.readers import Source, open_source
+from coldstill.pipeline.tokenizer import files_of
+from coldstill.storage_schema.rows import span_positions
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
 from .expected_bytes import BYTES_PER_TOKEN, bytes_per_target
 from .speed import SpeedReport
@@ -141,7 +141,7 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
 
 def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, seconds: float) -> tuple[SpeedReport, float]:
     """What one real worker does, and the GPUs that it holds."""
-    from pipeline.cluster import Workforce
+    from coldstill.pipeline.cluster import Workforce
 
     facts = fingerprint_bytes(files_of(maker.tokenizer)[TOKENIZER_FILE], where=f"{config.teacher.model}: tokenizer")
     header = make_header(

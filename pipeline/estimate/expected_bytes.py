@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.config import CaptureConfig
+from coldstill.pipeline.config import CaptureConfig
 
 TOP_KS = (16, 32, 64, 128)
 FLOOR = 1e-4

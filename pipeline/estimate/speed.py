@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipeline.config import CaptureConfig
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.teachers.protocol import Teacher
-from storage_schema.header import DatasetHeader
-from storage_schema.shard import write_shard
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.shard import write_shard
 
 _FIRST_SLICE = 8
 _GROWTH = 2

@@ -10,14 +10,14 @@ from typing import Any
 
 import transformers
 
-from pipeline.config import CaptureConfig, TeacherConfig
-from pipeline.errors import TeacherUnusable
-from pipeline.sources.chat import SequenceMaker
-from pipeline.teachers.fingerprint import weights_fingerprint
-from pipeline.teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
-from pipeline.tokenizer import unusable
-from storage_schema.header import Codec, DatasetHeader, TeacherFacts
-from storage_schema.tokenizer import TokenizerFacts
+from coldstill.pipeline.config import CaptureConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.teachers.fingerprint import weights_fingerprint
+from coldstill.pipeline.teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
+from coldstill.pipeline.tokenizer import unusable
+from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.tokenizer import TokenizerFacts
 
 _LOSS_ON = {"generate": "last_turn", "pretrain": "all"}
 """What the modes learn, where the source has no say: the teacher's answer, every token."""

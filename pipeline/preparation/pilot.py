@@ -12,15 +12,15 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline.config import CaptureConfig
-from pipeline.sequences import TokenSequence
-from pipeline.sources.chat import SequenceMaker
-from pipeline.sources.readers import open_source
-from pipeline.teachers.protocol import Teacher
-from storage_schema.header import DatasetHeader
-from storage_schema.plan import Unit
-from storage_schema.rows import TeacherTargets, span_positions
-from storage_schema.store import Store
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.sources.readers import open_source
+from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.rows import TeacherTargets, span_positions
+from coldstill.storage_schema.store import Store
 
 _MOST_LISTED = 4096
 """The header stands in every shard. The whole table would save as much."""

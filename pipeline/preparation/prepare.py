@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.config import CaptureConfig
-from pipeline.sources.chat import SequenceMaker
-from pipeline.sources.readers import open_source
-from pipeline.sources.staging import remove_staging
-from pipeline.tokenizer import files_of
-from storage_schema.header import HEADER_NAME, DatasetHeader
-from storage_schema.manifest import MANIFEST_NAME
-from storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
-from storage_schema.store import Store
-from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.sources.readers import open_source
+from coldstill.pipeline.sources.staging import remove_staging
+from coldstill.pipeline.tokenizer import files_of
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
+from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
 
 from .header import load_model_config, make_header
 

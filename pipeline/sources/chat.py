@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import CaptureConfig, SourceConfig
-from pipeline.errors import TeacherUnusable, TemplateCannotMark
-from pipeline.sequences import TokenSequence
-from pipeline.tokenizer import load_tokenizer
-from storage_schema.commits import Reject
+from coldstill.pipeline.config import CaptureConfig, SourceConfig
+from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.tokenizer import load_tokenizer
+from coldstill.storage_schema.commits import Reject
 
 from .conversations import RowUnusable, conversation_of
 from .documents import Document, isolated, joined

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from pipeline.config import SourceConfig
+from coldstill.pipeline.config import SourceConfig
 
 
 class RowUnusable(Exception):

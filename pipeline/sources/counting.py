@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from pipeline.config import CaptureConfig
-from pipeline.sequences import TokenSequence
-from storage_schema.commits import Reject
-from storage_schema.plan import Unit
-from storage_schema.rows import span_positions
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.rows import span_positions
 
 from .chat import SequenceMaker
 from .readers import Source

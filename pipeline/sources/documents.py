@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.sequences import TokenSequence
-from storage_schema.commits import Reject
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.storage_schema.commits import Reject
 
 from .pieces import OverLong, RowFacts, pieces_of
 

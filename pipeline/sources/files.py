@@ -12,9 +12,9 @@ import fsspec
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.errors import SourceNotFound, SourceUnreadable
-from storage_schema.plan import Unit
-from storage_schema.store.errors import named_errors
+from coldstill.pipeline.errors import SourceNotFound, SourceUnreadable
+from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.store.errors import named_errors
 
 from .rows import MAX_ROW_BYTES, SourceFile, changed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.errors import SourceUnreadable
+from coldstill.pipeline.errors import SourceUnreadable
 
 from .lines import JsonLines
 from .parquet_rows import ParquetRows

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from storage_schema.plan import Unit
+from coldstill.storage_schema.plan import Unit
 
 from .files import ByteMeter, lines_of, opened, opened_for
 from .rows import Reader, SourceRow, Survey, changed, parsed

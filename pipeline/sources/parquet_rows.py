@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pipeline.errors import SourceUnreadable
-from storage_schema.plan import Unit
+from coldstill.pipeline.errors import SourceUnreadable
+from coldstill.storage_schema.plan import Unit
 
 from .files import ByteMeter, opened, opened_for
 from .rows import Reader, SourceFile, SourceRow, Survey, changed, without_nulls

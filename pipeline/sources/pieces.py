@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.sequences import TokenSequence
-from storage_schema.commits import Reject
-from storage_schema.rows import spans_from_mask
-from storage_schema.shard.columns import MAX_METADATA_BYTES
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.rows import spans_from_mask
+from coldstill.storage_schema.shard.columns import MAX_METADATA_BYTES
 
 from .conversations import RowUnusable
 

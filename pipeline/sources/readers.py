@@ -13,10 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceChanged, SourceEmpty, TooManyUnits
-from storage_schema.plan import MAX_UNITS, Plan, Unit
-from storage_schema.store import Store
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import SourceChanged, SourceEmpty, TooManyUnits
+from coldstill.storage_schema.plan import MAX_UNITS, Plan, Unit
+from coldstill.storage_schema.store import Store
 
 from .files import find_files, sample_sha256
 from .kinds import kind_of, origin_of, reader_of

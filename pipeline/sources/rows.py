@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from pipeline.errors import SourceChanged
-from storage_schema.plan import Unit
+from coldstill.common.models import FrozenModel
+from coldstill.pipeline.errors import SourceChanged
+from coldstill.storage_schema.plan import Unit
 
 MAX_ROW_BYTES = 256 << 20
 """Of the JSON text of a row: what has no line end for so long is no file of lines."""
@@ -25,10 +26,8 @@ class SourceRow(NamedTuple):
     problem: str = ""
 
 
-class SourceFile(BaseModel):
+class SourceFile(FrozenModel):
     """A file of the source as its store lists it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="Local path or URL.")
     bytes: int | None = Field(description="None where the store does not say.")

@@ -14,12 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from pipeline.errors import SourceUnreadable
-from storage_schema.documents import parse_document
-from storage_schema.plan import Unit
-from storage_schema.store import Store
+from coldstill.common.models import FrozenModel
+from coldstill.pipeline.errors import SourceUnreadable
+from coldstill.storage_schema.documents import parse_document
+from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.store import Store
 
 from .parquet_rows import ParquetRows
 from .rows import SourceFile, SourceRow, parsed
@@ -32,10 +33,8 @@ _GROUP_BYTES, _GROUP_ROWS = 4 << 20, 1024
 _SCHEMA = pa.schema([pa.field("row", pa.large_binary(), nullable=False)])
 
 
-class SourceIndex(BaseModel):
+class SourceIndex(FrozenModel):
     """The source when its plan was made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Digest of the whole content.")
     sample_sha256: str = Field(description="Digest of some blocks: see `sample_sha256` in files.py.")

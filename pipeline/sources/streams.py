@@ -15,10 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceNotFound, SourceUnreadable
-from storage_schema.errors import ColdstillError
-from storage_schema.plan import Unit
+from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import SourceNotFound, SourceUnreadable
+from coldstill.storage_schema.plan import Unit
 
 from .files import ByteMeter, files_below, lines_of
 from .parquet_rows import ParquetRows

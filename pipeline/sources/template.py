@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceNotFound, TemplateCannotMark
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import SourceNotFound, TemplateCannotMark
 
 from .conversations import Conversation, RowUnusable
 

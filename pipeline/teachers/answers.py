@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import transformers
 
-from pipeline.config import SamplingConfig
-from pipeline.sequences import TokenSequence
-from storage_schema.errors import InvalidRow
-from storage_schema.header import DatasetHeader
+from coldstill.pipeline.config import SamplingConfig
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.storage_schema.errors import InvalidRow
+from coldstill.storage_schema.header import DatasetHeader
 
 _SLACK = 4
 """Tokens that are decoded beside those that a stop text can take: the first of a piece may lose a space or be half a

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 
-from pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})

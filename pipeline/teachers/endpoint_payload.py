@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pipeline.config import TeacherConfig
-from pipeline.errors import TeacherOutputInvalid
-from pipeline.sequences import ScoredSequence, TokenSequence
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import MASS_TOLERANCE, TeacherTargets, span_positions
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets, span_positions
 
 from .answers import answer_sequence
 from .topk_entries import targets_of_entries

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config import SamplingConfig
+from coldstill.pipeline.config import SamplingConfig
 
 
 def score_fields(top_k: int) -> dict[str, Any]:

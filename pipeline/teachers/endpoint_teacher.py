@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import Field, ValidationError
 
-from pipeline.config import SamplingConfig, Section, TeacherConfig
-from pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
-from pipeline.sequences import ScoredSequence, TokenSequence
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets
+from coldstill.common.models import FrozenModel
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets
 
 from .answers import answer_room
 from .endpoint_client import EndpointClient
@@ -37,7 +38,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class EndpointArguments(Section):
+class EndpointArguments(FrozenModel):
     """`teacher.engine_args` of engine endpoint."""
 
     served_model: str | None = Field(default=None, description="Name under which it is served; by default its own.")

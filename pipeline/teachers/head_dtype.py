@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config import TeacherConfig
+from coldstill.pipeline.config import TeacherConfig
 
 _PLAIN = {"float32", "bfloat16", "float16"}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from storage_schema.rows import LOG_FLOOR, TeacherTargets
+from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 _B = 64
 """Entries of a block. Block maxima find the top K, block sums find a draw, without a second look at the whole row.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.sequences import ScoredSequence, TokenSequence
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets
 
 
 class Teacher(Protocol):

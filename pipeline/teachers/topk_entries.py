@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.errors import TeacherOutputInvalid
-from storage_schema.rows import MASS_TOLERANCE, TeacherTargets
+from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets
 
 DERIVED_TAIL_FLOOR = 1e-6
 """K entries give no tail: 1 minus the kept mass is noise below this."""

@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.config import TeacherConfig
-from pipeline.errors import TeacherUnusable
-from storage_schema.header import DatasetHeader
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.storage_schema.header import DatasetHeader
 
 
 def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:

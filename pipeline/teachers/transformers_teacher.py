@@ -16,12 +16,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.tokenizer import load_tokenizer
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets, span_positions
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.tokenizer import load_tokenizer
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
 from .answers import StopTexts, answer_name, answer_room, answer_sequence
 from .kernel import Kernel, Summary, targets_of

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from storage_schema.documents import parse_document
-from storage_schema.errors import CommitDamaged
-from storage_schema.store import RUN_FOLDER, Store
+from coldstill.common.models import FrozenModel
+from coldstill.storage_schema.documents import parse_document
+from coldstill.storage_schema.errors import CommitDamaged
+from coldstill.storage_schema.store import RUN_FOLDER, Store
 
 ATTEMPTS_FOLDER = "attempts"
 _WORDS_FOLDER = f"{RUN_FOLDER}/last_words"
@@ -21,11 +22,7 @@ _WORDS_FOLDER = f"{RUN_FOLDER}/last_words"
 Kind = Literal["whole", "probe", "rest", "parts"]
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LastWords(_Document):
+class LastWords(FrozenModel):
     """Why a worker is gone: the `cause` in words that are the same on each machine and in each run, for they go into
     the dataset; the whole `reason`; and whether the engine itself said that memory ran out."""
 
@@ -34,7 +31,7 @@ class LastWords(_Document):
     out_of_memory: bool = False
 
 
-class Trial(_Document):
+class Trial(FrozenModel):
     """One time that a worker was given a unit or a part of it."""
 
     kind: Kind = Field(description="`whole`: all rows; `probe`: a part, not committed; `rest`, `parts`: afterwards.")
@@ -45,14 +42,14 @@ class Trial(_Document):
     died_of: LastWords | None = Field(default=None, description="None: it lived.")
 
 
-class ExcludedRow(_Document):
+class ExcludedRow(FrozenModel):
     """A source row that ends each worker that scores it."""
 
     source_row: int
     detail: str
 
 
-class Attempts(_Document):
+class Attempts(FrozenModel):
     """The trials of one unit."""
 
     unit: int = Field(ge=0)
@@ -103,5 +100,5 @@ def read_last_words(store: Store, worker_key: str) -> LastWords | None:
     return parse_document(data, model=LastWords, where=name, error=CommitDamaged)
 
 
-def _to_bytes(document: _Document) -> bytes:
+def _to_bytes(document: FrozenModel) -> bytes:
     return (document.model_dump_json(indent=2) + "\n").encode()

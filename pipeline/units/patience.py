@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from storage_schema.errors import StorageFailed
-from storage_schema.store import Store
-from storage_schema.store.errors import StoreUnreachable
+from coldstill.storage_schema.errors import StorageFailed
+from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.store.errors import StoreUnreachable
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _PASSING = (StorageFailed, StoreUnreachable)

@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-from pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.sources.chat import SequenceMaker
-from pipeline.sources.readers import open_source
-from pipeline.teachers.protocol import Teacher, load_teacher
-from storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
-from storage_schema.faithfulness import sample_share
-from storage_schema.header import HEADER_NAME, DatasetHeader
-from storage_schema.plan import PLAN_NAME, plan_from_bytes
-from storage_schema.rows import CachedRow
+from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.sources.readers import open_source
+from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
+from coldstill.storage_schema.faithfulness import sample_share
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.storage_schema.rows import CachedRow
 
 from .attempts import ExcludedRow
 from .bisection import UnitTask

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import zstandard
 
-from storage_schema.errors import StreamDamaged
+from coldstill.storage_schema.errors import StreamDamaged
 
 from .octets import ESCAPE, from_half_planes, from_planes
 from .scratch import SCRATCH

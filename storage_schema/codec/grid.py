@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from storage_schema.rows import LOG_FLOOR
+from coldstill.storage_schema.rows import LOG_FLOOR
 
 _BISECTIONS = 60
 """Halvings of [0, -LOG_FLOOR]: the value of a level to the last bit of a double."""

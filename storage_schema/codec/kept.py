@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from storage_schema.errors import StreamDamaged
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import LOG_FLOOR, TeacherTargets
+from coldstill.storage_schema.errors import StreamDamaged
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 from .frames import Frames
 from .grid import Grid

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from storage_schema.errors import StreamDamaged
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import LOG_FLOOR, TeacherTargets
+from coldstill.storage_schema.errors import StreamDamaged
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 from .draws import DrawStreams
 from .frames import Frames, compress, split

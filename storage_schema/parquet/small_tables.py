@@ -10,7 +10,7 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schema.errors import ColdstillError
+from coldstill.common.errors import ColdstillError
 
 from .footer import CODECS, PLAIN, RLE, TAIL_BYTES, footer_length, read_footer
 from .pages import check_pages

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from storage_schema.codec import STREAMS, RowCodec
-from storage_schema.errors import ColdstillError, InvalidRow, ShardDamaged
-from storage_schema.media import MAX_MEDIA, MediaReference, check_media
-from storage_schema.parquet.memory import values_of
-from storage_schema.rows import CachedRow, TeacherTargets, check_sequence, span_positions
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.codec import STREAMS, RowCodec
+from coldstill.storage_schema.errors import InvalidRow, ShardDamaged
+from coldstill.storage_schema.media import MAX_MEDIA, MediaReference, check_media
+from coldstill.storage_schema.parquet.memory import values_of
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets, check_sequence, span_positions
 
 from .columns import MAX_METADATA_BYTES
 

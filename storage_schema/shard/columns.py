@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from storage_schema.codec import STREAMS, RowCodec
-from storage_schema.errors import InvalidRow
-from storage_schema.parquet.fields import list_of, required
-from storage_schema.rows import CachedRow
+from coldstill.storage_schema.codec import STREAMS, RowCodec
+from coldstill.storage_schema.errors import InvalidRow
+from coldstill.storage_schema.parquet.fields import list_of, required
+from coldstill.storage_schema.rows import CachedRow
 
 MAX_METADATA_BYTES = 1 << 20
 

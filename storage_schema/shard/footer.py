@@ -11,9 +11,9 @@ from itertools import zip_longest
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schema.errors import ShardDamaged
-from storage_schema.header import MAX_HEADER_BYTES, MAX_TOKENS, DatasetHeader
-from storage_schema.parquet.footer import (
+from coldstill.storage_schema.errors import ShardDamaged
+from coldstill.storage_schema.header import MAX_HEADER_BYTES, MAX_TOKENS, DatasetHeader
+from coldstill.storage_schema.parquet.footer import (
     CODECS,
     PLAIN,
     RLE,

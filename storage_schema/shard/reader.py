@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from storage_schema.codec import RowCodec
-from storage_schema.errors import ColdstillError, ShardDamaged
-from storage_schema.header import DatasetHeader
-from storage_schema.parquet.footer import GroupFacts
-from storage_schema.parquet.pages import check_pages
-from storage_schema.recent import Recent
-from storage_schema.rows import CachedRow
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.codec import RowCodec
+from coldstill.storage_schema.errors import ShardDamaged
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.parquet.footer import GroupFacts
+from coldstill.storage_schema.parquet.pages import check_pages
+from coldstill.storage_schema.recent import Recent
+from coldstill.storage_schema.rows import CachedRow
 
 from .batch_rows import BatchRows
 from .footer import footer_header, open_parquet

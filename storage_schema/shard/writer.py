@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schema.codec import STREAMS, RowCodec
-from storage_schema.errors import InvalidRow, ShardTooLarge
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import CachedRow
+from coldstill.storage_schema.codec import STREAMS, RowCodec
+from coldstill.storage_schema.errors import InvalidRow, ShardTooLarge
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import CachedRow
 
 from .columns import LEAF_PATHS, PLAIN_COLUMNS, SCHEMA, to_record
 from .footer import FOOTER_KEY, MAX_FOOTER_BYTES, MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES, MAX_SHARD_BYTES

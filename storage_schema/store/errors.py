@@ -11,7 +11,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from storage_schema.errors import ColdstillError, CommitDamaged, StorageFailed, StorageFull
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.errors import CommitDamaged, StorageFailed, StorageFull
 
 
 class CredentialsMissing(StorageFailed):

@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 
 import fsspec
 
-from storage_schema.errors import CommitDamaged, UnsupportedStore
+from coldstill.storage_schema.errors import CommitDamaged, UnsupportedStore
 
 from . import local
 from .errors import error_codes, named_errors

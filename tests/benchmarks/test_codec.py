@@ -17,7 +17,7 @@ from benchmarks.codec_tables import figures, print_tables
 from benchmarks.small_language_model import VOCABULARY
 from benchmarks.teacher_distributions import TEMPERAMENTS, Distributions
 from benchmarks.teacher_rows import DRAWS, WIDEST, WideRow, all_draws
-from pipeline.teachers.kernel import summarise
+from coldstill.pipeline.teachers.kernel import summarise
 
 POSITIONS = 40
 

@@ -12,7 +12,7 @@ from benchmarks.codec_ours import our_sides, rival_side
 from benchmarks.codec_rivals import NaiveLists
 from benchmarks.codec_sides import Case, GuaranteeBroken, Side, measure
 from benchmarks.teacher_rows import Limits
-from storage_schema.rows import TeacherTargets
+from coldstill.storage_schema.rows import TeacherTargets
 from tests.benchmarks.making import rows
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.teacher_rows import DRAWS, KEPT_DRAWS, WIDEST, Limits, WideRow, all_draws, narrowed
-from pipeline.teachers.kernel import summarise
+from coldstill.pipeline.teachers.kernel import summarise
 
 POSITIONS, VOCABULARY = 12, 600
 

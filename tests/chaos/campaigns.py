@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pipeline.config import CaptureConfig
-from storage_schema.manifest import MANIFEST_NAME
-from storage_schema.store import Store
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.store import Store
 from tests.pipeline.capturing import capture_config
 
 from . import clustered, forked, laws

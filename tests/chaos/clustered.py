@@ -19,10 +19,10 @@ from typing import Literal
 
 import psutil
 
-from pipeline.config import CaptureConfig
-from storage_schema.commits import committed_units
-from storage_schema.manifest import MANIFEST_NAME
-from storage_schema.store import Store
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.storage_schema.commits import committed_units
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.store import Store
 from tests.pipeline.capturing import write_config
 
 from .forked import MOST_WORKERS, Start

@@ -20,15 +20,15 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from pipeline.config import CaptureConfig
-from pipeline.preparation.pilot import rank_ids
-from pipeline.preparation.prepare import prepare
-from pipeline.teachers.protocol import Teacher
-from pipeline.units.worker import CaptureWorker, load_for
-from storage_schema.header import HEADER_NAME, DatasetHeader
-from storage_schema.manifest import MANIFEST_NAME, seal
-from storage_schema.plan import PLAN_NAME, plan_from_bytes
-from storage_schema.store import Store
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.preparation.pilot import rank_ids
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.pipeline.units.worker import CaptureWorker, load_for
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.storage_schema.store import Store
 from tests.forking import fork_server
 
 from .moments import Moment, Phase, die_with_parent, random_moment

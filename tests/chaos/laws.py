@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.driver.lease import LEASE_NAME
-from pipeline.driver.progress_record import PROGRESS_FOLDER
-from pipeline.units.attempts import ATTEMPTS_FOLDER
-from storage_schema.commits import (
+from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.driver.lease import LEASE_NAME
+from coldstill.pipeline.driver.progress_record import PROGRESS_FOLDER
+from coldstill.pipeline.units.attempts import ATTEMPTS_FOLDER
+from coldstill.storage_schema.commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,
     REJECTS_FOLDER,
@@ -26,15 +27,14 @@ from storage_schema.commits import (
     committed_units,
     read_commit,
 )
-from storage_schema.dataset import Dataset, open_dataset
-from storage_schema.errors import ColdstillError
-from storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes
-from storage_schema.header import HEADER_NAME, DatasetHeader
-from storage_schema.manifest import MANIFEST_NAME, read_manifest
-from storage_schema.plan import PLAN_NAME, plan_from_bytes
-from storage_schema.rows import CachedRow
-from storage_schema.store import Store
-from storage_schema.tools.verify import verify
+from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.manifest import MANIFEST_NAME, read_manifest
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.store import Store
+from coldstill.tools.verify import verify
 
 _DIGEST_LETTERS = 12
 _READERS: dict[str, Callable[[bytes], object]] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import cluster
-from pipeline.capture import capture
-from pipeline.config import CaptureConfig
+from coldstill.pipeline import cluster
+from coldstill.pipeline.capture import capture
+from coldstill.pipeline.config import CaptureConfig
 
 from .moments import die_with_parent
 from .teacher import LoadFakeTeacher

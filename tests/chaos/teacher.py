@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.teachers.answers import answer_name, answer_sequence
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets, span_positions
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.answers import answer_name, answer_sequence
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from tests import making
 
 NOISE = 1e-3

@@ -9,11 +9,11 @@ pytest.importorskip("transformers")
 
 import torch
 
-from demo.measure import StudentSums, TeacherSums, batches, target_logprobs
-from demo.models import new_model
-from demo.settings import MAX_TOKENS, Shape
-from demo.text import SourceFile, pairs_of
-from demo.tokenizer import train_tokenizer
+from coldstill.demo.measure import StudentSums, TeacherSums, batches, target_logprobs
+from coldstill.demo.models import new_model
+from coldstill.demo.settings import MAX_TOKENS, Shape
+from coldstill.demo.text import SourceFile, pairs_of
+from coldstill.demo.tokenizer import train_tokenizer
 
 from .test_text import SOURCE
 

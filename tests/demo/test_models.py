@@ -12,11 +12,11 @@ pytest.importorskip("transformers")
 
 import torch
 
-from demo import pretrain
-from demo.models import new_model, parameter_count
-from demo.pretrain import pack
-from demo.settings import MAX_TOKENS, STUDENT, TEACHER, Shape
-from demo.tokenizer import END, SPECIAL_TOKENS, VOCABULARY, load_tokenizer, train_tokenizer
+from coldstill.demo import pretrain
+from coldstill.demo.models import new_model, parameter_count
+from coldstill.demo.pretrain import pack
+from coldstill.demo.settings import MAX_TOKENS, STUDENT, TEACHER, Shape
+from coldstill.demo.tokenizer import END, SPECIAL_TOKENS, VOCABULARY, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from coldstill_config import load_config
-from demo.files import bring_back, new_file, new_folder, put_away, read_json, write_json
-from demo.process import StageFailed, run_stage
-from demo.run import OutputOfAnotherSize, Stage, run_demo
-from demo.settings import FULL, LOSSES, QUICK, Layout
-from demo.stage_configs import capture_config, train_config
-from pipeline.config import CaptureConfig
-from trainer.config import TrainConfig
+from coldstill.common.config_file import load_config
+from coldstill.demo.files import bring_back, new_file, new_folder, put_away, read_json, write_json
+from coldstill.demo.process import StageFailed, run_stage
+from coldstill.demo.run import OutputOfAnotherSize, Stage, run_demo
+from coldstill.demo.settings import FULL, LOSSES, QUICK, Layout
+from coldstill.demo.stage_configs import capture_config, train_config
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.trainer.config import TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_a_killed_stage_leaves_nothing_under_its_final_name(tmp_path: Path, make) -> None:
     final = tmp_path / "final"
     program = (
-        "import os, pathlib, signal, sys; from demo.files import new_file, new_folder\n"
+        "import os, pathlib, signal, sys; from coldstill.demo.files import new_file, new_folder\n"
         f"with {make.__name__}(pathlib.Path(sys.argv[1])) as beside:\n"
         "    (beside / 'half' if beside.is_dir() else beside).write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -114,7 +114,7 @@ def test_a_killed_demo_takes_its_stage_along(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     inner = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
     program = (
-        "import pathlib, sys; from demo.process import run_stage\n"
+        "import pathlib, sys; from coldstill.demo.process import run_stage\n"
         f"run_stage('s', [sys.executable, '-c', {inner!r}], log=pathlib.Path({str(tmp_path / 'log.txt')!r}))"
     )
     demo = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from demo.files import read_json, write_json
-from demo.settings import LOSSES, QUICK, Layout
-from demo.summary import show, write_summary
+from coldstill.demo.files import read_json, write_json
+from coldstill.demo.settings import LOSSES, QUICK, Layout
+from coldstill.demo.summary import show, write_summary
 
 pytest.importorskip("matplotlib")
 

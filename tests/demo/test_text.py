@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from demo.text import BODY_CHARACTERS, PARTS, SourceFile, pairs_of, part_of, read_rows, source_files, write_text
+from coldstill.demo.text import (
+    BODY_CHARACTERS,
+    PARTS,
+    SourceFile,
+    pairs_of,
+    part_of,
+    read_rows,
+    source_files,
+    write_text,
+)
 
 SOURCE = '''
 import os

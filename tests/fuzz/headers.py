@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-from storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.header import HEADER_NAME
 
 from . import json_text
 from .parquet_parts import Parts

@@ -10,10 +10,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from storage_schema.faithfulness import FAITHFULNESS_NAME
-from storage_schema.header import HEADER_NAME
-from storage_schema.manifest import MANIFEST_NAME
-from storage_schema.plan import PLAN_NAME
+from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME
+from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.plan import PLAN_NAME
 
 from . import headers, json_text, octets, pages, shard_rows, tables
 from .bases import Base

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from storage_schema import open_dataset
-from storage_schema.commits import committed_units, read_commit
-from storage_schema.dataset import Dataset
-from storage_schema.errors import ColdstillError
-from storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes
-from storage_schema.plan import PLAN_NAME, plan_from_bytes
-from storage_schema.rows import CachedRow
-from storage_schema.store import Store
-from storage_schema.tools.verify import verify
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.commits import committed_units, read_commit
+from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.store import Store
+from coldstill.tools.verify import verify
 
 _MOST_ROWS = 64
 _MOST_FINDINGS = 20

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schema.codec import STREAMS
-from storage_schema.shard import SCHEMA
+from coldstill.storage_schema.codec import STREAMS
+from coldstill.storage_schema.shard import SCHEMA
 
 from . import frames
 from .octets import INTERESTING

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME
 
 
 class Tree:

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import CaptureConfig
-from pipeline.units.worker import CaptureWorker
-from storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from tests import making
 
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import cluster
-from pipeline.capture import capture
-from pipeline.driver.status import read_status
-from pipeline.errors import CaptureIncomplete, ClusterTooSmall, LeaseHeld, TooManyUnits, UnitFailed
-from pipeline.preparation.prepare import prepare
-from storage_schema.commits import commit_name, committed_units
-from storage_schema.dataset import open_dataset
-from storage_schema.manifest import MANIFEST_NAME
-from storage_schema.store import Store
-from storage_schema.tools.verify import verify
+from coldstill.pipeline import cluster
+from coldstill.pipeline.capture import capture
+from coldstill.pipeline.driver.status import read_status
+from coldstill.pipeline.errors import CaptureIncomplete, ClusterTooSmall, LeaseHeld, TooManyUnits, UnitFailed
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.storage_schema.commits import commit_name, committed_units
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.store import Store
+from coldstill.tools.verify import verify
 from tests.pipeline.capturing import capture_config, contents, do_units, write_config
 from tests.pipeline.cluster.faulty import Faults
 
@@ -147,7 +147,7 @@ def test_a_finished_capture_reads_each_commit_once_to_seal_and_none_afterwards(
 def test_a_plan_that_no_manifest_can_list_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.capture.MAX_SEALED_UNITS", 4)
+    monkeypatch.setattr("coldstill.pipeline.capture.MAX_SEALED_UNITS", 4)
     with pytest.raises(TooManyUnits, match="rows_per_unit"):
         capture(capture_config(tmp_path, pilot_targets=0))
 

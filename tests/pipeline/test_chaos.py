@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_schema.commits import commit_name, read_commit
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import CachedRow
-from storage_schema.store import Store
+from coldstill.storage_schema.commits import commit_name, read_commit
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.store import Store
 from tests import making
 from tests.chaos import laws
 from tests.chaos.__main__ import STATE_NAME, State, main

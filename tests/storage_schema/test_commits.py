@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_schema.commits import (
+from coldstill.storage_schema.commits import (
     CommitRecord,
     Reject,
     commit_name,
@@ -17,12 +17,12 @@ from storage_schema.commits import (
     committed_units,
     read_commit,
 )
-from storage_schema.dataset import open_dataset
-from storage_schema.errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
-from storage_schema.header import DatasetHeader
-from storage_schema.manifest import MANIFEST_NAME, seal
-from storage_schema.rows import CachedRow
-from storage_schema.store import RUN_FOLDER, Store
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.store import RUN_FOLDER, Store
 from tests import making
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from storage_schema import open_dataset
-from storage_schema.errors import (
-    ColdstillError,
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.errors import (
     CommitDamaged,
     FileDamaged,
     InvalidHeader,
@@ -19,11 +19,11 @@ from storage_schema.errors import (
     ShardMissing,
     UnsupportedFormat,
 )
-from storage_schema.header import DatasetHeader
-from storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
-from storage_schema.store import Store
-from storage_schema.tokenizer import fingerprint
-from storage_schema.tools.verify import verify
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
+from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.tokenizer import fingerprint
+from coldstill.tools.verify import verify
 from tests import making
 
 

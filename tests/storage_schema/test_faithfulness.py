@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage_schema.commits import commit_unit
-from storage_schema.dataset import open_dataset
-from storage_schema.errors import FileDamaged
-from storage_schema.faithfulness import (
+from coldstill.storage_schema.commits import commit_unit
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.errors import FileDamaged
+from coldstill.storage_schema.faithfulness import (
     FAITHFULNESS_NAME,
     SAMPLE_POSITIONS,
     ExactPosition,
@@ -23,9 +23,9 @@ from storage_schema.faithfulness import (
     storage_kl,
     take_sample,
 )
-from storage_schema.header import Codec
-from storage_schema.manifest import seal
-from storage_schema.tools.verify import verify
+from coldstill.storage_schema.header import Codec
+from coldstill.storage_schema.manifest import seal
+from coldstill.tools.verify import verify
 from tests import making, reference
 
 

@@ -8,15 +8,23 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-import storage_schema
-from storage_schema.codec import MAX_ENTRIES, STREAMS, RowCodec
-from storage_schema.header import MAX_DRAWS, MAX_ID_RANKS, MAX_TOKENS, MAX_TOP_K, MAX_VOCAB_SIZE, Codec, DatasetHeader
-from storage_schema.rows import TeacherTargets
-from storage_schema.shard import MAX_SHARD_BYTES, SCHEMA
-from storage_schema.shard.footer import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES
+import coldstill.storage_schema
+from coldstill.storage_schema.codec import MAX_ENTRIES, STREAMS, RowCodec
+from coldstill.storage_schema.header import (
+    MAX_DRAWS,
+    MAX_ID_RANKS,
+    MAX_TOKENS,
+    MAX_TOP_K,
+    MAX_VOCAB_SIZE,
+    Codec,
+    DatasetHeader,
+)
+from coldstill.storage_schema.rows import TeacherTargets
+from coldstill.storage_schema.shard import MAX_SHARD_BYTES, SCHEMA
+from coldstill.storage_schema.shard.footer import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES
 from tests import making
 
-DOCUMENT = (Path(storage_schema.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(coldstill.storage_schema.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 
 
 def _example_header(tokenizer: Path) -> DatasetHeader:

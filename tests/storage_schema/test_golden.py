@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from storage_schema.codec.grid import Grid
-from storage_schema.dataset import open_dataset
-from storage_schema.media import MediaReference
-from storage_schema.tools.verify import verify
+from coldstill.storage_schema.codec.grid import Grid
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.media import MediaReference
+from coldstill.tools.verify import verify
 from tests.storage_schema.plain_decoder import decode_row
 
 GOLDEN = Path(__file__).parent / "golden" / "format_v1"

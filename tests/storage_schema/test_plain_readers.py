@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from storage_schema.dataset import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 
 PLAIN = ("sample_id", "token_ids", "target_spans", "metadata")
 

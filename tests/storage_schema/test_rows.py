@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage_schema.errors import InvalidRow, InvalidTargets
-from storage_schema.rows import CachedRow, TeacherTargets, span_positions, spans_from_mask
+from coldstill.storage_schema.errors import InvalidRow, InvalidTargets
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets, span_positions, spans_from_mask
 from tests import making
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from coldstill import load_logit_dataset
+from coldstill.trainer.errors import NonFiniteLoss
 from tests.trainer.training import KillAt, Killed, Seen, build, weights_of
-from trainer import load_logit_dataset
-from trainer.errors import NonFiniteLoss
 
 SHAPE = {
     "per_device_train_batch_size": 2,

@@ -8,7 +8,7 @@ import math
 import pytest
 from transformers import TrainingArguments
 
-from trainer.arguments import adapted
+from coldstill.trainer.arguments import adapted
 
 
 def arguments(tmp_path, **changes) -> TrainingArguments:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import DataConfig, LoraConfig, LossConfig, StudentConfig, TrainConfig, TrainingConfig
+from coldstill.trainer.config import DataConfig, LoraConfig, LossConfig, StudentConfig, TrainConfig, TrainingConfig
 
 SECTIONS: list[type[BaseModel]] = [TrainConfig, StudentConfig, LoraConfig, LossConfig, DataConfig, TrainingConfig]
 
@@ -48,21 +44,3 @@ def test_three_keys_are_enough():
 def test_what_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValidationError):
         TrainConfig.model_validate({"dataset": "d", "output": "o", "student": {"model": "m"}, **wrong})
-
-
-def test_reading_the_configuration_loads_neither_torch_nor_transformers():
-    program = "import sys, trainer, trainer.config; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
-def test_the_names_of_the_notebook_are_there_and_others_are_not():
-    import trainer
-
-    assert {trainer.load_logit_dataset.__name__, trainer.DistillTrainer.__name__} == {
-        "load_logit_dataset",
-        "DistillTrainer",
-    }
-    with pytest.raises(AttributeError, match="nothing"):
-        _ = trainer.nothing

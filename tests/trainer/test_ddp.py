@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from coldstill import load_logit_dataset
 from tests.trainer.ddp_run import train
-from trainer import load_logit_dataset
 
 
 @pytest.fixture(scope="module")

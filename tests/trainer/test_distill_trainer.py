@@ -7,14 +7,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from storage_schema import CachedRow, open_dataset
-from storage_schema.errors import TokenizerMismatch
-from storage_schema.rows import spans_from_mask
+from coldstill import DistillTrainer, load_logit_dataset
+from coldstill.storage_schema import CachedRow, open_dataset
+from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.storage_schema.rows import spans_from_mask
+from coldstill.trainer.data.collate import collate
+from coldstill.trainer.errors import NonFiniteLoss, StudentHeadTooSmall
+from coldstill.trainer.loss_config import LossConfig
 from tests import making
 from tests.trainer.training import build, mean_loss, weights_of
-from trainer import DistillTrainer, LossConfig, load_logit_dataset
-from trainer.data.collate import collate
-from trainer.errors import NonFiniteLoss, StudentHeadTooSmall
 
 
 def taught_by(model: LlamaForCausalLM, rng: np.random.Generator, sample_id: str, *, top_k: int) -> CachedRow:

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from trainer.config import TrainConfig
-from trainer.loss_config import OPTIONS, TAILS, LossConfig, LossName, TailName
+from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.loss_config import OPTIONS, TAILS, LossConfig, LossName, TailName
 
 
 def test_the_tables_know_every_loss_and_every_tail():

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from coldstill.trainer.errors import CheckpointMismatch
 from tests import making
 from tests.trainer.training import KillAt, Killed, Seen, build, weights_of
-from trainer.errors import CheckpointMismatch
 
 SHAPE = {
     "per_device_train_batch_size": 2,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from coldstill.trainer.loss_config import LossConfig
+from coldstill.trainer.model_card import model_card
+from coldstill.trainer.run_report import MOST_LINES, run_report
 from tests import making
-from trainer import LossConfig
-from trainer.model_card import model_card
-from trainer.run_report import MOST_LINES, run_report
 
 
 def test_the_report_shows_the_curve_of_t_and_thins_out_a_long_log():

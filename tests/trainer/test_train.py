@@ -15,8 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from storage_schema import open_dataset
-from storage_schema.errors import (
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.errors import (
     DatasetNotFound,
     DatasetNotSealed,
     ShardDamaged,
@@ -24,11 +24,11 @@ from storage_schema.errors import (
     TokenizerMismatch,
     TokenizerNotFound,
 )
+from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.errors import CheckpointMismatch, NoDraws, NoTargets, StudentHeadTooSmall, StudentNotFound
+from coldstill.trainer.train import TrainSummary, train
 from tests import making
 from tests.trainer.training import KillAt, Killed
-from trainer.config import TrainConfig
-from trainer.errors import CheckpointMismatch, NoDraws, NoTargets, StudentHeadTooSmall, StudentNotFound
-from trainer.train import TrainSummary, train
 
 
 def make_config(dataset: Path, folder: Path, output: Path, /, **changes) -> TrainConfig:
@@ -302,8 +302,8 @@ def test_a_process_killed_with_sigkill_goes_on_to_the_weights_of_an_unbroken_one
     program = (
         "import os, signal, sys, pathlib\n"
         "from transformers import TrainerCallback\n"
-        "from trainer.config import TrainConfig\n"
-        "from trainer.train import train\n"
+        "from coldstill.trainer.config import TrainConfig\n"
+        "from coldstill.trainer.train import train\n"
         "class Kill(TrainerCallback):\n"
         "    def on_substep_end(self, args, state, control, **_):\n"
         "        if state.global_step == 6:\n"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from trainer import DistillTrainer, LogitDataset, load_logit_dataset
-from trainer.data.collate import collate
+from coldstill import DistillTrainer, load_logit_dataset
+from coldstill.trainer.data import LogitDataset
+from coldstill.trainer.data.collate import collate
 
 
 class Gradients(TrainerCallback):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from trainer.errors import RowTooLong
+from coldstill.trainer.errors import RowTooLong
 
 from .mixture import Mixture, MixtureCursor
 from .packing import Packer

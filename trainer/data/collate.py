@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage_schema import CachedRow
-from trainer.targets import SparseTargets, joined
+from coldstill.storage_schema import CachedRow
+from coldstill.trainer.targets import SparseTargets, joined
 
 from .thinning import with_smaller_top_k
 

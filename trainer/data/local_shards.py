@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from storage_schema import Dataset
-from storage_schema.errors import ShardDamaged
-from storage_schema.recent import Recent
-from storage_schema.shard import ShardFile
-from storage_schema.store import Store
+from coldstill.storage_schema import Dataset
+from coldstill.storage_schema.errors import ShardDamaged
+from coldstill.storage_schema.recent import Recent
+from coldstill.storage_schema.shard import ShardFile
+from coldstill.storage_schema.store import Store
 
 from .background import BackgroundCalls
 from .shard_cache import ShardCache

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from storage_schema import Dataset, DatasetHeader, open_dataset
-from storage_schema.errors import TokenizerMismatch
-from storage_schema.store import Store
-from trainer.errors import InvalidMixture, MoreThanStored, NoTargets
+from coldstill.storage_schema import Dataset, DatasetHeader, open_dataset
+from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.storage_schema.store import Store
+from coldstill.trainer.errors import InvalidMixture, MoreThanStored, NoTargets
 
 from .shard_cache import ShardCache
 from .sources import Sources

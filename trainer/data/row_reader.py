@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from storage_schema import CachedRow, Dataset
-from storage_schema.errors import ColdstillError
-from storage_schema.parquet.memory import values_of
-from storage_schema.recent import Recent
-from storage_schema.shard.batch_rows import BatchRows
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema import CachedRow, Dataset
+from coldstill.storage_schema.parquet.memory import values_of
+from coldstill.storage_schema.recent import Recent
+from coldstill.storage_schema.shard.batch_rows import BatchRows
 
 from .local_shards import LocalShards
 from .shard_cache import ShardCache

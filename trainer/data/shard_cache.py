@@ -13,9 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from storage_schema.commits import SHARDS_FOLDER, FileRecord
-from storage_schema.store import RUN_FOLDER, Store
-from storage_schema.tools.hub.copy_file import copy_file
+from coldstill.storage_schema.commits import SHARDS_FOLDER, FileRecord
+from coldstill.storage_schema.copy_file import copy_file
+from coldstill.storage_schema.store import RUN_FOLDER, Store
 
 _LOCK = "lock"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from storage_schema import CachedRow, Dataset
+from coldstill.storage_schema import CachedRow, Dataset
 
 from .row_reader import RowReader, RowReference
 from .shard_cache import ShardCache

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from trainer.errors import CursorMismatch
+from coldstill.trainer.errors import CursorMismatch
 
 from .background import ahead
 from .batch_walk import BatchWalk, Pack

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage_schema import CachedRow
-from storage_schema.rows import TeacherTargets
+from coldstill.storage_schema import CachedRow
+from coldstill.storage_schema.rows import TeacherTargets
 
 from .order import words_of_positions
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage_schema import CachedRow, Dataset
-from trainer.errors import NoAnswers
+from coldstill.storage_schema import CachedRow, Dataset
+from coldstill.trainer.errors import NoAnswers
 
 from .evaluate import measuring
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from trainer.losses.cache_view import bucket_kl
-from trainer.losses.student_view import see_
-from trainer.targets import SparseTargets
+from coldstill.trainer.losses.cache_view import bucket_kl
+from coldstill.trainer.losses.student_view import see_
+from coldstill.trainer.targets import SparseTargets
 
 from .figures import Figures
 

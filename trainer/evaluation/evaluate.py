@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from trainer.errors import NonFiniteLogits, NoTargets
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.errors import NonFiniteLogits, NoTargets
 
 from .dense import dense_figures
 from .figures import Figures, cache_figures
 from .report import EvaluationReport, EvaluationSums
+from .tail_draws import draws_per_position
 from .target_logits import LogitReader
 
 CHUNK_BYTES = 128 << 20
@@ -59,6 +63,24 @@ def evaluate_student(
     if sums.targets == 0:
         raise NoTargets("evaluation", found="no target position in any batch", wanted="at least one")
     return sums.report()
+
+
+def evaluate_on_dataset(
+    model: Any, dataset: str | Path, *, teacher: Any = None, batch_size: int = 8
+) -> EvaluationReport:
+    """`evaluate_student` on all rows of the sealed dataset at this path or URL, with a progress bar.
+
+    Raises `NoTargets`, `NonFiniteLogits`, and what `load_logit_dataset` raises.
+    """
+    logits = load_logit_dataset(str(dataset))
+    stream = logits.stream(batch_size=batch_size, seed=0, epochs=1, shuffle=False)
+    return evaluate_student(
+        model,
+        tqdm(stream, desc="evaluating", unit="batch", total=stream.batches_per_epoch, disable=None),
+        token_count=logits.header.token_count,
+        draws=draws_per_position(logits),
+        teacher=teacher,
+    )
 
 
 def batch_figures(

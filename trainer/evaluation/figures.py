@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from trainer.losses.cache_view import CacheView
-from trainer.losses.protocol import StudentView
-from trainer.losses.student_view import see_
-from trainer.targets import SparseTargets
+from coldstill.trainer.losses.cache_view import CacheView
+from coldstill.trainer.losses.protocol import StudentView
+from coldstill.trainer.losses.student_view import see_
+from coldstill.trainer.targets import SparseTargets
 
 from .tail_draws import tail_estimates
 

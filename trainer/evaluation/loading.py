@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import torch
 
-from storage_schema import Dataset
-from storage_schema.errors import ColdstillError
-from trainer.config import StudentConfig
-from trainer.student import check_tokenizer, load_student, tokenizer_files
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema import Dataset
+from coldstill.trainer.config import StudentConfig
+from coldstill.trainer.student import check_tokenizer, load_student, tokenizer_files
 
 Weights = Literal["float32", "bfloat16"]
 

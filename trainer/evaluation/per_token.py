@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage_schema.tools.visible import visible
+from coldstill.common.visible import visible
 
 from .dense import dense_figures
 from .evaluate import measuring, sample_names

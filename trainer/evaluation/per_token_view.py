@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from storage_schema.tools.inspect.terminal import percent, style_of
+from coldstill.tools.inspect.terminal import percent, style_of
 
 from .per_token import TOP, Choice, TokenRecord
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from coldstill.common.models import FrozenModel
 
 from .calibration import BINS, CalibrationBin, bin_sums, calibration_bins, expected_calibration_error
 from .figures import Figures
 
 
-class EvaluationReport(BaseModel):
+class EvaluationReport(FrozenModel):
     """Means over the target positions of an evaluation. What could not be measured is None."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     targets: int = Field(description="Target positions.")
     cross_entropy: float = Field(description="-log q of the label.")

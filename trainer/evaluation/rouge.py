@@ -11,8 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from storage_schema import Dataset
-from storage_schema.tools.terminal import require_packages
+from coldstill.common.packages import require_packages
+from coldstill.storage_schema import Dataset
 
 from .answers import greedy_answers, questions
 

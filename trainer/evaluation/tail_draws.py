@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.losses.protocol import StudentView
-from trainer.targets import SparseTargets
+from coldstill.trainer.losses.protocol import StudentView
+from coldstill.trainer.targets import SparseTargets
 
 if TYPE_CHECKING:
-    from trainer.data import LogitDataset
+    from coldstill.trainer.data import LogitDataset
 
 
 def draws_per_position(dataset: LogitDataset) -> int:

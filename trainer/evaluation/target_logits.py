@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from trainer.student import innermost
-from trainer.student.head import find_head
-from trainer.targets import SparseTargets
+from coldstill.trainer.student import innermost
+from coldstill.trainer.student.head import find_head
+from coldstill.trainer.targets import SparseTargets
 
 Part = Callable[[int, int], torch.Tensor]
 """`part(start, stop)` gives `[stop - start, V]` logits, in the dtype of the model's own; not to be written to."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from storage_schema.tools.terminal import require_packages
-from trainer.errors import TaskFailed
+from coldstill.common.packages import require_packages
+from coldstill.trainer.errors import TaskFailed
 
 from .evaluate import measuring
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from trainer.errors import DenseLossOnly, NoDrawLogprobs, NoDraws
-from trainer.loss_config import TAILS, LossConfig, TailName
+from coldstill.trainer.errors import DenseLossOnly, NoDrawLogprobs, NoDraws
+from coldstill.trainer.loss_config import TAILS, LossConfig, TailName
 
 from .adaptive_kl import AdaptiveKl
 from .cross_entropy import CrossEntropy

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .protocol import StudentView
 from .student_view import LOG_EMPTY_TAIL

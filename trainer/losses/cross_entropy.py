@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .protocol import StudentView
 

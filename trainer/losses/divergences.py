@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .cache_view import CacheView, ViewTail
 from .protocol import StudentView

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .cache_view import CacheView
 from .protocol import StudentView

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .row_passes import PlainPasses, RowGradient, RowPasses
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .cache_view import CacheView
 from .memory import LossMemory

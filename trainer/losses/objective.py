@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .cache_view import bucket_kl
 from .protocol import LossValues, SparseLoss, StudentView

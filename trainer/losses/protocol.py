@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 
 @dataclass(frozen=True, kw_only=True)

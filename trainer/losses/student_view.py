@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .fastest_passes import fastest_passes
 from .protocol import StudentView

@@ -30,7 +30,7 @@ from typing import Literal
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .cache_view import CacheView
 from .protocol import SparseLoss, StudentView

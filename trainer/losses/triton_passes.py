@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .row_passes import Readings, RowGradient
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.targets import SparseTargets
+from coldstill.trainer.targets import SparseTargets
 
 from .objective import Objective
 from .protocol import LossValues, StudentView

@@ -9,8 +9,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trainer.config import LoraConfig
-from trainer.errors import AdapterMisfit
+from coldstill.trainer.config import LoraConfig
+from coldstill.trainer.errors import AdapterMisfit
 
 
 def with_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

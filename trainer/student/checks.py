@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from storage_schema import DatasetHeader
-from storage_schema.errors import TokenizerMismatch
-from storage_schema.tokenizer import fingerprint_bytes
-from trainer.errors import StudentHeadTooSmall
+from coldstill.storage_schema import DatasetHeader
+from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.storage_schema.tokenizer import fingerprint_bytes
+from coldstill.trainer.errors import StudentHeadTooSmall
 
 
 def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trainer.losses import Objective
-from trainer.losses.fused_head import loss_on_hidden
-from trainer.losses.on_logits import loss_on_logits
-from trainer.targets import SparseTargets
+from coldstill.trainer.losses import Objective
+from coldstill.trainer.losses.fused_head import loss_on_hidden
+from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.targets import SparseTargets
 
 from .head import HeadFormula, find_head
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trainer.losses.fused_head import Head
+from coldstill.trainer.losses.fused_head import Head
 
 PROBE_TOKENS = 8
 LARGE_LOGIT = 60.0

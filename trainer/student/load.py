@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from storage_schema import DatasetHeader
-from trainer.config import StudentConfig
+from coldstill.storage_schema import DatasetHeader
+from coldstill.trainer.config import StudentConfig
 
 from .adapter import with_adapters
 from .checks import check_head

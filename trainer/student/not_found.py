@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.errors import StudentNotFound
+from coldstill.trainer.errors import StudentNotFound
 
 
 def student_not_found(name: str, error: Exception) -> StudentNotFound:

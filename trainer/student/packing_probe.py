@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from trainer.errors import PackingUnsupported
+from coldstill.trainer.errors import PackingUnsupported
 
 LENGTHS = (5, 3, 4)
 """Tokens of the probe's rows: unequal, and more than two, so that the last one has neighbours to see."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from storage_schema import Dataset
-from storage_schema.errors import TokenizerNotFound
-from storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
-from trainer.config import StudentConfig
+from coldstill.storage_schema import Dataset
+from coldstill.storage_schema.errors import TokenizerNotFound
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
+from coldstill.trainer.config import StudentConfig
 
 from .not_found import student_not_found
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from pipeline.config import TeacherConfig
-from pipeline.errors import TeacherUnusable
-from storage_schema.header import DatasetHeader
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.storage_schema.header import DatasetHeader
 
 _REFUSED = {
     "speculative_config": "several logit rows belong to one token under speculative decoding",
@@ -58,7 +58,7 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, 
         # vLLM 0.32 on a CPU fails where a request with a seed of its own is prefilled in chunks.
         arguments["enable_chunked_prefill"] = False
     if config.tap == "worker":
-        arguments["worker_extension_cls"] = "pipeline.teachers.vllm.tap.TapExtension"
+        arguments["worker_extension_cls"] = "coldstill.pipeline.teachers.vllm.tap.TapExtension"
     if header.teacher.head_dtype != header.teacher.dtype:
         arguments["hf_overrides"] = {"head_dtype": header.teacher.head_dtype}
     return {**arguments, **config.engine_args}

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.errors import TeacherOutputInvalid
-from pipeline.sequences import TokenSequence
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.storage_schema.rows import TeacherTargets
 
 _LENGTHS = (2, 16, 17, 96, 64, 200)
 """The fifth is the beginning of the fourth: a prefix that a cache would find."""

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from pipeline.config import TeacherConfig
-from pipeline.errors import TeacherUnusable
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.errors import TeacherUnusable
 
 
 class Request(NamedTuple):

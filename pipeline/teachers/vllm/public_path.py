@@ -13,10 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.errors import TeacherOutputInvalid
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.topk_entries import targets_of_entries
-from storage_schema.rows import TeacherTargets, span_positions
+from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.topk_entries import targets_of_entries
+from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
 _FIX = "this vLLM release may return them in another way: use the pinned one, or teacher.engine: transformers"
 

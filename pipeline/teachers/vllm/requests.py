@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.teachers.uniforms import draw_uniforms
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.teachers.uniforms import draw_uniforms
+from coldstill.storage_schema.rows import TeacherTargets
 
 KEY = "coldstill"
 """Where a request says what it wants, in vLLM's `SamplingParams.extra_args`."""

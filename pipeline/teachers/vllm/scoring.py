@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.teachers.kernel import Kernel, Summary
+from coldstill.pipeline.teachers.kernel import Kernel, Summary
 
 from .requests import Arrays, TappedRequest, TapSettings
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.teachers.answers import answer_room, answer_sequence
-from pipeline.teachers.sampling import answer_seed
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets, span_positions
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.answers import answer_room, answer_sequence
+from coldstill.pipeline.teachers.sampling import answer_seed
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
 from .arguments import engine_arguments, set_environment
 from .canary import canary_sequences, largest_difference

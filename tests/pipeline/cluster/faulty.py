@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from pipeline.sequences import ScoredSequence, TokenSequence
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets, span_positions
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from tests import making
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.cluster import FailedUnit, Workforce
-from pipeline.config import CaptureConfig
-from pipeline.preparation.prepare import prepare
-from pipeline.units.worker import CaptureWorker, UnitReport
-from storage_schema.commits import committed_units, read_commit
-from storage_schema.store import Store
+from coldstill.pipeline.cluster import FailedUnit, Workforce
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.units.worker import CaptureWorker, UnitReport
+from coldstill.storage_schema.commits import committed_units, read_commit
+from coldstill.storage_schema.store import Store
 from tests.pipeline.capturing import capture_config, contents
 
 from .faulty import Faults

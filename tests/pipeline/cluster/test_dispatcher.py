@@ -8,12 +8,12 @@ from collections.abc import Set as AbstractSet
 
 import pytest
 
-from pipeline.cluster.dispatcher import AttemptBook, Dispatcher, Worker, names_by_unit
-from pipeline.errors import TeacherOutputInvalid, UnitFailed
-from pipeline.units.attempts import Attempts, LastWords, Trial
-from pipeline.units.bisection import MOST_DEATHS, UnitTask
-from storage_schema.errors import StorageFailed, StorageFull
-from storage_schema.plan import Unit
+from coldstill.pipeline.cluster.dispatcher import AttemptBook, Dispatcher, Worker, names_by_unit
+from coldstill.pipeline.errors import TeacherOutputInvalid, UnitFailed
+from coldstill.pipeline.units.attempts import Attempts, LastWords, Trial
+from coldstill.pipeline.units.bisection import MOST_DEATHS, UnitTask
+from coldstill.storage_schema.errors import StorageFailed, StorageFull
+from coldstill.storage_schema.plan import Unit
 
 ROWS = 8
 KILLED = LastWords(cause="its worker died", reason="killed")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.cluster import Workforce
-from pipeline.cluster.resources import gpus_per_worker, require_room
-from pipeline.config import CaptureConfig, TeacherConfig
-from pipeline.errors import ClusterTooSmall
-from pipeline.preparation.prepare import prepare
-from storage_schema.commits import committed_units
-from storage_schema.store import Store
+from coldstill.pipeline.cluster import Workforce
+from coldstill.pipeline.cluster.resources import gpus_per_worker, require_room
+from coldstill.pipeline.config import CaptureConfig, TeacherConfig
+from coldstill.pipeline.errors import ClusterTooSmall
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.storage_schema.commits import committed_units
+from coldstill.storage_schema.store import Store
 from tests.pipeline.capturing import capture_config, contents
 
 from .running import cluster_config, faults, new_cluster, unbroken

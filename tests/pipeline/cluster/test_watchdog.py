@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from pipeline.cluster.watchdog import Watchdog, WatchedTeacher, is_memory_error
-from pipeline.errors import TeacherOutputInvalid
-from pipeline.units.attempts import LastWords
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.cluster.watchdog import Watchdog, WatchedTeacher, is_memory_error
+from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.units.attempts import LastWords
+from coldstill.storage_schema.rows import TeacherTargets
 
 
 class Stub:
@@ -123,7 +123,7 @@ def test_memory_errors_are_known_by_their_class_by_their_words_and_behind_others
 
 _HOLDS_THE_LOCK = """
 import re, time
-from pipeline.cluster.watchdog import Watchdog, WatchedTeacher
+from coldstill.pipeline.cluster.watchdog import Watchdog, WatchedTeacher
 from tests.pipeline.cluster.test_watchdog import Stub
 
 def hang():

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import Workforce
-from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from pipeline.preparation.prepare import prepare
-from pipeline.units.attempts import read_attempts
-from storage_schema.commits import committed_units, read_commit
-from storage_schema.errors import StorageFull
-from storage_schema.store import Store
+from coldstill.pipeline.cluster import Workforce
+from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.units.attempts import read_attempts
+from coldstill.storage_schema.commits import committed_units, read_commit
+from coldstill.storage_schema.errors import StorageFull
+from coldstill.storage_schema.store import Store
 from tests.conftest import SmallDisk
 from tests.pipeline.capturing import contents
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.driver.lease import LEASE_NAME, Lease, LeaseRecord, read_lease
-from pipeline.errors import LeaseHeld, LeaseLost
-from storage_schema.store import Store
+from coldstill.pipeline.driver.lease import LEASE_NAME, Lease, LeaseRecord, read_lease
+from coldstill.pipeline.errors import LeaseHeld, LeaseLost
+from coldstill.storage_schema.store import Store
 from tests.pipeline.buckets import s3_bucket
 
 HOLDER = """
 import sys, time
-from pipeline.driver.lease import Lease
-from storage_schema.store import Store
+from coldstill.pipeline.driver.lease import Lease
+from coldstill.storage_schema.store import Store
 with Lease(Store(sys.argv[1]), dead_after_s=float(sys.argv[2])):
     print("held", flush=True)
     while True:
@@ -209,7 +209,7 @@ def test_an_error_of_the_driver_is_not_hidden_and_gives_the_lease_back(tmp_path:
 def test_what_the_store_refuses_for_a_while_does_not_end_the_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from storage_schema.errors import StorageFailed
+    from coldstill.storage_schema.errors import StorageFailed
 
     store = Store(tmp_path)
 

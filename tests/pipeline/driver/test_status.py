@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.cluster.dispatcher import FailedUnit
-from pipeline.driver.lease import Lease
-from pipeline.driver.progress import Progress
-from pipeline.driver.progress_record import MOST_LISTED, PROGRESS_FOLDER, Totals, read_progress
-from pipeline.driver.status import Status, read_status
-from pipeline.driver.status_view import duration, show_status
-from pipeline.errors import CaptureIncomplete
-from pipeline.units.worker import UnitReport
-from storage_schema.commits import commit_unit
-from storage_schema.errors import DatasetNotFound
-from storage_schema.manifest import seal
-from storage_schema.store import Store
+from coldstill.pipeline.cluster.dispatcher import FailedUnit
+from coldstill.pipeline.driver.lease import Lease
+from coldstill.pipeline.driver.progress import Progress
+from coldstill.pipeline.driver.progress_record import MOST_LISTED, PROGRESS_FOLDER, Totals, read_progress
+from coldstill.pipeline.driver.status import Status, read_status
+from coldstill.pipeline.driver.status_view import duration, show_status
+from coldstill.pipeline.errors import CaptureIncomplete
+from coldstill.pipeline.units.worker import UnitReport
+from coldstill.storage_schema.commits import commit_unit
+from coldstill.storage_schema.errors import DatasetNotFound
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.store import Store
 from tests import making
 from tests.pipeline.buckets import s3_bucket
 
@@ -50,7 +50,7 @@ def begin(root: Path | str, tokenizer: Path) -> Store:
 
 def commit(store: Store, tokenizer: Path, unit: int) -> UnitReport:
     """Four rows of a unit, and a reject."""
-    from storage_schema.commits import Reject
+    from coldstill.storage_schema.commits import Reject
 
     rng = np.random.default_rng(unit)
     rows = [making.random_row(rng, f"row-{unit}-{i}") for i in range(4)]
@@ -114,10 +114,10 @@ def test_the_driver_writes_by_itself_and_a_killed_one_is_shown_dead(tmp_path: Pa
     begin(tmp_path, tokenizer_folder)
     script = (
         "import sys, time\n"
-        "import pipeline.driver.progress as module\n"
+        "import coldstill.pipeline.driver.progress as module\n"
         "module._WRITE_EVERY_S = 1\n"
-        "from pipeline.driver.lease import Lease\n"
-        "from storage_schema.store import Store\n"
+        "from coldstill.pipeline.driver.lease import Lease\n"
+        "from coldstill.storage_schema.store import Store\n"
         "from tests.pipeline.driver.test_status import Workers\n"
         "store, work = Store(sys.argv[1]), Workers(workers=3, running={0: 'worker-0'})\n"
         "with Lease(store, dead_after_s=60) as lease:\n"
@@ -295,7 +295,7 @@ def test_the_command_prints_a_table_or_json_and_watches_to_the_end(tiny_dataset:
 def test_a_status_needs_none_of_what_a_capture_needs(tiny_dataset: Path) -> None:
     """It runs on a laptop: no torch, no Ray, no transformers is imported."""
     script = (
-        "import sys\nfrom pipeline.driver.status import read_status\nimport pipeline.driver.status_view\n"
+        "import sys\nfrom coldstill.pipeline.driver.status import read_status\nimport coldstill.pipeline.driver.status_view\n"
         "read_status(sys.argv[1])\n"
         "print([name for name in ('torch', 'ray', 'transformers', 'vllm') if name in sys.modules])"
     )

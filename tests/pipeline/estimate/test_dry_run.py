@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import CaptureConfig
-from pipeline.estimate.dry_run import dry_run
-from pipeline.estimate.expected_bytes import BYTES_OF_DRAWS, BYTES_PER_TARGET, TOP_KS, bytes_per_target
-from pipeline.preparation.prepare import prepare
-from storage_schema.manifest import Manifest, seal
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.estimate.dry_run import dry_run
+from coldstill.pipeline.estimate.expected_bytes import BYTES_OF_DRAWS, BYTES_PER_TARGET, TOP_KS, bytes_per_target
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.storage_schema.manifest import Manifest, seal
 from tests.pipeline.capturing import capture_config, do_units, write_config
 
 RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "codec_2_cores.json"

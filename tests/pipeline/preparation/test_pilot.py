@@ -10,15 +10,15 @@ from typing import cast
 import numpy as np
 import pytest
 
-from pipeline.preparation.pilot import rank_ids
-from pipeline.preparation.prepare import prepare
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.teachers.protocol import Teacher, load_teacher
-from storage_schema.dataset import open_dataset
-from storage_schema.header import DatasetHeader
-from storage_schema.manifest import seal
-from storage_schema.plan import Unit
-from storage_schema.tools.verify import verify
+from coldstill.pipeline.preparation.pilot import rank_ids
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.plan import Unit
+from coldstill.tools.verify import verify
 from tests import making
 from tests.pipeline.capturing import capture_config, do_units
 

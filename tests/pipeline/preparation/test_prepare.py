@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import TeacherConfig
-from pipeline.errors import SourceChanged, TemplateCannotMark
-from pipeline.preparation.prepare import prepare
-from pipeline.sources.staging import remove_staging
-from pipeline.teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
-from storage_schema.errors import HeaderMismatch
-from storage_schema.manifest import seal
-from storage_schema.store import Store
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.errors import SourceChanged, TemplateCannotMark
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.sources.staging import remove_staging
+from coldstill.pipeline.teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
+from coldstill.storage_schema.errors import HeaderMismatch
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.store import Store
 from tests import making
 from tests.pipeline.capturing import capture_config, do_units
 

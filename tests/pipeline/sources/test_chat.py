@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceNotFound, TemplateCannotMark
-from pipeline.sequences import TokenSequence
-from pipeline.sources.chat import SequenceMaker
-from pipeline.sources.readers import SourceRow
-from storage_schema.commits import Reject
-from storage_schema.rows import span_positions
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import SourceNotFound, TemplateCannotMark
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.sources.readers import SourceRow
+from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.rows import span_positions
 from tests import making
 
 CHAT = [

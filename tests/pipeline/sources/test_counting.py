@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.preparation.prepare import prepare
-from pipeline.sequences import TokenSequence
-from pipeline.sources.chat import SequenceMaker
-from pipeline.sources.counting import SourceCounts, count_source
-from pipeline.sources.readers import open_source
-from storage_schema.manifest import seal
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.sources.counting import SourceCounts, count_source
+from coldstill.pipeline.sources.readers import open_source
+from coldstill.storage_schema.manifest import seal
 from tests import making
 from tests.pipeline.capturing import capture_config, do_units
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.config import SourceConfig
-from pipeline.errors import TeacherUnusable
-from pipeline.sequences import TokenSequence
-from pipeline.sources.chat import SequenceMaker
-from pipeline.sources.readers import SourceRow
-from storage_schema.commits import Reject
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.sources.readers import SourceRow
+from coldstill.storage_schema.commits import Reject
 from tests import making
 
 CHAT = [

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceChanged, SourceEmpty, SourceNotFound, SourceUnreadable, TooManyUnits
-from pipeline.sources import files, parquet_rows, readers
-from pipeline.sources.readers import Source, open_source
-from storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
-from storage_schema.store import Store
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import SourceChanged, SourceEmpty, SourceNotFound, SourceUnreadable, TooManyUnits
+from coldstill.pipeline.sources import files, parquet_rows, readers
+from coldstill.pipeline.sources.readers import Source, open_source
+from coldstill.storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
+from coldstill.storage_schema.store import Store
 
 ROWS = [{"id": f"r{i}", "text": "ü" * i} for i in range(11)]
 BORDERS = [(0, 4), (4, 4), (4, 9), (9, 11)]

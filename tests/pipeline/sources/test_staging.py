@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceUnreadable
-from pipeline.sources import staging
-from pipeline.sources.readers import open_source
-from pipeline.sources.staging import remove_staging
-from storage_schema.store import Store
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import SourceUnreadable
+from coldstill.pipeline.sources import staging
+from coldstill.pipeline.sources.readers import open_source
+from coldstill.pipeline.sources.staging import remove_staging
+from coldstill.storage_schema.store import Store
 from tests.forking import fork_server
 
 ROWS = 20_000
@@ -76,7 +76,7 @@ def test_a_second_start_does_not_stage_again(tmp_path: Path, monkeypatch: pytest
     store = Store(tmp_path / "dataset")
     config = _source(tmp_path)
     plan = open_source(config, store).plan(64)
-    monkeypatch.setattr("pipeline.sources.readers.stage", lambda *_: pytest.fail("staged twice"))
+    monkeypatch.setattr("coldstill.pipeline.sources.readers.stage", lambda *_: pytest.fail("staged twice"))
     assert open_source(config, store).plan(64) == plan
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig
 
-from pipeline.config import TeacherConfig
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.protocol import load_teacher
-from storage_schema.header import DatasetHeader
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.storage_schema.header import DatasetHeader
 from tests import making
 
 TOP_K = 8

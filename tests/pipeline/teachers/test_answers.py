@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeline.config import SamplingConfig
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.answers import StopTexts, answer_room, answer_sequence
-from storage_schema.errors import InvalidRow
+from coldstill.pipeline.config import SamplingConfig
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.answers import StopTexts, answer_room, answer_sequence
+from coldstill.storage_schema.errors import InvalidRow
 from tests import making
 
 

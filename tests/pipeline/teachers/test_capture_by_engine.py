@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import CaptureConfig
-from pipeline.preparation.prepare import prepare
-from pipeline.teachers.protocol import load_teacher
-from storage_schema.dataset import Dataset, open_dataset
-from storage_schema.manifest import seal
-from storage_schema.rows import CachedRow
-from storage_schema.tools.verify import verify
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.tools.verify import verify
 from tests.pipeline.capturing import capture_config, contents, do_units
 
 from .serving import served

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
-from pipeline.sequences import TokenSequence
-from pipeline.teachers import endpoint_client
-from pipeline.teachers.protocol import Teacher, load_teacher
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers import endpoint_client
+from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 from tests import making
 
 from .serving import Fault, ModelServer, cut, deep, dripping, garbage, hang_up, huge, no_http, refused, served, stalled

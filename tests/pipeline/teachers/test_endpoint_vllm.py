@@ -16,12 +16,12 @@ import pytest
 import urllib3
 from transformers import AutoTokenizer
 
-from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.errors import TeacherUnusable
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.protocol import Teacher, load_teacher
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets
 from tests import making
 
 pytestmark = pytest.mark.slow

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.teachers.kernel import Kernel, summarise, targets_of
-from pipeline.teachers.uniforms import draw_uniforms
-from storage_schema.rows import LOG_FLOOR, TeacherTargets
+from coldstill.pipeline.teachers.kernel import Kernel, summarise, targets_of
+from coldstill.pipeline.teachers.uniforms import draw_uniforms
+from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 
 def _logits(positions: int, vocabulary: int, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.teachers.sampling import answer_seed, answer_uniforms, next_token, top_p_set
-from pipeline.teachers.uniforms import draw_uniforms
+from coldstill.pipeline.teachers.sampling import answer_seed, answer_uniforms, next_token, top_p_set
+from coldstill.pipeline.teachers.uniforms import draw_uniforms
 from tests import making
 
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.config import SamplingConfig, SourceConfig, TeacherConfig
-from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from pipeline.sequences import ScoredSequence, TokenSequence
-from pipeline.sources.chat import SequenceMaker
-from pipeline.sources.readers import SourceRow
-from pipeline.teachers.protocol import Teacher, load_teacher
-from pipeline.tokenizer import load_tokenizer
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.config import SamplingConfig, SourceConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.sources.chat import SequenceMaker
+from coldstill.pipeline.sources.readers import SourceRow
+from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.tokenizer import load_tokenizer
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets
 from tests import making
 
 TOLERANCE = 1e-5  # in log-prob; both engines compute in float32, and the notes measured 4.8e-6

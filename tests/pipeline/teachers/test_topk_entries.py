@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.errors import TeacherOutputInvalid
-from pipeline.teachers.topk_entries import targets_of_entries
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.teachers.topk_entries import targets_of_entries
+from coldstill.storage_schema.rows import TeacherTargets
 
 
 def _targets(ids: list[int], logprobs: list[float], *, label: int = 0, label_logprob: float = -1.0) -> TeacherTargets:

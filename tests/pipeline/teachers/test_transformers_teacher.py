@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from pipeline.config import SamplingConfig, TeacherConfig
-from pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.transformers_teacher import TransformersTeacher
-from storage_schema.errors import InvalidRow
-from storage_schema.header import DatasetHeader
-from storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
+from coldstill.storage_schema.errors import InvalidRow
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 from tests import making
 
 TOP_K, DRAWS, MAX_LENGTH = 12, 16, 64

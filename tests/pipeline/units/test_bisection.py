@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.units.attempts import (
+from coldstill.pipeline.units.attempts import (
     Attempts,
     LastWords,
     Trial,
@@ -19,9 +19,9 @@ from pipeline.units.attempts import (
     write_attempts,
     write_last_words,
 )
-from pipeline.units.bisection import MOST_DEATHS, UnitTask, next_task
-from storage_schema.errors import CommitDamaged
-from storage_schema.store import Store
+from coldstill.pipeline.units.bisection import MOST_DEATHS, UnitTask, next_task
+from coldstill.storage_schema.errors import CommitDamaged
+from coldstill.storage_schema.store import Store
 
 FIRST = 1000
 KILLED = LastWords(cause="its worker died", reason="killed")

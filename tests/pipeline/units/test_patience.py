@@ -11,12 +11,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipeline.config import ClusterConfig
-from pipeline.preparation.prepare import prepare
-from pipeline.units.patience import PatientStore
-from pipeline.units.worker import CaptureWorker
-from storage_schema.commits import committed_units, read_commit
-from storage_schema.errors import StorageFailed, StorageFull
+from coldstill.pipeline.config import ClusterConfig
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.units.patience import PatientStore
+from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.storage_schema.commits import committed_units, read_commit
+from coldstill.storage_schema.errors import StorageFailed, StorageFull
 from tests.conftest import SmallDisk
 from tests.pipeline.capturing import capture_config
 from tests.storage_schema.store.s3_server import S3Server, serve

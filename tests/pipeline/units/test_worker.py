@@ -12,21 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import CaptureConfig
-from pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
-from pipeline.preparation.prepare import prepare
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.protocol import Teacher
-from pipeline.units.attempts import ExcludedRow
-from pipeline.units.bisection import UnitTask
-from pipeline.units.worker import CaptureWorker, load_for
-from storage_schema.commits import committed_units, read_commit
-from storage_schema.dataset import open_dataset
-from storage_schema.errors import HeaderMismatch, StorageFull, UnsupportedStore
-from storage_schema.manifest import seal
-from storage_schema.rows import TeacherTargets, span_positions
-from storage_schema.store import Store
-from storage_schema.tools.verify import verify
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
+from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.pipeline.units.attempts import ExcludedRow
+from coldstill.pipeline.units.bisection import UnitTask
+from coldstill.pipeline.units.worker import CaptureWorker, load_for
+from coldstill.storage_schema.commits import committed_units, read_commit
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.errors import HeaderMismatch, StorageFull, UnsupportedStore
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.rows import TeacherTargets, span_positions
+from coldstill.storage_schema.store import Store
+from coldstill.tools.verify import verify
 from tests import making
 from tests.conftest import SmallDisk
 from tests.forking import fork_server

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_schema.codec import RowCodec
-from storage_schema.header import Codec, DatasetHeader
-from storage_schema.rows import TeacherTargets
+from coldstill.storage_schema.codec import RowCodec
+from coldstill.storage_schema.header import Codec, DatasetHeader
+from coldstill.storage_schema.rows import TeacherTargets
 from tests import making, reference
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage_schema.codec.grid import Grid
-from storage_schema.header import MAX_TOP_K, Codec
-from storage_schema.rows import LOG_FLOOR
+from coldstill.storage_schema.codec.grid import Grid
+from coldstill.storage_schema.header import MAX_TOP_K, Codec
+from coldstill.storage_schema.rows import LOG_FLOOR
 
 PRESETS = [Codec.preset(fidelity, top_k=top_k) for fidelity in ("fine", "coarse") for top_k in (1, 16, 64, MAX_TOP_K)]
 

@@ -12,10 +12,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage_schema.codec import STREAMS, RowCodec
-from storage_schema.errors import StreamDamaged
-from storage_schema.header import Codec, DatasetHeader
-from storage_schema.rows import LOG_FLOOR, TeacherTargets
+from coldstill.storage_schema.codec import STREAMS, RowCodec
+from coldstill.storage_schema.errors import StreamDamaged
+from coldstill.storage_schema.header import Codec, DatasetHeader
+from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 from tests import making, reference
 
 FIDELITIES = ("fine", "coarse", "exact")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from storage_schema.codec import STREAMS
-from storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.codec import STREAMS
+from coldstill.storage_schema.header import HEADER_NAME
 from tests.fuzz import shard_rows
 from tests.fuzz.children import Child
 from tests.fuzz.parquet_parts import PAGE_RAW, Page, Parts, split, with_footer

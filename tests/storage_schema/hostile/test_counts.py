@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME
 from tests.fuzz import shard_rows
 from tests.fuzz.thrift import I32, I64, Struct
 from tests.fuzz.tree import Tree

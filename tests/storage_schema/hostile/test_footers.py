@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from storage_schema.shard import SCHEMA
+from coldstill.storage_schema.shard import SCHEMA
 from tests.fuzz import shard_rows
 from tests.fuzz.parquet_parts import Parts
 from tests.fuzz.thrift import BINARY, I32, I64, STRUCT, Field, Struct

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from storage_schema import open_dataset
-from storage_schema.commits import read_commit
-from storage_schema.errors import CommitDamaged
-from storage_schema.manifest import MANIFEST_NAME
-from storage_schema.store import Store
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.commits import read_commit
+from coldstill.storage_schema.errors import CommitDamaged
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.store import Store
 from tests.fuzz.tree import Tree
 from tests.storage_schema.hostile.changes import (
     Read,

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_schema.header import HEADER_NAME
-from storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME
 from tests.fuzz import shard_rows
 from tests.fuzz.tree import Tree
 from tests.storage_schema.hostile.changes import (

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from storage_schema.commits import read_commit
-from storage_schema.errors import ColdstillError, CommitDamaged
-from storage_schema.header import HEADER_NAME
-from storage_schema.store import Store
-from storage_schema.tools.verify import verify
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.commits import read_commit
+from coldstill.storage_schema.errors import CommitDamaged
+from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.store import Store
+from coldstill.tools.verify import verify
 from tests.fuzz.bases import Base
 from tests.fuzz.children import Child
 from tests.fuzz.parquet_parts import Parts

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from storage_schema import open_dataset
-from storage_schema.header import HEADER_NAME
-from storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME
 from tests.fuzz.parquet_parts import Parts
 from tests.fuzz.thrift import BINARY, Struct
 from tests.fuzz.tree import Tree

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from storage_schema.errors import ColdstillError, InvalidRow, StorageFailed, StorageFull
-from storage_schema.store.errors import (
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.errors import InvalidRow, StorageFailed, StorageFull
+from coldstill.storage_schema.store.errors import (
     AccessDenied,
     CredentialsMissing,
     StoreNotFound,

@@ -28,9 +28,9 @@ if importlib.util.find_spec("moto") is None:
     pytest.skip("no moto: no S3 server", allow_module_level=True)
 pytest.importorskip("s3fs")
 
-from storage_schema.commits import CommitRecord, commit_name, commit_unit, committed_units, read_commit
-from storage_schema.dataset import open_dataset
-from storage_schema.errors import (
+from coldstill.storage_schema.commits import CommitRecord, commit_name, commit_unit, committed_units, read_commit
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.errors import (
     DatasetNotFound,
     DatasetNotSealed,
     FileMissing,
@@ -38,14 +38,14 @@ from storage_schema.errors import (
     StorageFull,
     UnsupportedStore,
 )
-from storage_schema.header import DatasetHeader
-from storage_schema.manifest import MANIFEST_NAME, seal
-from storage_schema.rows import CachedRow
-from storage_schema.store import RUN_FOLDER, Store
-from storage_schema.store.errors import AccessDenied, CredentialsMissing, StoreNotFound, StoreUnreachable
-from storage_schema.tools.hub.copying import dataset_files
-from storage_schema.tools.hub.transfer import pull, push
-from storage_schema.tools.verify import verify
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.store import RUN_FOLDER, Store
+from coldstill.storage_schema.store.errors import AccessDenied, CredentialsMissing, StoreNotFound, StoreUnreachable
+from coldstill.tools.hub.copying import dataset_files
+from coldstill.tools.hub.transfer import pull, push
+from coldstill.tools.verify import verify
 from tests import making
 from tests.storage_schema.store.s3_server import S3Server, serve
 
@@ -280,7 +280,7 @@ def test_google_is_asked_to_create_only_what_is_absent() -> None:
     server.asked = []  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = (
-        "from storage_schema.store import Store; store = Store('gs://bucket/dataset')\n"
+        "from coldstill.storage_schema.store import Store; store = Store('gs://bucket/dataset')\n"
         "print(store.create('a', b'1'), store.create('a', b'2'), store.put('a', b'3'))"
     )
     answer = subprocess.run(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage_schema.errors import CommitDamaged, StorageFailed, StorageFull, UnsupportedStore
-from storage_schema.store import RUN_FOLDER, Store
+from coldstill.storage_schema.errors import CommitDamaged, StorageFailed, StorageFull, UnsupportedStore
+from coldstill.storage_schema.store import RUN_FOLDER, Store
 from tests.conftest import SmallDisk
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from storage_schema import CachedRow, DatasetHeader
-from storage_schema.commits import commit_files
-from storage_schema.manifest import seal
-from storage_schema.shard import copy_shard, write_shard
-from storage_schema.shard.reader import ShardFile
+from coldstill.storage_schema import CachedRow, DatasetHeader
+from coldstill.storage_schema.commits import commit_files
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.shard import copy_shard, write_shard
+from coldstill.storage_schema.shard.reader import ShardFile
 from tests import making
 
 

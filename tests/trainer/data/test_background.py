@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 
-from trainer.data.background import BackgroundCalls, ahead
+from coldstill.trainer.data.background import BackgroundCalls, ahead
 
 
 def threads() -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from coldstill.trainer.data.collate import IGNORED, collate, collate_packs
+from coldstill.trainer.targets import SparseTargets
 from tests import making
-from trainer.data.collate import IGNORED, collate, collate_packs
-from trainer.targets import SparseTargets
 
 from .datasets import make_rows
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from storage_schema import open_dataset
-from storage_schema.errors import DatasetNotFound, DatasetNotSealed, StreamDamaged
-from storage_schema.manifest import MANIFEST_NAME
-from storage_schema.shard import SCHEMA
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.errors import DatasetNotFound, DatasetNotSealed, StreamDamaged
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.shard import SCHEMA
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.errors import NoTargets
 from tests import making
-from trainer.data import load_logit_dataset
-from trainer.errors import NoTargets
 
 from .datasets import make_rows, write_grouped
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from storage_schema import open_dataset
-from storage_schema.errors import TokenizerMismatch
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.errors import InvalidMixture
 from tests import making
-from trainer.data import load_logit_dataset
-from trainer.errors import InvalidMixture
 
 from .datasets import all_same, make_rows, names, write_grouped
 

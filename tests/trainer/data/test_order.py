@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.data.order import Purpose, permutation, uniforms_at, words, words_of_positions
+from coldstill.trainer.data.order import Purpose, permutation, uniforms_at, words, words_of_positions
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 1000])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from trainer.data import load_logit_dataset
-from trainer.data.packing import WINDOW_ROWS, Packer, packs_of
-from trainer.data.row_reader import RowReference
-from trainer.errors import RowTooLong
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.packing import WINDOW_ROWS, Packer, packs_of
+from coldstill.trainer.data.row_reader import RowReference
+from coldstill.trainer.errors import RowTooLong
 
 
 def references(lengths):

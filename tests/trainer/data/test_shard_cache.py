@@ -12,11 +12,11 @@ import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
-from storage_schema import open_dataset
-from storage_schema.errors import ShardDamaged, ShardMissing
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.errors import ShardDamaged, ShardMissing
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.shard_cache import ShardCache
 from tests.pipeline.buckets import s3_bucket
-from trainer.data import load_logit_dataset
-from trainer.data.shard_cache import ShardCache
 
 from .datasets import all_same
 

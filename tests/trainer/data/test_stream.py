@@ -9,9 +9,9 @@ from itertools import islice
 import pytest
 from torch.utils.data import DataLoader
 
-from storage_schema import open_dataset
-from trainer.data import load_logit_dataset
-from trainer.errors import CursorMismatch
+from coldstill.storage_schema import open_dataset
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.errors import CursorMismatch
 
 from .datasets import all_same, names, same
 

@@ -9,11 +9,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.thinning import with_fewer_draws, with_smaller_top_k
+from coldstill.trainer.errors import MoreThanStored
 from tests import making
-from trainer.data import load_logit_dataset
-from trainer.data.thinning import with_fewer_draws, with_smaller_top_k
-from trainer.errors import MoreThanStored
 
 from .datasets import make_rows
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from storage_schema.rows import CachedRow, spans_from_mask
+from coldstill.storage_schema.rows import CachedRow, spans_from_mask
+from coldstill.trainer.targets import SparseTargets
 from tests import making
-from trainer.targets import SparseTargets
 
 Row = tuple[CachedRow, np.ndarray]
 """A cached row and the dense teacher `float64 [N, V]` that it was made of."""

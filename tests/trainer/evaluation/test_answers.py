@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from storage_schema import Dataset, open_dataset
-from storage_schema.rows import CachedRow
-from storage_schema.tools.terminal import PackagesMissing
+from coldstill.common.packages import PackagesMissing
+from coldstill.storage_schema import Dataset, open_dataset
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.trainer.errors import NoAnswers
+from coldstill.trainer.evaluation.answers import greedy_answers, questions
+from coldstill.trainer.evaluation.rouge import rouge_l
 from tests import making
 from tests.trainer.evaluation import reference
 from tests.trainer.evaluation.batches import load
-from trainer.errors import NoAnswers
-from trainer.evaluation.answers import greedy_answers, questions
-from trainer.evaluation.rouge import rouge_l
 
 V = making.VOCABULARY
 
@@ -114,9 +114,10 @@ def test_a_student_that_answers_as_the_reference_has_100(
     pytest.importorskip("rouge_score", reason='needs the extra: pip install "coldstill[eval]"')
     tokenizer = AutoTokenizer.from_pretrained(tiny_student)
     worded = [q for q in questions(chats, limit=5) if any(c.isalnum() for c in tokenizer.decode(q.reference))]
-    monkeypatch.setattr("trainer.evaluation.rouge.questions", lambda dataset, *, limit: worded)
+    monkeypatch.setattr("coldstill.trainer.evaluation.rouge.questions", lambda dataset, *, limit: worded)
     monkeypatch.setattr(
-        "trainer.evaluation.rouge.greedy_answers", lambda model, asked, **_: (q.reference.tolist() for q in asked)
+        "coldstill.trainer.evaluation.rouge.greedy_answers",
+        lambda model, asked, **_: (q.reference.tolist() for q in asked),
     )
     assert rouge_l(None, tokenizer, chats, rows=5, batch_size=2) == pytest.approx(100)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.evaluation.calibration import BINS, bin_sums, calibration_bins, expected_calibration_error
 from tests.trainer.evaluation import reference
-from trainer.evaluation.calibration import BINS, bin_sums, calibration_bins, expected_calibration_error
 
 
 @pytest.mark.parametrize("count", [1, 7, 500])

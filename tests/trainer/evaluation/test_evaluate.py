@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from storage_schema import open_dataset
+from coldstill.storage_schema import open_dataset
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.errors import NonFiniteLogits, NoTargets
+from coldstill.trainer.evaluation import EvaluationReport, draws_per_position, evaluate_student
 from tests import making
 from tests.trainer.evaluation import reference
 from tests.trainer.evaluation.batches import Row, batches_of, load, packed, padded, random_rows, student_probs
-from trainer.data import load_logit_dataset
-from trainer.errors import NonFiniteLogits, NoTargets
-from trainer.evaluation import EvaluationReport, draws_per_position, evaluate_student
 
 V = making.VOCABULARY
 D = 6

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.evaluation.figures import cache_figures
+from coldstill.trainer.evaluation.tail_draws import draws_per_position
+from coldstill.trainer.targets import SparseTargets
 from tests import making
 from tests.trainer.evaluation import reference
-from trainer.data import load_logit_dataset
-from trainer.evaluation.figures import cache_figures
-from trainer.evaluation.tail_draws import draws_per_position
-from trainer.targets import SparseTargets
 
 
 def outcomes(p: np.ndarray, *, top_k: int, draws: int, cap: int) -> tuple[torch.Tensor, SparseTargets]:

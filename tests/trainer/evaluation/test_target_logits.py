@@ -20,10 +20,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from coldstill.trainer.evaluation.evaluate import measuring
+from coldstill.trainer.evaluation.target_logits import LogitReader
 from tests import making
 from tests.trainer.evaluation.batches import packed, padded, random_rows
-from trainer.evaluation.evaluate import measuring
-from trainer.evaluation.target_logits import LogitReader
 
 V = making.VOCABULARY
 SMALL = {

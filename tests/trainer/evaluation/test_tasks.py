@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from storage_schema.tools.terminal import PackagesMissing
+from coldstill.common.packages import PackagesMissing
+from coldstill.trainer.errors import TaskFailed
+from coldstill.trainer.evaluation.tasks import evaluate_tasks
 from tests import making
 from tests.trainer.evaluation.batches import load
-from trainer.errors import TaskFailed
-from trainer.evaluation.tasks import evaluate_tasks
 
 TASK = """\
 task: tiny_choice

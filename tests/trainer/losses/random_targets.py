@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from trainer.losses import Objective, StudentView
-from trainer.losses.cross_entropy import CrossEntropy
-from trainer.losses.taid import ForwardKl, Taid
-from trainer.targets import SparseTargets
+from coldstill.trainer.losses import Objective, StudentView
+from coldstill.trainer.losses.cross_entropy import CrossEntropy
+from coldstill.trainer.losses.taid import ForwardKl, Taid
+from coldstill.trainer.targets import SparseTargets
 
 OBJECTIVES = {
     "taid": Objective(Taid()),

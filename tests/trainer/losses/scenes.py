@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from coldstill.trainer.losses import LossValues, Objective, SparseLoss
+from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.targets import SparseTargets
 from tests import reference
-from trainer.losses import LossValues, Objective, SparseLoss
-from trainer.losses.on_logits import loss_on_logits
-from trainer.targets import SparseTargets
 
 TIMES = (0.0, 0.1, 0.4, 0.7, 1.0)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.losses.adaptive_kl import AdaptiveKl
+from coldstill.trainer.targets import SparseTargets
 from tests import reference
 from tests.trainer.losses.scenes import cut, known, log_softmax, scene, value_and_gradient
-from trainer.losses.adaptive_kl import AdaptiveKl
-from trainer.targets import SparseTargets
 
 
 def grouped(logits: np.ndarray, ids: list[int]) -> np.ndarray:

@@ -7,20 +7,20 @@ import logging
 import numpy as np
 import pytest
 
+from coldstill.trainer.errors import DenseLossOnly, NoDrawLogprobs, NoDraws
+from coldstill.trainer.loss_config import OPTIONS, TAILS, LossConfig
+from coldstill.trainer.losses import Objective, build_objective, build_schedule, memory_of
+from coldstill.trainer.losses.adaptive_kl import AdaptiveKl
+from coldstill.trainer.losses.cross_entropy import CrossEntropy
+from coldstill.trainer.losses.ctkd import Ctkd
+from coldstill.trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
+from coldstill.trainer.losses.dkd import Dkd
+from coldstill.trainer.losses.mass_corrected import MassCorrectedTaid
+from coldstill.trainer.losses.taid import AtTeacher, ForwardKl, Taid
+from coldstill.trainer.losses.truncated import RenormalisedTaid, ZeroTailTaid
+from coldstill.trainer.losses.uniform_tail import UniformTail, UniformTailObjective
 from tests import reference
 from tests.trainer.losses.scenes import cut, scene, value_and_gradient
-from trainer.errors import DenseLossOnly, NoDrawLogprobs, NoDraws
-from trainer.loss_config import OPTIONS, TAILS, LossConfig
-from trainer.losses import Objective, build_objective, build_schedule, memory_of
-from trainer.losses.adaptive_kl import AdaptiveKl
-from trainer.losses.cross_entropy import CrossEntropy
-from trainer.losses.ctkd import Ctkd
-from trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
-from trainer.losses.dkd import Dkd
-from trainer.losses.mass_corrected import MassCorrectedTaid
-from trainer.losses.taid import AtTeacher, ForwardKl, Taid
-from trainer.losses.truncated import RenormalisedTaid, ZeroTailTaid
-from trainer.losses.uniform_tail import UniformTail, UniformTailObjective
 
 
 def build(name: str, *, draws: int = 4, mass: float = 0.01, dense: bool = False, **options) -> Objective:
@@ -119,7 +119,7 @@ def test_ctkd_of_a_truncated_dataset_is_a_named_error_with_the_mass_that_is_miss
 
 def messages(caplog: pytest.LogCaptureFixture, name: str, **facts) -> list[str]:
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="trainer.losses.build"):
+    with caplog.at_level(logging.WARNING, logger="coldstill.trainer.losses.build"):
         build(name, **facts)
     return [record.getMessage() for record in caplog.records]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.losses import Objective, memory_of
+from coldstill.trainer.losses.ctkd import Ctkd, CurriculumTemperature
+from coldstill.trainer.losses.on_logits import loss_on_logits
 from tests import reference
 from tests.trainer.losses.scenes import cut, scene, value_and_gradient
-from trainer.losses import Objective, memory_of
-from trainer.losses.ctkd import Ctkd, CurriculumTemperature
-from trainer.losses.on_logits import loss_on_logits
 
 
 def at_temperature(temperature: float) -> Ctkd:

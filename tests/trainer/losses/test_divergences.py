@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.losses import Objective, SparseLoss
+from coldstill.trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
+from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.losses.taid import ForwardKl
 from tests import reference
 from tests.trainer.losses.scenes import cut, known, scene, value_and_gradient
-from trainer.losses import Objective, SparseLoss
-from trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
-from trainer.losses.on_logits import loss_on_logits
-from trainer.losses.taid import ForwardKl
 
 Divergence = Callable[[np.ndarray, np.ndarray], float]
 LOSSES: dict[str, tuple[Callable[..., SparseLoss], Divergence]] = {

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.losses import Objective
+from coldstill.trainer.losses.dkd import Dkd
+from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.losses.taid import ForwardKl
 from tests import reference
 from tests.trainer.losses.scenes import cut, known, scene, value_and_gradient
-from trainer.losses import Objective
-from trainer.losses.dkd import Dkd
-from trainer.losses.on_logits import loss_on_logits
-from trainer.losses.taid import ForwardKl
 
 
 def labels_of(teacher: np.ndarray) -> list[int]:

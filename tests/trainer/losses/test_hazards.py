@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.losses import Objective
+from coldstill.trainer.losses.adaptive_kl import AdaptiveKl
+from coldstill.trainer.losses.cross_entropy import CrossEntropy
+from coldstill.trainer.losses.ctkd import Ctkd
+from coldstill.trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
+from coldstill.trainer.losses.dkd import Dkd
+from coldstill.trainer.losses.mass_corrected import MassCorrectedTaid
+from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.losses.taid import ForwardKl, Taid
+from coldstill.trainer.losses.truncated import RenormalisedTaid, ZeroTailTaid
+from coldstill.trainer.losses.uniform_tail import UniformTail, UniformTailObjective
+from coldstill.trainer.targets import SparseTargets
 from tests import reference
 from tests.trainer.losses.scenes import cut, known, log_softmax, scene, value_and_gradient
-from trainer.losses import Objective
-from trainer.losses.adaptive_kl import AdaptiveKl
-from trainer.losses.cross_entropy import CrossEntropy
-from trainer.losses.ctkd import Ctkd
-from trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
-from trainer.losses.dkd import Dkd
-from trainer.losses.mass_corrected import MassCorrectedTaid
-from trainer.losses.on_logits import loss_on_logits
-from trainer.losses.taid import ForwardKl, Taid
-from trainer.losses.truncated import RenormalisedTaid, ZeroTailTaid
-from trainer.losses.uniform_tail import UniformTail, UniformTailObjective
-from trainer.targets import SparseTargets
 
 
 def every_loss() -> dict[str, Objective]:

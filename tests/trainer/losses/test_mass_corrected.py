@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.losses import Objective, memory_of
+from coldstill.trainer.losses.fused_head import Head, loss_on_hidden
+from coldstill.trainer.losses.mass_corrected import MassCorrectedTaid, TailRatio
+from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.losses.taid import Taid
 from tests import reference
 from tests.trainer.losses.scenes import TIMES, cut, known, log_softmax, outcomes, scene, value_and_gradient
-from trainer.losses import Objective, memory_of
-from trainer.losses.fused_head import Head, loss_on_hidden
-from trainer.losses.mass_corrected import MassCorrectedTaid, TailRatio
-from trainer.losses.on_logits import loss_on_logits
-from trainer.losses.taid import Taid
 
 
 def ratio_of(value: float) -> MassCorrectedTaid:

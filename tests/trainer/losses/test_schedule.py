@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
+from coldstill.trainer.losses.schedule import TaidSchedule
 from tests import reference
-from trainer.losses.schedule import TaidSchedule
 
 
 def course(schedule: TaidSchedule, losses: list[float]) -> list[float]:

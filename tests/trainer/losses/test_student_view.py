@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from coldstill.trainer.losses import Objective, StudentView
+from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.losses.student_view import see_
+from coldstill.trainer.losses.taid import Taid
+from coldstill.trainer.targets import SparseTargets
 from tests.trainer.losses.random_targets import OBJECTIVES, plain_view, random_targets
-from trainer.losses import Objective, StudentView
-from trainer.losses.on_logits import loss_on_logits
-from trainer.losses.student_view import see_
-from trainer.losses.taid import Taid
-from trainer.targets import SparseTargets
 
 
 def random_logits(positions: int, vocabulary: int, *, scale: float = 3.0, seed: int = 1) -> torch.Tensor:

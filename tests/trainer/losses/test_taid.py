@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.losses.taid import ForwardKl, Taid
 from tests import reference
 from tests.trainer.losses.scenes import TIMES, cut, known, log_softmax, outcomes, scene, value_and_gradient
-from trainer.losses.taid import ForwardKl, Taid
 
 TAILS = ("mixture", "bucket")
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from coldstill.trainer.losses.fastest_passes import SWITCH, _checked, fastest_passes
+from coldstill.trainer.losses.row_passes import PlainPasses
 from tests.trainer.losses.triton_cases import CASES
-from trainer.losses.fastest_passes import SWITCH, _checked, fastest_passes
-from trainer.losses.row_passes import PlainPasses
 
 triton = pytest.importorskip("triton")
 
@@ -59,7 +59,7 @@ def test_the_kernels_compile_for_gpus(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from trainer.losses import triton_passes
+    from coldstill.trainer.losses import triton_passes
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_passes, kernel)
@@ -109,7 +109,7 @@ def test_float64_and_the_switch_get_the_plain_passes_without_a_word(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_kernels() -> None:
-    from trainer.losses.triton_passes import TritonPasses
+    from coldstill.trainer.losses.triton_passes import TritonPasses
 
     _checked.cache_clear()
     assert isinstance(fastest_passes(torch.zeros(1, 2, device="cuda")), TritonPasses)

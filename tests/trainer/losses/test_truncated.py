@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from coldstill.trainer.losses import Objective
+from coldstill.trainer.losses.cross_entropy import CrossEntropy
+from coldstill.trainer.losses.fused_head import Head, loss_on_hidden
+from coldstill.trainer.losses.taid import AtTeacher, ForwardKl, Taid
+from coldstill.trainer.losses.truncated import RenormalisedTaid, ZeroTailTaid
+from coldstill.trainer.losses.uniform_tail import UniformTail, UniformTailObjective
 from tests import reference
 from tests.trainer.losses.scenes import TIMES, cut, known, scene, value_and_gradient
-from trainer.losses import Objective
-from trainer.losses.cross_entropy import CrossEntropy
-from trainer.losses.fused_head import Head, loss_on_hidden
-from trainer.losses.taid import AtTeacher, ForwardKl, Taid
-from trainer.losses.truncated import RenormalisedTaid, ZeroTailTaid
-from trainer.losses.uniform_tail import UniformTail, UniformTailObjective
 
 
 def uniform_teacher(ids: list[int], logprobs: list[float], log_tail: float, vocabulary: int) -> np.ndarray:

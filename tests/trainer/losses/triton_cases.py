@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from coldstill.trainer.losses.fastest_passes import LARGEST_DIFFERENCE, difference
+from coldstill.trainer.losses.row_passes import RowPasses
 from tests.trainer.losses.random_targets import OBJECTIVES, plain_view, random_targets
-from trainer.losses.fastest_passes import LARGEST_DIFFERENCE, difference
-from trainer.losses.row_passes import RowPasses
 
 BLOCK = 8192
 CASES: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ def result(
 
 def main() -> None:
     """Print the results."""
-    from trainer.losses import triton_passes
+    from coldstill.trainer.losses import triton_passes
 
     class Wrong(triton_passes.TritonPasses):
         def write_(self, logits: Any, targets: Any, readings: Any, gradient: Any) -> torch.Tensor:

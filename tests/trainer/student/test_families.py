@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from coldstill import load_logit_dataset
+from coldstill.trainer.loader import model_inputs
+from coldstill.trainer.losses import Objective
+from coldstill.trainer.losses.taid import Taid
+from coldstill.trainer.student import distil_in_forward
 from tests import making
 from tests.trainer.student.families import FAMILIES, PADDED, tiny
-from trainer import load_logit_dataset
-from trainer.loader import model_inputs
-from trainer.losses import Objective
-from trainer.losses.taid import Taid
-from trainer.student import distil_in_forward
 
 T = 0.7
 

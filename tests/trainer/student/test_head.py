@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from coldstill.trainer.student.head import HeadFormula, find_head
 from tests.trainer.student.families import FAMILIES, tiny
 from tests.trainer.training import build
-from trainer.student.head import HeadFormula, find_head
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from storage_schema import open_dataset
-from storage_schema.errors import TokenizerMismatch, TokenizerNotFound
+from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
+from coldstill.trainer.config import StudentConfig
+from coldstill.trainer.errors import AdapterMisfit, StudentHeadTooSmall, StudentNotFound
+from coldstill.trainer.student import check_tokenizer, load_student, tokenizer_files
 from tests import making
-from trainer.config import StudentConfig
-from trainer.errors import AdapterMisfit, StudentHeadTooSmall, StudentNotFound
-from trainer.student import check_tokenizer, load_student, tokenizer_files
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from coldstill.trainer.errors import PackingUnsupported
+from coldstill.trainer.student import check_packing
 from tests.trainer.student.families import FAMILIES, tiny
-from trainer.errors import PackingUnsupported
-from trainer.student import check_packing
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import TeacherOutputInvalid
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.kernel import summarise
-from pipeline.teachers.vllm.canary import canary_sequences, largest_difference
-from storage_schema.rows import TeacherTargets, span_positions
+from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.kernel import summarise
+from coldstill.pipeline.teachers.vllm.canary import canary_sequences, largest_difference
+from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
 V = 300
 TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(0))

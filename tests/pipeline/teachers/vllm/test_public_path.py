@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.errors import TeacherOutputInvalid
-from pipeline.sequences import TokenSequence
-from pipeline.teachers.topk_entries import DERIVED_TAIL_FLOOR
-from pipeline.teachers.vllm.public_path import read_prompt_logprobs
-from storage_schema.rows import spans_from_mask
+from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.topk_entries import DERIVED_TAIL_FLOOR
+from coldstill.pipeline.teachers.vllm.public_path import read_prompt_logprobs
+from coldstill.storage_schema.rows import spans_from_mask
 from tests import making
 
 VOCABULARY, TOP_K, LENGTH = 20, 5, 9

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.teachers.vllm.requests import KEY, Arrays, TapSettings
+from coldstill.pipeline.teachers.vllm.requests import KEY, Arrays, TapSettings
 from tests.pipeline.teachers.vllm.test_scoring import HEAD, SETTINGS, V, _assert_same, _expected, _prompt
 
 pytest.importorskip("vllm")
@@ -43,8 +43,8 @@ def _batch(step: dict[str, tuple[int, int, int]], prefill: dict[str, int]) -> An
 
 
 def _installed(settings: TapSettings) -> tuple[_Runner, Any]:
-    from pipeline.teachers.vllm import tap as module
-    from pipeline.teachers.vllm.gate import problems_of_runner
+    from coldstill.pipeline.teachers.vllm import tap as module
+    from coldstill.pipeline.teachers.vllm.gate import problems_of_runner
 
     runner = _Runner()
     assert list(problems_of_runner(runner, "v2")) == []

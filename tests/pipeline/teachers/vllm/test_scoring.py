@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.teachers.kernel import summarise
-from pipeline.teachers.uniforms import draw_uniforms
-from pipeline.teachers.vllm.requests import Arrays, TappedRequest, TapSettings
-from pipeline.teachers.vllm.scoring import Piece, StepScorer
-from storage_schema.rows import TeacherTargets
+from coldstill.pipeline.teachers.kernel import summarise
+from coldstill.pipeline.teachers.uniforms import draw_uniforms
+from coldstill.pipeline.teachers.vllm.requests import Arrays, TappedRequest, TapSettings
+from coldstill.pipeline.teachers.vllm.scoring import Piece, StepScorer
+from coldstill.storage_schema.rows import TeacherTargets
 
 V, WIDTH = 500, 16
 SETTINGS = TapSettings(top_k=6, min_prob=1e-4, draws=8, kept_draws=5, draw_logprobs=True, draw_seed=3, token_count=490)

@@ -1,0 +1,1 @@
+"""The command line: `main.py` holds the commands, each room is imported only when its command runs."""

@@ -1,0 +1,111 @@
+"""`coldstill evaluate`: names and options come in, a table or one JSON document goes out.
+
+What is missing is said before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from coldstill.cli.output import show_result
+from coldstill.storage_schema import Dataset, open_dataset
+from coldstill.tools.inspect.token_text import TokenText
+from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
+from coldstill.trainer.evaluation.loading import Weights, load_measured
+from coldstill.trainer.evaluation.per_token import token_records, write_records
+from coldstill.trainer.evaluation.per_token_view import show_records
+from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
+from coldstill.trainer.evaluation.tasks import evaluate_tasks, require_tasks
+
+ANOTHER_TEACHER_NATS = 0.05
+"""Above this KL a resident teacher is called another one than the dataset's: storage costs 1e-4 at the most."""
+
+
+def evaluate(
+    student: str,
+    root: str,
+    *,
+    teacher: str | None = None,
+    rouge: int = 0,
+    tasks: Sequence[str] = (),
+    per_token: int = 0,
+    records: Path | None = None,
+    batch_size: int = 8,
+    weights: Weights = "float32",
+    as_json: bool = False,
+) -> None:
+    """Measure the model `student` on the dataset at `root`, and print what was found.
+
+    `teacher`: also load it, for dense divergences. `rouge`: answer the prompts of so many rows. `tasks`: names of
+    lm-eval, or YAML files of tasks. `per_token`: show so many rows token by token; with `records` they are written to
+    that file as JSON lines instead. `as_json`: the metrics as one JSON document, and nothing else on standard output.
+
+    Raises `PackagesMissing`, `NoTargets`, `NonFiniteLogits`, `NoAnswers`, `TaskFailed`, and what `load_logit_dataset`
+    and `load_measured` raise.
+    """
+    if rouge:
+        require_rouge()
+    if tasks:
+        require_tasks()
+    dataset = open_dataset(root)
+    model = load_measured(student, dataset, role="student", weights=weights)
+    resident = None if teacher is None else load_measured(teacher, dataset, role="resident teacher", weights=weights)
+
+    taught_by = teacher or dataset.header.teacher.name
+    found: dict[str, Any] = {"student": student, "dataset_id": dataset.dataset_id, "teacher": taught_by}
+    found |= _figures(model, resident, root, batch_size)
+    if rouge:
+        found["rougeL"] = rouge_l(model, _tokenizer(student), dataset, rows=rouge, batch_size=batch_size)
+    if tasks:
+        found |= evaluate_tasks(model, _tokenizer(student), tasks, batch_size=batch_size)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        found.pop("calibration")
+        show_result(found, title="evaluation")
+    if per_token:
+        _show_tokens(model, resident, dataset, root, rows=per_token, file=records, quiet=as_json)
+
+
+def _figures(model: Any, teacher: Any, root: str, batch_size: int) -> dict[str, Any]:
+    report = evaluate_on_dataset(model, root, teacher=teacher, batch_size=batch_size)
+    if report.cached_teacher_kl is not None and report.cached_teacher_kl > ANOTHER_TEACHER_NATS:
+        Console(stderr=True).print(
+            f"the resident teacher is not the one of the dataset: KL between them is {report.cached_teacher_kl:.2g} "
+            "nats or more; forward kl, reverse kl and last fifth mass are about the resident one",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    return {**report.metrics(), "calibration": [one.model_dump() for one in report.calibration]}
+
+
+def _show_tokens(
+    model: Any, teacher: Any, dataset: Dataset, root: str, *, rows: int, file: Path | None, quiet: bool
+) -> None:
+    stream = load_logit_dataset(root).stream(batch_size=1, seed=0, epochs=1, shuffle=False)
+    found = token_records(
+        model,
+        islice(stream, rows),
+        token_count=dataset.header.token_count,
+        text=TokenText(dataset).label,
+        teacher=teacher,
+    )
+    if file is not None:
+        write_records(found, file)
+    elif not quiet:
+        show_records(found, console=Console())
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,47 @@
+"""Files and folders that appear under their final name whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """A path beside `final` to write to. It is renamed to `final` when the block succeeds, and removed otherwise.
+
+    The name is unique, so several processes may write the same `final`: the last rename wins. Nothing is synced to the
+    disk; `storage_schema.store.local` does that where a commit depends on it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        yield beside
+        os.replace(beside, final)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` to fill. It is renamed to `final` when the block succeeds.
+
+    One writer at a time: what a killed writer left in the folder is removed first.
+    """
+    beside = final.with_name(f".{final.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    os.replace(beside, final)
+
+
+def write_json(final: Path, document: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """Write a JSON file, whole or not at all."""
+    with new_file(final) as beside:
+        beside.write_text(json.dumps(document, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")

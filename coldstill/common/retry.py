@@ -1,0 +1,39 @@
+"""Retries with exponential backoff, by tenacity: one policy for stores and servers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_before_delay
+from tenacity.stop import stop_base
+from tenacity.wait import wait_base
+
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 30.0
+
+
+class BackoffWait(wait_base):
+    """Waits that double from `FIRST_WAIT_S` to `LONGEST_WAIT_S`, each cut by a random factor between 0.5 and 1.
+
+    The random factor keeps a thousand workers from retrying in the same instant. An exception with a
+    `retry_after_s` attribute (the server's Retry-After header) lengthens the wait to at least that many seconds.
+    """
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        doubled = FIRST_WAIT_S * 2.0 ** min(retry_state.attempt_number - 1, 16)
+        wait = min(doubled, LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        return max(wait, getattr(error, "retry_after_s", 0.0))
+
+
+def retrying(
+    retry_if: Callable[[BaseException], bool], *, attempts: int | None = None, seconds: float | None = None
+) -> Retrying:
+    """Calls a function until it succeeds: `retrying(...)(function, *arguments)`.
+
+    Exceptions for which `retry_if` is false propagate at once, the others after `attempts` calls or before the next
+    wait would pass `seconds`. The last exception is raised as it is.
+    """
+    stop: stop_base = stop_after_attempt(attempts) if attempts is not None else stop_before_delay(seconds or 0.0)
+    return Retrying(retry=retry_if_exception(retry_if), stop=stop, wait=BackoffWait(), reraise=True)

@@ -1,0 +1,189 @@
+"""The language of `--filter`: texts like `tokens <= 512` in, a selection of rows out. Nothing is evaluated as code.
+
+A filter is KEY OP VALUE. KEY: `sample_id`, `tokens`, `targets`, or `metadata.a.b`. OP: `==`, `!=`, `<`, `<=`, `>`,
+`>=`, or `~`, a regular expression that is found anywhere in a text. VALUE: JSON, else the text as it stands. A row
+without the metadata key never matches, whatever OP is; numbers are compared with numbers, texts with texts.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from coldstill.storage_schema.errors import InvalidRow, ShardDamaged
+
+from .errors import InvalidFilter
+from .selecting import Select
+from .units import sequence_lengths
+
+MAX_FILTER_LENGTH = 1000
+EXAMPLE = 'for instance --filter "tokens <= 512" --filter "metadata.topic == math" --filter "sample_id ~ ^chat-"'
+
+_KEY = re.compile(r"[^\s=!<>~]*")
+_OP = re.compile(r"==|!=|<=|>=|<|>|~")
+_NUMBERS = ("tokens", "targets")
+_ORDER: dict[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One condition. `key`: its parts; `value`: JSON, a text for `sample_id` and for `~`."""
+
+    key: tuple[str, ...]
+    op: str
+    value: Any
+
+    def mask(self, columns: _Columns) -> np.ndarray:
+        """`bool [rows]`: which rows match."""
+        values = columns.values(self.key)
+        if self.op == "~":
+            return _found(values, self.value)
+        return np.fromiter((self._holds(value) for value in values), bool, count=len(values))
+
+    def _holds(self, found: object) -> bool:
+        if found is _ABSENT:
+            return False
+        if self.op in ("==", "!="):
+            # Python holds True for 1; JSON does not.
+            equal = isinstance(found, bool) == isinstance(self.value, bool) and found == self.value
+            return equal == (self.op == "==")
+        comparable = (_is_number(found) and _is_number(self.value)) or (
+            isinstance(found, str) and isinstance(self.value, str)
+        )
+        return comparable and _ORDER[self.op](found, self.value)
+
+
+def parse_filter(text: str) -> Filter:
+    """The filter in `text`. Raises `InvalidFilter` with the place of what is wrong."""
+    if len(text) > MAX_FILTER_LENGTH:
+        raise InvalidFilter(
+            "a filter", found=f"{len(text)} characters", wanted=f"at most {MAX_FILTER_LENGTH}", fix=EXAMPLE
+        )
+    start = len(text) - len(text.lstrip())
+    name = _KEY.match(text, start)
+    assert name is not None
+    key = tuple(name[0].split("."))
+    if not (key in (("sample_id",), ("tokens",), ("targets",)) or (key[0] == "metadata" and len(key) > 1 and all(key))):
+        raise _invalid(text, start, "sample_id, tokens, targets or metadata.KEY")
+    place = name.end() + len(text[name.end() :]) - len(text[name.end() :].lstrip())
+    op = _OP.match(text, place)
+    if op is None:
+        raise _invalid(text, place, "== != < <= > >= or ~")
+    raw = text[op.end() :].strip()
+    place = text.index(raw, op.end()) if raw else len(text)
+    if not raw:
+        raise _invalid(text, place, "a value")
+    value = _json_or_text(raw)
+    if key == ("sample_id",) or op[0] == "~":
+        value = value if isinstance(value, str) else raw
+    if key[0] in _NUMBERS and (op[0] == "~" or not _is_number(value)):
+        raise _invalid(text, place if op[0] != "~" else op.start(), f"a comparison of {key[0]} with a number")
+    if op[0] in _ORDER and not (_is_number(value) or isinstance(value, str)):
+        raise _invalid(text, place, f"a number or a text after {op[0]}")
+    if op[0] == "~":
+        try:
+            _found([""], value)
+        except (pa.ArrowException, ValueError) as error:
+            raise _invalid(text, place, f"a regular expression (RE2): {error}"[:300]) from None
+    return Filter(key, op[0], value)
+
+
+def selection(filters: Sequence[Filter]) -> Select:
+    """Rows for which all filters hold. The selection raises `ShardDamaged`, `InvalidRow`."""
+
+    def select(batch: pa.RecordBatch) -> np.ndarray:
+        columns = _Columns(batch)
+        mask = np.ones(batch.num_rows, bool)
+        for condition in filters:
+            mask &= condition.mask(columns)
+        return mask
+
+    return select
+
+
+class _Columns:
+    """The values of a row group that filters ask for, each read once."""
+
+    def __init__(self, batch: pa.RecordBatch):
+        self._batch = batch
+
+    def values(self, key: tuple[str, ...]) -> Sequence[Any]:
+        if key == ("sample_id",):
+            return self._texts("sample_id")
+        if key[0] in _NUMBERS:
+            return self._lengths[_NUMBERS.index(key[0])]
+        return [_inside(document, key[1:]) for document in self._metadata]
+
+    @cached_property
+    def _lengths(self) -> tuple[list[int], list[int]]:
+        tokens, targets = sequence_lengths(self._batch)
+        return tokens.tolist(), targets.tolist()
+
+    @cached_property
+    def _metadata(self) -> list[Any]:
+        documents = []
+        for row, text in enumerate(self._texts("metadata")):
+            try:
+                documents.append(json.loads(text))
+            except (ValueError, RecursionError) as error:
+                found = f"{type(error).__name__}: {error}"[:200]
+                raise ShardDamaged(f"metadata of row {row} of a row group", found=found, wanted="JSON") from None
+        return documents
+
+    def _texts(self, name: str) -> list[str]:
+        try:
+            return list(self._batch.column(name).to_pylist())
+        except UnicodeDecodeError as error:
+            raise InvalidRow(name, found=str(error)[:200], wanted="UTF-8") from None
+
+
+def _inside(document: object, key: tuple[str, ...]) -> object:
+    for name in key:
+        if not isinstance(document, dict) or name not in document:
+            return _ABSENT
+        document = document[name]
+    return document
+
+
+def _found(values: Sequence[object], pattern: str) -> np.ndarray:
+    """Which values are texts with the pattern in them. RE2 takes time linear in the text, whatever the pattern is."""
+    # JSON can hold lone surrogates, which no UTF-8 text can.
+    texts = [value.encode(errors="replace").decode() if isinstance(value, str) else None for value in values]
+    found = pc.match_substring_regex(pa.array(texts, pa.string()), pattern=pattern)
+    return np.asarray(found.fill_null(False).to_numpy(zero_copy_only=False), bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _json_or_text(raw: str) -> Any:
+    try:
+        return json.loads(raw, parse_constant=_refused)
+    except (ValueError, RecursionError):
+        return raw
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _invalid(text: str, place: int, wanted: str) -> InvalidFilter:
+    return InvalidFilter(
+        f"filter {text!r}, character {place + 1}", found=repr(text[place : place + 40]), wanted=wanted, fix=EXAMPLE
+    )

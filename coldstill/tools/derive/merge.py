@@ -1,0 +1,84 @@
+"""`coldstill merge`: sealed datasets in, one dataset with all their rows, rejects and media out, shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.media import MEDIA_FOLDER
+from coldstill.storage_schema.plan import Unit
+
+from .deriving import Derivation, derive
+from .errors import InvalidRequest, MediaClash
+from .output import Request
+from .sources import Sources
+
+
+def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = True) -> Dataset:
+    """One dataset at `output` with the rows of the datasets at `roots`, in that order; a shard stays a shard.
+
+    Headers must be equal but for `source_sha256` and `rows_per_unit`: see `merged_header`. Of each source the
+    faithfulness sample, rejects and media files are carried; the tokenizer files are the first source's. Started again
+    after a kill, it goes on.
+
+    Raises `InvalidRequest`, `HeaderMismatch`, `TokenizerMismatch`, `MediaClash`, and as `open_dataset` and `derive`.
+    """
+    if not roots:
+        raise InvalidRequest("merge", found="no dataset", wanted="at least one", fix="name the datasets to merge")
+    sources = Sources([open_dataset(root) for root in roots])
+    if len(set(sources.ids)) < len(sources.ids):
+        raise InvalidRequest(
+            "merge", found="a dataset twice", wanted="different datasets", fix="name each dataset once"
+        )
+    _check_media(sources)
+    derivation = Derivation(
+        request=Request(command="merge", sources=sources.ids, options={}),
+        sources=sources,
+        header=merged_header(sources.datasets),
+        select=None,
+        make_plan=lambda: [
+            Unit(number, number, shard.first_row, shard.record.rows + shard.record.rejected)
+            for number, shard in enumerate(sources.shards)
+        ],
+    )
+    return derive(output, derivation, progress=progress)
+
+
+def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
+    """The header of the first dataset; where they differ, `rows_per_unit` is the largest, and `source_sha256` is the
+    sha256 over those of the datasets, in hex, each with a line feed, in order.
+
+    Raises `HeaderMismatch` that names any other field in which two differ.
+    """
+    first = datasets[0].header
+    for dataset in datasets[1:]:
+        own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit")}
+        first.require_equal(
+            dataset.header.model_copy(update=own),
+            where=f"{dataset.store.url}/{HEADER_NAME}",
+            fix="merge only captures of one teacher with one configuration",
+        )
+    digests = [dataset.header.source_sha256 for dataset in datasets]
+    together = hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+    return first.model_copy(
+        update={
+            "source_sha256": digests[0] if len(set(digests)) == 1 else together,
+            "rows_per_unit": max(dataset.header.rows_per_unit for dataset in datasets),
+        }
+    )
+
+
+def _check_media(sources: Sources) -> None:
+    digests: dict[str, str] = {}
+    for source, dataset in enumerate(sources.datasets):
+        for name, file in sources.folder(source, MEDIA_FOLDER).items():
+            if digests.setdefault(name, file.sha256) != file.sha256:
+                raise MediaClash(
+                    f"{dataset.store.url}/{name[:200]}",
+                    found=f"sha256 {file.sha256}",
+                    wanted=f"sha256 {digests[name]}, as in a source before it",
+                    fix="name media files by their content before a capture",
+                )

@@ -1,0 +1,231 @@
+"""The rows of a DistillKit capture: Parquet columns in, one `CachedRow` per document out.
+
+Shape letters: `T` tokens of a row, `n` distributions of it (`T` or `T - 1`), `k` entries of each.
+
+ALIGNMENT. Its row `t` is about token `t + 1`: the capture drops vLLM's empty first entry and keeps the other `T - 1` in
+order (`process_prompt_logprobs`), and its loss compares row `t` with the student's logits at `t` unshifted
+(`lossfuncs/common.py`). So row `t` is our target position `t`. A row has `T - 1` distributions, or `T` where
+`pack_logits.py` has cut the tokens to them: the last one is then about a token that is not there and is left out.
+
+PACKED ROWS (`attention_mask` 1 1 1 2 2 3 ...) become one row per document: the teacher saw each document alone, so a
+distribution is not "given tokens 0..t" of the packed row. Runs of 0 are padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
+
+from .cells import check_size, nested_of, numbers, values_of
+from .derive import derived_targets
+from .distillkit_bits import decode_legacy, decode_quantised, unpack_stream, unpack_words, within_mass
+from .distillkit_config import Compression, Legacy, Quantised
+from .errors import NotFullSoftmax, UnusableRow, placed
+from .files import ParquetTables, SourceFile
+from .importing import Item
+
+LAYOUTS = {
+    "quantised": ("compressed_logprobs", "bytepacked_indices"),
+    "legacy": ("packed_indices", "exact_values", "coeffs"),
+    "plain": ("token_ids", "top_values"),
+}
+
+MAX_CURVE_MASS = 100.0
+"""Mass of a position without exact values above which its values are no log-probs: a bad curve through log-probs had
+4.3 (K = 50, teacher of 0.7 nats), centred logits are above 1,000. Exact values show it by themselves: they sum to 1."""
+
+_POSITIONS_AT_ONCE = 4096
+
+
+class DistillKitRows:
+    """The documents of a capture as rows. `top_k`: K of the settings, or of the first row of a capture without."""
+
+    def __init__(
+        self,
+        tables: ParquetTables,
+        *,
+        layout: str,
+        compression: Compression | None,
+        token_count: int,
+        pad_id: int | None,
+        progress: bool,
+    ):
+        self._tables, self._layout, self._compression = tables, layout, compression
+        self._token_count, self._pad_id = token_count, pad_id
+        self._columns = ("input_ids", "labels", "attention_mask", *LAYOUTS[layout])
+        packed = "attention_mask" in tables.names
+        self._first_items = _first_items(tables, progress=progress) if packed else None
+        self.top_k = min(compression.k if compression else self._first_width(), token_count)
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self._tables) if self._first_items is None else int(self._first_items[-1])
+
+    def items(self, start: int) -> Iterator[Item]:
+        """Documents from number `start` on."""
+        row = start if self._first_items is None else int(np.searchsorted(self._first_items, start, side="right")) - 1
+        skipped = 0 if self._first_items is None else start - int(self._first_items[row])
+        for file, number, table, index in self._rows(row):
+            documents = 1 if self._first_items is None else int(self._first_items[row + 1] - self._first_items[row])
+            name = f"{file.stem}-{number}"
+            names = [name] if documents == 1 else [f"{name}-{part}" for part in range(documents)]
+            try:
+                made = self._documents(table, index, names, metadata={"file": file.name, "row": number})
+            except NotFullSoftmax as error:
+                raise placed(error, name) from None
+            except UnusableRow as error:
+                made = [Item(one, placed(error, name)) for one in names]
+            yield from made[skipped:]
+            row, skipped = row + 1, 0
+
+    def _rows(self, start: int) -> Iterator[tuple[SourceFile, int, pa.RecordBatch, int]]:
+        for file, first_row, table in self._tables.batches(start, columns=self._columns):
+            table = cast(pa.RecordBatch, table)
+            yield from ((file, first_row + index, table, index) for index in range(table.num_rows))
+
+    def _first_width(self) -> int:
+        for _, _, table, index in self._rows(0):
+            found = nested_of(table, index, "token_ids")
+            return int(found[1].max(initial=1)) if found else 1
+        return 1
+
+    def _documents(
+        self, table: pa.RecordBatch, index: int, names: list[str], *, metadata: dict[str, Any]
+    ) -> list[Item]:
+        token_ids = values_of(table, index, "input_ids")
+        if token_ids is None:
+            raise UnusableRow("input_ids", found="nothing", wanted="token ids")
+        ids, values = self._entries(table, index, tokens=token_ids.size)
+        labels = values_of(table, index, "labels")
+        mask = values_of(table, index, "attention_mask")
+        for name, column in (("labels", labels), ("attention_mask", mask)):
+            if column is not None and column.size != token_ids.size:
+                raise UnusableRow(name, found=f"{column.size} values", wanted=f"{token_ids.size}, one per token")
+        runs = [(0, token_ids.size)] if mask is None else _runs(mask)
+        items = []
+        for name, (start, stop) in zip(names, runs or [(0, 0)], strict=True):
+            learned = None if labels is None else labels[start:stop] != -100
+            try:
+                row = self._row(name, token_ids[start:stop], learned, ids[start:stop], values[start:stop], metadata)
+            except UnusableRow as error:
+                row = placed(error, name)
+            items.append(Item(name, row))
+        return items
+
+    def _row(
+        self,
+        name: str,
+        token_ids: np.ndarray,
+        learned: np.ndarray | None,
+        ids: np.ndarray,
+        values: np.ndarray,
+        metadata: dict[str, Any],
+    ) -> CachedRow | ColdstillError:
+        if self._pad_id is not None and token_ids.size and token_ids[-1] == self._pad_id:
+            token_ids, learned = token_ids[:-1], None if learned is None else learned[:-1]
+        if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < self._token_count):
+            wanted = f"0..{self._token_count - 1}"
+            raise UnusableRow("input_ids", found=f"{token_ids.min()}..{token_ids.max()}", wanted=wanted)
+        token_ids = token_ids.astype(np.int32)
+        spans = spans_from_mask(np.ones(token_ids.size, bool) if learned is None else learned)
+        positions = span_positions(spans)
+        if positions.size == 0:
+            raise UnusableRow("targets", found=f"{token_ids.size} tokens, none learned", wanted="at least one target")
+        targets = derived_targets(
+            ids[positions],
+            values[positions],
+            present=np.ones((positions.size, ids.shape[1]), bool),
+            labels=token_ids[positions + 1],
+            token_count=self._token_count,
+            top_k=self.top_k,
+        )
+        return CachedRow(sample_id=name, token_ids=token_ids, target_spans=spans, targets=targets, metadata=metadata)
+
+    def _entries(self, table: pa.RecordBatch, index: int, *, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """`int64 [n, k]` ids and `float64 [n, k]` log-probs of a row, `n` = `tokens` or one less."""
+        config = self._compression
+        check_size("distributions", positions=tokens, width=config.k if config else self.top_k)
+        if isinstance(config, Quantised) and self._layout == "quantised":
+            packed = _matrix(table, index, "compressed_logprobs", config.value_bytes, tokens).astype(np.uint8)
+            packed_ids = _matrix(table, index, "bytepacked_indices", config.id_bytes, tokens).astype(np.uint8)
+            blocks = range(0, len(packed), _POSITIONS_AT_ONCE)
+            parts = [slice(start, start + _POSITIONS_AT_ONCE) for start in blocks]
+            values = np.concatenate([decode_quantised(packed[part], config) for part in parts])
+            ids = np.concatenate([unpack_stream(packed_ids[p], bits=config.id_bits, count=config.k) for p in parts])
+        elif isinstance(config, Legacy) and self._layout == "legacy":
+            exact = _matrix(table, index, "exact_values", config.exact_k, tokens)
+            coefficients = _matrix(table, index, "coeffs", config.coefficients, tokens)
+            words = _matrix(table, index, "packed_indices", config.words, tokens).astype(np.uint64)
+            values = decode_legacy(exact, coefficients, config)
+            ids = unpack_words(words, bits=config.id_bits, count=config.k)
+        else:
+            width = self.top_k if config is None else config.k
+            values = _matrix(table, index, "top_values", width, tokens).astype(np.float64)
+            ids = _matrix(table, index, "token_ids", width, tokens)
+        if config is not None and self._layout != "plain":
+            values = _plausible(values, exact=config.exact_k)
+        if len(ids) != len(values):
+            raise UnusableRow("ids and values", found=f"{len(ids)} and {len(values)} positions", wanted="as many")
+        return ids.astype(np.int64), values
+
+
+def _plausible(values: np.ndarray, *, exact: int) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        mass = float(np.nan_to_num(np.exp(values).sum(axis=1)).max(initial=0.0)) if exact == 0 else 0.0
+    if mass > MAX_CURVE_MASS:
+        raise NotFullSoftmax(
+            "the values of a position",
+            found=f"probabilities that sum to {mass:.4g}",
+            wanted="log-probs of the full softmax",
+            fix="centred or raw logits cannot be imported: their normaliser is not in the file",
+        )
+    return within_mass(values, exact=exact)
+
+
+def _matrix(table: pa.RecordBatch, index: int, name: str, width: int, tokens: int) -> np.ndarray:
+    """`[n, width]` numbers of a list-of-lists column. Raises `UnusableRow` for other lengths than the settings give."""
+    found = nested_of(table, index, name)
+    if found is None:
+        raise UnusableRow(name, found="nothing", wanted="a list per position")
+    flat, lengths = found
+    if lengths.size not in (tokens, tokens - 1):
+        wanted = f"{tokens - 1}, one per token that follows, or {tokens}"
+        raise UnusableRow(name, found=f"{lengths.size} positions for {tokens} tokens", wanted=wanted)
+    if (lengths != width).any():
+        raise UnusableRow(
+            name,
+            found=f"{int(lengths[(lengths != width).argmax()])} values at a position",
+            wanted=f"{width}, by the compression settings",
+            fix="check that these are the settings of the capture",
+        )
+    return numbers(flat, name).reshape(lengths.size, width)
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """Start and stop of each run of one value that is not 0."""
+    edges = np.flatnonzero(np.diff(mask, prepend=mask[:1] - 1, append=mask[-1:] - 1)) if mask.size else np.zeros(1, int)
+    return [(int(a), int(b)) for a, b in itertools.pairwise(edges) if mask[a] != 0]
+
+
+def _first_items(tables: ParquetTables, *, progress: bool) -> np.ndarray:
+    """`int64 [rows + 1]`: number of the first document of each row; a row that is all padding counts as one."""
+    counts = []
+    with tqdm(total=len(tables), desc="documents", unit=" rows", disable=not progress) as bar:
+        for _, _, table in tables.batches(0, columns=("attention_mask",)):
+            table = cast(pa.RecordBatch, table)
+            for index in range(table.num_rows):
+                try:
+                    mask = values_of(table, index, "attention_mask")
+                    counts.append(1 if mask is None else max(len(_runs(mask)), 1))
+                except UnusableRow:
+                    counts.append(1)
+            bar.update(table.num_rows)
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))

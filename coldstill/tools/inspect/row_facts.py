@@ -1,0 +1,63 @@
+"""The numbers of a row: teacher targets and the tokens that follow in, one figure per target position out.
+
+Shape letters: `N` target positions, `K` teacher top-k. All logs are natural, all entropies in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from coldstill.storage_schema.rows import CachedRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFacts:
+    """What the cached teacher says at each target position of a row.
+
+    `entropy float64 [N]`: of the K+1 view, that is of the kept entries and ONE bucket for all the rest:
+    `-sum p ln p - tail ln tail`. It is a lower bound of the teacher's entropy: how the tail is spread is not known.
+    `tail_mass float64 [N]`: probability outside the kept entries. `surprise float64 [N]`: `-ln p` of the token that
+    really follows. `label_rank int32 [N]`: its place among the kept entries as listed here, from 1; 0 where it is not
+    kept. `ids int32 [N, K]`, `probs float64 [N, K]`: the kept entries, most probable first, equal ones by id; unused
+    entries come last with id -1 and probability 0. `counts int32 [N]`: entries in use.
+    """
+
+    positions: np.ndarray
+    labels: np.ndarray
+    entropy: np.ndarray
+    tail_mass: np.ndarray
+    surprise: np.ndarray
+    label_rank: np.ndarray
+    ids: np.ndarray
+    probs: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def label_probs(self) -> np.ndarray:
+        """`float64 [N]`: probability of the token that really follows."""
+        return np.exp(-self.surprise)
+
+
+def row_facts(row: CachedRow) -> RowFacts:
+    """The facts of a row; its targets may list the kept entries in any order."""
+    targets, labels = row.targets, row.labels
+    ids = np.where(targets.kept, targets.ids, -1)
+    logprobs = np.where(targets.kept, targets.logprobs.astype(np.float64), -np.inf)
+    order = np.lexsort((ids, -logprobs), axis=1)
+    ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+    probs, log_tail = np.exp(logprobs), targets.log_tail.astype(np.float64)
+    weighted = probs * np.where(np.isfinite(logprobs), logprobs, 0.0)
+    is_label = ids == labels[:, None]
+    return RowFacts(
+        positions=row.positions,
+        labels=labels,
+        entropy=np.maximum(-weighted.sum(1) - np.exp(log_tail) * log_tail, 0.0),
+        tail_mass=np.exp(log_tail),
+        surprise=np.maximum(-targets.label_logprob.astype(np.float64), 0.0),
+        label_rank=np.where(is_label.any(1), is_label.argmax(1) + 1, 0).astype(np.int32),
+        ids=ids.astype(np.int32),
+        probs=probs,
+        counts=targets.counts.astype(np.int32),
+    )

@@ -1,0 +1,181 @@
+"""`coldstill inspect` on the terminal: what a dataset is, and a row of it as text, token by token.
+
+All text that comes from the dataset passes `visible`, and none of it is read as markup.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coldstill.common.visible import visible
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
+from coldstill.tools.inspect.one_row import OneRow, open_row
+
+TOP = 5
+
+LEVELS = (
+    (0.1, "≥ 10%", ""),
+    (0.01, "≥ 1%", "black on #f5d9a3"),
+    (0.001, "≥ 0.1%", "black on #ea9c62"),
+    (0.0, "less", "white on #a33c2e"),
+)
+"""Least probability of the real token, its name in the legend, and the colour of the token: equal steps of surprise."""
+
+_ENTRY_WIDE, _ENTRY_NARROW = 6, 3
+"""Entries of a line of the table: the top five and the real token, in one line or in two."""
+
+_ROWS_AT_ONCE = 256
+
+
+def show_dataset(root: str | Path, *, console: Console) -> None:
+    """Print what the dataset at `root` is. Raises what `open_dataset` raises."""
+    dataset = open_dataset(root)
+    header, manifest = dataset.header, dataset.manifest
+    stored = sum(shard.file.bytes for shard in dataset.shards)
+    names = {file.name for file in manifest.files}
+    has_tokenizer = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}" in names
+    floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
+    teacher = header.teacher
+    facts = {
+        "teacher": teacher.name + (f" @ {teacher.revision}" if teacher.revision else ""),
+        "weights": f"{teacher.dtype}{', ' + teacher.quantization if teacher.quantization else ''}, "
+        f"head in {teacher.head_dtype}",
+        "kept": f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}; tail mass {header.tail}",
+        "draws": f"D = {header.draws:,} a position, of those in the tail at most {header.kept_draws:,} kept"
+        if header.draws
+        else "none",
+        "targets of": f"loss on {header.loss_on}, mode {header.mode}",
+        "rows": f"{manifest.rows:,} in {len(dataset.shards):,} shards; {manifest.rejected:,} rejected",
+        "tokens": f"{manifest.tokens:,}, at most {header.max_length:,} a row",
+        "targets": f"{manifest.targets:,}",
+        "size": f"{stored:,} bytes" + (f", {stored / manifest.targets:.1f} a target" if manifest.targets else ""),
+        "tokenizer": f"{header.token_count:,} ids, {'inside' if has_tokenizer else 'not inside'}; "
+        f"fingerprint {header.tokenizer_fingerprint[:16]}",
+        "licence": header.licence or "none named",
+        "format": f"version {header.format_version}, fidelity {header.codec.fidelity}: mean KL of what is stored below "
+        f"{header.codec.mean_kl:g} nats",
+        "id": dataset.dataset_id,
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(visible(value)))
+    console.print(Text(visible(str(root)), style="bold"))
+    console.print(table)
+
+
+def show_row(root: str | Path, index: int, *, console: Console) -> None:
+    """Print row `index` of the dataset at `root`. Raises what `open_row` raises."""
+    one = open_row(root, index)
+    _print_head(one, console)
+    console.print(_running_text(one), soft_wrap=False)
+    console.print()
+    console.print(_legend())
+    console.print()
+    for table in _tables(one, width=console.width):
+        console.print(table)
+
+
+def percent(probability: float) -> str:
+    """At most four characters: 100%, 41%, 4.1%, 0.3%, <.1%."""
+    if probability >= 0.0995:
+        return f"{100 * probability:.0f}%"
+    return f"{100 * probability:.1f}%" if probability >= 0.0005 else "<.1%"
+
+
+def style_of(probability: float) -> str:
+    """The colour of a token whose probability was this."""
+    return next(style for least, _, style in LEVELS if probability >= least)
+
+
+def _print_head(one: OneRow, console: Console) -> None:
+    row, facts = one.row, one.facts
+    title = Text(f"Row {one.index:,} of {len(one.dataset):,}", style="bold")
+    console.print(title.append("  " + visible(row.sample_id), style="default not bold"))
+    media = f", {len(row.media):,} media" if row.media else ""
+    line = f"{row.token_ids.size:,} tokens, {facts.labels.size:,} targets{media}"
+    if facts.labels.size:
+        line += (
+            f" · surprise {facts.surprise.mean():.2f} nats · entropy ≥ {facts.entropy.mean():.2f} nats"
+            f" · tail {percent(facts.tail_mass.mean())} · first choice right {percent((facts.label_rank == 1).mean())}"
+        )
+    console.print(Text(line, style="dim"))
+    if row.metadata:
+        console.print(Text(visible(json.dumps(dict(row.metadata), ensure_ascii=False)), style="dim", overflow="fold"))
+    console.print()
+
+
+def _running_text(one: OneRow) -> Text:
+    probs = np.full(one.row.token_ids.size, np.nan)
+    probs[one.facts.positions + 1] = one.facts.label_probs
+    text = Text(overflow="fold")
+    for piece, prob in zip(one.text.pieces(one.row.token_ids.tolist()), probs.tolist(), strict=True):
+        text.append(piece, style="dim" if np.isnan(prob) else style_of(prob))
+    return text
+
+
+def _legend() -> Text:
+    legend = Text.assemble(("probability of the real token ", "dim"))
+    for _, name, style in LEVELS:
+        legend.append(f" {name} ", style=style)
+    return legend.append("  dim: no target", style="dim")
+
+
+def _tables(one: OneRow, *, width: int) -> Iterator[Table]:
+    """The targets of the row, some at a time, in columns of fixed width: a table that must measure 4,096 rows before
+    it prints the first is slow."""
+    token_width = 12 if width < 100 else 20
+    numbers = max(5, len(str(one.row.token_ids.size)))
+    left = width - (numbers + token_width + 3 * 5 + 6)
+    per_line = _ENTRY_WIDE if left >= 78 else _ENTRY_NARROW
+    entry_width = min(max(left // per_line, 8), 22)
+    for start in range(0, one.facts.labels.size, _ROWS_AT_ONCE):
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=start == 0, header_style="dim")
+        table.add_column("token", justify="right", style="dim", width=numbers)
+        table.add_column("", width=token_width, no_wrap=True)
+        table.add_column("nats", justify="right", width=5)
+        table.add_column("entr.", justify="right", width=5)
+        table.add_column("tail", justify="right", width=5)
+        table.add_column("top five of the teacher, ✓ real token", width=entry_width * per_line, no_wrap=True)
+        for n in range(start, min(start + _ROWS_AT_ONCE, one.facts.labels.size)):
+            table.add_row(*_cells(one, n, token_width=token_width, per_line=per_line, entry_width=entry_width))
+        yield table
+
+
+def _cells(one: OneRow, n: int, *, token_width: int, per_line: int, entry_width: int) -> list[Text]:
+    facts, label = one.facts, int(one.facts.labels[n])
+    prob = float(facts.label_probs[n])
+    token = Text().append(_cut(one.text.label(label), token_width), style=style_of(prob))
+    top = [(int(facts.ids[n, k]), float(facts.probs[n, k])) for k in range(min(TOP, int(facts.counts[n])))]
+    if label not in [token_id for token_id, _ in top]:
+        top.append((label, prob))
+    entries, gap = Text(), " " if per_line == _ENTRY_WIDE else ""
+    for place, (token_id, share) in enumerate(top):
+        if place and place % per_line == 0:
+            entries.append("\n")
+        mark, style = ("✓", "bold") if token_id == label else (" ", "")
+        shown = _cut(one.text.label(token_id), entry_width - 6 - len(gap))
+        entries.append(f"{percent(share):>4}", style=style or "dim")
+        entries.append(set_cell_size(f"{gap}{mark}{shown}", entry_width - 4), style=style)
+    return [
+        Text(str(facts.positions[n] + 1)),
+        token,
+        Text(f"{facts.surprise[n]:.2f}"),
+        Text(f"{facts.entropy[n]:.2f}"),
+        Text(percent(float(facts.tail_mass[n]))),
+        entries,
+    ]
+
+
+def _cut(text: str, width: int) -> str:
+    return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)).rstrip() + "…"

@@ -1,0 +1,188 @@
+"""`coldstill stats`: what is in a dataset, as numbers. A path in, `Stats` out: JSON-able, and the stats of two can be
+added.
+
+Every shard is read once, verified against its digest, and every target is decoded: what is counted is what is there.
+Shape letters: `N` target positions, `K` teacher top-k. All logs are natural.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+from tqdm import tqdm
+
+from coldstill.storage_schema.codec import STREAMS
+from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.errors import ShardDamaged
+from coldstill.storage_schema.rows import LOG_FLOOR, CachedRow
+from coldstill.storage_schema.shard import PLAIN_COLUMNS, ShardFile
+from coldstill.tools.stats.histogram import ENTROPY, LOGPROB, MASS, RANK, WHOLE, Histogram, Scale, Tally
+
+FOOTERS = "footers"
+"""In `column_bytes`: what of a shard is in no column, its footer with the header in it, and its magic bytes."""
+
+SCALES: dict[str, Scale] = {
+    "entropy": ENTROPY,
+    "tail_mass": MASS,
+    "label_rank": RANK,
+    "label_logprob": LOGPROB,
+    "kept_ids": WHOLE,
+    "draws": WHOLE,
+    "row_tokens": WHOLE,
+    "row_targets": WHOLE,
+}
+"""The histograms of `Stats` and their bins."""
+
+_BLOCK_ENTRIES = 1 << 18
+"""Entries (positions times K) taken at once: what fits a core's cache is several times faster than a whole long row."""
+
+
+class Stats(BaseModel):
+    """What is in one dataset, or in several together."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset_ids: tuple[str, ...] = Field(description="Whose stats these are.")
+    shards: int = Field(default=0, ge=0)
+    rows: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0)
+    targets: int = Field(default=0, ge=0)
+    rejected: int = Field(default=0, ge=0, description="Source rows that could not be used.")
+    column_bytes: dict[str, int] = Field(
+        description="Bytes of the shards by Parquet column, page headers and lengths included; streams are columns."
+    )
+    entropy: Histogram = Field(
+        description="Per target, nats: of the kept entries and ONE bucket for all the rest, "
+        "-sum p ln p - tail ln tail. A lower bound of the teacher's entropy: how the tail is spread is not known."
+    )
+    tail_mass: Histogram = Field(description="Per target: probability outside the kept ids.")
+    label_rank: Histogram = Field(
+        description="Per target: the place, from 1, of the token that really follows among the kept ids by "
+        "probability, equal ones by id. `outside`: not kept."
+    )
+    label_logprob: Histogram = Field(description="Per target, nats: log-prob of the token that really follows.")
+    kept_ids: Histogram = Field(description="Per target.")
+    draws: Histogram = Field(description="Per target: tail draws that are stored.")
+    row_tokens: Histogram = Field(description="Per row.")
+    row_targets: Histogram = Field(description="Per row.")
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(self.column_bytes.values())
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bytes_per_target(self) -> float | None:
+        """None where there are no targets."""
+        return self.bytes / self.targets if self.targets else None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def label_kept(self) -> float | None:
+        """Share of the targets whose label is among the kept ids. None where there are no targets."""
+        return self.label_rank.count / self.targets if self.targets else None
+
+    def __add__(self, other: Stats) -> Stats:
+        """The stats of both together."""
+        return Stats(
+            dataset_ids=tuple(dict.fromkeys(self.dataset_ids + other.dataset_ids)),
+            column_bytes={name: self.column_bytes[name] + other.column_bytes[name] for name in _COLUMNS},
+            **{name: getattr(self, name) + getattr(other, name) for name in (*_COUNTS, *SCALES)},
+        )
+
+
+_COUNTS = ("shards", "rows", "tokens", "targets", "rejected")
+_COLUMNS = (*PLAIN_COLUMNS, *STREAMS, FOOTERS)
+
+
+def measure_stats(root: str | Path, *, progress: bool = True) -> Stats:
+    """The stats of the dataset at `root`; a row group is in memory at a time, beside the bytes of its shard.
+
+    Raises what `open_dataset` raises, `ShardMissing`, `ShardDamaged`, `HeaderMismatch`, `StreamDamaged`, `InvalidRow`.
+    """
+    dataset = open_dataset(root)
+    nothing = Stats(
+        dataset_ids=(dataset.dataset_id,),
+        column_bytes=dict.fromkeys(_COLUMNS, 0),
+        **{name: Tally(scale).histogram() for name, scale in SCALES.items()},
+    )
+    with tqdm(
+        total=dataset.manifest.targets, unit=" targets", unit_scale=True, desc="stats", disable=not progress
+    ) as bar:
+        return reduce(add, _of_shards(dataset, bar), nothing)
+
+
+def _of_shards(dataset: Dataset, bar: tqdm) -> Iterator[Stats]:
+    for shard in dataset.shards:
+        name = shard.file.name
+        data = dataset.read_file(shard.file)
+        file = ShardFile(pa.BufferReader(data), size=len(data), codec=dataset.codec, where=name)
+        tallies = {key: Tally(scale) for key, scale in SCALES.items()}
+        found = dict.fromkeys(("rows", "tokens", "targets"), 0)
+        for row in file.rows():
+            _count(row, tallies)
+            found["rows"] += 1
+            found["tokens"] += row.token_ids.size
+            found["targets"] += row.targets.positions
+            bar.update(row.targets.positions)
+        for key, value in found.items():
+            if value != getattr(shard, key):
+                raise ShardDamaged(f"{name}: {key}", found=value, wanted=getattr(shard, key))
+        yield Stats(
+            dataset_ids=(dataset.dataset_id,),
+            shards=1,
+            **found,
+            rejected=shard.rejected,
+            column_bytes=_column_bytes(data),
+            **{key: tally.histogram() for key, tally in tallies.items()},
+        )
+
+
+def _column_bytes(data: bytes) -> dict[str, int]:
+    """Bytes by column of a shard whose footer is checked, and what is left of it."""
+    sizes = dict.fromkeys(_COLUMNS, 0)
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(index)
+            sizes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+    sizes[FOOTERS] = len(data) - sum(sizes.values())
+    return sizes
+
+
+def _count(row: CachedRow, tallies: dict[str, Tally]) -> None:
+    targets, labels = row.targets, row.labels
+    tallies["row_tokens"].add(np.array([row.token_ids.size]))
+    tallies["row_targets"].add(np.array([targets.positions]))
+    tallies["tail_mass"].add(np.exp(targets.log_tail))
+    tallies["label_logprob"].add(targets.label_logprob)
+    tallies["kept_ids"].add(targets.counts)
+    tallies["draws"].add(targets.draw_counts)
+    block = max(1, _BLOCK_ENTRIES // targets.top_k)
+    for start in range(0, targets.positions, block):
+        at = slice(start, start + block)
+        ids, logprobs, label = targets.ids[at], targets.logprobs[at], labels[at, None]
+        tallies["entropy"].add(_entropy(logprobs, targets.log_tail[at]))
+        ranks = _ranks(ids, logprobs, label, targets.label_logprob[at, None])
+        tallies["label_rank"].add(ranks[ranks > 0], outside=int((ranks == 0).sum()))
+
+
+def _entropy(logprobs: np.ndarray, log_tail: np.ndarray) -> np.ndarray:
+    """`float32 [N]` nats of the K entries and the tail as one more."""
+    finite = np.maximum(logprobs, LOG_FLOOR)  # an entry that is not in use has no weight, and 0 * -inf is not 0
+    return np.maximum(-np.einsum("nk,nk->n", np.exp(finite), finite) - np.exp(log_tail) * log_tail, 0)
+
+
+def _ranks(ids: np.ndarray, logprobs: np.ndarray, label: np.ndarray, label_logprob: np.ndarray) -> np.ndarray:
+    """`int64 [N]`: places from 1, without sorting; 0 where the label is not kept."""
+    before = (logprobs > label_logprob) | ((logprobs == label_logprob) & (ids < label))
+    return np.where((ids == label).any(1), 1 + before.sum(1), 0)

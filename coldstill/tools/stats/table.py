@@ -1,0 +1,113 @@
+"""`coldstill stats` on the terminal: `Stats` in, tables of at most 80 columns out, without any
+text of the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coldstill.tools.stats.histogram import Histogram
+from coldstill.tools.stats.measure import Stats
+
+FIGURES = ("mean", "p1", "median", "p99")
+"""What `figures_of` gives."""
+
+_BAR = 24
+
+NAMES = {
+    "entropy": "entropy, at least, nats",
+    "tail_mass": "tail mass",
+    "label_logprob": "log-prob of the label, nats",
+    "kept_ids": "kept ids per target",
+    "draws": "stored draws per target",
+    "row_tokens": "tokens per row",
+    "row_targets": "targets per row",
+}
+"""What a histogram of `Stats` is called, where its mean says something."""
+
+
+def show_stats(stats: Stats, *, console: Console) -> None:
+    """Print the totals, the figures of each histogram, the ranks of labels and the bytes per target by column."""
+    console.print(_totals(stats))
+    console.print()
+    console.print(_figures(stats))
+    console.print()
+    console.print(_bars("rank of the label among the kept ids", rank_shares(stats), as_number=_percent))
+    console.print()
+    console.print(_bars("bytes per target", bytes_per_target(stats), as_number="{:,.2f}".format))
+
+
+def rank_shares(stats: Stats) -> dict[str, float]:
+    """Share of the targets by rank of their label: `1`, `2`, `3-4`, ..., `not kept`; empty without targets."""
+    if not stats.targets:
+        return {}
+    ranks = {span(item.start, item.stop): item.values / stats.targets for item in stats.label_rank.bins}
+    return {**ranks, "not kept": stats.label_rank.outside / stats.targets}
+
+
+def bytes_per_target(stats: Stats) -> dict[str, float]:
+    """Bytes per target by column, the largest first; empty without targets."""
+    if not stats.targets:
+        return {}
+    ordered = sorted(stats.column_bytes.items(), key=lambda item: -item[1])
+    return {name: size / stats.targets for name, size in ordered}
+
+
+def span(start: float, stop: float) -> str:
+    """The whole numbers of a bin."""
+    return f"{start:,.0f}" if stop - start == 1 else f"{start:,.0f}-{stop - 1:,.0f}"
+
+
+def figure(value: float | None) -> str:
+    """Four significant digits, `-` where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def figures_of(histogram: Histogram) -> tuple[str, ...]:
+    """Mean, 1st percentile, median and 99th percentile."""
+    return tuple(map(figure, (histogram.mean, histogram.p01, histogram.p50, histogram.p99)))
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def _totals(stats: Stats) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in (
+        ("rows", f"{stats.rows:,} in {stats.shards:,} shards; {stats.rejected:,} source rows rejected"),
+        ("tokens", f"{stats.tokens:,}"),
+        ("targets", f"{stats.targets:,}"),
+        ("size", f"{stats.bytes:,} bytes, {figure(stats.bytes_per_target)} a target"),
+        ("label kept", "-" if stats.label_kept is None else f"at {_percent(stats.label_kept)} of the targets"),
+    ):
+        table.add_row(name, Text(value))
+    return table
+
+
+def _figures(stats: Stats) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("", width=28)
+    for name in FIGURES:
+        table.add_column(name, justify="right", width=10)
+    for key, title in NAMES.items():
+        table.add_row(title, *figures_of(getattr(stats, key)))
+    return table
+
+
+def _bars(title: str, values: dict[str, float], *, as_number: Callable[[float], str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column(title, width=max(17, len(title)))
+    table.add_column("", justify="right", width=9)
+    table.add_column("", width=_BAR)
+    most = max(values.values(), default=0)
+    for name, value in values.items():
+        table.add_row(name, as_number(value), Text("▇" * round(_BAR * value / most) if most else "", style="dim"))
+    return table

@@ -1,0 +1,154 @@
+"""`coldstill verify`: does a dataset hold what it says? A path in, findings out; no finding means that it does.
+
+Always: every file that the manifest names is there with its size and digest, the tokenizer inside is the header's, the
+plan is that of the shards. Deep: every row is decoded too, and every decoded value obeys the laws of `rows.py`; media
+and the faithfulness sample belong to the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from coldstill.common.errors import ColdstillError
+from coldstill.common.visible import visible
+from coldstill.storage_schema.commits import FileRecord
+from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged, TokenizerMismatch
+from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes, storage_kl
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+
+_FINDINGS_PER_SHARD = 20
+_TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
+_READ = {_TOKENIZER, PLAN_NAME, FAITHFULNESS_NAME}
+
+
+class Finding(NamedTuple):
+    """Something wrong: in which file, the named error, and its message."""
+
+    where: str
+    error: str
+    message: str
+
+    @property
+    def line(self) -> str:
+        """The finding on one line; what it quotes of a stranger's dataset cannot steer a terminal."""
+        return visible(f"{self.error}: " + " | ".join(part.strip() for part in self.message.splitlines()))
+
+
+def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> list[Finding]:
+    """All findings, at most 20 of one shard. Raises `DatasetNotFound` or `DatasetNotSealed` where there is nothing to
+    check, and `CommitDamaged` or `InvalidHeader` where nothing can be."""
+    dataset = open_dataset(root)
+    media = {file.name: file.sha256 for file in dataset.manifest.files}
+    checks: list[tuple[FileRecord, Callable[[], Iterator[ColdstillError]]]] = [
+        *((file, partial(_check_file, dataset, file, deep)) for file in dataset.manifest.files),
+        *(
+            (shard.file, partial(_check_shard, dataset, index, media, deep))
+            for index, shard in enumerate(dataset.shards)
+        ),
+    ]
+    findings = []
+    total = sum(file.bytes for file, _ in checks)
+    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
+        for file, run_check in checks:
+            try:
+                findings += [_finding(file, error) for error in run_check()]
+            except ColdstillError as error:
+                findings.append(_finding(file, error))
+            bar.update(file.bytes)
+            if findings:
+                bar.set_postfix_str(f"{len(findings)} findings")
+    return findings
+
+
+def _finding(file: FileRecord, error: ColdstillError) -> Finding:
+    return Finding(file.name, type(error).__name__, str(error))
+
+
+def _is_row_for_row(header: DatasetHeader) -> bool:
+    """Whether each source row gives one row or one reject: not several answers, pieces, or documents joined."""
+    answers = (header.sampling or {}).get("n", 1)
+    return answers == 1 and header.over_long != "split" and header.documents != "concat"
+
+
+def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[ColdstillError]:
+    """A file that is no shard: its digest, and what is known of its content."""
+    if file.name not in _READ:
+        dataset.check_file(file)
+        return
+    data = dataset.read_file(file)
+    if file.name == _TOKENIZER:
+        facts = fingerprint_bytes(data, where=file.name)
+        if facts.fingerprint != dataset.header.tokenizer_fingerprint:
+            yield TokenizerMismatch(file.name, found=facts.fingerprint, wanted=dataset.header.tokenizer_fingerprint)
+    elif file.name == PLAN_NAME:
+        planned = [unit.rows for unit in plan_from_bytes(data, where=file.name)]
+        found = [shard.rows + shard.rejected for shard in dataset.shards]
+        if len(planned) != len(found) or (_is_row_for_row(dataset.header) and planned != found):
+            yield CommitDamaged(
+                f"{file.name}: rows",
+                found=f"{sum(planned)} in {len(planned)} units",
+                wanted=f"{sum(found)} in {len(found)}",
+            )
+    elif file.name == FAITHFULNESS_NAME:
+        sample = sorted(sample_from_bytes(data, where=file.name), key=lambda exact: exact[:2])
+        row, place = None, (-1, -1)
+        for exact in sample if deep else ():
+            if exact.unit >= len(dataset.shards) or exact.row >= dataset.shards[exact.unit].rows:
+                yield FileDamaged(
+                    file.name, found=f"row {exact.row} of unit {exact.unit}", wanted="a row of the dataset"
+                )
+                return
+            if row is None or place != exact[:2]:  # a row is decoded once, however often the sample names it
+                row, place = dataset.row(dataset.first_row(exact.unit) + exact.row), exact[:2]
+            if exact.target >= row.targets.positions:
+                yield FileDamaged(
+                    file.name, found=f"target {exact.target} of {row.sample_id!r}", wanted="one that it has"
+                )
+                return
+            storage_kl(exact, row.targets)
+
+
+def _check_shard(dataset: Dataset, index: int, media: dict[str, str], deep: bool) -> Iterator[ColdstillError]:
+    """A shard: its digest; deep, its rows one by one, so that one damaged row does not hide the next."""
+    record = dataset.shards[index]
+    if not deep:
+        dataset.check_file(record.file)
+        return
+    shard = dataset.shard_file(index)
+    tokens = targets = found = 0
+    for number in range(len(shard)):
+        try:
+            row = shard.row(number)
+            _check_row(dataset, row, media)
+            tokens += row.token_ids.size
+            targets += row.targets.positions
+        except ColdstillError as error:
+            yield error if error.what.startswith(record.file.name) else error.at(f"{record.file.name}, row {number}")
+            found += 1
+            if found == _FINDINGS_PER_SHARD:
+                return
+    for name, counted, wanted in (("tokens", tokens, record.tokens), ("targets", targets, record.targets)):
+        if counted != wanted and not found:
+            yield ShardDamaged(f"{record.file.name}: {name}", found=counted, wanted=wanted)
+
+
+def _check_row(dataset: Dataset, row: CachedRow, media: dict[str, str]) -> None:
+    """The laws of `rows.py`, and that `media`, the digests of the dataset's files, has what the row refers to."""
+    row.check(token_count=dataset.header.token_count, label_slack=dataset.codec.label_slack(row.targets.log_tail))
+    for item in row.media:
+        if item.path is None:
+            continue
+        where = f"row {row.sample_id!r}: media {item.path}"
+        if item.path not in media:
+            raise FileMissing(where, found="no such file", wanted="one that the manifest names")
+        if item.sha256 != media[item.path]:
+            raise FileDamaged(where, found=f"sha256 {media[item.path]}", wanted=item.sha256[:64])

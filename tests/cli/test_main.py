@@ -1,0 +1,117 @@
+"""The command line: settings are checked, `--help` teaches, and what the user can mend is named with exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import coldstill
+from coldstill.common.config_file import ConfigInvalid, ConfigNotFound, described_keys, load_config
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.trainer.config import TrainConfig
+
+CAPTURE = {"output": "o", "source": {"path": "x.jsonl"}, "teacher": {"model": "m"}}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "capture.yaml"
+    path.write_text(yaml.safe_dump(CAPTURE))
+    return path
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["coldstill", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        coldstill.main()
+    return int(ended.value.code or 0)
+
+
+def test_words_replace_keys_of_the_file(config: Path) -> None:
+    words = ["teacher.top_k=7", "cluster.max_workers=3", "source.loss_on=all", "teacher.engine_args={a: [1, 2]}"]
+    settings = load_config(str(config), model=CaptureConfig, overrides=words)
+    assert (settings.teacher.top_k, settings.cluster.max_workers, settings.source.loss_on) == (7, 3, "all")
+    assert settings.teacher.engine_args == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("teacher.topk=4", r"did you mean teacher\.top_k\?"),
+        ("techer.top_k=4", r"did you mean teacher\?"),
+        ("teacher.top_k=0", "greater than or equal to 1"),
+        ("teacher.top_k=many", "integer"),
+        ("source.loss_on=user", "'assistant', 'last_turn' or 'all'"),
+        ("teacher.endpoint=http://x/v1", "engine endpoint, and only with it"),
+        ("teacher.top_k", "key=value"),
+        ("output.x=1", "below a section"),
+        ("teacher.model=", "string"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_way_out(config: Path, word: str, message: str) -> None:
+    with pytest.raises(ConfigInvalid, match=message):
+        load_config(str(config), model=CaptureConfig, overrides=[word])
+
+
+def test_a_missing_key_is_named(config: Path) -> None:
+    config.write_text(yaml.safe_dump({**CAPTURE, "source": {}}))
+    with pytest.raises(ConfigInvalid, match="exactly one of path and dataset"):
+        load_config(str(config), model=CaptureConfig)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "\t\x00"])
+def test_a_file_that_is_no_mapping_is_named(config: Path, text: str) -> None:
+    config.write_text(text)
+    with pytest.raises(ConfigInvalid, match=r"capture\.yaml"):
+        load_config(str(config), model=CaptureConfig)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigNotFound, match=r"absent\.yaml"):
+        load_config(str(tmp_path / "absent.yaml"), model=CaptureConfig)
+
+
+@pytest.mark.parametrize(("command", "model"), [("capture", CaptureConfig), ("train", TrainConfig)])
+def test_help_lists_every_key_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, model: type
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert _run(monkeypatch, command, "--help") == 0
+    out = capsys.readouterr().out
+    for key, _, sentence in described_keys(model):
+        assert key in out
+        assert sentence.endswith("."), f"{key} has no sentence"
+
+
+def test_verify_names_its_findings_one_a_line_with_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dataset: Path
+) -> None:
+    first, second, _ = sorted((tiny_dataset / "shards").iterdir())
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    assert _run(monkeypatch, "verify", "--deep", tiny_dataset) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["ShardMissing", "ShardDamaged"]
+    assert first.name in lines[0]
+    assert second.name in lines[1]
+
+
+def test_verify_of_a_sound_dataset_says_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dataset: Path
+) -> None:
+    assert _run(monkeypatch, "verify", tiny_dataset) == 0
+    assert "dataset id" in capsys.readouterr().out
+
+
+def test_an_error_is_printed_whole_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert _run(monkeypatch, "verify", tmp_path / "[absent]") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("DatasetNotFound")
+    assert "[absent]" in err
+    assert "do:" in err
+    assert "Traceback" not in err
