@@ -14,13 +14,13 @@ from typing import Any
 from rich.console import Console
 
 from coldstill.cli.output import show_result
+from coldstill.cli.per_token_table import show_records
 from coldstill.storage_schema import Dataset, open_dataset
 from coldstill.tools.inspect.token_text import TokenText
 from coldstill.trainer.data import load_logit_dataset
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
 from coldstill.trainer.evaluation.loading import Weights, load_measured
 from coldstill.trainer.evaluation.per_token import token_records, write_records
-from coldstill.trainer.evaluation.per_token_view import show_records
 from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
 from coldstill.trainer.evaluation.tasks import evaluate_tasks, require_tasks
 

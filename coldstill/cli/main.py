@@ -98,8 +98,8 @@ def status(
     """
     import time
 
+    from coldstill.cli.status_table import show_status, watch_status
     from coldstill.pipeline.driver.status import read_status
-    from coldstill.pipeline.driver.status_view import show_status, watch_status
 
     if watch and not as_json:
         watch_status(lambda: read_status(root), every_s=every, console=Console())

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from coldstill.cli.status_table import duration, show_status
 from coldstill.pipeline.cluster.dispatcher import FailedUnit
 from coldstill.pipeline.driver.lease import Lease
 from coldstill.pipeline.driver.progress import Progress
 from coldstill.pipeline.driver.progress_record import MOST_LISTED, PROGRESS_FOLDER, Totals, read_progress
 from coldstill.pipeline.driver.status import Status, read_status
-from coldstill.pipeline.driver.status_view import duration, show_status
 from coldstill.pipeline.errors import CaptureIncomplete
 from coldstill.pipeline.units.worker import UnitReport
 from coldstill.storage_schema.commits import commit_unit
@@ -295,7 +295,8 @@ def test_the_command_prints_a_table_or_json_and_watches_to_the_end(tiny_dataset:
 def test_a_status_needs_none_of_what_a_capture_needs(tiny_dataset: Path) -> None:
     """It runs on a laptop: no torch, no Ray, no transformers is imported."""
     script = (
-        "import sys\nfrom coldstill.pipeline.driver.status import read_status\nimport coldstill.pipeline.driver.status_view\n"
+        "import sys\nfrom coldstill.pipeline.driver.status import read_status\n"
+        "import coldstill.cli.status_table\n"
         "read_status(sys.argv[1])\n"
         "print([name for name in ('torch', 'ray', 'transformers', 'vllm') if name in sys.modules])"
     )

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from coldstill.cli.per_token_table import show_records
 from coldstill.storage_schema import open_dataset
 from coldstill.tools.inspect.token_text import TokenText
 from coldstill.trainer.evaluation import evaluate_student
 from coldstill.trainer.evaluation.per_token import TokenRecord, token_records, write_records
-from coldstill.trainer.evaluation.per_token_view import show_records
 from tests import making
 from tests.trainer.evaluation import reference
 from tests.trainer.evaluation.batches import batches_of, load, packed, random_rows, student_probs

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coldstill.common.visible import NEWLINE, visible
-
-from .status import MEANING, Status
+from coldstill.pipeline.driver.status import MEANING, Status
 
 MOST_SHOWN = 10
 """Of failed and of running units; `--json` lists them all."""

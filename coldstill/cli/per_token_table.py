@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coldstill.tools.inspect.terminal import percent, style_of
-
-from .per_token import TOP, Choice, TokenRecord
+from coldstill.trainer.evaluation.per_token import TOP, Choice, TokenRecord
 
 _CHOICE_WIDTH = 12
 _ROWS_AT_ONCE = 256
