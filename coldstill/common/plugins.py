@@ -1,0 +1,49 @@
+"""Functions and classes of the user's own code, named in a configuration as `module:name`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from .errors import ColdstillError, first_line
+
+
+class PluginNotFound(ColdstillError):
+    """A `module:name` of a configuration cannot be imported."""
+
+
+def is_plugin(text: str) -> bool:
+    """Whether a setting names an object as `module:name`."""
+    return ":" in text
+
+
+def load_plugin(text: str, *, key: str) -> Any:
+    """The object that `text`, such as `my_module:my_function`, names; `key` is the setting that holds it.
+
+    Modules are found as Python finds them, and in the current folder after all others: a file there cannot replace an
+    installed package. On a cluster, every node must be able to import the module.
+
+    Raises `PluginNotFound`.
+    """
+    module_name, _, name = text.partition(":")
+    if not module_name or not name.isidentifier():
+        raise PluginNotFound(key, found=text, wanted="module:name, such as my_module:my_function")
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
+    try:
+        found = importlib.import_module(module_name)
+    except Exception as error:
+        raise PluginNotFound(
+            f"{key}: {text}",
+            found=f"{type(error).__name__}: {first_line(error)}",
+            wanted=f"a module {module_name} that imports",
+            fix=f"start from the folder that holds {module_name}.py, or install it on every node",
+        ) from error
+    if not hasattr(found, name):
+        raise PluginNotFound(
+            f"{key}: {text}", found=f"no {name} in {getattr(found, '__file__', module_name)}", wanted=f"a {name} there"
+        )
+    return getattr(found, name)
