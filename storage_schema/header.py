@@ -73,7 +73,7 @@ class TeacherFacts(FrozenModel):
 
     name: str = Field(description="Hub name, or the last folder name of a local path.")
     revision: str | None = Field(default=None, description="Commit of the hub repository, where there is one.")
-    weights_fingerprint: str = Field(description="Digest over the weight files; see pipeline/teachers/fingerprint.py.")
+    weights_fingerprint: str = Field(description="Digest over the weight files; see pipeline/teachers/weights.py.")
     dtype: str = Field(description="Data type of the weights in the engine.")
     head_dtype: str = Field(description="Data type of the logits that the log-probs were computed from.")
     quantization: str | None = Field(default=None, description="Quantisation of the weights, if any.")
