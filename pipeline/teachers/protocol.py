@@ -34,8 +34,8 @@ class Teacher(Protocol):
 
     - `config: TeacherConfig`: the settings of section `teacher`. `config.model` is always a model folder or hub name
       with a tokenizer and a `config.json`, which the header is made from. `config.engine_args` is free for your own.
-    - `header: DatasetHeader`: what is recorded. `top_k`, `min_prob`, `kept_draws` and `token_count` say what the
-      targets hold, `teacher.head_dtype` is the data type of the logits.
+    - `header: DatasetHeader`: what is recorded. `top_k`, `min_prob`, `kept_draws` and `token_count` determine what
+      the targets hold, `teacher.head_dtype` is the data type of the logits.
     - `sampling: SamplingConfig | None`: how to sample answers, in mode generate; otherwise None.
 
     The class attribute `tail` becomes the header's `tail`; a class without one is `"derived"`. `"exact"`: `log_tail` is
@@ -235,5 +235,5 @@ class _CheckedTeacher:
             f"{self._engine}: {where}",
             found=found,
             wanted=wanted,
-            fix="see what `Teacher` in coldstill/pipeline/teachers/protocol.py says of `score`",
+            fix="compare with the docstring of `Teacher.score` in coldstill/pipeline/teachers/protocol.py",
         )

@@ -1,4 +1,4 @@
-"""How answers are sampled: next token, random numbers, stop texts, and the sequence made of prompt and answer.
+"""Samples answers: next token, random numbers, stop texts, and the sequence that results.
 
 The last token of an answer is the one that ended it: the end of turn, or the token that completed a stop text. It is a
 target like the others. Shape letter: `V` token ids.

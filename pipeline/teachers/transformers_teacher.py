@@ -1,7 +1,7 @@
-"""The transformers engine: slow and plain, with exact tails and draws. For models that vLLM lacks, and as reference.
+"""The transformers engine: slow and plain, with exact tails and draws.
 
-One sequence at a time, so that its values do not depend on its neighbors. Shape letters: `T` tokens, `N` target
-positions, `H` width of hidden states, `V` vocabulary.
+For models that vLLM lacks, and as the reference. One sequence at a time, so that its values do not depend on its
+neighbors. Shape letters: `T` tokens, `N` target positions, `H` width of hidden states, `V` vocabulary.
 """
 
 from __future__ import annotations

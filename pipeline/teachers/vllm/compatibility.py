@@ -1,4 +1,4 @@
-"""The compatibility check: does this vLLM have what the tap touches, and no setting that breaks it?
+"""The compatibility check: whether the tap fits this vLLM and its settings.
 
 It runs before anything is wrapped. Signatures were the same in vLLM 0.28, 0.31, 0.32 and 0.33; the tests run 0.32. The
 version number is not read: this check compares the names and signatures, and the self-check compares the values.

@@ -1,8 +1,8 @@
-"""vLLM's engine: the arguments that it is started with, and a thread of its own that steps it. Public vLLM only.
+"""vLLM's engine: its start arguments, and the thread that steps it.
 
-Calls from any threads enter a queue. One thread starts the engine, adds their requests and steps it. All requests of a
-call are queued before the next step; overlapping calls share the engine's steps, so that it stays full while the last
-long answers of one call end.
+Only what is public in vLLM is used. Calls from any threads enter a queue. One thread starts the engine, adds their
+requests and steps it. All requests of a call are queued before the next step; overlapping calls share the engine's
+steps, so that it stays full while the last long answers of one call end.
 """
 
 from __future__ import annotations

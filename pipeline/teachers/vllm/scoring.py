@@ -1,9 +1,9 @@
-"""Scores a step's hidden states and keeps the targets of each request. Torch, and no vLLM: the head is a function.
+"""Scores a step's hidden states and keeps the targets of each request.
 
-The wanted rows of all requests of a step are joined first, then cut into blocks: short rows of many sequences fill one
-matrix product, a position without a target costs nothing, and memory is bounded at any vocabulary size. Positions are
-absolute, so the chunks of a prompt may have any borders, and positions that are computed again after a preemption are
-written again.
+Torch, and no vLLM: the head is a function. The wanted rows of all requests of a step are joined first, then cut into
+blocks: short rows of many sequences fill one matrix product, a position without a target costs nothing, and memory is
+bounded at any vocabulary size. Positions are absolute, so the chunks of a prompt may have any borders, and positions
+that are computed again after a preemption are written again.
 
 Shape letters: `N` wanted positions of a step or request, `H` rows of hidden states, `V` vocabulary, `K` teacher top-k,
 `D` draws, `R` most kept draws of a position.

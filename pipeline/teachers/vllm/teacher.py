@@ -159,8 +159,8 @@ class VllmTeacher:
         ]
 
     def _answers(self, prompts: Sequence[TokenSequence], sampling: SamplingConfig) -> list[ScoredSequence]:
-        asked = [(prompt, number) for prompt in prompts for number in range(sampling.n)]
-        specs = [self._answer_spec(prompt, number, sampling) for prompt, number in asked]
+        numbered = [(prompt, number) for prompt in prompts for number in range(sampling.n)]
+        specs = [self._answer_spec(prompt, number, sampling) for prompt, number in numbered]
         outputs = self._engine.run(
             [
                 Request(
@@ -176,11 +176,11 @@ class VllmTeacher:
                         skip_special_tokens=False,  # a stop text may hold one, as with the other engines
                     ),
                 )
-                for (prompt, number), spec in zip(asked, specs, strict=True)
+                for (prompt, number), spec in zip(numbered, specs, strict=True)
             ]
         )
         sequences = []
-        for (prompt, number), output in zip(asked, outputs, strict=True):
+        for (prompt, number), output in zip(numbered, outputs, strict=True):
             answer = output.outputs[0]
             reason = "length" if answer.finish_reason == "length" else "stop"
             sequences.append(

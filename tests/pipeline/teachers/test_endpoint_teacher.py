@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tenacity.nap
 
 from coldstill.common import retry
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
@@ -106,7 +107,9 @@ def test_values_are_those_of_the_transformers_engine(server: ModelServer, folder
     ours = _teacher(server, min_prob=min_prob)
     reference = load_teacher(_config(folder, None, min_prob=min_prob), _header(folder))
     sequences = _sequences()
-    for (sequence, targets), (_, wanted) in zip(ours.score(sequences), reference.score(sequences), strict=True):
+    scored = ours.score(sequences)
+    assert all(one.sequence is sequence for one, sequence in zip(scored, sequences, strict=True))
+    for (sequence, targets), (_, wanted) in zip(scored, reference.score(sequences), strict=True):
         targets.check(token_count=_header(folder).token_count)
         _assert_close(targets, wanted)
         assert targets.draw_ids.size == 0
@@ -163,6 +166,21 @@ def test_a_fault_that_passes_is_no_fault(server: ModelServer, fault: Fault) -> N
     server.faults = [fault, fault]
     np.testing.assert_array_equal(teacher.score(_sequences(1))[0].targets.logprobs, wanted.logprobs)
     assert server.faults == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"), [("7", 7, 7), ("999", 30, 30), ("Wed, 21 Oct 2026 07:28:00 GMT", 0, 0.01)]
+)
+def test_a_wait_is_as_long_as_the_server_asks_for_up_to_half_a_minute(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, asked: str, least: float, most: float
+) -> None:
+    teacher = _teacher(server)
+    waits: list[float] = []
+    monkeypatch.setattr(tenacity.nap.time, "sleep", waits.append)
+    server.faults = [refused(503, Retry_After=asked)]
+    teacher.score(_sequences(1))
+    (wait,) = waits
+    assert least <= wait <= most
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def _load(config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig
 
 
 def _targets(teacher: Teacher, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-    return [scored.targets for scored in teacher.score(sequences)]
+    scored = teacher.score(sequences)
+    assert all(one.sequence is sequence for one, sequence in zip(scored, sequences, strict=True))
+    return [one.targets for one in scored]
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +299,12 @@ def test_prefix_caching_is_refused_where_equal_captures_must_give_equal_bytes(
 ) -> None:
     with pytest.raises(TeacherUnusable, match="enable_prefix_caching"):
         load_teacher(_config(folder, engine_args={"enable_prefix_caching": True}), header)
+
+
+@pytest.mark.parametrize("changes", [{"tap": "public"}, {"runner": "v2"}])
+def test_answers_need_the_tap_of_runner_v1(folder: Path, header: DatasetHeader, changes: dict[str, str]) -> None:
+    with pytest.raises(TeacherUnusable, match="wanted: tap worker, runner v1"):
+        load_teacher(_config(folder, **changes), header, SamplingConfig())
 
 
 def test_settings_that_the_worker_finds_wrong_are_refused_by_name(folder: Path, header: DatasetHeader) -> None:
