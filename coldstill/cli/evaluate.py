@@ -15,7 +15,7 @@ from rich.console import Console
 
 from coldstill.cli.output import show_result
 from coldstill.cli.per_token_table import show_records
-from coldstill.storage_schema import Dataset, open_dataset
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.tools.inspect.token_text import TokenText
 from coldstill.trainer.data import load_logit_dataset
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import (
     CommitDamaged,
     FileDamaged,

@@ -15,10 +15,9 @@ import pytest
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.errors import HeaderMismatch, InvalidRow, ShardDamaged, StreamDamaged
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.media import MediaReference
-from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.rows import CachedRow, MediaReference
 from coldstill.storage_schema.shard import SCHEMA, ShardFile, copy_shard, read_shard, write_shard
-from coldstill.storage_schema.shard.footer import MAX_GROUP_BYTES, MAX_GROUP_ROWS
+from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
 from tests import making
 
 
