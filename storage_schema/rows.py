@@ -41,9 +41,10 @@ class TeacherTargets:
     `ids int32 [N, K]`, `logprobs float32 [N, K]`: the kept ids, in no particular order, and the natural log of the full
     softmax at temperature 1. `counts int32 [N]`: how many of the K entries a position keeps (fewer than K where
     `min_prob` drops some); unused entries repeat the position's first id with log-prob -inf. `log_tail float32 [N]`:
-    log of the mass outside the kept ids. `label_logprob float32 [N]`: log-prob of the token that follows. `draw_ids int32
-    [R]`, `draw_counts int32 [N]`: those of `D` iid draws from the full softmax that fell outside the kept ids, position
-    by position, a multiset. `draw_logprobs float32 [R]`: their log-probs, if the dataset stores them.
+    log of the mass outside the kept ids. `label_logprob float32 [N]`: log-prob of the token that follows.
+
+    `draw_ids int32 [R]`, `draw_counts int32 [N]`: those of `D` iid draws from the full softmax that fell outside the
+    kept ids, position by position, a multiset. `draw_logprobs float32 [R]`: their log-probs, if they are stored.
     """
 
     ids: np.ndarray
