@@ -109,7 +109,7 @@ def move_pages(rng: random.Random, data: bytes) -> bytes:
 
 
 def huge_page(rng: random.Random, data: bytes) -> bytes:
-    """A page that says, or has, far more than its neighbours: from some MiB to 2 GiB."""
+    """A page that says, or has, far more than its neighbors: from some MiB to 2 GiB."""
     parts = Parts(data)
     place, page = _some_page(rng, parts)
     chunk = parts.chunks[place]

@@ -71,8 +71,8 @@ def test_row_groups_are_small(header: DatasetHeader) -> None:
     assert max(_open(write_shard([large] * 20, header=header)).group_rows) == 8
 
 
-def test_a_row_is_read_without_its_neighbours(header: DatasetHeader, rows: list[CachedRow]) -> None:
-    """The neighbours' frames are rubbish, and nobody looks."""
+def test_a_row_is_read_without_its_neighbors(header: DatasetHeader, rows: list[CachedRow]) -> None:
+    """The neighbors' frames are rubbish, and nobody looks."""
     file = _open(write_shard(rows, header=header))
     batch = file.batch(0)
     column = batch.column("ids").to_pylist()
