@@ -1,0 +1,135 @@
+"""`coldstill import axolotl`: import log-probs per position in the layout of axolotl's KD trainer.
+
+Parquet files or JSON lines with the columns of src/axolotl/integrations/kd at 067b021. `input_ids` is required: axolotl
+tokenizes the messages again at training time, and log-probs may then belong to other tokens.
+
+- prepared: `target_token_ids`, `target_logprobs`, `target_mask`, one list per token, as after its preprocessing;
+- raw, version 2: `logprobs` as lists of numbers with `target_token_ids`;
+- raw, version 1: `logprobs` as lists of `{"token": "token_id:N", "logprob": x}`.
+
+If there are fewer raw lists than tokens, they belong to the last tokens (`transform_logprobs` pads on the left). More
+lists than tokens are an error; axolotl keeps `logprobs[:-T]`, which are the wrong ones.
+
+`axolotl_rows.py` says which token a list is about, and which tokens are targets.
+
+NOT INVERTIBLE. axolotl's preprocessing scales the kept probabilities to a sum of 1 and to `kd_temperature`, which loses
+the mass outside them. Such files are rejected (`NotFullSoftmax`), and so is a temperature other than 1, which would
+need the normalizer of the full softmax. Import the raw lists instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from coldstill.storage_schema.manifest import Manifest
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.tokenizer import fingerprint
+from coldstill.tools.errors import NotFullSoftmax, SourceUnreadable
+
+from .axolotl_rows import AxolotlRows, Predicts, table_of
+from .importing import (
+    SAMPLE_ROWS,
+    BadRows,
+    Fidelity,
+    check_alignment,
+    check_not_renormalized,
+    import_rows,
+    imported_header,
+)
+from .input_files import JsonTables, ParquetTables, Tables, input_files, source_digest
+
+
+def import_axolotl(
+    source: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    tokenizer: str | Path,
+    teacher: str,
+    revision: str | None = None,
+    predicts: Predicts | None = None,
+    logprobs_field: str = "logprobs",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    vocab_size: int | None = None,
+    fidelity: Fidelity = "fine",
+    max_length: int = 131_072,
+    rows_per_unit: int = 64,
+    license: str | None = None,
+    bad_rows: BadRows = "fail",
+    progress: bool = True,
+) -> Manifest:
+    """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
+
+    `tokenizer`: local folder with the teacher's `tokenizer.json`. `predicts`: which token the list at a position is
+    about; `axolotl_rows.py` gives the default. `temperature`: that of the log-probs. `top_k`: entries kept at a
+    position, by default as many as the first row has; vLLM's lists have one more where the actual token is not among
+    the first K. `import_rows` explains `bad_rows`, memory, and how an import resumes.
+
+    Raises `SourceUnreadable`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`, `TokenizerNotFound`,
+    `InvalidHeader`, `HeaderMismatch`.
+    """
+    if temperature != 1.0:
+        raise NotFullSoftmax(
+            "temperature",
+            found=temperature,
+            wanted="1.0",
+            fix="capture again at temperature 1: a few log-probs at another temperature do not give the full softmax",
+        )
+    files = input_files(source, endings=(".parquet", ".jsonl"))
+    tables: Tables
+    if files[0].name.endswith(".jsonl"):
+        tables = JsonTables(files, to_table=lambda document: table_of(document, logprobs_field=logprobs_field))
+    else:
+        tables = ParquetTables(files)
+    prepared = _is_prepared(tables, logprobs_field)
+    rows = AxolotlRows(
+        tables,
+        prepared=prepared,
+        predicts=predicts or ("next" if prepared else "same"),
+        logprobs_field=logprobs_field,
+        token_count=fingerprint(tokenizer).token_count,
+        top_k=top_k,
+    )
+    first = [item.row for item in itertools.islice(rows.items(0), SAMPLE_ROWS)]
+    sample = [row for row in first if isinstance(row, CachedRow)]
+    other = "same" if rows.predicts == "next" else "next"
+    check_alignment(
+        sample,
+        fix=f"check how the file was made; predicts={other!r} (--predicts {other}) shifts the lists by one token",
+    )
+    if sample:
+        check_not_renormalized(
+            sample,
+            token_count=rows.token_count,
+            fix="import the file from before axolotl's preprocessing: this one does not hold the tail's mass",
+        )
+    settings = {"layout": "axolotl", "predicts": rows.predicts, "logprobs_field": logprobs_field}
+    header = imported_header(
+        tokenizer,
+        teacher=teacher,
+        revision=revision,
+        vocab_size=vocab_size,
+        top_k=rows.top_k,
+        fidelity=fidelity,
+        max_length=max_length,
+        rows_per_unit=rows_per_unit,
+        source_sha256=source_digest(files, settings=settings, progress=progress),
+        license=license,
+    )
+    return import_rows(rows, output, header=header, tokenizer=tokenizer, bad_rows=bad_rows, progress=progress)
+
+
+def _is_prepared(tables: Tables, logprobs_field: str) -> bool:
+    names = set(tables.names)
+    if "input_ids" in names and {"target_token_ids", "target_logprobs"} <= names:
+        return True
+    if "input_ids" in names and logprobs_field in names:
+        return False
+    raise SourceUnreadable(
+        "columns",
+        found=sorted(names)[:40],
+        wanted=f"input_ids, and target_token_ids with target_logprobs, or {logprobs_field}",
+        fix="store the token ids that were scored: tokenizing the messages again may give other ids",
+    )

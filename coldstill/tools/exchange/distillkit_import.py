@@ -1,0 +1,129 @@
+"""`coldstill import distillkit`: import a logit capture of arcee-ai/DistillKit.
+
+Parquet files with `input_ids` and one of three sets of columns, as in its README, `sample_common.py` and
+`compressor.py` at a61c2e7. New: `compressed_logprobs`, `bytepacked_indices`. Old: `packed_indices`, `exact_values`,
+`coeffs`. Not compressed: `token_ids`, `top_values`. `compression_config.yaml` holds the settings of the first two.
+
+`distillkit_rows.py` explains the alignment of rows with tokens, and packed rows.
+
+The files do not hold the tail mass, the label's log-prob outside the kept ids (`derived_targets.py` derives both),
+draws, or the teacher's name. They do not mark the pad token that a capture appends to short texts: `pad_id` removes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import fsspec
+
+from coldstill.storage_schema.manifest import Manifest
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.tokenizer import fingerprint
+from coldstill.tools.errors import CompressionUnknown, SourceUnreadable
+
+from .distillkit_compression import MAX_CONFIG_BYTES, Compression, Legacy, parse_config
+from .distillkit_rows import LAYOUTS, DistillKitRows
+from .importing import SAMPLE_ROWS, BadRows, Fidelity, check_alignment, import_rows, imported_header
+from .input_files import ParquetTables, input_files, source_digest
+
+CONFIG_NAME = "compression_config.yaml"
+
+
+def import_distillkit(
+    source: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    tokenizer: str | Path,
+    teacher: str,
+    revision: str | None = None,
+    config: str | Path | None = None,
+    vocab_size: int | None = None,
+    pad_id: int | None = None,
+    fidelity: Fidelity = "fine",
+    max_length: int = 131_072,
+    rows_per_unit: int = 64,
+    license: str | None = None,
+    bad_rows: BadRows = "fail",
+    progress: bool = True,
+) -> Manifest:
+    """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
+
+    `tokenizer`: local folder with the teacher's `tokenizer.json`. `config`: the compression settings, by default the
+    `compression_config.yaml` in the source folder; a training configuration that holds them works too. `pad_id`: one
+    such token at the end of a document is removed. Tokens are targets where the column `labels` is not -100, and all
+    are without that column. `within_mass` explains sums above 1, `derived_targets` the tail, and `import_rows`
+    `bad_rows`, memory, and how an import resumes.
+
+    Raises `SourceUnreadable`, `CompressionUnknown`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`,
+    `TokenizerNotFound`, `InvalidHeader`, `HeaderMismatch`.
+    """
+    files = input_files(source, endings=(".parquet",))
+    tables = ParquetTables(files)
+    layout = _layout(tables)
+    compression = None if layout == "plain" and config is None else _compression(source, config)
+    if layout != "plain" and isinstance(compression, Legacy) != (layout == "legacy"):
+        raise CompressionUnknown(
+            "compression settings",
+            found=f"settings of the {'old' if isinstance(compression, Legacy) else 'new'} compressor",
+            wanted=f"settings of the columns {LAYOUTS[layout]}",
+            fix="check that these are the settings of the capture",
+        )
+    token_count = fingerprint(tokenizer).token_count
+    rows = DistillKitRows(
+        tables, layout=layout, compression=compression, token_count=token_count, pad_id=pad_id, progress=progress
+    )
+    check_alignment(
+        (item.row for item in itertools.islice(rows.items(0), SAMPLE_ROWS) if isinstance(item.row, CachedRow)),
+        fix="check how the files were made: in DistillKit's captures, row t is about token t + 1",
+    )
+    settings = {
+        "layout": f"distillkit {layout}",
+        "compression": compression.model_dump(mode="json") if compression else None,
+        "pad_id": pad_id,
+    }
+    header = imported_header(
+        tokenizer,
+        teacher=teacher,
+        revision=revision,
+        vocab_size=max(vocab_size or 0, compression.d if compression else 0),
+        top_k=rows.top_k,
+        fidelity=fidelity,
+        max_length=max_length,
+        rows_per_unit=rows_per_unit,
+        source_sha256=source_digest(files, settings=settings, progress=progress),
+        license=license,
+    )
+    return import_rows(rows, output, header=header, tokenizer=tokenizer, bad_rows=bad_rows, progress=progress)
+
+
+def _layout(tables: ParquetTables) -> str:
+    for layout, columns in LAYOUTS.items():
+        if {"input_ids", *columns} <= set(tables.names):
+            return layout
+    raise SourceUnreadable(
+        "columns",
+        found=tables.names,
+        wanted=f"input_ids and one of {list(LAYOUTS.values())}",
+        fix="pass the Parquet files that DistillKit's capture wrote",
+    )
+
+
+def _compression(source: str | Path | Sequence[str | Path], config: str | Path | None) -> Compression:
+    if config is None:
+        first = source if isinstance(source, (str, Path)) else source[0]
+        folder = str(first) if not str(first).endswith(".parquet") else str(first).rpartition("/")[0]
+        config = f"{folder.rstrip('/') or '.'}/{CONFIG_NAME}"
+    try:
+        with fsspec.open(str(config), "rb") as stream:
+            data = cast(bytes, stream.read(MAX_CONFIG_BYTES + 1))
+    except OSError as error:
+        raise CompressionUnknown(
+            str(config),
+            found=str(error),
+            wanted="the settings that the capture was compressed with",
+            fix="pass them with --config: the bytes mean nothing without them",
+        ) from None
+    return parse_config(data, where=str(config))
