@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from coldstill.demo.measure import StudentSums, batches, target_logprobs
+from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
 from coldstill.demo.text import read_rows
-from coldstill.demo.tokenizer import load_tokenizer
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.preparation.prepare import prepare
 from coldstill.pipeline.units.worker import CaptureWorker
