@@ -57,8 +57,13 @@ spell: $(INSTALLED) ## American spelling, and none of the words of docs/words.tx
 types: $(INSTALLED) ## mypy
 	$(BIN)/mypy
 
-build-check: $(INSTALLED) ## build sdist and wheel in a temporary folder, compare their files, check their metadata
-	$(BIN)/python .ci/build_check.py
+build-check: $(INSTALLED) ## build sdist and wheel in a temporary folder and check their metadata
+	@# From a copy, because setuptools writes `build` and `*.egg-info` beside pyproject.toml.
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; mkdir "$$folder/source"; \
+	git ls-files -z | tar --create --null --files-from=- | tar --extract --directory "$$folder/source"; \
+	$(BIN)/python -m build --no-isolation --outdir "$$folder/dist" "$$folder/source" >"$$folder/log" || \
+		{ cat "$$folder/log"; exit 1; }; \
+	$(BIN)/python -m twine check --strict "$$folder"/dist/*
 
 fuzz: $(INSTALLED) ## damaged datasets: each reads as before or fails with a named error (COUNT=10000, SEED=0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(or $(COUNT),10000) --seed $(or $(SEED),0)

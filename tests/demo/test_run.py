@@ -109,7 +109,7 @@ def test_the_written_settings_are_accepted_by_both_halves(tmp_path: Path) -> Non
 
 def test_the_driver_imports_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "ray", "vllm", "matplotlib"}
-    program = f"import sys, coldstill.demo.run; print({heavy} & set(sys.modules))"
+    program = f"import sys, coldstill.demo.run; print({heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
