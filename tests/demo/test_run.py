@@ -107,6 +107,22 @@ def test_the_written_settings_are_accepted_by_both_halves(tmp_path: Path) -> Non
         assert len({run.model_dump_json(exclude={"loss", "output"}) for run in runs}) == 1
 
 
+def test_the_names_in_an_output_folder_stay_so_that_an_older_demo_resumes() -> None:
+    layout = Layout(Path("demo"))
+    paths = [layout.size, layout.text, layout.tokenizer, layout.teacher, layout.student, layout.dataset]
+    paths += [layout.capture_config, layout.capture_summary, layout.verified, layout.page, layout.card]
+    paths += [layout.measurements, layout.summary, layout.picture, layout.log("capture"), layout.rows("teacher", "raw")]
+    paths += [layout.train_config("taid"), layout.run("taid"), layout.teacher_presence("taid")]
+    paths += [layout.train_summary("taid")]
+    assert [path.relative_to("demo").as_posix() for path in paths] == [
+        *("size.json", "text", "tokenizer", "teacher", "student", "dataset"),
+        *("configs/capture.yaml", "capture.json", "verified.txt", "row.html", "dataset/README.md"),
+        *("measurements.json", "summary.json", "training.png", "logs/capture.txt", "text/teacher.raw.jsonl"),
+        *("configs/train_taid.yaml", "runs/taid", "runs/taid.witness.json"),
+        "runs/taid/train_summary.json",
+    ]
+
+
 def test_the_driver_imports_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "ray", "vllm", "matplotlib"}
     program = f"import sys, coldstill.demo.run; print({heavy!r} & set(sys.modules))"
