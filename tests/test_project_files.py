@@ -24,9 +24,10 @@ def citation() -> dict[str, Any]:
 
 
 def make_words(text: str) -> list[str]:
-    """The words after `make` in code: in backticks, or at the start of a line of a code block."""
-    found = re.findall(r"(?:^|`)make ([a-zA-Z0-9=_. /-]+)", text, re.MULTILINE)
-    return [word for words in found for word in words.split(" #")[0].split()]
+    """The words after `make` in code: between backticks, or at the start of a line of a code block."""
+    blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    found = re.findall(r"`make ([^`\n]+)`", text) + re.findall(r"^(?:\$ )?make ([^\n#]+)", blocks, re.MULTILINE)
+    return [word for words in found for word in words.split()]
 
 
 @pytest.mark.parametrize("page", PAGES)
