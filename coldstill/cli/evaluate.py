@@ -17,12 +17,12 @@ from coldstill.cli.output import show_result
 from coldstill.cli.per_token_table import show_records
 from coldstill.storage_schema import Dataset, open_dataset
 from coldstill.tools.inspect.token_text import TokenText
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
-from coldstill.trainer.evaluation.loading import Weights, load_measured
+from coldstill.trainer.evaluation.lm_eval_tasks import evaluate_tasks, require_tasks
+from coldstill.trainer.evaluation.measured_model import Weights, load_measured
 from coldstill.trainer.evaluation.per_token import token_records, write_records
 from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
-from coldstill.trainer.evaluation.tasks import evaluate_tasks, require_tasks
 
 ANOTHER_TEACHER_NATS = 0.05
 """Above this KL a resident teacher is called another one than the dataset's: storage costs 1e-4 at the most."""

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from coldstill import DistillTrainer, load_logit_dataset
-from coldstill.trainer.data import LogitDataset
 from coldstill.trainer.data.collate import collate
+from coldstill.trainer.data.logit_dataset import LogitDataset
 
 
 class Gradients(TrainerCallback):

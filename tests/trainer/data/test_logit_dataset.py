@@ -9,7 +9,7 @@ from coldstill.storage_schema import open_dataset
 from coldstill.storage_schema.errors import DatasetNotFound, DatasetNotSealed, StreamDamaged
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.shard import SCHEMA
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import NoTargets
 from tests import making
 

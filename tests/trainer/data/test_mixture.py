@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from coldstill.storage_schema import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import InvalidMixture
 from tests import making
 

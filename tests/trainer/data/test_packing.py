@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.data.packing import WINDOW_ROWS, Packer, packs_of
 from coldstill.trainer.data.row_reader import RowReference
 from coldstill.trainer.errors import RowTooLong

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from coldstill.storage_schema import open_dataset
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import CursorMismatch
 
 from .datasets import all_same, names, same

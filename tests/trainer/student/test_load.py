@@ -13,7 +13,8 @@ from coldstill.storage_schema import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.trainer.config import StudentConfig
 from coldstill.trainer.errors import AdapterMisfit, StudentHeadTooSmall, StudentNotFound
-from coldstill.trainer.student import check_tokenizer, load_student, tokenizer_files
+from coldstill.trainer.student.load import load_student
+from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
 from tests import making
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from coldstill.trainer.finished_student import MOST_ROWS, model_card, run_report
 from coldstill.trainer.loss_config import LossConfig
-from coldstill.trainer.model_card import model_card
-from coldstill.trainer.run_report import MOST_LINES, run_report
 from tests import making
 
 
@@ -17,7 +16,7 @@ def test_the_report_shows_the_curve_of_t_and_thins_out_a_long_log():
     text = run_report(log)
     assert "t from 0.000 to 1.000" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(lines) == MOST_LINES + 1
+    assert len(lines) == MOST_ROWS + 1
     assert lines[1].startswith("| 0 ")
     assert lines[-1].startswith("| 999 ")
 
@@ -63,4 +62,4 @@ def test_the_card_of_a_hub_student_names_it_for_the_hub():
     )
     data = ModelCard(text).data
     assert (data.base_model, data.library_name) == ("Qwen/Qwen2.5-0.5B", "peft")
-    assert "t at the end" not in text
+    assert "final t" not in text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.trainer.evaluation.calibration import BINS, bin_sums, calibration_bins, expected_calibration_error
+from coldstill.trainer.evaluation.report import BINS, bin_sums, calibration_bins, expected_calibration_error
 from tests.trainer.evaluation import reference
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
-from coldstill.trainer.data import load_logit_dataset
-from coldstill.trainer.data.thinning import with_fewer_draws, with_smaller_top_k
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
+from coldstill.trainer.data.subsample import with_fewer_draws, with_smaller_top_k
 from coldstill.trainer.errors import MoreThanStored
 from tests import making
 

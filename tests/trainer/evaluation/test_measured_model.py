@@ -20,8 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from coldstill.trainer.evaluation.evaluate import measuring
-from coldstill.trainer.evaluation.target_logits import LogitReader
+from coldstill.trainer.evaluation.measured_model import LogitReader, measuring
 from tests import making
 from tests.trainer.evaluation.batches import packed, padded, random_rows
 

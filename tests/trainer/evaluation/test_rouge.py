@@ -15,8 +15,7 @@ from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema import Dataset, open_dataset
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.errors import NoAnswers
-from coldstill.trainer.evaluation.answers import greedy_answers, questions
-from coldstill.trainer.evaluation.rouge import rouge_l
+from coldstill.trainer.evaluation.rouge import greedy_answers, questions, rouge_l
 from tests import making
 from tests.trainer.evaluation import reference
 from tests.trainer.evaluation.batches import load

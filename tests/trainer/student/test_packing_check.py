@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coldstill.trainer.errors import PackingUnsupported
-from coldstill.trainer.student import check_packing
+from coldstill.trainer.student.packing_check import check_packing
 from tests.trainer.student.families import FAMILIES, tiny
 
 

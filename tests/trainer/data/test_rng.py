@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coldstill.trainer.data.order import Purpose, permutation, uniforms_at, words, words_of_positions
+from coldstill.trainer.data.rng import Purpose, mixture_uniforms, permutation, words, words_of_positions
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 1000])
@@ -37,7 +37,7 @@ def test_words_of_a_position_do_not_depend_on_which_other_positions_are_asked_fo
 
 
 def test_uniforms_fill_the_unit_interval_and_blocks_do_not_overlap():
-    values = np.concatenate([uniforms_at(block, seed=5) for block in range(20)])
+    values = np.concatenate([mixture_uniforms(block, seed=5) for block in range(20)])
     assert np.unique(values).size == values.size
     counts = np.histogram(values, bins=8, range=(0, 1))[0]
     assert abs(counts - values.size / 8).max() < 4 * np.sqrt(values.size / 8)
