@@ -1,4 +1,4 @@
-"""How long a run is, by the plainest counting."""
+"""The length of a run, against simple counting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items that a thread makes ahead: the same items, the same errors, nothing left behind."""
+"""Prefetched items: the same items, the same errors, and no thread is left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_items_are_the_same():
     assert threads() == 0
 
 
-def test_no_more_than_depth_and_one_in_hand_are_made_ahead():
+def test_at_most_depth_items_and_one_more_are_prefetched():
     made = []
 
     def items():
@@ -38,7 +38,7 @@ def test_no_more_than_depth_and_one_in_hand_are_made_ahead():
     got.close()
 
 
-def test_an_error_comes_when_its_turn_has_come():
+def test_an_error_is_raised_after_the_items_before_it():
     def items():
         yield 1
         yield 2
@@ -51,7 +51,7 @@ def test_an_error_comes_when_its_turn_has_come():
     assert threads() == 0
 
 
-def test_who_stops_early_ends_the_thread_and_what_makes_the_items():
+def test_stopping_early_ends_the_thread_and_closes_the_items():
     ended = threading.Event()
 
     def items():
@@ -67,7 +67,7 @@ def test_who_stops_early_ends_the_thread_and_what_makes_the_items():
     assert threads() == 0
 
 
-def test_calls_are_made_in_order_and_their_errors_are_their_own():
+def test_calls_run_in_order_and_each_raises_its_own_error():
     done: list[int] = []
     calls = DaemonExecutor()
     results = [calls.submit(lambda n=n: done.append(n) or 1 / (n - 2)) for n in range(5)]
