@@ -28,7 +28,7 @@ class LoraConfig(FrozenModel):
     )
     merge: bool = Field(
         False,
-        description="Merge the adapters into the weights at the end; student/ is then a plain model, with them in adapter/.",
+        description="Merge the adapters into the weights at the end; student/ is then a plain model.",
     )
 
 

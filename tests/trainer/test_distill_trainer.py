@@ -271,9 +271,7 @@ def test_the_card_of_a_pushed_student_names_dataset_loss_and_t(tiny_dataset, tin
         assert fact in card
 
 
-def test_push_to_hub_pushes_checkpoints_during_training_and_the_card_at_the_end(
-    tiny_dataset, tiny_student, tmp_path, hub
-):
+def test_push_to_hub_pushes_checkpoints_in_training_and_the_card_at_the_end(tiny_dataset, tiny_student, tmp_path, hub):
     trainer, _ = build(
         tiny_dataset,
         tiny_student,

@@ -149,9 +149,7 @@ def test_the_checkpoint_of_another_recipe_is_a_named_error(tiny_dataset, tiny_st
     assert "another output" in error.value.fix
 
 
-def test_the_checkpoint_of_another_dataset_is_a_named_error_and_of_a_moved_one_is_not(
-    tiny_dataset, tiny_student, tmp_path
-):
+def test_the_checkpoint_of_another_dataset_is_an_error_and_of_a_moved_one_is_not(tiny_dataset, tiny_student, tmp_path):
     config = make_config(tiny_dataset, tiny_student, tmp_path / "run")
     summary = train(config)
     moved = tiny_dataset.rename(tmp_path / "moved")
@@ -297,9 +295,7 @@ def test_a_pushed_student_is_on_the_hub_with_its_card(tiny_dataset, tiny_student
 
 
 @pytest.mark.slow
-def test_a_process_killed_with_sigkill_resumes_to_the_weights_of_an_uninterrupted_one(
-    tiny_dataset, tiny_student, tmp_path
-):
+def test_a_process_killed_with_sigkill_resumes_to_the_weights_of_an_unbroken_one(tiny_dataset, tiny_student, tmp_path):
     train(make_config(tiny_dataset, tiny_student, tmp_path / "unbroken", training={"threads": 1}))
     config = make_config(tiny_dataset, tiny_student, tmp_path / "run", training={"threads": 1})
     (tmp_path / "config.json").write_text(config.model_dump_json())
