@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from coldstill.common.models import FrozenModel
 
-from .loss_config import LossConfig
+from .losses import LossConfig
+from .losses.taid import Taid
 
 
 class LoraConfig(FrozenModel):
@@ -177,7 +178,7 @@ class TrainConfig(FrozenModel):
     eval_dataset: str | None = Field(
         None, description="Path or URL of a sealed dataset of held-out rows, to measure the student on meanwhile."
     )
-    loss: LossConfig = Field(default_factory=LossConfig, description="What it learns from the cache.")
+    loss: LossConfig = Field(default_factory=Taid, description="What it learns from the cache.")
     data: DataConfig = Field(default_factory=DataConfig, description="In which order the rows come.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the optimizer moves.")
 

@@ -18,11 +18,12 @@ from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
 from .arguments import adapted, refuse_arguments
-from .config import LossConfig, StudentConfig
+from .config import StudentConfig
 from .data import LogitDataset
 from .evaluation import draws_per_position, evaluate_student
 from .loader import batch_loader, model_inputs
-from .losses import build_objective, build_schedule, memory_of
+from .losses import PluginLoss, read_loss
+from .losses.base import Loss, build_objective, state_of
 from .model_card import model_card
 from .resume import ResumePoint, data_order, resume_point
 from .run_folder import newest_checkpoint
@@ -49,7 +50,7 @@ class DistillTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         train_dataset: LogitDataset,
-        loss: str | LossConfig = "taid",
+        loss: str | Mapping[str, Any] | Loss | PluginLoss = "taid",
         pack_length: int | None = None,
         fused_head: bool = True,
         eval_dataset: LogitDataset | dict[str, LogitDataset] | None = None,
@@ -59,8 +60,9 @@ class DistillTrainer(Trainer):
     ):
         """`model`: a causal LM of transformers, one with peft adapters, or a folder or hub name.
 
-        `loss`: a name such as taid, forward_kl or cross_entropy, or a `LossConfig`. `pack_length`: tokens of a pack;
-        None pads each row of a batch. With `fused_head` False the loss is taken from the model's own logits.
+        `loss`: a name such as taid, forward_kl or cross_entropy, a mapping such as {"name": "js", "beta": 0.5}, or an
+        object such as `Taid(t_start=0.2)`, also of a class of your own. `pack_length`: tokens of a pack; None pads each
+        row of a batch. With `fused_head` False the loss is taken from the model's own logits.
         `processing_class`: the student's tokenizer, checked against the dataset's and saved with each checkpoint.
         `args.data_seed` (`args.seed` where it is None) decides the order of the rows. Other arguments are Trainer's.
 
@@ -69,7 +71,7 @@ class DistillTrainer(Trainer):
         """
         args = args or TrainingArguments("trainer_output")
         refuse_arguments(args)
-        self.loss_config = LossConfig(name=loss) if isinstance(loss, str) else loss
+        self.distillation_loss = read_loss(loss)
         header = train_dataset.header
         student = load_student(StudentConfig(model=model), header) if isinstance(model, str) else model
         name = innermost(student).config.name_or_path or type(innermost(student)).__name__
@@ -77,7 +79,7 @@ class DistillTrainer(Trainer):
         if processing_class is not None and processing_class.is_fast:
             check_tokenizer(processing_class.backend_tokenizer.to_str().encode(), header, name=name)
         self.objective = build_objective(
-            self.loss_config,
+            self.distillation_loss,
             draws=train_dataset.draws,
             mean_tail_mass=train_dataset.mean_tail_mass(),
             dense=train_dataset.is_dense,
@@ -93,7 +95,7 @@ class DistillTrainer(Trainer):
             use_cache=getattr(innermost(student).config, "use_cache", True),
         )
         self.record = StepRecord(
-            build_schedule(self.loss_config), memory_of(self.objective), order=self.order, length=self.length
+            self.distillation_loss.new_schedule(), state_of(self.objective), order=self.order, length=self.length
         )
         self._resumed = ResumePoint()
         super().__init__(
@@ -186,8 +188,8 @@ class DistillTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure the student as `evaluate_student` does; the same names, with `eval_` before them.
 
-        `eval_loss` is what the run strives for, free of t: the cross-entropy for that loss, else the best figure of
-        KL(teacher || student) that the dataset allows. t, the order of rows and random numbers are left alone.
+        `eval_loss` does not depend on t: the cross-entropy for that loss, else the best figure of KL(teacher ||
+        student) that the dataset allows. t, the order of rows and random numbers are left alone.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -207,7 +209,7 @@ class DistillTrainer(Trainer):
                 draws=draws_per_position(dataset),
                 reduce=lambda sums: self.accelerator.reduce(sums, "sum"),
             ).metrics()
-        found = {"loss": found[self._strives_for(found)], **found}
+        found = {"loss": found[self._eval_loss(found)], **found}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=dataset.rows)
         self.log(metrics)
@@ -227,18 +229,15 @@ class DistillTrainer(Trainer):
                 student=innermost(self.model).config.name_or_path,
                 headers=[source.header for source in self.train_dataset.sources.datasets],
                 dataset_ids=self.train_dataset.dataset_ids,
-                loss=self.loss_config,
+                loss=self.distillation_loss,
                 record=self.record.state()["attributes"],
                 steps=self.state.global_step,
                 adapters=innermost(self.model) is not self.model,
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
-    def _strives_for(self, found: Mapping[str, float]) -> str:
-        if self.loss_config.name == "cross_entropy":
-            return "cross_entropy"
-        names = ("forward_kl_estimate", "soft_cross_entropy_estimate", "forward_kl_lower_bound")
-        return next(name for name in names if name in found)
+    def _eval_loss(self, found: Mapping[str, float]) -> str:
+        return next(name for name in self.distillation_loss.eval_loss if name in found)
 
     def _batches(
         self, dataset: LogitDataset, *, batch_size: int, epochs: int | None = None, after: dict[str, Any] | None = None

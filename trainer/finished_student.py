@@ -10,6 +10,7 @@ import torch
 
 from .config import TrainConfig
 from .data import LogitDataset
+from .losses import read_loss
 from .model_card import model_card
 from .run_folder import ADAPTER_FOLDER, REPORT_NAME, STATE_NAME, STUDENT_FOLDER, Checkpoint, write_json
 from .run_report import run_report
@@ -50,7 +51,7 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
         student=config.student.model or "",
         headers=[source.header for source in dataset.sources.datasets],
         dataset_ids=dataset.dataset_ids,
-        loss=config.loss,
+        loss=read_loss(config.loss),
         record=chosen.state["stateful_callbacks"][RECORD_NAME]["attributes"],
         steps=chosen.step,
         adapters=lora is not None and not lora.merge,

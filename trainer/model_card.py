@@ -11,21 +11,7 @@ from huggingface_hub import ModelCardData
 
 from coldstill.storage_schema import DatasetHeader
 
-from .loss_config import LossConfig
-
-LOSS_TITLES = {
-    "taid": "TAID (arXiv 2501.16937)",
-    "forward_kl": "forward KL to the teacher",
-    "reverse_kl": "reverse KL to the teacher",
-    "js": "generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649)",
-    "tvd": "total variation distance (f-DISTILL, arXiv 2307.15190)",
-    "skew_forward_kl": "skew forward KL (DistiLLM, arXiv 2402.03898)",
-    "skew_reverse_kl": "skew reverse KL (DistiLLM, arXiv 2402.03898)",
-    "adaptive_kl": "adaptive KL (arXiv 2404.02657)",
-    "dkd": "decoupled knowledge distillation (arXiv 2203.08679)",
-    "ctkd": "curriculum temperature (arXiv 2211.16231)",
-    "cross_entropy": "cross-entropy on the rows' own tokens; no teacher",
-}
+from .losses.base import Loss
 
 
 def model_card(
@@ -33,7 +19,7 @@ def model_card(
     student: str,
     headers: Sequence[DatasetHeader],
     dataset_ids: Sequence[str],
-    loss: LossConfig,
+    loss: Loss,
     record: Mapping[str, Any],
     steps: int,
     adapters: bool,
@@ -56,8 +42,8 @@ def model_card(
         "teacher": ", ".join(_teacher(header) for header in headers),
         "dataset id": ", ".join(dataset_ids),
         "licence of the dataset": ", ".join(header.licence or "not stated" for header in headers),
-        "loss": f"{LOSS_TITLES[loss.name]}, tail: {loss.tail}",
-        "cross-entropy share": f"{loss.cross_entropy_share:g}",
+        "loss": loss.heading,
+        "cross-entropy share": f"{loss.label_share:g}",
         "optimizer steps": f"{steps:,}",
         "targets seen": f"{record['targets']:,}",
     }

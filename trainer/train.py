@@ -21,6 +21,7 @@ from .data import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
 from .early_stopping import EarlyStopping
 from .finished_student import push_student, write_student
+from .losses import run_identity
 from .run_folder import SUMMARY_NAME, Checkpoint, claim, full_disk_named, newest_checkpoint, write_json
 from .step_record import STATE_NAME
 from .student import check_tokenizer, load_student, tokenizer_files
@@ -139,7 +140,7 @@ def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
     return {
         "dataset_ids": list(dataset.dataset_ids),
         "student": config.student.model_dump(exclude={"gradient_checkpointing"}),
-        "loss": config.loss.model_dump(),
+        "loss": run_identity(config.loss),
         "data": config.data.model_dump(include={"seed", "weights", "top_k", "draws"}),
         "training": config.training.model_dump(exclude=of_this_start),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from coldstill.trainer.loss_config import LossConfig
+from coldstill.trainer.losses import read_loss
 from coldstill.trainer.model_card import model_card
 from coldstill.trainer.run_report import MOST_LINES, run_report
 from tests import making
@@ -37,7 +37,7 @@ def test_the_card_can_be_read_by_the_hub_and_hides_local_folders(tiny_student: P
         student=str(tiny_student),
         headers=[making.tiny_header(tiny_student)],
         dataset_ids=["a" * 64],
-        loss=LossConfig(name="taid"),
+        loss=read_loss("taid"),
         record={"targets": 1234567, "schedule": {"t": 0.9}},
         steps=12,
         adapters=False,
@@ -56,7 +56,7 @@ def test_the_card_of_a_hub_student_names_it_for_the_hub():
         student="Qwen/Qwen2.5-0.5B",
         headers=[],
         dataset_ids=[],
-        loss=LossConfig(name="cross_entropy"),
+        loss=read_loss("cross_entropy"),
         record={"targets": 1, "schedule": None},
         steps=1,
         adapters=True,

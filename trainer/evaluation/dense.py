@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from coldstill.trainer.losses.cache_view import bucket_kl
-from coldstill.trainer.losses.student_view import see_
+from coldstill.trainer.loss_kernels.logit_view import forward_
 from coldstill.trainer.targets import SparseTargets
 
 from .figures import Figures
@@ -33,7 +32,7 @@ def dense_figures(logits: torch.Tensor, teacher_logits: torch.Tensor, targets: S
         "last_fifth_mass": q.gather(1, last).sum(1, dtype=torch.float64),
         "teacher_last_fifth_mass": p.gather(1, last).sum(1, dtype=torch.float64),
         # Of logits that a log-softmax went over already: it changes nothing, and the memory is there.
-        "cached_teacher_kl": bucket_kl(see_(log_p, targets).view, targets).double(),
+        "cached_teacher_kl": forward_(log_p, targets).log_probs.buckets(targets).kl().double(),
     }
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from coldstill.trainer.losses.cache_view import CacheView
-from coldstill.trainer.losses.protocol import StudentView
-from coldstill.trainer.losses.student_view import see_
+from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs, forward_
 from coldstill.trainer.targets import SparseTargets
 
 from .tail_draws import tail_estimates
@@ -31,7 +29,7 @@ def cache_figures(logits: torch.Tensor, targets: SparseTargets, *, draws: int) -
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     favourite = wide.max(1)
     label_logits = wide.gather(1, targets.labels[:, None])[:, 0]
-    view = _in_float64(see_(wide, targets).view)
+    view = _in_float64(forward_(wide, targets).log_probs)
     # What lies between a logit and its log-prob is the same for all ids of a position.
     log_confidence = (favourite.values - label_logits).double() + view.log_q_label
 
@@ -54,8 +52,8 @@ def by_probability(targets: SparseTargets) -> torch.Tensor:
     return by_id.gather(1, targets.logprobs.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
 
 
-def _divergences(view: StudentView, targets: SparseTargets, *, draws: int) -> Figures:
-    both = CacheView.of(view, targets)
+def _divergences(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -> Figures:
+    both = view.buckets(targets)
     found = {
         "forward_kl_lower_bound": both.expect(both.log_p.exp(), both.log_p - both.log_q),
         "reverse_kl_lower_bound": both.expect(both.log_q.exp(), both.log_q - both.log_p),
@@ -70,7 +68,7 @@ def _divergences(view: StudentView, targets: SparseTargets, *, draws: int) -> Fi
     return found
 
 
-def _masses(view: StudentView, targets: SparseTargets, order: torch.Tensor) -> Figures:
+def _masses(view: StudentLogProbs, targets: SparseTargets, order: torch.Tensor) -> Figures:
     student = (view.log_q.exp() * targets.kept).gather(1, order)
     teacher = targets.logprobs.double().exp().gather(1, order)
     tail = view.log_q_tail.exp()
@@ -84,5 +82,5 @@ def _masses(view: StudentView, targets: SparseTargets, order: torch.Tensor) -> F
     }
 
 
-def _in_float64(view: StudentView) -> StudentView:
-    return StudentView(**{name: tensor.double() for name, tensor in vars(view).items()})
+def _in_float64(view: StudentLogProbs) -> StudentLogProbs:
+    return StudentLogProbs(**{name: tensor.double() for name, tensor in vars(view).items()})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from coldstill.trainer.student import innermost
-from coldstill.trainer.student.head import find_head
+from coldstill.trainer.student.forward import find_head
 from coldstill.trainer.targets import SparseTargets
 
 Part = Callable[[int, int], torch.Tensor]

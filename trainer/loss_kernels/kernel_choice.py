@@ -1,38 +1,30 @@
-"""Which passes a device gets: logits come in, the plain passes or Triton's go out.
+"""Whether this GPU may use the Triton passes: they must agree with the plain ones on random logits first.
 
-Triton's are taken on CUDA for float32, once they have agreed with the plain ones there. Whatever goes wrong on the way
-(no Triton, no C compiler, a GPU it does not know, another result) is one line in the log, and the plain passes.
-`COLDSTILL_TRITON=0` in the environment turns them off.
+Any failure on the way (no Triton, no C compiler, an unknown GPU, a different result) is one warning in the log, and the
+plain passes are used. `COLDSTILL_TRITON=0` in the environment turns Triton off without a warning.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 
 import torch
 
+from coldstill.common.errors import first_line
 from coldstill.trainer.targets import SparseTargets
 
-from .row_passes import PlainPasses, RowGradient, RowPasses
+from .logit_view import TRITON_SWITCH, PlainPasses, RowGradient, RowPasses
 
-SWITCH = "COLDSTILL_TRITON"
 LARGEST_DIFFERENCE = 1e-4
 """Between two float32 results of the self-check: absolute below 1, relative above."""
 
 log = logging.getLogger(__name__)
 
 
-def fastest_passes(logits: torch.Tensor) -> RowPasses:
-    """The passes for `logits`; the first call on a GPU compiles and checks, a few seconds."""
-    if logits.is_cuda and logits.dtype == torch.float32 and os.environ.get(SWITCH, "1") != "0":
-        return _checked(logits.device)
-    return PlainPasses()
-
-
 @functools.cache
-def _checked(device: torch.device) -> RowPasses:
+def checked_passes(device: torch.device) -> RowPasses:
+    """Triton's passes where they are correct on `device`, else the plain ones."""
     try:
         from .triton_passes import TritonPasses
 
@@ -41,14 +33,15 @@ def _checked(device: torch.device) -> RowPasses:
             return passes
         reason = f"they differ from the plain passes by {found:.1e}"
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    log.warning("losses on %s run without Triton: %s (%s=0 turns it off silently)", device, reason, SWITCH)
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    log.warning("losses on %s run without Triton: %s (%s=0 turns it off silently)", device, reason, TRITON_SWITCH)
     return PlainPasses()
 
 
 def difference(passes: RowPasses, device: torch.device, *, vocabulary: int = 20_011) -> float:
-    """Largest difference between `passes` and the plain ones on random logits: pads, repeated draws, positions without
-    draws, labels inside and outside the kept ids. Not a number where either gives one that is not."""
+    """Largest difference between `passes` and the plain ones on random logits; NaN where either result has a NaN.
+
+    The logits cover padding, repeated draws, positions without draws, labels inside and outside the kept ids."""
     positions, top_k, most_draws = 8, 6, 5
     random = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(positions, vocabulary, generator=random)
