@@ -150,7 +150,9 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
 
 def _located(place: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
     """The keys of a file that lead to `place` in pydantic's terms, and the model of the section that holds it."""
-    keys, section, variants = [], model, {}
+    keys: list[str] = []
+    section: type[BaseModel] | None = model
+    variants: dict[str, type[BaseModel]] = {}
     for depth, part in enumerate(place):
         if part in variants:
             section, variants = variants[str(part)], {}

@@ -18,19 +18,25 @@ any size, and no mass is lost to underflow.
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from coldstill.common.errors import first_line
 from coldstill.trainer.targets import SparseTargets
+
+from .row_passes import LARGEST_DIFFERENCE, RowGradient, RowPasses, RowReadings, difference
 
 LOG_EMPTY_TAIL = -60.0
 """Log mass of a tail without ids, where the kept ids are the whole vocabulary: e^-60 is zero, and 0 * -60 is finite."""
 
 TRITON_SWITCH = "COLDSTILL_TRITON"
 """Environment variable; 0 turns the Triton passes off."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,44 +123,6 @@ class Buckets:
         return self.expect(self.log_q.exp(), self.log_q - self.log_p)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowReadings:
-    """What the first pass reads of logits z. `of_kept [M, K]`, `of_draws [M, N]`, `of_label [M]`: z at these ids.
-    `tail_max [M]`: the largest z outside the kept ids; `tail_sum [M]`: the sum of exp(z - tail_max) there, at least 1.
-    Where the kept ids are the whole vocabulary these two are the lowest finite number and 0."""
-
-    of_kept: torch.Tensor
-    of_draws: torch.Tensor
-    of_label: torch.Tensor
-    tail_max: torch.Tensor
-    tail_sum: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowGradient:
-    """A gradient by logits z in compact form. `of_tail [M]`: the factor of exp(z - tail_max) outside the kept ids;
-    `at_kept [M, K]`, `at_draws [M, N]`, `at_label [M]`: terms at single ids; 0 at padding; repeated ids add up."""
-
-    of_tail: torch.Tensor
-    at_kept: torch.Tensor
-    at_draws: torch.Tensor
-    at_label: torch.Tensor
-
-
-class RowPasses(Protocol):
-    """Two passes over the same logits `[M, V]`, both in place."""
-
-    def read_(self, logits: torch.Tensor, targets: SparseTargets) -> RowReadings:
-        """Read the logits, and leave in their memory what `write_` needs."""
-        ...
-
-    def write_(
-        self, logits: torch.Tensor, targets: SparseTargets, readings: RowReadings, gradient: RowGradient
-    ) -> torch.Tensor:
-        """Write `gradient` in full, `[M, V]`, into the memory that `read_` left."""
-        ...
-
-
 class PlainPasses:
     """In torch alone, on any device, in float32 or float64; `read_` leaves the softmax over the tail, 0 at kept ids.
 
@@ -192,11 +160,28 @@ class PlainPasses:
 
 
 def passes_for(logits: torch.Tensor) -> RowPasses:
-    """The fastest passes for `logits`; the first call on a GPU compiles and checks Triton's, which takes seconds."""
-    if logits.is_cuda and logits.dtype == torch.float32 and os.environ.get(TRITON_SWITCH, "1") != "0":
-        from .kernel_choice import checked_passes
+    """Triton's passes for float32 logits on a GPU that computes them correctly, else the plain ones.
 
-        return checked_passes(logits.device)
+    The first call on a GPU compiles and checks, which takes seconds. Any failure (no Triton, no C compiler, an unknown
+    GPU, a different result) is one warning in the log. `COLDSTILL_TRITON=0` in the environment skips Triton silently.
+    """
+    if logits.is_cuda and logits.dtype == torch.float32 and os.environ.get(TRITON_SWITCH, "1") != "0":
+        return _checked_passes(logits.device)
+    return PlainPasses()
+
+
+@functools.cache
+def _checked_passes(device: torch.device) -> RowPasses:
+    try:
+        from .triton_passes import TritonPasses
+
+        passes = TritonPasses()
+        if (found := difference(passes, PlainPasses(), device)) <= LARGEST_DIFFERENCE:
+            return passes
+        reason = f"they differ from the plain passes by {found:.1e}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    log.warning("losses on %s run without Triton: %s (%s=0 turns it off silently)", device, reason, TRITON_SWITCH)
     return PlainPasses()
 
 

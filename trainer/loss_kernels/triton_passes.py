@@ -2,8 +2,8 @@
 
 Shape letters: `M` target positions, `V` vocabulary, `K` teacher top-k, `N` padded draws.
 
-`RowPasses` in `logit_view.py` says what the passes take and return. This file imports Triton, so only
-`kernel_choice.py` and tests import it.
+`RowPasses` in `row_passes.py` is the contract. This file imports Triton, so only `logit_view.py`, on a GPU, and tests
+import it.
 
 The logits are moved three times: one read for maximum and sum together (online softmax, arXiv 1805.02867), and one read
 and one write for the gradient. `PlainPasses` moves them six times; it is the reference in tests and in the self-check
@@ -21,7 +21,7 @@ import triton.language as tl
 
 from coldstill.trainer.targets import SparseTargets
 
-from .logit_view import RowGradient, RowReadings
+from .row_passes import RowGradient, RowReadings
 
 BLOCK = 8192
 WARPS = 8

@@ -44,8 +44,10 @@ LOSSES: dict[str, type[Loss]] = {"taid": Taid, **_losses_of_this_folder()}
 
 def _with_name(given: Any) -> Any:
     """A mapping with the default name where it has none, and without the options that are null."""
-    if not isinstance(given, Mapping):
+    if isinstance(given, Loss | PluginLoss):
         return given
+    if not isinstance(given, Mapping):
+        raise ValueError("should be a mapping, such as {name: taid}")
     chosen = {"name": "taid", **{option: value for option, value in given.items() if value is not None}}
     name = chosen["name"]
     if not isinstance(name, str) or (name not in LOSSES and not is_plugin(name)):
@@ -53,8 +55,8 @@ def _with_name(given: Any) -> Any:
     return chosen
 
 
-def _tag(given: Any) -> str:
-    name = given["name"] if isinstance(given, Mapping) else getattr(given, "name", "")
+def _tag(given: Mapping[str, Any] | Loss | PluginLoss) -> str:
+    name: str = given["name"] if isinstance(given, Mapping) else given.name
     return "plugin" if is_plugin(name) else name
 
 

@@ -23,9 +23,9 @@ which are constants of the step: the gradient does not need them, and the entrop
 about the teacher. THE GRADIENT is that of this value with P fixed, and equals `q - target` exactly.
 
 THE CORRECTED MASS. Dense TAID gives the tail the weight `sum over T of q^(1-t) p^t = m_q^(1-t) m_p^t R`, where q' and
-p' are the two tails' shapes and `R = E over draws of r`, `r = (q' / p')^(1-t)`, at most 1. The bucket takes R = 1, which
-is most of the error of its gradient at t < 1: relative error .52 against .14 with R estimated (t = .4, K = 16, 32
-draws, a flat teacher).
+p' are the two tails' shapes and `R = E over draws of r`, `r = (q' / p')^(1-t)`, at most 1. The bucket takes R = 1: most
+of the error of its gradient at t < 1, which is .52 relative, against .14 with R estimated (t = .4, K = 16, 32 draws, a
+flat teacher).
 
     R of a position = (sum of its r + c r_prior) / (its draws + c)
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from coldstill.trainer.loss_kernels.kernel_choice import checked_passes
-from coldstill.trainer.loss_kernels.logit_view import TRITON_SWITCH, PlainPasses, passes_for
+from coldstill.trainer.loss_kernels.logit_view import TRITON_SWITCH, PlainPasses, _checked_passes, passes_for
 from tests.trainer.loss_kernels.triton_cases import CASES
 
 triton = pytest.importorskip("triton")
@@ -87,7 +86,7 @@ def cuda_logits() -> torch.Tensor:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which nothing goes wrong")
 def test_where_triton_cannot_run_there_is_one_line_and_the_plain_passes(caplog: pytest.LogCaptureFixture) -> None:
-    checked_passes.cache_clear()
+    _checked_passes.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert isinstance(passes_for(cuda_logits()), PlainPasses)
         assert isinstance(passes_for(cuda_logits()), PlainPasses)
@@ -100,7 +99,7 @@ def test_where_triton_cannot_run_there_is_one_line_and_the_plain_passes(caplog: 
 def test_float64_and_the_switch_get_the_plain_passes_without_a_word(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked_passes.cache_clear()
+    _checked_passes.cache_clear()
     assert isinstance(passes_for(cuda_logits().double()), PlainPasses)
     monkeypatch.setenv(TRITON_SWITCH, "0")
     assert isinstance(passes_for(cuda_logits()), PlainPasses)
@@ -111,5 +110,5 @@ def test_float64_and_the_switch_get_the_plain_passes_without_a_word(
 def test_a_gpu_gets_the_kernels() -> None:
     from coldstill.trainer.loss_kernels.triton_passes import TritonPasses
 
-    checked_passes.cache_clear()
+    _checked_passes.cache_clear()
     assert isinstance(passes_for(torch.zeros(1, 2, device="cuda")), TritonPasses)

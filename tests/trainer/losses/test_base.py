@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_what_a_loss_needs_whatever_its_tail_is_checked_too():
 def test_a_loss_whose_record_is_not_complete_cannot_be_defined(lacking):
     parts = {"title": "a title", "arxiv": None, "__call__": CrossEntropy.__call__}
     fields = {"name": Field("mine", description="Mine.")}
-    complete = {"__annotations__": {"name": "Literal['mine']"}, "__module__": __name__, **fields, **parts}
+    complete = {"__annotations__": {"name": Literal["mine"]}, "__module__": __name__, **fields, **parts}
     assert type(TeacherLoss)("Mine", (TeacherLoss,), dict(complete))().name == "mine"
     del complete[lacking]
     with pytest.raises(TypeError, match=lacking):

@@ -98,7 +98,7 @@ def test_survives_being_written_down_and_read_again(name):
         ({"nmae": "taid"}, r"loss\.nmae\n.*unknown key\n.*\n.*did you mean loss\.name\?"),
         ({"name": "js", "bta": 0.3}, r"did you mean loss\.beta\?"),
         ({"t_strat": 0.3}, r"did you mean loss\.t_start\?"),
-        ("taid", "dictionary"),
+        ("taid", r"loss\n.*'taid'\n.*should be a mapping, such as \{name: taid\}"),
     ],
 )
 def test_what_a_loss_does_not_have_is_refused_by_name(given, says):
