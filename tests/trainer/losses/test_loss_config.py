@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,17 @@ from pathlib import Path
 import pytest
 from pydantic import Field, TypeAdapter
 
+from coldstill import load_logit_dataset
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys
 from coldstill.common.plugins import PluginNotFound
 from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.errors import CheckpointMismatch
 from coldstill.trainer.losses import LOSSES, LossConfig, PluginLoss, read_loss, run_identity
 from coldstill.trainer.losses.cross_entropy import CrossEntropy
 from coldstill.trainer.losses.divergences import JensenShannon
 from coldstill.trainer.losses.taid import Taid
+from coldstill.trainer.run_folder import claim
+from coldstill.trainer.train import _identity
 
 KEYS = {"dataset": "d", "output": "o", "student": {"model": "m"}}
 SHARED = {"name", "tail", "cross_entropy_share"}
@@ -229,3 +234,19 @@ OLD_IDENTITIES = [
 def test_a_run_of_an_earlier_release_has_the_same_identity(given, stored):
     """`stored`: what `run.json` of that release held for the loss."""
     assert run_identity(section(given)) == stored
+
+
+def test_the_folder_of_a_run_of_an_earlier_release_is_the_same_run(tiny_dataset: Path, tmp_path: Path):
+    given, stored = OLD_IDENTITIES[1]
+    config = TrainConfig.model_validate(
+        {"dataset": str(tiny_dataset), "output": str(tmp_path / "run"), "student": {"model": "m"}, "loss": given}
+    )
+    dataset = load_logit_dataset(config.dataset)
+    identity = {**_identity(config, dataset), "loss": stored}
+    (tmp_path / "run/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-1/trainer_state.json").write_text('{"global_step": 1, "max_steps": 2}')
+    (tmp_path / "run/run.json").write_text(json.dumps(identity))
+    claim(tmp_path / "run", _identity(config, dataset), write=False)
+    other = config.model_copy(update={"loss": JensenShannon(beta=0.4)})
+    with pytest.raises(CheckpointMismatch, match="differs in loss"):
+        claim(tmp_path / "run", _identity(other, dataset), write=False)
