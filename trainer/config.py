@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from coldstill.common.models import FrozenModel
 
-from .loss_config import LossConfig
+from .losses import LossConfig
+from .losses.taid import Taid
 
 
 class LoraConfig(FrozenModel):
@@ -180,7 +181,7 @@ class TrainConfig(FrozenModel):
     eval_dataset: str | None = Field(
         None, description="Path or URL of a sealed dataset of held-out rows to evaluate on during training."
     )
-    loss: LossConfig = Field(default_factory=LossConfig, description="The loss.")
+    loss: LossConfig = Field(default_factory=Taid, description="The loss.")
     data: DataConfig = Field(
         default_factory=DataConfig, description="Row order, mixing and use of the stored distributions."
     )

@@ -19,14 +19,15 @@ from transformers.utils import logging
 
 from .arguments import adapt_arguments, validate_arguments
 from .checkpoints import ResumePoint, data_order, newest_checkpoint, resume_point
-from .config import LossConfig, StudentConfig
+from .config import StudentConfig
 from .data.collate import model_inputs
 from .data.logit_dataset import LogitDataset
 from .data.stream import LogitStream
 from .evaluation.evaluate import evaluate_student
 from .evaluation.tail_draws import draws_per_position
 from .finished_student import model_card
-from .losses import build_objective, build_schedule, memory_of
+from .losses import PluginLoss, read_loss
+from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
 from .student.forward import distil_in_forward, innermost
 from .student.load import check_head, load_student
@@ -84,7 +85,7 @@ class DistillTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         train_dataset: LogitDataset,
-        loss: str | LossConfig = "taid",
+        loss: str | Mapping[str, Any] | Loss | PluginLoss = "taid",
         pack_length: int | None = None,
         fused_head: bool = True,
         eval_dataset: LogitDataset | dict[str, LogitDataset] | None = None,
@@ -95,7 +96,8 @@ class DistillTrainer(Trainer):
         """Check that student and dataset fit, and build the loss.
 
         - `model`: a causal LM of transformers, one with peft adapters, or a folder or hub name.
-        - `loss`: a name such as taid, forward_kl or cross_entropy, or a `LossConfig`.
+        - `loss`: a name such as taid, forward_kl or cross_entropy, a mapping such as {"name": "js", "beta": 0.5}, or an
+          object such as `Taid(t_start=0.2)`, also of a class of your own.
         - `pack_length`: tokens of a pack; None pads each row of a batch to the longest.
         - `fused_head`: compute the head and the loss in chunks; False uses the logits of the model's own forward pass.
         - `processing_class`: the student's tokenizer, checked against the dataset's and saved with each checkpoint.
@@ -108,7 +110,7 @@ class DistillTrainer(Trainer):
         """
         args = args or TrainingArguments("trainer_output")
         validate_arguments(args)
-        self.loss_config = LossConfig(name=loss) if isinstance(loss, str) else loss
+        self.distillation_loss = read_loss(loss)
         header = train_dataset.header
         student = load_student(StudentConfig(model=model), header) if isinstance(model, str) else model
         name = innermost(student).config.name_or_path or type(innermost(student)).__name__
@@ -116,7 +118,7 @@ class DistillTrainer(Trainer):
         if processing_class is not None and processing_class.is_fast:
             check_tokenizer(processing_class.backend_tokenizer.to_str().encode(), header, name=name)
         self.objective = build_objective(
-            self.loss_config,
+            self.distillation_loss,
             draws=train_dataset.draws,
             mean_tail_mass=train_dataset.mean_tail_mass(),
             dense=train_dataset.is_dense,
@@ -132,7 +134,7 @@ class DistillTrainer(Trainer):
             use_cache=getattr(innermost(student).config, "use_cache", True),
         )
         self.record = StepRecord(
-            build_schedule(self.loss_config), memory_of(self.objective), order=self.order, length=self.length
+            self.distillation_loss.new_schedule(), state_of(self.objective), order=self.order, length=self.length
         )
         self._resumed = ResumePoint()
         super().__init__(
@@ -256,7 +258,7 @@ class DistillTrainer(Trainer):
                 student=innermost(self.model).config.name_or_path,
                 headers=[source.header for source in self.train_dataset.sources.datasets],
                 dataset_ids=self.train_dataset.dataset_ids,
-                loss=self.loss_config,
+                loss=self.distillation_loss,
                 record=self.record.state()["attributes"],
                 steps=self.state.global_step,
                 adapters=innermost(self.model) is not self.model,
@@ -264,10 +266,7 @@ class DistillTrainer(Trainer):
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
     def _eval_loss_name(self, found: Mapping[str, float]) -> str:
-        if self.loss_config.name == "cross_entropy":
-            return "cross_entropy"
-        names = ("forward_kl_estimate", "soft_cross_entropy_estimate", "forward_kl_lower_bound")
-        return next(name for name in names if name in found)
+        return next(name for name in self.distillation_loss.eval_loss if name in found)
 
     def _stream(self, dataset: LogitDataset, *, batch_size: int, epochs: int | None = None) -> LogitStream:
         """This device's share of the batches: endless in the order of training, or `epochs` in stored order."""

@@ -18,23 +18,11 @@ from coldstill.storage_schema.header import DatasetHeader
 from .checkpoints import ADAPTER_FOLDER, REPORT_NAME, STUDENT_FOLDER, Checkpoint
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset
-from .loss_config import LossConfig
+from .losses import read_loss
+from .losses.base import Loss
 from .student.lora import merged
 from .student.tokenizer import tokenizer_files
 
-LOSS_TITLES = {
-    "taid": "TAID (arXiv 2501.16937)",
-    "forward_kl": "forward KL to the teacher",
-    "reverse_kl": "reverse KL to the teacher",
-    "js": "generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649)",
-    "tvd": "total variation distance (f-DISTILL, arXiv 2307.15190)",
-    "skew_forward_kl": "skew forward KL (DistiLLM, arXiv 2402.03898)",
-    "skew_reverse_kl": "skew reverse KL (DistiLLM, arXiv 2402.03898)",
-    "adaptive_kl": "adaptive KL (arXiv 2404.02657)",
-    "dkd": "decoupled knowledge distillation (arXiv 2203.08679)",
-    "ctkd": "curriculum temperature (arXiv 2211.16231)",
-    "cross_entropy": "cross-entropy on the rows' own tokens; no teacher",
-}
 MOST_ROWS = 40
 """Most rows of a table. Of longer logs, evenly spaced lines are shown, with the first and the last."""
 BARS = " ▁▂▃▄▅▆▇█"
@@ -74,7 +62,7 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
         student=config.student.model or "",
         headers=[source.header for source in dataset.sources.datasets],
         dataset_ids=dataset.dataset_ids,
-        loss=config.loss,
+        loss=read_loss(config.loss),
         record=chosen.record,
         steps=chosen.step,
         adapters=lora is not None and not lora.merge,
@@ -101,7 +89,7 @@ def model_card(
     student: str,
     headers: Sequence[DatasetHeader],
     dataset_ids: Sequence[str],
-    loss: LossConfig,
+    loss: Loss,
     record: Mapping[str, Any],
     steps: int,
     adapters: bool,
@@ -124,8 +112,8 @@ def model_card(
         "teacher": ", ".join(_teacher(header) for header in headers),
         "dataset id": ", ".join(dataset_ids),
         "dataset license": ", ".join(header.licence or "not stated" for header in headers),
-        "loss": f"{LOSS_TITLES[loss.name]}, tail: {loss.tail}",
-        "share of cross-entropy in the loss": f"{loss.cross_entropy_share:g}",
+        "loss": loss.heading,
+        "share of cross-entropy in the loss": f"{loss.label_share:g}",
         "optimizer steps": f"{steps:,}",
         "target positions": f"{record['targets']:,}",
     }

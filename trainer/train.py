@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
 from .finished_student import push_student, write_student
+from .losses import run_identity
 from .student.load import load_student
 from .student.tokenizer import check_tokenizer, tokenizer_files
 
@@ -142,7 +143,7 @@ def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
     return {
         "dataset_ids": list(dataset.dataset_ids),
         "student": config.student.model_dump(exclude={"gradient_checkpointing"}),
-        "loss": config.loss.model_dump(),
+        "loss": run_identity(config.loss),
         "data": config.data.model_dump(include={"seed", "weights", "top_k", "draws"}),
         "training": config.training.model_dump(exclude=changeable),
     }

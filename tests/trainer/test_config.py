@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from coldstill.trainer.config import DataConfig, LoraConfig, LossConfig, StudentConfig, TrainConfig, TrainingConfig
+from coldstill.trainer.config import DataConfig, LoraConfig, StudentConfig, TrainConfig, TrainingConfig
+from coldstill.trainer.losses import LOSSES
 
-SECTIONS: list[type[BaseModel]] = [TrainConfig, StudentConfig, LoraConfig, LossConfig, DataConfig, TrainingConfig]
+SECTIONS: list[type[BaseModel]] = [TrainConfig, StudentConfig, LoraConfig, DataConfig, TrainingConfig, *LOSSES.values()]
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -13,7 +13,7 @@ from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.rows import spans_from_mask
 from coldstill.trainer.data.collate import collate
 from coldstill.trainer.errors import NonFiniteLoss, StudentHeadTooSmall
-from coldstill.trainer.loss_config import LossConfig
+from coldstill.trainer.losses import read_loss
 from tests import making
 from tests.trainer.training import build, mean_loss, weights_of
 
@@ -64,7 +64,7 @@ def test_padding_does_not_change_the_loss(tiny_dataset, tiny_student, tmp_path, 
 
 @pytest.mark.parametrize("name", ["taid", "cross_entropy"])
 def test_accumulation_changes_neither_gradient_nor_t(tiny_dataset, tiny_student, tmp_path, name):
-    loss = LossConfig(name=name, alpha=0.1 if name == "taid" else None)
+    loss = read_loss({"name": name, "alpha": 0.1 if name == "taid" else None})
     shapes = [(8, 1), (2, 4), (1, 8)]
     runs = []
     for batch, accumulation in shapes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from coldstill.trainer.finished_student import MOST_ROWS, model_card, run_report
-from coldstill.trainer.loss_config import LossConfig
+from coldstill.trainer.losses import read_loss
 from tests import making
 
 
@@ -36,7 +36,7 @@ def test_the_hub_can_read_the_card_and_it_hides_local_folders(tiny_student: Path
         student=str(tiny_student),
         headers=[making.tiny_header(tiny_student)],
         dataset_ids=["a" * 64],
-        loss=LossConfig(name="taid"),
+        loss=read_loss("taid"),
         record={"targets": 1234567, "schedule": {"t": 0.9}},
         steps=12,
         adapters=False,
@@ -55,7 +55,7 @@ def test_the_card_of_a_hub_student_names_it_for_the_hub():
         student="Qwen/Qwen2.5-0.5B",
         headers=[],
         dataset_ids=[],
-        loss=LossConfig(name="cross_entropy"),
+        loss=read_loss("cross_entropy"),
         record={"targets": 1, "schedule": None},
         steps=1,
         adapters=True,

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from coldstill.trainer.losses.cache_view import CacheView, bucket_kl
-from coldstill.trainer.losses.protocol import StudentView
-from coldstill.trainer.losses.student_view import see_
+from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs, forward_
 from coldstill.trainer.targets import SparseTargets
 
 from .tail_draws import tail_estimates
@@ -33,7 +31,7 @@ def cache_figures(logits: torch.Tensor, targets: SparseTargets, *, draws: int) -
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     top_1 = wide.max(1)
     label_logits = wide.gather(1, targets.labels[:, None])[:, 0]
-    view = _in_float64(see_(wide, targets).view)
+    view = _in_float64(forward_(wide, targets).log_probs)
     # Logit minus log-prob is the same for all ids of a position.
     log_confidence = (top_1.values - label_logits).double() + view.log_q_label
 
@@ -66,7 +64,7 @@ def dense_figures(logits: torch.Tensor, teacher_logits: torch.Tensor, targets: S
         "last_fifth_mass": q.gather(1, last).sum(1, dtype=torch.float64),
         "teacher_last_fifth_mass": p.gather(1, last).sum(1, dtype=torch.float64),
         # `log_p` serves as logits: another log-softmax leaves it unchanged, and its memory is reused.
-        "cached_teacher_kl": bucket_kl(see_(log_p, targets).view, targets).double(),
+        "cached_teacher_kl": forward_(log_p, targets).log_probs.buckets(targets).kl().double(),
     }
 
 
@@ -76,8 +74,8 @@ def by_probability(targets: SparseTargets) -> torch.Tensor:
     return by_id.gather(1, targets.logprobs.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
 
 
-def _divergences(view: StudentView, targets: SparseTargets, *, draws: int) -> Figures:
-    both = CacheView.of(view, targets)
+def _divergences(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -> Figures:
+    both = view.buckets(targets)
     found = {
         "forward_kl_lower_bound": both.expect(both.log_p.exp(), both.log_p - both.log_q),
         "reverse_kl_lower_bound": both.expect(both.log_q.exp(), both.log_q - both.log_p),
@@ -92,7 +90,7 @@ def _divergences(view: StudentView, targets: SparseTargets, *, draws: int) -> Fi
     return found
 
 
-def _masses(view: StudentView, targets: SparseTargets, order: torch.Tensor) -> Figures:
+def _masses(view: StudentLogProbs, targets: SparseTargets, order: torch.Tensor) -> Figures:
     student = (view.log_q.exp() * targets.kept).gather(1, order)
     teacher = targets.logprobs.double().exp().gather(1, order)
     tail = view.log_q_tail.exp()
@@ -106,8 +104,8 @@ def _masses(view: StudentView, targets: SparseTargets, order: torch.Tensor) -> F
     }
 
 
-def _in_float64(view: StudentView) -> StudentView:
-    return StudentView(**{name: tensor.double() for name, tensor in vars(view).items()})
+def _in_float64(view: StudentLogProbs) -> StudentLogProbs:
+    return StudentLogProbs(**{name: tensor.double() for name, tensor in vars(view).items()})
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

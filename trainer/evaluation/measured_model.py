@@ -15,8 +15,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.student.forward import innermost
-from coldstill.trainer.student.head import find_head
+from coldstill.trainer.student.forward import find_head, innermost
 from coldstill.trainer.student.load import load_student
 from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
 from coldstill.trainer.targets import SparseTargets
@@ -65,7 +64,7 @@ class LogitReader:
     """Logits of one model at target positions. The model must be in evaluation mode: its head is probed once.
 
     The logits `[M, V]` of one batch of long rows take gigabytes. So the hidden states `[M, D]` are kept, and the head
-    is applied to a part of them on request. If `student.head` has no formula for the model's head, the model computes
+    is applied to a part of them on request. If `find_head` has no formula for the model's head, the model computes
     all its logits `[B, T, V]` once.
     """
 

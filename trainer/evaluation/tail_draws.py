@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coldstill.trainer.losses.protocol import StudentView
+from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs
 from coldstill.trainer.targets import SparseTargets
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def draws_per_position(dataset: LogitDataset) -> int:
     return found.pop() if whole and len(found) == 1 else 0
 
 
-def tail_estimates(view: StudentView, targets: SparseTargets, *, draws: int) -> dict[str, torch.Tensor]:
+def tail_estimates(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -> dict[str, torch.Tensor]:
     """The second terms above, `[M]` in the dtype of `view`.
 
     `tail_cross_entropy`: of the student within the tail, weighted with the teacher's mass. `tail_kl`: only if the

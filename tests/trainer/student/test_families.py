@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coldstill import load_logit_dataset
 from coldstill.trainer.data.collate import model_inputs
-from coldstill.trainer.losses import Objective
+from coldstill.trainer.loss_kernels.fused_head import Objective
 from coldstill.trainer.losses.taid import Taid
 from coldstill.trainer.student.forward import distil_in_forward
 from tests import making

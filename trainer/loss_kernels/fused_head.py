@@ -1,40 +1,105 @@
-"""The head and the loss in one: hidden states and the head's weight come in, one number with its gradients goes out.
+"""The loss and its gradient: chunk by chunk behind the head, or from logits that exist already.
 
 Shape letters: `M` target positions, `D` width, `V` rows of the head, `C` target positions of a chunk.
 
-Chunk by chunk over the positions: logits `[C, V]`, the loss, the gradient by the logits in the same memory, and from it
-those by hidden states and head, before the next chunk begins. Neither `[M, V]` logits nor their gradient ever exist, so
-that memory beyond the head's own gradient does not grow with `M`. The technique is that of Liger-Kernel's fused linear
-cross-entropy; what a chunk computes is `objective`.
+`loss_on_hidden` computes per chunk the logits `[C, V]`, the loss, the gradient by the logits in the same memory, and
+from that the gradients by hidden states and head. Neither the `[M, V]` logits nor their gradient ever exist, so memory
+beyond the head's own gradient does not grow with `M`. The technique is that of Liger-Kernel's fused linear
+cross-entropy. `loss_on_logits` is the plain way, for a head that cannot be computed in chunks, and the reference in
+tests. What both minimize is an `Objective`: a loss of the cache and a share of the labels' cross-entropy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from coldstill.trainer.targets import SparseTargets
 
-from .objective import Objective
-from .protocol import LossValues
+from .logit_view import RowPasses, StudentLogProbs, forward_
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Memory of one chunk's float32 logits. Each chunk moves the whole gradient of the head, so a chunk must not be small.
 CPU: 882 positions at [D, V] = [512, 151,936] took 6.2, 6.1, 5.9 and 5.9 s in chunks of 64, 128, 256 and 512 MB (means
-of two or three runs; one core of an AMD EPYC, 21 November 2026). CUDA: reasoned, not measured. Moving the gradient
+of two or three runs; one core of an AMD EPYC, 21 November 2026). CUDA: estimated, not measured. Moving the gradient
 costs about 500 / C of the products' time, at 3 TB/s and 600 Tflop/s in bfloat16; 1 GB is C = 1,800 at that vocabulary.
 """
+
+
+class SparseLoss(Protocol):
+    """A loss of sparse targets in plain torch. Autograd gives its gradient by the log-probs, and `logit_view.py` the
+    gradient by the logits, in closed form. A target that must not be differentiated is detached."""
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float) -> torch.Tensor:
+        """Value per position `[M]` in nats; `t` in [0, 1] is TAID's, other losses ignore it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossValues:
+    """One value per target position, in nats; nothing is averaged here.
+
+    `loss [M]`: what is minimized. `distillation [M]`: its part from the teacher alone, which the schedule of t follows.
+    `bucket_kl [M]`: KL(teacher || student) over the K kept ids and ONE bucket for the rest: the same measure whatever
+    the loss and t, for people to read. It is a lower bound: never call it the KL to the teacher.
+    """
+
+    loss: torch.Tensor
+    distillation: torch.Tensor
+    bucket_kl: torch.Tensor
+
+    def detached(self) -> LossValues:
+        """The same values without a gradient."""
+        return LossValues(**{name: tensor.detach() for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`(1 - s) distillation + s cross-entropy`, with s the `cross_entropy_share`."""
+
+    distillation: SparseLoss
+    cross_entropy_share: float = 0.0
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float) -> LossValues:
+        """Values of the `M` positions; `loss` carries the gradient by `student`."""
+        share = self.cross_entropy_share
+        distillation = self.distillation(student, targets, t=t)
+        loss = distillation if share == 0 else (1 - share) * distillation - share * student.log_q_label
+        with torch.no_grad():
+            return LossValues(loss=loss, distillation=distillation, bucket_kl=student.buckets(targets).kl())
+
+    def forward_backward_(
+        self,
+        logits: torch.Tensor,
+        targets: SparseTargets,
+        *,
+        t: float,
+        with_gradient: bool,
+        passes: RowPasses | None = None,
+    ) -> LossValues:
+        """Values of `logits [M, V]` (float32 or float64), which are overwritten: `with_gradient` they then hold the
+        gradient of `sum(loss)` by themselves. `passes` default to the fastest of the device."""
+        view = forward_(logits, targets, passes=passes)
+        if not with_gradient:
+            return self(view.log_probs, targets, t=t).detached()
+        leaves = view.log_probs.leaves()
+        with torch.enable_grad():
+            values = self(leaves, targets, t=t)
+            total = values.loss.sum()
+        gradients = torch.autograd.grad(total, list(vars(leaves).values()), allow_unused=True, materialize_grads=True)
+        view.backward_(StudentLogProbs(**dict(zip(vars(leaves), gradients, strict=True))), targets)
+        return values.detached()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """How hidden states become logits: `softcap(hidden @ weight[:token_count].T + bias)`.
 
-    `weight [V, D]`, `bias [V]` or None; rows from `token_count` on are padding, and left out of the softmax.
-    `softcap`: c in `c tanh(z / c)`, Gemma 2's; None leaves logits as they are.
+    `weight [V, D]`, `bias [V]` or None; rows from `token_count` on are padding, excluded from the softmax.
+    `softcap`: c in `c tanh(z / c)` (Gemma 2); None for none.
     """
 
     weight: torch.Tensor
@@ -43,7 +108,7 @@ class Head:
     softcap: float | None = None
 
 
-# A compiled student calls it as it is: there is nothing here for a compiler to fuse but many small shapes to guard.
+# Kept out of torch.compile: there is nothing to fuse here, and many small shapes to guard.
 @torch.compiler.disable
 def loss_on_hidden(
     hidden: torch.Tensor,
@@ -57,9 +122,9 @@ def loss_on_hidden(
 ) -> tuple[torch.Tensor, LossValues]:
     """`weight * sum(loss)` of `hidden [M, D]`, differentiable by it and by the head, and the values of each position.
 
-    Products are taken of factors in the dtype of autocast where that is on, else in that of `hidden`; logits, loss and
-    sums over chunks are float32 at least. Nothing is computed for a head that is frozen, nor any gradient where they
-    are off. The gradients are made on the way, so one backward pass may follow; a second is a `RuntimeError`.
+    Matrix products take factors in the dtype of autocast where that is on, else in that of `hidden`; logits, loss and
+    sums over chunks are float32 at least. A frozen head gets no gradient, and none is computed where gradients are off.
+    The forward pass computes the gradients, so one backward pass may follow; a second is a `RuntimeError`.
     """
     kept: list[LossValues] = []
     grad_enabled = torch.is_grad_enabled()
@@ -87,14 +152,14 @@ class _OnHidden(torch.autograd.Function):
     ) -> torch.Tensor:
         device = hidden.device.type
         factors = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        # In here gradients are always off, and `needs_input_grad` says what the inputs ask for, not whether they may.
+        # Gradients are always off in here; `needs_input_grad` tells which inputs require one, not whether it is wanted.
         needs = [grad_enabled and it for it in ctx.needs_input_grad[:3]]
         with torch.autocast(device, enabled=False):
             chunks = _Chunks(hidden, head, factors=factors, needs=needs, chunk_bytes=chunk_bytes)
             for start, stop in chunks.borders():
                 logits = chunks.logits(start, stop)
                 part = targets.part(start, stop)
-                values = objective.descend_(logits, part, t=t, with_gradient=any(needs))
+                values = objective.forward_backward_(logits, part, t=t, with_gradient=any(needs))
                 kept.append(values)
                 if any(needs):
                     chunks.add_gradient(start, stop, logits)
@@ -107,7 +172,7 @@ class _OnHidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Here, not in the chunks: in float16 the gradient of one position, a share of 1/M, would underflow.
-        # In place: the head's gradient is the largest tensor of a step, and nobody else holds it.
+        # In place: the head's gradient is the largest tensor of a step, and nothing else holds it.
         gradients = [None if it is None else it.mul_(ctx.weight * grad_total) for it in ctx.saved_tensors]
         return *gradients, None, None, None, None, None, None, None, None
 
@@ -157,7 +222,7 @@ class _Chunks:
         return logits
 
     def add_gradient(self, start: int, stop: int, gradient: torch.Tensor) -> None:
-        """Take the gradient `[C, V]` by the logits of a chunk."""
+        """Add the part of a chunk whose gradient by its logits is `gradient [C, V]`."""
         if self._slope is not None:
             gradient.mul_(self._slope[: stop - start])
         if self.by_bias is not None:
@@ -185,3 +250,44 @@ def _product(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> t
 def _joined(parts: list[LossValues]) -> LossValues:
     names = ("loss", "distillation", "bucket_kl")
     return LossValues(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+@torch.compiler.disable
+def loss_on_logits(
+    logits: torch.Tensor, targets: SparseTargets, objective: Objective, *, t: float, weight: float = 1.0
+) -> tuple[torch.Tensor, LossValues]:
+    """`weight * sum(loss)` of `logits [M, V]`, differentiable by them, and the values of each position.
+
+    Computed in float32 at least, whatever the logits' dtype.
+    """
+    kept: list[LossValues] = []
+    total = _OnLogits.apply(logits, targets, objective, t, weight, torch.is_grad_enabled(), kept)
+    return total, kept[0]
+
+
+class _OnLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: SparseTargets,
+        objective: Objective,
+        t: float,
+        weight: float,
+        grad_enabled: bool,
+        kept: list[LossValues],
+    ) -> torch.Tensor:
+        with_gradient = grad_enabled and ctx.needs_input_grad[0]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        values = objective.forward_backward_(wide, targets, t=t, with_gradient=with_gradient)
+        kept.append(values)
+        if with_gradient:
+            ctx.save_for_backward(wide)
+            ctx.weight, ctx.logits_dtype = weight, logits.dtype
+        return weight * values.loss.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (ctx.weight * grad_total)).to(ctx.logits_dtype), None, None, None, None, None, None

@@ -1,12 +1,12 @@
-"""How TAID's t moves: the mean loss of an optimizer step comes in, the t of the next step goes out. Plain Python.
+"""How t of TAID moves, once per optimizer step, from the mean loss of that step.
 
-The rule of the paper (arXiv 2501.16937, section 3 and the official code), once per optimizer step:
+The rule of the paper (arXiv 2501.16937, section 3 and the official code):
 
     delta = (J_prev - J) / J_prev,    m = beta m + (1 - beta) delta,    line = t_start + (t_end - t_start) step / total
     t = min(t_end, max(line, t + alpha sigmoid(m) (1 - t)))
 
-What the official code does otherwise, and is not done here: it updates per micro-batch and per device, from the local
-loss, and in validation too, so that t depends on how a batch is cut and on how often one measures.
+The official code instead updates per micro-batch and per device, from the local loss, and in validation too. There t
+depends on how a batch is split and on how often the student is evaluated; here it does not.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Literal
 
 PAPER_ALPHA_TIMES_STEPS = 5.8
 """alpha * steps of the paper's runs (5e-4 over about 11,700 steps). As sigmoid(m) stays near 1/2, the course of
-`1 - (1 - t_start) exp(-alpha n / 2)` depends on this product alone: at a fixed alpha of 5e-4 the adaptive part would
+`1 - (1 - t_start) exp(-alpha n / 2)` depends on this product alone. At a fixed alpha of 5e-4 the adaptive part would
 stay below the straight line in every run of up to 4,000 steps."""
 
 LARGEST_AUTO_ALPHA = 0.1
-"""Below 58 steps `auto` stops growing: one update then takes at most about a twentieth of the way left, and a run of a
-handful of steps follows the line instead of leaping to the teacher."""
+"""Below 58 steps `auto` stops growing: one update covers at most about a twentieth of the remaining way, and a run of a
+few steps follows the line instead of jumping to the teacher."""
 
 
 class TaidSchedule:
-    """`t` (for the next step), `momentum` and `previous_loss`: all that TAID must remember between steps."""
+    """`t` (for the next step), `momentum` and `previous_loss`: all that TAID keeps between steps."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class TaidSchedule:
     def update(self, loss: float, *, step: int, total_steps: int) -> float:
         """Take the mean loss of optimizer step number `step` (1 is the first) of `total_steps`; return the new t.
 
-        The adaptive rule needs two losses: its first call only remembers. t never falls.
+        The adaptive rule needs two losses: its first call only stores one. t never falls.
         """
         line = self.t_start + (self.t_end - self.t_start) * min(1.0, step / total_steps)
         if self.kind == "linear":
@@ -71,9 +71,9 @@ class TaidSchedule:
         return float(self.alpha)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, fit for JSON."""
+        """What a checkpoint keeps, as JSON types."""
         return {"t": self.t, "momentum": self.momentum, "previous_loss": self.previous_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.t, self.momentum, self.previous_loss = state["t"], state["momentum"], state["previous_loss"]

@@ -9,11 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from coldstill.trainer.losses import LossValues, Objective
-from coldstill.trainer.losses.fused_head import Head, loss_on_hidden
-from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.loss_kernels.fused_head import Head, LossValues, Objective, loss_on_hidden, loss_on_logits
 from coldstill.trainer.targets import SparseTargets
-from tests.trainer.losses.random_targets import OBJECTIVES, plain_view, random_targets
+from tests.trainer.loss_kernels.random_targets import OBJECTIVES, plain_view, random_targets
 
 M, D, V, PADDING = 11, 6, 40, 3
 HEADS = {

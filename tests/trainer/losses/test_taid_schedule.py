@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from coldstill.trainer.losses.schedule import TaidSchedule
+from coldstill.trainer.losses.taid_schedule import TaidSchedule
 from tests import reference
 
 

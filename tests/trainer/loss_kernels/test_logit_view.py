@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coldstill.trainer.losses import Objective, StudentView
-from coldstill.trainer.losses.on_logits import loss_on_logits
-from coldstill.trainer.losses.student_view import see_
+from coldstill.trainer.loss_kernels.fused_head import Objective, loss_on_logits
+from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs, forward_
 from coldstill.trainer.losses.taid import Taid
 from coldstill.trainer.targets import SparseTargets
-from tests.trainer.losses.random_targets import OBJECTIVES, plain_view, random_targets
+from tests.trainer.loss_kernels.random_targets import OBJECTIVES, plain_view, random_targets
 
 
 def random_logits(positions: int, vocabulary: int, *, scale: float = 3.0, seed: int = 1) -> torch.Tensor:
@@ -29,7 +28,7 @@ def test_the_view_is_that_of_a_plain_log_softmax(top_k: int, most_draws: int) ->
     targets = random_targets(9, 30, top_k=top_k, most_draws=most_draws)
     logits = random_logits(9, 30).detach()
     wanted = plain_view(logits, targets)
-    found = see_(logits.clone(), targets).view
+    found = forward_(logits.clone(), targets).log_probs
     for name, tensor in vars(wanted).items():
         torch.testing.assert_close(getattr(found, name), tensor, rtol=0, atol=1e-13)
 
@@ -44,7 +43,7 @@ def test_the_gradient_of_any_function_of_the_view_is_that_of_plain_autograd(top_
     by_view = {name: torch.randn(it.shape, generator=random, dtype=it.dtype) for name, it in vars(view).items()}
     total = sum((by_view[name] * it).sum() for name, it in vars(view).items())
     (wanted,) = torch.autograd.grad(total, logits)
-    found = see_(logits.detach().clone(), targets).gradient_(StudentView(**by_view), targets)
+    found = forward_(logits.detach().clone(), targets).backward_(StudentLogProbs(**by_view), targets)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
 
 
@@ -64,7 +63,7 @@ def test_the_loss_of_logits_and_its_gradient_are_those_of_plain_autograd(objecti
 def test_a_logit_that_is_no_number_is_seen_at_its_position_and_at_no_other() -> None:
     targets, logits = random_targets(3, 30), random_logits(3, 30).detach()
     logits[1, int(set(range(30)).difference(targets.ids[1].tolist()).pop())] = torch.nan
-    log_q_tail = see_(logits, targets).view.log_q_tail
+    log_q_tail = forward_(logits, targets).log_probs.log_q_tail
     assert log_q_tail.isnan().tolist() == [False, True, False]
 
 

@@ -1,6 +1,6 @@
 """Run by `test_triton_passes` in a process of its own, with Triton's interpreter on: JSON of each case's results.
 
-TRITON_INTERPRET=1 python -m tests.trainer.losses.triton_cases
+TRITON_INTERPRET=1 python -m tests.trainer.loss_kernels.triton_cases
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from coldstill.trainer.losses.fastest_passes import LARGEST_DIFFERENCE, difference
-from coldstill.trainer.losses.row_passes import RowPasses
-from tests.trainer.losses.random_targets import OBJECTIVES, plain_view, random_targets
+from coldstill.trainer.loss_kernels.logit_view import PlainPasses
+from coldstill.trainer.loss_kernels.row_passes import LARGEST_DIFFERENCE, RowPasses, difference
+from tests.trainer.loss_kernels.random_targets import OBJECTIVES, plain_view, random_targets
 
 BLOCK = 8192
 CASES: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def result(
     shape = (positions, vocabulary)
     targets = random_targets(*shape, top_k=top_k, most_draws=most_draws, dtype=torch.float32)
     found = OBJECTIVES["bucket with a share of cross-entropy"] if most_draws == 0 else OBJECTIVES["taid"]
-    values = found.descend_(logits, targets, t=0.4, with_gradient=True, passes=passes)
+    values = found.forward_backward_(logits, targets, t=0.4, with_gradient=True, passes=passes)
     if positions == 0:
         return {"values": float(values.loss.numel()), "gradient": float(logits.numel()), "size": 1.0}
     exact = random_targets(*shape, top_k=top_k, most_draws=most_draws)
@@ -68,7 +68,7 @@ def result(
 
 def main() -> None:
     """Print the results."""
-    from coldstill.trainer.losses import triton_passes
+    from coldstill.trainer.loss_kernels import triton_passes
 
     class Wrong(triton_passes.TritonPasses):
         def write_(self, logits: Any, targets: Any, readings: Any, gradient: Any) -> torch.Tensor:
@@ -81,8 +81,8 @@ def main() -> None:
     cpu = torch.device("cpu")
     right = triton_passes.TritonPasses()
     results: dict[str, Any] = {name: result(right, **case) for name, case in CASES.items()}
-    results["self-check"] = difference(right, cpu) <= LARGEST_DIFFERENCE
-    results["self-check of wrong passes"] = difference(Wrong(), cpu) <= LARGEST_DIFFERENCE
+    results["self-check"] = difference(right, PlainPasses(), cpu) <= LARGEST_DIFFERENCE
+    results["self-check of wrong passes"] = difference(Wrong(), PlainPasses(), cpu) <= LARGEST_DIFFERENCE
     print(json.dumps(results))
 
 

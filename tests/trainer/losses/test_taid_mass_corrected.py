@@ -1,4 +1,4 @@
-"""The corrected mass of the tail: exact where the ratio of the shapes is known, one step behind in what it knows."""
+"""The corrected mass of the tail: exact where the ratio of the shapes is known, and one step behind otherwise."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.trainer.losses import Objective, memory_of
-from coldstill.trainer.losses.fused_head import Head, loss_on_hidden
-from coldstill.trainer.losses.mass_corrected import MassCorrectedTaid, TailRatio
-from coldstill.trainer.losses.on_logits import loss_on_logits
-from coldstill.trainer.losses.taid import Taid
+from coldstill.trainer.loss_kernels.fused_head import Head, Objective, loss_on_hidden, loss_on_logits
+from coldstill.trainer.losses.base import state_of
+from coldstill.trainer.losses.taid import MassCorrectedTaid, Taid, TailRatio
 from tests import reference
 from tests.trainer.losses.scenes import TIMES, cut, known, log_softmax, outcomes, scene, value_and_gradient
 
 
 def ratio_of(value: float) -> MassCorrectedTaid:
     loss = MassCorrectedTaid()
-    loss.memory.value = value
+    loss.state.value = value
     return loss
 
 
@@ -88,9 +86,9 @@ def test_the_ratio_brings_the_tail_nearer_to_the_dense_one_and_nearer_still_once
     off = []
     for _ in range(2):
         _, gradient = value_and_gradient(loss, student, targets, 0.4)
-        loss.memory.update(loss.memory.take().tolist(), step=1, total_steps=2)
+        loss.state.update(loss.state.take().tolist(), step=1, total_steps=2)
         off.append(tail_mass_error(student, teacher, gradient, outside))
-    assert loss.memory.value < 1
+    assert loss.state.value < 1
     _, plain = value_and_gradient(Taid(), student, targets, 0.4)
     assert off[1] < off[0] < tail_mass_error(student, teacher, plain, outside)
 
@@ -109,16 +107,16 @@ def test_the_prior_is_that_of_the_step_before_however_the_step_is_cut():
     results = []
     for chunk_rows in (1, 2, 6):
         objective = Objective(MassCorrectedTaid())
-        memory = memory_of(objective)
-        assert memory is not None
+        state = state_of(objective)
+        assert state is not None
         values = []
         for _ in range(2):
             hidden = torch.tensor(student, requires_grad=True)
             head = Head(weight=torch.eye(20, dtype=torch.float64), bias=None, token_count=20)
             _, found = loss_on_hidden(hidden, head, targets, objective, t=0.4, chunk_bytes=chunk_rows * 20 * 8)
             values.append(found.loss)
-            memory.update(memory.take().tolist(), step=1, total_steps=2)
-        results.append((torch.stack(values), memory.state_dict()["tail_ratio"]))
+            state.update(state.take().tolist(), step=1, total_steps=2)
+        results.append((torch.stack(values), state.state_dict()["tail_ratio"]))
     for values, ratio in results[1:]:
         torch.testing.assert_close(values, results[0][0], rtol=0, atol=1e-13)
         assert ratio == pytest.approx(results[0][1], rel=1e-13)
@@ -129,22 +127,22 @@ def test_the_mean_is_over_draws_and_a_step_without_any_changes_nothing():
     student, teacher, draws = scene()
     loss = MassCorrectedTaid()
     value_and_gradient(loss, student, cut(teacher, top_k=7, draws=draws), 0.4)
-    _, count = loss.memory.take().tolist()
+    _, count = loss.state.take().tolist()
     assert count == pytest.approx(sum(len(some) for some in draws))
-    loss.memory.update([4.5, 5.0], step=1, total_steps=2)
-    assert loss.memory.value == 0.9
+    loss.state.update([4.5, 5.0], step=1, total_steps=2)
+    assert loss.state.value == 0.9
     value_and_gradient(loss, student, cut(teacher, top_k=7), 0.4)
-    loss.memory.update(loss.memory.take().tolist(), step=2, total_steps=2)
-    assert loss.memory.value == 0.9
+    loss.state.update(loss.state.take().tolist(), step=2, total_steps=2)
+    assert loss.state.value == 0.9
 
 
-def test_evaluation_leaves_the_memory_alone():
+def test_evaluation_leaves_the_state_alone():
     student, teacher, draws = scene()
     objective = Objective(MassCorrectedTaid())
     loss_on_logits(torch.tensor(student), cut(teacher, top_k=7, draws=draws), objective, t=0.4)
-    memory = memory_of(objective)
-    assert memory is not None
-    assert memory.take().tolist() == [0.0, 0.0]
+    state = state_of(objective)
+    assert state is not None
+    assert state.take().tolist() == [0.0, 0.0]
 
 
 def test_a_draw_that_the_teacher_finds_unlikely_does_not_rule_the_estimate():
@@ -152,7 +150,7 @@ def test_a_draw_that_the_teacher_finds_unlikely_does_not_rule_the_estimate():
     targets = cut(teacher, top_k=1, draws=[[2]])
     loss = MassCorrectedTaid()
     value_and_gradient(loss, np.array([[0.0, 0.0, 20.0]]), targets, 0.4)
-    assert loss.memory.take().tolist() == pytest.approx([50.0, 1.0])
+    assert loss.state.take().tolist() == pytest.approx([50.0, 1.0])
 
 
 def test_goes_on_from_a_state_that_went_through_json():

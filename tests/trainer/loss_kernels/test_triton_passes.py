@@ -1,4 +1,4 @@
-"""Laws of the Triton kernels, in its interpreter on a CPU; they compile for GPUs; and which passes a device gets."""
+"""Laws of the Triton kernels in the interpreter on a CPU, their compilation for GPUs, and the choice of passes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from coldstill.trainer.losses.fastest_passes import SWITCH, _checked, fastest_passes
-from coldstill.trainer.losses.row_passes import PlainPasses
-from tests.trainer.losses.triton_cases import CASES
+from coldstill.trainer.loss_kernels.logit_view import TRITON_SWITCH, PlainPasses, _checked_passes, passes_for
+from tests.trainer.loss_kernels.triton_cases import CASES
 
 triton = pytest.importorskip("triton")
 
@@ -25,7 +24,7 @@ triton = pytest.importorskip("triton")
 def results() -> dict[str, Any]:
     # Triton reads the switch where a kernel is defined: another process.
     root = Path(__file__).parents[3]
-    command = [sys.executable, "-m", "tests.trainer.losses.triton_cases"]
+    command = [sys.executable, "-m", "tests.trainer.loss_kernels.triton_cases"]
     done = subprocess.run(
         command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
@@ -59,7 +58,7 @@ def test_the_kernels_compile_for_gpus(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from coldstill.trainer.losses import triton_passes
+    from coldstill.trainer.loss_kernels import triton_passes
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_passes, kernel)
@@ -77,7 +76,7 @@ def test_the_kernels_compile_for_gpus(
 
 
 def test_a_cpu_gets_the_plain_passes() -> None:
-    assert isinstance(fastest_passes(torch.zeros(1, 2)), PlainPasses)
+    assert isinstance(passes_for(torch.zeros(1, 2)), PlainPasses)
 
 
 def cuda_logits() -> torch.Tensor:
@@ -87,10 +86,10 @@ def cuda_logits() -> torch.Tensor:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which nothing goes wrong")
 def test_where_triton_cannot_run_there_is_one_line_and_the_plain_passes(caplog: pytest.LogCaptureFixture) -> None:
-    _checked.cache_clear()
+    _checked_passes.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert isinstance(fastest_passes(cuda_logits()), PlainPasses)
-        assert isinstance(fastest_passes(cuda_logits()), PlainPasses)
+        assert isinstance(passes_for(cuda_logits()), PlainPasses)
+        assert isinstance(passes_for(cuda_logits()), PlainPasses)
     (message,) = [record.getMessage() for record in caplog.records]
     assert "without Triton" in message
     assert "cuda:0" in message
@@ -100,16 +99,16 @@ def test_where_triton_cannot_run_there_is_one_line_and_the_plain_passes(caplog: 
 def test_float64_and_the_switch_get_the_plain_passes_without_a_word(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _checked.cache_clear()
-    assert isinstance(fastest_passes(cuda_logits().double()), PlainPasses)
-    monkeypatch.setenv(SWITCH, "0")
-    assert isinstance(fastest_passes(cuda_logits()), PlainPasses)
+    _checked_passes.cache_clear()
+    assert isinstance(passes_for(cuda_logits().double()), PlainPasses)
+    monkeypatch.setenv(TRITON_SWITCH, "0")
+    assert isinstance(passes_for(cuda_logits()), PlainPasses)
     assert not caplog.records
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_kernels() -> None:
-    from coldstill.trainer.losses.triton_passes import TritonPasses
+    from coldstill.trainer.loss_kernels.triton_passes import TritonPasses
 
-    _checked.cache_clear()
-    assert isinstance(fastest_passes(torch.zeros(1, 2, device="cuda")), TritonPasses)
+    _checked_passes.cache_clear()
+    assert isinstance(passes_for(torch.zeros(1, 2, device="cuda")), TritonPasses)

@@ -1,14 +1,16 @@
-"""The passes over `[M, V]` logits as two Triton kernels, one program per position: see `row_passes` for what comes in
-and what goes out. Imports Triton, so only `fastest_passes` and tests import this file.
+"""The two passes over `[M, V]` logits as Triton kernels, one program per position.
 
 Shape letters: `M` target positions, `V` vocabulary, `K` teacher top-k, `N` padded draws.
 
-The logits are moved three times: read for maximum and sum at once (online softmax, arXiv 1805.02867), and read and
-written once more for the gradient. `PlainPasses`, its oracle in tests and on every machine it starts on, moves them
-six times.
+`RowPasses` in `row_passes.py` is the contract. This file imports Triton, so only `logit_view.py`, on a GPU, and tests
+import it.
 
-Checked in Triton's interpreter on a CPU alone. NOTHING OF IT HAS BEEN MEASURED ON A GPU: `BLOCK` and `WARPS` are what
-kernels of this kind commonly take, 32 numbers per thread.
+The logits are moved three times: one read for maximum and sum together (online softmax, arXiv 1805.02867), and one read
+and one write for the gradient. `PlainPasses` moves them six times; it is the reference in tests and in the self-check
+on each GPU.
+
+Checked in Triton's interpreter on a CPU only, NOT YET MEASURED ON A GPU: `BLOCK` and `WARPS` are common choices for
+kernels of this kind, 32 numbers per thread.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import triton.language as tl
 
 from coldstill.trainer.targets import SparseTargets
 
-from .row_passes import Readings, RowGradient
+from .row_passes import RowGradient, RowReadings
 
 BLOCK = 8192
 WARPS = 8
@@ -114,12 +116,12 @@ def _write_rows(  # type: ignore[no-untyped-def]
 
 
 class TritonPasses:
-    """For float32 logits on a GPU; `read_` leaves the logits, -inf at the kept ids."""
+    """For float32 logits on a GPU; `read_` leaves the logits with -inf at the kept ids."""
 
-    def read_(self, logits: torch.Tensor, targets: SparseTargets) -> Readings:
+    def read_(self, logits: torch.Tensor, targets: SparseTargets) -> RowReadings:
         """Read the logits."""
         positions = len(logits)
-        read = Readings(
+        read = RowReadings(
             of_kept=logits.new_empty(targets.ids.shape),
             of_draws=logits.new_empty(targets.draws.shape),
             of_label=logits.new_empty(positions),
@@ -130,7 +132,7 @@ class TritonPasses:
         return read
 
     def write_(
-        self, logits: torch.Tensor, targets: SparseTargets, readings: Readings, gradient: RowGradient
+        self, logits: torch.Tensor, targets: SparseTargets, readings: RowReadings, gradient: RowGradient
     ) -> torch.Tensor:
         """Write the gradient."""
         _launch(_write_rows, logits, targets, readings.tail_max, *(it.contiguous() for it in vars(gradient).values()))

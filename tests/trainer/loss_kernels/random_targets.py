@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import torch
 
-from coldstill.trainer.losses import Objective, StudentView
+from coldstill.trainer.loss_kernels.fused_head import Objective
+from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs
 from coldstill.trainer.losses.cross_entropy import CrossEntropy
 from coldstill.trainer.losses.taid import ForwardKl, Taid
 from coldstill.trainer.targets import SparseTargets
 
 OBJECTIVES = {
     "taid": Objective(Taid()),
-    "bucket with a share of cross-entropy": Objective(Taid("bucket"), 0.3),
+    "bucket with a share of cross-entropy": Objective(Taid(tail="bucket"), 0.3),
     "forward_kl": Objective(ForwardKl()),
     "cross_entropy": Objective(CrossEntropy()),
 }
@@ -64,7 +65,7 @@ def random_targets(
     )
 
 
-def plain_view(logits: torch.Tensor, targets: SparseTargets) -> StudentView:
+def plain_view(logits: torch.Tensor, targets: SparseTargets) -> StudentLogProbs:
     """What the student says where `targets` point, differentiable by `logits [M, V]`."""
     log_q, zero = logits.log_softmax(1), logits.new_zeros(())
     of_kept, of_tail, of_draws = [], [], []
@@ -75,7 +76,7 @@ def plain_view(logits: torch.Tensor, targets: SparseTargets) -> StudentView:
         of_kept.append(torch.where(used, log_q[m][targets.ids[m]], zero))
         of_tail.append(log_q[m][tail].logsumexp(0) if tail else zero - 60)
         of_draws.append(torch.where(targets.draw_weights[m] > 0, log_q[m][targets.draws[m]], zero))
-    return StudentView(
+    return StudentLogProbs(
         log_q=torch.stack(of_kept),
         log_q_tail=torch.stack(of_tail),
         log_q_draws=torch.stack(of_draws),
