@@ -20,7 +20,6 @@ from transformers.utils import logging
 from .arguments import adapt_arguments, validate_arguments
 from .checkpoints import ResumePoint, data_order, newest_checkpoint, resume_point
 from .config import StudentConfig
-from .data.collate import model_inputs
 from .data.logit_dataset import LogitDataset
 from .data.stream import LogitStream
 from .evaluation.evaluate import evaluate_student
@@ -29,7 +28,7 @@ from .finished_student import model_card
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
-from .student.forward import distil_in_forward, innermost
+from .student.forward import distil_in_forward, innermost, model_inputs
 from .student.load import check_head, load_student
 from .student.packing_check import check_packing
 from .student.tokenizer import check_tokenizer

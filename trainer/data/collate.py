@@ -5,7 +5,7 @@ Shape letters: `B` packs (or rows, without packing), `T` tokens of a pack, `M` t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,16 +71,6 @@ def collate_packs(packs: Sequence[Sequence[CachedRow]], *, length: int, top_k: i
         "sample_ids": [row.sample_id for row in rows],
         "target_samples": torch.from_numpy(of_sample),
     }
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The arguments of a student's forward pass: token ids, and what separates the rows.
-
-    Padded rows need the mask alone, so they also work with models that accept no `position_ids`. Packed rows are
-    separated by their positions and have no mask.
-    """
-    separator = "attention_mask" if "attention_mask" in batch else "position_ids"
-    return {"input_ids": batch["input_ids"], separator: batch[separator]}
 
 
 def _targets(rows: Sequence[CachedRow], top_k: int | None, **places: np.ndarray) -> SparseTargets:
