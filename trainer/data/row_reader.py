@@ -13,9 +13,9 @@ from cachetools import LRUCache
 
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
-from coldstill.storage_schema.parquet.memory import values_of
+from coldstill.storage_schema.parquet import values_of
 from coldstill.storage_schema.rows import CachedRow
-from coldstill.storage_schema.shard.batch_rows import BatchRows
+from coldstill.storage_schema.shard.reader import BatchRows
 
 from .shard_cache import LocalShards, ShardCache
 from .subsample import with_fewer_draws

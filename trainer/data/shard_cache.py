@@ -17,12 +17,11 @@ import pyarrow as pa
 from cachetools import LRUCache
 from filelock import FileLock
 
-from coldstill.storage_schema.commits import SHARDS_FOLDER, FileRecord
-from coldstill.storage_schema.copy_file import copy_file
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import ShardDamaged
-from coldstill.storage_schema.shard import ShardFile
+from coldstill.storage_schema.shard.reader import ShardFile
 from coldstill.storage_schema.store import RUN_FOLDER, Store
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord, copy_file
 
 from .prefetch import DaemonExecutor
 

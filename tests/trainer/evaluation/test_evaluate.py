@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets
 from coldstill.trainer.evaluation.evaluate import evaluate_student
