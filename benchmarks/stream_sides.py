@@ -21,8 +21,15 @@ from benchmarks.stream_data import Stored
 BATCH_ROWS = 8
 PACKED_ROWS = 4
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = ["benchmarks.stream_sides", "benchmarks.codec_rivals", "pandas", "s3fs", "torch", "coldstill.trainer.data"]
-"""Modules that are imported once for all sides, because an import of torch takes longer than a turn."""
+_PRELOADED = [
+    "benchmarks.stream_sides",
+    "benchmarks.codec_rivals",
+    "pandas",
+    "s3fs",
+    "torch",
+    "coldstill.trainer.data.logit_dataset",
+]
+"""What sides import, once for all of them: to import torch takes longer than a turn."""
 
 
 class Turn(NamedTuple):
@@ -50,8 +57,8 @@ def decode_naive(stored: Stored) -> int:
 
 
 def load(path: str, *, pack_length: int | None = None) -> int:
-    """Run the whole loader, to shuffled batches of tensors. Remote shards are copied into a new folder each time."""
-    from coldstill.trainer.data import load_logit_dataset
+    """The whole loader: shuffled batches of tensors. Copies of remote shards go into a new folder each time."""
+    from coldstill.trainer.data.logit_dataset import load_logit_dataset
 
     with tempfile.TemporaryDirectory() as cache:
         stream = load_logit_dataset(path, cache_dir=cache).stream(
