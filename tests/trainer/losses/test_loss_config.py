@@ -145,7 +145,7 @@ def test_help_lists_the_options_of_each_loss():
     assert {default for key, default, _ in lines if key == "loss.name"} == {"taid"}
     shares = [sentence for key, _, sentence in lines if key == "loss.cross_entropy_share"]
     assert len(shares) == 1
-    assert shares[0].startswith("all but cross_entropy, plugin: ")
+    assert shares[0].startswith("all but cross_entropy, module:name: ")
 
 
 def test_a_loss_of_the_user_s_own_code_is_named_by_its_module():
