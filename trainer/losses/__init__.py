@@ -16,7 +16,6 @@ from coldstill.common.plugins import is_plugin, load_plugin
 from .base import Loss
 from .taid import Taid
 
-
 _PLUGIN = "module:name"
 
 
