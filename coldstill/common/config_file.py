@@ -1,4 +1,4 @@
-"""A YAML file and `key=value` words in, checked settings out. Unknown keys are errors that name the nearest one."""
+"""Reads settings from a YAML file and `key=value` arguments. An unknown key is an error that names the nearest one."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class ConfigNotFound(ColdstillError):
 
 
 class ConfigInvalid(ColdstillError):
-    """A configuration file is not YAML, or a key or value in it is wrong."""
+    """A configuration file is not YAML, or has an invalid key or value."""
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = ()) -> Settings:
-    """The settings of the YAML file at `path`, changed by `overrides` such as `teacher.top_k=64`.
+    """The settings of the YAML file at `path`, with `overrides` such as `teacher.top_k=64` applied.
 
-    Raises `ConfigNotFound` or `ConfigInvalid`.
+    Raises `ConfigNotFound`, `ConfigInvalid`.
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
 
 
 def check_config(document: Mapping[str, Any], *, model: type[Settings], where: str) -> Settings:
-    """The settings of a mapping; `where` is the file or variable that a `ConfigInvalid` names."""
+    """The settings in a mapping. Raises `ConfigInvalid`; `where` is the file or variable that the error names."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -52,9 +52,9 @@ def check_config(document: Mapping[str, Any], *, model: type[Settings], where: s
 
 
 def described_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default or "required", its sentence) of every setting, in order.
+    """(dotted key, default or "required", description) of every setting, in order.
 
-    In a section that is one of several models, a sentence begins with the names of the models that have the setting.
+    In a section that is one of several models, a description begins with the names of the models with that setting.
     """
     for name, field in model.model_fields.items():
         if variants := _variants(field.annotation):
@@ -74,18 +74,18 @@ def _described_variants(
     chosen = field.get_default(call_default_factory=True)
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for tag, variant in variants.items():
-        for key, default, sentence in described_keys(variant, prefix):
-            found.setdefault(key, {}).setdefault((default, sentence), []).append(tag)
+        for key, default, description in described_keys(variant, prefix):
+            found.setdefault(key, {}).setdefault((default, description), []).append(tag)
     names = {
         f"{prefix}{name}": _as_yaml(getattr(chosen, name))
         for name, option in type(chosen).model_fields.items()
         if get_origin(option.annotation) is Literal and len(get_args(option.annotation)) == 1
     }
     for key, settings in found.items():
-        for (default, sentence), tags in settings.items():
+        for (default, description), tags in settings.items():
             others = [tag for tag in variants if tag not in tags]
             owners = f"all but {', '.join(others)}" if 0 < len(others) < len(tags) else ", ".join(tags)
-            yield key, names.get(key, default), f"{owners}: {sentence}" if others else sentence
+            yield key, names.get(key, default), f"{owners}: {description}" if others else description
 
 
 def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
@@ -126,12 +126,12 @@ def _override(document: dict[str, Any], word: str) -> None:
 
 
 def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigInvalid:
-    """The first problem of a validation error, in the words of the file."""
+    """The first problem of a validation error, located by the file's own keys."""
     first = error.errors()[0]
     location, section = _located(first["loc"], model)
     key = ".".join(location)
     if first["type"] != "extra_forbidden":
-        # A law over several keys is found in a whole section, which would only bury the message.
+        # The input of a check over several keys is a whole section, which would be longer than the message.
         found = None if isinstance(first["input"], dict) else repr(first["input"])[:200]
         return ConfigInvalid(
             f"{path}: {key}",

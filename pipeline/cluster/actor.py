@@ -16,10 +16,10 @@ from coldstill.pipeline.preparation.pilot import rank_ids
 from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.units.attempts import LastWords, write_last_words
 from coldstill.pipeline.units.bisection import UnitTask
-from coldstill.pipeline.units.patience import PatientStore
 from coldstill.pipeline.units.worker import CaptureWorker, TeacherLoader, load_for
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.store.retrying import RetryingStore
 
 from .dispatcher import TASKS_PER_WORKER
 from .metrics import WorkerMetrics
@@ -72,8 +72,8 @@ class _RayWorker:
         assert self._teacher is not None
         return self._teacher
 
-    def _store(self) -> PatientStore:
-        return PatientStore(self._config.output, patience_s=self._config.cluster.store_patience_s)
+    def _store(self) -> RetryingStore:
+        return RetryingStore(self._config.output, retry_for_s=self._config.cluster.store_patience_s)
 
     def _end(self, words: LastWords) -> None:
         end_process(words, teacher=self._teacher, speak=lambda words: write_last_words(self._store(), self._key, words))

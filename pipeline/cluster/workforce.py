@@ -27,10 +27,10 @@ from coldstill.pipeline.units.attempts import (
     units_with_attempts,
     write_attempts,
 )
-from coldstill.pipeline.units.patience import PatientStore
 from coldstill.pipeline.units.worker import TeacherLoader, UnitReport
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
+from coldstill.storage_schema.store.retrying import RetryingStore
 
 from .dispatcher import AttemptBook, Dispatcher, FailedUnit, Worker, names_by_unit
 from .metrics import DriverMetrics
@@ -53,7 +53,7 @@ class Workforce:
         self.gpus_per_worker = 0.0
         """GPUs that each worker holds; known once the cluster is joined."""
         self._config, self._load = config, load
-        self._store = PatientStore(config.output, patience_s=config.cluster.store_patience_s)
+        self._store = RetryingStore(config.output, retry_for_s=config.cluster.store_patience_s)
         self._is_joined = False
         self._pool: Pool | None = None
 

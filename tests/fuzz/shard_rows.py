@@ -1,4 +1,4 @@
-"""Shards whose rows hold something else: a stream, an id, a span, a text, in a Parquet file that is as it should be."""
+"""Shards with changed rows (a stream, an id, a span, a text) in a valid Parquet file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coldstill.storage_schema.codec import STREAMS
 from coldstill.storage_schema.shard import SCHEMA
 
 from . import frames
-from .octets import INTERESTING
+from .byte_changes import INTERESTING
 
 Rows = list[dict[str, Any]]
 

@@ -1,4 +1,4 @@
-"""Laws of the codec: what goes in comes out, to the precision that the header promises; what is damaged has a name."""
+"""Laws of the codec: a row decodes to its values, with the precision of the header; damage is a named error."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_decoded_targets_are_the_encoded_ones(
         assert [entry[0] for entry in mine] == [entry[0] for entry in theirs]
         assert my_draws == their_draws
         wanted = np.maximum([entry[1] for entry in mine], LOG_FLOOR)
-        # Steps grow towards small probabilities: half of the longest that the value can lie in. Renormalising moves all
+        # Steps grow towards small probabilities: half of the longest that the value can lie in. Renormalizing moves all
         # values of a position by less than the step of its most probable entry.
         slack = _step(codec, wanted - 0.5) / 2 + _step(codec, np.zeros(1)) + 1e-4
         assert (np.abs(np.array([entry[1] for entry in theirs]) - wanted) <= slack).all()
@@ -251,7 +251,7 @@ def test_a_missing_stream_has_a_name(encoded: Encoded, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_that_nothing_asks_for_is_refused(encoded: Encoded, name: str) -> None:
+def test_a_stream_that_the_row_does_not_use_is_refused(encoded: Encoded, name: str) -> None:
     if not encoded.frames[name]:
         with pytest.raises(StreamDamaged, match=name):
             encoded.decode(**{name: zstandard.compress(b"a")})

@@ -1,4 +1,4 @@
-"""Text that is too deep, no UTF-8, no number that fits, or that a page would run."""
+"""Text that is nested too deeply, is not UTF-8, has numbers out of range, or that a web page would execute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from tests.fuzz.parquet_parts import Parts

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from coldstill.storage_schema.codec import RowCodec
 from coldstill.storage_schema.errors import InvalidRow, ShardTooLarge
 from coldstill.storage_schema.header import Codec, DatasetHeader
-from coldstill.storage_schema.media import MediaReference
-from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
+from coldstill.storage_schema.rows import CachedRow, MediaReference, span_positions, spans_from_mask
 from coldstill.storage_schema.shard import ShardFile, copy_shard, read_shard, write_shard
 from tests import making
 
@@ -55,7 +54,7 @@ def _media(found: dict[int, tuple[str, bytes, bool]]) -> tuple[MediaReference, .
 
 
 def _row(mask: list[bool], seed: int, sample_id: str = "a", metadata: object = None, media: object = None) -> CachedRow:
-    """A row whose tokens 1 and on are learned where `mask` says so, at least the last."""
+    """A row whose tokens from 1 on are targets where `mask` is true, and the last in any case."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, making.VOCABULARY, len(mask) + 1, dtype=np.int32)
     spans = spans_from_mask([False, *mask[:-1], True])
