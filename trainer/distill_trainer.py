@@ -66,8 +66,8 @@ class DistillTrainer(Trainer):
         `processing_class`: the student's tokenizer, checked against the dataset's and saved with each checkpoint.
         `args.data_seed` (`args.seed` where it is None) decides the order of the rows. Other arguments are Trainer's.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `PackingUnsupported`, what `build_objective` raises, and
-        `ValueError` for arguments that would lose what a checkpoint must keep.
+        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `PackingUnsupported`, what `read_loss` and
+        `build_objective` raise, and `ValueError` for arguments that would lose what a checkpoint must keep.
         """
         args = args or TrainingArguments("trainer_output")
         refuse_arguments(args)
