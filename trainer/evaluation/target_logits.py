@@ -3,7 +3,7 @@
 Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `D` width, `V` ids of the tokenizer.
 
 Logits `[M, V]` of one long batch are gigabytes. So the hidden states `[M, D]` of the target positions are kept, and the
-head is applied to a part of them when it is asked for. A head that `trainer.student.forward` does not understand is left
+head is applied to a part of them when it is asked for. A head that `find_head` does not understand is left
 to the model: then its own logits `[B, T, V]` exist once.
 """
 
