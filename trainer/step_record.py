@@ -22,9 +22,6 @@ from .loss_kernels.fused_head import LossValues
 from .losses.base import LossState
 from .losses.taid_schedule import TaidSchedule
 
-STATE_NAME = "StepRecord"
-"""Key of our state in `trainer_state.json`: transformers uses the class's name."""
-
 MOST_NAMED = 20
 """Rows that one error message lists."""
 
@@ -71,7 +68,8 @@ class StepRecord(TrainerCallback, ExportableState):
                 kept.reset()
         if state.global_step == 0:
             return
-        saved = state.stateful_callbacks[STATE_NAME]["attributes"]
+        # transformers stores the state of a callback under its class name.
+        saved = state.stateful_callbacks[StepRecord.__name__]["attributes"]
         self.targets, self._seconds_before, self.cursor = saved["targets"], saved["seconds"], saved["cursor"]
         self._peak_before = saved["peak_memory_mb"]
         if self.schedule is not None:

@@ -1,4 +1,4 @@
-"""What a training run can be told, and what is refused."""
+"""The settings of training: descriptions, defaults, and invalid combinations."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_three_keys_are_enough():
         {"teacher": "x"},
     ],
 )
-def test_what_makes_no_sense_is_refused(wrong):
+def test_invalid_settings_are_errors(wrong):
     with pytest.raises(ValidationError):
         TrainConfig.model_validate({"dataset": "d", "output": "o", "student": {"model": "m"}, **wrong})

@@ -17,6 +17,7 @@ a few tokens, also with hidden states so large that a soft-capping would show.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -59,6 +60,16 @@ def distil_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool =
         inner.forward = MethodType(_forward_of(type(inner)), inner)
     setattr(inner, _STATE, state)
     return state
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The arguments of a student's forward pass: token ids, and what separates the rows.
+
+    Padded rows need the mask alone, so they also work with models that accept no `position_ids`. Packed rows are
+    separated by their positions and have no mask.
+    """
+    separator = "attention_mask" if "attention_mask" in batch else "position_ids"
+    return {"input_ids": batch["input_ids"], separator: batch[separator]}
 
 
 def innermost(model: torch.nn.Module) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import pytest
 from pydantic import Field
 
 from coldstill.trainer.errors import DenseLossOnly, NoDrawLogprobs, NoDraws
+from coldstill.trainer.finished_student import model_card
 from coldstill.trainer.loss_kernels.fused_head import Objective
 from coldstill.trainer.losses import LOSSES, read_loss
 from coldstill.trainer.losses.adaptive_kl import AdaptiveKl
@@ -19,7 +20,6 @@ from coldstill.trainer.losses.cross_entropy import CrossEntropy
 from coldstill.trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
 from coldstill.trainer.losses.dkd import Dkd
 from coldstill.trainer.losses.taid import ForwardKl, MassCorrectedTaid, Taid
-from coldstill.trainer.model_card import model_card
 from tests import reference
 from tests.trainer.losses.scenes import cut, scene, value_and_gradient
 

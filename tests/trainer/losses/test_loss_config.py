@@ -14,13 +14,13 @@ from pydantic import Field, TypeAdapter
 from coldstill import load_logit_dataset
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys
 from coldstill.common.plugins import PluginNotFound
+from coldstill.trainer.checkpoints import claim
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import CheckpointMismatch
 from coldstill.trainer.losses import LOSSES, LossConfig, PluginLoss, read_loss, run_identity
 from coldstill.trainer.losses.cross_entropy import CrossEntropy
 from coldstill.trainer.losses.divergences import JensenShannon
 from coldstill.trainer.losses.taid import Taid
-from coldstill.trainer.run_folder import claim
 from coldstill.trainer.train import _identity
 
 KEYS = {"dataset": "d", "output": "o", "student": {"model": "m"}}

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from coldstill.common.packages import PackagesMissing
 from coldstill.trainer.errors import TaskFailed
-from coldstill.trainer.evaluation.tasks import evaluate_tasks
+from coldstill.trainer.evaluation.lm_eval_tasks import evaluate_tasks
 from tests import making
 from tests.trainer.evaluation.batches import load
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.trainer.evaluation.calibration import BINS, bin_sums, calibration_bins, expected_calibration_error
+from coldstill.trainer.evaluation.report import BINS, bin_sums, calibration_bins, expected_calibration_error
 from tests.trainer.evaluation import reference
 
 
@@ -32,7 +32,7 @@ def test_sums_of_parts_add_up() -> None:
     torch.testing.assert_close(parts, bin_sums(confidence, hits))
 
 
-def test_a_student_that_is_as_right_as_it_is_sure_has_none() -> None:
+def test_a_calibrated_student_has_none() -> None:
     confidence = torch.full((10,), 0.7, dtype=torch.float64)
     hits = torch.tensor([1.0] * 7 + [0.0] * 3, dtype=torch.float64)
     assert expected_calibration_error(bin_sums(confidence, hits)) == pytest.approx(0, abs=1e-15)

@@ -1,4 +1,4 @@
-"""Logits at target positions, a part at a time, are those of the model's own forward pass, whatever its head does."""
+"""Logits at target positions, read in parts, equal those of the model's own forward pass for every kind of head."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from coldstill.trainer.evaluation.evaluate import measuring
-from coldstill.trainer.evaluation.target_logits import LogitReader
+from coldstill.trainer.evaluation.measured_model import LogitReader, measuring
 from tests import making
 from tests.trainer.evaluation.batches import packed, padded, random_rows
 
@@ -63,7 +62,7 @@ MODELS = {
 
 @pytest.mark.parametrize("make_batch", [padded, packed])
 @pytest.mark.parametrize("name", MODELS)
-def test_parts_are_the_models_own_logits(name: str, make_batch: Any) -> None:
+def test_parts_equal_the_models_own_logits(name: str, make_batch: Any) -> None:
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
     batch = make_batch([row for row, _ in random_rows(1, 4)])
@@ -76,7 +75,7 @@ def test_parts_are_the_models_own_logits(name: str, make_batch: Any) -> None:
             torch.testing.assert_close(read(start, stop), own[start:stop, : V - 3], rtol=1e-10, atol=1e-12)
 
 
-def test_only_a_part_of_the_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_is_applied_to_the_requested_part_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama().eval()
     batch = padded([row for row, _ in random_rows(2, 4)])
     with measuring(model):

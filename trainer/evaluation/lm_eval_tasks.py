@@ -1,7 +1,6 @@
-"""Benchmarks of lm-eval: a model, its tokenizer and tasks come in, a number per metric goes out.
+"""Runs benchmark tasks of EleutherAI's lm-evaluation-harness on a student.
 
-The library is EleutherAI's lm-evaluation-harness; here is only how it is called. A task is one of its names, or a YAML
-file of its format, whose data may be local.
+A task is a name that the library knows, or a YAML file in its format, whose data may be local.
 """
 
 from __future__ import annotations
@@ -13,19 +12,20 @@ from typing import Any
 from coldstill.common.packages import require_packages
 from coldstill.trainer.errors import TaskFailed
 
-from .evaluate import measuring
+from .measured_model import measuring
 
 
 def require_tasks() -> None:
-    """Raise `PackagesMissing` where the library is not installed."""
+    """Raise `PackagesMissing` if the library is not installed."""
     require_packages("eval", "lm_eval")
 
 
 def evaluate_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], *, batch_size: int) -> dict[str, float]:
-    """`task/metric` and its value, for each metric of each of `tasks`, and of the members of groups.
+    """Values by `task/metric`, for each metric of each of `tasks` and of the members of task groups.
 
-    `tokenizer` is transformers'. lm-eval seeds the generators of Python, numpy and torch. Raises `PackagesMissing`,
-    `TaskFailed`.
+    `tokenizer` is one of transformers. lm-eval seeds the generators of Python, numpy and torch.
+
+    Raises `PackagesMissing`, `TaskFailed`.
     """
     require_tasks()
     from lm_eval import simple_evaluate
@@ -33,7 +33,7 @@ def evaluate_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], *, batch_si
     from lm_eval.tasks import TaskManager
 
     try:
-        # The library's own thousands of tasks are only looked through where one of them may be meant.
+        # The library's thousands of tasks are indexed only if one of `tasks` may be among them.
         manager = TaskManager(include_defaults=not all(Path(task).is_file() for task in tasks))
         with measuring(model):
             found = simple_evaluate(
@@ -43,18 +43,18 @@ def evaluate_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], *, batch_si
                 bootstrap_iters=0,
                 log_samples=False,
             )
-    # A task is code and data of somebody else: what it raises is no defect of ours.
+    # A task is third-party code and data: its exceptions are not bugs of Coldstill.
     except Exception as error:
         raise TaskFailed(
             f"tasks {', '.join(tasks)}",
             found=f"{type(error).__name__}: {error}",
-            wanted="names of lm-eval, or YAML files of its format, with data that can be reached",
-            fix="run `lm-eval ls tasks` for the names, `lm-eval validate` for a file",
+            wanted="task names of lm-eval or YAML files in its format, with data that can be loaded",
+            fix="list the names with `lm-eval ls tasks`; check a file with `lm-eval validate --tasks FILE`",
         ) from error
     return {
         f"{task}/{metric.removesuffix(',none')}": float(value)
         for task, metrics in found["results"].items()
         for metric, value in metrics.items()
-        # A metric is named with its filter, as `acc,none`; standard errors were not asked for.
+        # A metric's name includes its filter, as in `acc,none`. Standard errors are skipped.
         if "," in metric and "_stderr," not in metric
     }

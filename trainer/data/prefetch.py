@@ -1,4 +1,4 @@
-"""Work beside the training loop, in threads that end with the process: calls one after the other, and items ahead."""
+"""Background threads that prepare data ahead of the training loop and end with the process."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _END = object()
-_LOOK_S = 0.1
-"""How often a producer that waits for room looks whether anybody still wants its items."""
+_POLL_S = 0.1
+"""Seconds between two checks of a blocked producer for whether its consumer has stopped."""
 
 
-class BackgroundCalls:
-    """Calls in one daemon thread, in order. A pool of `concurrent.futures` would hold the process until they end."""
+class DaemonExecutor:
+    """Runs functions one at a time in a daemon thread.
+
+    The threads of `concurrent.futures` would delay the exit of the process until all submitted calls are done.
+    """
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
-        """Its result, when its turn has come."""
+        """Run `call` after those submitted before it; the future holds its result or exception."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="prefetch-shards", daemon=True)
             self._thread.start()
         future: Future[Result] = Future()
         self._calls.put((future, call))
         return future
 
     def close(self) -> None:
-        """No more calls; the thread ends after those that it has."""
+        """Accept no more calls; the thread ends after those already submitted."""
         self._calls.put(None)
 
     def _run(self) -> None:
@@ -47,18 +50,19 @@ class BackgroundCalls:
                     future.set_exception(error)
 
 
-def ahead(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
-    """The same items; up to `depth` of them are made in a thread before they are asked for.
+def prefetch(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
+    """Yield the same items, with up to `depth` of them computed in advance by a thread.
 
-    What making one raises is raised here, when its turn comes. Ending this generator ends `items` too, in its thread.
+    An exception of `items` is raised here after the items before it. Closing this generator closes `items` too, in its
+    thread.
     """
-    made: queue.Queue[Any] = queue.Queue(depth)
-    unwanted = threading.Event()
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stopped = threading.Event()
 
     def put(item: Any) -> bool:
-        while not unwanted.is_set():
+        while not stopped.is_set():
             try:
-                made.put(item, timeout=_LOOK_S)
+                ready.put(item, timeout=_POLL_S)
                 return True
             except queue.Full:
                 continue
@@ -74,16 +78,16 @@ def ahead(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:
         except BaseException as error:
             put((_END, error))
 
-    thread = threading.Thread(target=produce, name="decode-ahead", daemon=True)
+    thread = threading.Thread(target=produce, name="prefetch-batches", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = made.get()
+            item, error = ready.get()
             if error is not None:
                 raise error
             if item is _END:
                 return
             yield item
     finally:
-        unwanted.set()
+        stopped.set()
         thread.join()

@@ -1,7 +1,8 @@
-"""Which rows make which batch: references in, batches of packs of references out, and a cursor behind each batch.
+"""Which rows form which batch, with a cursor behind each batch.
 
-Without packing a pack is one row. An epoch ends where as many rows were taken as the datasets hold; what is pending
-then is packed too, so no batch spans two epochs, and the last one of an epoch may be smaller.
+A pack is a list of rows that share one sequence; without packing it is a single row. An epoch ends when as many rows
+were taken as the datasets hold. The rows pending then are packed too, so no batch spans two epochs, and the last batch
+of an epoch may be smaller.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from typing import TypedDict
 
 from coldstill.trainer.errors import RowTooLong
 
-from .mixture import Mixture, MixtureCursor
 from .packing import Packer
 from .row_reader import RowReader, RowReference
+from .shuffled_rows import Mixture, MixtureCursor
 
 Pack = list[RowReference]
 
 
-class WalkCursor(TypedDict):
-    """`epoch`: whole ones so far; `batches` so far; `pending`: rows taken and not given yet."""
+class SamplerCursor(TypedDict):
+    """Completed epochs, batches so far, and the `pending` rows: taken, not yet in a batch. Stored in checkpoints."""
 
     epoch: int
     batches: int
@@ -26,8 +27,8 @@ class WalkCursor(TypedDict):
     pending: list[list[int]]
 
 
-class BatchWalk:
-    """Batches of `batch_size` packs of `pack_length` tokens, or of single rows where that is None."""
+class BatchSampler:
+    """Batches of `batch_size` packs of up to `pack_length` tokens; of single rows if `pack_length` is None."""
 
     def __init__(self, reader: RowReader, mixture: Mixture, *, batch_size: int, pack_length: int | None):
         self._reader, self._mixture, self._batch_size = reader, mixture, batch_size
@@ -35,15 +36,15 @@ class BatchWalk:
         self._rows_per_epoch = sum(len(dataset) for dataset in reader.datasets)
         self.epoch = self._batches = 0
 
-    def seek(self, cursor: WalkCursor) -> None:
-        """Go to a place that `cursor` gave."""
+    def seek(self, cursor: SamplerCursor) -> None:
+        """Continue from a place that `cursor` returned."""
         self.epoch, self._batches = cursor["epoch"], cursor["batches"]
         self._mixture.seek(cursor["mixture"])
         if self._packer is not None:
             self._packer.restore(RowReference(*row) for row in cursor["pending"])
 
-    def cursor(self) -> WalkCursor:
-        """Where the walk stands, fit for JSON."""
+    def cursor(self) -> SamplerCursor:
+        """The place behind the last batch, fit for JSON."""
         pending = () if self._packer is None else self._packer.pending()
         return {
             "epoch": self.epoch,
@@ -67,22 +68,22 @@ class BatchWalk:
         return (self.epoch + 1) * self._rows_per_epoch - self._mixture.taken
 
     def _pack(self) -> Pack | None:
-        """The next pack of this epoch."""
+        """The next pack of this epoch; None if the epoch has no more rows."""
         if self._packer is None:
             return [next(self._mixture)] if self._rows_left else None
         while self._rows_left and not self._packer.is_full:
             row = next(self._mixture)
             if row.length > self._packer.length:
-                self._refuse(row, self._packer.length)
+                raise self._too_long(row, self._packer.length)
             self._packer.add(row)
         return None if self._packer.is_empty else self._packer.pack()
 
-    def _refuse(self, row: RowReference, pack_length: int) -> None:
+    def _too_long(self, row: RowReference, pack_length: int) -> RowTooLong:
         dataset = self._reader.datasets[row.dataset]
         sample_id = self._reader.rows([row])[0].sample_id
-        raise RowTooLong(
+        return RowTooLong(
             f"row {sample_id!r} of {dataset.store.url}",
             found=f"{row.length} tokens",
-            wanted=f"at most pack_length, {pack_length}: rows are not split, targets need what is before them",
-            fix=f"pack_length of {dataset.header.max_length} takes every row of this dataset",
+            wanted=f"at most pack_length, {pack_length}: a row is never split, its targets depend on all tokens before",
+            fix=f"set pack_length to {dataset.header.max_length}, the longest row that this dataset may hold",
         )

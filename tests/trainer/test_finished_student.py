@@ -1,4 +1,4 @@
-"""The report and the card of a run say what was learned, also where there is much or nothing to say."""
+"""The report and the model card of a run, for long, short and empty logs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from coldstill.trainer.finished_student import MOST_ROWS, model_card, run_report
 from coldstill.trainer.losses import read_loss
-from coldstill.trainer.model_card import model_card
-from coldstill.trainer.run_report import MOST_LINES, run_report
 from tests import making
 
 
-def test_the_report_shows_the_curve_of_t_and_thins_out_a_long_log():
+def test_the_report_shows_the_curve_of_t_and_samples_a_long_log():
     log = [{"step": n, "loss": 1.0, "taid_t": n / 999, "taid_momentum": 0.0, "bucket_kl": 2.0} for n in range(1000)]
     text = run_report(log)
     assert "t from 0.000 to 1.000" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(lines) == MOST_LINES + 1
+    assert len(lines) == MOST_ROWS + 1
     assert lines[1].startswith("| 0 ")
     assert lines[-1].startswith("| 999 ")
 
@@ -32,7 +31,7 @@ def test_an_empty_log_has_a_report():
     assert run_report([]).startswith("# ")
 
 
-def test_the_card_can_be_read_by_the_hub_and_hides_local_folders(tiny_student: Path):
+def test_the_hub_can_read_the_card_and_it_hides_local_folders(tiny_student: Path):
     text = model_card(
         student=str(tiny_student),
         headers=[making.tiny_header(tiny_student)],
@@ -63,4 +62,4 @@ def test_the_card_of_a_hub_student_names_it_for_the_hub():
     )
     data = ModelCard(text).data
     assert (data.base_model, data.library_name) == ("Qwen/Qwen2.5-0.5B", "peft")
-    assert "t at the end" not in text
+    assert "final t" not in text

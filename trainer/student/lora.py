@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft: a model comes in, the same model with adapters goes out; and back into plain weights."""
+"""LoRA adapters by peft: adds them to a model, and merges them into its weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from coldstill.common.errors import first_line
 from coldstill.trainer.config import LoraConfig
 from coldstill.trainer.errors import AdapterMisfit
 
 
 def with_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`model` frozen, with trainable adapters. They are float32, whatever the type of the frozen weights.
+    """`model` frozen, with trainable float32 adapters, whatever the dtype of the frozen weights.
 
-    Raises `AdapterMisfit` where no layer has one of the names that `target_modules` asks for.
+    Raises `AdapterMisfit` if no layer has a name in `target_modules`.
     """
     settings = PeftLoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -31,12 +32,12 @@ def with_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise AdapterMisfit(
             "student.lora.target_modules",
             found=config.target_modules,
-            wanted=str(error).strip().splitlines()[0],
-            fix="leave it at all-linear, or name layers of this model, such as q_proj",
+            wanted=first_line(error),
+            fix="set it to all-linear, or to layers of this model, such as q_proj",
         ) from error
 
 
 def merged(base: str, adapter: Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The model `base` with the adapters in the folder `adapter` added to its weights, of type `dtype`."""
+    """The model `base` in `dtype`, with the adapters in the folder `adapter` added to its weights."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()

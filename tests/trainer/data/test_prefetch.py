@@ -1,4 +1,4 @@
-"""Items that a thread makes ahead: the same items, the same errors, nothing left behind."""
+"""Prefetched items: the same items, the same errors, and no thread is left."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from itertools import count
 
 import pytest
 
-from coldstill.trainer.data.background import BackgroundCalls, ahead
+from coldstill.trainer.data.prefetch import DaemonExecutor, prefetch
 
 
 def threads() -> int:
-    return sum(thread.name == "decode-ahead" for thread in threading.enumerate())
+    return sum(thread.name == "prefetch-batches" for thread in threading.enumerate())
 
 
 def test_the_items_are_the_same():
-    assert list(ahead((n for n in range(50)), depth=2)) == list(range(50))
+    assert list(prefetch((n for n in range(50)), depth=2)) == list(range(50))
     assert threads() == 0
 
 
-def test_no_more_than_depth_and_one_in_hand_are_made_ahead():
+def test_at_most_depth_items_and_one_more_are_prefetched():
     made = []
 
     def items():
@@ -28,7 +28,7 @@ def test_no_more_than_depth_and_one_in_hand_are_made_ahead():
             made.append(n)
             yield n
 
-    got = ahead(items(), depth=3)
+    got = prefetch(items(), depth=3)
     assert next(got) == 0
     deadline = time.monotonic() + 5
     while len(made) < 5 and time.monotonic() < deadline:
@@ -38,20 +38,20 @@ def test_no_more_than_depth_and_one_in_hand_are_made_ahead():
     got.close()
 
 
-def test_an_error_comes_when_its_turn_has_come():
+def test_an_error_is_raised_after_the_items_before_it():
     def items():
         yield 1
         yield 2
         raise ValueError("the third")
 
-    got = ahead(items(), depth=9)
+    got = prefetch(items(), depth=9)
     assert [next(got), next(got)] == [1, 2]
     with pytest.raises(ValueError, match="the third"):
         next(got)
     assert threads() == 0
 
 
-def test_who_stops_early_ends_the_thread_and_what_makes_the_items():
+def test_stopping_early_ends_the_thread_and_closes_the_items():
     ended = threading.Event()
 
     def items():
@@ -60,16 +60,16 @@ def test_who_stops_early_ends_the_thread_and_what_makes_the_items():
         finally:
             ended.set()
 
-    got = ahead(items(), depth=1)
+    got = prefetch(items(), depth=1)
     assert next(got) == 0
     got.close()
     assert ended.is_set()
     assert threads() == 0
 
 
-def test_calls_are_made_in_order_and_their_errors_are_their_own():
+def test_calls_run_in_order_and_each_raises_its_own_error():
     done: list[int] = []
-    calls = BackgroundCalls()
+    calls = DaemonExecutor()
     results = [calls.submit(lambda n=n: done.append(n) or 1 / (n - 2)) for n in range(5)]
     assert [results[n].result() for n in (0, 1, 3, 4)] == [-0.5, -1, 1, 0.5]
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""Less than a dataset holds, by choice: fewer draws, fewer kept ids. Targets in, weighted targets out.
+"""Reduces stored targets at training time: a smaller top-k, fewer tail draws.
 
 Shape letters: `N` target positions, `K` stored top-k, `R` stored draws of all positions.
 """
@@ -13,11 +13,11 @@ import numpy as np
 
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
-from .order import words_of_positions
+from .rng import words_of_positions
 
 
 class WeightedDraws(NamedTuple):
-    """`targets`, and `weights float32 [R]`: which share of its position's tail each of their draws stands for."""
+    """`targets`, and `weights float32 [R]`: the share of its position's tail that each draw represents."""
 
     targets: TeacherTargets
     weights: np.ndarray
@@ -26,9 +26,9 @@ class WeightedDraws(NamedTuple):
 def with_fewer_draws(row: CachedRow, *, taken: int, wanted: int, seed: int) -> CachedRow:
     """The row as if `wanted` draws had been taken at each position instead of `taken`: a uniform subset.
 
-    Stored draws are sorted, so a prefix of them would be those of frequent ids. The subset is a function of (`seed`,
-    sample id, position): each of the `taken` draws has a word, the stored ones the first words, and the draws of the
-    `wanted` smallest words stay.
+    Stored draws are sorted by id, so a prefix of them would favor frequent ids. The subset is a function of (`seed`,
+    sample id, position): each of the `taken` draws gets a random word, the stored draws the first words, and the draws
+    with the `wanted` smallest words stay.
     """
     targets = row.targets
     if not targets.draw_ids.size:
@@ -38,21 +38,21 @@ def with_fewer_draws(row: CachedRow, *, taken: int, wanted: int, seed: int) -> C
     chosen = _smallest(words, wanted)
     is_stored = np.arange(taken) < targets.draw_counts[:, None]
     stays = chosen[is_stored]
-    thinned = replace(
+    reduced = replace(
         targets,
         draw_ids=targets.draw_ids[stays],
         draw_counts=(chosen & is_stored).sum(1, dtype=np.int32),
         draw_logprobs=None if targets.draw_logprobs is None else targets.draw_logprobs[stays],
     )
-    return replace(row, targets=thinned)
+    return replace(row, targets=reduced)
 
 
 def with_smaller_top_k(targets: TeacherTargets, top_k: int) -> WeightedDraws:
-    """The `top_k` most probable kept ids of each position; the others go to the tail, as draws of known weight.
+    """Keep the `top_k` most probable ids of each position; the others join the tail as draws of known weight.
 
-    The new tail has the mass m' = m + sum of the cut p. What was cut is known exactly, so each cut id stands for p / m'
-    of it, and the old draws share the rest, m / m'. Where a position has no draw the weights sum to less than 1.
-    Of equal log-probs that of the lower column stays.
+    With `m` the stored tail mass, the new tail mass is m' = m + the sum of the cut probabilities p. Cut ids are known
+    exactly: each has the share p / m' of the tail, and the stored draws together have the share m / m'. The weights of
+    a position without stored draws sum to less than 1. Of equal log-probs the one in the lower column stays.
     """
     stays = _most_probable(targets.logprobs, top_k)
     is_cut = ~stays & (targets.logprobs > -np.inf)
@@ -71,7 +71,7 @@ def with_smaller_top_k(targets: TeacherTargets, top_k: int) -> WeightedDraws:
         return values
 
     kept_shape = (targets.positions, top_k)
-    thinned = replace(
+    reduced = replace(
         targets,
         ids=targets.ids[stays].reshape(kept_shape),
         logprobs=targets.logprobs[stays].reshape(kept_shape),
@@ -85,18 +85,18 @@ def with_smaller_top_k(targets: TeacherTargets, top_k: int) -> WeightedDraws:
     )
     of_draws = np.repeat(old_tail / new_tail / np.maximum(draw_counts, 1), draw_counts)
     of_cut = (probs / new_tail[:, None])[is_cut]
-    return WeightedDraws(thinned, mixed(of_draws, of_cut, np.float32))
+    return WeightedDraws(reduced, mixed(of_draws, of_cut, np.float32))
 
 
 def _most_probable(logprobs: np.ndarray, count: int) -> np.ndarray:
-    """`bool [N, K]`: the `count` largest of each position, of equals the first."""
-    # Of numbers up to 0, the bits without the sign grow as the number falls; with its column a key is there once.
+    """`bool [N, K]`: the `count` largest of each position; of equal ones the first."""
+    # Without the sign bit, the bits of a float32 <= 0 grow as the number falls. The column makes each key unique.
     keys = (logprobs.view(np.uint32) & np.uint32(0x7FFFFFFF)).astype(np.uint64) << np.uint64(16)
     return _smallest(keys | np.arange(logprobs.shape[1], dtype=np.uint64), count)
 
 
 def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
-    """`bool`, shaped as `keys [N, n]`, whose rows hold no key twice: the `count` smallest of each row."""
+    """`bool [N, n]`: the `count` smallest of each row of `keys [N, n]`. The keys of a row must be distinct."""
     if count == 0:
         return np.zeros(keys.shape, bool)
     if count >= keys.shape[1]:
@@ -105,5 +105,5 @@ def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
 
 
 def _places(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Flat places of runs of `counts [N]` values that begin at `starts [N]`."""
+    """`int64`: the flat indices of runs of `counts [N]` values that begin at `starts [N]`."""
     return np.arange(int(counts.sum())) + np.repeat(starts - (np.cumsum(counts) - counts), counts)

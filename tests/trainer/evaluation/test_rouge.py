@@ -15,8 +15,7 @@ from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.errors import NoAnswers
-from coldstill.trainer.evaluation.answers import greedy_answers, questions
-from coldstill.trainer.evaluation.rouge import rouge_l
+from coldstill.trainer.evaluation.rouge import greedy_answers, questions, rouge_l
 from tests import making
 from tests.trainer.evaluation import reference
 from tests.trainer.evaluation.batches import load
@@ -64,7 +63,7 @@ def test_the_answer_is_the_last_run_of_targets_and_the_prompt_all_before_it(chat
     assert [question.sample_id for question in questions(chats, limit=2)] == ["chat-0", "chat-1"]
 
 
-def test_a_dataset_whose_rows_have_no_prompt_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_dataset_whose_rows_have_no_prompt_is_a_named_error(tmp_path: Path, tokenizer_folder: Path) -> None:
     texts = write_chats(tmp_path / "texts", tokenizer_folder, [[(0, 9)], [(0, 20)]])
     with pytest.raises(NoAnswers, match="no row with a prompt"):
         questions(texts, limit=5)
