@@ -21,7 +21,6 @@ from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher
 from coldstill.pipeline.units.attempts import LastWords
-from coldstill.storage_schema.rows import TeacherTargets
 
 _LONGEST_LOOK_S = 2.0
 """Seconds between two looks, at most."""
@@ -73,15 +72,10 @@ class WatchedTeacher:
         """Other than a while ago as long as anything goes on."""
         return self._teacher.progress, self._begun, self._ended
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
         """See `protocol.Teacher`."""
         with self._counted():
             return self._teacher.score(sequences)
-
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """See `protocol.Teacher`."""
-        with self._counted():
-            return self._teacher.generate(prompts)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

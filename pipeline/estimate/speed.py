@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.shard import write_shard
@@ -52,10 +52,7 @@ def _measure(
     config: CaptureConfig, teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence]
 ) -> SpeedReport:
     started = time.monotonic()
-    if config.mode == "generate":
-        scored = teacher.generate(sequences)
-    else:
-        scored = [ScoredSequence(*pair) for pair in zip(sequences, teacher.score(sequences), strict=True)]
+    scored = teacher.score(sequences)
     seconds = time.monotonic() - started
     rows = [answer.row for answer in scored]
     return SpeedReport(
