@@ -29,7 +29,7 @@ _PRELOADED = [
     "torch",
     "coldstill.trainer.data.logit_dataset",
 ]
-"""What sides import, once for all of them: to import torch takes longer than a turn."""
+"""Modules that are imported once for all sides, because an import of torch takes longer than a turn."""
 
 
 class Turn(NamedTuple):
@@ -57,7 +57,7 @@ def decode_naive(stored: Stored) -> int:
 
 
 def load(path: str, *, pack_length: int | None = None) -> int:
-    """The whole loader: shuffled batches of tensors. Copies of remote shards go into a new folder each time."""
+    """Run the whole loader, to shuffled batches of tensors. Remote shards are copied into a new folder each time."""
     from coldstill.trainer.data.logit_dataset import load_logit_dataset
 
     with tempfile.TemporaryDirectory() as cache:

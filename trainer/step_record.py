@@ -1,6 +1,6 @@
 """What happens between optimizer steps: sums of the micro-batches, the move of t, the state of the checkpoint.
 
-The state is stored in `trainer_state.json` of every checkpoint, the last file that transformers writes there.
+The state is part of `trainer_state.json` in every checkpoint, the last file that transformers writes there.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def check_config(document: Mapping[str, Any], *, model: type[Settings], where: s
 def described_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted key, default or "required", description) of every setting, in order.
 
-    In a section that is one of several models, a description begins with the names of the models that have the setting.
+    In a section that is one of several models, a description begins with the names of the models with that setting.
     """
     for name, field in model.model_fields.items():
         if variants := _variants(field.annotation):
@@ -74,18 +74,18 @@ def _described_variants(
     chosen = field.get_default(call_default_factory=True)
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
     for tag, variant in variants.items():
-        for key, default, sentence in described_keys(variant, prefix):
-            found.setdefault(key, {}).setdefault((default, sentence), []).append(tag)
+        for key, default, description in described_keys(variant, prefix):
+            found.setdefault(key, {}).setdefault((default, description), []).append(tag)
     names = {
         f"{prefix}{name}": _as_yaml(getattr(chosen, name))
         for name, option in type(chosen).model_fields.items()
         if get_origin(option.annotation) is Literal and len(get_args(option.annotation)) == 1
     }
     for key, settings in found.items():
-        for (default, sentence), tags in settings.items():
+        for (default, description), tags in settings.items():
             others = [tag for tag in variants if tag not in tags]
             owners = f"all but {', '.join(others)}" if 0 < len(others) < len(tags) else ", ".join(tags)
-            yield key, names.get(key, default), f"{owners}: {sentence}" if others else sentence
+            yield key, names.get(key, default), f"{owners}: {description}" if others else description
 
 
 def _variants(annotation: Any) -> dict[str, type[BaseModel]]:

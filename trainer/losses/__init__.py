@@ -16,15 +16,15 @@ from coldstill.common.plugins import is_plugin, load_plugin
 from .base import Loss
 from .taid import Taid
 
+_PLUGIN = "module:name"
+
 
 class PluginLoss(FrozenModel):
     """A loss of the user's own code and its options, not yet imported; `read_loss` imports it."""
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field(
-        description="Or module:name of your own loss, a class derived from Loss; its options stand beside it."
-    )
+    name: str = Field(description="A loss of your own, a class derived from Loss; its options stand beside it.")
 
 
 def _losses_of_this_folder() -> dict[str, type[Loss]]:
@@ -57,7 +57,7 @@ def _with_name(given: Any) -> Any:
 
 def _tag(given: Mapping[str, Any] | Loss | PluginLoss) -> str:
     name: str = given["name"] if isinstance(given, Mapping) else given.name
-    return "plugin" if is_plugin(name) else name
+    return _PLUGIN if is_plugin(name) else name
 
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 else:
     _MEMBERS = [Annotated[loss, Tag(name)] for name, loss in LOSSES.items()]
     LossConfig = Annotated[
-        Union[(*_MEMBERS, Annotated[PluginLoss, Tag("plugin")])], Discriminator(_tag), BeforeValidator(_with_name)
+        Union[(*_MEMBERS, Annotated[PluginLoss, Tag(_PLUGIN)])], Discriminator(_tag), BeforeValidator(_with_name)
     ]
 """The section `loss` of a configuration: a union of all losses, told apart by `name`."""
 
