@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from coldstill.pipeline.cluster.speed import SpeedReport
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.preparation.header import load_model_config, make_header
 from coldstill.pipeline.sequences import TokenSequence
@@ -23,7 +24,6 @@ from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
 from .expected_bytes import BYTES_PER_TOKEN, bytes_per_target
-from .speed import SpeedReport
 
 PROBE_S = 60.0
 _CHECKED_ROWS = 32
@@ -141,7 +141,7 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
 
 def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, seconds: float) -> tuple[SpeedReport, float]:
     """What one real worker does, and the GPUs that it holds."""
-    from coldstill.pipeline.cluster import Workforce
+    from coldstill.pipeline.cluster.pool import WorkerPool
 
     facts = fingerprint_bytes(files_of(maker.tokenizer)[TOKENIZER_FILE], where=f"{config.teacher.model}: tokenizer")
     header = make_header(
@@ -153,11 +153,11 @@ def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, secon
     )
     sequences = list(_first(source, maker))
     with (
-        # What a worker that dies has to say is written to its output, which is not to be touched.
+        # Workers write crash reports to their output: not to the dataset, which a dry run must not touch.
         tempfile.TemporaryDirectory(prefix="coldstill-") as elsewhere,
-        Workforce(config.model_copy(update={"output": elsewhere})) as workforce,
+        WorkerPool(config.model_copy(update={"output": elsewhere})) as pool,
     ):
-        return workforce.measure(header, sequences, seconds=seconds), workforce.gpus_per_worker
+        return pool.measure(header, sequences, seconds=seconds), pool.gpus_per_worker
 
 
 def _first(source: Source, maker: SequenceMaker) -> Iterator[TokenSequence]:

@@ -1,1 +1,1 @@
-"""One unit: its rows scored and committed, and what is done when its workers die."""
+"""A store that retries."""

@@ -24,7 +24,7 @@ from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.preparation.pilot import rank_ids
 from coldstill.pipeline.preparation.prepare import prepare
 from coldstill.pipeline.teachers.protocol import Teacher
-from coldstill.pipeline.units.worker import CaptureWorker, load_for
+from coldstill.pipeline.worker import CaptureWorker, load_for
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from tests import making
 

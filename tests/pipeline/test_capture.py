@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coldstill.pipeline import cluster
 from coldstill.pipeline.capture import capture
+from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.driver.status import read_status
 from coldstill.pipeline.errors import CaptureIncomplete, ClusterTooSmall, LeaseHeld, TooManyUnits, UnitFailed
 from coldstill.pipeline.preparation.prepare import prepare
@@ -109,7 +109,7 @@ def test_units_that_fail_are_named_at_the_end_all_others_are_committed_and_a_lat
     config = capture_config(tmp_path, teacher={"draws": 0}, pilot_targets=0)
     faults = Faults(folder=str(tmp_path), invalid=("chat-13",))
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "Workforce", functools.partial(cluster.Workforce, load=faults))
+        patch.setattr(pool, "WorkerPool", functools.partial(pool.WorkerPool, load=faults))
         with pytest.raises(CaptureIncomplete, match="unit 1: ") as failed:
             capture(config)
     assert "NaN" in str(failed.value)

@@ -19,10 +19,10 @@ from coldstill.cli.status_table import duration, show_status
 from coldstill.pipeline.cluster.dispatcher import FailedUnit
 from coldstill.pipeline.driver.lease import Lease
 from coldstill.pipeline.driver.progress import Progress
-from coldstill.pipeline.driver.progress_record import MOST_LISTED, PROGRESS_FOLDER, Totals, read_progress
+from coldstill.pipeline.driver.progress_record import MAX_LISTED, PROGRESS_FOLDER, Totals, read_progress
 from coldstill.pipeline.driver.status import Status, read_status
 from coldstill.pipeline.errors import CaptureIncomplete
-from coldstill.pipeline.units.worker import UnitReport
+from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.errors import DatasetNotFound
 from coldstill.storage_schema.manifest import seal
@@ -142,7 +142,7 @@ def test_the_driver_writes_by_itself_and_a_killed_one_is_shown_dead(tmp_path: Pa
     assert (dead.state, dead.workers, dead.units_running, dead.time_left_s) == ("dead", 0, 0, None)
     assert dead.totals.cost == pytest.approx(dead.totals.gpu_seconds)
     assert dead.totals.gpu_seconds == dead.totals.worker_seconds >= status.totals.worker_seconds
-    assert "start the same capture again" in shown(dead)
+    assert "re-run the same command to resume" in shown(dead)
 
 
 def test_costs_of_all_starts_add_up_in_one_record_whatever_was_killed(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -243,12 +243,12 @@ def test_a_directory_without_a_driver_is_idle(tmp_path: Path, tokenizer_folder: 
 
 def test_the_record_stays_small_with_many_failures(tmp_path: Path, tokenizer_folder: Path) -> None:
     store = begin(tmp_path, tokenizer_folder)
-    work = Workers(failed=[FailedUnit(unit, "why") for unit in range(5 * MOST_LISTED)])
+    work = Workers(failed=[FailedUnit(unit, "why") for unit in range(5 * MAX_LISTED)])
     progress = Progress(store, token="one", work=work)
     progress.begin()
     record = read_progress(store)
     assert record is not None
-    assert (len(record.failed), record.failed_units) == (MOST_LISTED, 5 * MOST_LISTED)
+    assert (len(record.failed), record.failed_units) == (MAX_LISTED, 5 * MAX_LISTED)
 
 
 def test_a_stranger_cannot_steer_the_terminal(tmp_path: Path, tokenizer_folder: Path) -> None:

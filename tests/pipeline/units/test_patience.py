@@ -14,7 +14,7 @@ import pytest
 from coldstill.pipeline.config import ClusterConfig
 from coldstill.pipeline.preparation.prepare import prepare
 from coldstill.pipeline.units.patience import PatientStore
-from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
 from tests.conftest import SmallDisk

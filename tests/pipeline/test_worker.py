@@ -1,4 +1,4 @@
-"""Laws of one worker, in this process: real teacher, real shards, real commits, and a SIGKILL at any moment."""
+"""Laws of one worker in this process: real teacher, shards and commits, and SIGKILL at any moment."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from coldstill.pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusabl
 from coldstill.pipeline.preparation.prepare import prepare
 from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher
-from coldstill.pipeline.units.attempts import ExcludedRow
-from coldstill.pipeline.units.bisection import UnitTask
-from coldstill.pipeline.units.worker import CaptureWorker, load_for
+from coldstill.pipeline.worker import CaptureWorker, ExcludedRow, UnitTask, load_for
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch, StorageFull, UnsupportedStore
@@ -53,7 +51,7 @@ def test_every_source_row_is_in_the_dataset_or_among_the_rejects(tmp_path: Path)
     assert verify(store.url, deep=True, progress=False) == []
 
 
-def test_what_is_stored_is_what_the_assistant_said(tmp_path: Path) -> None:
+def test_the_stored_targets_are_the_tokens_of_the_assistant(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     config = capture_config(tmp_path)
@@ -71,7 +69,7 @@ def test_units_in_any_order_and_twice_give_the_same_dataset(tmp_path: Path) -> N
     assert open_dataset(first.url).dataset_id == open_dataset(second.url).dataset_id
 
 
-def test_a_committed_unit_is_never_done_again(tmp_path: Path) -> None:
+def test_a_committed_unit_is_never_written_again(tmp_path: Path) -> None:
     config = capture_config(tmp_path)
     store = _do(config, [0])
     record = Path(store.url, "commits", "000000.json")
@@ -135,9 +133,7 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> 
     assert not Path(config.output).exists()
 
 
-def test_a_full_disk_ends_with_its_name_and_what_was_committed_stays_good(
-    tmp_path: Path, small_disk: SmallDisk
-) -> None:
+def test_a_full_disk_raises_storage_full_and_committed_units_stay_good(tmp_path: Path, small_disk: SmallDisk) -> None:
     small_disk.resize("96k")
     config = capture_config(tmp_path, output="small disk/dataset")
     with pytest.raises(StorageFull, match="No space left"):
@@ -156,19 +152,19 @@ def test_a_full_disk_ends_with_its_name_and_what_was_committed_stays_good(
 
 
 class Meeting:
-    """A teacher that says how many calls were in it at once; each waits a moment for another."""
+    """A teacher that counts how many calls ran at once; each call waits a moment for another."""
 
     environment: dict[str, object] = {}
     progress = 0
     processes = ()
 
     def __init__(self, teacher: Teacher):
-        self._teacher, self._turn = teacher, threading.Lock()
+        self._teacher, self._lock = teacher, threading.Lock()
         self._here = self.most = 0
         self.calls = 0
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-        with self._turn:
+        with self._lock:
             self._here += 1
             self.calls += 1
             self.most = max(self.most, self._here)
@@ -178,7 +174,7 @@ class Meeting:
         try:
             return self._teacher.score(sequences)
         finally:
-            with self._turn:
+            with self._lock:
                 self._here -= 1
 
 
@@ -253,8 +249,8 @@ def read_shard(store: Store) -> list[str]:
         return pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist()
 
 
-def test_a_worker_killed_at_any_moment_leaves_nothing_half_done(tmp_path: Path) -> None:
-    """SIGKILL at seeded moments, again and again until the capture is whole: the same bytes as an unbroken one."""
+def test_a_worker_killed_at_any_moment_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """SIGKILL at seeded moments until the capture is complete: the same bytes as an unbroken one."""
     unbroken = _do(capture_config(tmp_path, rows=400, output="unbroken"))
     config = capture_config(tmp_path, rows=400)
     prepare(config)

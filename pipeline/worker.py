@@ -1,7 +1,8 @@
-"""One worker: a unit's number in, a committed shard out. Knows source, teacher and store; not the cluster.
+"""One worker: reads the rows of a work unit, scores them, encodes them and commits a shard.
 
-Two units may be under way at once, in two threads: while one is encoded and committed, the teacher has the next. With
-`order: exact` one call of the teacher runs at a time, so that a unit is a barrier; with `fast` they overlap.
+Knows the source, the teacher and the store, and no Ray. Two units may be in progress at once, in two threads: while one
+is encoded and committed, the teacher scores the next. With `order: exact` the teacher gets one call at a time, so that
+a unit is a barrier; with `fast` the calls overlap.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.pipeline.sources.chat import SequenceMaker
@@ -23,19 +26,37 @@ from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
 
-from .attempts import ExcludedRow
-from .bisection import UnitTask
-from .patience import PatientStore
+from .units.patience import PatientStore
 
 KILLS_THE_ENGINE = "kills_the_engine"
-"""Reason of rejects that were found by bisection."""
-
+"""Reject reason of poison rows, which `cluster.poison_search` finds."""
 
 TeacherLoader = Callable[[TeacherConfig, DatasetHeader, SamplingConfig | None], Teacher]
+TaskKind = Literal["whole", "probe", "rest", "parts"]
+
+
+class ExcludedRow(FrozenModel):
+    """A poison row: a source row that kills every worker that scores it. `detail` becomes the reject's detail."""
+
+    source_row: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitTask:
+    """What a worker does with a unit: commit it, without the `excluded` rows and in `parts` where there are any; or,
+    with kind `probe`, score source rows `start` to `stop` and discard the result."""
+
+    unit: int
+    kind: TaskKind
+    start: int
+    stop: int
+    excluded: tuple[ExcludedRow, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 class UnitReport(NamedTuple):
-    """The few numbers that travel to the driver; rows and log-probs never do."""
+    """The few numbers of a committed unit that travel to the driver; rows and log-probs never do."""
 
     unit: int
     rows: int
@@ -46,7 +67,7 @@ class UnitReport(NamedTuple):
 
 
 class CaptureWorker:
-    """Does units of one capture. `run` and `probe` may be called in two threads."""
+    """Processes the units of one capture. `run` and `probe` may be called from two threads."""
 
     def __init__(self, config: CaptureConfig, teacher: Teacher | None = None):
         self.store = PatientStore(config.output, patience_s=config.cluster.store_patience_s)
@@ -56,28 +77,28 @@ class CaptureWorker:
         self._maker = SequenceMaker.of(config)
         self._teacher = teacher or load_for(config, self.header)
         self._scored = _generated if config.mode == "generate" else _scored
-        self._makers_turn = threading.Lock()  # a tokenizer of two threads raises "Already borrowed"
-        self._teachers_turn: AbstractContextManager[object] = (
+        self._maker_lock = threading.Lock()  # a tokenizer that two threads use raises "Already borrowed"
+        self._teacher_lock: AbstractContextManager[object] = (
             threading.Lock() if self.header.order == "exact" else nullcontext()
         )
 
     def run(self, index: int, task: UnitTask | None = None) -> UnitReport:
-        """Read, score, encode and commit unit number `index`; a unit that is committed already is left as it is.
+        """Read, score, encode and commit unit number `index`. A unit that is already committed stays as it is.
 
-        `task`: without its excluded rows, which become rejects, and in its parts.
-        Raises the named errors of sources, teachers and stores; nothing of the unit is visible then.
+        The `excluded` rows of `task` become rejects, and its `parts` are scored one after the other.
+        Raises the named errors of sources, teachers and stores; then nothing of the unit is visible.
         """
         if self.store.exists(commit_name(index)):
             return _report(read_commit(self.store, index))
         sequences, rejects = self._sequences(index)
         if task:
-            sequences, deadly = _without(sequences, task.excluded)
-            rejects = sorted([*rejects, *deadly], key=lambda reject: reject.source_row)
+            sequences, poison = _without(sequences, task.excluded)
+            rejects = sorted([*rejects, *poison], key=lambda reject: reject.source_row)
         parts = _parts_of(sequences, task.parts) if task and task.parts else [sequences]
         rows: list[CachedRow] = []
         seconds = 0.0
         for part in parts:
-            scored, took = self._ask(part)
+            scored, took = self._score(part)
             rows += [answer.row for answer in scored]
             seconds += took
         environment = {**self._teacher.environment, "score_seconds": round(seconds, 3)}
@@ -96,28 +117,28 @@ class CaptureWorker:
         )
 
     def probe(self, index: int, start: int, stop: int) -> None:
-        """Score what is made of source rows `start` to `stop` of a unit, and throw the result away. Raises as `run`."""
+        """Score the sequences of source rows `start` to `stop` of a unit and discard the result. Raises as `run`."""
         sequences, _ = self._sequences(index)
-        self._ask([sequence for sequence in sequences if start <= sequence.source_row < stop])
+        self._score([sequence for sequence in sequences if start <= sequence.source_row < stop])
 
     def _sequences(self, index: int) -> tuple[list[TokenSequence], list[Reject]]:
-        with self._makers_turn:
+        with self._maker_lock:
             made = list(self._maker.sequences(self._source.read(self._units[index])))
         sequences = [result for result in made if isinstance(result, TokenSequence)]
         return sequences, [result for result in made if isinstance(result, Reject)]
 
-    def _ask(self, sequences: Sequence[TokenSequence]) -> tuple[list[ScoredSequence], float]:
-        """What the teacher says, and the seconds that it took. Nothing is asked about no sequences."""
+    def _score(self, sequences: Sequence[TokenSequence]) -> tuple[list[ScoredSequence], float]:
+        """The scored sequences, and the seconds that the teacher took. Without sequences the teacher is not called."""
         if not sequences:
             return [], 0.0
-        with self._teachers_turn:
+        with self._teacher_lock:
             started = time.monotonic()
             scored = self._scored(self._teacher, sequences)
             return scored, time.monotonic() - started
 
 
 def load_for(config: CaptureConfig, header: DatasetHeader, load: TeacherLoader = load_teacher) -> Teacher:
-    """The teacher of a capture. Raises `TeacherUnusable`."""
+    """Load the teacher of a capture. Raises `TeacherUnusable`."""
     return load(config.teacher, header, config.sampling if config.mode == "generate" else None)
 
 
@@ -132,7 +153,7 @@ def _generated(teacher: Teacher, prompts: Sequence[TokenSequence]) -> list[Score
 def _without(
     sequences: Sequence[TokenSequence], excluded: Sequence[ExcludedRow]
 ) -> tuple[list[TokenSequence], list[Reject]]:
-    """The sequences that are not of these rows, and rejects for those that are."""
+    """The sequences of all other rows, and a reject for each sequence of an excluded row."""
     details = {row.source_row: row.detail for row in excluded}
     rejects = [
         Reject(sequence.source_row, sequence.sample_id, KILLS_THE_ENGINE, details[sequence.source_row])

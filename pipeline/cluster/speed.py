@@ -1,7 +1,7 @@
-"""How fast a worker is: sequences in, tokens per second and bytes per target out. Nothing is kept.
+"""Measures one worker for `--dry-run --probe`: tokens per second and bytes per target.
 
-The first sequences of the source are scored in slices of growing size, until the time is up; the largest slice tells.
-So the engine's warm-up does not count, and a slow machine is not asked for more than it can do in the time.
+The first sequences of the source are scored in slices of growing size until the time is up, and the slice with most
+tokens is reported. So the engine's warm-up does not count, and a slow machine gets no more than it can do in the time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _GROWTH = 2
 
 
 class SpeedReport(NamedTuple):
-    """What one slice took: `sequences` that were asked about, `tokens` and `targets` of what came back, the `seconds`
-    of the teacher, and the `bytes` of a shard of it."""
+    """One slice: `sequences` sent to the teacher, `tokens` and `targets` that it returned, the `seconds` that it took,
+    and the `bytes` of a shard of the result."""
 
     sequences: int
     tokens: int
@@ -39,7 +39,7 @@ def measure_speed(
     *,
     seconds: float,
 ) -> SpeedReport:
-    """The report of the largest slice. Raises the named errors of teachers."""
+    """The report of the slice with most tokens. Raises the named errors of teachers."""
     reports: list[SpeedReport] = []
     start, size, begun = 0, _FIRST_SLICE, time.monotonic()
     while start < len(sequences) and (not reports or time.monotonic() - begun < seconds):
