@@ -19,7 +19,7 @@ _CALL_S = 0.1
 
 
 def main(config_path: str, teacher: str) -> None:
-    """Capture as the command does, with the engine that the settings name or the fake in its place."""
+    """Capture as the command does, with the engine of the settings or with the fake teacher."""
     die_with_parent()
     config = CaptureConfig.model_validate(yaml.safe_load(Path(config_path).read_text(encoding="utf-8")))
     if teacher == "fake":
