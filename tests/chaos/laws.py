@@ -105,7 +105,7 @@ def _named(store: Store, files: Sequence[FileRecord], *, by: str) -> Iterator[st
 
 
 class Comparison(NamedTuple):
-    """A finished capture compared with an unbroken one: rows and rejects `lost` and `doubled`, other errors (`wrong`)."""
+    """A finished capture compared with an unbroken one: rows and rejects `lost` and `doubled`, and other errors."""
 
     lost: int
     doubled: int
