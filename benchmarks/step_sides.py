@@ -17,8 +17,8 @@ from transformers.trainer_callback import TrainerCallback
 from benchmarks.capture_teachers import config_of, header_of, units_of_rows
 from coldstill.pipeline.sequences import ScoredSequence
 from coldstill.pipeline.teachers.protocol import load_teacher
-from coldstill.storage_schema import open_dataset
 from coldstill.storage_schema.commits import commit_unit
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes

@@ -25,8 +25,7 @@ from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
-
-from .units.patience import PatientStore
+from coldstill.storage_schema.store.retrying import RetryingStore
 
 KILLS_THE_ENGINE = "kills_the_engine"
 """Reject reason of poison rows, which `cluster.poison_search` finds."""
@@ -70,7 +69,7 @@ class CaptureWorker:
     """Processes the units of one capture. `run` and `probe` may be called from two threads."""
 
     def __init__(self, config: CaptureConfig, teacher: Teacher | None = None):
-        self.store = PatientStore(config.output, patience_s=config.cluster.store_patience_s)
+        self.store = RetryingStore(config.output, retry_for_s=config.cluster.store_patience_s)
         self.header = DatasetHeader.from_bytes(self.store.read(HEADER_NAME), where=HEADER_NAME)
         self._units = plan_from_bytes(self.store.read(PLAN_NAME), where=PLAN_NAME)
         self._source = open_source(config.source, self.store)

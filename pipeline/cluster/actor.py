@@ -10,10 +10,10 @@ import ray
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.preparation.pilot import rank_ids
 from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.units.patience import PatientStore
 from coldstill.pipeline.worker import CaptureWorker, TeacherLoader, UnitTask, load_for
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.store.retrying import RetryingStore
 
 from .attempts import CrashReport, write_crash_report
 from .dispatcher import TASKS_PER_WORKER
@@ -81,8 +81,8 @@ class _RayWorker:
         assert self._teacher is not None
         return self._teacher
 
-    def _store(self) -> PatientStore:
-        return PatientStore(self._config.output, patience_s=self._config.cluster.store_patience_s)
+    def _store(self) -> RetryingStore:
+        return RetryingStore(self._config.output, retry_for_s=self._config.cluster.store_patience_s)
 
     def _exit(self, crash: CrashReport) -> None:
         end_process(

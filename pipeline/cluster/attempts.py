@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, parse_document
 from coldstill.pipeline.worker import ExcludedRow, TaskKind
-from coldstill.storage_schema.documents import parse_document
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.store import RUN_FOLDER, Store
 

@@ -20,10 +20,10 @@ from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import UnitFailed
 from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.teachers.protocol import load_teacher
-from coldstill.pipeline.units.patience import PatientStore
 from coldstill.pipeline.worker import TeacherLoader, UnitReport, UnitTask
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
+from coldstill.storage_schema.store.retrying import RetryingStore
 
 from .actor import new_actor
 from .attempts import AttemptStore, CrashReport, read_crash_report
@@ -90,7 +90,7 @@ class WorkerPool:
         self.gpus_per_worker = 0.0
         """GPUs that each worker holds; known once the cluster is joined."""
         self._config, self._load = config, load
-        self._store = PatientStore(config.output, patience_s=config.cluster.store_patience_s)
+        self._store = RetryingStore(config.output, retry_for_s=config.cluster.store_patience_s)
         self._folder = os.getcwd()
         self._token = secrets.token_hex(4)
         self._is_joined = False

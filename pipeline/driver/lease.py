@@ -18,9 +18,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, parse_document
 from coldstill.pipeline.errors import LeaseHeld, LeaseLost
-from coldstill.storage_schema.documents import parse_document
 from coldstill.storage_schema.errors import CommitDamaged, StorageFailed
 from coldstill.storage_schema.store import Store
 

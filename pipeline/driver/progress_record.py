@@ -12,8 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from coldstill.common.models import FrozenModel
-from coldstill.storage_schema.documents import parse_document
+from coldstill.common.models import FrozenModel, parse_document
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.store import Store
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from coldstill.pipeline.errors import SourceNotFound, SourceUnreadable
+from coldstill.storage_schema.errors import named_errors
 from coldstill.storage_schema.plan import Unit
-from coldstill.storage_schema.store.errors import named_errors
 
 from .rows import MAX_ROW_BYTES, SourceFile, changed
 

@@ -14,7 +14,7 @@ import numpy as np
 from coldstill.pipeline.sequences import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import spans_from_mask
-from coldstill.storage_schema.shard.columns import MAX_METADATA_BYTES
+from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES
 
 from .conversations import RowUnusable
 

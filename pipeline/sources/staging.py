@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, parse_document
 from coldstill.pipeline.errors import SourceUnreadable
-from coldstill.storage_schema.documents import parse_document
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.store import Store
 

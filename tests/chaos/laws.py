@@ -18,8 +18,6 @@ from coldstill.storage_schema.commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,
     REJECTS_FOLDER,
-    SHARDS_FOLDER,
-    FileRecord,
     commit_name,
     committed_units,
     read_commit,
@@ -31,6 +29,7 @@ from coldstill.storage_schema.manifest import MANIFEST_NAME, read_manifest
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord
 from coldstill.tools.verify import verify
 
 _DIGEST_LETTERS = 12

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coldstill.storage_schema.parquet.footer import CODECS, FooterFacts, read_footer
-from coldstill.storage_schema.parquet.pages import check_pages
-from coldstill.storage_schema.parquet.thrift import read_struct
+from coldstill.storage_schema.parquet import CODECS, FooterFacts, check_pages, read_footer
+from coldstill.storage_schema.thrift import read_struct
 from tests.fuzz.bases import make_bases
 from tests.fuzz.parquet_parts import split
 from tests.fuzz.thrift import I32, STRUCT, Field, Struct, write_struct

@@ -1,7 +1,7 @@
-"""Integers and halves as byte lists, the form that zstd compresses best. Arrays in, `uint8` arrays out, and back.
+"""Integers and float16 values as bytes in the order that zstd compresses best, and back.
 
-Planes: all lowest bytes, then all next bytes, and so on: high bytes repeat, and zstd sees it.
-Escapes: one byte per value, 255 standing for "255 or more"; what is above is listed in a stream of its own.
+Planes: all lowest bytes, then all next bytes, and so on. High bytes repeat, which zstd uses.
+Escapes: one byte per value, where 255 means "255 or more"; the excess over 255 is stored in a stream of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ ESCAPE = 255
 
 def to_planes(values: np.ndarray, width: int) -> np.ndarray:
     """`uint8 [width * n]`: the `width` lowest bytes of unsigned integers `[n]`, plane by plane."""
-    octets = np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)
-    return np.ascontiguousarray(octets[:, :width].T).reshape(-1)
+    value_bytes = np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)
+    return np.ascontiguousarray(value_bytes[:, :width].T).reshape(-1)
 
 
 def from_planes(planes: np.ndarray) -> np.ndarray:
@@ -26,13 +26,13 @@ def from_planes(planes: np.ndarray) -> np.ndarray:
 
 
 def to_escapes(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """`uint8 [n]` and the planes of what the escaped ones have above 255; for integers from 0 on."""
+    """One byte `uint8 [n]` per integer >= 0, and the planes of the excess over 255 of the escaped ones."""
     short = np.minimum(values, ESCAPE).astype(np.uint8)
     return short, to_planes(values[short == ESCAPE] - ESCAPE, width)
 
 
 def half_planes(logprobs: np.ndarray) -> np.ndarray:
-    """`uint8 [2 n]`: log-probs as float16 in two planes; at most 0."""
+    """`uint8 [2 n]`: log-probs as float16 in two planes, values above 0 stored as 0."""
     halves = np.minimum(logprobs, 0).astype("<f2")
     return np.ascontiguousarray(halves.view(np.uint8).reshape(-1, 2).T).reshape(-1)
 

@@ -1,7 +1,7 @@
-"""As much of Thrift's compact protocol as it takes to read Parquet's footers and page headers before Arrow does.
+"""A reader of Thrift's compact protocol, for the footers and page headers of Parquet files.
 
-Bytes in, a tree out: a struct is a dictionary by field number, a list is a list, numbers are integers, text is bytes.
-Stricter than Arrow, so that both see the same: no field number twice, none that is not of 15 bits.
+A struct becomes a dictionary by field number, a list a list, a number an integer, text bytes. The reader is stricter
+than Arrow's, so that both read the same values: field numbers are distinct and have at most 15 bits.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ Fields = dict[int, Any]
 
 
 def read_struct(data: bytes, place: int = 0) -> tuple[Fields, int]:
-    """The struct at `place` and where it ends. Raises `IndexError` at the end of `data`, `ValueError` for what is not
-    of the protocol."""
+    """The struct at offset `place` of `data`, and the offset of its end.
+
+    Raises `IndexError` where `data` ends too early, `ValueError` where the protocol is violated.
+    """
     return _struct(data, place, 0)
 
 
 def _struct(data: bytes, place: int, depth: int) -> tuple[Fields, int]:
     if depth > _MAX_DEPTH:
-        raise ValueError("values too deep")
+        raise ValueError("values nested too deep")
     fields: Fields = {}
     number = 0
     while head := data[place]:
@@ -33,7 +35,7 @@ def _struct(data: bytes, place: int, depth: int) -> tuple[Fields, int]:
         else:
             number, place = _integer(data, place)
         if number in fields or not 0 <= number < 1 << 15:
-            raise ValueError(f"field {number} twice or out of bounds")
+            raise ValueError(f"field {number} is duplicate or out of bounds")
         if kind in (_TRUE, _FALSE):
             fields[number] = kind == _TRUE
         else:
@@ -61,10 +63,10 @@ def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
 
 def _list(data: bytes, place: int, depth: int) -> tuple[list[Any], int]:
     if depth > _MAX_DEPTH:
-        raise ValueError("values too deep")
+        raise ValueError("values nested too deep")
     head = data[place]
     count, place = (head >> 4, place + 1) if head >> 4 < 15 else _varint(data, place + 1)
-    if count > len(data) - place:  # no value has less than a byte
+    if count > len(data) - place:  # a value has at least one byte
         raise IndexError("the end of the data")
     values = []
     for _ in range(count):

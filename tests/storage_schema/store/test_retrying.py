@@ -13,10 +13,10 @@ import pytest
 
 from coldstill.pipeline.config import ClusterConfig
 from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.units.patience import PatientStore
 from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
+from coldstill.storage_schema.store.retrying import RetryingStore
 from tests.conftest import SmallDisk
 from tests.pipeline.capturing import capture_config
 from tests.storage_schema.store.s3_server import S3Server, serve
@@ -38,16 +38,16 @@ def test_a_write_waits_until_the_store_is_back(broken_folder: Path) -> None:
 
     mender = threading.Thread(target=mend)
     mender.start()
-    PatientStore(broken_folder, patience_s=30).put("shards/a", b"whole")
+    RetryingStore(broken_folder, retry_for_s=30).put("shards/a", b"whole")
     mender.join()
     assert (broken_folder / "shards" / "a").read_bytes() == b"whole"
-    assert PatientStore(broken_folder, patience_s=0).create("shards/a", b"other") is False
+    assert RetryingStore(broken_folder, retry_for_s=0).create("shards/a", b"other") is False
 
 
 def test_patience_ends_by_name(broken_folder: Path) -> None:
     started = time.monotonic()
     with pytest.raises(StorageFailed, match="writing shards/a"):
-        PatientStore(broken_folder, patience_s=1.2).put("shards/a", b"")
+        RetryingStore(broken_folder, retry_for_s=1.2).put("shards/a", b"")
     assert time.monotonic() - started > 0.2, "it was tried again"
 
 
@@ -55,9 +55,9 @@ def test_what_does_not_mend_itself_is_named_at_once(tmp_path: Path, small_disk: 
     small_disk.resize("64k")
     started = time.monotonic()
     with pytest.raises(StorageFull):
-        PatientStore(small_disk.path, patience_s=600).put("large", b"x" * (1 << 20))
+        RetryingStore(small_disk.path, retry_for_s=600).put("large", b"x" * (1 << 20))
     with pytest.raises(FileNotFoundError):
-        PatientStore(tmp_path, patience_s=600).read("absent")
+        RetryingStore(tmp_path, retry_for_s=600).read("absent")
     assert time.monotonic() - started < 300
 
 

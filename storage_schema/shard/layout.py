@@ -1,7 +1,11 @@
-"""What a shard's footer may say. Checked before any page is touched: bounds first, then structure.
+"""The columns and bounds of a shard, and the check of its footer against them.
 
-A footer that names a codec, an encoding, a column or a count that the format does not use is refused from the footer
-alone, by our own code: a stranger's file reaches no more of the Parquet reader than our own files do.
+Plain columns can be read by any Parquet reader: a shard is an SFT dataset without our code. Each codec stream is a
+`binary` column with one frame per row, so that a row can be decoded alone.
+
+The footer is checked by our own code before any page is read: bounds first, then structure. A codec, encoding, column
+or count that the format does not use is rejected from the footer alone, so that a file from a stranger reaches no more
+of the Parquet reader than our own files do.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ from itertools import zip_longest
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from coldstill.storage_schema.codec import STREAMS
 from coldstill.storage_schema.errors import ShardDamaged
 from coldstill.storage_schema.header import MAX_HEADER_BYTES, MAX_TOKENS, DatasetHeader
-from coldstill.storage_schema.parquet.footer import (
+from coldstill.storage_schema.parquet import (
     CODECS,
     PLAIN,
     RLE,
@@ -22,24 +27,60 @@ from coldstill.storage_schema.parquet.footer import (
     FooterFacts,
     GroupFacts,
     footer_length,
+    list_of,
     read_footer,
+    required,
 )
 
-from .columns import LEAF_PATHS, MAX_METADATA_BYTES, PLAIN_COLUMNS, SCHEMA
+_MEDIA = pa.struct(
+    [
+        required("position", pa.int32()),
+        required("type", pa.string()),
+        required("sha256", pa.string()),
+        pa.field("path", pa.string()),
+        pa.field("bytes", pa.binary()),
+    ]
+)
+
+PLAIN_COLUMNS = ("sample_id", "token_ids", "target_spans", "metadata", "media")
+SCHEMA = pa.schema(
+    [
+        required("sample_id", pa.string()),
+        required("token_ids", list_of(pa.int32())),
+        required("target_spans", list_of(pa.int32())),
+        required("metadata", pa.string()),
+        required("media", list_of(_MEDIA)),
+        *(required(name, pa.binary()) for name in STREAMS),
+    ]
+)
+
+
+def _leaves(field: pa.Field, path: str) -> list[str]:
+    if pa.types.is_list(field.type):
+        return _leaves(field.type.value_field, f"{path}.list.element")
+    if pa.types.is_struct(field.type):
+        return [leaf for inner in field.type for leaf in _leaves(inner, f"{path}.{inner.name}")]
+    return [path]
+
+
+LEAF_PATHS = tuple(leaf for field in SCHEMA for leaf in _leaves(field, field.name))
+"""The columns by their Parquet names, for instance `token_ids.list.element`."""
 
 FOOTER_KEY = b"coldstill"
+MAX_METADATA_BYTES = 1 << 20
+"""Of a row's sample id and metadata together."""
 MAX_SHARD_BYTES = 500_000_000
 MAX_GROUP_ROWS = 1024
 MAX_GROUP_BYTES = 8 << 20
-"""A row group is the finest random access that pyarrow has: a random row costs one small read."""
+"""A row group is the unit of random access in pyarrow: with this bound a random row costs one small read."""
 MAX_ROW_BYTES = 256 << 20
-"""A row that is larger than a group has a group to itself."""
+"""A row that is larger than a group is a group of its own."""
 
 MAX_FOOTER_BYTES = 4 << 20
-"""The header, and 1.3 kB for each of 2,300 row groups: it takes as long to check as two seconds allow."""
+"""The header, and 1.3 kB for each of 2,300 row groups. Checking this much takes two seconds."""
 _MAX_GROUPS = 1 << 16
 _GROUP_SLACK = 1 << 20
-"""Page headers and levels, which the writer's own count leaves out."""
+"""Page headers and levels, which the writer's count does not include."""
 _ENCODINGS = {PLAIN, RLE}
 _NUMBER_BYTES = 4
 _MOST_BYTES_OF_A_ROW = {
@@ -48,11 +89,11 @@ _MOST_BYTES_OF_A_ROW = {
     "token_ids.list.element": _NUMBER_BYTES * MAX_TOKENS,
     "target_spans.list.element": 2 * _NUMBER_BYTES * MAX_TOKENS,
 }
-"""Of the others a row may have as many as it likes, up to what a row group may have."""
+"""Other columns are bounded by the size of a row group only."""
 
 
 def open_parquet(source: pa.NativeFile, *, size: int, where: str) -> tuple[pq.ParquetFile, FooterFacts]:
-    """The Parquet file in `source` of `size` bytes and the facts of its footer, checked. Raises `ShardDamaged`."""
+    """The Parquet file in `source` of `size` bytes, and the facts of its checked footer. Raises `ShardDamaged`."""
     if not 12 <= size <= MAX_SHARD_BYTES + MAX_FOOTER_BYTES:
         raise ShardDamaged(where, found=f"{size} bytes", wanted=f"12 to {MAX_SHARD_BYTES}")
     facts = _facts(source, size, where)
@@ -104,7 +145,7 @@ def _facts(source: pa.NativeFile, size: int, where: str) -> FooterFacts:
 
 
 def _check_group(group: GroupFacts, start: int, size: int, where: str) -> int:
-    """Where the pages of a group that is as the format has it end; they stand behind those before, from `start` on."""
+    """Checks a row group whose pages begin at `start` or later. Returns the offset of their end."""
     if not 1 <= group.rows <= MAX_GROUP_ROWS:
         raise ShardDamaged(f"{where}: rows", found=group.rows, wanted=f"1 to {MAX_GROUP_ROWS}")
     for chunk, path in zip_longest(group.chunks, LEAF_PATHS):
@@ -124,7 +165,7 @@ def _check_group(group: GroupFacts, start: int, size: int, where: str) -> int:
 
 
 def _check_chunk(chunk: ChunkFacts, start: int, size: int, where: str) -> int:
-    """Where a column chunk ends that is stored as the format has it."""
+    """Checks a column chunk that begins at `start` or later. Returns the offset of its end."""
     plain = chunk.path.split(".")[0] in PLAIN_COLUMNS
     codec, wanted = CODECS.get(chunk.codec, chunk.codec), "ZSTD" if plain else "UNCOMPRESSED"
     if codec != wanted:
@@ -140,9 +181,9 @@ def _check_chunk(chunk: ChunkFacts, start: int, size: int, where: str) -> int:
 
 
 def _most_elements(chunk: ChunkFacts, group: GroupFacts) -> int:
-    """How many list elements a chunk may have: Arrow takes memory for as many values as the footer names.
+    """How many list elements a chunk may have: Arrow allocates memory for as many values as the footer names.
 
-    The members of a media reference have as many values as its first, a number; nulls among them take no bytes.
+    The members of a media reference have as many values as its first member, a number; nulls take no bytes.
     """
     if ".list." not in chunk.path:
         return 0
@@ -151,7 +192,7 @@ def _most_elements(chunk: ChunkFacts, group: GroupFacts) -> int:
 
 
 def _differing(found: pa.Schema) -> str:
-    """What a schema has too many, too few, or of another type; names of strangers are cut."""
+    """The missing and the unknown columns of a schema; long names are cut."""
     names = {str(field)[:80] for field in found}
     ours = {str(field) for field in SCHEMA}
     return f"missing {sorted(ours - names)}, unknown {sorted(names - ours)}"[:400]
