@@ -75,7 +75,6 @@ class CaptureWorker:
         self._source = open_source(config.source, self.store)
         self._maker = SequenceMaker.of(config)
         self._teacher = teacher or load_for(config, self.header)
-        self._scored = _generated if config.mode == "generate" else _scored
         self._maker_lock = threading.Lock()  # a tokenizer that two threads use raises "Already borrowed"
         self._teacher_lock: AbstractContextManager[object] = (
             threading.Lock() if self.header.order == "exact" else nullcontext()
@@ -132,21 +131,13 @@ class CaptureWorker:
             return [], 0.0
         with self._teacher_lock:
             started = time.monotonic()
-            scored = self._scored(self._teacher, sequences)
+            scored = self._teacher.score(sequences)
             return scored, time.monotonic() - started
 
 
 def load_for(config: CaptureConfig, header: DatasetHeader, load: TeacherLoader = load_teacher) -> Teacher:
     """Load the teacher of a capture. Raises `TeacherUnusable`."""
     return load(config.teacher, header, config.sampling if config.mode == "generate" else None)
-
-
-def _scored(teacher: Teacher, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
-    return [ScoredSequence(*pair) for pair in zip(sequences, teacher.score(sequences), strict=True)]
-
-
-def _generated(teacher: Teacher, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
-    return teacher.generate(prompts)
 
 
 def _without(

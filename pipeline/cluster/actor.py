@@ -60,7 +60,7 @@ class _RayWorker:
     def measure(self, header: bytes, sequences: list[TokenSequence], seconds: float) -> tuple[float, ...]:
         """See `speed.measure_speed`."""
         facts = DatasetHeader.from_bytes(header, where="the probe's header")
-        return tuple(measure_speed(self._config, self._loaded(), facts, sequences, seconds=seconds))
+        return tuple(measure_speed(self._loaded(), facts, sequences, seconds=seconds))
 
     def ready(self) -> None:
         """Open the dataset. Returns when the worker can take units."""

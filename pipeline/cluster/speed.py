@@ -10,8 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.shard import write_shard
@@ -32,30 +31,20 @@ class SpeedReport(NamedTuple):
 
 
 def measure_speed(
-    config: CaptureConfig,
-    teacher: Teacher,
-    header: DatasetHeader,
-    sequences: Sequence[TokenSequence],
-    *,
-    seconds: float,
+    teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence], *, seconds: float
 ) -> SpeedReport:
     """The report of the slice with most tokens. Raises the named errors of teachers."""
     reports: list[SpeedReport] = []
     start, size, begun = 0, _FIRST_SLICE, time.monotonic()
     while start < len(sequences) and (not reports or time.monotonic() - begun < seconds):
-        reports.append(_measure(config, teacher, header, sequences[start : start + size]))
+        reports.append(_measure(teacher, header, sequences[start : start + size]))
         start, size = start + size, size * _GROWTH
     return max(reports, key=lambda report: report.tokens)
 
 
-def _measure(
-    config: CaptureConfig, teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence]
-) -> SpeedReport:
+def _measure(teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence]) -> SpeedReport:
     started = time.monotonic()
-    if config.mode == "generate":
-        scored = teacher.generate(sequences)
-    else:
-        scored = [ScoredSequence(*pair) for pair in zip(sequences, teacher.score(sequences), strict=True)]
+    scored = teacher.score(sequences)
     seconds = time.monotonic() - started
     rows = [answer.row for answer in scored]
     return SpeedReport(

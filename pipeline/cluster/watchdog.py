@@ -20,7 +20,6 @@ import psutil
 from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher
-from coldstill.storage_schema.rows import TeacherTargets
 
 from .attempts import CrashReport
 
@@ -45,7 +44,7 @@ class WatchedTeacher:
 
     def __init__(self, teacher: Teacher, *, on_exit: OnExit):
         self._teacher, self._on_exit = teacher, on_exit
-        self._counting = threading.Lock()
+        self._lock = threading.Lock()
         self._begun = self._ended = 0
 
     @property
@@ -69,23 +68,18 @@ class WatchedTeacher:
         return self._begun > self._ended
 
     @property
-    def signs_of_life(self) -> tuple[int, int, int]:
+    def activity(self) -> tuple[int, int, int]:
         """Numbers that change as long as the engine works."""
         return self._teacher.progress, self._begun, self._ended
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
         """See `protocol.Teacher`."""
         with self._counted():
             return self._teacher.score(sequences)
 
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """See `protocol.Teacher`."""
-        with self._counted():
-            return self._teacher.generate(prompts)
-
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        with self._counting:
+        with self._lock:
             self._begun += 1
         try:
             yield
@@ -96,7 +90,7 @@ class WatchedTeacher:
             self._on_exit(_crash_report(error))
             raise
         finally:
-            with self._counting:
+            with self._lock:
                 self._ended += 1
 
 
@@ -123,11 +117,11 @@ class Watchdog(threading.Thread):
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        quiet_s, last = 0.0, self._teacher.signs_of_life
+        quiet_s, last = 0.0, self._teacher.activity
         while not self._stopped.wait(self._interval_s):
-            signs = self._teacher.signs_of_life
-            quiet_s = quiet_s + self._interval_s if self._teacher.is_busy and signs == last else 0.0
-            last = signs
+            activity = self._teacher.activity
+            quiet_s = quiet_s + self._interval_s if self._teacher.is_busy and activity == last else 0.0
+            last = activity
             self._arm_exit_timer()
             crash = self._lost_process()
             if crash is None and quiet_s >= self._hung_after_s:

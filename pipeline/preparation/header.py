@@ -13,8 +13,7 @@ import transformers
 from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.sources.chat import SequenceMaker
-from coldstill.pipeline.teachers.fingerprint import weights_fingerprint
-from coldstill.pipeline.teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
+from coldstill.pipeline.teachers.weights import dtype_of, head_dtype_of, quantization_of, weights_fingerprint
 from coldstill.pipeline.tokenizer import unusable
 from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
 from coldstill.storage_schema.tokenizer import TokenizerFacts

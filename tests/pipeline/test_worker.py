@@ -15,14 +15,14 @@ import pytest
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher
 from coldstill.pipeline.worker import CaptureWorker, ExcludedRow, UnitTask, load_for
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch, StorageFull, UnsupportedStore
 from coldstill.storage_schema.manifest import seal
-from coldstill.storage_schema.rows import TeacherTargets, span_positions
+from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.store import Store
 from coldstill.tools.verify import verify
 from tests import making
@@ -163,7 +163,7 @@ class Meeting:
         self._here = self.most = 0
         self.calls = 0
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
         with self._lock:
             self._here += 1
             self.calls += 1

@@ -48,7 +48,7 @@ class Faults:
     def __call__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None) -> FaultyTeacher:
         if self.start_fails:
             raise TeacherUnusable("the faulty teacher", found="a fault", wanted="none")
-        return FaultyTeacher(self, header)
+        return FaultyTeacher(self, header, sampling)
 
     def first_time(self, name: str) -> bool:
         """Whether this is the first call with this name, in any process."""
@@ -66,8 +66,8 @@ class OutOfMemoryError(RuntimeError):
 class FaultyTeacher:
     """A `protocol.Teacher` with faults."""
 
-    def __init__(self, faults: Faults, header: DatasetHeader):
-        self._faults, self._header = faults, header
+    def __init__(self, faults: Faults, header: DatasetHeader, sampling: SamplingConfig | None):
+        self._faults, self._header, self._sampling = faults, header, sampling
         self.environment: dict[str, Any] = {"engine": "faulty"}
         self.progress = 0
         self.processes: tuple[int, ...] = ()
@@ -76,8 +76,10 @@ class FaultyTeacher:
             self._helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             self.processes = (self._helper.pid,)
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-        """Targets of each sequence, after the faults."""
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        """Targets of each sequence, after the faults; with sampling, see `_answers`."""
+        if self._sampling is not None:
+            return self._answers(sequences)
         ids = {sequence.sample_id for sequence in sequences}
         faults = self._faults
         if len(sequences) > faults.most_rows:
@@ -99,9 +101,9 @@ class FaultyTeacher:
                 self._helper.kill()
                 threading.Event().wait()
         time.sleep(faults.seconds)
-        return [self._targets(sequence) for sequence in sequences]
+        return [ScoredSequence(sequence, self._targets(sequence)) for sequence in sequences]
 
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+    def _answers(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
         """The prompts themselves, all of each but its first token as answer."""
         answers = []
         for prompt in prompts:

@@ -14,7 +14,7 @@ import pytest
 from coldstill.pipeline.cluster.attempts import CrashReport
 from coldstill.pipeline.cluster.watchdog import Watchdog, WatchedTeacher, is_memory_error
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.storage_schema.rows import TeacherTargets
+from coldstill.pipeline.sequences import ScoredSequence
 
 
 class Stub:
@@ -25,7 +25,7 @@ class Stub:
     def __init__(self, call: Callable[[], object] = lambda: None):
         self.call, self.progress, self.processes = call, 0, ()
 
-    def score(self, sequences: object) -> list[TeacherTargets]:
+    def score(self, sequences: object) -> list[ScoredSequence]:
         self.call()
         return []
 

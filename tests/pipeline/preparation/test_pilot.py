@@ -72,7 +72,7 @@ class _Answering:
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
 
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+    def score(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
         self.calls.append([prompt.sample_id for prompt in prompts])
         assert all(not prompt.target_spans.size for prompt in prompts)
         probs = making.random_probs(np.random.default_rng(0), 3, 64)

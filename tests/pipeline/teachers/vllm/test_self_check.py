@@ -1,4 +1,4 @@
-"""Laws of the canary: paths that agree pass, whatever their rounding; a path that is off by a position does not."""
+"""Laws of the self-check: paths that agree pass, whatever their rounding; a path that is off by a position does not."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
 from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.teachers.kernel import summarise
-from coldstill.pipeline.teachers.vllm.canary import canary_sequences, largest_difference
+from coldstill.pipeline.teachers.target_extractor import summarize
+from coldstill.pipeline.teachers.vllm.self_check import largest_difference, self_check_sequences
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
 V = 300
 TABLE = torch.randn(V, V, generator=torch.Generator().manual_seed(0))
-SEQUENCES = canary_sequences(token_count=V, max_length=150)
+SEQUENCES = self_check_sequences(token_count=V, max_length=150)
 
 
 def _score(sequences: Sequence[TokenSequence], *, shift: int = 0, noise: float = 0.0) -> list[TeacherTargets]:
@@ -29,7 +29,7 @@ def _score(sequences: Sequence[TokenSequence], *, shift: int = 0, noise: float =
         logits = TABLE[tokens[np.maximum(positions - shift, 0)]]
         logits = logits + noise * torch.randn(logits.shape, generator=torch.Generator().manual_seed(len(sequences)))
         scored.append(
-            summarise(
+            summarize(
                 logits, tokens[positions + 1], np.empty((positions.size, 0)),
                 top_k=5, min_prob=0.0, kept_draws=0, token_count=V,
             )
@@ -40,7 +40,7 @@ def _score(sequences: Sequence[TokenSequence], *, shift: int = 0, noise: float =
 def test_sequences_fit_the_longest_row_and_share_a_prefix() -> None:
     assert max(sequence.token_ids.size for sequence in SEQUENCES) == 150
     np.testing.assert_array_equal(SEQUENCES[3].token_ids[:64], SEQUENCES[4].token_ids)
-    assert len(canary_sequences(token_count=V, max_length=2)) == len(SEQUENCES)
+    assert len(self_check_sequences(token_count=V, max_length=2)) == len(SEQUENCES)
 
 
 def test_paths_that_agree_pass_and_the_difference_is_told() -> None:
@@ -65,7 +65,7 @@ def test_a_path_that_is_off_by_a_position_is_refused(is_float32: bool) -> None:
 
 def test_a_path_that_is_wrong_only_in_company_is_refused() -> None:
     def tap(sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-        return _score(sequences, shift=int(sequences[0].sample_id != "canary-0" and len(sequences) > 1))
+        return _score(sequences, shift=int(sequences[0].sample_id != "self-check-0" and len(sequences) > 1))
 
     with pytest.raises(TeacherOutputInvalid, match="in reverse order"):
         largest_difference(tap, _score, SEQUENCES, is_float32=True)

@@ -1,11 +1,13 @@
-"""From logits to targets: top K, exact tail, label and tail draws of full softmaxes. Torch only, no engine.
+"""Turns logits into targets: top K, exact tail, label log-prob and tail draws. Torch only, no engine.
 
+The uniforms of the tail draws are a function of (dataset seed, sample id, position, draw), whatever the batching.
 Shape letters: `N` target positions, `V` vocabulary (logit columns), `W` columns of work memory (`token_count` rounded
-up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `R` kept draws of a position at the most.
+up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `R` most kept draws of a position.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -13,23 +15,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from coldstill.common.rng import WORDS_PER_COUNT, to_uniforms
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 _B = 64
-"""Entries of a block. Block maxima find the top K, block sums find a draw, without a second look at the whole row.
+"""Entries of a block. Block maxima find the top K and block sums find a draw, without a second pass over the row.
 Measured on one CPU thread, microseconds for a row of V = 151,936: `topk` alone 175 at K = 16 and 235 at K = 128, by
-block maxima 28 and 110; 32 and 256 entries are slower at one end or the other."""
+block maxima 28 and 110. Blocks of 32 and of 256 entries are slower at one end or the other."""
 _WORK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-"""What is worked on at a time. On a CPU it stays in the cache between the passes."""
+"""Work memory by device type. On a CPU it stays in the cache between the passes."""
 
 
 class Summary(NamedTuple):
-    """Targets as tensors of fixed shapes, on the logits' device: nothing here waits for a GPU.
+    """Targets as tensors of fixed shapes on the logits' device: making them never waits for a GPU.
 
     `ids int32 [N, K]` by descending log-prob, `logprobs float32 [N, K]` (-inf where not kept), `counts int32 [N]`,
-    `log_tail`, `label_logprob float32 [N]`, `draw_ids int32 [N, R]` and `draw_logprobs float32 [N, R]`, of which the
-    first `draw_counts int32 [N]` of each position are draws, `beyond float32 [N]`: the softmax mass that logit columns
-    from `token_count` on would have had, `finite bool [N]`: false where a logit was not a number or +inf.
+    `log_tail`, `label_logprob float32 [N]`. `draw_ids int32 [N, R]` and `draw_logprobs float32 [N, R]`, of which the
+    first `draw_counts int32 [N]` of each position are draws. `padding_mass float32 [N]`: the softmax mass that the
+    padding columns (from `token_count` on) would have had. `finite bool [N]`: false where a logit was NaN or +inf.
     """
 
     ids: Tensor
@@ -40,13 +43,16 @@ class Summary(NamedTuple):
     draw_ids: Tensor
     draw_logprobs: Tensor
     draw_counts: Tensor
-    beyond: Tensor
+    padding_mass: Tensor
     finite: Tensor
 
 
-class Kernel:
-    """The summary of logits, for one set of settings. Keeps its work memory: fresh temporaries of this size cost more
-    than the arithmetic (new pages each time). Not for several threads at once."""
+class TargetExtractor:
+    """Makes summaries of logits, for one set of settings. Not thread-safe.
+
+    It keeps its work memory, because fresh temporaries of this size (new pages each time) cost more than the
+    arithmetic.
+    """
 
     def __init__(self, *, top_k: int, min_prob: float, kept_draws: int, token_count: int):
         self.top_k, self.min_prob, self.kept_draws, self.token_count = top_k, min_prob, kept_draws, token_count
@@ -56,12 +62,13 @@ class Kernel:
     def __call__(self, logits: Tensor, labels: Tensor, uniforms: Tensor) -> Summary:
         """Summary of `logits [N, V]` (any float type) with `labels int64 [N]` and `uniforms float64 [N, D]`.
 
-        Columns from `token_count` on (padding rows of the head) are removed before the softmax. Totals are taken in
-        float64: a float32 log-softmax over 32,000 entries alone is off by 5e-6. The tail is the sum of the entries
-        outside the kept ids, never 1 minus the rest. The kept ids are the top K after the floor, and tail, label and
-        draws are relative to them. Draws: the kept ids' mass is laid first on the unit interval; a uniform below it is
-        a draw inside and is dropped, the others are looked up on the cumulative sum of the tail alone, and the first
-        `kept_draws` of them are kept: chosen by their place, they are iid draws from the tail still.
+        - Padding columns are removed before the softmax.
+        - Totals are float64: a float32 log-softmax over 32,000 entries alone is off by 5e-6.
+        - The kept ids are those of the top K that reach the floor. Tail, label and draws are relative to them.
+        - The tail is the sum of the entries outside the kept ids, never 1 minus the rest.
+        - Draws: the mass of the kept ids comes first on the unit interval. A uniform inside it is a draw of a kept id
+          and is dropped. The others are looked up on the cumulative sum of the tail alone, and the first `kept_draws`
+          of them are kept. They are chosen by their place, so they are still iid draws from the tail.
         """
         rows = max(1, _WORK_BYTES.get(logits.device.type, _WORK_BYTES["cuda"]) // (4 * self._width))
         parts = [
@@ -103,12 +110,12 @@ class Kernel:
             draw_ids=draws.ids.int(),
             draw_logprobs=(draws.weights.double().log() - log_total[:, None]).clamp(max=0.0).float(),
             draw_counts=draws.counts.int(),
-            beyond=self._beyond(logits, best[:, 0], total),
+            padding_mass=self._padding_mass(logits, best[:, 0], total),
             finite=torch.isfinite(total),
         )
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """`float32 [N, W]`: the logits in work memory, -inf beyond `token_count`."""
+        """`float32 [N, W]`: the logits in work memory, -inf from `token_count` on."""
         if self._work.shape[0] < logits.shape[0] or self._work.device != logits.device:
             self._work = torch.empty(logits.shape[0], self._width, device=logits.device)
         work = self._work[: logits.shape[0]]
@@ -127,7 +134,7 @@ class Kernel:
         values, places = torch.topk(candidates, self.top_k)
         return values, best.gather(1, places // _B) * _B + places % _B
 
-    def _beyond(self, logits: Tensor, best: Tensor, total: Tensor) -> Tensor:
+    def _padding_mass(self, logits: Tensor, best: Tensor, total: Tensor) -> Tensor:
         if logits.shape[1] <= self.token_count:
             return torch.zeros_like(best)
         mass = torch.exp(logits[:, self.token_count :].float() - best[:, None]).sum(-1)
@@ -144,7 +151,7 @@ class _Draws(NamedTuple):
 
 def _tail_draws(weights: Tensor, blocks: Tensor, depths: Tensor, kept_draws: int) -> _Draws:
     """Draws from the tail `weights [N, W]` with block sums `blocks [N, W / B]`, at `depths float64 [N, D]` of its
-    cumulative sum; negative ones are draws from the kept ids. Inverse CDF on two levels: the block, then inside it."""
+    cumulative sum. Negative depths are draws of kept ids. Inverse CDF on two levels: the block, then inside it."""
     cumulative = blocks.cumsum(-1, dtype=torch.float64)
     hit = (depths >= 0) & (cumulative[:, -1:] > 0)
     place = hit.cumsum(-1) - 1
@@ -156,7 +163,7 @@ def _tail_draws(weights: Tensor, blocks: Tensor, depths: Tensor, kept_draws: int
     if not width:
         nothing = depths.new_zeros(len(depths), most)
         return _Draws(nothing, nothing, counts)
-    # Each draw to its place among the kept ones; all others to one place more, which is cut off.
+    # Each draw to its place among the kept ones; all others to the column after them, which is cut off.
     depth = depths.new_zeros(len(depths), width + 1)
     depth.scatter_(1, torch.where(hit, place, width), depths)
     depth = torch.minimum(depth[:, :width], _below(cumulative[:, -1:]))
@@ -164,7 +171,7 @@ def _tail_draws(weights: Tensor, blocks: Tensor, depths: Tensor, kept_draws: int
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
     entries = weights.view(-1, blocks.shape[1], _B).gather(1, block[:, :, None].expand(-1, -1, _B))
     inside = entries.cumsum(-1, dtype=torch.float64)
-    # The block's sum was taken in float32: the rest must not step past the last entry that has any mass.
+    # The block's sum is float32: the rest must not step past the last entry that has any mass.
     rest = torch.minimum(depth - before, _below(inside[:, :, -1]))
     offset = (inside <= rest[:, :, None]).sum(-1).clamp(max=_B - 1)
     drawn = entries.gather(2, offset[:, :, None])[:, :, 0]
@@ -177,8 +184,24 @@ def _below(sums: Tensor) -> Tensor:
     return torch.nextafter(sums, torch.zeros_like(sums))
 
 
+def draw_uniforms(positions: np.ndarray, *, draws: int, seed: int, sample_id: str) -> np.ndarray:
+    """`float64 [N, D]` in [0, 1) for the tail draws of one sample at ascending target `positions int64 [N]`.
+
+    Philox4x64-10 (Salmon et al., SC 2011; numpy's), key = (seed, first 8 bytes of sha256 of the sample id), counter =
+    position times the counter values that D draws take.
+    """
+    if not positions.size:
+        return np.empty((0, draws))
+    sample_key = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "little")
+    counts = -(-draws // WORDS_PER_COUNT)
+    first, last = int(positions[0]), int(positions[-1])
+    generator = np.random.Philox(key=np.array([seed, sample_key], np.uint64)).advance(first * counts)
+    words = generator.random_raw((last - first + 1, counts * WORDS_PER_COUNT))
+    return to_uniforms(words[positions - first, :draws])
+
+
 def targets_of(summary: Summary, *, draw_logprobs: bool = False) -> TeacherTargets:
-    """A summary's targets on the host."""
+    """The targets of a summary, on the host; `draw_logprobs`: with the log-prob of each draw."""
     draw_ids = summary.draw_ids.cpu().numpy()
     draw_counts = summary.draw_counts.cpu().numpy()
     drawn = np.arange(draw_ids.shape[1]) < draw_counts[:, None]
@@ -194,7 +217,7 @@ def targets_of(summary: Summary, *, draw_logprobs: bool = False) -> TeacherTarge
     )
 
 
-def summarise(
+def summarize(
     logits: Tensor,
     labels: Tensor,
     uniforms: np.ndarray,
@@ -205,7 +228,7 @@ def summarise(
     token_count: int,
     draw_logprobs: bool = False,
 ) -> TeacherTargets:
-    """Targets of `logits [N, V]` with `labels int64 [N]` and `uniforms float64 [N, D]`, as `Kernel` makes them."""
-    kernel = Kernel(top_k=top_k, min_prob=min_prob, kept_draws=kept_draws, token_count=token_count)
-    summary = kernel(logits, labels, torch.from_numpy(uniforms).to(logits.device))
+    """Targets of `logits [N, V]` with `labels int64 [N]` and `uniforms float64 [N, D]`; see `TargetExtractor`."""
+    extract = TargetExtractor(top_k=top_k, min_prob=min_prob, kept_draws=kept_draws, token_count=token_count)
+    summary = extract(logits, labels, torch.from_numpy(uniforms).to(logits.device))
     return targets_of(summary, draw_logprobs=draw_logprobs)

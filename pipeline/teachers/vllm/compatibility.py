@@ -1,7 +1,7 @@
-"""Whether this vLLM is one that the tap fits: what it touches is compared before anything is wrapped.
+"""The compatibility check: whether the tap fits this vLLM and its settings.
 
-Signatures were the same in vLLM 0.28, 0.31, 0.32 and 0.33; 0.32 is what the tests run. A release is not judged by its
-number: what it has is compared here, and what it computes by the canary.
+It runs before anything is wrapped. Signatures were the same in vLLM 0.28, 0.31, 0.32 and 0.33; the tests run 0.32. The
+version number is not read: this check compares the names and signatures, and the self-check compares the values.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _V2_ATTRIBUTES = ("model.compute_logits", "device", "model_config")
 
 _WRONG_POSITIONS = {
     "speculative_config": (None, "several logit rows belong to one token under speculative decoding"),
-    "kv_transfer_config": (None, "positions that come from another engine's cache are never computed"),
-    "cache_config.kv_sharing_fast_prefill": (False, "it leaves out positions of the prompt"),
+    "kv_transfer_config": (None, "positions in another engine's cache are never computed"),
+    "cache_config.kv_sharing_fast_prefill": (False, "it skips positions of the prompt"),
     "parallel_config.decode_context_parallel_size": (1, "positions are split over processes"),
     "parallel_config.prefill_context_parallel_size": (1, "positions are split over processes"),
-    "parallel_config.data_parallel_size": (1, "each worker of the capture has an engine of its own"),
+    "parallel_config.data_parallel_size": (1, "each worker of the capture has its own engine"),
     "parallel_config.enable_dbo": (False, "a step is computed in two halves"),
     "parallel_config.use_ubatching": (False, "a step is computed in parts"),
 }
@@ -47,7 +47,7 @@ _WRONG_POSITIONS = {
 
 
 def problems_of_config(vllm_config: Any) -> Iterator[str]:
-    """What an engine was set to that the tap refuses. A setting that a release does not have is as it should be."""
+    """Settings of the engine that the tap refuses, as messages. A setting that a release lacks is not a problem."""
     for path, (wanted, reason) in _WRONG_POSITIONS.items():
         found = _attribute(vllm_config, path, default=wanted)
         if found != wanted:
@@ -55,7 +55,7 @@ def problems_of_config(vllm_config: Any) -> Iterator[str]:
 
 
 def problems_of_runner(runner: Any, name: str) -> Iterator[str]:
-    """What the model runner lacks, or has under other names, of what the tap of runner `name` (v1, v2) touches."""
+    """Members of the model runner that the tap of runner `name` (v1, v2) touches and that are missing or differ."""
     is_v2 = hasattr(runner, "prompt_logprobs_worker")
     if is_v2 != (name == "v2"):
         yield f"vLLM chose model runner {'v2' if is_v2 else 'v1'}, and teacher.runner is {name}"

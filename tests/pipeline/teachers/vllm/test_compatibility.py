@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coldstill.pipeline.teachers.vllm.gate import problems_of_config, problems_of_runner
+from coldstill.pipeline.teachers.vllm.compatibility import problems_of_config, problems_of_runner
 
 
 class Runner:

@@ -1,7 +1,7 @@
-"""Before the first unit: do the tap and vLLM's public path say the same?
+"""The self-check: compares the tap's log-probs with those of vLLM's public path, at each engine start.
 
-A handful of sequences of random tokens go through both, together, alone and in reverse order, at each engine start. An
-engine where they differ by more than the engine differs from itself is not used.
+Both score six sequences of random tokens; the tap scores them together, alone and in reverse order. If the two differ
+by more than the public path differs from itself, the engine is not used.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from coldstill.pipeline.sequences import TokenSequence
 from coldstill.storage_schema.rows import TeacherTargets
 
 _LENGTHS = (2, 16, 17, 96, 64, 200)
-"""The fifth is the beginning of the fourth: a prefix that a cache would find."""
+"""Tokens of each sequence. The fifth is a prefix of the fourth, which a prefix cache would find."""
 _FLOAT32_TOLERANCE = 5e-5
 _ROUNDED_TOLERANCE = 2.0**-6
-"""Of a log-prob, relative to its size, where logits are rounded to 8 bits of mantissa."""
+"""Relative to the size of a log-prob, where logits are rounded to 8 bits of mantissa."""
 
 Score = Callable[[Sequence[TokenSequence]], list[TeacherTargets]]
 
 
-def canary_sequences(*, token_count: int, max_length: int) -> list[TokenSequence]:
-    """Random tokens, all positions targets."""
+def self_check_sequences(*, token_count: int, max_length: int) -> list[TokenSequence]:
+    """Sequences of random tokens; all positions are targets."""
     generator = np.random.default_rng(0)
     shared = generator.integers(0, token_count, max(_LENGTHS)).astype(np.int32)
     sequences = []
@@ -35,7 +35,7 @@ def canary_sequences(*, token_count: int, max_length: int) -> list[TokenSequence
             tokens[:64] = shared[: min(64, length)]
         sequences.append(
             TokenSequence(
-                sample_id=f"canary-{number}",
+                sample_id=f"self-check-{number}",
                 source_row=number,
                 token_ids=tokens,
                 target_spans=np.array([[0, length - 1]], np.int32),
@@ -45,8 +45,11 @@ def canary_sequences(*, token_count: int, max_length: int) -> list[TokenSequence
 
 
 def largest_difference(tap: Score, public: Score, sequences: Sequence[TokenSequence], *, is_float32: bool) -> float:
-    """The largest difference of a log-prob between the two paths. Raises `TeacherOutputInvalid` where it is more than
-    twice what the public path differs from itself, and more than rounding."""
+    """The largest difference of a log-prob between the two paths, nats.
+
+    Raises `TeacherOutputInvalid` if it exceeds both rounding and twice the difference between two runs of the public
+    path.
+    """
     together = public(sequences)
     alone = [public([sequence])[0] for sequence in sequences]
     own = max(_differences(together, alone))
@@ -64,7 +67,7 @@ def largest_difference(tap: Score, public: Score, sequences: Sequence[TokenSeque
         for sequence, difference in zip(sequences, _differences(targets, together), strict=True):
             if not difference <= tolerance:
                 raise TeacherOutputInvalid(
-                    f"the tap, on a test sequence of {sequence.token_ids.size} tokens scored {way}",
+                    f"self-check of the tap, on a sequence of {sequence.token_ids.size} tokens scored {way}",
                     found=f"log-probs {difference:.2g} from those of vLLM's public path",
                     wanted=f"at most {tolerance:.2g}",
                     fix="set teacher.tap: public, and report the versions of vLLM and torch",
@@ -74,7 +77,8 @@ def largest_difference(tap: Score, public: Score, sequences: Sequence[TokenSeque
 
 
 def _differences(some: Sequence[TeacherTargets], others: Sequence[TeacherTargets]) -> list[float]:
-    """Of each sequence the largest difference: of the label, and of kept log-probs by rank, for ties may be swapped."""
+    """The largest difference of each sequence, in the label's log-prob and the kept log-probs. These are compared by
+    rank, because ties may be swapped."""
     return [
         max(
             float(np.abs(one.label_logprob - other.label_logprob).max()),

@@ -1,4 +1,4 @@
-"""Laws of the kernel: against plain float64 formulas written here, position by position."""
+"""Laws of the target extractor: against plain float64 formulas written here, position by position."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.pipeline.teachers.kernel import Kernel, summarise, targets_of
-from coldstill.pipeline.teachers.uniforms import draw_uniforms
+from coldstill.pipeline.teachers.target_extractor import TargetExtractor, draw_uniforms, summarize, targets_of
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 
@@ -28,7 +27,7 @@ def test_targets_are_those_of_plain_float64_formulas(
 ) -> None:
     logits = _logits(9, vocabulary + padding)
     labels = torch.arange(9) % vocabulary
-    targets = summarise(
+    targets = summarize(
         logits, labels, _no_draws(9), top_k=top_k, min_prob=min_prob, kept_draws=1024, token_count=vocabulary
     )
     targets.check(token_count=vocabulary)
@@ -47,12 +46,12 @@ def test_targets_are_those_of_plain_float64_formulas(
 def test_the_tail_is_exact_where_one_minus_the_rest_is_noise() -> None:
     logits = torch.zeros(1, 100)
     logits[0, 0] = 40.0
-    targets = summarise(logits, torch.tensor([0]), _no_draws(1), top_k=1, min_prob=0, kept_draws=1024, token_count=100)
+    targets = summarize(logits, torch.tensor([0]), _no_draws(1), top_k=1, min_prob=0, kept_draws=1024, token_count=100)
     np.testing.assert_allclose(targets.log_tail[0], np.log(99) - 40, atol=1e-5)
 
 
 def test_k_equal_to_v_leaves_no_tail() -> None:
-    targets = summarise(
+    targets = summarize(
         _logits(4, 8), torch.zeros(4).long(), np.zeros((4, 3)), top_k=8, min_prob=0, kept_draws=1024, token_count=8
     )
     assert (targets.log_tail == LOG_FLOOR).all()
@@ -61,7 +60,7 @@ def test_k_equal_to_v_leaves_no_tail() -> None:
 
 @pytest.mark.parametrize("vocabulary", [50, 5000])
 def test_among_ties_any_ids_are_kept_and_the_rest_are_the_tail(vocabulary: int) -> None:
-    targets = summarise(
+    targets = summarize(
         torch.zeros(2, vocabulary),
         torch.zeros(2).long(),
         np.full((2, 1), 0.999),
@@ -78,17 +77,17 @@ def test_among_ties_any_ids_are_kept_and_the_rest_are_the_tail(vocabulary: int) 
 def test_a_logit_that_is_no_number_is_told_by_position(bad: float) -> None:
     logits = _logits(5, 400)
     logits[3, 77] = bad
-    kernel = Kernel(top_k=4, min_prob=1e-4, kept_draws=8, token_count=400)
-    summary = kernel(logits, torch.zeros(5).long(), torch.rand(5, 8).double())
+    extract = TargetExtractor(top_k=4, min_prob=1e-4, kept_draws=8, token_count=400)
+    summary = extract(logits, torch.zeros(5).long(), torch.rand(5, 8).double())
     assert summary.finite.tolist() == [True, True, True, False, True]
 
 
-def test_the_mass_beyond_the_last_token_is_recorded() -> None:
+def test_the_mass_of_padding_columns_is_recorded() -> None:
     logits = _logits(5, 400)
-    kernel = Kernel(top_k=4, min_prob=0.0, kept_draws=0, token_count=390)
-    summary = kernel(logits, torch.zeros(5).long(), torch.empty(5, 0).double())
+    extract = TargetExtractor(top_k=4, min_prob=0.0, kept_draws=0, token_count=390)
+    summary = extract(logits, torch.zeros(5).long(), torch.empty(5, 0).double())
     wanted = torch.softmax(logits.double(), -1)[:, 390:].sum(-1)
-    np.testing.assert_allclose(summary.beyond.numpy(), wanted.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(summary.padding_mass.numpy(), wanted.numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", [70, 5000])
@@ -96,7 +95,7 @@ def test_the_mass_beyond_the_last_token_is_recorded() -> None:
 def test_draws_are_those_of_a_plain_inverse_cdf(vocabulary: int, min_prob: float) -> None:
     """Kept mass first, then the tail in order of ids, summed in float64 one by one."""
     logits, uniforms = _logits(40, vocabulary, scale=2.0), np.random.default_rng(0).random((40, 24))
-    targets = summarise(
+    targets = summarize(
         logits,
         torch.zeros(40).long(),
         uniforms,
@@ -125,15 +124,15 @@ def test_draws_are_those_of_a_plain_inverse_cdf(vocabulary: int, min_prob: float
     assert right >= total - 1  # a uniform may stand where rounding decides
 
 
-def test_a_kernel_may_be_used_for_any_number_of_positions() -> None:
+def test_an_extractor_may_be_used_for_any_number_of_positions() -> None:
     """Its work memory grows, and what was in it does not matter."""
-    kernel = Kernel(top_k=6, min_prob=1e-4, kept_draws=8, token_count=3000)
+    extract = TargetExtractor(top_k=6, min_prob=1e-4, kept_draws=8, token_count=3000)
     for positions, seed in ((1, 0), (900, 1), (3, 2), (0, 3), (900, 4)):
         logits = _logits(positions, 3003, seed=seed)
         labels, uniforms = torch.arange(positions), np.random.default_rng(seed).random((positions, 8))
-        ours = targets_of(kernel(logits, labels, torch.from_numpy(uniforms)))
+        ours = targets_of(extract(logits, labels, torch.from_numpy(uniforms)))
         alone = [
-            summarise(
+            summarize(
                 logits[n : n + 1], labels[n : n + 1], uniforms[n : n + 1],
                 top_k=6, min_prob=1e-4, kept_draws=8, token_count=3000,
             )
@@ -146,7 +145,7 @@ def test_a_kernel_may_be_used_for_any_number_of_positions() -> None:
 
 def test_low_precision_logits_give_whole_distributions() -> None:
     logits = _logits(16, 3000).bfloat16()
-    targets = summarise(
+    targets = summarize(
         logits, torch.zeros(16).long(), _no_draws(16), top_k=32, min_prob=1e-4, kept_draws=1024, token_count=3000
     )
     mass = np.where(targets.kept, np.exp(targets.logprobs.astype(np.float64)), 0).sum(1) + np.exp(targets.log_tail)
@@ -156,7 +155,7 @@ def test_low_precision_logits_give_whole_distributions() -> None:
 def _drawn(logits: torch.Tensor, positions: np.ndarray, sample_id: str, **settings: float) -> TeacherTargets:
     uniforms = draw_uniforms(positions, draws=64, seed=11, sample_id=sample_id)
     options = {"top_k": 4, "min_prob": 0.0, "kept_draws": 64, "token_count": logits.shape[1], **settings}
-    return summarise(logits, torch.zeros(len(positions)).long(), uniforms, **options)  # type: ignore[arg-type]
+    return summarize(logits, torch.zeros(len(positions)).long(), uniforms, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("min_prob", [0.0, 0.1])
