@@ -39,12 +39,13 @@ class _RayWorker:
     ):
         """`folder`: the driver's current folder; `header`: used while there is no `dataset.json` yet."""
         search_last(folder)
-        self._config = CaptureConfig.model_validate(config)
+        self._config: CaptureConfig
         self._crash_key = crash_key
         self._metrics = WorkerMetrics(name)
         self._teacher: WatchedTeacher | None = None
         self._error: Exception | None = None
         try:
+            self._config = CaptureConfig.model_validate(config)  # imports a teacher class of the user's own
             facts = header or self._store().read(HEADER_NAME)
             teacher = load_for(self._config, DatasetHeader.from_bytes(facts, where=HEADER_NAME), load)
             self._teacher = WatchedTeacher(teacher, on_exit=self._exit)
@@ -54,8 +55,9 @@ class _RayWorker:
 
     def rank_ids(self, header: bytes, unit: tuple[int, ...]) -> list[int]:
         """See `pilot.rank_ids`."""
+        teacher = self._loaded()
         facts = DatasetHeader.from_bytes(header, where="the pilot's header")
-        return list(rank_ids(self._config, self._loaded(), facts, Unit(*unit)))
+        return list(rank_ids(self._config, teacher, facts, Unit(*unit)))
 
     def measure(self, header: bytes, sequences: list[TokenSequence], seconds: float) -> tuple[float, ...]:
         """See `speed.measure_speed`."""
@@ -64,7 +66,8 @@ class _RayWorker:
 
     def ready(self) -> None:
         """Open the dataset. Returns when the worker can take units."""
-        self._worker = CaptureWorker(self._config, self._loaded())
+        teacher = self._loaded()
+        self._worker = CaptureWorker(self._config, teacher)
 
     def run(self, task: UnitTask) -> tuple[int, ...] | None:
         """The report of a unit that is now committed; None for a probe."""
