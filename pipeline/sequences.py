@@ -1,4 +1,4 @@
-"""What goes to a teacher and what comes back: token sequences, and token sequences with the teacher's word.
+"""Token sequences as a teacher gets them, and with the distributions that it returns.
 
 Shape letters: `T` tokens, `n` spans.
 """
@@ -16,9 +16,10 @@ from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
-    """What a teacher is asked about: `token_ids int32 [T]`, and its distributions at the positions of
-    `target_spans int32 [n, 2]`; no spans for a prompt that it is to answer. `source_row` is the row of the source that
-    it was made from (the first, where documents are joined)."""
+    """`token_ids int32 [T]`, and the positions to score as `target_spans int32 [n, 2]`; a prompt has no spans.
+
+    `source_row` is the number of the source row that it was made from; of joined documents, the first one's.
+    """
 
     sample_id: str
     source_row: int
@@ -28,14 +29,14 @@ class TokenSequence:
 
 
 class ScoredSequence(NamedTuple):
-    """A sequence and the teacher's distributions at its target positions."""
+    """A sequence with the teacher's distributions at its target positions."""
 
     sequence: TokenSequence
     targets: TeacherTargets
 
     @property
     def row(self) -> CachedRow:
-        """The row of a dataset that it becomes."""
+        """The dataset row."""
         return CachedRow(
             sample_id=self.sequence.sample_id,
             token_ids=self.sequence.token_ids,

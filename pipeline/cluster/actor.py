@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
+from coldstill.pipeline.calibration import rank_ids
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.estimate.speed import measure_speed
-from coldstill.pipeline.preparation.pilot import rank_ids
 from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.units.attempts import LastWords, write_last_words
 from coldstill.pipeline.units.bisection import UnitTask
@@ -73,7 +73,7 @@ class _RayWorker:
         return self._teacher
 
     def _store(self) -> PatientStore:
-        return PatientStore(self._config.output, patience_s=self._config.cluster.store_patience_s)
+        return PatientStore(self._config.output, patience_s=self._config.cluster.store_retry_s)
 
     def _end(self, words: LastWords) -> None:
         end_process(words, teacher=self._teacher, speak=lambda words: write_last_words(self._store(), self._key, words))

@@ -53,7 +53,7 @@ class Workforce:
         self.gpus_per_worker = 0.0
         """GPUs that each worker holds; known once the cluster is joined."""
         self._config, self._load = config, load
-        self._store = PatientStore(config.output, patience_s=config.cluster.store_patience_s)
+        self._store = PatientStore(config.output, patience_s=config.cluster.store_retry_s)
         self._is_joined = False
         self._pool: Pool | None = None
 
@@ -86,7 +86,7 @@ class Workforce:
         def ask(actor: Any) -> Any:
             return actor.rank_ids.remote(header.to_bytes(), astuple(unit))
 
-        ranks: list[int] = self._ask_one(ask, header, what="the pilot", fix="pilot_targets: 0 does without it")
+        ranks: list[int] = self._ask_one(ask, header, what="the pilot", fix="calibration_targets: 0 does without it")
         return ranks
 
     def measure(self, header: DatasetHeader, sequences: list[TokenSequence], *, seconds: float) -> SpeedReport:

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
+from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.sources.chat import SequenceMaker
-from coldstill.pipeline.sources.readers import open_source
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from coldstill.storage_schema.faithfulness import sample_share
@@ -26,10 +27,6 @@ from coldstill.storage_schema.rows import CachedRow
 from .attempts import ExcludedRow
 from .bisection import UnitTask
 from .patience import PatientStore
-
-KILLS_THE_ENGINE = "kills_the_engine"
-"""Reason of rejects that were found by bisection."""
-
 
 TeacherLoader = Callable[[TeacherConfig, DatasetHeader, SamplingConfig | None], Teacher]
 
@@ -49,7 +46,7 @@ class CaptureWorker:
     """Does units of one capture. `run` and `probe` may be called in two threads."""
 
     def __init__(self, config: CaptureConfig, teacher: Teacher | None = None):
-        self.store = PatientStore(config.output, patience_s=config.cluster.store_patience_s)
+        self.store = PatientStore(config.output, patience_s=config.cluster.store_retry_s)
         self.header = DatasetHeader.from_bytes(self.store.read(HEADER_NAME), where=HEADER_NAME)
         self._units = plan_from_bytes(self.store.read(PLAN_NAME), where=PLAN_NAME)
         self._source = open_source(config.source, self.store)
@@ -135,7 +132,7 @@ def _without(
     """The sequences that are not of these rows, and rejects for those that are."""
     details = {row.source_row: row.detail for row in excluded}
     rejects = [
-        Reject(sequence.source_row, sequence.sample_id, KILLS_THE_ENGINE, details[sequence.source_row])
+        Reject(sequence.source_row, sequence.sample_id, RejectReason.KILLS_THE_ENGINE, details[sequence.source_row])
         for sequence in sequences
         if sequence.source_row in details
     ]

@@ -8,7 +8,7 @@ import pytest
 
 from coldstill.pipeline.cluster import Workforce
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.units.attempts import read_attempts
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.errors import StorageFull

@@ -14,7 +14,7 @@ import pytest
 
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher
 from coldstill.pipeline.units.attempts import ExcludedRow

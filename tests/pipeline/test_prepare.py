@@ -12,7 +12,7 @@ import pytest
 
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import SourceChanged, TemplateCannotMark
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.staging import remove_staging
 from coldstill.pipeline.teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
 from coldstill.storage_schema.errors import HeaderMismatch

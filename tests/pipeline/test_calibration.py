@@ -10,8 +10,8 @@ from typing import cast
 import numpy as np
 import pytest
 
-from coldstill.pipeline.preparation.pilot import rank_ids
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.calibration import rank_ids
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
 from coldstill.storage_schema.dataset import open_dataset
@@ -37,7 +37,7 @@ def _ranked(folder: Path, **changes: object) -> tuple[Path, DatasetHeader]:
 
 
 def test_the_table_ranks_ids_by_how_often_they_are_kept_or_drawn(tmp_path: Path) -> None:
-    root, header = _ranked(tmp_path, pilot_targets=10**6)
+    root, header = _ranked(tmp_path, calibration_targets=10**6)
     counts: Counter[int] = Counter()
     for row in open_dataset(root).read_shard(0):
         counts.update(row.targets.ids[row.targets.kept].tolist())
@@ -62,7 +62,7 @@ def test_a_table_changes_the_bytes_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_few_targets_are_enough_for_a_pilot(tmp_path: Path) -> None:
-    _, some = _ranked(tmp_path, pilot_targets=1)
+    _, some = _ranked(tmp_path, calibration_targets=1)
     assert 0 < len(some.id_ranks) < len(_ranked(tmp_path, output="all")[1].id_ranks)
 
 
@@ -81,7 +81,7 @@ class _Answering:
 
 
 def test_the_pilot_of_mode_generate_asks_for_a_few_answers_until_it_has_its_targets(tmp_path: Path) -> None:
-    config = capture_config(tmp_path, mode="generate", pilot_targets=10, sampling={"max_tokens": 5})
+    config = capture_config(tmp_path, mode="generate", calibration_targets=10, sampling={"max_tokens": 5})
     prepared = prepare(config)
     teacher = _Answering()
     ranks = rank_ids(config, cast(Teacher, teacher), prepared.header, prepared.units[0])
