@@ -34,9 +34,9 @@ _PROBED_TOKENS = 1 << 20
 _PROBED_SEQUENCES = 4096
 """Upper limits of what is sent to the worker of a probe: more than it scores in a minute, little for the network."""
 
-# Bytes per target as long as no teacher has run: `benchmarks/results/codec_2_cores.json`, sides "ours", of a sharp and a
-# flat teacher (mean entropies 1.2 and 4.4 nats, vocabulary 8,192). A vocabulary of more than 65,536 ids takes a few bytes
-# more. Between the measured K the values are interpolated linearly.
+# Bytes per target as long as no teacher has run: `benchmarks/results/codec_2_cores.json`, sides "ours", of a sharp and
+# a flat teacher (mean entropies 1.2 and 4.4 nats, vocabulary 8,192). A vocabulary of more than 65,536 ids takes a few
+# bytes more. Between the measured K the values are interpolated linearly.
 TOP_KS = (16, 32, 64, 128)
 FLOOR = 1e-4
 DRAWS = 64
