@@ -12,7 +12,7 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-import coldstill
+from coldstill.cli.main import app
 from coldstill.common.config_file import load_config
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.trainer.config import TrainConfig
@@ -57,7 +57,7 @@ def coldstill_commands() -> list[list[str]]:
 
 
 def subcommands() -> dict[str, Any]:
-    group: Any = typer.main.get_command(coldstill.app)
+    group: Any = typer.main.get_command(app)
     return dict(group.commands)
 
 

@@ -1,6 +1,6 @@
-"""The command line of the dataset tools: words in, a call of one tool, its result on the terminal.
+"""The commands of the dataset tools: what each takes, and the tool that it calls.
 
-Each tool is imported when its command runs: `--help` and what needs no extra packages stay quick.
+A tool is imported when its command runs, so that `--help` stays quick.
 """
 
 from __future__ import annotations
@@ -15,38 +15,43 @@ from coldstill.common.packages import require_packages
 
 from .output import show_result
 
-LOOK = "Look at a dataset"
+LOOK = "Examine a dataset"
 SHARE = "Share a dataset"
-DERIVE = "Make datasets of datasets"
+DERIVE = "Derive a dataset"
 
 dataset_commands = typer.Typer(no_args_is_help=True)
-imports = typer.Typer(no_args_is_help=True, help="Take over a dataset that another tool captured.")
-exports = typer.Typer(no_args_is_help=True, help="Write a dataset in a layout that other tools read.")
+imports = typer.Typer(no_args_is_help=True, help="Import a dataset that another tool captured.")
+exports = typer.Typer(no_args_is_help=True, help="Export a dataset to a layout that other tools read.")
 dataset_commands.add_typer(imports, name="import", rich_help_panel=DERIVE)
 dataset_commands.add_typer(exports, name="export", rich_help_panel=SHARE)
 
-Root = Annotated[str, typer.Argument(metavar="ROOT", help="The dataset's directory, or a URL that fsspec reaches.")]
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="The dataset's directory, or a URL that fsspec opens.")]
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The new dataset: a folder, s3:// or gs://.")]
 Tokenizer = Annotated[Path, typer.Option(help="Folder with the teacher's tokenizer.json.")]
 Teacher = Annotated[str, typer.Option(help="The teacher's name, for the header.")]
 Revision = Annotated[str | None, typer.Option(help="The teacher's revision, for the header.")]
-VocabSize = Annotated[int | None, typer.Option(help="Logit columns of the teacher; by default the tokenizer's ids.")]
-Fidelity = Annotated[Literal["fine", "coarse", "exact"], typer.Option(help="What storage may cost; see FORMAT.md.")]
-Licence = Annotated[str | None, typer.Option(help="Under which terms the dataset may be used.")]
-BadRows = Annotated[
-    Literal["fail", "reject"], typer.Option(help="A row that cannot be used ends the import, or goes to the rejects.")
+VocabSize = Annotated[
+    int | None, typer.Option(help="Logit columns of the teacher; default: the number of the tokenizer's ids.")
 ]
-RowsPerUnit = Annotated[int, typer.Option(help="Rows of a shard: what a kill can cost at the most.")]
+Fidelity = Annotated[
+    Literal["fine", "coarse", "exact"], typer.Option(help="Precision of the stored log-probs; see FORMAT.md.")
+]
+License = Annotated[str | None, typer.Option(help="License of the dataset, as the Hub spells it, such as apache-2.0.")]
+BadRows = Annotated[
+    Literal["fail", "reject"],
+    typer.Option(help="fail: an unusable row ends the import; reject: it is listed in the rejects."),
+]
+RowsPerUnit = Annotated[int, typer.Option(help="Rows per shard, the most that an interruption can lose.")]
 
 
 @dataset_commands.command(rich_help_panel=LOOK)
 def verify(
     root: Root,
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every row and check every value too.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every row and check every value.")] = False,
 ) -> None:
-    """Check that a dataset holds what its manifest says.
+    """Check that a dataset holds what its manifest lists.
 
-    Where it does not: one line per finding, and exit code 1.
+    Prints one line per finding, and exits with code 1 if there is any.
     """
     from coldstill.storage_schema.dataset import open_dataset
     from coldstill.tools.verify import verify as run_verify
@@ -72,12 +77,12 @@ def verify(
 @dataset_commands.command(rich_help_panel=LOOK)
 def inspect(
     root: Root,
-    row: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Number of a row, from 0 on.")] = None,
+    row: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Row number, starting at 0.")] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="PAGE", help="Write the row as a page that needs no net.")
+        Path | None, typer.Option(metavar="PAGE", help="Write the row to this file as an HTML page that works offline.")
     ] = None,
 ) -> None:
-    """Show what a dataset is, or one row of it: token by token, with what the teacher expected there."""
+    """Print what a dataset holds, or one of its rows token by token with the teacher's predictions."""
     require_packages("share", "tokenizers")
     if html is not None:
         from coldstill.tools.inspect.page import write_page
@@ -96,8 +101,10 @@ def inspect(
 @dataset_commands.command(rich_help_panel=LOOK)
 def stats(
     root: Root,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures as JSON.")] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the histograms.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write all figures to this file, as JSON.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the histograms into this file.")] = None,
 ) -> None:
     """Measure a dataset: bytes by stream, entropy, tail mass, label ranks, lengths."""
     from coldstill.tools.stats.measure import measure_stats
@@ -117,9 +124,9 @@ def stats(
 
 @dataset_commands.command(rich_help_panel=SHARE)
 def card(
-    root: Root, replace: Annotated[bool, typer.Option("--replace", help="Write over the card that is there.")] = False
+    root: Root, replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing card.")] = False
 ) -> None:
-    """Write the dataset's card, README.md: what it holds, what storage cost, how to load it."""
+    """Write the dataset card, README.md: contents, storage error, how to load it."""
     require_packages("share", "matplotlib")
     from coldstill.tools.card.card import write_card
 
@@ -130,9 +137,11 @@ def card(
 def push(
     root: Root,
     destination: Annotated[str, typer.Argument(help="hf://datasets/ORG/NAME[@REVISION], s3://, gs:// or a folder.")],
-    public: Annotated[bool, typer.Option("--public", help="On the Hub: make a new repository public.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="On the Hub: create the repository as a public one.")
+    ] = False,
 ) -> None:
-    """Publish a sealed dataset, after verifying it. Interrupted, it goes on where it was."""
+    """Verify a sealed dataset and upload it. Re-run the same command to resume."""
     if destination.startswith("hf://"):
         require_packages("share", "huggingface_hub")
     from coldstill.tools.hub.transfer import push as run_push
@@ -145,7 +154,7 @@ def pull(
     source: Annotated[str, typer.Argument(help="hf://datasets/ORG/NAME[@REVISION], s3://, gs://, https:// or a path.")],
     folder: Annotated[str, typer.Argument(help="A local folder.")],
 ) -> None:
-    """Mirror a dataset into a local folder and verify it. Interrupted, it goes on where it was."""
+    """Download a dataset into a local folder and verify it. Re-run the same command to resume."""
     if source.startswith("hf://"):
         require_packages("share", "huggingface_hub")
     from coldstill.tools.hub.transfer import pull as run_pull
@@ -155,10 +164,10 @@ def pull(
 
 @dataset_commands.command(rich_help_panel=DERIVE)
 def merge(
-    roots: Annotated[list[str], typer.Argument(metavar="ROOT...", help="Two datasets or more, of one teacher.")],
+    roots: Annotated[list[str], typer.Argument(metavar="ROOT...", help="At least two datasets of one teacher.")],
     output: Annotated[str, typer.Option(help="The new dataset: a folder, s3:// or gs://.")],
 ) -> None:
-    """Make one dataset of several. Nothing is encoded again; headers that disagree are refused."""
+    """Merge datasets into one, without encoding anything again. Datasets whose headers conflict are refused."""
     from coldstill.tools.derive.merge import merge as run_merge
 
     _show_dataset(run_merge(roots, output), title="merged")
@@ -167,11 +176,14 @@ def merge(
 @dataset_commands.command(rich_help_panel=DERIVE)
 def split(
     root: Root,
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the parts.")],
-    part: Annotated[list[str], typer.Option(metavar="NAME=SHARE", help="A part, as train=0.95; all add up to 1.")],
-    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder for the parts.")],
+    part: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=SHARE", help="A part and its share, such as train=0.95; the shares add up to 1."),
+    ],
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
 ) -> None:
-    """Split a dataset by sample id: equal ids stay together, and a row stays in its part when the dataset grows."""
+    """Split a dataset by sample id. Rows with equal ids stay together; a row keeps its part when the dataset grows."""
     from coldstill.tools.derive.split import parse_parts
     from coldstill.tools.derive.split import split as run_split
 
@@ -188,13 +200,16 @@ def subset(
         typer.Option(
             "--filter",
             metavar="'KEY OP VALUE'",
-            help="sample_id, tokens, targets or metadata.a.b; == != < <= > >= ~ (matches). All of several must hold.",
+            help="KEY: sample_id, tokens, targets or metadata.a.b. OP: == != < <= > >= or ~ (regular expression). "
+            "A row must pass every filter.",
         ),
     ] = None,
-    rows: Annotated[str | None, typer.Option(metavar="START:STOP", help="Only these rows, by number.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many rows, the first ones.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(metavar="START:STOP", help="Take only these row numbers, STOP excluded.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Take at most this many rows, the first ones.")] = None,
 ) -> None:
-    """Make a dataset of some rows of another, as `coldstill subset ROOT OUTPUT --filter "tokens <= 512"`."""
+    """Copy selected rows to a new dataset, as in `coldstill subset ROOT OUTPUT --filter "tokens <= 512"`."""
     from coldstill.tools.derive.subset import subset as run_subset
 
     _show_dataset(run_subset(root, output, filters=filter or (), rows=rows, limit=limit), title="subset")
@@ -207,15 +222,17 @@ def import_distillkit(
     tokenizer: Tokenizer,
     teacher: Teacher,
     revision: Revision = None,
-    config: Annotated[Path | None, typer.Option(help="Its compression settings, where they are elsewhere.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Its compression_config.yaml, if it is not in the folder.")
+    ] = None,
     vocab_size: VocabSize = None,
-    pad_id: Annotated[int | None, typer.Option(help="Padding token: one at a document's end is cut off.")] = None,
+    pad_id: Annotated[int | None, typer.Option(help="Padding token; one at the end of a document is removed.")] = None,
     fidelity: Fidelity = "fine",
     rows_per_unit: RowsPerUnit = 64,
-    licence: Licence = None,
+    license: License = None,
     bad_rows: BadRows = "fail",
 ) -> None:
-    """Import an arcee-ai DistillKit capture, of either compressor. It has no tail: it is derived, and no draws."""
+    """Import an arcee-ai DistillKit capture of either compressor. It has no draws, and its tail mass is derived."""
     from coldstill.tools.exchange.distillkit import import_distillkit as run_import
 
     manifest = run_import(
@@ -229,7 +246,7 @@ def import_distillkit(
         pad_id=pad_id,
         fidelity=fidelity,
         rows_per_unit=rows_per_unit,
-        licence=licence,
+        licence=license,
         bad_rows=bad_rows,
     )
     show_result({"rows": manifest.rows, "targets": manifest.targets, "rejected": manifest.rejected}, title="imported")
@@ -244,18 +261,22 @@ def import_axolotl(
     revision: Revision = None,
     predicts: Annotated[
         Literal["next", "same"] | None,
-        typer.Option(help="Which token the log-probs at a position are about; by default the layout's own way."),
+        typer.Option(help="Token that the log-probs at a position predict; default: as the layout defines it."),
     ] = None,
-    logprobs_field: Annotated[str, typer.Option(help="Column of the log-probs.")] = "logprobs",
-    temperature: Annotated[float, typer.Option(help="At which they were taken; only 1 can be imported.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Entries of a position; by default those of the first.")] = None,
+    logprobs_field: Annotated[str, typer.Option(help="Column with the log-probs.")] = "logprobs",
+    temperature: Annotated[
+        float, typer.Option(help="Softmax temperature of the log-probs; only 1 can be imported.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Entries per position; default: the number at the first position.")
+    ] = None,
     vocab_size: VocabSize = None,
     fidelity: Fidelity = "fine",
     rows_per_unit: RowsPerUnit = 64,
-    licence: Licence = None,
+    license: License = None,
     bad_rows: BadRows = "fail",
 ) -> None:
-    """Import ids and log-probs in axolotl's KD layout. It has no tail: it is derived, and no draws."""
+    """Import ids and log-probs in axolotl's KD layout. It has no draws, and its tail mass is derived."""
     from coldstill.tools.exchange.axolotl import import_axolotl as run_import
 
     manifest = run_import(
@@ -271,7 +292,7 @@ def import_axolotl(
         vocab_size=vocab_size,
         fidelity=fidelity,
         rows_per_unit=rows_per_unit,
-        licence=licence,
+        licence=license,
         bad_rows=bad_rows,
     )
     show_result({"rows": manifest.rows, "targets": manifest.targets, "rejected": manifest.rejected}, title="imported")
@@ -279,7 +300,7 @@ def import_axolotl(
 
 @exports.command("axolotl")
 def export_axolotl(root: Root, output: Output) -> None:
-    """Write axolotl's KD layout: token ids, and ids and log-probs of each position as lists."""
+    """Write axolotl's KD layout: token ids, and the ids and log-probs of each position as lists."""
     from coldstill.tools.exchange.axolotl_export import export_axolotl as run_export
 
     show_result({"files": len(run_export(root, output))}, title="exported")
@@ -287,7 +308,7 @@ def export_axolotl(root: Root, output: Output) -> None:
 
 @exports.command("plain")
 def export_plain(root: Root, output: Output) -> None:
-    """Write everything decoded, as lists that any Parquet reader understands. About eight times the size."""
+    """Write all values decoded, as Parquet lists that need no code of ours. About eight times the size."""
     from coldstill.tools.exchange.plain import export_plain as run_export
 
     show_result({"files": len(run_export(root, output))}, title="exported")

@@ -1,7 +1,4 @@
-"""`coldstill evaluate`: names and options come in, a table or one JSON document goes out.
-
-What is missing is said before anything is loaded.
-"""
+"""What `coldstill evaluate` does: load the models, measure them, print a table or one JSON document."""
 
 from __future__ import annotations
 
@@ -13,19 +10,20 @@ from typing import Any
 
 from rich.console import Console
 
-from coldstill.cli.output import show_result
-from coldstill.cli.per_token_table import show_records
-from coldstill.storage_schema import Dataset, open_dataset
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.tools.inspect.token_text import TokenText
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
 from coldstill.trainer.evaluation.loading import Weights, load_measured
 from coldstill.trainer.evaluation.per_token import token_records, write_records
 from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
 from coldstill.trainer.evaluation.tasks import evaluate_tasks, require_tasks
 
+from .output import show_result, show_warning
+from .per_token_table import show_records
+
 ANOTHER_TEACHER_NATS = 0.05
-"""Above this KL a resident teacher is called another one than the dataset's: storage costs 1e-4 at the most."""
+"""Above this KL the resident teacher is another model than the dataset's: storage costs at most 1e-4 nats."""
 
 
 def evaluate(
@@ -38,29 +36,29 @@ def evaluate(
     per_token: int = 0,
     records: Path | None = None,
     batch_size: int = 8,
-    weights: Weights = "float32",
+    dtype: Weights = "float32",
     as_json: bool = False,
 ) -> None:
-    """Measure the model `student` on the dataset at `root`, and print what was found.
+    """Measure the model `student` on the dataset at `root` and print the metrics; `coldstill evaluate --help` lists
+    the options.
 
-    `teacher`: also load it, for dense divergences. `rouge`: answer the prompts of so many rows. `tasks`: names of
-    lm-eval, or YAML files of tasks. `per_token`: show so many rows token by token; with `records` they are written to
-    that file as JSON lines instead. `as_json`: the metrics as one JSON document, and nothing else on standard output.
+    With `as_json`, standard output holds one JSON document and nothing else. With `records`, the rows of `per_token`
+    are written to that file as JSON lines and not printed.
 
-    Raises `PackagesMissing`, `NoTargets`, `NonFiniteLogits`, `NoAnswers`, `TaskFailed`, and what `load_logit_dataset`
-    and `load_measured` raise.
+    Raises `PackagesMissing`, before anything is loaded; `NoTargets`, `NonFiniteLogits`, `NoAnswers`, `TaskFailed`, and
+    what `load_logit_dataset` and `load_measured` raise.
     """
     if rouge:
         require_rouge()
     if tasks:
         require_tasks()
     dataset = open_dataset(root)
-    model = load_measured(student, dataset, role="student", weights=weights)
-    resident = None if teacher is None else load_measured(teacher, dataset, role="resident teacher", weights=weights)
+    model = load_measured(student, dataset, role="student", weights=dtype)
+    resident = None if teacher is None else load_measured(teacher, dataset, role="resident teacher", weights=dtype)
 
-    taught_by = teacher or dataset.header.teacher.name
-    found: dict[str, Any] = {"student": student, "dataset_id": dataset.dataset_id, "teacher": taught_by}
-    found |= _figures(model, resident, root, batch_size)
+    name = teacher or dataset.header.teacher.name
+    found: dict[str, Any] = {"student": student, "dataset_id": dataset.dataset_id, "teacher": name}
+    found |= _metrics(model, resident, root, batch_size)
     if rouge:
         found["rougeL"] = rouge_l(model, _tokenizer(student), dataset, rows=rouge, batch_size=batch_size)
     if tasks:
@@ -74,16 +72,13 @@ def evaluate(
         _show_tokens(model, resident, dataset, root, rows=per_token, file=records, quiet=as_json)
 
 
-def _figures(model: Any, teacher: Any, root: str, batch_size: int) -> dict[str, Any]:
+def _metrics(model: Any, teacher: Any, root: str, batch_size: int) -> dict[str, Any]:
     report = evaluate_on_dataset(model, root, teacher=teacher, batch_size=batch_size)
     if report.cached_teacher_kl is not None and report.cached_teacher_kl > ANOTHER_TEACHER_NATS:
-        Console(stderr=True).print(
-            f"the resident teacher is not the one of the dataset: KL between them is {report.cached_teacher_kl:.2g} "
-            "nats or more; forward kl, reverse kl and last fifth mass are about the resident one",
-            style="yellow",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+        show_warning(
+            f"the resident teacher is not the one of the dataset: the KL between them is at least "
+            f"{report.cached_teacher_kl:.2g} nats. forward kl, reverse kl and last fifth mass compare the student with "
+            "the resident teacher."
         )
     return {**report.metrics(), "calibration": [one.model_dump() for one in report.calibration]}
 

@@ -1,6 +1,6 @@
-"""Records of single tokens on the terminal: `TokenRecord`s come in, a table per row of the dataset goes out.
+"""Token-by-token records of an evaluation as tables on the terminal, one per dataset row.
 
-Text in records is safe already; none of it is read as markup.
+The text in `TokenRecord`s is escaped already, and none of it is parsed as markup.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 256
 
 
 def show_records(records: Iterable[TokenRecord], *, console: Console) -> None:
-    """Print the records, a table for each row of the dataset; a long row is printed as it comes."""
+    """Print one table per dataset row; a long row is printed in blocks of `_ROWS_AT_ONCE` tokens."""
     for sample_id, group in groupby(records, key=lambda record: record.sample_id):
         of_row = list(group)
         console.print(_title(sample_id, of_row))

@@ -1,4 +1,4 @@
-"""A `Status` on the terminal: a table that a person reads, once or again and again."""
+"""The status of a capture as a table on the terminal, printed once or refreshed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from coldstill.common.visible import NEWLINE, visible
 from coldstill.pipeline.driver.status import MEANING, Status
 
 MOST_SHOWN = 10
-"""Of failed and of running units; `--json` lists them all."""
+"""Failed units and workers that the tables list at most; `--json` lists all of them."""
 
 
 def show_status(status: Status, *, console: Console) -> None:
-    """Print it once."""
+    """Print the status once."""
     console.print(_view(status))
 
 
 def watch_status(read: Callable[[], Status], *, every_s: float, console: Console) -> Status:
-    """Show it again and again until nobody is at work any more; the last one."""
+    """Refresh the status every `every_s` seconds until the capture is over; return the last one."""
     status = read()
     with Live(_view(status), console=console, auto_refresh=False) as live:
         while not status.is_over:
@@ -34,7 +34,7 @@ def watch_status(read: Callable[[], Status], *, every_s: float, console: Console
 
 
 def duration(seconds: float | None) -> str:
-    """In words: two places of days, hours, minutes and seconds."""
+    """A time in words: its two largest units of days, hours, minutes and seconds."""
     if seconds is None:
         return "not known yet"
     left = max(0, round(seconds))
@@ -88,7 +88,7 @@ def _lines(status: Status) -> list[tuple[str, str]]:
 
 
 def _plain(text: str, *, newline: str = NEWLINE) -> Text:
-    """What comes from the directory steers no terminal: neither by escapes nor by marks of style."""
+    """Text from the directory as plain text: neither escape sequences nor style markup reach the terminal."""
     return Text(visible(text, newline=newline))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import coldstill
+from coldstill.cli.main import main
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.tools.verify import verify
 
@@ -16,7 +16,7 @@ from coldstill.tools.verify import verify
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     monkeypatch.setattr(sys, "argv", ["coldstill", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
-        coldstill.main()
+        main()
     return int(ended.value.code or 0)
 
 

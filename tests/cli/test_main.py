@@ -1,14 +1,18 @@
-"""The command line: settings are checked, `--help` teaches, and what the user can mend is named with exit code 1."""
+"""The command line: settings are checked, `--help` lists every key, a user's error ends with a message and code 1."""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 
 import coldstill
+from coldstill.cli import main as commands
+from coldstill.cli.main import main
 from coldstill.common.config_file import ConfigInvalid, ConfigNotFound, described_keys, load_config
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.trainer.config import TrainConfig
@@ -26,7 +30,7 @@ def config(tmp_path: Path) -> Path:
 def _run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     monkeypatch.setattr(sys, "argv", ["coldstill", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
-        coldstill.main()
+        main()
     return int(ended.value.code or 0)
 
 
@@ -115,3 +119,29 @@ def test_an_error_is_printed_whole_without_a_traceback(
     assert "[absent]" in err
     assert "do:" in err
     assert "Traceback" not in err
+
+
+def test_the_version_names_the_installed_libraries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(monkeypatch, "--version") == 0
+    first, *libraries = capsys.readouterr().out.splitlines()
+    assert first == f"coldstill {coldstill.__version__}"
+    assert f"torch {metadata.version('torch')}" in libraries
+    assert f"ray {metadata.version('ray')}" in libraries
+
+
+def test_the_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_COLDSTILL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "coldstill cap")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert _run(monkeypatch) == 0
+    assert capsys.readouterr().out.split() == ["capture"]
+
+
+def test_the_commands_defaults_are_those_of_the_functions_they_call() -> None:
+    command = inspect.signature(commands.evaluate).parameters
+    function = inspect.signature(coldstill.evaluate).parameters
+    shared = (command.keys() & function.keys()) - {"student", "dataset"}
+    assert shared == {"teacher", "batch_size", "dtype"}
+    assert {name: command[name].default for name in shared} == {name: function[name].default for name in shared}

@@ -136,7 +136,8 @@ def test_the_written_settings_are_accepted_by_both_halves(tmp_path: Path) -> Non
 
 
 def test_the_driver_imports_nothing_heavy() -> None:
-    program = "import sys, demo.run; print({'torch', 'transformers', 'ray', 'vllm', 'matplotlib'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "ray", "vllm", "matplotlib"}
+    program = f"import sys, coldstill.demo.run; print({heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
