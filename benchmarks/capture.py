@@ -33,7 +33,7 @@ from benchmarks.capture_floor import install_floor, run_requests
 from benchmarks.capture_occupancy import occupancy
 from benchmarks.capture_teachers import config_of, header_of, tiny_teacher, units_of_rows
 from benchmarks.report import finish
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
 from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.header import DatasetHeader
@@ -63,8 +63,8 @@ def commit_all(teacher: Teacher, header: DatasetHeader, units: Units, *, overlap
 
         def do(index: int) -> None:
             with one_at_a_time:
-                targets = teacher.score(units[index])
-            rows = [ScoredSequence(*pair).row for pair in zip(units[index], targets, strict=True)]
+                scored = teacher.score(units[index])
+            rows = [one.row for one in scored]
             commit_unit(store, index, rows=rows, rejects=[], header=header, environment={})
 
         for done in [threads.submit(do, index) for index in range(len(units))]:

@@ -52,7 +52,7 @@ def _answer_all(teacher: Any, prompts: list[list[TokenSequence]], *, overlapping
 
     def answer(unit: list[TokenSequence]) -> int:
         with one_at_a_time:
-            return sum(scored.targets.positions for scored in teacher.generate(unit))
+            return sum(scored.targets.positions for scored in teacher.score(unit))
 
     with ThreadPoolExecutor(2) as threads:
         return sum(threads.map(answer, prompts))

@@ -11,7 +11,8 @@ import yaml
 from tqdm import tqdm
 
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.storage_schema.commits import COMMITS_FOLDER, CommitRecord, FileRecord, commit_name
+from coldstill.storage_schema.commits import COMMITS_FOLDER, CommitRecord, commit_name
+from coldstill.storage_schema.verified_files import FileRecord
 from tests.making import chat_model
 
 TOP_K = 4

@@ -36,15 +36,14 @@ class SleepingTeacher:
         self.progress = 0
         self.processes: tuple[int, ...] = ()
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
         """After a while, K ids of equal mass at each position."""
         time.sleep(self._seconds)
         self.progress += 1
-        return [self._targets(span_positions(sequence.target_spans).size) for sequence in sequences]
-
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """Nothing: it is only asked to score."""
-        raise NotImplementedError
+        return [
+            ScoredSequence(sequence, self._targets(span_positions(sequence.target_spans).size))
+            for sequence in sequences
+        ]
 
     def _targets(self, positions: int) -> TeacherTargets:
         targets = TeacherTargets.empty(positions, self._top_k)

@@ -35,7 +35,7 @@ class Turn(NamedTuple):
 
 def decode(path: str) -> int:
     """From shards on disk to the targets of each row."""
-    from coldstill.storage_schema import open_dataset
+    from coldstill.storage_schema.dataset import open_dataset
 
     return sum(row.targets.positions for row in open_dataset(path).rows())
 

@@ -22,8 +22,7 @@ from tqdm import tqdm
 from benchmarks import machine_text
 from benchmarks.small_language_model import CONTEXT, VOCABULARY, SmallLanguageModel, train, train_tokenizer
 from benchmarks.teacher_rows import DRAWS, WIDEST, WideRow, all_draws
-from coldstill.pipeline.teachers.kernel import summarise
-from coldstill.pipeline.teachers.uniforms import draw_uniforms
+from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize
 from coldstill.storage_schema.rows import TeacherTargets
 
 RECIPE = 1
@@ -161,7 +160,7 @@ def _summaries(teacher: Teacher, temperature: float, name: str) -> dict[str, np.
         labels = teacher.tokens[row, 1:].split(_POSITIONS_AT_ONCE)
         parts = np.split(uniforms, CONTEXT // _POSITIONS_AT_ONCE)
         for logits, label, uniform in zip(teacher.logits(row, temperature=temperature), labels, parts, strict=True):
-            found = summarise(
+            found = summarize(
                 logits, label, uniform, top_k=WIDEST, min_prob=0.0, kept_draws=DRAWS, token_count=VOCABULARY
             )
             arrays = {field: getattr(found, field) for field in ("ids", "logprobs", "log_tail", "label_logprob")}

@@ -53,7 +53,7 @@ def _scored(config: CaptureConfig, teacher: Teacher, sequences: Iterable[TokenSe
         targets += span_positions(sequence.target_spans).size
         if targets >= config.calibration_targets:
             break
-    return teacher.score(chosen) if chosen else ()
+    return (scored.targets for scored in teacher.score(chosen)) if chosen else ()
 
 
 def _answered(config: CaptureConfig, teacher: Teacher, prompts: Iterator[TokenSequence]) -> Iterator[TeacherTargets]:
@@ -64,6 +64,6 @@ def _answered(config: CaptureConfig, teacher: Teacher, prompts: Iterator[TokenSe
     wanted = config.calibration_targets
     most = config.sampling.n * min(config.sampling.max_tokens, config.teacher.max_length)
     while wanted > 0 and (chosen := list(islice(prompts, -(-wanted // most)))):
-        for answer in teacher.generate(chosen):
+        for answer in teacher.score(chosen):
             wanted -= answer.targets.positions
             yield answer.targets

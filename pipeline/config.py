@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from coldstill.common.models import FrozenModel, renamed_field
+from coldstill.common.plugins import is_plugin, load_plugin
 from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
+
+ENGINES = ("vllm", "transformers", "endpoint")
+"""Engines with a name; others are classes named as `module:name`."""
 
 
 class SourceConfig(FrozenModel):
@@ -67,10 +71,11 @@ class TeacherConfig(FrozenModel):
 
     model: str = Field(description="Folder or Hub name of a causal language model.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of the Hub repository.")
-    engine: Literal["vllm", "transformers", "endpoint"] = Field(
+    engine: str = Field(
         default="vllm",
         description="vllm: fast, in the worker; transformers: slow, the reference; endpoint: an OpenAI-compatible "
-        "server that returns prompt log-probs, such as `vllm serve`: top K only, no draws.",
+        "server that returns prompt log-probs, such as `vllm serve`: top K only, no draws; my_module:MyTeacher: your "
+        "own class, see examples/custom_teacher.py.",
     )
     endpoint: str | None = Field(
         default=None, description="Base URL of the server for engine endpoint, such as http://host:8000/v1."
@@ -115,13 +120,22 @@ class TeacherConfig(FrozenModel):
 
     @property
     def can_draw(self) -> bool:
-        """Whether the engine gives exact tails and draws."""
+        """Whether the engine gives exact tails and draws. Raises `PluginNotFound` for a class that is not there."""
+        if is_plugin(self.engine):
+            return getattr(load_plugin(self.engine, key="teacher.engine"), "tail", "derived") == "exact"
         return self.engine == "transformers" or (self.engine == "vllm" and self.tap == "worker")
+
+    @field_validator("engine")
+    @classmethod
+    def _is_known(cls, engine: str) -> str:
+        if engine not in ENGINES and not is_plugin(engine):
+            raise ValueError(f"{', '.join(ENGINES)}, or module:name of a class of your own")
+        return engine
 
     @model_validator(mode="after")
     def _fits_the_engine(self) -> TeacherConfig:
         if self.draws and not self.can_draw:
-            way = "engine endpoint" if self.engine == "endpoint" else "tap public"
+            way = "tap public" if self.engine == "vllm" else f"engine {self.engine}"
             raise ValueError(f"draws 0, not {self.draws}: {way} cannot draw; tap worker and engine transformers can")
         if (self.engine == "endpoint") != (self.endpoint is not None):
             raise ValueError("teacher.endpoint with engine endpoint, and only with it")

@@ -21,8 +21,8 @@ from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
+from .cluster.speed import SpeedReport
 from .config import CaptureConfig
-from .estimate.speed import SpeedReport
 from .prepare import load_model_config, make_header, open_checked
 from .sequences import TokenSequence
 from .sources.sequence_maker import SequenceMaker
@@ -192,7 +192,7 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
 
 def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, seconds: float) -> tuple[SpeedReport, float]:
     """The speed of one real worker, and its number of GPUs."""
-    from coldstill.pipeline.cluster import Workforce
+    from .cluster.pool import WorkerPool
 
     tokenizer = tokenizer_files(maker.tokenizer)[TOKENIZER_FILE]
     facts = fingerprint_bytes(tokenizer, where=f"{config.teacher.model}: {TOKENIZER_FILE}")
@@ -207,9 +207,9 @@ def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, secon
     with (
         # A worker that dies writes a crash report to its output; the capture's own output must not be touched.
         tempfile.TemporaryDirectory(prefix="coldstill-") as elsewhere,
-        Workforce(config.model_copy(update={"output": elsewhere})) as workforce,
+        WorkerPool(config.model_copy(update={"output": elsewhere})) as pool,
     ):
-        return workforce.measure(header, sequences, seconds=seconds), workforce.gpus_per_worker
+        return pool.measure(header, sequences, seconds=seconds), pool.gpus_per_worker
 
 
 def _first(source: Source, maker: SequenceMaker) -> Iterator[TokenSequence]:

@@ -24,8 +24,7 @@ from .errors import TeacherUnusable
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source, open_source
 from .sources.staging import remove_staging
-from .teachers.fingerprint import weights_fingerprint
-from .teachers.head_dtype import dtype_of, head_dtype_of, quantization_of
+from .teachers.weights import dtype_of, head_dtype_of, quantization_of, weights_fingerprint
 from .tokenizer import cannot_load, tokenizer_files
 
 _CHECKED_ROWS = 32

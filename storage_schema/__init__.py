@@ -1,9 +1,4 @@
-"""The dataset directory: all that capture and training share. Needs numpy, pyarrow, zstandard, pydantic and fsspec."""
+"""The dataset format: header, plan, rows, codec, shards, commits, manifest, stores. FORMAT.md specifies it.
 
-from coldstill.common.errors import ColdstillError
-
-from .dataset import Dataset, open_dataset
-from .header import DatasetHeader, TeacherFacts
-from .rows import CachedRow, TeacherTargets
-
-__all__ = ["CachedRow", "ColdstillError", "Dataset", "DatasetHeader", "TeacherFacts", "TeacherTargets", "open_dataset"]
+Needs numpy, pyarrow, zstandard, pydantic, fsspec, cachetools and tenacity only. The public API is `coldstill`.
+"""

@@ -1,8 +1,8 @@
-"""Commit records: the only sign that a unit is done.
+"""Commit records: a unit is done if, and only if, its record exists.
 
-A worker writes its shard under a name that holds its digest, then creates `commits/000000.json` only if it is absent.
-The first record of a unit wins, whatever a late second attempt writes: the loser reads the winner's record and deletes
-its own files. A file that no record names does not exist for readers; sealing removes it.
+A worker writes its shard under a name that contains the digest, then creates `commits/000000.json` only if absent.
+The first record of a unit wins. A later attempt reads that record and deletes its own files. Readers ignore files that
+no record names, and sealing removes them.
 """
 
 from __future__ import annotations
@@ -14,29 +14,24 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, parse_document
 
-from .documents import parse_document
 from .errors import CommitDamaged
 from .faithfulness import sample_to_bytes, take_sample
 from .header import DatasetHeader
 from .rows import CachedRow
 from .shard import write_shard
 from .store import Store
+from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record
 
 COMMITS_FOLDER = "commits"
-SHARDS_FOLDER = "shards"
 REJECTS_FOLDER = "rejects"
 FAITHFULNESS_FOLDER = "faithfulness"
-"""The units' shares of the sample, until sealing makes one file of them."""
-
-MAX_COUNT = 1 << 53
-"""What other languages read from JSON without loss; `len` takes no more than 2^63."""
-_DIGEST = "^[0-9a-f]{64}$"
+"""The units' shares of the faithfulness sample, until sealing joins them into one file."""
 
 
 class Reject(NamedTuple):
-    """A source row that could not be used, and why: nothing vanishes."""
+    """A source row that could not be used, with the reason."""
 
     source_row: int
     sample_id: str
@@ -44,16 +39,8 @@ class Reject(NamedTuple):
     detail: str
 
 
-class FileRecord(FrozenModel):
-    """A file of the dataset: its relative name, size and sha256."""
-
-    name: str
-    bytes: int = Field(ge=0, le=MAX_COUNT)
-    sha256: str = Field(pattern=_DIGEST)
-
-
 class CommitRecord(FrozenModel):
-    """What unit `unit` became."""
+    """The files and counts of a unit that is done."""
 
     unit: int = Field(ge=0, le=MAX_COUNT)
     shard: FileRecord
@@ -64,7 +51,7 @@ class CommitRecord(FrozenModel):
     rejects: FileRecord | None = None
     faithfulness: FileRecord | None = Field(default=None, description="The unit's share of the faithfulness sample.")
     environment: dict[str, Any] = Field(
-        default_factory=dict, description="Engine, versions, hardware; no part of the manifest."
+        default_factory=dict, description="Engine, versions and hardware; not in the manifest."
     )
 
     @property
@@ -74,18 +61,18 @@ class CommitRecord(FrozenModel):
 
 
 def commit_name(unit: int) -> str:
-    """Name of a unit's commit record."""
+    """The file name of a unit's commit record."""
     return f"{COMMITS_FOLDER}/{unit:06d}.json"
 
 
 def committed_units(store: Store) -> set[int]:
-    """Units that are done, from the names alone: no record is opened."""
+    """The units that are done, by file name: no record is opened."""
     stems = (name.removesuffix(".json") for name in store.names(COMMITS_FOLDER) if name.endswith(".json"))
     return {int(stem) for stem in stems if stem.isascii() and stem.isdigit() and f"{int(stem):06d}" == stem}
 
 
 def read_commit(store: Store, unit: int) -> CommitRecord:
-    """The record of a unit. Raises `CommitDamaged`, or `FileNotFoundError` where the unit is not done."""
+    """The record of a unit. Raises `CommitDamaged`, or `FileNotFoundError` for a unit that is not done."""
     name = commit_name(unit)
     record = parse_document(store.read(name), model=CommitRecord, where=name, error=CommitDamaged)
     if record.unit != unit:
@@ -103,10 +90,10 @@ def commit_unit(
     environment: Mapping[str, Any],
     faithful_positions: int = 0,
 ) -> CommitRecord:
-    """Write the unit's shard, rejects and its `faithful_positions` of the faithfulness sample, then its record if there
-    is none yet; the record that won.
+    """Writes the unit's shard, its rejects and `faithful_positions` of the faithfulness sample, then its record unless
+    one exists. Returns the record that won.
 
-    Raises `StorageFull`; what was committed before stays good.
+    Raises `InvalidRow`, `InvalidTargets`, `ShardTooLarge`, `StorageFailed`; earlier commits are unaffected.
     """
     sample = take_sample(rows, unit=unit, count=faithful_positions)
     return commit_files(
@@ -136,7 +123,7 @@ def commit_files(
     rejected: int = 0,
     environment: Mapping[str, Any],
 ) -> CommitRecord:
-    """The same for files that are made already, with the counts of what is in them."""
+    """Commits a unit whose files are encoded already: their bytes, and the counts of their content."""
     files: dict[str, FileRecord | None] = dict.fromkeys(("shard", "rejects", "faithfulness"))
     for field, folder, ending, data in (
         ("shard", SHARDS_FOLDER, "parquet", shard),
@@ -167,11 +154,6 @@ def commit_files(
         if file.name not in kept:
             store.delete(file.name)
     return winner
-
-
-def file_record(name: str, data: bytes) -> FileRecord:
-    """Size and digest of a file's bytes under its name."""
-    return FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _reject_lines(rejects: Sequence[Reject]) -> bytes:

@@ -1,16 +1,23 @@
-"""The named errors of a dataset. Each says what failed, the value found, the value wanted, and what to do."""
+"""Every named error of a dataset and its store, and the translation of store clients' exceptions.
+
+Each error states what failed, the value found, the value wanted, and the fix.
+"""
 
 from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from coldstill.common.errors import ColdstillError
 
 
 class InvalidTargets(ColdstillError):
-    """Teacher targets that are not a distribution: shapes, ids, log-probs or mass are off."""
+    """Teacher targets that are not a distribution: wrong shapes, ids, log-probs or total mass."""
 
 
 class InvalidRow(ColdstillError):
-    """A row whose tokens, spans and targets do not fit together."""
+    """A row whose tokens, spans and targets do not match."""
 
 
 class InvalidHeader(ColdstillError):
@@ -22,7 +29,7 @@ class UnsupportedFormat(ColdstillError):
 
 
 class HeaderMismatch(ColdstillError):
-    """Two headers that must be equal differ: a changed configuration on an existing dataset, a shard from elsewhere."""
+    """Two headers that must be equal differ: a changed configuration, or a shard of another dataset."""
 
 
 class DatasetNotFound(ColdstillError):
@@ -30,56 +37,171 @@ class DatasetNotFound(ColdstillError):
 
 
 class DatasetNotSealed(ColdstillError):
-    """The dataset has no manifest yet: its capture has not ended."""
+    """The dataset has no manifest yet: its capture has not finished."""
 
 
 class UnitsMissing(ColdstillError):
-    """Sealing was asked for while planned units have no commit record."""
+    """`seal` was called while planned units have no commit record."""
 
 
 class FileMissing(ColdstillError):
-    """A file that a commit record or the manifest names is not there."""
+    """A file that a commit record or the manifest names does not exist."""
 
 
 class ShardMissing(FileMissing):
-    """A shard is not there."""
+    """A shard does not exist."""
 
 
 class FileDamaged(ColdstillError):
-    """A file's size or digest is not the recorded one."""
+    """A file's size or digest differs from the recorded one."""
 
 
 class ShardDamaged(FileDamaged):
-    """A shard cannot be read, or its size or digest is not the recorded one."""
+    """A shard cannot be read, or its size or digest differs from the recorded one."""
 
 
 class ShardTooLarge(ColdstillError):
-    """A unit's rows make a shard that is larger than the format allows."""
+    """The rows of a unit make a shard larger than the format allows."""
 
 
 class CommitDamaged(ColdstillError):
-    """A commit record, the plan or the manifest cannot be read or names something outside the dataset."""
+    """A commit record, the plan or the manifest cannot be read, or names a path outside the dataset."""
+
+
+class OutsideDataset(CommitDamaged):
+    """A file of a local dataset is a link to a place outside it, or a device, pipe or socket."""
 
 
 class StreamDamaged(ColdstillError):
-    """A codec stream of a row does not decode: wrong frame, wrong length, or values outside their bounds."""
-
-
-class StorageFailed(ColdstillError):
-    """The store refused a read or a write. What was committed stays good; the run can be started again."""
-
-
-class StorageFull(StorageFailed):
-    """The store has no room left."""
-
-
-class UnsupportedStore(ColdstillError):
-    """The store cannot do what is asked, for instance create a file only if it is absent."""
+    """A codec stream of a row does not decode: wrong frame, wrong length, or values out of bounds."""
 
 
 class TokenizerNotFound(ColdstillError):
-    """A folder holds no `tokenizer.json`, or one that cannot be read."""
+    """A folder has no readable `tokenizer.json`."""
 
 
 class TokenizerMismatch(ColdstillError):
     """Two tokenizers that must give every id the same meaning do not."""
+
+
+class UnsupportedStore(ColdstillError):
+    """The store lacks an operation that is needed, for instance creating a file only if it is absent."""
+
+
+class StorageFailed(ColdstillError):
+    """The store failed a read or a write. Committed units are intact; the same command resumes the run."""
+
+
+class StorageFull(StorageFailed):
+    """The store has no space left."""
+
+
+class CredentialsMissing(StorageFailed):
+    """The store needs credentials, and there are none or none that are valid."""
+
+
+class AccessDenied(StorageFailed):
+    """The credentials are valid and lack the permission."""
+
+
+class StoreNotFound(StorageFailed):
+    """There is no such bucket, repository or revision."""
+
+
+class StoreUnreachable(StorageFailed):
+    """The store does not respond."""
+
+
+# Clients of stores (fsspec, botocore, gcsfs, huggingface_hub) share no base class and are not all installed, and
+# importing one takes seconds. So their exceptions are recognized by class name and by the codes that they carry.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, "XMinioStorageFull", 507}
+_NO_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+    *("TokenRetrievalError", "SSOTokenLoadError", "UnauthorizedSSOTokenError"),
+    *("DefaultCredentialsError", "RefreshError", "LocalTokenNotFoundError"),
+    *("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", 401),
+}
+_DENIED = {"PermissionError", "GatedRepoError", "DisabledRepoError", "AccessDenied", 403}
+_NOT_FOUND = {"RepositoryNotFoundError", "RevisionNotFoundError", "NoSuchBucket"}
+_UNREACHABLE = {
+    *("ConnectionError", "TimeoutError", "ClientConnectionError", "TransportError", "HTTPClientError"),
+    *("ConnectTimeout", "ReadTimeout"),
+}
+_CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "hf_xet", "httpx", "httpx2", "huggingface_hub"}
+_RESUME = "start the same command again: committed units are kept"
+_LOGIN = {
+    "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true",
+    "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "run `hf auth login`, or set HF_TOKEN",
+}
+
+
+@contextmanager
+def named_errors(url: str, doing: str, *, writes: bool = False) -> Iterator[None]:
+    """Raises exceptions of a store's client as `StorageFailed` or a subclass; `doing` is such as "reading shards/x".
+
+    A `FileNotFoundError` of a read propagates unchanged, for the caller to handle. In a write, only the bucket can be
+    missing: that is `StoreNotFound`.
+    """
+    try:
+        yield
+    except ColdstillError:
+        raise
+    except Exception as error:
+        named = _named(error, url, doing, writes=writes)
+        if named is None:
+            raise
+        raise named from error
+
+
+def error_codes(error: BaseException) -> set[str | int]:
+    """Class names, S3 error codes and HTTP status codes of an exception and its causes."""
+    codes: set[str | int] = set()
+    for cause in _chain(error):
+        codes |= {cls.__name__ for cls in type(cause).__mro__}
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            codes.add(response.get("Error", {}).get("Code", ""))
+        code = getattr(response, "status_code", getattr(cause, "code", None))
+        if isinstance(code, (int, str)):
+            codes.add(int(code) if str(code).isdigit() else code)
+        if isinstance(cause, OSError) and str(cause).startswith("Forbidden:"):
+            codes.add(403)  # gcsfs writes it in the message only
+    return codes
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_from_a_client(error: BaseException) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def _named(error: Exception, url: str, doing: str, *, writes: bool) -> StorageFailed | None:
+    kind: type[StorageFailed]
+    codes = error_codes(error)
+    protocol, remote, _ = url.partition("://")
+    login = _LOGIN.get({"s3a": "s3", "gcs": "gs"}.get(protocol, protocol), "contact the owner of the store")
+    if codes & _FULL or (isinstance(error, OSError) and error.errno in _FULL):
+        kind, wanted, fix = StorageFull, "space for one more file", f"free some space, and {_RESUME}"
+    elif "GatedRepoError" in codes:  # a subclass of "not found" in its library
+        kind, wanted, fix = AccessDenied, "access to it", "request access on the repository's page"
+    elif codes & _NOT_FOUND or (isinstance(error, FileNotFoundError) and writes and remote):
+        kind, wanted = StoreNotFound, "an existing bucket or repository"
+        fix = f"check the name, create it first, or, if it is private: {login}"
+    elif codes & _NO_CREDENTIALS:
+        kind, wanted, fix = CredentialsMissing, "valid credentials", login
+    elif codes & _DENIED:
+        kind, wanted, fix = AccessDenied, "permission to do this", f"request it, or use other credentials: {login}"
+    elif isinstance(error, FileNotFoundError) and not writes:
+        return None
+    elif codes & _UNREACHABLE:
+        kind, wanted, fix = StoreUnreachable, "a response", f"check the network and the address, and {_RESUME}"
+    elif any(_is_from_a_client(cause) for cause in _chain(error)):
+        kind, wanted, fix = StorageFailed, "a store that reads and writes", f"repair the store, and {_RESUME}"
+    else:
+        return None
+    return kind(f"{url}: {doing}", found=str(error).strip() or type(error).__name__, wanted=wanted, fix=fix)

@@ -1,7 +1,7 @@
-"""The faithfulness sample: about 1,000 target positions that a capture keeps unquantised too.
+"""The faithfulness sample: about 1,000 target positions stored without quantization as well.
 
-Whoever receives the dataset can measure with it what storage cost. Positions are spread evenly over the targets of each
-unit, and units share the sample evenly; which positions they are depends on nothing else.
+A reader can measure the loss of precision of the codec with it. Units share the sample evenly, and a unit's positions
+are spread evenly over its targets; the choice depends on nothing else.
 Shape letters: `N` target positions, `K` teacher top-k.
 """
 
@@ -14,9 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import FileDamaged
-from .parquet.fields import list_of, required
-from .parquet.memory import values_of
-from .parquet.small_tables import table_from_bytes, table_to_bytes
+from .parquet import list_of, required, table_from_bytes, table_to_bytes, values_of
 from .rows import MASS_TOLERANCE, CachedRow, TeacherTargets
 
 FAITHFULNESS_NAME = "faithfulness.parquet"
@@ -37,8 +35,8 @@ _SCHEMA = pa.schema(
 
 
 class ExactPosition(NamedTuple):
-    """Target number `target` of row number `row` of unit `unit`, as the teacher gave it: `ids int32 [k]`,
-    `logprobs float32 [k]`, the log of the mass outside them."""
+    """Target number `target` of row number `row` of unit `unit`, before encoding: `ids int32 [k]`, `logprobs float32
+    [k]`, and the log of the mass outside them."""
 
     unit: int
     row: int
@@ -49,12 +47,12 @@ class ExactPosition(NamedTuple):
 
 
 def sample_share(unit: int, *, units: int) -> int:
-    """How many positions of the sample are unit number `unit`'s, of `units`."""
+    """How many positions of the sample unit number `unit` of `units` contributes."""
     return (unit + 1) * SAMPLE_POSITIONS // units - unit * SAMPLE_POSITIONS // units
 
 
 def take_sample(rows: Sequence[CachedRow], *, unit: int, count: int) -> list[ExactPosition]:
-    """`count` positions (all, where there are fewer), evenly spread over the targets of a unit's rows."""
+    """`count` positions (at most all of them), spread evenly over the targets of a unit's rows."""
     sizes = np.array([row.targets.positions for row in rows], np.int64)
     total = int(sizes.sum())
     count = min(count, total)
@@ -98,7 +96,9 @@ def _positions(table: pa.Table, where: str) -> Iterator[ExactPosition]:
         or (np.diff(starts) < 1).any()
         or any(min(column, default=0) < 0 for column in numbers)
     ):
-        raise FileDamaged(where, found="other lengths, or a negative number", wanted="as many ids as log-probs")
+        raise FileDamaged(
+            where, found="different lengths, or a negative number", wanted="as many ids as log-probs, numbers from 0 on"
+        )
     logs = np.concatenate((logprobs, log_tails))
     if not (logs <= MASS_TOLERANCE).all():  # NaN is not
         raise FileDamaged(where, found=f"a log-prob of {logs.max()}", wanted="natural logs, at most 0")
@@ -108,14 +108,16 @@ def _positions(table: pa.Table, where: str) -> Iterator[ExactPosition]:
 
 
 def _lists(column: pa.ChunkedArray, kind: type) -> tuple[np.ndarray, np.ndarray]:
-    """Where each list begins, and where the last ends, in the values of all; the values."""
+    """Offsets `[n + 1]` of the lists in their joined values; the values."""
     lists = column.combine_chunks()
     return values_of(lists.offsets, np.int32), values_of(lists.values, kind)
 
 
 def storage_kl(exact: ExactPosition, stored: TeacherTargets) -> float:
-    """KL(exact || stored) in nats over the kept ids and the tail, of the position that both are of; in float64, exact
-    side normalised. Raises `FileDamaged` where other ids are stored."""
+    """KL(exact || stored) in nats over the kept ids and the tail of one position, in float64, both sides normalized.
+
+    Raises `FileDamaged` where the stored ids differ.
+    """
     kept = int(stored.counts[exact.target])
     ids, logprobs = stored.ids[exact.target, :kept], stored.logprobs[exact.target, :kept]
     mine, theirs = np.argsort(exact.ids, kind="stable"), np.argsort(ids, kind="stable")

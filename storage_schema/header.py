@@ -1,7 +1,7 @@
-"""`DatasetHeader`: whose distributions a dataset holds and how they were taken and stored.
+"""`DatasetHeader`: which teacher a dataset was captured from, and how its targets are taken and stored.
 
-The header is `dataset.json`, stands in every shard's footer too, is created before any unit of work is given out and
-never changes. It holds no time, host or path, so that equal captures have equal headers.
+The header is the file `dataset.json`, and is repeated in the footer of every shard. It is created before any unit of
+work is dispatched and never changes. It holds no time, host or path, so that equal captures have equal headers.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, parse_document
 
-from .documents import parse_document
 from .errors import HeaderMismatch, InvalidHeader, UnsupportedFormat
 
 FORMAT_VERSION = 1
-"""Every later release reads version 1; the draft before it, version 0, is read by none."""
+"""Every later release reads version 1. No release reads version 0, the draft before it."""
 
 MAX_TOP_K = 4096
 MAX_VOCAB_SIZE = 1 << 20
@@ -35,26 +34,27 @@ _GRID_SCALE = {"fine": 130, "coarse": 41}
 a = scale sqrt(K + 1) that is at most 1 / (6 scale^2), 9.9e-6 and 9.9e-5 nats, whatever the teacher and K; three times
 that where all errors of a position are half a step."""
 _GRID_B = 2
-"""No log-prob is off by more than a quarter of a nat, however deep. 8 would cost 7 % of the bytes of a sharp teacher at
-K = 64 (`python -m benchmarks.codec --grid-study`)."""
+"""With it no log-prob is off by more than a quarter of a nat. 8 would cost 7 % more bytes for a sharp teacher at K = 64
+(`python -m benchmarks.codec --grid-study`)."""
 
 
 class Codec(FrozenModel):
-    """How the kept entries and tails of a row are stored; FORMAT.md says how each is read."""
+    """How the kept entries and tails of a row are stored; FORMAT.md specifies both codecs."""
 
     name: Literal["grid", "float16"] = Field(
-        description="`grid`: sets of ids and levels of a companded grid; `float16`: ids and halves in rank order."
+        description="`grid`: sorted ids, and log-probs as levels of a companded grid; `float16`: ids by probability, "
+        "and log-probs as float16."
     )
-    a: int | None = Field(default=None, ge=0, le=1 << 15, description="Grid: how fine it is where probability is high.")
+    a: int | None = Field(default=None, ge=0, le=1 << 15, description="Grid: resolution at high probability.")
     b: int | None = Field(default=None, ge=1, le=1 << 8, description="Grid: no step is longer than 1 / b nats.")
-    fidelity: Literal["fine", "coarse", "exact"] = Field(description="Preset that the parameters were taken from.")
+    fidelity: Literal["fine", "coarse", "exact"] = Field(description="Preset that the parameters come from.")
     mean_kl: float = Field(
         gt=0, description="Guarantee: mean KL(teacher || stored) over kept ids and tail is below this, nats."
     )
 
     @classmethod
     def preset(cls, fidelity: Literal["fine", "coarse", "exact"], *, top_k: int) -> Codec:
-        """The codec of a fidelity."""
+        """The codec of a fidelity preset."""
         mean_kl = _MEAN_KL[fidelity]
         if fidelity == "exact":
             return cls(name="float16", fidelity=fidelity, mean_kl=mean_kl)
@@ -64,49 +64,52 @@ class Codec(FrozenModel):
     @model_validator(mode="after")
     def _grid_has_parameters(self) -> Codec:
         if (self.name == "grid") != (self.a is not None) or (self.name == "grid") != (self.b is not None):
-            raise ValueError("codec grid has both parameters a and b, codec float16 none")
+            raise ValueError("codec grid needs both parameters a and b, codec float16 takes none")
         return self
 
 
 class TeacherFacts(FrozenModel):
-    """Which model spoke."""
+    """The teacher model and the numeric types of its engine."""
 
-    name: str = Field(description="Hub name, or the last folder name of a local path.")
-    revision: str | None = Field(default=None, description="Commit of the hub repository, where there is one.")
-    weights_fingerprint: str = Field(description="Digest over the weight files; see pipeline/teachers/fingerprint.py.")
+    name: str = Field(description="Hub name, or the last folder of a local path.")
+    revision: str | None = Field(default=None, description="Commit of the Hub repository, for a model of the Hub.")
+    weights_fingerprint: str = Field(description="Digest of names, sizes and samples of the weight files.")
     dtype: str = Field(description="Data type of the weights in the engine.")
     head_dtype: str = Field(description="Data type of the logits that the log-probs were computed from.")
-    quantization: str | None = Field(default=None, description="Quantisation of the weights, if any.")
+    quantization: str | None = Field(default=None, description="Quantization of the weights, if any.")
 
 
 class DatasetHeader(FrozenModel):
-    """Whose distributions these are, and what every reader must know before it opens a shard."""
+    """The facts that every reader needs before it opens a shard."""
 
     format_version: int = FORMAT_VERSION
     teacher: TeacherFacts
-    tokenizer_fingerprint: str = Field(pattern="^[0-9a-f]{64}$", description="See storage_schema/tokenizer.py.")
+    tokenizer_fingerprint: str = Field(
+        pattern="^[0-9a-f]{64}$",
+        description="Digest of the meaning of all ids.",
+    )
     chat_template_sha256: str | None = Field(
         default=None, description="Digest of the chat template and its arguments, for chat rows."
     )
     vocab_size: int = Field(ge=1, le=MAX_VOCAB_SIZE, description="Logit columns of the teacher.")
     token_count: int = Field(
-        ge=1, le=MAX_VOCAB_SIZE, description="Ids that the tokenizer can produce; all stored ids are below."
+        ge=1, le=MAX_VOCAB_SIZE, description="Ids that the tokenizer can produce: every stored id is smaller."
     )
     top_k: int = Field(ge=1, le=MAX_TOP_K, description="K: the most ids kept at a position.")
     min_prob: float = Field(
-        ge=0, lt=1, description="Floor: ids less probable than this are not kept (the first always is)."
+        ge=0, lt=1, description="Ids with a lower probability are not kept, except the most probable one."
     )
     draws: int = Field(ge=0, le=MAX_DRAWS, description="D: iid draws from the full softmax taken at each position.")
     kept_draws: int = Field(
-        ge=0, le=MAX_DRAWS, description="The most tail draws kept at a position: the first in draw order."
+        ge=0, le=MAX_DRAWS, description="The most tail draws kept at a position: the first of them in draw order."
     )
-    draw_logprobs: bool = Field(default=False, description="Whether the log-prob of each kept draw is stored too.")
-    draw_seed: int = Field(ge=0, lt=1 << 63, description="Key of the generator of the draws.")
+    draw_logprobs: bool = Field(default=False, description="Whether the log-prob of each kept draw is stored.")
+    draw_seed: int = Field(ge=0, lt=1 << 63, description="Seed of the draws.")
     codec: Codec
     id_ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(),
         max_length=MAX_ID_RANKS,
-        description="Id rank table: token ids from the most frequent on; those not listed follow in ascending order.",
+        description="Rank table: token ids by descending frequency; ids that are not listed follow in ascending order.",
     )
     tail: Literal["exact", "derived"] = Field(
         description="`exact`: log tail from the teacher's own masked sum; `derived`: log(max(1 - sum of kept, 1e-6))."
@@ -114,27 +117,27 @@ class DatasetHeader(FrozenModel):
     mode: Literal["score", "generate", "pretrain", "imported"] = Field(
         default="score",
         description="`score`: the source's own tokens, teacher-forced; `generate`: the teacher's own answers; "
-        "`pretrain`: raw documents; `imported`: taken over from another tool's dataset.",
+        "`pretrain`: raw documents; `imported`: converted from another tool's dataset.",
     )
     documents: Literal["isolate", "concat"] | None = Field(
-        default=None, description="Of mode `pretrain`: each document a row, or joined to rows of one length."
+        default=None, description="In mode `pretrain`: one document per row, or documents joined to rows of one length."
     )
     sampling: dict[str, JsonValue] | None = Field(
-        default=None, description="Of mode `generate`: the sampling parameters of the answers."
+        default=None, description="In mode `generate`: the sampling parameters of the answers."
     )
     loss_on: Literal["all", "assistant", "last_turn", "given"] = Field(
         description="Which tokens of a row are targets; `given`: as the imported dataset marked them."
     )
     order: Literal["exact", "fast"] = Field(
         default="exact",
-        description="`exact`: a unit is a barrier, equal runs give equal bytes; `fast`: equal rows, values within the "
-        "engine's tolerance.",
+        description="`exact`: units do not overlap, and equal runs give equal bytes; `fast`: equal rows, with values "
+        "within the engine's tolerance.",
     )
     max_length: int = Field(ge=2, le=MAX_TOKENS, description="The most tokens of a row.")
-    over_long: Literal["reject", "cut", "split"] = Field(description="What happened to rows of more tokens.")
-    rows_per_unit: int = Field(ge=1, description="Source rows of one unit of work, one shard.")
+    over_long: Literal["reject", "cut", "split"] = Field(description="What was done with longer rows.")
+    rows_per_unit: int = Field(ge=1, description="Source rows of one work unit, which is one shard.")
     source_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Digest of the source's content.")
-    licence: str | None = Field(default=None, description="Under which terms the dataset may be used.")
+    licence: str | None = Field(default=None, description="License of the dataset.")
 
     @model_validator(mode="after")
     def _fits(self) -> DatasetHeader:
@@ -145,11 +148,11 @@ class DatasetHeader(FrozenModel):
         if self.kept_draws > self.draws:
             raise ValueError(f"kept_draws {self.kept_draws} is above draws {self.draws}")
         if self.id_ranks and (max(self.id_ranks) >= self.token_count or len(set(self.id_ranks)) < len(self.id_ranks)):
-            raise ValueError(f"id_ranks has an id twice, or one that is not below token_count {self.token_count}")
+            raise ValueError(f"id_ranks has a duplicate id, or an id that is not below token_count {self.token_count}")
         return self
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON, a field on a line: equal headers give equal bytes."""
+        """Canonical JSON, one field per line: equal headers give equal bytes."""
         fields = self.model_dump(mode="json").items()
         lines = (f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields)
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
@@ -170,12 +173,12 @@ class DatasetHeader(FrozenModel):
                 f"{where}: format_version",
                 found=version,
                 wanted=FORMAT_VERSION,
-                fix="read it with the release of coldstill that wrote it, or capture it again",
+                fix="read it with the coldstill release that wrote it, or capture it again",
             )
         return parse_document(data, model=cls, where=where, error=InvalidHeader)
 
     def require_equal(self, other: DatasetHeader, *, where: str, fix: str) -> None:
-        """Raise `HeaderMismatch` that names the first field in which `other`, found at `where`, differs."""
+        """Raises `HeaderMismatch` with the name of the first field in which `other`, found at `where`, differs."""
         mine, theirs = self.model_dump(), other.model_dump()
         for name, value in mine.items():
             if theirs[name] != value:
@@ -183,6 +186,6 @@ class DatasetHeader(FrozenModel):
 
 
 class _VersionOnly(BaseModel):
-    """Of a header of any version only this is known: more must not be demanded before it is compared."""
+    """The one field that a header of any version has: the version is compared before other fields are validated."""
 
     format_version: int

@@ -1,7 +1,7 @@
-"""The manifest: the sealed list of what a dataset consists of. Its own sha256 is the dataset's id.
+"""The manifest: the list of all files of a sealed dataset. Its sha256 is the dataset's id.
 
-It is written last, refuses to be while a planned unit has no commit record, and holds no time, host or path: equal
-captures have equal ids.
+`seal` writes it last, and only when every planned unit has a commit record. It holds no time, host or path, so that
+equal captures have equal ids.
 """
 
 from __future__ import annotations
@@ -13,38 +13,34 @@ from functools import partial
 
 from pydantic import Field, model_validator
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, parse_document
 
 from .commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,
-    MAX_COUNT,
     REJECTS_FOLDER,
-    SHARDS_FOLDER,
     CommitRecord,
-    FileRecord,
     committed_units,
-    file_record,
     read_commit,
 )
-from .documents import MAX_DOCUMENT_BYTES, parse_document
 from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
 from .faithfulness import FAITHFULNESS_NAME, sample_from_bytes, sample_to_bytes
 from .header import FORMAT_VERSION, HEADER_NAME
-from .media import MEDIA_FOLDER
 from .plan import PLAN_NAME, plan_from_bytes
+from .rows import MEDIA_FOLDER
 from .store import RUN_FOLDER, Store
 from .tokenizer import TOKENIZER_FOLDER
+from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record
 
 MANIFEST_NAME = "manifest.json"
 MAX_SEALED_UNITS = 100_000
-"""A unit with rejects takes 492 bytes of the manifest: so many fit what a reader takes (`MAX_DOCUMENT_BYTES`)."""
+"""A unit with rejects takes 492 bytes of the manifest: this many units fit `MAX_DOCUMENT_BYTES`."""
 _READERS = 16
-"""An object store answers after 30 ms: one after the other, 100,000 commit records would take 50 minutes."""
+"""An object store responds in 30 ms: read one at a time, 100,000 commit records would take 50 minutes."""
 
 
 class ShardRecord(FrozenModel):
-    """A committed shard as the manifest lists it."""
+    """A shard as the manifest lists it."""
 
     unit: int = Field(ge=0, le=MAX_COUNT)
     file: FileRecord
@@ -62,10 +58,10 @@ class Manifest(FrozenModel):
     tokens: int = Field(ge=0, le=MAX_COUNT)
     targets: int = Field(ge=0, le=MAX_COUNT)
     rejected: int = Field(ge=0, le=MAX_COUNT)
-    shards: tuple[ShardRecord, ...] = Field(description="In the order of their units.")
+    shards: tuple[ShardRecord, ...] = Field(description="By unit number.")
     files: tuple[FileRecord, ...] = Field(description="Header, plan, tokenizer, rejects, faithfulness sample, media.")
     derived_from: tuple[str, ...] = Field(
-        default=(), description="Ids of the datasets that this one was made of, by merge, split or subset."
+        default=(), description="Ids of the datasets that this one was derived from by merge, split or subset."
     )
 
     @model_validator(mode="after")
@@ -94,9 +90,9 @@ def dataset_id(manifest_bytes: bytes) -> str:
 def seal(
     store: Store, *, derived_from: tuple[str, ...] = (), on_commit: Callable[[CommitRecord], None] | None = None
 ) -> Manifest:
-    """Write the manifest of a finished capture and remove what no commit record names; the manifest that is there.
+    """Writes the manifest of a finished capture and removes files that no commit record names. Returns the manifest.
 
-    Each commit record is read once, and shown to `on_commit`; none of a dataset that is sealed already.
+    Each commit record is read once and passed to `on_commit`. For a dataset that is sealed already, no record is read.
     Raises `UnitsMissing` while a planned unit is not committed.
     """
     if store.exists(MANIFEST_NAME):
@@ -111,7 +107,7 @@ def seal(
             f"{store.url}: units",
             found=f"{len(missing)} of {planned} not committed, the first is {missing[0]}",
             wanted="a commit record for each planned unit",
-            fix="start the same capture again: it does what is missing and seals",
+            fix="start the same capture again: it captures the missing units and seals",
         )
     commits = []
     with ThreadPoolExecutor(_READERS) as readers:
@@ -119,8 +115,8 @@ def seal(
             commits.append(commit)
             if on_commit:
                 on_commit(commit)
-    # Two attempts with equal bytes share one shard file, and a racing loser may delete only names of its own: so what a
-    # record names is there, and whatever else lies in the folders belongs to nobody.
+    # Two attempts with equal bytes share one shard file, and the losing attempt deletes only names that the winner's
+    # record does not hold. So each file that a record names exists, and every other file is left over.
     named = {file.name for commit in commits for file in commit.files}
     for folder in (SHARDS_FOLDER, REJECTS_FOLDER, FAITHFULNESS_FOLDER):
         for name in store.names(folder):
@@ -152,7 +148,7 @@ def _remove_what_readers_ignore(store: Store) -> None:
 
 
 def _join_samples(store: Store, commits: list[CommitRecord]) -> None:
-    """Make one file of the units' shares of the faithfulness sample."""
+    """Joins the units' shares of the faithfulness sample into one file."""
     parts = [commit.faithfulness for commit in commits if commit.faithfulness]
     if parts:
         joined = [
@@ -180,7 +176,7 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
         _raise_absent(store)
     manifest = parse_document(data, model=Manifest, where=MANIFEST_NAME, error=CommitDamaged)
     for file in (*(shard.file for shard in manifest.shards), *manifest.files):
-        store.path(file.name)  # a name that leaves the dataset is refused before anything is opened
+        store.path(file.name)  # rejects a name outside the dataset before any file is opened
     return manifest, dataset_id(data)
 
 
@@ -197,11 +193,11 @@ def _raise_absent(store: Store) -> None:
             store.url,
             found=f"neither {MANIFEST_NAME} nor {HEADER_NAME}",
             wanted="a dataset directory",
-            fix="check the path: it is the folder that `coldstill capture` calls `output`",
+            fix="check the path: it is the `output` of `coldstill capture`",
         )
     raise DatasetNotSealed(
         store.url,
         found=f"{len(store.names(COMMITS_FOLDER))} commit records and no {MANIFEST_NAME}",
         wanted="a sealed dataset",
-        fix="start its capture again: it does what is missing and seals",
+        fix="start its capture again: it captures the missing units and seals",
     )

@@ -1,7 +1,8 @@
-"""The plan: which source rows each unit of work has. Made once, before any unit is given out, and never changed.
+"""The plan: which source rows each work unit has.
 
-A unit is a fixed slice of the source, is one shard of the dataset, and is what is resumed. Units do not depend on how
-many workers there are. A plan is kept as columns: a million units take 20 MB, as objects they would take 300.
+It is written once, before any unit is dispatched, and never changes. A unit is a fixed slice of the source and becomes
+one shard; a resumed capture repeats whole units. Units do not depend on the number of workers. A plan is stored as
+columns: a million units take 20 MB, as objects they would take 300.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import CommitDamaged
-from .parquet.fields import required
-from .parquet.small_tables import table_from_bytes, table_to_bytes
+from .parquet import required, table_from_bytes, table_to_bytes
 
 PLAN_NAME = "plan.parquet"
 MAX_UNITS = 1_000_000
@@ -31,8 +31,8 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Unit number `index`: `rows` source rows from row `first_row` on, which stand at `start` in the source
-    (a byte offset for line files, a row number elsewhere)."""
+    """Work unit number `index`: `rows` source rows from row `first_row` on. `start`: where they begin in the source, a
+    byte offset for line files, a row number otherwise."""
 
     index: int
     start: int
@@ -41,7 +41,7 @@ class Unit:
 
 
 class Plan(Sequence[Unit]):
-    """All units, in order of their index: columns `start int64 [U]`, `first_row int64 [U]`, `rows int32 [U]`."""
+    """All `U` units by index: columns `start int64 [U]`, `first_row int64 [U]`, `rows int32 [U]`."""
 
     def __init__(self, *, start: np.ndarray, first_row: np.ndarray, rows: np.ndarray):
         self.start, self.first_row = np.asarray(start, np.int64), np.asarray(first_row, np.int64)
@@ -49,7 +49,7 @@ class Plan(Sequence[Unit]):
 
     @classmethod
     def of(cls, units: Iterable[Unit]) -> Plan:
-        """The plan of these units; their place is their index."""
+        """The plan of these units, in order of their index."""
         values = [(unit.start, unit.first_row, unit.rows) for unit in units]
         start, first_row, rows = np.array(values, np.int64).reshape(-1, 3).T
         return cls(start=start, first_row=first_row, rows=rows)
@@ -60,7 +60,7 @@ class Plan(Sequence[Unit]):
         return int(self.rows.sum(dtype=np.int64))
 
     def rows_of(self, units: Iterable[int]) -> int:
-        """Source rows of these units; numbers that are not planned have none."""
+        """Source rows of these units; numbers outside the plan count as 0."""
         numbers = np.fromiter(units, np.int64)
         return int(self.rows[numbers[numbers < len(self)]].sum(dtype=np.int64))
 
@@ -91,9 +91,9 @@ def plan_to_bytes(units: Sequence[Unit]) -> bytes:
 
 
 def plan_from_bytes(data: bytes, *, where: str) -> Plan:
-    """The units of a plan. Raises `CommitDamaged`."""
+    """The plan in `data`. Raises `CommitDamaged`."""
     table = table_from_bytes(data, schema=_SCHEMA, max_rows=MAX_UNITS, where=where, error=CommitDamaged)
     columns = {name: table[name].to_numpy() for name in _SCHEMA.names}
     if any((column < 0).any() for column in columns.values()):
-        raise CommitDamaged(where, found="a negative number", wanted="units of non-negative numbers")
+        raise CommitDamaged(where, found="a negative number", wanted="numbers from 0 on")
     return Plan(**columns)

@@ -1,14 +1,16 @@
-"""The nouns of a dataset in memory: `TeacherTargets` and `CachedRow`, and the law that aligns them.
+"""A row in memory: `CachedRow`, its `TeacherTargets`, its `MediaReference`s, and the checks of all three.
 
 Shape letters: `T` tokens of a row, `N` target positions, `K` teacher top-k, `R` kept tail draws of all positions.
 
-THE ALIGNMENT LAW, said here once and made once, in the capture: target position `t` is the teacher's distribution of
-token `t + 1` given tokens `0..t`. A row of `T` tokens has at most `T - 1` target positions, `0 <= t <= T - 2`.
+THE ALIGNMENT LAW, stated once here and applied once, in the capture: target position `t` is the teacher's distribution
+of token `t + 1` given tokens `0..t`. A row of `T` tokens has at most `T - 1` target positions, `0 <= t <= T - 2`.
 Nothing is shifted anywhere else.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -16,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from .errors import InvalidRow, InvalidTargets
-from .media import MediaReference, check_media
 
 LOG_FLOOR = -60.0
 """The least log-prob that is stored; -inf becomes this. e^-60 is zero for any loss, and finite (0 * -inf is not)."""
@@ -24,17 +25,26 @@ LOG_FLOOR = -60.0
 MASS_TOLERANCE = 1e-3
 """How far the mass of kept ids and tail may be from 1 before encoding: float16 log-probs are off by this much."""
 
+MEDIA_FOLDER = "media"
+MAX_MEDIA_BYTES = 64 << 20
+MAX_MEDIA = 4096
+"""References of one row."""
+
+_MIME_TYPE = re.compile(r"[a-z]+/[a-z0-9][a-z0-9.+-]*")
+_MEDIA_PATH = re.compile(rf"{MEDIA_FOLDER}/[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTargets:
-    """What the cache knows of the teacher at `N` target positions.
+    """The teacher's cached distributions at `N` target positions.
 
-    `ids int32 [N, K]`, `logprobs float32 [N, K]`: the kept ids, a set in no particular order, and the natural log of
-    the full softmax at temperature 1. `counts int32 [N]`: how many of the K entries a position keeps (fewer than K
-    under a floor); unused entries repeat the position's first id with log-prob -inf. `log_tail float32 [N]`: log of the
-    mass outside the kept ids. `label_logprob float32 [N]`: log-prob of the token that really follows. `draw_ids int32
-    [R]`, `draw_counts int32 [N]`: those of `D` iid draws from the full softmax that fell outside the kept ids, position
-    by position, a multiset. `draw_logprobs float32 [R]`: their log-probs, where the dataset keeps them.
+    `ids int32 [N, K]`, `logprobs float32 [N, K]`: the kept ids, in no particular order, and the natural log of the full
+    softmax at temperature 1. `counts int32 [N]`: how many of the K entries a position keeps (fewer than K where
+    `min_prob` drops some); unused entries repeat the position's first id with log-prob -inf. `log_tail float32 [N]`:
+    log of the mass outside the kept ids. `label_logprob float32 [N]`: log-prob of the token that follows.
+
+    `draw_ids int32 [R]`, `draw_counts int32 [N]`: those of `D` iid draws from the full softmax that fell outside the
+    kept ids, position by position, a multiset. `draw_logprobs float32 [R]`: their log-probs, if they are stored.
     """
 
     ids: np.ndarray
@@ -48,7 +58,7 @@ class TeacherTargets:
 
     @classmethod
     def empty(cls, positions: int, top_k: int) -> TeacherTargets:
-        """Arrays for `positions` distributions of `top_k` entries, not filled, without draws."""
+        """Uninitialized arrays for `positions` distributions of `top_k` entries, without draws."""
         return cls(
             ids=np.empty((positions, top_k), np.int32),
             logprobs=np.empty((positions, top_k), np.float32),
@@ -80,18 +90,18 @@ class TeacherTargets:
         return np.concatenate(([0], np.cumsum(self.draw_counts, dtype=np.int64)))
 
     def among_kept(self, token_ids: np.ndarray) -> np.ndarray:
-        """`bool [N]`: whether a position keeps its one of `token_ids [N]`."""
-        # An unused entry repeats an id that is kept: it cannot add a match.
+        """`bool [N]`: whether position `i` keeps `token_ids[i]`."""
+        # An unused entry repeats a kept id: it cannot add a match.
         return (self.ids == token_ids[:, None]).any(1)
 
     def by_probability(self) -> TeacherTargets:
-        """The same targets with the entries of each position descending, ties by id."""
+        """The same targets with the entries of each position sorted by descending probability, ties by id."""
         order = np.lexsort((self.ids, -self.logprobs), axis=1)
         ids, logprobs = np.take_along_axis(self.ids, order, 1), np.take_along_axis(self.logprobs, order, 1)
         return replace(self, ids=np.where(self.kept, ids, ids[:, :1]), logprobs=logprobs)
 
     def check(self, *, token_count: int) -> None:
-        """Raise `InvalidTargets` unless every position is a distribution over ids below `token_count`."""
+        """Raises `InvalidTargets` unless every position is a distribution over ids below `token_count`."""
         if self.positions == 0:
             return
         kept = self.kept
@@ -142,13 +152,13 @@ class TeacherTargets:
             )
 
     def copy(self) -> TeacherTargets:
-        """The same in memory of its own."""
+        """A deep copy."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         copies: dict[str, Any] = {name: None if array is None else array.copy() for name, array in arrays.items()}
         return TeacherTargets(**copies)
 
     def slice(self, start: int, stop: int) -> TeacherTargets:
-        """Positions `start..stop` as targets of their own (views, no copies)."""
+        """The targets of positions `start..stop`, as views."""
         offsets = self.draw_offsets
         return TeacherTargets(
             ids=self.ids[start:stop],
@@ -163,12 +173,28 @@ class TeacherTargets:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MediaReference:
+    """An image (or other medium) that one placeholder token of a row stands for.
+
+    `position`: index of the placeholder in the row's `token_ids`, where each medium has ONE placeholder; teacher and
+    student expand it in their own way. `type`: MIME type. `sha256`: of the content. Either `data` is the content, or
+    `path` is a file of the dataset directly in `media/`.
+    """
+
+    position: int
+    type: str
+    sha256: str
+    path: str | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CachedRow:
-    """One sequence and what the teacher thinks of it.
+    """One sequence and the teacher's targets of it.
 
     `token_ids int32 [T]`; `target_spans int32 [n, 2]`: ascending, disjoint runs `[start, stop)` of target positions;
-    `targets`: their distributions in that order; `metadata`: free JSON of the source row; `media`: what stands
-    behind the placeholder tokens of images, one reference for each.
+    `targets`: their distributions in that order; `metadata`: free JSON of the source row; `media`: one reference for
+    each placeholder token of an image.
     """
 
     sample_id: str
@@ -185,13 +211,14 @@ class CachedRow:
 
     @property
     def labels(self) -> np.ndarray:
-        """`int32 [N]`: the token that really follows each target position (the alignment law)."""
+        """`int32 [N]`: the token that follows each target position (the alignment law)."""
         return self.token_ids[self.positions + 1]
 
     def check(self, *, token_count: int, label_slack: np.ndarray | float = MASS_TOLERANCE) -> None:
-        """Raise `InvalidRow` or `InvalidTargets` unless tokens, spans, targets and media fit together.
+        """Raises `InvalidRow` or `InvalidTargets` unless tokens, spans, targets and media match.
 
-        `label_slack`, nats or `[N]`: by how much the log-prob of a label outside the kept ids may pass the log tail.
+        `label_slack`, nats, scalar or `[N]`: how far the log-prob of a label outside the kept ids may exceed the log
+        tail.
         """
         check_sequence(self.sample_id, self.token_ids, self.target_spans, token_count=token_count)
         if self.positions.size != self.targets.positions:
@@ -212,7 +239,8 @@ class CachedRow:
 
 
 def check_sequence(sample_id: str, token_ids: np.ndarray, target_spans: np.ndarray, *, token_count: int) -> None:
-    """Raise `InvalidRow` unless the ids exist and the spans are ascending, disjoint, not empty and within the row."""
+    """Raises `InvalidRow` unless all ids are below `token_count` and the spans are ascending, disjoint, not empty and
+    within the row."""
     if token_ids.ndim != 1 or token_ids.size < 2:
         raise InvalidRow(f"row {sample_id!r}: token_ids", found=f"shape {token_ids.shape}", wanted="at least 2 tokens")
     if token_ids.min() < 0 or token_ids.max() >= token_count:
@@ -233,12 +261,40 @@ def check_sequence(sample_id: str, token_ids: np.ndarray, target_spans: np.ndarr
         )
 
 
-def spans_from_mask(learned: Sequence[bool] | np.ndarray) -> np.ndarray:
-    """`int32 [n, 2]` target spans from a mask over TOKENS: token `j` is learned at target position `j - 1`.
+def check_media(sample_id: str, media: Sequence[MediaReference], *, tokens: int) -> None:
+    """Raises `InvalidRow` unless every reference is complete and its content has the recorded digest."""
+    if len(media) > MAX_MEDIA:
+        raise InvalidRow(f"row {sample_id!r}: media", found=len(media), wanted=f"at most {MAX_MEDIA}")
+    before = -1
+    for number, item in enumerate(media):
+        where = f"row {sample_id!r}: media {number}"
+        if not before < item.position < tokens:
+            raise InvalidRow(f"{where}: position", found=item.position, wanted=f"ascending positions below {tokens}")
+        before = item.position
+        if not _MIME_TYPE.fullmatch(item.type):
+            raise InvalidRow(f"{where}: type", found=repr(item.type[:80]), wanted="a MIME type, such as image/png")
+        if (item.path is None) == (item.data is None):
+            raise InvalidRow(where, found="a path and data, or neither", wanted="one of path and data")
+        if item.path is not None and not _MEDIA_PATH.fullmatch(item.path):
+            raise InvalidRow(f"{where}: path", found=repr(item.path[:80]), wanted=f"a file in {MEDIA_FOLDER}/")
+        if item.data is not None:
+            _check_media_data(where, item.data, item.sha256)
 
-    The one place where a loss mask is shifted. A learned token 0 has nothing before it and gives no target.
+
+def _check_media_data(where: str, data: bytes, sha256: str) -> None:
+    if len(data) > MAX_MEDIA_BYTES:
+        raise InvalidRow(f"{where}: data", found=f"{len(data)} bytes", wanted=f"at most {MAX_MEDIA_BYTES}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise InvalidRow(f"{where}: sha256", found=sha256[:64], wanted=digest)
+
+
+def spans_from_mask(loss_mask: Sequence[bool] | np.ndarray) -> np.ndarray:
+    """`int32 [n, 2]` target spans from a loss mask over TOKENS `[T]`: token `j` is predicted at position `j - 1`.
+
+    The one place where a loss mask is shifted. Nothing precedes token 0, so it gives no target.
     """
-    wanted = np.asarray(learned, bool)[1:].astype(np.int8)
+    wanted = np.asarray(loss_mask, bool)[1:].astype(np.int8)
     edges = np.diff(np.concatenate(([0], wanted, [0])))
     return np.stack([np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)], axis=1).astype(np.int32)
 

@@ -1,7 +1,7 @@
-"""What a tokenizer's ids mean, as a digest: two models may share a cache only if their digests are equal.
+"""Fingerprint of a tokenizer: a digest of the meaning of its ids.
 
-In: the bytes of a `tokenizer.json`. Out: `TokenizerFacts`. Only what gives ids their meaning counts: the token of
-each id, which of them are special, and the merges. File layout, chat template and padding settings do not.
+A student can train from a dataset only if its tokenizer has the fingerprint of the teacher's. The digest covers the
+token of each id, which ids are special, and the merges; not file layout, chat template and padding settings.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from .errors import TokenizerNotFound
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""What a dataset takes over of a teacher's tokenizer, as far as it is there."""
+"""The files of a teacher's tokenizer that a dataset keeps, where they exist."""
 TOKENIZER_FOLDER = "tokenizer"
 MAX_TOKENIZER_BYTES = 64 << 20
 _MAX_VALUES = 6_000_000
-"""Those of the largest vocabulary that the format allows, with as many merges, and some more."""
+"""Enough for the largest vocabulary that the format allows, with as many merges."""
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """`fingerprint`: sha256 in hex. `token_count`: ids the tokenizer can produce, that is the highest id plus one."""
+    """`fingerprint`: sha256 in hex. `token_count`: the highest id that the tokenizer can produce, plus one."""
 
     fingerprint: str
     token_count: int
@@ -47,7 +47,7 @@ def fingerprint(folder: str | Path) -> TokenizerFacts:
 
 
 def fingerprint_bytes(data: bytes, *, where: str) -> TokenizerFacts:
-    """Facts of a `tokenizer.json` given as bytes. Raises `TokenizerNotFound` where it is none."""
+    """Facts of a `tokenizer.json` given as bytes. Raises `TokenizerNotFound` where it is invalid."""
     try:
         if len(data) > MAX_TOKENIZER_BYTES:
             raise ValueError(f"{len(data)} bytes")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from coldstill.storage_schema import DatasetHeader
+from coldstill.storage_schema.header import DatasetHeader
 
 from .loss_config import LossConfig
 

@@ -1,1 +1,1 @@
-"""The ground floor: small parts that every room uses. Imports nothing else of Coldstill."""
+"""Small parts that all other folders use. Imports nothing else of Coldstill."""

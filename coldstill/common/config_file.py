@@ -1,4 +1,4 @@
-"""A YAML file and `key=value` words in, checked settings out. Unknown keys are errors that name the nearest one."""
+"""Reads settings from a YAML file and `key=value` arguments. An unknown key is an error that names the nearest one."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class ConfigNotFound(ColdstillError):
 
 
 class ConfigInvalid(ColdstillError):
-    """A configuration file is not YAML, or a key or value in it is wrong."""
+    """A configuration file is not YAML, or has an invalid key or value."""
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = ()) -> Settings:
-    """The settings of the YAML file at `path`, changed by `overrides` such as `teacher.top_k=64`.
+    """The settings of the YAML file at `path`, with `overrides` such as `teacher.top_k=64` applied.
 
-    Raises `ConfigNotFound` or `ConfigInvalid`.
+    Raises `ConfigNotFound`, `ConfigInvalid`.
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
 
 
 def check_config(document: Mapping[str, Any], *, model: type[Settings], where: str) -> Settings:
-    """The settings of a mapping; `where` is the file or variable that a `ConfigInvalid` names."""
+    """The settings in a mapping. Raises `ConfigInvalid`; `where` is the file or variable that the error names."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -52,7 +52,7 @@ def check_config(document: Mapping[str, Any], *, model: type[Settings], where: s
 
 
 def described_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default or "required", its sentence) of every setting, in order."""
+    """(dotted key, default or "required", description) of every setting, in order."""
     for name, field in model.model_fields.items():
         inner = _inner_model(field.annotation)
         if inner is not None:
@@ -108,12 +108,12 @@ def _spellings(model: type[BaseModel] | None, name: str) -> set[str]:
 
 
 def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigInvalid:
-    """The first problem of a validation error, in the words of the file."""
+    """The first problem of a validation error, located by the file's own keys."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] != "extra_forbidden":
-        # A law over several keys is found in a whole section, which would only bury the message.
+        # The input of a check over several keys is a whole section, which would be longer than the message.
         found = None if isinstance(first["input"], dict) else repr(first["input"])[:200]
         return ConfigInvalid(
             f"{path}: {key}",

@@ -1,4 +1,4 @@
-"""`ColdstillError`, the root of all errors that a user can fix, and how errors of libraries are quoted.
+"""`ColdstillError`, the base class of all errors that a user can fix, and `first_line` of any error.
 
 The command line prints a `ColdstillError` and exits with code 1. Any other exception is a bug of ours and keeps its
 traceback.
@@ -8,7 +8,11 @@ from __future__ import annotations
 
 
 class ColdstillError(Exception):
-    """Something the user can mend: `what` (the field, file or row), `found`, `wanted`, and the way out (`fix`)."""
+    """An error that the user can fix.
+
+    `what`: the field, file or row that failed. `found`: its value. `wanted`: the values that are allowed. `fix`: the
+    command or setting that fixes it.
+    """
 
     def __init__(self, what: str, *, found: object = None, wanted: object = None, fix: str = ""):
         self.what, self.found, self.wanted, self.fix = what, found, wanted, fix
@@ -22,11 +26,11 @@ class ColdstillError(Exception):
         super().__init__("\n".join(lines))
 
     def at(self, place: str) -> ColdstillError:
-        """The same error, with the place where it was found before what it says."""
+        """The same error with `place`, the file or row where it occurred, before its message."""
         return type(self)(f"{place}: {self.what}", found=self.found, wanted=self.wanted, fix=self.fix)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions are rebuilt from their positional arguments by default; ours travel between Ray processes whole.
+        # Ray pickles errors between processes. The default would rebuild one from its message alone.
         return _rebuild, (type(self), self.what, self.found, self.wanted, self.fix)
 
 
@@ -35,5 +39,5 @@ def _rebuild(cls: type[ColdstillError], what: str, found: object, wanted: object
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; its class name where the message is empty."""
+    """The first line of an exception's message, or its class name where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

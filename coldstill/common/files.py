@@ -1,4 +1,4 @@
-"""Files and folders that appear under their final name whole, or not at all."""
+"""Writes files and folders that appear under their final name whole, or not at all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 def new_file(final: Path) -> Iterator[Path]:
     """A path beside `final` to write to. It is renamed to `final` when the block succeeds, and removed otherwise.
 
-    The name is unique, so several processes may write the same `final`: the last rename wins. Nothing is synced to the
-    disk; `storage_schema.store.local` does that where a commit depends on it.
+    The path is unique, so several processes may write the same `final`: the last rename wins. Nothing is synced to the
+    disk; `storage_schema.store.local` syncs where a commit depends on it.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     beside = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
@@ -32,7 +32,7 @@ def new_file(final: Path) -> Iterator[Path]:
 def new_folder(final: Path) -> Iterator[Path]:
     """An empty folder beside `final` to fill. It is renamed to `final` when the block succeeds.
 
-    One writer at a time: what a killed writer left in the folder is removed first.
+    Only one process may write a `final` at a time: files that a killed writer left in the folder are removed first.
     """
     beside = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(beside, ignore_errors=True)
@@ -42,6 +42,6 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def write_json(final: Path, document: Mapping[str, Any], *, sort_keys: bool = False) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Writes a JSON file, whole or not at all."""
     with new_file(final) as beside:
         beside.write_text(json.dumps(document, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")

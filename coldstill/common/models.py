@@ -1,11 +1,21 @@
-"""The base class of settings and records: immutable, and without unknown fields."""
+"""The pydantic base class of settings and records, and the parser of their JSON files."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+
+from .errors import ColdstillError
+
+MAX_DOCUMENT_BYTES = 48 << 20
+"""A manifest of 110,000 shards, which takes 2 s to parse; every other document is far smaller."""
+_BYTES_PER_CONTAINER = 64
+_BYTES_PER_VALUE = 16
+_FREE_CONTAINERS = 1 << 14
+_FREE_VALUES = 1 << 20
+"""The parser needs 500 bytes for a list or object and 64 for a value. No document of ours is as dense as this."""
 
 
 class FrozenModel(BaseModel):
@@ -26,3 +36,28 @@ def other_names(name: str, field: FieldInfo) -> set[str]:
     """The names besides `name` under which a document may hold the field."""
     choices = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
     return {choice for choice in choices if isinstance(choice, str)} - {name}
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_document(data: bytes, *, model: type[Model], where: str, error: type[ColdstillError]) -> Model:
+    """The `model` in the JSON text `data`, validated in pydantic's strict mode.
+
+    Raises `error`, located at `where`, that names the first invalid field. Size and density are checked before the
+    parser allocates memory.
+    """
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise error(f"{where}: size", found=f"{len(data)} bytes", wanted=f"at most {MAX_DOCUMENT_BYTES}")
+    containers, values = data.count(b"[") + data.count(b"{"), data.count(b",")
+    if (
+        containers > _FREE_CONTAINERS + len(data) // _BYTES_PER_CONTAINER
+        or values > _FREE_VALUES + len(data) // _BYTES_PER_VALUE
+    ):
+        raise error(f"{where}: size", found=f"{containers} lists and objects, {values} values", wanted="far fewer")
+    try:
+        return model.model_validate_json(data, strict=True)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "content"
+        raise error(f"{where}: {field}", found=repr(first["input"])[:200], wanted=first["msg"]) from None

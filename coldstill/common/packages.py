@@ -8,11 +8,11 @@ from .errors import ColdstillError
 
 
 class PackagesMissing(ColdstillError):
-    """A command needs packages that are not installed: they belong to an extra of this distribution."""
+    """A command needs packages of an extra that is not installed."""
 
 
 def require_packages(extras: str, *packages: str) -> None:
-    """Raise `PackagesMissing`, with the `pip install` command that fixes it, unless all `packages` are installed."""
+    """Raises `PackagesMissing`, with the `pip install` command that fixes it, unless all `packages` are installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise PackagesMissing(

@@ -11,7 +11,7 @@ from .errors import ColdstillError, first_line
 
 
 class PluginNotFound(ColdstillError):
-    """A `module:name` of a configuration cannot be imported."""
+    """A `module:name` in a configuration cannot be imported."""
 
 
 def is_plugin(text: str) -> bool:
@@ -22,8 +22,8 @@ def is_plugin(text: str) -> bool:
 def load_plugin(text: str, *, key: str) -> Any:
     """The object that `text`, such as `my_module:my_function`, names; `key` is the setting that holds it.
 
-    Modules are found as Python finds them, and in the current folder after all others: a file there cannot replace an
-    installed package. On a cluster, every node must be able to import the module.
+    The module is looked up on Python's path, then in the current folder: a file there cannot replace an installed
+    package. On a cluster, every node must be able to import the module.
 
     Raises `PluginNotFound`.
     """

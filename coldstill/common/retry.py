@@ -1,4 +1,4 @@
-"""Retries with exponential backoff, by tenacity: one policy for stores and servers."""
+"""Retries with exponential backoff: one policy for stores and servers, built on tenacity."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def retrying(
 ) -> Retrying:
     """Calls a function until it succeeds: `retrying(...)(function, *arguments)`.
 
-    Exceptions for which `retry_if` is false propagate at once, the others after `attempts` calls or before the next
-    wait would pass `seconds`. The last exception is raised as it is.
+    An exception for which `retry_if` is false propagates at once. After any other the call is repeated, up to
+    `attempts` calls in all, or while the next wait ends within `seconds` of the first call. Then the last exception is
+    raised unchanged.
     """
     stop: stop_base = stop_after_attempt(attempts) if attempts is not None else stop_before_delay(seconds or 0.0)
     return Retrying(retry=retry_if_exception(retry_if), stop=stop, wait=BackoffWait(), reraise=True)

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: each is a function of a key and a place, never of what was drawn before.
+"""Uniform numbers from the random words of a counter-based generator.
 
-All are words of Philox4x64-10 (Salmon et al., SC 2011) as numpy's `Philox` returns them, whose raw stream numpy keeps
-stable between releases.
+The words come from Philox4x64-10 (Salmon et al., SC 2011): each is a function of a key and a counter, and does not
+depend on earlier draws. numpy guarantees that the raw stream of its `Philox` does not change between releases.
 """
 
 from __future__ import annotations

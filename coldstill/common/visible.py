@@ -1,7 +1,7 @@
-"""Text of strangers made safe to look at: any string in, the same string without an invisible character out.
+"""Makes every character of untrusted text visible, for terminals and web pages.
 
-Token text, sample ids and metadata may hold terminal escapes, bidirectional overrides or lone surrogates. Here each of
-them becomes something that can be seen, so that neither a terminal nor a browser ever acts on it.
+Token text, sample ids and metadata may contain terminal escapes, bidirectional overrides or lone surrogates. Each of
+them is replaced with visible characters, so that neither a terminal nor a browser interprets it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ NEWLINE = "⏎"
 SPACE = "␣"
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"})
-"""Unicode categories that have no picture of their own: controls, format signs, surrogates, unassigned, separators."""
+"""Unicode categories without a glyph: controls, format characters, surrogates, private, unassigned, separators."""
 
 
 def visible(text: str, *, newline: str = NEWLINE) -> str:
-    """`text` with a picture or an escape in place of each character that has none; `newline` stands for line feeds.
+    """`text` with each invisible character replaced, and each line feed replaced with `newline`.
 
-    Controls become their control pictures (U+2400 block), everything else `\\x9b`, `\\u202e` or `\\U000e0001`. The
-    plain space stays.
+    Controls become their control pictures (U+2400 block), all others an escape such as `\\x9b`, `\\u202e` or
+    `\\U000e0001`. The plain space stays.
     """
     return newline.join(line.translate(_TABLE) for line in text.split("\n"))
 
 
 class _Table(dict[int, str]):
-    """Filled as characters are met: the whole of Unicode would be a million entries."""
+    """A translation table filled on demand: all of Unicode would be a million entries."""
 
     def __missing__(self, code: int) -> str:
         self[code] = shown = _show(code)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError
 from coldstill.common.visible import visible
-from coldstill.storage_schema.commits import FileRecord
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged, TokenizerMismatch
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes, storage_kl
@@ -24,6 +23,7 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+from coldstill.storage_schema.verified_files import FileRecord
 
 _FINDINGS_PER_SHARD = 20
 _TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.errors import SourceChanged, SourceNotFound, SourceUnreadable
+from coldstill.storage_schema.errors import named_errors
 from coldstill.storage_schema.plan import Unit
-from coldstill.storage_schema.store.errors import named_errors
 
 _READ_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096

@@ -21,7 +21,7 @@ from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.tokenizer import load_tokenizer
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import spans_from_mask
-from coldstill.storage_schema.shard.columns import MAX_METADATA_BYTES
+from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES
 
 from .chat_template import ChatTemplate, RowUnusable, conversation_of
 from .files import SourceRow

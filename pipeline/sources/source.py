@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from coldstill.common.errors import first_line
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, parse_document
 from coldstill.common.plugins import load_plugin
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import (
@@ -31,7 +31,6 @@ from coldstill.pipeline.errors import (
     SourceUnreadable,
     TooManyUnits,
 )
-from coldstill.storage_schema.documents import parse_document
 from coldstill.storage_schema.plan import MAX_UNITS, Plan, Unit
 from coldstill.storage_schema.store import Store
 

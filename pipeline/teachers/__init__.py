@@ -1,1 +1,1 @@
-"""Who speaks: one protocol, and an engine per file behind it."""
+"""Teachers: the `Teacher` protocol and the engines behind it."""

@@ -1,13 +1,12 @@
-"""JSON over HTTP to one server: bounded connections, bounded answers, attempts with growing waits, named errors.
+"""JSON over HTTP to one server: bounded connections and answers, retries, named errors.
 
-Knows nothing of models. What comes back is untrusted until it is read.
+The client knows nothing of models. What a server returns is untrusted until it is read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,13 +16,13 @@ from typing import Any, TypeVar
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError
 
+from coldstill.common.retry import LONGEST_WAIT_S, retrying
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""What a busy server, one that starts, or a proxy before it may say."""
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses of a server that is busy or starting, or of a proxy in front of it."""
 _CONNECT_S = 10.0
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _CHUNK = 1 << 20
 _MOST_SHOWN = 400
 
@@ -31,8 +30,11 @@ Result = TypeVar("Result")
 
 
 class EndpointClient:
-    """For several threads at once. The key in OPENAI_API_KEY, if any, goes to this server alone: redirects are not
-    followed, and no message holds it."""
+    """A client of one server, for several threads at once.
+
+    The key in OPENAI_API_KEY, if there is one, is sent to this server alone: redirects are not followed, and no message
+    holds it.
+    """
 
     def __init__(self, url: str, *, connections: int, timeout_s: float, attempts: int):
         self.url = _checked(url)
@@ -45,52 +47,57 @@ class EndpointClient:
 
     def get(self, path: str, *, at_most: int, read: Callable[[object], Result]) -> Result:
         """What `read` makes of the JSON at `path`; see `post`."""
-        return self._patiently("GET", path, None, at_most, read)
+        return self._request("GET", path, None, at_most, read)
 
     def post(self, path: str, body: Mapping[str, Any], *, at_most: int, read: Callable[[object], Result]) -> Result:
         """What `read` makes of the JSON answer to `body`, of `at_most` bytes.
 
-        Documents are parsed one at a time: a parsed one takes many times its bytes, and Python's lock would serialise
-        it anyway. Raises `EndpointRefused` for an answer that would be the same again, `EndpointFailed` after the last
-        attempt, `TeacherOutputInvalid` for a longer answer, and what `read` raises.
+        Documents are parsed one at a time: a parsed one takes many times its bytes, and Python's lock would serialize
+        the parsing anyway. Raises `EndpointRefused` for an answer that would be the same again, `EndpointFailed` after
+        the last attempt, `TeacherOutputInvalid` for a longer answer, and what `read` raises.
         """
-        return self._patiently("POST", path, json.dumps(body).encode(), at_most, read)
+        return self._request("POST", path, json.dumps(body).encode(), at_most, read)
 
-    def _patiently(
+    def _request(
         self, method: str, path: str, body: bytes | None, at_most: int, read: Callable[[object], Result]
     ) -> Result:
-        wait = _FIRST_WAIT_S
-        for attempt in range(1, self._attempts + 1):
-            asked_to_wait = 0.0
-            try:
-                status, headers, data = self._once(method, path, body, at_most)
-                if status == HTTPStatus.OK:
-                    with self._parsing:
-                        return read(_parsed(data))
-                problem = f"status {status}: {self._shown(data)}"
-                if status not in _PASSING:
-                    raise EndpointRefused(
-                        f"{method} {self.url}{path}",
-                        found=problem,
-                        wanted="status 200",
-                        fix=f"check teacher.endpoint, and {KEY_VARIABLE} where the server wants a key",
-                    )
-                asked_to_wait = _seconds(headers.get("Retry-After"))
-            except (HTTPError, _NotJson) as error:
-                problem = f"{type(error).__name__}: {self._shown(str(error).encode())}"
-            self._count()
-            if attempt < self._attempts:
-                # A random part, so that many workers do not all come back in the same instant.
-                time.sleep(max(wait * random.uniform(0.5, 1.0), asked_to_wait))
-                wait = min(2 * wait, _LONGEST_WAIT_S)
-        raise EndpointFailed(
-            f"{method} {self.url}{path}",
-            found=f"{problem} (the last of {self._attempts} attempts)",
-            wanted="an answer",
-            fix="see whether the server runs and is reachable from the workers; committed units stay, start it again",
-        )
+        attempts = retrying(lambda error: isinstance(error, _Transient), attempts=self._attempts)
+        try:
+            return attempts(self._attempt, method, path, body, at_most, read)
+        except _Transient as error:
+            raise EndpointFailed(
+                f"{method} {self.url}{path}",
+                found=f"{error} (the last of {self._attempts} attempts)",
+                wanted="an answer",
+                fix="check that the server runs and that the workers can reach it; then run the same command again, "
+                "which keeps committed units",
+            ) from None
 
-    def _once(self, method: str, path: str, body: bytes | None, at_most: int) -> tuple[int, Mapping[str, str], bytes]:
+    def _attempt(
+        self, method: str, path: str, body: bytes | None, at_most: int, read: Callable[[object], Result]
+    ) -> Result:
+        try:
+            status, headers, data = self._exchange(method, path, body, at_most)
+            if status == HTTPStatus.OK:
+                with self._parsing:
+                    return read(_parsed(data))
+            problem = f"status {status}: {self._shown(data)}"
+            if status not in _TRANSIENT:
+                raise EndpointRefused(
+                    f"{method} {self.url}{path}",
+                    found=problem,
+                    wanted="status 200",
+                    fix=f"check teacher.endpoint, and {KEY_VARIABLE} where the server wants a key",
+                )
+            transient = _Transient(problem, retry_after_s=_seconds(headers.get("Retry-After")))
+        except (HTTPError, _NotJson) as error:
+            transient = _Transient(f"{type(error).__name__}: {self._shown(str(error).encode())}")
+        self._count()
+        raise transient
+
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, at_most: int
+    ) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers and body of one attempt."""
         deadline = time.monotonic() + self._timeout_s
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
@@ -122,7 +129,7 @@ class EndpointClient:
             response.close()
             raise
         finally:
-            response.release_conn()  # a closed one too: its place in the pool is needed again
+            response.release_conn()  # a closed one too, or its place in the pool is lost
         return response.status, response.headers, bytes(data)
 
     def _count(self) -> None:
@@ -135,8 +142,16 @@ class EndpointClient:
         return (text.replace(self._key, "***") if self._key else text)[:_MOST_SHOWN]
 
 
+class _Transient(Exception):
+    """A failure that another attempt may not meet. `retrying` waits for `retry_after_s`, which the server set."""
+
+    def __init__(self, problem: str, *, retry_after_s: float = 0.0):
+        super().__init__(problem)
+        self.retry_after_s = retry_after_s
+
+
 class _NotJson(Exception):
-    """An answer that is not JSON: half of one, or a proxy's page."""
+    """An answer that is not JSON: part of one, or a proxy's page."""
 
 
 def _parsed(data: bytes) -> object:
@@ -147,8 +162,8 @@ def _parsed(data: bytes) -> object:
 
 
 def _seconds(value: str | None) -> float:
-    """Of a Retry-After header; one that holds a date, or too long a time, is left to our own waits."""
-    return min(float(value), _LONGEST_WAIT_S) if value and value.isascii() and value.isdigit() else 0.0
+    """The seconds of a Retry-After header, capped; 0 for one that holds a date."""
+    return min(float(value), LONGEST_WAIT_S) if value and value.isascii() and value.isdigit() else 0.0
 
 
 def _checked(url: str) -> str:

@@ -1,7 +1,8 @@
-"""Reads what a server's completions endpoint returns. JSON documents in, `TeacherTargets` out; nothing is believed.
+"""What is sent to a server's completions endpoint, and how its answers become `TeacherTargets`.
 
 The layout is vLLM's (vllm/entrypoints/openai/completion/protocol.py, read and run at 0.32), where ids, not texts, name
-the entries: two tokens may have one text. Shape letters: `N` target positions, `K` teacher top-k.
+the entries: two tokens may have one text. Nothing in an answer is trusted. Shape letters: `N` target positions, `K`
+teacher top-k.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid
 from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets, span_positions
 
-from .answers import answer_sequence
+from .sampling import answer_sequence
 from .topk_entries import targets_of_entries
 
 _ID = re.compile("(?:0|[1-9][0-9]{0,6})")
@@ -29,22 +30,50 @@ _ABSURD = 1e9
 
 
 def serve_command(config: TeacherConfig) -> str:
-    """How a server is started whose answers can be read."""
+    """The command that starts a server whose answers can be read."""
     return (
         f"vllm serve {config.model} --max-logprobs {config.top_k} --logprobs-mode raw_logprobs "
         f"--max-model-len {config.max_length + 1}"
     )
 
 
+def score_fields(top_k: int) -> dict[str, Any]:
+    """Fields of a request for the log-probs of its prompt. A server must sample one token, which is not read."""
+    return {"prompt_logprobs": top_k, "max_tokens": 1, "temperature": 0}
+
+
+def answer_fields(top_k: int, *, sampling: SamplingConfig, room: int, seed: int) -> dict[str, Any]:
+    """Fields of a request for an answer of at most `room` tokens, with log-probs by token id."""
+    return {
+        "max_tokens": room,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed,
+        "stop": [text for text in sampling.stop if text],
+        "skip_special_tokens": False,  # a stop text may be one
+        "logprobs": top_k,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        # A server's own defaults, from the model's generation config, would change what is sampled.
+        "top_k": 0,
+        "min_p": 0,
+        "repetition_penalty": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+    }
+
+
 class PayloadReader:
-    """Reads for one teacher. All methods raise `TeacherOutputInvalid`."""
+    """Reads the answers of one server. All methods raise `TeacherOutputInvalid`."""
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader):
         self._config, self._header = config, header
 
     def prompt(self, document: object, sequence: TokenSequence) -> TeacherTargets:
-        """Targets from `prompt_logprobs`: a list with one object for each token, none for the first; the object of
-        token `j`, ids to log-probs, is the distribution of target position `j - 1`."""
+        """Targets from `prompt_logprobs`: a list with an object for each token and null for the first.
+
+        The object of token `j`, ids to log-probs, is the distribution of target position `j - 1`.
+        """
         where = f"the server's prompt log-probs of row {sequence.sample_id!r}"
         found = self._choice(document, where).get("prompt_logprobs")
         if not isinstance(found, list) or len(found) != sequence.token_ids.size:
@@ -56,7 +85,7 @@ class PayloadReader:
     def answer(
         self, document: object, prompt: TokenSequence, *, number: int, answers: int, room: int
     ) -> ScoredSequence:
-        """An answer of at most `room` tokens, its targets from `logprobs.top_logprobs` with keys `token_id:ID`."""
+        """An answer of at most `room` tokens, with targets from `logprobs.top_logprobs` (keys `token_id:ID`)."""
         where = f"the server's answer {number} to row {prompt.sample_id!r}"
         choice = self._choice(document, where)
         if choice.get("prompt_token_ids") != prompt.token_ids.tolist():
@@ -81,7 +110,7 @@ class PayloadReader:
     def _targets(
         self, entries: Sequence[Mapping[int, float] | None], labels: np.ndarray, positions: np.ndarray, where: str
     ) -> TeacherTargets:
-        """K best entries, or these and the label's own, of each position."""
+        """Targets from entries that hold the K best ids of a position, or these and the label."""
         top_k, header = self._config.top_k, self._header
         ids, logprobs = np.empty((len(entries), top_k), np.int32), np.empty((len(entries), top_k))
         label_logprobs = np.empty(len(entries))
@@ -130,7 +159,7 @@ class PayloadReader:
 
 
 def _prompt_entries(value: object) -> dict[int, float] | None:
-    """From `{"ID": {"logprob": ...}}`; none for anything else."""
+    """From `{"ID": {"logprob": ...}}`; None for anything else."""
     entries: dict[int, float] = {}
     for key, entry in value.items() if isinstance(value, dict) else ():
         if not _ID.fullmatch(key) or not isinstance(entry, dict):
@@ -140,7 +169,7 @@ def _prompt_entries(value: object) -> dict[int, float] | None:
 
 
 def _answer_entries(value: object) -> dict[int, float] | None:
-    """From `{"token_id:ID": ...}`; none for anything else."""
+    """From `{"token_id:ID": ...}`; None for anything else."""
     entries: dict[int, float] = {}
     for key, logprob in value.items() if isinstance(value, dict) else ():
         id_ = key.removeprefix(_ANSWER_KEY)
@@ -151,7 +180,7 @@ def _answer_entries(value: object) -> dict[int, float] | None:
 
 
 def _logprob(value: object) -> float:
-    """NaN for what is no number; the arithmetic names it."""
+    """A float; NaN for what is not a number, which `targets_of_entries` reports."""
     if type(value) not in (int, float) or not abs(value) <= _ABSURD:  # type: ignore[arg-type]
         return float("-inf") if value == float("-inf") else float("nan")
     return float("-inf") if value <= _MINUS_INFINITY else float(value)  # type: ignore[operator, arg-type]

@@ -1,7 +1,7 @@
-"""The endpoint engine: a server that speaks OpenAI's protocol and returns log-probs by token id, such as `vllm serve`.
+"""The endpoint engine: a server that speaks OpenAI's protocol, such as `vllm serve`.
 
-It gives K entries of a position: the tail is derived and there are no draws. The server batches requests as they come,
-so that values are equal within its tolerance, not bit by bit.
+The server must return log-probs by token id. It gives K entries of a position: the tail is derived and there are no
+draws. It batches requests as they arrive, so that repeated values are equal within its tolerance, not bit by bit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
 
-from .answers import answer_room
 from .endpoint_client import EndpointClient
-from .endpoint_payload import PayloadReader, serve_command
-from .endpoint_requests import answer_fields, score_fields
-from .sampling import answer_seed
+from .endpoint_payload import PayloadReader, answer_fields, score_fields, serve_command
+from .sampling import answer_room, answer_seed
 
 _ENTRY_BYTES = 512
-"""Of one entry of an answer, its text included; vLLM's take about 80."""
+"""Of one entry of an answer, with its text; vLLM's take about 80."""
 _OTHER_BYTES = 1 << 20
 _PROBE_TEMPERATURE, _PROBE_TOKENS = 0.5, 4
 _PROBE_NATS, _PROBE_SHARE = 0.25, 0.05
@@ -41,17 +39,21 @@ Result = TypeVar("Result")
 class EndpointArguments(FrozenModel):
     """`teacher.engine_args` of engine endpoint."""
 
-    served_model: str | None = Field(default=None, description="Name under which it is served; by default its own.")
-    concurrency: int = Field(default=32, ge=1, le=1024, description="The most requests of a worker under way.")
-    timeout_s: float = Field(default=300, gt=0, description="Of one request; below cluster.hung_after_s.")
-    attempts: int = Field(default=8, ge=1, le=100, description="Of a request, with waits of up to half a minute.")
+    served_model: str | None = Field(
+        default=None, description="Name of the model at the server; by default teacher.model."
+    )
+    concurrency: int = Field(default=32, ge=1, le=1024, description="The most concurrent requests of a worker.")
+    timeout_s: float = Field(default=300, gt=0, description="Limit of one request; keep it below cluster.hung_after_s.")
+    attempts: int = Field(
+        default=8, ge=1, le=100, description="Attempts of a request, with waits of up to half a minute between."
+    )
 
 
 class EndpointTeacher:
-    """A server elsewhere. Takes and gives what `protocol.Teacher` says."""
+    """A server elsewhere; see `protocol.Teacher`."""
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
-        """Raises `TeacherUnusable` for a server that serves something else, or no log-probs."""
+        """Raises `TeacherUnusable` for a server of another model, or one that returns no log-probs."""
         assert config.endpoint is not None
         self._config, self._header, self._sampling = config, header, sampling
         self._arguments = _arguments(config)
@@ -80,18 +82,15 @@ class EndpointTeacher:
 
     @property
     def processes(self) -> tuple[int, ...]:
-        """See `protocol.Teacher`: the server is elsewhere."""
+        """See `protocol.Teacher`: none, the server is elsewhere."""
         return ()
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-        """See `protocol.Teacher`. Raises `EndpointFailed` too."""
-        return self._each(self._score_one, sequences)
-
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
         """See `protocol.Teacher`. Raises `EndpointFailed` too. Each answer is a request of its own, with its seed."""
-        assert self._sampling is not None
         sampling = self._sampling
-        wanted = [(prompt, number) for prompt in prompts for number in range(sampling.n)]
+        if sampling is None:
+            return list(map(ScoredSequence, sequences, self._each(self._score_one, sequences)))
+        wanted = [(prompt, number) for prompt in sequences for number in range(sampling.n)]
         return self._each(lambda item: self._answer(*item, sampling), wanted)
 
     def _each(self, do: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -133,7 +132,7 @@ class EndpointTeacher:
             raise error.at(f"row {prompt.sample_id!r}") from error
 
     def _card(self, document: object) -> dict[str, Any]:
-        """The server's own words about the model."""
+        """The entry of our model in the server's list of models."""
         cards = document.get("data") if isinstance(document, dict) else None
         cards = [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
         card = next((card for card in cards if card.get("id") == self._model), None)
@@ -149,13 +148,13 @@ class EndpointTeacher:
             raise TeacherUnusable(
                 f"{self._client.url}/models: max_model_len of {self._model}",
                 found=length,
-                wanted=f"at least {needed}: a row, and the one token that a server insists on answering",
+                wanted=f"at least {needed}: a row, and the one token that a server must sample",
                 fix=f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 {serve_command(self._config)}, or a smaller teacher.max_length",
             )
         return card
 
     def _probe(self) -> None:
-        """Score two tokens, the highest id among them, and, where answers are wanted, a few tokens of one."""
+        """Score two tokens, one of them the highest id, and sample a few tokens of an answer in mode generate."""
         tokens = np.array([self._header.token_count - 1, 0], np.int32)
         row = TokenSequence(
             sample_id="probe", source_row=0, token_ids=tokens, target_spans=np.array([[0, 1]], np.int32)
@@ -176,13 +175,16 @@ class EndpointTeacher:
         self._read = reader
 
     def _probe_answer(self, prompt: TokenSequence) -> None:
-        """Log-probs of sampled tokens may be those after temperature and top-p; those of a prompt never are."""
+        """Check that log-probs of sampled tokens are raw. A server may apply temperature and top-p to these, but never
+        to those of a prompt."""
         tokens = min(_PROBE_TOKENS, self._header.max_length - 1)
-        answer, on_the_way = self._answer(prompt, 0, SamplingConfig(temperature=_PROBE_TEMPERATURE, max_tokens=tokens))
-        again = self._score_one(answer)
-        if not np.allclose(on_the_way.logprobs, again.logprobs, atol=_PROBE_NATS, rtol=_PROBE_SHARE):
+        answer, sampled = self._answer(prompt, 0, SamplingConfig(temperature=_PROBE_TEMPERATURE, max_tokens=tokens))
+        scored = self._score_one(answer)
+        if not np.allclose(sampled.logprobs, scored.logprobs, atol=_PROBE_NATS, rtol=_PROBE_SHARE):
             raise TeacherOutputInvalid(
-                "log-probs of an answer", found="others than those of the same tokens as a prompt", wanted="the same"
+                "log-probs of an answer",
+                found="values unlike those of the same tokens as a prompt",
+                wanted="equal values",
             )
 
 

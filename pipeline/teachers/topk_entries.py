@@ -1,6 +1,6 @@
-"""From K best entries and the label's own log-prob to `TeacherTargets`, for engines that give no more than these.
+"""Makes `TeacherTargets` from the K best entries and the label's log-prob, with a derived tail.
 
-Plain arrays in; knows no engine. Shape letters: `N` target positions, `K` teacher top-k.
+For engines that give no more than these. Shape letters: `N` target positions, `K` teacher top-k.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def targets_of_entries(
     """Targets of `ids int [N, K]`, `logprobs float64 [N, K]` in any order, with `labels int [N]` and their
     `label_logprobs float64 [N]`. The tail is derived: `log(max(1 - sum of kept, 1e-6))` in float64; no draws.
 
-    Ids from `token_count` on (padding rows of the head) are dropped, and so are ids under the floor and those without
-    mass; theirs goes to the tail. Raises `TeacherOutputInvalid`, about `where` and with `fix`, for values that are no
-    log-probs of a softmax.
+    Ids from `token_count` on (padding columns), ids under the floor and ids without mass are dropped; their mass is
+    part of the tail. Raises `TeacherOutputInvalid`, with `where` and `fix` in it, for values that are not log-probs of
+    a softmax.
     """
     if np.isnan(logprobs).any() or np.isnan(label_logprobs).any():
         raise TeacherOutputInvalid(where, found="a log-prob that is not a number", wanted="natural logs", fix=fix)
@@ -63,7 +63,7 @@ def targets_of_entries(
 def _kept(
     ids: np.ndarray, logprobs: np.ndarray, min_prob: float, token_count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kept ids and log-probs first (descending, ties by id), then the first id again with -inf; and their counts."""
+    """Kept ids and log-probs (descending, ties by id), then the first id again with -inf; and how many are kept."""
     logprobs = np.where(ids < token_count, logprobs, -np.inf)
     keep = np.isfinite(logprobs) & (np.exp(logprobs) >= min_prob)
     keep[np.arange(len(ids)), logprobs.argmax(1)] = True

@@ -1,7 +1,7 @@
-"""The transformers engine: slow and plain, with exact tails and draws. For models that vLLM lacks, and as reference.
+"""The transformers engine: slow and plain, with exact tails and draws.
 
-One sequence at a time: its values do not depend on its neighbours. Shape letters: `T` tokens, `N` target positions,
-`V` vocabulary.
+For models that vLLM lacks, and as the reference. One sequence at a time, so that its values do not depend on its
+neighbors. Shape letters: `T` tokens, `N` target positions, `H` width of hidden states, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from coldstill.common.errors import first_line
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
@@ -23,20 +24,18 @@ from coldstill.pipeline.tokenizer import load_tokenizer
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
-from .answers import StopTexts, answer_name, answer_room, answer_sequence
-from .kernel import Kernel, Summary, targets_of
-from .sampling import answer_uniforms, next_token
-from .transformers_model import end_tokens, load_model
-from .uniforms import draw_uniforms
+from .sampling import StopTexts, answer_name, answer_room, answer_sequence, answer_uniforms, next_token
+from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
 
 
 class TransformersTeacher:
-    """A causal language model of transformers. Takes and gives what `protocol.Teacher` says."""
+    """A causal language model of transformers; see `protocol.Teacher`."""
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
-        self._config, self._header = config, header
+        """Raises `TeacherUnusable`."""
+        self._config, self._header, self._sampling = config, header, sampling
         self._model = load_model(config, header)
-        self._kernel = Kernel(
+        self._extract = TargetExtractor(
             top_k=config.top_k,
             min_prob=config.min_prob,
             kept_draws=header.kept_draws,
@@ -49,8 +48,7 @@ class TransformersTeacher:
                 layer.register_forward_hook(self._count_progress)
         if sampling is not None:
             tokenizer = load_tokenizer(config)
-            self._sampling = sampling
-            self._ends = end_tokens(self._model, tokenizer)
+            self._end_ids = _end_ids(self._model, tokenizer)
             self._stops = StopTexts(sampling.stop, tokenizer)
 
     @property
@@ -65,21 +63,19 @@ class TransformersTeacher:
 
     @property
     def progress(self) -> int:
-        """See `protocol.Teacher`: layers computed. A long row on a CPU can take longer than the watchdog waits."""
+        """See `protocol.Teacher`: layers computed. One long row on a CPU can outlast the watchdog's wait."""
         return self._progress
 
     @property
     def processes(self) -> tuple[int, ...]:
-        """See `protocol.Teacher`: it runs in the caller's own process."""
+        """See `protocol.Teacher`: none, it runs in the caller's own process."""
         return ()
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-        """See `protocol.Teacher`."""
-        return [self._score_one(sequence) for sequence in sequences]
-
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """See `protocol.Teacher`. An answer is a function of (seed, sample id, number) and the prompt."""
-        return [answer for prompt in prompts for answer in self._answers(prompt)]
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        """See `protocol.Teacher`. An answer is a function of its prompt and (seed, sample id, number)."""
+        if self._sampling is None:
+            return [ScoredSequence(sequence, self._score_one(sequence)) for sequence in sequences]
+        return [answer for prompt in sequences for answer in self._answers(prompt, self._sampling)]
 
     @torch.inference_mode()
     def _score_one(self, sequence: TokenSequence) -> TeacherTargets:
@@ -93,21 +89,22 @@ class TransformersTeacher:
         return self._targets(summary, positions, sample_id=sequence.sample_id)
 
     @torch.inference_mode()
-    def _answers(self, prompt: TokenSequence) -> list[ScoredSequence]:
-        room = answer_room(prompt, sampling=self._sampling, header=self._header)
+    def _answers(self, prompt: TokenSequence, sampling: SamplingConfig) -> list[ScoredSequence]:
+        room = answer_room(prompt, sampling=sampling, header=self._header)
         with self._one_at_a_time:
             logits, cache = self._forward(self._on_device(prompt.token_ids))
-            last = self._sampling.n - 1
+            last = sampling.n - 1
             return [
-                self._answer(prompt, n, room=room, logits=logits, cache=cache if n == last else copy.deepcopy(cache))
+                self._answer(
+                    prompt, n, sampling, room=room, logits=logits, cache=cache if n == last else copy.deepcopy(cache)
+                )
                 for n in range(last + 1)
             ]
 
     def _answer(
-        self, prompt: TokenSequence, number: int, *, room: int, logits: Tensor, cache: object
+        self, prompt: TokenSequence, number: int, sampling: SamplingConfig, *, room: int, logits: Tensor, cache: object
     ) -> ScoredSequence:
-        """`logits [1, V]` and key-value cache: those of the prompt."""
-        sampling = self._sampling
+        """One answer of at most `room` tokens. `logits [1, V]` and `cache`, of keys and values: the prompt's."""
         name = answer_name(prompt.sample_id, number, answers=sampling.n)
         uniforms = answer_uniforms(seed=sampling.seed, sample_id=prompt.sample_id, number=number, count=room)
         positions = prompt.token_ids.size - 1 + np.arange(room)
@@ -115,10 +112,12 @@ class TransformersTeacher:
         summaries: list[Summary] = []
         while True:
             here = positions[len(answer) : len(answer) + 1]
-            answer.append(self._sampled(logits, uniforms[len(answer)], sample_id=name, position=int(here[0])))
+            scores = self._scores(logits, sample_id=name, position=int(here[0]))
+            uniform = uniforms[len(answer)]
+            answer.append(next_token(scores, temperature=sampling.temperature, top_p=sampling.top_p, uniform=uniform))
             newest = torch.tensor(answer[-1:], device=self._model.device)
             summaries.append(self._summary(logits, newest, here, sample_id=name))
-            is_stopped = answer[-1] in self._ends or self._stops.end(answer)
+            is_stopped = answer[-1] in self._end_ids or self._stops.end(answer)
             if is_stopped or len(answer) == room:
                 break
             logits, cache = self._forward(newest, cache)
@@ -138,16 +137,17 @@ class TransformersTeacher:
             )
         return output.logits[0], grown
 
-    def _sampled(self, logits: Tensor, uniform: float, *, sample_id: str, position: int) -> int:
-        scores = logits[0, : self._header.token_count].float().cpu().numpy()
+    def _scores(self, logits: Tensor, *, sample_id: str, position: int) -> np.ndarray:
+        """`float32 [token_count]` on the host, to sample from."""
+        scores: np.ndarray = logits[0, : self._header.token_count].float().cpu().numpy()
         if not np.isfinite(scores.max()):  # of NaN too
             raise _invalid(sample_id, position)
-        return next_token(scores, temperature=self._sampling.temperature, top_p=self._sampling.top_p, uniform=uniform)
+        return scores
 
     def _summary(self, logits: Tensor, labels: Tensor, positions: np.ndarray, *, sample_id: str) -> Summary:
         config = self._config
         uniforms = draw_uniforms(positions, draws=config.draws, seed=config.draw_seed, sample_id=sample_id)
-        return self._kernel(logits, labels.to(logits.device), torch.from_numpy(uniforms).to(logits.device))
+        return self._extract(logits, labels.to(logits.device), torch.from_numpy(uniforms).to(logits.device))
 
     def _targets(self, summary: Summary, positions: np.ndarray, *, sample_id: str) -> TeacherTargets:
         finite = summary.finite.cpu().numpy()
@@ -162,10 +162,61 @@ class TransformersTeacher:
         self._progress += 1
 
 
+def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
+    """The model in evaluation mode, on the GPU where there is one; its logits have the header's `head_dtype`.
+
+    Raises `TeacherUnusable`.
+    """
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model, revision=config.revision, dtype=config.dtype, **config.engine_args
+        )
+    except (ValueError, OSError) as error:
+        raise TeacherUnusable(
+            config.model, found=first_line(error), wanted="a model that transformers loads"
+        ) from error
+    if "device_map" not in config.engine_args:  # with one, accelerate has placed the model and moves tensors itself
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if header.teacher.head_dtype == "float32" and model.dtype != torch.float32:
+        model.set_output_embeddings(_float32_head(config, model.get_output_embeddings()))
+    return model.eval()
+
+
+def _end_ids(model: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end an answer: those of the model's generation config and the tokenizer's end of sequence."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, (list, tuple)) else [configured]
+    return frozenset(int(id_) for id_ in [*ids, tokenizer.eos_token_id] if id_ is not None)
+
+
+class _Float32Head(nn.Module):
+    """A float32 copy of a linear head. What the model does to its logits afterwards (scales, caps) is float32 too."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.linear = copy.deepcopy(head).float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., H]` of any float type to float32 logits `[..., V]`."""
+        logits: Tensor = self.linear(hidden.float())
+        return logits
+
+
+def _float32_head(config: TeacherConfig, head: object) -> nn.Module:
+    if type(head) is not nn.Linear:
+        raise TeacherUnusable(
+            f"{config.model}: output embeddings",
+            found=type(head).__name__,
+            wanted="a plain linear layer, whose float32 copy gives float32 logits",
+            fix="teacher.head_dtype: model",
+        )
+    return _Float32Head(head)
+
+
 def _invalid(sample_id: str, position: int) -> TeacherOutputInvalid:
     return TeacherOutputInvalid(
         f"logits of row {sample_id!r}, position {position}",
         found="NaN or infinity",
-        wanted="numbers",
+        wanted="finite numbers",
         fix="the model may overflow in this data type: try another teacher.dtype",
     )

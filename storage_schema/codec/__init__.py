@@ -1,4 +1,4 @@
-"""How the targets of a row become bytes: named streams, one zstd frame each."""
+"""The codec of a row's targets: named streams, one zstd frame each."""
 
 from .row_codec import MAX_ENTRIES, STREAMS, RowCodec
 

@@ -2,8 +2,8 @@
 
 Shape letters: `N` target positions of the row, `D` draws, `R` kept draws of all positions.
 
-Draws are a multiset: of each position the ranks in ascending order, each as its distance to the one before; a repeat is
-distance 0. That costs less than a stream of multiplicities.
+The draws of a position are a multiset: their ranks are sorted, and each is stored as its distance to the one before; a
+repeat is distance 0. This takes fewer bytes than a stream of multiplicities.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from coldstill.storage_schema.errors import StreamDamaged
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
+from .byte_planes import half_planes, to_escapes, to_planes
 from .frames import Frames, bounded
-from .kept import id_width
-from .octets import half_planes, to_escapes, to_planes
-from .ranks import Ranks
+from .kept_entries import IdRanks, id_width
 
 _MAX_DRAWS = 1 << 24
 
@@ -33,9 +32,9 @@ class Draws(NamedTuple):
 
 
 class DrawStreams:
-    """The draws of one dataset's rows."""
+    """Encodes and decodes the draws of one dataset's rows."""
 
-    def __init__(self, header: DatasetHeader, ranks: Ranks):
+    def __init__(self, header: DatasetHeader, ranks: IdRanks):
         self._ranks = ranks
         self._kept_draws = header.kept_draws
         self._has_logprobs = header.draw_logprobs
@@ -44,7 +43,7 @@ class DrawStreams:
         self._count_width = 1 if header.kept_draws <= 255 else 2
 
     def encode(self, targets: TeacherTargets) -> dict[str, np.ndarray]:
-        """The streams; none at all where no position has a draw."""
+        """The streams; an empty dictionary where no position has a draw."""
         if not targets.draw_ids.size:
             return {}
         ranks = self._ranks.of(targets.draw_ids).astype(np.int64)
@@ -66,7 +65,7 @@ class DrawStreams:
         return streams
 
     def decode(self, frames: Frames) -> Draws:
-        """Draws of the rows, of each position in ascending order of rank. Raises `StreamDamaged`."""
+        """The draws of the rows, each position's in ascending order of rank. Raises `StreamDamaged`."""
         counts = frames.counts("draw_counts", width=self._count_width, low=0, high=self._kept_draws, absent=0)
         if counts is None:
             frames.require_empty("draw_ids", "draw_id_escapes", "draw_logprobs")
@@ -78,7 +77,7 @@ class DrawStreams:
             raise StreamDamaged("stream draw_counts", found=f"{sum(sizes)} draws", wanted=f"at most {_MAX_DRAWS}")
         deltas = frames.escaped("draw_ids", "draw_id_escapes", sizes, width=self._id_width)
         bounded("draw_ids", deltas, low=0, high=self._token_count - 1)
-        # Sums over all positions may wrap; the difference of two is right where that of one position fits.
+        # The sum over all positions may wrap around; differences within one position are exact if that one's sum fits.
         fits = self._kept_draws * self._token_count < 1 << 31
         sums = np.cumsum(deltas, dtype=np.int32 if fits else np.int64)
         starts = np.cumsum(counts) - counts

@@ -1,11 +1,13 @@
-"""Streams as zstd frames. Byte arrays of known size in, one frame each out, and back; an empty stream is no frame.
+"""Streams as zstd frames: compression, and decompression of many rows at once under size checks.
 
-Nothing is opened before the size that its frame declares is the size that the row's own counts demand: `zstandard`
-ignores `max_output_size` where a frame declares a size, and bytes after a frame unless told.
+Each stream is one frame; an empty stream has no bytes. A frame is decompressed only after its declared size equals the
+size that the row's own counts require: `zstandard` ignores `max_output_size` where a frame declares a size, and by
+default ignores bytes after a frame.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -14,27 +16,53 @@ import zstandard
 
 from coldstill.storage_schema.errors import StreamDamaged
 
-from .octets import ESCAPE, from_half_planes, from_planes
-from .scratch import SCRATCH
+from .byte_planes import ESCAPE, from_half_planes, from_planes
 
 _of_thread = threading.local()
-"""A decompressor is made once per thread: no two threads may use one at a time."""
+"""Holds one decompressor per thread: two threads must not use one at the same time."""
 
 _LEVEL = 3
 """Level 19 is 3-4 % smaller and ten times slower; level 1 is 1.4 % larger (benchmarks/codec.py)."""
 
+_MAX_SCRATCH_BYTES = 4 << 20
+"""Larger arrays are allocated each time: they are rare, and a thread should not keep them."""
+
+
+class Scratch(threading.local):
+    """Temporary arrays by name, one set per thread, reused by each row.
+
+    A fresh array of some hundred KiB is new pages from the system each time, which cost as much as decoding into them.
+    The content of an array is lost when its name is requested again.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """An uninitialized array."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size > _MAX_SCRATCH_BYTES:
+            return np.empty(shape, dtype)
+        if name not in self._memory or self._memory[name].size < size:
+            self._memory[name] = np.empty(size, np.uint8)
+        return self._memory[name][:size].view(dtype).reshape(shape)
+
+
+SCRATCH = Scratch()
+
 
 def compress(streams: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """One frame per stream, with its content size and checksum."""
+    """One frame per stream, with content size and checksum."""
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
     return {name: compressor.compress(raw.tobytes()) if raw.size else b"" for name, raw in streams.items()}
 
 
 class Frames:
-    """The frames of some rows, opened stream by stream; a stream's values of all rows are joined.
+    """The frames of some rows, decompressed stream by stream; a stream's values of all rows are joined.
 
-    What is done once for many rows costs little for each: numpy's calls on a row of 512 positions take as long as its
-    values. `rows`: stream names to anything with the buffer protocol. `positions`: target positions of each row.
+    Many rows are decoded together because the overhead of numpy's calls on a row of 512 positions is as large as the
+    work on its values. `rows`: stream name to anything with the buffer protocol. `positions`: target positions of each
+    row.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, object]], positions: Sequence[int]):
@@ -45,7 +73,7 @@ class Frames:
         self._decompressor: zstandard.ZstdDecompressor = _of_thread.decompressor
 
     def has(self, name: str) -> bool:
-        """Whether the stream of any row has any bytes."""
+        """Whether the stream has bytes in any row."""
         return any(self._present(name))
 
     def totals(self, counts: np.ndarray) -> list[int]:
@@ -57,11 +85,11 @@ class Frames:
         return (running[ends] - running[ends - self.positions]).tolist()
 
     def integers(self, name: str, sizes: Sequence[int], *, width: int, low: int, high: int) -> np.ndarray:
-        """`int32 [n]` from planes; `sizes` values of each row. Raises `StreamDamaged` unless all are in `low..high`."""
+        """`int32 [n]` from planes, `sizes` values per row. Raises `StreamDamaged` unless all are in `low..high`."""
         return bounded(name, from_planes(self._planes(name, sizes, width)), low=low, high=high)
 
     def counts(self, name: str, *, width: int, low: int, high: int, absent: int) -> np.ndarray | None:
-        """`int32 [N]` from planes, `absent` at the positions of rows without the stream; none where no row has it."""
+        """`int32 [N]` from planes, `absent` at positions of rows without the stream; None where no row has it."""
         present = self._present(name)
         if not any(present):
             return None
@@ -76,16 +104,16 @@ class Frames:
     def escaped(
         self, name: str, escapes: str, sizes: Sequence[int], *, width: int, used: np.ndarray | None = None
     ) -> np.ndarray:
-        """`int32 [n]` from one byte each, and `width` planes of what the escaped ones have above.
+        """`int32 [n]` from one byte per value, and `width` planes of the excess over 255 of the escaped ones.
 
-        `used bool [N, K]`: where the values belong; then `[N, K]`, 0 at the other places. The array is the thread's
-        scratch: it holds until the stream is opened again.
+        `used bool [N, K]`: if given, the values are placed where it is true and the result is `[N, K]`, 0 elsewhere.
+        The array is the thread's scratch memory: it is valid until the stream is read again.
         """
         short = self._planes(name, sizes, 1)[0]
         if used is not None:
             placed = SCRATCH.array("placed", used.shape, np.uint8)
             placed.fill(0)
-            placed[used] = short  # while they are bytes: a quarter of the memory
+            placed[used] = short  # as bytes: a quarter of the memory
             short = placed.reshape(-1)
             sizes = [used.shape[1] * positions for positions in self.positions]
         values = SCRATCH.array(name, short.shape, np.int32)
@@ -96,7 +124,7 @@ class Frames:
         return values if used is None else values.reshape(used.shape)
 
     def halves(self, name: str, sizes: Sequence[int]) -> np.ndarray:
-        """`float32 [n]`: log-probs from halves. Raises `StreamDamaged` unless they are finite and not above 0."""
+        """`float32 [n]`: log-probs from float16. Raises `StreamDamaged` unless they are finite and not above 0."""
         values = from_half_planes(self._planes(name, sizes, 2))
         if values.size and not (np.isfinite(values).all() and values.max() <= 0):
             raise StreamDamaged(
@@ -105,16 +133,16 @@ class Frames:
         return values
 
     def require_empty(self, *names: str) -> None:
-        """Raise `StreamDamaged` where a stream that nothing asks for has bytes."""
+        """Raises `StreamDamaged` where one of these streams has bytes."""
         for name in names:
             if self.has(name):
-                raise StreamDamaged(f"stream {name}", found="bytes", wanted="nothing: this row has no use for it")
+                raise StreamDamaged(f"stream {name}", found="bytes", wanted="nothing: this row does not use the stream")
 
     def _present(self, name: str) -> list[bool]:
         return [len(row[name]) > 0 for row in self._rows]  # type: ignore[arg-type]
 
     def _planes(self, name: str, sizes: Sequence[int], width: int) -> np.ndarray:
-        """`uint8 [width, n]`, to be read before the next stream is opened."""
+        """`uint8 [width, n]`, valid until the next stream is read."""
         parts = [
             self._content(row[name], name, width * size).reshape(width, size)
             for row, size in zip(self._rows, sizes, strict=True)
@@ -142,14 +170,14 @@ class Frames:
 
 
 def bounded(name: str, values: np.ndarray, *, low: int, high: int) -> np.ndarray:
-    """`values` of a stream; raises `StreamDamaged` unless all are in `low..high`."""
+    """`values` of a stream. Raises `StreamDamaged` unless all are in `low..high`."""
     if values.size and (values.min() < low or values.max() > high):
         raise StreamDamaged(f"stream {name}", found=f"{values.min()}..{values.max()}", wanted=f"{low}..{high}")
     return values
 
 
 def split(places: np.ndarray, sizes: Sequence[int]) -> list[int]:
-    """How many of the ascending `places` lie in each of the runs of `sizes` values."""
+    """How many of the ascending indices `places` fall into each of the consecutive runs of `sizes` values."""
     if len(sizes) == 1:
         return [places.size]
     return np.diff(np.searchsorted(places, np.cumsum(sizes)), prepend=0).tolist()

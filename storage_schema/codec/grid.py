@@ -1,8 +1,8 @@
-"""The companded grid on which log-probs are stored: fine where probability is high. Values to levels and back.
+"""The companded grid of log-probs: fine where probability is high. Converts log-probs to levels and back.
 
 `level(x) = floor(a (1 - exp(-x / 2)) + b x + 1/2)` with `x = -logprob` in nats: the step between levels is
 `1 / ((a / 2) exp(-x / 2) + b)`. The KL that rounding costs is about `sum p step^2 / 24`; a step in proportion to
-`p^-1/2` spends the same on every entry, and `b` bounds the step where p is next to nothing.
+`p^-1/2` adds the same to every entry, and `b` bounds the step where p is close to 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from coldstill.storage_schema.rows import LOG_FLOOR
 
 _BISECTIONS = 60
-"""Halvings of [0, -LOG_FLOOR]: the value of a level to the last bit of a double."""
+"""Halvings of [0, -LOG_FLOOR]: enough for the last bit of a double."""
 
 
 class Grid:
@@ -37,7 +37,7 @@ class Grid:
         return np.floor(self.a * -np.expm1(-x / 2) + self.b * x + 0.5).astype(np.uint16)
 
     def step(self, logprobs: np.ndarray) -> np.ndarray:
-        """`float64`, shaped as `logprobs`: the distance in nats between neighbouring levels there."""
+        """`float64`, shaped as `logprobs`: the distance in nats between neighboring levels there."""
         return 1 / (self.a / 2 * np.exp(np.asarray(logprobs, np.float64) / 2) + self.b)
 
 

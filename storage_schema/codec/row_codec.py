@@ -1,6 +1,6 @@
-"""The targets of one row as named byte streams, one zstd frame each, and back (FORMAT.md, "Streams").
+"""Encodes the targets of a row as named streams, one zstd frame each, and decodes them (FORMAT.md, "Streams").
 
-In: `TeacherTargets` of a row and its labels. Out: `{stream name: frame}`; an empty stream is an empty value.
+`TeacherTargets` and labels of a row become `{stream name: frame}`; an empty stream is an empty value.
 Shape letters: `N` target positions of the row, `K` teacher top-k, `R` kept draws of all positions.
 
 Decoding subtracts the log of a position's total mass from its values: a decoded position sums to 1, tail included.
@@ -17,12 +17,10 @@ from coldstill.storage_schema.errors import StreamDamaged
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
+from .byte_planes import half_planes, to_planes
 from .draws import DrawStreams
-from .frames import Frames, compress, split
-from .kept import Float16Kept, GridKept
-from .octets import half_planes, to_planes
-from .ranks import Ranks
-from .scratch import SCRATCH
+from .frames import SCRATCH, Frames, compress, split
+from .kept_entries import Float16Entries, GridEntries, IdRanks
 
 STREAMS = (
     "counts",
@@ -38,25 +36,25 @@ STREAMS = (
     "draw_id_escapes",
     "draw_logprobs",
 )
-"""Order and names of the streams; each is a column of a shard."""
+"""Names of the streams in order; each is a column of a shard."""
 
 MAX_ENTRIES = 1 << 24
 """The most entries (positions times K, or kept draws) of one row: 128 MiB of ids and log-probs when decoded."""
 
 
 class RowCodec:
-    """Encodes and decodes the rows of one dataset; made once per header, used by any number of threads."""
+    """Encodes and decodes the rows of one dataset. Threads may share it."""
 
     def __init__(self, header: DatasetHeader):
         self.header = header
-        ranks = Ranks(header.id_ranks, token_count=header.token_count)
-        self._kept = GridKept(header, ranks) if header.codec.name == "grid" else Float16Kept(header)
+        ranks = IdRanks(header.id_ranks, token_count=header.token_count)
+        self._kept = GridEntries(header, ranks) if header.codec.name == "grid" else Float16Entries(header)
         self._draws = DrawStreams(header, ranks)
         self._count_width = 1 if header.top_k <= 255 else 2
 
     def encode(self, targets: TeacherTargets, *, labels: np.ndarray) -> dict[str, bytes]:
-        """Frames of one row. `labels int32 [N]` are the tokens that really follow; their log-prob is stored only where
-        a position does not keep the label."""
+        """Frames of one row. `labels int32 [N]`: the token that follows each position. Its log-prob is stored only
+        where the position does not keep it."""
         empty = np.empty(0, np.uint8)
         all_full = bool((targets.counts == self.header.top_k).all())
         outside = ~targets.among_kept(labels)
@@ -74,16 +72,16 @@ class RowCodec:
     ) -> TeacherTargets:
         """Targets of one row from its frames (anything with the buffer protocol).
 
-        `out`: targets whose arrays `[N, K]` and `[N]` are filled and returned instead of new ones, for instance slices
-        of a batch; draws are new in any case. Raises `StreamDamaged`; no frame is opened before its declared size is
-        the one that the row's own counts demand, and nothing above `MAX_ENTRIES` entries is begun.
+        `out`: targets whose arrays `[N, K]` and `[N]` are filled and returned, for instance slices of a batch; draws
+        are new arrays in any case. Raises `StreamDamaged`: a frame whose declared size is not the one that the row's
+        own counts require is not decompressed, and a row of more than `MAX_ENTRIES` entries is not decoded.
         """
         return self._decode([frames], [labels.size], labels, out)
 
     def decode_rows(
         self, rows: Sequence[Mapping[str, object]], *, labels: Sequence[np.ndarray]
     ) -> list[TeacherTargets]:
-        """The same of several rows at once, together of at most `MAX_ENTRIES` entries: faster for short ones."""
+        """Targets of several rows of together at most `MAX_ENTRIES` entries: faster than `decode` for short rows."""
         if len(rows) == 1:
             return [self.decode(rows[0], labels=labels[0])]
         sizes = [row_labels.size for row_labels in labels]
@@ -95,7 +93,7 @@ class RowCodec:
         )
         joined = self._decode(rows, sizes, np.concatenate(labels), common)
         stops = np.cumsum(sizes).tolist()
-        # Each row has memory of its own: who keeps one does not keep its neighbours.
+        # Each row gets its own memory: keeping one does not keep its neighbors.
         return [joined.slice(stop - size, stop).copy() for size, stop in zip(sizes, stops, strict=True)]
 
     def _decode(
@@ -105,7 +103,7 @@ class RowCodec:
         labels: np.ndarray,
         out: TeacherTargets | None,
     ) -> TeacherTargets:
-        """Rows of `sizes` positions; `labels [N]` of all of them."""
+        """Joined targets of rows of `sizes` positions; `labels [N]`: of all rows."""
         positions, width = labels.size, self.header.top_k
         if positions * width > MAX_ENTRIES:
             raise StreamDamaged(
@@ -118,8 +116,8 @@ class RowCodec:
         self._kept.decode(source, counts, ids=filled.ids, logprobs=filled.logprobs, log_tail=filled.log_tail)
         draws = self._draws.decode(source)
 
-        # The fastest sum along short rows that does not depend on how many there are (BLAS's does): a row alone and
-        # among others has the same values, to the bit.
+        # The fastest sum along short rows whose result does not depend on how many there are (that of BLAS does): a row
+        # decoded alone or among others has bitwise equal values.
         probs = np.exp(filled.logprobs, out=SCRATCH.array("probs", filled.logprobs.shape, np.float32))
         mass = np.einsum("nk->n", probs) + np.exp(filled.log_tail)
         log_mass = np.log(mass)
@@ -131,14 +129,14 @@ class RowCodec:
         return replace(filled, draw_ids=draws.ids, draw_counts=draws.counts, draw_logprobs=draws.logprobs)
 
     def label_slack(self, log_tail: np.ndarray) -> np.ndarray:
-        """`[N]` nats by which the label log-prob of a decoded position may pass its log tail: one step of either."""
+        """`[N]` nats by which the label log-prob of a decoded position may exceed its log tail: one step of each."""
         halves = 2.0**-10 * (1 - log_tail)
-        return halves + (self._kept.grid.step(log_tail) if isinstance(self._kept, GridKept) else halves)
+        return halves + (self._kept.grid.step(log_tail) if isinstance(self._kept, GridEntries) else halves)
 
     def _labels(self, source: Frames, filled: TeacherTargets, labels: np.ndarray, log_mass: np.ndarray) -> None:
-        """Fill `label_logprob`: from the kept entries where the label is among them, else from its stream."""
+        """Fills `label_logprob`: from the kept entries where the label is among them, else from its stream."""
         places = np.arange(labels.size)
-        # The first that is equal: an unused entry repeats the first id of its position.
+        # argmax finds the first match, which is a used entry: unused entries repeat the first id of their position.
         at_label = np.equal(filled.ids, labels[:, None], out=SCRATCH.array("at_label", filled.ids.shape, np.bool_))
         column = at_label.argmax(axis=1)
         filled.label_logprob[:] = filled.logprobs[places, column]

@@ -1,7 +1,6 @@
-"""One shard: a Parquet file with the rows of one unit."""
+"""A shard: the Parquet file with the rows of one work unit."""
 
-from .columns import PLAIN_COLUMNS, SCHEMA
-from .footer import MAX_SHARD_BYTES
+from .layout import MAX_SHARD_BYTES, PLAIN_COLUMNS, SCHEMA
 from .reader import ShardFile, read_shard
 from .writer import copy_shard, write_shard
 

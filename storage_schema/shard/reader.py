@@ -1,30 +1,46 @@
-"""A shard's rows: all of them from its bytes, or one by number from a seekable file."""
+"""Reads the rows of a shard: all of them from its bytes, or one by number from a seekable file.
+
+`ShardFile` reads row groups, `BatchRows` decodes the rows of a group. It slices the memory of Arrow's columns: Arrow's
+scalars and its conversion to numpy cost as much as the decoding, and the conversion imports pandas first.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from cachetools import LRUCache
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema.codec import RowCodec
-from coldstill.storage_schema.errors import ShardDamaged
+from coldstill.storage_schema.codec import STREAMS, RowCodec
+from coldstill.storage_schema.errors import InvalidRow, ShardDamaged
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.parquet.footer import GroupFacts
-from coldstill.storage_schema.parquet.pages import check_pages
-from coldstill.storage_schema.recent import Recent
-from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.parquet import GroupFacts, check_pages, values_of
+from coldstill.storage_schema.rows import (
+    MAX_MEDIA,
+    CachedRow,
+    MediaReference,
+    TeacherTargets,
+    check_media,
+    check_sequence,
+    span_positions,
+)
 
-from .batch_rows import BatchRows
-from .footer import footer_header, open_parquet
+from .layout import MAX_METADATA_BYTES, footer_header, open_parquet
 
 _CACHED_GROUPS = 2
+_ENTRIES_TOGETHER = 1 << 15
+"""512 positions of K = 64. Shorter rows are decoded together, because numpy's calls cost more than their values; more
+entries at once exceed a processor's cache."""
 
 
 class ShardFile:
-    """An open shard. Its footer is checked at once, a row group when it is read, a row when it is decoded.
+    """An open shard. The footer is checked on opening, a row group when it is read, a row when it is decoded.
 
-    Raises `ShardDamaged` and, where `codec` is that of another dataset, `HeaderMismatch`.
+    Raises `ShardDamaged`, and `HeaderMismatch` where `codec` is that of another dataset.
     """
 
     def __init__(self, source: pa.NativeFile, *, size: int, codec: RowCodec | None, where: str):
@@ -37,14 +53,15 @@ class ShardFile:
             )
         self._codec = codec or RowCodec(self.header)
         self.group_rows = tuple(group.rows for group in self._facts.groups)
-        self._batches: Recent[int, BatchRows] = Recent(_CACHED_GROUPS)
+        # Not `cachedmethod`: its reference to `self` would keep row groups until Python collects cycles.
+        self._batches: LRUCache[int, BatchRows] = LRUCache(_CACHED_GROUPS)
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return sum(self.group_rows)
 
     def batch(self, group: int) -> pa.RecordBatch:
-        """A row group as it is stored, frames unopened. Raises `ShardDamaged`."""
+        """A row group as stored, with its frames not decompressed. Raises `ShardDamaged`."""
         at = f"{self._where}: row group {group}"
         facts = self._facts.groups[group]
         try:
@@ -61,23 +78,26 @@ class ShardFile:
     def _check_pages(self, group: GroupFacts) -> None:
         first, last = group.chunks[0], group.chunks[-1]
         self._source.seek(first.place)
-        # One read, and of a remote file one request: what Arrow asks for next is in the file's buffer then.
+        # One read, which is one request for a remote file; Arrow's own reads then hit the file's buffer.
         data = memoryview(self._source.read_buffer(last.place + last.stored - first.place))
         for chunk in group.chunks:
             start = chunk.place - first.place
             check_pages(data[start : start + chunk.stored], chunk)
 
     def row(self, index: int) -> CachedRow:
-        """Row number `index`: one row group is read, one row is decoded."""
+        """Row number `index`: reads one row group, decodes one row."""
         first = 0
         for group, rows in enumerate(self.group_rows):
             if index < first + rows:
-                return self._row(self._batches.get(group, self._batch_rows), index - first, index)
+                batch = self._batches.get(group)
+                if batch is None:
+                    batch = self._batches[group] = self._batch_rows(group)
+                return self._row(batch, index - first, index)
             first += rows
         raise IndexError(f"row {index} of a shard of {first} rows")
 
     def rows(self) -> Iterator[CachedRow]:
-        """All rows, a row group at a time."""
+        """All rows, read one row group at a time."""
         number = 0
         for group in range(len(self.group_rows)):
             batch = self._batch_rows(group)
@@ -104,3 +124,146 @@ class ShardFile:
 def read_shard(data: bytes, *, header: DatasetHeader, where: str) -> Iterator[CachedRow]:
     """Rows of a shard given as bytes. Raises `ShardDamaged`, `HeaderMismatch`, `StreamDamaged`, `InvalidRow`."""
     return ShardFile(pa.BufferReader(data), size=len(data), codec=RowCodec(header), where=where).rows()
+
+
+class _Head(NamedTuple):
+    """A row without its targets."""
+
+    sample_id: str
+    token_ids: np.ndarray
+    target_spans: np.ndarray
+    metadata: dict[str, Any]
+    media: tuple[MediaReference, ...]
+    labels: np.ndarray
+
+    def with_targets(self, targets: TeacherTargets) -> CachedRow:
+        return CachedRow(
+            sample_id=self.sample_id,
+            token_ids=self.token_ids,
+            target_spans=self.target_spans,
+            targets=targets,
+            metadata=self.metadata,
+            media=self.media,
+        )
+
+
+class BatchRows:
+    """Decodes rows of `batch`, a record batch with the columns `SCHEMA` and without nulls."""
+
+    def __init__(self, batch: pa.RecordBatch, codec: RowCodec):
+        self._codec = codec
+        self._sample_ids, self._metadata = _Values(batch.column("sample_id")), _Values(batch.column("metadata"))
+        self._media = batch.column("media")
+        self._token_ids, self._spans = _Integers(batch.column("token_ids")), _Integers(batch.column("target_spans"))
+        self._streams = {name: _Values(batch.column(name)) for name in STREAMS}
+        self._rows = batch.num_rows
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self._rows
+
+    def row(self, index: int) -> CachedRow:
+        """Row number `index`. Raises `InvalidRow`, `StreamDamaged`, `ShardDamaged`."""
+        head = self._head(index)
+        return head.with_targets(self._codec.decode(self._frames(index), labels=head.labels))
+
+    def some(self, start: int) -> list[CachedRow]:
+        """Rows from number `start` on, at least one: as many as are decoded efficiently together.
+
+        Raises as `row`, and only for row number `start`.
+        """
+        try:
+            return self._together(start)
+        except ColdstillError:
+            return [self.row(start)]  # an error of a later row is raised when that row is first
+
+    def _together(self, start: int) -> list[CachedRow]:
+        heads = [self._head(start)]
+        alike = _ENTRIES_TOGETHER // (heads[0].labels.size * self._codec.header.top_k)
+        heads += [self._head(index) for index in range(start + 1, min(start + alike, self._rows))]
+        frames = [self._frames(start + number) for number in range(len(heads))]
+        targets = self._codec.decode_rows(frames, labels=[head.labels for head in heads])
+        return [head.with_targets(row_targets) for head, row_targets in zip(heads, targets, strict=True)]
+
+    def _head(self, index: int) -> _Head:
+        sample_id, metadata = self._text(index)
+        token_ids, target_spans = self._sequence(sample_id, index)
+        media = self._media_of(index)
+        check_media(sample_id, media, tokens=token_ids.size)
+        labels = token_ids[span_positions(target_spans) + 1]
+        return _Head(sample_id, token_ids, target_spans, metadata, media, labels)
+
+    def _frames(self, index: int) -> dict[str, memoryview]:
+        return {name: values.at(index) for name, values in self._streams.items()}
+
+    def _text(self, index: int) -> tuple[str, dict[str, Any]]:
+        raw_id, raw_metadata = self._sample_ids.at(index), self._metadata.at(index)
+        if (size := len(raw_id) + len(raw_metadata)) > MAX_METADATA_BYTES:
+            raise InvalidRow("metadata", found=f"{size} bytes", wanted=f"at most {MAX_METADATA_BYTES}")
+        try:
+            sample_id = str(raw_id, "utf-8")
+            metadata = json.loads(bytes(raw_metadata).decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
+            raise ShardDamaged(
+                "plain columns", found=f"{type(error).__name__}: {error}"[:200], wanted="UTF-8 and JSON"
+            ) from None
+        if not isinstance(metadata, dict):
+            raise ShardDamaged("metadata", found=f"a JSON {type(metadata).__name__}", wanted="a JSON object")
+        return sample_id, metadata
+
+    def _media_of(self, index: int) -> tuple[MediaReference, ...]:
+        items = self._media[index]
+        if len(items) > MAX_MEDIA:
+            raise InvalidRow("media", found=len(items), wanted=f"at most {MAX_MEDIA}")
+        try:
+            return tuple(_media(item) for item in items.as_py()) if len(items) else ()
+        except ValueError as error:
+            raise ShardDamaged("media", found=str(error)[:200], wanted="UTF-8") from None
+
+    def _sequence(self, sample_id: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """`token_ids int32 [T]` and `target_spans int32 [n, 2]`."""
+        token_ids, flat_spans = self._token_ids.at(index), self._spans.at(index)
+        if flat_spans.size % 2:
+            raise InvalidRow("target_spans", found=f"{flat_spans.size} numbers", wanted="pairs (start, stop)")
+        target_spans = flat_spans.reshape(-1, 2)
+        header = self._codec.header
+        check_sequence(sample_id, token_ids, target_spans, token_count=header.token_count)
+        if token_ids.size > header.max_length:
+            raise InvalidRow("token_ids", found=f"{token_ids.size} tokens", wanted=f"at most {header.max_length}")
+        return token_ids, target_spans
+
+
+class _Values:
+    """A string or binary column, sliced from its memory."""
+
+    def __init__(self, column: pa.Array):
+        _, offsets, data = column.buffers()
+        self._offsets = _offsets(column, offsets)
+        self._data = memoryview(data) if data is not None else memoryview(b"")
+
+    def at(self, index: int) -> memoryview:
+        return self._data[self._offsets[index] : self._offsets[index + 1]]
+
+
+class _Integers:
+    """A column of lists of int32, sliced from its memory."""
+
+    def __init__(self, column: pa.Array):
+        self._offsets = _offsets(column, column.buffers()[1])
+        self._values = values_of(column.values, np.int32)
+
+    def at(self, index: int) -> np.ndarray:
+        return self._values[self._offsets[index] : self._offsets[index + 1]]
+
+
+def _offsets(column: pa.Array, buffer: pa.Buffer | None) -> list[int]:
+    """`[n + 1]`: where each value of a column begins, and where the last ends."""
+    if buffer is None or not len(column):
+        return [0] * (len(column) + 1)
+    return np.frombuffer(buffer, np.int32, len(column) + 1, 4 * column.offset).tolist()
+
+
+def _media(item: dict[str, Any]) -> MediaReference:
+    return MediaReference(
+        position=item["position"], type=item["type"], sha256=item["sha256"], path=item["path"], data=item["bytes"]
+    )

@@ -1,11 +1,13 @@
-"""Rows in, the bytes of a Parquet file out. Equal rows give equal bytes for equal library versions."""
+"""Writes rows as the bytes of a shard. Equal rows give equal bytes, with equal library versions."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -14,22 +16,33 @@ from coldstill.storage_schema.errors import InvalidRow, ShardTooLarge
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow
 
-from .columns import LEAF_PATHS, PLAIN_COLUMNS, SCHEMA, to_record
-from .footer import FOOTER_KEY, MAX_FOOTER_BYTES, MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES, MAX_SHARD_BYTES
+from .layout import (
+    FOOTER_KEY,
+    LEAF_PATHS,
+    MAX_FOOTER_BYTES,
+    MAX_GROUP_BYTES,
+    MAX_GROUP_ROWS,
+    MAX_METADATA_BYTES,
+    MAX_ROW_BYTES,
+    MAX_SHARD_BYTES,
+    PLAIN_COLUMNS,
+    SCHEMA,
+)
 
 
 def write_shard(rows: Iterable[CachedRow], *, header: DatasetHeader) -> bytes:
-    """The Parquet file of `rows`.
+    """The shard of `rows`.
 
-    Raises `InvalidRow` or `InvalidTargets` for a row that breaks a law of `rows.py`, and `ShardTooLarge`.
+    Raises `InvalidRow` or `InvalidTargets` for a row that fails a check of `rows.py` or a bound of the header, and
+    `ShardTooLarge`.
     """
     codec = RowCodec(header)
-    groups = _groups(to_record(row, codec) for row in rows)
+    groups = _groups(_to_record(row, codec) for row in rows)
     return _write((pa.Table.from_pylist(group, schema=SCHEMA) for group in groups), header)
 
 
 def copy_shard(batches: Iterable[pa.RecordBatch], *, header: DatasetHeader) -> bytes:
-    """The Parquet file of rows that are encoded already, each batch a row group: no frame is opened.
+    """The shard of rows that are encoded already, each batch a row group: no frame is decompressed.
 
     Raises `ShardTooLarge`.
     """
@@ -78,7 +91,57 @@ def _groups(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
 
 
 def _size(record: dict[str, Any]) -> int:
-    """Bytes of a row in Parquet's plain encoding, four of length for each value, with room for levels."""
+    """An upper bound of a row's bytes in Parquet's plain encoding: four length bytes per value, and levels."""
     plain = 4 * (len(record["token_ids"]) + len(record["target_spans"])) + len(record["metadata"].encode())
     media = sum(256 + len(item["bytes"] or b"") for item in record["media"])
     return 128 + plain + media + len(record["sample_id"].encode()) + sum(4 + len(record[name]) for name in STREAMS)
+
+
+def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
+    """Column values of a row. Raises as `write_shard`."""
+    header = codec.header
+    row.check(token_count=header.token_count)
+    _check_bounds(row, codec)
+    try:
+        metadata = json.dumps(row.metadata, ensure_ascii=False, sort_keys=True)
+        size = len(f"{row.sample_id}{metadata}".encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRow(
+            f"row {row.sample_id!r}", found=str(error)[:200], wanted="sample id as UTF-8, metadata as JSON in UTF-8"
+        ) from None
+    if size > MAX_METADATA_BYTES:
+        raise InvalidRow(
+            f"row {row.sample_id!r}: metadata", found=f"{size} bytes", wanted=f"at most {MAX_METADATA_BYTES}"
+        )
+    return {
+        "sample_id": row.sample_id,
+        "token_ids": row.token_ids,
+        "target_spans": np.asarray(row.target_spans, np.int32).reshape(-1),
+        "metadata": metadata,
+        "media": [
+            {"position": item.position, "type": item.type, "sha256": item.sha256, "path": item.path, "bytes": item.data}
+            for item in row.media
+        ],
+        **codec.encode(row.targets, labels=row.labels),
+    }
+
+
+def _check_bounds(row: CachedRow, codec: RowCodec) -> None:
+    """Raises `InvalidRow` where a row exceeds a bound of the header, which the decoder checks too."""
+    header = codec.header
+    targets = row.targets
+    for name, found, wanted in (
+        ("tokens", row.token_ids.size, header.max_length),
+        ("top_k", targets.top_k, header.top_k),
+        ("draw_counts", int(targets.draw_counts.max(initial=0)), header.kept_draws),
+    ):
+        if found > wanted:
+            raise InvalidRow(
+                f"row {row.sample_id!r}: {name}", found=found, wanted=f"at most {wanted}, as the header says"
+            )
+    if targets.draw_ids.size and header.draw_logprobs != (targets.draw_logprobs is not None):
+        raise InvalidRow(
+            f"row {row.sample_id!r}: draw_logprobs",
+            found=targets.draw_logprobs is not None,
+            wanted=header.draw_logprobs,
+        )

@@ -1,4 +1,4 @@
-"""A dataset's directory on any store that fsspec reaches."""
+"""A dataset's directory on any store that fsspec supports."""
 
 from .store import CREATE_IF_ABSENT, RUN_FOLDER, Store
 

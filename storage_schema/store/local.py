@@ -1,9 +1,8 @@
-"""Files of a dataset on a local disk: read only where they lie inside it, written beside and then put in place whole.
+"""Files of a dataset on a local disk: links that leave the dataset are rejected, writes are atomic and synced.
 
-A dataset from a stranger may hold links: what it is unpacked from keeps them. A link that leads out of the dataset
-would put any file of the reader's machine into what is read, copied and pushed, so it is refused; so are pipes and
-devices, which never end. The one layout of links that is common, the Hub's cache (`snapshots/REVISION/name ->
-../../blobs/digest`), is let through.
+A dataset from a stranger may contain links, which archives preserve. A link that leads out of the dataset would put any
+file of the reader's machine into what is read, copied and pushed, so it is rejected; so are pipes and devices, which
+never end. One common layout of links is accepted: the Hub's cache (`snapshots/REVISION/name -> ../../blobs/digest`).
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutsideDataset
+from coldstill.storage_schema.errors import OutsideDataset
 
 
 def local_file(root: str, name: str) -> Path:
-    """Where file `name` of the dataset at `root` really lies.
+    """The real path of file `name` of the dataset at `root`.
 
-    Raises `FileNotFoundError` (also where a folder has this name), `OutsideDataset`.
+    Raises `FileNotFoundError` (also for a folder of this name), `OutsideDataset`.
     """
     real = Path(os.path.realpath(f"{root}/{name}"))
     folder = Path(os.path.realpath(root))
@@ -31,7 +30,7 @@ def local_file(root: str, name: str) -> Path:
             f"{root}/{name}",
             found=f"a link to {real}",
             wanted="a file inside the dataset",
-            fix="if you trust its links, copy the dataset with what they lead to: cp -rL",
+            fix="if you trust its links, copy the dataset with the files that they point to: cp -rL",
         )
     try:
         mode = real.stat().st_mode
@@ -45,8 +44,12 @@ def local_file(root: str, name: str) -> Path:
 
 
 @contextmanager
-def beside(folder: Path, final: Path) -> Iterator[Path]:
-    """A path in `folder` of a new file that nobody else has, gone afterwards; the folder of `final` exists."""
+def temporary_file(folder: Path, *, final: Path) -> Iterator[Path]:
+    """A unique path in `folder` to write to, removed at the end of the block. Creates the folder of `final` too.
+
+    Unlike that of `common.files.new_file` it is not beside `final`: sealing removes `folder`, and with it the files of
+    killed writers.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{os.getpid()}-{secrets.token_hex(8)}.part"
@@ -57,14 +60,14 @@ def beside(folder: Path, final: Path) -> Iterator[Path]:
 
 
 def replace(part: Path, final: Path) -> None:
-    """Give a whole file its final name, over what was there."""
+    """Renames a complete file to its final name, and replaces an existing file."""
     _sync(part)
     os.replace(part, final)
     _sync(final.parent)
 
 
 def link(part: Path, final: Path) -> bool:
-    """Give a whole file its final name, unless that is taken: a rename would overwrite."""
+    """Links a complete file to its final name unless that exists; a rename would overwrite. Returns whether it did."""
     _sync(part)
     try:
         os.link(part, final)
@@ -76,7 +79,7 @@ def link(part: Path, final: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """A file's content is on disk, or a folder's names: a file's name is there only when its folder is."""
+    """Writes a file's content, or a folder's names, to the disk. A file's name is durable once its folder is synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

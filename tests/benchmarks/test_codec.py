@@ -17,7 +17,7 @@ from benchmarks.codec_tables import figures, print_tables
 from benchmarks.small_language_model import VOCABULARY
 from benchmarks.teacher_distributions import TEMPERAMENTS, Distributions
 from benchmarks.teacher_rows import DRAWS, WIDEST, WideRow, all_draws
-from coldstill.pipeline.teachers.kernel import summarise
+from coldstill.pipeline.teachers.target_extractor import summarize
 
 POSITIONS = 40
 
@@ -32,7 +32,7 @@ def random_rows(count: int, *, scale: float, seed: int) -> list[WideRow]:
         tokens = torch.randint(0, VOCABULARY, (POSITIONS + 1,), generator=generator)
         uniforms = np.random.default_rng(row).random((POSITIONS, DRAWS))
         limits = {"top_k": WIDEST, "kept_draws": DRAWS, "token_count": VOCABULARY}
-        targets = summarise(logits, tokens[1:], uniforms, min_prob=0.0, **limits)
+        targets = summarize(logits, tokens[1:], uniforms, min_prob=0.0, **limits)
         drawn, ids = all_draws(targets, uniforms), tokens.numpy().astype(np.int32)
         made.append(WideRow(sample_id=str(row), token_ids=ids, targets=targets, draws=drawn))
     return made

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.teacher_rows import DRAWS, KEPT_DRAWS, WIDEST, Limits, WideRow, all_draws, narrowed
-from coldstill.pipeline.teachers.kernel import summarise
+from coldstill.pipeline.teachers.target_extractor import summarize
 
 POSITIONS, VOCABULARY = 12, 600
 
@@ -26,7 +26,7 @@ def wide_row() -> tuple[WideRow, torch.Tensor, np.ndarray]:
 
 def kernel(logits: torch.Tensor, tokens: torch.Tensor, uniforms: np.ndarray, limits: Limits, *, kept_draws: int):
     """Straight from the logits."""
-    return summarise(
+    return summarize(
         logits,
         tokens[1:],
         uniforms,
@@ -67,7 +67,7 @@ def test_draws_are_those_outside_the_kept_ids_in_draw_order_and_at_most_so_many(
 def test_all_draws_follow_the_whole_distribution() -> None:
     logits = torch.tensor([[3.0, 2, 1, 0, -1]]).repeat(400, 1)
     uniforms = np.random.default_rng(1).random((400, DRAWS))
-    targets = summarise(
+    targets = summarize(
         logits, torch.zeros(400, dtype=torch.int64), uniforms, top_k=2, min_prob=0.0, kept_draws=DRAWS, token_count=5
     )
     share = np.bincount(all_draws(targets, uniforms).reshape(-1), minlength=5) / uniforms.size

@@ -1,7 +1,7 @@
-"""A teacher for captures that are killed: fast, the same in every process, and answering what `protocol.Teacher` asks.
+"""A fake teacher for captures that are killed: fast, and with the same values in every process.
 
-Its values depend on the sample alone. With `order: fast` each process adds a little noise of its own, as an engine
-does whose batches differ: then a unit that is done twice has two shards of different bytes, and one must win.
+Its values depend on the sample alone. With `order: fast` each process adds a little noise of its own, like an engine
+whose batches differ. Then a unit that runs twice has two shards of different bytes, and one must win.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.answers import answer_name, answer_sequence
+from coldstill.pipeline.teachers.sampling import answer_name, answer_sequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from tests import making
@@ -28,7 +28,7 @@ _LONGEST_ANSWER = 8
 
 @dataclass(frozen=True)
 class LoadFakeTeacher:
-    """Loads the fake in place of an engine; `seconds` is what a call takes."""
+    """Loads the fake teacher in place of an engine; `seconds`: duration of a call."""
 
     seconds: float = 0.0
 
@@ -47,22 +47,21 @@ class FakeTeacher:
         self.environment: dict[str, Any] = {"engine": "fake"}
         self.progress = 0
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
-        """Targets of each."""
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
+        """Targets of each sequence; with sampling, answers of different lengths to each."""
         time.sleep(self._seconds)
-        return [self._targets(sequence) for sequence in sequences]
+        if self._sampling is None:
+            return [ScoredSequence(sequence, self._targets(sequence)) for sequence in sequences]
+        return self._answers(sequences, self._sampling)
 
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """Answers of different lengths to each prompt."""
-        assert self._sampling is not None
-        time.sleep(self._seconds)
+    def _answers(self, prompts: Sequence[TokenSequence], sampling: SamplingConfig) -> list[ScoredSequence]:
         made = []
         for prompt in prompts:
-            for number in range(self._sampling.n):
-                rng = _rng_of(answer_name(prompt.sample_id, number, answers=self._sampling.n))
+            for number in range(sampling.n):
+                rng = _rng_of(answer_name(prompt.sample_id, number, answers=sampling.n))
                 tokens = rng.integers(0, self._header.token_count, int(rng.integers(1, _LONGEST_ANSWER + 1)))
                 answer = answer_sequence(
-                    prompt, tokens.tolist(), number=number, answers=self._sampling.n, finish_reason="stop"
+                    prompt, tokens.tolist(), number=number, answers=sampling.n, finish_reason="stop"
                 )
                 made.append(ScoredSequence(answer, self._targets(answer)))
         return made

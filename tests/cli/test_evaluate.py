@@ -11,7 +11,7 @@ import torch
 
 from coldstill.cli.evaluate import evaluate
 from coldstill.common.packages import PackagesMissing
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.trainer.errors import StudentHeadTooSmall, StudentNotFound
 from coldstill.trainer.evaluation import EvaluationReport, evaluate_student

@@ -15,8 +15,7 @@ import numpy as np
 from coldstill.storage_schema.commits import Reject, commit_unit
 from coldstill.storage_schema.header import Codec, DatasetHeader
 from coldstill.storage_schema.manifest import seal
-from coldstill.storage_schema.media import MediaReference
-from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
+from coldstill.storage_schema.rows import CachedRow, MediaReference, span_positions, spans_from_mask
 from tests import making
 
 VOCABULARY = 400

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import zstandard
 
-from . import octets
+from . import byte_changes
 
 _MAGIC = struct.pack("<I", 0xFD2FB528)
 
@@ -28,7 +28,7 @@ def _of(content: bytes, *, level: int = 3, checksum: bool = True, size: bool = T
 
 
 def _other_content(rng: random.Random, frame: bytes) -> bytes:
-    content = octets.change(rng, content_of(frame))
+    content = byte_changes.change(rng, content_of(frame))
     return _of(content) if content else b""
 
 
@@ -52,7 +52,7 @@ def _other_make(rng: random.Random, frame: bytes) -> bytes:
 
 def _lying_size(rng: random.Random, frame: bytes) -> bytes:
     """A frame that declares another size than it has, in a field of 8 bytes, with a window of its own or none."""
-    size = rng.choice((*octets.INTERESTING, len(content_of(frame)))) & (1 << 64) - 1
+    size = rng.choice((*byte_changes.INTERESTING, len(content_of(frame)))) & (1 << 64) - 1
     block = content_of(frame)[:1000]
     return _header(rng, size) + _raw_block(block)
 
@@ -89,7 +89,7 @@ def _several(rng: random.Random, frame: bytes) -> bytes:
 
 
 def _bytes(rng: random.Random, frame: bytes) -> bytes:
-    return octets.change(rng, frame)
+    return byte_changes.change(rng, frame)
 
 
 def _nothing(rng: random.Random, frame: bytes) -> bytes:

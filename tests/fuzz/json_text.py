@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-from .octets import INTERESTING
+from .byte_changes import INTERESTING
 
 _RAW = "\x00raw "
 """A string that begins so is written as it is: JSON that Python's own writer would not write."""

@@ -15,7 +15,7 @@ from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME
 
-from . import headers, json_text, octets, pages, shard_rows, tables
+from . import byte_changes, headers, json_text, pages, shard_rows, tables
 from .bases import Base
 from .tree import Tree
 
@@ -48,7 +48,7 @@ def mutant(seed: int, number: int, bases: Sequence[Base]) -> Mutant:
 def _bytes_of(*names: str) -> Change:
     def run(rng: random.Random, tree: Tree, bases: Sequence[Base]) -> None:
         name = rng.choice(tree.named(*names))
-        tree.files[name] = octets.change(rng, tree.files[name])
+        tree.files[name] = byte_changes.change(rng, tree.files[name])
 
     return run
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema import open_dataset
 from coldstill.storage_schema.commits import committed_units, read_commit
-from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow

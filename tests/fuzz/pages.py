@@ -9,7 +9,7 @@ from copy import deepcopy
 
 import zstandard
 
-from . import octets
+from . import byte_changes
 from .parquet_parts import PAGE_BYTES, PAGE_RAW, Page, Parts, split, with_footer
 from .thrift import BINARY, DOUBLE, I32, I64, LIST, STRUCT, TRUE, Field, Items, Struct, all_fields, write_struct
 
@@ -31,10 +31,10 @@ def page_content(rng: random.Random, data: bytes) -> bytes:
     chunk = parts.chunks[place]
     content = chunk.content(page)
     if rng.random() < 0.5:
-        chunk.replace(page, octets.change(rng, content))
+        chunk.replace(page, byte_changes.change(rng, content))
     else:  # one number, where lengths and levels stand
         at = rng.randrange(max(len(content) - 3, 1))
-        value = rng.choice(octets.INTERESTING) & (1 << 32) - 1
+        value = rng.choice(byte_changes.INTERESTING) & (1 << 32) - 1
         chunk.replace(page, content[:at] + struct.pack("<I", value)[: len(content) - at] + content[at + 4 :])
     return parts.to_bytes()
 
@@ -44,7 +44,7 @@ def page_header(rng: random.Random, data: bytes) -> bytes:
     parts = Parts(data)
     _, page = _some_page(rng, parts)
     if rng.random() < 0.3:
-        page.header.set(rng.choice((PAGE_RAW, PAGE_BYTES)), rng.choice(octets.INTERESTING), I32)
+        page.header.set(rng.choice((PAGE_RAW, PAGE_BYTES)), rng.choice(byte_changes.INTERESTING), I32)
     else:
         _change_struct(rng, page.header)
     try:
@@ -67,13 +67,13 @@ def footer_field(rng: random.Random, data: bytes) -> bytes:
 def footer_bytes(rng: random.Random, data: bytes) -> bytes:
     """Bytes of the footer changed, its length right."""
     body, footer = split(data)
-    return with_footer(body, octets.change(rng, footer))
+    return with_footer(body, byte_changes.change(rng, footer))
 
 
 def lying_numbers(rng: random.Random, data: bytes) -> bytes:
     """Rows, values, sizes or places in the footer that are not those of the pages."""
     parts = Parts(data)
-    value = rng.choice(octets.INTERESTING)
+    value = rng.choice(byte_changes.INTERESTING)
     group = rng.choice(parts.footer.get(4).values or [Struct()])
     facts = rng.choice(parts.chunks).facts
     body = parts.body()
@@ -109,7 +109,7 @@ def move_pages(rng: random.Random, data: bytes) -> bytes:
 
 
 def huge_page(rng: random.Random, data: bytes) -> bytes:
-    """A page that says, or has, far more than its neighbours: from some MiB to 2 GiB."""
+    """A page that says, or has, far more than its neighbors: from some MiB to 2 GiB."""
     parts = Parts(data)
     place, page = _some_page(rng, parts)
     chunk = parts.chunks[place]
@@ -162,9 +162,9 @@ def _change_struct(rng: random.Random, root: Struct) -> None:
 
 def _other_value(rng: random.Random, item: Field) -> object:
     if isinstance(item.value, int):
-        return rng.choice((*octets.INTERESTING, item.value + 1, item.value - 1))
+        return rng.choice((*byte_changes.INTERESTING, item.value + 1, item.value - 1))
     if isinstance(item.value, bytes):
-        return octets.change(rng, item.value)
+        return byte_changes.change(rng, item.value)
     if isinstance(item.value, Items) and item.value.values:
         values = list(item.value.values)
         place = rng.randrange(len(values))

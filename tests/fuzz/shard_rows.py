@@ -14,7 +14,7 @@ from coldstill.storage_schema.codec import STREAMS
 from coldstill.storage_schema.shard import SCHEMA
 
 from . import frames
-from .octets import INTERESTING
+from .byte_changes import INTERESTING
 
 Rows = list[dict[str, Any]]
 

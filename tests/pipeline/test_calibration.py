@@ -1,4 +1,4 @@
-"""Laws of the pilot: the table ranks ids by how often they are kept, and a capture with it holds the same rows."""
+"""Laws of the calibration pass: the table ranks ids by how often they are kept, and a capture with it holds the same rows."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _ranked(folder: Path, **changes: object) -> tuple[Path, DatasetHeader]:
     """A whole capture with a table, by the driver's own steps."""
     config = capture_config(folder, **changes)
 
-    def pilot(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
+    def calibrate(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
         return rank_ids(config, load_teacher(config.teacher, header), header, unit)
 
-    prepared = prepare(config, rank_ids=pilot)
+    prepared = prepare(config, rank_ids=calibrate)
     do_units(config)
     seal(prepared.store)
     return Path(config.output), prepared.header
@@ -61,7 +61,7 @@ def test_a_table_changes_the_bytes_and_nothing_else(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-6)
 
 
-def test_a_few_targets_are_enough_for_a_pilot(tmp_path: Path) -> None:
+def test_a_few_targets_are_enough_for_a_table(tmp_path: Path) -> None:
     _, some = _ranked(tmp_path, calibration_targets=1)
     assert 0 < len(some.id_ranks) < len(_ranked(tmp_path, output="all")[1].id_ranks)
 
@@ -72,7 +72,7 @@ class _Answering:
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
 
-    def generate(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
+    def score(self, prompts: Sequence[TokenSequence]) -> list[ScoredSequence]:
         self.calls.append([prompt.sample_id for prompt in prompts])
         assert all(not prompt.target_spans.size for prompt in prompts)
         probs = making.random_probs(np.random.default_rng(0), 3, 64)
@@ -80,7 +80,7 @@ class _Answering:
         return [ScoredSequence(prompt, targets) for prompt in prompts]
 
 
-def test_the_pilot_of_mode_generate_asks_for_a_few_answers_until_it_has_its_targets(tmp_path: Path) -> None:
+def test_the_calibration_pass_of_mode_generate_asks_for_a_few_answers_until_it_has_its_targets(tmp_path: Path) -> None:
     config = capture_config(tmp_path, mode="generate", calibration_targets=10, sampling={"max_tokens": 5})
     prepared = prepare(config)
     teacher = _Answering()
@@ -97,9 +97,9 @@ def test_a_first_unit_of_rejects_alone_gives_no_table(tmp_path: Path) -> None:
     assert rank_ids(config, cast(Teacher, None), prepared.header, prepared.units[0]) == ()
 
 
-def test_a_dataset_keeps_the_table_that_it_was_begun_with(tmp_path: Path) -> None:
+def test_a_dataset_keeps_the_table_that_it_was_started_with(tmp_path: Path) -> None:
     config = capture_config(tmp_path)
     first = prepare(config, rank_ids=lambda header, unit: (5, 3, 8))
-    again = prepare(config, rank_ids=lambda header, unit: pytest.fail("a second pilot"))
+    again = prepare(config, rank_ids=lambda header, unit: pytest.fail("a second calibration pass"))
     assert first.header == again.header
     assert again.header.id_ranks == (5, 3, 8)

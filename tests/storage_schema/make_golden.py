@@ -20,9 +20,8 @@ from coldstill.storage_schema.commits import Reject, commit_unit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import Codec, DatasetHeader
 from coldstill.storage_schema.manifest import seal
-from coldstill.storage_schema.media import MediaReference
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
-from coldstill.storage_schema.rows import CachedRow, spans_from_mask
+from coldstill.storage_schema.rows import CachedRow, MediaReference, spans_from_mask
 from coldstill.storage_schema.store import Store
 from tests import making
 from tests.storage_schema.plain_decoder import decode_row

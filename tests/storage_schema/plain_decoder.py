@@ -52,7 +52,7 @@ def decode_row(row: dict[str, Any], header: dict[str, Any]) -> list[dict[str, An
 def grid_entries(
     row: dict[str, Any], header: dict[str, Any], counts: list[int], by_rank: list[int], width: int
 ) -> list[dict[str, Any]]:
-    """Kept entries of codec `grid`, before they are normalised."""
+    """Kept entries of codec `grid`, before they are normalized."""
     deltas = escaped(stream(row, "ids"), stream(row, "id_escapes"), width)
     below = escaped(stream(row, "logprobs"), stream(row, "logprob_escapes"), 2)
     last_levels, tails = planes(stream(row, "last_levels"), 2), planes(stream(row, "log_tail"), 2)
@@ -74,7 +74,7 @@ def grid_entries(
 def half_entries(
     row: dict[str, Any], header: dict[str, Any], counts: list[int], by_rank: list[int], width: int
 ) -> list[dict[str, Any]]:
-    """Kept entries of codec `float16`, before they are normalised."""
+    """Kept entries of codec `float16`, before they are normalized."""
     ids, logprobs = planes(stream(row, "ids"), width), halves(stream(row, "logprobs"))
     positions = []
     for count, log_tail in zip(counts, halves(stream(row, "log_tail")), strict=True):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import pytest
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import (
     CommitDamaged,
     FileDamaged,
@@ -36,6 +40,51 @@ def test_rows_by_number_by_slice_and_by_shard_are_the_same(tiny_dataset: Path) -
     for index in (-1, 24):
         with pytest.raises(IndexError):
             dataset.row(index)
+
+
+class CountingStore(Store):
+    """Counts the shards that are opened."""
+
+    opened = 0
+
+    def open(self, name: str) -> BinaryIO:
+        self.opened += name.startswith("shards/")
+        return super().open(name)
+
+
+def test_rows_of_one_shard_open_it_once_and_few_shards_stay_open(tmp_path: Path, tokenizer_folder: Path) -> None:
+    rng = np.random.default_rng(3)
+    shards = [[making.random_row(rng, f"row-{shard}-{i}") for i in range(2)] for shard in range(10)]
+    making.write_dataset(
+        tmp_path / "dataset", shards, header=making.tiny_header(tokenizer_folder), tokenizer=tokenizer_folder
+    )
+    dataset = Dataset(store := CountingStore(tmp_path / "dataset"))
+    for index in (0, 1, 0, 2, 1, 3):
+        dataset.row(index)
+    assert store.opened == 2
+    for index in range(20):
+        dataset.row(index)
+    assert store.opened == 10
+    dataset.row(19)
+    assert store.opened == 10, "the last eight shards are open"
+    dataset.row(0)
+    assert store.opened == 11, "the first one was closed"
+
+
+def test_open_shards_and_their_row_groups_are_released_with_their_dataset(tiny_dataset: Path) -> None:
+    """At once, not when Python next looks for cycles: each holds megabytes."""
+    gc.disable()
+    try:
+        dataset = open_dataset(tiny_dataset)
+        for index in range(len(dataset)):
+            dataset.row(index)
+        shards = [weakref.ref(shard) for shard in dataset._open_shards.values()]
+        groups = [weakref.ref(group) for shard in shards for group in shard()._batches.values()]  # type: ignore[union-attr]
+        assert len(shards) == len(groups) == 3
+        del dataset
+        assert [reference() for reference in (*shards, *groups)] == [None] * 6
+    finally:
+        gc.enable()
 
 
 def test_a_copy_in_another_place_is_the_same_dataset(tiny_dataset: Path) -> None:

@@ -21,7 +21,7 @@ from coldstill.storage_schema.header import (
 )
 from coldstill.storage_schema.rows import TeacherTargets
 from coldstill.storage_schema.shard import MAX_SHARD_BYTES, SCHEMA
-from coldstill.storage_schema.shard.footer import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES
+from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES
 from tests import making
 
 DOCUMENT = (Path(coldstill.storage_schema.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")

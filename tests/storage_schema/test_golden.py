@@ -11,7 +11,7 @@ import pytest
 
 from coldstill.storage_schema.codec.grid import Grid
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.media import MediaReference
+from coldstill.storage_schema.rows import MediaReference
 from coldstill.tools.verify import verify
 from tests.storage_schema.plain_decoder import decode_row
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from coldstill import DistillTrainer, load_logit_dataset
-from coldstill.storage_schema import CachedRow, open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
-from coldstill.storage_schema.rows import spans_from_mask
+from coldstill.storage_schema.rows import CachedRow, spans_from_mask
 from coldstill.trainer.data.collate import collate
 from coldstill.trainer.errors import NonFiniteLoss, StudentHeadTooSmall
 from coldstill.trainer.loss_config import LossConfig

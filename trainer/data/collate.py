@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coldstill.storage_schema import CachedRow
+from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.targets import SparseTargets, joined
 
 from .thinning import with_smaller_top_k

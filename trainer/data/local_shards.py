@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pyarrow as pa
+from cachetools import LRUCache
 
-from coldstill.storage_schema import Dataset
+from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import ShardDamaged
-from coldstill.storage_schema.recent import Recent
 from coldstill.storage_schema.shard import ShardFile
 from coldstill.storage_schema.store import Store
 
@@ -33,7 +33,7 @@ class LocalShards:
         self._dataset, self._cache, self._verified = dataset, cache, verified
         self._calls = BackgroundCalls()
         self._ready: dict[int, Future[Path]] = {}
-        self._open: Recent[int, ShardFile] = Recent(_OPEN_FILES)
+        self._open: LRUCache[int, ShardFile] = LRUCache(_OPEN_FILES)
 
     def expect(self, shards: Iterable[int]) -> None:
         """These are opened next, in this order: make them ready in the background."""
@@ -41,7 +41,10 @@ class LocalShards:
 
     def open(self, shard: int) -> ShardFile:
         """Shard number `shard`. Raises `ShardMissing`, `ShardDamaged`, `HeaderMismatch`, `StorageFailed`."""
-        return self._open.get(shard, self._opened)
+        file = self._open.get(shard)
+        if file is None:
+            file = self._open[shard] = self._opened(shard)
+        return file
 
     def close(self) -> None:
         """End the background thread."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coldstill.storage_schema import Dataset, DatasetHeader, open_dataset
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import Store
 from coldstill.trainer.errors import InvalidMixture, MoreThanStored, NoTargets
 

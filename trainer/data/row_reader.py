@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from cachetools import LRUCache
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema import CachedRow, Dataset
-from coldstill.storage_schema.parquet.memory import values_of
-from coldstill.storage_schema.recent import Recent
-from coldstill.storage_schema.shard.batch_rows import BatchRows
+from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.parquet import values_of
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.shard.reader import BatchRows
 
 from .local_shards import LocalShards
 from .shard_cache import ShardCache
@@ -41,7 +42,7 @@ class RowReader:
         self._shards = [
             LocalShards(dataset, cache=cache, verified=known) for dataset, known in zip(datasets, verified, strict=True)
         ]
-        self._groups: Recent[tuple[int, int, int], pa.RecordBatch] = Recent(_GROUPS_IN_MEMORY * len(datasets))
+        self._groups: LRUCache[tuple[int, int, int], pa.RecordBatch] = LRUCache(_GROUPS_IN_MEMORY * len(datasets))
 
     def expect(self, dataset: int, shards: Iterable[int]) -> None:
         """These shards are read next: make them ready in the background."""
@@ -89,4 +90,8 @@ class RowReader:
         return rows
 
     def _group(self, group: tuple[int, int, int]) -> pa.RecordBatch:
-        return self._groups.get(group, lambda key: self._shards[key[0]].open(key[1]).batch(key[2]))
+        batch = self._groups.get(group)
+        if batch is None:
+            dataset, shard, number = group
+            batch = self._groups[group] = self._shards[dataset].open(shard).batch(number)
+        return batch

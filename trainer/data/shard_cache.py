@@ -13,9 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from coldstill.storage_schema.commits import SHARDS_FOLDER, FileRecord
-from coldstill.storage_schema.copy_file import copy_file
 from coldstill.storage_schema.store import RUN_FOLDER, Store
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord, copy_file
 
 _LOCK = "lock"
 

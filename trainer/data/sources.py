@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from coldstill.storage_schema import CachedRow, Dataset
+from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.rows import CachedRow
 
 from .row_reader import RowReader, RowReference
 from .shard_cache import ShardCache

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coldstill.storage_schema import CachedRow
-from coldstill.storage_schema.rows import TeacherTargets
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
 from .order import words_of_positions
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from coldstill.storage_schema import CachedRow, Dataset
+from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.errors import NoAnswers
 
 from .evaluate import measuring

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema import Dataset
+from coldstill.storage_schema.dataset import Dataset
 from coldstill.trainer.config import StudentConfig
 from coldstill.trainer.student import check_tokenizer, load_student, tokenizer_files
 

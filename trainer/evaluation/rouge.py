@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from coldstill.common.packages import require_packages
-from coldstill.storage_schema import Dataset
+from coldstill.storage_schema.dataset import Dataset
 
 from .answers import greedy_answers, questions
 

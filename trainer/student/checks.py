@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from coldstill.storage_schema import DatasetHeader
 from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import fingerprint_bytes
 from coldstill.trainer.errors import StudentHeadTooSmall
 

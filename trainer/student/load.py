@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from coldstill.storage_schema import DatasetHeader
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.trainer.config import StudentConfig
 
 from .adapter import with_adapters

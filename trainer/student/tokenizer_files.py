@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from coldstill.storage_schema import Dataset
+from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import TokenizerNotFound
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 from coldstill.trainer.config import StudentConfig

@@ -10,8 +10,8 @@ import re
 import yaml
 
 from coldstill.common.visible import visible
-from coldstill.storage_schema.commits import SHARDS_FOLDER
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER
 from coldstill.tools.card.markdown import cut
 
 HUB_LICENCES = frozenset(

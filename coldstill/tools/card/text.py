@@ -21,7 +21,7 @@ _LOAD = """## Load it
 `PATH` is this folder, or `s3://`, `gs://` or `hf://datasets/ORG/NAME`. With Coldstill, one row and its teacher:
 
 ```python
-from coldstill.storage_schema import open_dataset
+from coldstill import open_dataset
 
 dataset = open_dataset("PATH")
 row = dataset.row(0)

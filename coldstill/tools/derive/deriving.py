@@ -18,8 +18,8 @@ from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.faithfulness import sample_to_bytes
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
-from coldstill.storage_schema.media import MEDIA_FOLDER
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
+from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import Store
 
 from .errors import NothingSelected

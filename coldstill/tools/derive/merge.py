@@ -8,8 +8,8 @@ from pathlib import Path
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
-from coldstill.storage_schema.media import MEDIA_FOLDER
 from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.rows import MEDIA_FOLDER
 
 from .deriving import Derivation, derive
 from .errors import InvalidRequest, MediaClash

@@ -7,22 +7,21 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue, ValidationError
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, parse_document
 from coldstill.storage_schema.commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,
     REJECTS_FOLDER,
-    SHARDS_FOLDER,
     commit_name,
     read_commit,
 )
-from coldstill.storage_schema.documents import parse_document
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import read_manifest
-from coldstill.storage_schema.media import MEDIA_FOLDER
 from coldstill.storage_schema.plan import PLAN_NAME
+from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import RUN_FOLDER, Store
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER
 
 from .errors import OutputNotApart, OutputTaken
 from .sources import Sources

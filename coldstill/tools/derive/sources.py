@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coldstill.storage_schema.commits import REJECTS_FOLDER, FileRecord
+from coldstill.storage_schema.commits import REJECTS_FOLDER
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, TokenizerMismatch
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.manifest import ShardRecord
-from coldstill.storage_schema.media import MEDIA_FOLDER
+from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.shard import ShardFile
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+from coldstill.storage_schema.verified_files import FileRecord
 
 MAX_SAMPLE = 20_000
 MAX_SAMPLE_BYTES = 128 << 20

@@ -20,7 +20,7 @@ from coldstill.storage_schema.faithfulness import ExactPosition
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit
 from coldstill.storage_schema.shard import copy_shard
-from coldstill.storage_schema.shard.footer import MAX_GROUP_BYTES, MAX_GROUP_ROWS
+from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
 
 from .selecting import MaskedBatch, Select, masked_batches
 from .sources import Sources, SourceShard

@@ -16,13 +16,13 @@ from typing import NamedTuple, Never
 from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema.commits import COMMITS_FOLDER, FileRecord
-from coldstill.storage_schema.copy_file import copy_file
+from coldstill.storage_schema.commits import COMMITS_FOLDER
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, StorageFull
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME, dataset_id
 from coldstill.storage_schema.store import RUN_FOLDER, Store
+from coldstill.storage_schema.verified_files import FileRecord, copy_file
 
 CARD_NAME = "README.md"
 CARD_FILES = (CARD_NAME, "card/stats.png")

@@ -6,11 +6,11 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from coldstill.storage_schema.commits import FileRecord, file_record
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import StorageFailed, UnsupportedStore
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.verified_files import FileRecord, file_record
 from coldstill.tools.hub.copying import AnotherDataset, manifest_bytes
 
 if TYPE_CHECKING:

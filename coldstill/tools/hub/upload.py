@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema.commits import FileRecord, file_record
 from coldstill.storage_schema.dataset import Dataset
-from coldstill.storage_schema.errors import StorageFailed, UnsupportedStore
+from coldstill.storage_schema.errors import CredentialsMissing, StorageFailed, UnsupportedStore, named_errors
 from coldstill.storage_schema.manifest import MANIFEST_NAME
-from coldstill.storage_schema.store.errors import CredentialsMissing, named_errors
+from coldstill.storage_schema.verified_files import FileRecord, file_record
 from coldstill.tools.hub.copying import (
     CARD_NAME,
     THREADS,

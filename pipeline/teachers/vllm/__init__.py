@@ -1,1 +1,1 @@
-"""vLLM as a teacher: its engine, the tap inside its worker, and its public path beside it."""
+"""vLLM as a teacher: its engine, the tap inside its workers, the self-check, and the public path."""

@@ -1,21 +1,93 @@
-"""vLLM's engine with a thread of its own: calls of any threads in, finished requests out. Public vLLM only.
+"""vLLM's engine: its start arguments, and the thread that steps it.
 
-One thread starts the engine, gives it requests and steps it. All requests of a call are queued before the next step;
-calls that overlap share the engine's steps, so that it stays full while the last long answers of one call drain.
+Only what is public in vLLM is used. Calls from any threads enter a queue. One thread starts the engine, adds their
+requests and steps it. All requests of a call are queued before the next step; overlapping calls share the engine's
+steps, so that it stays full while the last long answers of one call end.
 """
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import queue
+import sysconfig
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
+import torch
+
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.storage_schema.header import DatasetHeader
+
+_REFUSED = {
+    "speculative_config": "several logit rows belong to one token under speculative decoding",
+    "max_logprobs": "it follows teacher.top_k",
+    "logprobs_mode": "the log-probs are those of the raw logits",
+    "worker_extension_cls": "it names the tap",
+    "model": "it is teacher.model",
+    "dtype": "it is teacher.dtype",
+}
+
+
+def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, Any]:
+    """Arguments of vLLM's LLM class: ours, then `teacher.engine_args`. Raises `TeacherUnusable` for refused ones."""
+    refused = dict(_REFUSED)
+    if config.tap == "public" or header.order == "exact":
+        refused["enable_prefix_caching"] = "positions in a cached prefix are never computed"
+    for name, reason in refused.items():
+        if name in config.engine_args:
+            raise TeacherUnusable(
+                f"teacher.engine_args.{name}",
+                found=config.engine_args[name],
+                wanted="no such argument",
+                fix=f"remove it: {reason}",
+            )
+    parallel = config.engine_args.get("tensor_parallel_size", 1) * config.engine_args.get("pipeline_parallel_size", 1)
+    arguments: dict[str, Any] = {
+        "model": config.model,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        # vLLM needs room for one sampled token after the prompt.
+        "max_model_len": config.max_length + 1,
+        # The self-check needs as many from the public path.
+        "max_logprobs": config.top_k,
+        "logprobs_mode": "raw_logprobs",
+        "enable_prefix_caching": False,
+        # Inside a Ray placement group vLLM would choose Ray, and wait for the GPUs that this actor holds.
+        "distributed_executor_backend": "uni" if parallel == 1 else "mp",
+        "enforce_eager": not _can_compile(),
+        "seed": 0,
+    }
+    if header.order == "exact" or header.mode == "generate":
+        # A step that runs ahead of its results depends on timing, and the tap would lack the tokens of an answer.
+        arguments["async_scheduling"] = False
+    if header.mode == "generate" and not torch.cuda.is_available():
+        # vLLM 0.32 on a CPU fails when a request with its own seed is prefilled in chunks.
+        arguments["enable_chunked_prefill"] = False
+    if config.tap == "worker":
+        arguments["worker_extension_cls"] = "coldstill.pipeline.teachers.vllm.tap.TapExtension"
+    if header.teacher.head_dtype != header.teacher.dtype:
+        arguments["hf_overrides"] = {"head_dtype": header.teacher.head_dtype}
+    return {**arguments, **config.engine_args}
+
+
+def set_environment(config: TeacherConfig, arguments: dict[str, Any]) -> None:
+    """Set the variables that vLLM reads at import, except those that the user has set."""
+    # In one process the engine dies with its worker and cannot hang it. Several GPUs need several processes.
+    one_process = arguments["distributed_executor_backend"] == "uni"
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if one_process else "1")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if config.runner == "v2" else "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # The one sampled token may exceed the model's context; it is never read.
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    if not _can_compile():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 class Request(NamedTuple):
@@ -26,7 +98,7 @@ class Request(NamedTuple):
 
 
 class _Call:
-    """Requests whose outputs are awaited together."""
+    """The requests of one call, and their outputs."""
 
     def __init__(self, requests: Sequence[Request]):
         self.requests = requests
@@ -36,10 +108,10 @@ class _Call:
 
 
 class Engine:
-    """A started engine. Its methods may be called from several threads."""
+    """A started engine. Thread-safe."""
 
     def __init__(self, config: TeacherConfig, arguments: dict[str, Any]):
-        """Start it. Raises `TeacherUnusable`."""
+        """Start the engine. Raises `TeacherUnusable`."""
         self.steps = 0
         self.processes: tuple[int, ...] = ()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -54,11 +126,11 @@ class Engine:
             raise TeacherUnusable(
                 f"teacher.model {config.model}",
                 found=" ".join(str(error).split())[:600],
-                wanted="a model and engine_args that vLLM takes",
+                wanted="a model and engine_args that vLLM accepts",
             ) from error
 
     def run(self, requests: Sequence[Request]) -> list[Any]:
-        """vLLM's outputs of the requests, in their order. Raises what the engine raised."""
+        """vLLM's outputs of the requests, in order. Raises what the engine raised."""
         if not requests:
             return []
         call = _Call(requests)
@@ -66,16 +138,16 @@ class Engine:
         return call.done.result()
 
     def call_workers(self, method: str, *arguments: Any) -> list[Any]:
-        """The answers of all worker processes, between two steps."""
+        """Call a method of all worker processes, between two steps, and return their results in rank order."""
         answer: Future[list[Any]] = Future()
 
-        def ask() -> None:
+        def call() -> None:
             try:
                 answer.set_result(self._llm.collective_rpc(method, args=arguments))
             except Exception as error:
                 answer.set_exception(error)
 
-        self._inbox.put(ask)
+        self._inbox.put(call)
         return answer.result()
 
     def _run(self, arguments: dict[str, Any], started: Future[None]) -> None:
@@ -92,7 +164,7 @@ class Engine:
         self.processes = tuple(pid for pid in children - before if pid)
         started.set_result(None)
         while True:
-            self._take_in()
+            self._run_queued_calls()
             try:
                 outputs = self._engine.step()
             except Exception as error:
@@ -103,8 +175,8 @@ class Engine:
                 if output.finished and output.request_id in self._owners:
                     self._deliver(output)
 
-    def _take_in(self) -> None:
-        """Do what has been asked; waits where there is nothing to step for."""
+    def _run_queued_calls(self) -> None:
+        """Run the queued calls; wait for one where the engine has no requests."""
         while not self._owners or not self._inbox.empty():
             self._inbox.get()()
 
@@ -134,7 +206,7 @@ class Engine:
             call.done.set_result(call.outputs)
 
     def _fail(self, error: Exception) -> None:
-        """After an exception in a step nothing is known of what is in the engine: no further step is made."""
+        """After an exception in a step the engine's state is unknown: it makes no further step."""
         self._broken = error
         calls = {id(call): call for call, _ in self._owners.values()}
         self._owners.clear()
@@ -143,7 +215,7 @@ class Engine:
 
 
 class _paused:
-    """While requests are added, an engine in a process of its own makes no step: its schedule would hang on timing."""
+    """While requests are added, an engine in its own process makes no step: its schedule would depend on timing."""
 
     def __init__(self, engine: Any):
         self._core = engine.engine_core if hasattr(engine.engine_core, "call_utility") else None
@@ -155,3 +227,8 @@ class _paused:
     def __exit__(self, *raised: object) -> None:
         if self._core:
             self._core.call_utility("resume_scheduler")
+
+
+def _can_compile() -> bool:
+    """False where a path holds a space: torch.compile passes its include paths to the C++ compiler without quotes."""
+    return not any(character.isspace() for character in sysconfig.get_path("purelib"))

@@ -1,10 +1,10 @@
-"""Reads what vLLM returns for one prompt. Plain lists in, `TeacherTargets` out; imports nothing of vLLM.
+"""Makes `TeacherTargets` from vLLM's public prompt log-probs. Imports nothing of vLLM.
 
-Shape letters: `T` tokens, `N` target positions, `K` teacher top-k.
+Shape letters: `N` target positions, `K` teacher top-k.
 
-vLLM's flat prompt log-probs hold one run of entries for each prompt token: none for the first, and for token `j` the
-log-prob of token `j` itself followed by the K best of the distribution that predicts it. So the run of token `j` is
-target position `j - 1` (the alignment law of storage_schema/rows.py).
+vLLM's flat prompt log-probs hold one run of entries for each prompt token. The first token's run is empty. The run of
+token `j` holds the log-prob of token `j` itself, then the K best of the distribution that predicts it: it is target
+position `j - 1` (the alignment law of storage_schema/rows.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.teachers.topk_entries import targets_of_entries
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
-_FIX = "this vLLM release may return them in another way: use the pinned one, or teacher.engine: transformers"
+_FIX = "this vLLM release may return another layout: install the pinned one, or set teacher.engine: transformers"
 
 
 class FlatLogprobs(Protocol):
-    """The part of vLLM's `FlatLogprobs` that is read here."""
+    """The fields of vLLM's `FlatLogprobs` that are read here."""
 
     start_indices: list[int]
     end_indices: list[int]
@@ -35,7 +35,7 @@ def read_prompt_logprobs(
 ) -> TeacherTargets:
     """Targets of one sequence, as `topk_entries.targets_of_entries` makes them: derived tail, no draws.
 
-    Raises `TeacherOutputInvalid` where vLLM gave other than K + 1 entries for a wanted position.
+    Raises `TeacherOutputInvalid` unless vLLM returned K + 1 entries for each target position.
     """
     positions = span_positions(sequence.target_spans)
     labels = sequence.token_ids[positions + 1]
@@ -52,7 +52,7 @@ def read_prompt_logprobs(
     all_ids = np.asarray(flat.token_ids, np.int32)[entries]
     all_logprobs = np.asarray(flat.logprobs, np.float64)[entries]
     if (all_ids[:, 0] != labels).any():
-        raise _invalid(sequence, "log-probs of other tokens than were asked for", "those of the prompt's own tokens")
+        raise _invalid(sequence, "log-probs of other tokens", "those of the prompt's own tokens")
     return targets_of_entries(
         labels,
         all_logprobs[:, 0],

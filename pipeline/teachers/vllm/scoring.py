@@ -1,29 +1,194 @@
-"""A step's hidden states to the targets of the requests in it. Torch, and no vLLM: the head is a function.
+"""Scores a step's hidden states and keeps the targets of each request.
 
-Wanted rows of all requests are put together first, then cut into blocks: short rows of many sequences fill one matrix
-product, a position without a target costs nothing, and memory is bounded at any vocabulary size.
-Shape letters: `N` wanted positions of a step, `H` rows of hidden states, `V` vocabulary.
+Torch, and no vLLM: the head is a function. The wanted rows of all requests of a step are joined first, then cut into
+blocks: short rows of many sequences fill one matrix product, a position without a target costs nothing, and memory is
+bounded at any vocabulary size. Positions are absolute, so the chunks of a prompt may have any borders, and positions
+that are computed again after a preemption are written again.
+
+Shape letters: `N` wanted positions of a step or request, `H` rows of hidden states, `V` vocabulary, `K` teacher top-k,
+`D` draws, `R` most kept draws of a position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coldstill.pipeline.teachers.kernel import Kernel, Summary
-
-from .requests import Arrays, TappedRequest, TapSettings
+from coldstill.pipeline.teachers.target_extractor import Summary, TargetExtractor, draw_uniforms
+from coldstill.storage_schema.rows import TeacherTargets
 
 _LEAST_ROWS, _MOST_ROWS = 16, 4096
 
+SPEC_KEY = "coldstill"
+"""The key of a request's `RequestSpec` in vLLM's `SamplingParams.extra_args`."""
+
+
+class RequestSpec(TypedDict):
+    """What a request wants of the tap; plain values, which vLLM passes on to its worker processes.
+
+    Either `spans`, pairs of the first and one past the last target position, or `max_answer_tokens`: then every
+    position from that of the prompt's last token on is a target.
+    """
+
+    number: int
+    sample_id: str
+    spans: NotRequired[list[list[int]]]
+    max_answer_tokens: NotRequired[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapSettings:
+    """What is kept of each distribution; plain values, which are sent to vLLM's worker processes."""
+
+    top_k: int
+    min_prob: float
+    draws: int
+    kept_draws: int
+    draw_logprobs: bool
+    draw_seed: int
+    token_count: int
+
+    def row_bytes(self) -> int:
+        """Bytes of one position in a message to the engine's process, at most."""
+        return 8 * self.top_k + 8 * self.kept_draws + 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrays:
+    """A `Summary` on the host, and the labels that it was made with."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    counts: np.ndarray
+    log_tail: np.ndarray
+    label_logprob: np.ndarray
+    draw_ids: np.ndarray
+    draw_logprobs: np.ndarray
+    draw_counts: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def empty(cls, positions: int, settings: TapSettings) -> Arrays:
+        """Arrays for `positions` distributions, not filled."""
+        return cls(**{name: np.empty((positions, *shape), dtype) for name, shape, dtype in _layout(settings)})
+
+    def to_wire(self, positions: int) -> list[bytes]:
+        """The bytes of the first `positions` of each array."""
+        return [getattr(self, field.name)[:positions].tobytes() for field in fields(self)]
+
+    @classmethod
+    def from_wire(cls, parts: Sequence[bytes], *, positions: int, settings: TapSettings) -> Arrays:
+        """Read-only arrays from the result of `to_wire`."""
+        return cls(
+            **{
+                name: np.frombuffer(part, dtype).reshape(positions, *shape)
+                for (name, shape, dtype), part in zip(_layout(settings), parts, strict=True)
+            }
+        )
+
+    def targets(self, *, draw_logprobs: bool) -> TeacherTargets:
+        """The same as `TeacherTargets`."""
+        drawn = np.arange(self.draw_ids.shape[1]) < self.draw_counts[:, None]
+        return TeacherTargets(
+            ids=self.ids,
+            logprobs=self.logprobs,
+            counts=self.counts,
+            log_tail=self.log_tail,
+            label_logprob=self.label_logprob,
+            draw_ids=self.draw_ids[drawn],
+            draw_counts=self.draw_counts,
+            draw_logprobs=self.draw_logprobs[drawn] if draw_logprobs else None,
+        )
+
+
+def _layout(settings: TapSettings) -> list[tuple[str, tuple[int, ...], type]]:
+    kept_draws = min(settings.kept_draws, settings.draws)
+    shapes: dict[str, tuple[tuple[int, ...], type]] = {
+        "ids": ((settings.top_k,), np.int32),
+        "logprobs": ((settings.top_k,), np.float32),
+        "counts": ((), np.int32),
+        "log_tail": ((), np.float32),
+        "label_logprob": ((), np.float32),
+        "draw_ids": ((kept_draws,), np.int32),
+        "draw_logprobs": ((kept_draws if settings.draw_logprobs else 0,), np.float32),
+        "draw_counts": ((), np.int32),
+        "labels": ((), np.int32),
+    }
+    return [(field.name, *shapes[field.name]) for field in fields(Arrays)]
+
+
+class TappedRequest:
+    """One request: its wanted positions, ascending, and the targets computed so far."""
+
+    def __init__(self, spec: RequestSpec, *, prompt: Sequence[int], settings: TapSettings):
+        self.prompt = np.asarray(prompt, np.int64)
+        if "max_answer_tokens" in spec:
+            first = self.prompt.size - 1
+            self.positions = np.arange(first, first + spec["max_answer_tokens"])
+        else:
+            self.positions = np.concatenate([np.arange(a, b) for a, b in spec["spans"]] or [np.empty(0, np.int64)])
+        self.arrays = Arrays.empty(self.positions.size, settings)
+        self.done = np.zeros(self.positions.size, bool)
+        self.failure = ""
+        self.recomputed = 0
+        self.padding_mass = 0.0
+        self._uniforms = draw_uniforms(
+            self.positions, draws=settings.draws, seed=settings.draw_seed, sample_id=spec["sample_id"]
+        )
+
+    def wanted(self, start: int, stop: int) -> slice:
+        """The part of the wanted positions that lies in `[start, stop)`."""
+        return slice(*np.searchsorted(self.positions, (start, stop)).tolist())
+
+    def labels(self, part: slice, answer: Sequence[int] = ()) -> np.ndarray:
+        """`int64 [n]`: the tokens that follow these positions, in the prompt and in the answer so far."""
+        following = self.positions[part] + 1
+        inside = following < self.prompt.size
+        labels = self.prompt[np.where(inside, following, 0)]
+        for index in np.flatnonzero(~inside):
+            labels[index] = answer[following[index] - self.prompt.size]
+        return labels
+
+    def uniforms(self, part: slice) -> np.ndarray:
+        """`float64 [n, D]` of these positions."""
+        return self._uniforms[part]
+
+    def store(self, part: slice, arrays: Arrays, rows: slice, *, finite: np.ndarray, padding_mass: np.ndarray) -> None:
+        """Copy `rows` of a step's arrays to these positions."""
+        if not finite[rows].all():
+            position = self.positions[part][int(finite[rows].argmin())]
+            self.fail(f"a logit at position {position} is not a number")
+            return
+        for field in fields(Arrays):
+            getattr(self.arrays, field.name)[part] = getattr(arrays, field.name)[rows]
+        self.recomputed += int(self.done[part].sum())
+        self.done[part] = True
+        self.padding_mass += float(padding_mass[rows].sum())
+
+    def fail(self, reason: str) -> None:
+        """Record a failure of this request; the first one stays."""
+        self.failure = self.failure or reason
+
+    def problem(self, positions: int) -> str:
+        """What is wrong with the first `positions`; empty if all of them were computed."""
+        if self.failure:
+            return self.failure
+        if positions > self.positions.size:
+            return f"{positions} targets where at most {self.positions.size} were announced"
+        if not self.done[:positions].all():
+            missing = self.positions[:positions][~self.done[:positions]]
+            return f"{missing.size} of {positions} positions were never computed, the first is {missing[0]}"
+        return ""
+
 
 class Piece(NamedTuple):
-    """Positions `part` of a request's wanted ones, whose hidden states stand at `rows int64` and whose next tokens are
-    `labels int64`."""
+    """Part of a request's wanted positions: the rows of their hidden states, `rows int64 [n]`, and their next tokens,
+    `labels int64 [n]`."""
 
     request: TappedRequest
     part: slice
@@ -32,7 +197,7 @@ class Piece(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """A step's results on their way to the host: usable once `arrived` is."""
+    """Results of a step that are being copied to the host; complete once `arrived` has happened."""
 
     pieces: Sequence[Piece]
     summary: Summary
@@ -41,16 +206,16 @@ class _Pending(NamedTuple):
 
 
 class StepScorer:
-    """Scores the pieces of one step after the other."""
+    """Scores steps, one after the other."""
 
     def __init__(self, settings: TapSettings, *, vocab_size: int, block_bytes: int, keeps: bool, is_split: bool):
-        """`block_bytes`: the most memory for the logits of a block and what is made of them. `keeps`: whether this
-        process keeps what it computes. `is_split`: whether the head is split over several processes: all of them must
-        make the same calls of it then, and one keeps the result."""
+        """`block_bytes`: the most memory for the logits of a block and what is computed from them. `keeps`: whether
+        this process keeps its results. `is_split`: whether the head is split over several processes; all of them must
+        then make the same calls of it, and one keeps the results."""
         self._settings, self._keeps, self._is_split = settings, keeps, is_split
-        # Logits in the head's type and what the kernel makes of them: 8 bytes an entry.
+        # Logits in the head's type and the extractor's work memory: 8 bytes an entry.
         self._block = min(_MOST_ROWS, max(_LEAST_ROWS, block_bytes // (8 * vocab_size)))
-        self._kernel = Kernel(
+        self._extract = TargetExtractor(
             top_k=settings.top_k,
             min_prob=settings.min_prob,
             kept_draws=min(settings.kept_draws, settings.draws),
@@ -61,8 +226,8 @@ class StepScorer:
     def score(self, pieces: Sequence[Piece], hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         """Score a step: `hidden [H, width]`, `head` from hidden states `[n, width]` to logits `[n, V]`.
 
-        What goes wrong in the kernel is a failure of the step's requests, and the calls of the head go on: other
-        processes wait in it for this one.
+        An exception in the extractor is recorded as a failure of the step's requests, and the head is still called for
+        the other blocks: other processes wait in it for this one.
         """
         self.settle()
         pieces = [piece for piece in pieces if piece.labels.size]
@@ -82,9 +247,9 @@ class StepScorer:
                 if self._keeps and not failure:
                     parts.append(self._summary(logits, labels[block], uniforms[block]))
             except torch.OutOfMemoryError as error:
-                start = block.start if self._smaller() else block.stop
+                start = block.start if self._halve_blocks() else block.stop
                 failure = failure if start == block.start else f"{type(error).__name__}: {error}"
-            except Exception as error:  # must not leave the hook: it would end the engine and all that is in it
+            except Exception as error:  # raised in the hook, it would end the engine and all requests in it
                 start, failure = block.stop, f"{type(error).__name__}: {error}"
         if failure:
             for piece in pieces:
@@ -93,30 +258,30 @@ class StepScorer:
             self._send(pieces, Summary(*map(torch.cat, zip(*parts, strict=True))), labels)
 
     def settle(self) -> None:
-        """Store what has been computed in its requests; waits for a device that is still at it."""
+        """Store the pending results in their requests; waits for the device where necessary."""
         pending, self._pending = self._pending, []
         for step in pending:
             if step.arrived is not None:
                 step.arrived.synchronize()
             values = {name: tensor.numpy() for name, tensor in step.summary._asdict().items()}
-            finite, beyond = values.pop("finite"), values.pop("beyond")
+            finite, padding_mass = values.pop("finite"), values.pop("padding_mass")
             if not self._settings.draw_logprobs:
                 values["draw_logprobs"] = values["draw_logprobs"][:, :0]
             arrays, start = Arrays(**values, labels=step.labels), 0
             for piece in step.pieces:
                 stop = start + piece.labels.size
-                piece.request.store(piece.part, arrays, slice(start, stop), finite=finite, beyond=beyond)
+                piece.request.store(piece.part, arrays, slice(start, stop), finite=finite, padding_mass=padding_mass)
                 start = stop
 
     def _summary(self, logits: Tensor, labels: np.ndarray, uniforms: np.ndarray) -> Summary:
-        return self._kernel(
+        return self._extract(
             logits,
             torch.from_numpy(labels).to(logits.device, non_blocking=True),
             torch.from_numpy(uniforms).to(logits.device, non_blocking=True),
         )
 
-    def _smaller(self) -> bool:
-        """Halve the blocks from now on, where that can be: processes that share a head would part ways."""
+    def _halve_blocks(self) -> bool:
+        """Halve the blocks from now on, if possible: processes that share a head must keep equal blocks."""
         if self._is_split or self._block <= _LEAST_ROWS:
             return False
         self._block //= 2
@@ -124,7 +289,7 @@ class StepScorer:
         return True
 
     def _send(self, pieces: Sequence[Piece], summary: Summary, labels: np.ndarray) -> None:
-        """Start the copy to the host; nothing waits for it before the next step."""
+        """Start the copy to the host; the next step waits for it."""
         arrived = None
         if summary.ids.device.type == "cuda":
             summary = Summary(*(_to_pinned(tensor) for tensor in summary))

@@ -1,11 +1,10 @@
-"""The tap: what runs inside vLLM's worker processes. The one file that knows vLLM's insides.
+"""The tap: what runs inside vLLM's worker processes. The only file that imports vLLM's internals.
 
-`TapExtension` is appended to vLLM's worker class (`worker_extension_cls`), so that `LLM.collective_rpc` reaches its
-methods by name. It wraps the runner's own prompt log-prob step, which runs after the forward pass of each step with the
-hidden states of all scheduled tokens, final norm applied, before the head. From there on everything is ours: which
-rows are scored (`requests.py`), and how (`scoring.py`).
+vLLM appends `TapExtension` to its worker class (`worker_extension_cls`), so that `LLM.collective_rpc` can call its
+methods by name. It wraps the runner's own prompt log-prob step, which follows the forward pass of each step and takes
+the hidden states of all scheduled tokens, final norm applied, before the head. `scoring.py` does the rest.
 
-What is touched of vLLM is listed in `gate.py` and compared before anything is wrapped.
+`compatibility.py` lists what is touched of vLLM, and checks it before anything is wrapped.
 """
 
 from __future__ import annotations
@@ -22,24 +21,23 @@ from vllm.distributed.parallel_state import (
     get_tensor_model_parallel_world_size,
 )
 
-from .gate import problems_of_config, problems_of_runner
-from .requests import KEY, TappedRequest, TapSettings
-from .scoring import Piece, StepScorer
+from .compatibility import problems_of_config, problems_of_runner
+from .scoring import SPEC_KEY, Piece, StepScorer, TappedRequest, TapSettings
 
 _BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-"""Below the peak that vLLM itself measures at its start, whose activations are free again when the tap runs. On a CPU,
-8 to 32 MiB are 1.1 times as fast as 64 and 128 at V = 8,192, and 32 MiB is the fastest at 151,936. Why is not proven:
-larger ones may be new pages each time."""
+"""Below the peak that vLLM measures at its start, whose activations are free again when the tap runs. On a CPU, 8 to 32
+MiB are 1.1 times as fast as 64 and 128 at V = 8,192, and 32 MiB is the fastest at 151,936. The cause is not proven:
+larger blocks may need new pages each time."""
 
 
 class TapExtension:
-    """Methods of the worker, called by every rank's process; the one that keeps the results answers with them."""
+    """Methods of the worker, called in the process of every rank; one rank keeps the results and returns them."""
 
     model_runner: Any
     vllm_config: Any
 
     def coldstill_install(self, settings: dict[str, Any], runner: str) -> dict[str, Any]:
-        """Wrap the runner's hook. Answers with facts about the engine, or with `problems`: then nothing is wrapped."""
+        """Wrap the runner's hook, unless there are `problems`. Returns these, or facts about the engine."""
         problems = [*problems_of_config(self.vllm_config), *problems_of_runner(self.model_runner, runner)]
         if problems:
             return {"problems": problems}
@@ -60,17 +58,17 @@ class TapExtension:
         }
 
     def coldstill_configure(self, settings: dict[str, Any]) -> None:
-        """Keep other things of requests that come from now on."""
+        """Change the settings of later requests."""
         self._coldstill.configure(TapSettings(**settings))
 
     def coldstill_take(self, numbers: list[int], positions: list[int]) -> list[list[Any]] | None:
-        """What is known of these requests, which are finished: for each one its first `positions` wanted positions as
-        `[problem, positions computed twice, mass beyond the tokens, *arrays as bytes]`. They are forgotten here."""
+        """Remove these finished requests and return the first `positions` of each one's wanted positions, as
+        `[problem, recomputed positions, padding mass, *arrays as bytes]`."""
         return self._coldstill.take(numbers, positions)
 
 
 class Tap:
-    """The wrapped runner of one worker process, and the requests under way in it."""
+    """The wrapped runner of one worker process, and its unfinished requests."""
 
     def __init__(self, runner: Any, *, keeps: bool, is_split: bool):
         """`keeps`, `is_split`: see `StepScorer`."""
@@ -78,7 +76,7 @@ class Tap:
         self._runner, self._keeps, self._is_split = runner, keeps, is_split
 
     def configure(self, settings: TapSettings) -> None:
-        """Set what is kept."""
+        """Set what is kept of each distribution."""
         self.settings = settings
         self._scorer = StepScorer(
             settings,
@@ -89,18 +87,18 @@ class Tap:
         )
 
     def request(self, sampling_params: Any, prompt: Sequence[int] | None) -> TappedRequest | None:
-        """The request with these parameters, if it is one of the tap's: vLLM's own id of it is no key, a suffix of
-        chance is appended to that."""
-        wish = (getattr(sampling_params, "extra_args", None) or {}).get(KEY)
-        if wish is None or prompt is None:
+        """The request with these parameters, if it is one of the tap's. vLLM's own request id cannot be the key: vLLM
+        appends a random suffix to it."""
+        spec = (getattr(sampling_params, "extra_args", None) or {}).get(SPEC_KEY)
+        if spec is None or prompt is None:
             return None
-        number = int(wish["number"])
+        number = int(spec["number"])
         if number not in self.requests:
-            self.requests[number] = TappedRequest(wish, prompt=prompt, settings=self.settings)
+            self.requests[number] = TappedRequest(spec, prompt=prompt, settings=self.settings)
         return self.requests[number]
 
     def step(self, pieces: Callable[[], list[Piece]], hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
-        """Score a step. Never raises: that would end the engine, and with it all other requests."""
+        """Score a step. Never raises: an exception would end the engine and all its requests."""
         try:
             self._scorer.score(pieces(), hidden, head)
         except Exception as error:
@@ -114,7 +112,7 @@ class Tap:
         if not self._keeps:
             return None
         return [
-            [request.problem(count), request.again, request.beyond, *request.arrays.to_wire(count)]
+            [request.problem(count), request.recomputed, request.padding_mass, *request.arrays.to_wire(count)]
             if request
             else ["vLLM never scheduled it", 0, 0.0]
             for request, count in taken
@@ -122,7 +120,7 @@ class Tap:
 
 
 def _wrap_v1(runner: Any, tap: Tap) -> None:
-    """Model runner V1: `_get_prompt_logprobs_dict` is a method, called after sampling in every step that had logits."""
+    """Model runner V1: `_get_prompt_logprobs_dict` is a method, called after sampling in each step that has logits."""
     original = runner._get_prompt_logprobs_dict
 
     def pieces(scheduled: Mapping[str, int]) -> list[Piece]:
@@ -148,24 +146,24 @@ def _wrap_v1(runner: Any, tap: Tap) -> None:
 
 
 def _wrap_v2(runner: Any, tap: Tap) -> None:
-    """Model runner V2: an object of its own does prompt log-probs; one that does both takes its place. Prompts only.
+    """Model runner V2: replaces the object that computes prompt log-probs by one that scores too. Prompts only.
 
-    Its hidden states may be padded, and a preempted request is removed and added again: its number is the same then.
+    The hidden states may be padded. A preempted request is removed and added again, with the same number.
     """
     original = runner.prompt_logprobs_worker
 
     class TappedWorker(type(original)):  # type: ignore[misc]
         def __init__(self) -> None:
             self.__dict__.update(original.__dict__)  # its constructor differs between releases
-            self.coldstill_wishes: dict[str, Any] = {}
+            self.coldstill_parameters: dict[str, Any] = {}
 
         def add_request(self, req_id: str, req_idx: int, sampling_params: Any) -> None:
             super().add_request(req_id, req_idx, sampling_params)
-            self.coldstill_wishes[req_id] = sampling_params
+            self.coldstill_parameters[req_id] = sampling_params
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)
-            self.coldstill_wishes.pop(req_id, None)
+            self.coldstill_parameters.pop(req_id, None)
 
         def compute_prompt_logprobs(
             self,
@@ -186,8 +184,8 @@ def _wrap_v2(runner: Any, tap: Tap) -> None:
             found = []
             for index, request_id in enumerate(batch.req_ids):
                 place = int(batch.idx_mapping_np[index])
-                parameters = self.coldstill_wishes.get(request_id)
-                if KEY not in (getattr(parameters, "extra_args", None) or {}):
+                parameters = self.coldstill_parameters.get(request_id)
+                if SPEC_KEY not in (getattr(parameters, "extra_args", None) or {}):
                     continue
                 prompt = all_token_ids[place, : int(prompt_lens[place])].tolist()
                 request = tap.request(parameters, prompt)

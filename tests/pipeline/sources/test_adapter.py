@@ -20,7 +20,7 @@ from coldstill.pipeline.errors import SourceAdapterFailed, SourceChanged
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.sources.staging import remove_staging
-from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch
 from coldstill.storage_schema.manifest import seal

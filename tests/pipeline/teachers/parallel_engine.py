@@ -57,7 +57,7 @@ def main() -> None:
     """Score, and write what came."""
     folder, output = sys.argv[1:]
     teacher = load_teacher(config(Path(folder), tensor_parallel_size=2), header(Path(folder)))
-    answers = [teacher.score(rows()), teacher.score(rows())]
+    answers = [[scored.targets for scored in teacher.score(rows())] for _ in range(2)]
     # Of this test's own making, and read by it alone.
     Path(output).write_bytes(pickle.dumps((answers, teacher.environment, teacher.processes)))
 

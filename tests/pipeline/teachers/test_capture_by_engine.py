@@ -57,6 +57,6 @@ def test_a_capture_of_answers_stores_prompts_answers_and_what_the_teacher_though
     for row in rows:
         assert row.metadata["finish_reason"] in ("stop", "length")
         (again,) = teacher.score([row])  # type: ignore[list-item]  # it has all that is asked of a sequence
-        _assert_stored(row, again.label_logprob)
+        _assert_stored(row, again.targets.label_logprob)
     _captured(capture_config(tmp_path, rows=12, output="again", **changes))
     assert contents(config.output) == contents(tmp_path / "again")

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tenacity.nap
 
+from coldstill.common import retry
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.sequences import TokenSequence
@@ -46,7 +48,7 @@ def running(folder: Path) -> Iterator[ModelServer]:
 
 @pytest.fixture
 def server(running: ModelServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
-    monkeypatch.setattr(endpoint_client, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     monkeypatch.setenv(endpoint_client.KEY_VARIABLE, KEY)
     running.requests.clear()
     running.headers.clear()
@@ -105,7 +107,9 @@ def test_values_are_those_of_the_transformers_engine(server: ModelServer, folder
     ours = _teacher(server, min_prob=min_prob)
     reference = load_teacher(_config(folder, None, min_prob=min_prob), _header(folder))
     sequences = _sequences()
-    for sequence, targets, wanted in zip(sequences, ours.score(sequences), reference.score(sequences), strict=True):
+    scored = ours.score(sequences)
+    assert all(one.sequence is sequence for one, sequence in zip(scored, sequences, strict=True))
+    for (sequence, targets), (_, wanted) in zip(scored, reference.score(sequences), strict=True):
         targets.check(token_count=_header(folder).token_count)
         _assert_close(targets, wanted)
         assert targets.draw_ids.size == 0
@@ -117,10 +121,11 @@ def test_values_are_those_of_the_transformers_engine(server: ModelServer, folder
 
 def test_what_is_kept_of_an_answer_equals_a_later_score_of_it(server: ModelServer, folder: Path) -> None:
     teacher = _teacher(server, SamplingConfig(temperature=0.5, n=2, max_tokens=6))
-    answers = teacher.generate(_prompts())
+    answers = teacher.score(_prompts())
     assert [answer.sequence.sample_id for answer in answers] == ["p0#0", "p0#1", "p1#0", "p1#1", "p2#0", "p2#1"]
-    for (sequence, targets), again in zip(answers, teacher.score([a.sequence for a in answers]), strict=True):
-        _assert_close(targets, again)
+    scored = _teacher(server).score([answer.sequence for answer in answers])
+    for (sequence, targets), again in zip(answers, scored, strict=True):
+        _assert_close(targets, again.targets)
         assert sequence.metadata["finish_reason"] in ("stop", "length")
         row = CachedRow(
             sample_id=sequence.sample_id,
@@ -136,12 +141,12 @@ def test_an_answer_has_a_seed_of_its_own_and_none_of_the_servers_defaults(server
     sampling = SamplingConfig(temperature=0.7, top_p=0.9, n=2, max_tokens=3, stop=("END",))
     teacher = _teacher(server, sampling)
     server.requests.clear()
-    teacher.generate(_prompts())
+    teacher.score(_prompts())
     assert len({request["seed"] for request in server.requests}) == 6
     again = {json.dumps(request, sort_keys=True) for request in server.requests}
     server.requests.clear()
     for prompt in _prompts()[::-1]:
-        teacher.generate([prompt])
+        teacher.score([prompt])
     assert {json.dumps(request, sort_keys=True) for request in server.requests} == again
     for request in server.requests:
         neutral = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
@@ -157,10 +162,25 @@ def test_no_more_requests_are_under_way_than_allowed(server: ModelServer) -> Non
 @pytest.mark.parametrize("fault", [refused(429), refused(503, Retry_After="0"), cut, hang_up, no_http, garbage, deep])
 def test_a_fault_that_passes_is_no_fault(server: ModelServer, fault: Fault) -> None:
     teacher = _teacher(server)
-    wanted = teacher.score(_sequences(1))[0]
+    wanted = teacher.score(_sequences(1))[0].targets
     server.faults = [fault, fault]
-    np.testing.assert_array_equal(teacher.score(_sequences(1))[0].logprobs, wanted.logprobs)
+    np.testing.assert_array_equal(teacher.score(_sequences(1))[0].targets.logprobs, wanted.logprobs)
     assert server.faults == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"), [("7", 7, 7), ("999", 30, 30), ("Wed, 21 Oct 2026 07:28:00 GMT", 0, 0.01)]
+)
+def test_a_wait_is_as_long_as_the_server_asks_for_up_to_half_a_minute(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, asked: str, least: float, most: float
+) -> None:
+    teacher = _teacher(server)
+    waits: list[float] = []
+    monkeypatch.setattr(tenacity.nap.time, "sleep", waits.append)
+    server.faults = [refused(503, Retry_After=asked)]
+    teacher.score(_sequences(1))
+    (wait,) = waits
+    assert least <= wait <= most
 
 
 @pytest.mark.parametrize(
@@ -261,7 +281,7 @@ def test_a_log_prob_of_minus_infinity_has_no_mass(server: ModelServer) -> None:
     """vLLM writes -9999.0 for it."""
     teacher = _teacher(server)
     server.change = lambda document: list(_row(document)[2].values())[-1].update(logprob=-9999.0)
-    (targets,) = teacher.score(_sequences(1))
+    ((_, targets),) = teacher.score(_sequences(1))
     targets.check(token_count=258)
     assert targets.counts[:2].tolist() == [TOP_K - 1, TOP_K]
 
@@ -285,7 +305,7 @@ def test_what_is_no_answer_is_named(server: ModelServer, change: Callable[[dict[
     teacher = _teacher(server, SamplingConfig(max_tokens=4))
     server.change = lambda document: change(document["choices"][0])
     with pytest.raises(TeacherOutputInvalid, match=what):
-        teacher.generate(_prompts(1))
+        teacher.score(_prompts(1))
 
 
 def test_a_server_with_too_small_a_limit_is_refused_with_the_way_out(server: ModelServer) -> None:
@@ -324,7 +344,7 @@ def test_a_server_whose_answers_have_tempered_log_probs_is_refused(folder: Path)
 
 
 def test_a_server_that_is_not_there_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_client, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     with pytest.raises(EndpointFailed, match="2 attempts"):
         load_teacher(_config(folder, "http://127.0.0.1:9/v1", engine_args={"attempts": 2}), _header(folder))
 

@@ -120,7 +120,7 @@ def test_values_are_those_of_the_transformers_engine(folder: Path, header: Datas
         _sequence(rng.integers(0, 258, length), (0, 1), (length // 2, length - 1)) for length in (3, 40, MAX_LENGTH)
     ]
     ours, reference = _teacher(folder, header, url), _teacher(folder, header, None)
-    for targets, wanted in zip(ours.score(sequences), reference.score(sequences), strict=True):
+    for (_, targets), (_, wanted) in zip(ours.score(sequences), reference.score(sequences), strict=True):
         targets.check(token_count=header.token_count)
         _assert_close(targets, wanted)
     assert ours.environment["served_by"] == "vllm"
@@ -128,10 +128,10 @@ def test_values_are_those_of_the_transformers_engine(folder: Path, header: Datas
 
 def test_what_is_kept_of_an_answer_equals_a_later_score_of_it(folder: Path, header: DatasetHeader, url: str) -> None:
     sampling = SamplingConfig(temperature=0.6, top_p=0.95, n=3, max_tokens=12)
-    answers = _teacher(folder, header, url, sampling).generate([_sequence(np.arange(5, 20)), _sequence(np.arange(9))])
+    answers = _teacher(folder, header, url, sampling).score([_sequence(np.arange(5, 20)), _sequence(np.arange(9))])
     again = _teacher(folder, header, None).score([answer.sequence for answer in answers])
     for (sequence, targets), wanted in zip(answers, again, strict=True):
-        _assert_close(targets, wanted)
+        _assert_close(targets, wanted.targets)
         assert targets.positions <= 12
         assert (sequence.metadata["finish_reason"] == "stop") == (sequence.token_ids[-1] == 1)
     assert len({answer.sequence.token_ids.tobytes() for answer in answers}) == 6
@@ -142,12 +142,12 @@ def test_greedy_answers_and_stop_texts_are_those_of_the_transformers_engine(
 ) -> None:
     prompts = [_sequence(np.arange(5, 20)), _sequence(np.arange(40, 70))]
     greedy = SamplingConfig(temperature=0, max_tokens=12)
-    reference = _teacher(folder, header, None, greedy).generate(prompts)
+    reference = _teacher(folder, header, None, greedy).score(prompts)
     written = AutoTokenizer.from_pretrained(folder).decode(reference[0].sequence.token_ids[15:])
     stop = next(letter for letter in written[3:] if letter.isascii() and letter.isprintable())
     for sampling in (greedy, greedy.model_copy(update={"stop": (stop,)})):
-        ours = _teacher(folder, header, url, sampling).generate(prompts)
-        for one, other in zip(ours, _teacher(folder, header, None, sampling).generate(prompts), strict=True):
+        ours = _teacher(folder, header, url, sampling).score(prompts)
+        for one, other in zip(ours, _teacher(folder, header, None, sampling).score(prompts), strict=True):
             assert one.sequence.token_ids.tolist() == other.sequence.token_ids.tolist()
             assert one.sequence.metadata == other.sequence.metadata
             _assert_close(one.targets, other.targets)

@@ -31,7 +31,7 @@ def test_a_teacher_split_over_processes_gives_what_a_whole_one_gives(tmp_path: P
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     subprocess.run([*command, str(tmp_path / "output")], env=environment, check=True, timeout=500)
     (first, second), facts, processes = pickle.loads((tmp_path / "output").read_bytes())
-    whole = load_teacher(config(folder), header(folder)).score(rows())
+    whole = [scored.targets for scored in load_teacher(config(folder), header(folder)).score(rows())]
     os.environ.pop("LD_PRELOAD", None)
     assert processes
     assert facts["canary_difference"] < 5e-5

@@ -42,6 +42,12 @@ def _load(config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig
     return teacher
 
 
+def _targets(teacher: Teacher, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+    scored = teacher.score(sequences)
+    assert all(one.sequence is sequence for one, sequence in zip(scored, sequences, strict=True))
+    return [one.targets for one in scored]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return making.chat_model(tmp_path_factory.mktemp("teacher"), seed=5, padding=6, context=CONTEXT)
@@ -72,13 +78,13 @@ def tap(folder: Path, header: DatasetHeader) -> Any:
 
 @pytest.fixture(scope="module")
 def by_tap(tap: Teacher, sequences: list[TokenSequence]) -> list[TeacherTargets]:
-    return tap.score(sequences)
+    return _targets(tap, sequences)
 
 
 @pytest.fixture(scope="module")
 def by_transformers(folder: Path, header: DatasetHeader, sequences: list[TokenSequence]) -> list[TeacherTargets]:
     drawing = _config(folder, "transformers", draws=DRAWS, kept_draws=8, draw_logprobs=True, draw_seed=9)
-    return load_teacher(drawing, header).score(sequences)
+    return _targets(load_teacher(drawing, header), sequences)
 
 
 def _assert_same(some: Sequence[TeacherTargets], others: Sequence[TeacherTargets], *, tail: float = TOLERANCE) -> None:
@@ -120,7 +126,7 @@ def test_the_public_path_gives_the_same_but_for_the_mass_of_padding_columns(
     folder: Path, header: DatasetHeader, sequences: list[TokenSequence], by_transformers: list[TeacherTargets]
 ) -> None:
     no_draws = header.model_copy(update={"draws": 0, "kept_draws": 0, "draw_logprobs": False, "tail": "derived"})
-    public = _load(_config(folder, tap="public"), no_draws).score(sequences)
+    public = _targets(_load(_config(folder, tap="public"), no_draws), sequences)
     for ours, reference in zip(public, by_transformers, strict=True):
         ours.check(token_count=header.token_count)
         ours, reference = ours.by_probability(), reference.by_probability()
@@ -148,7 +154,7 @@ def test_targets_are_the_models_own_log_probs_of_the_next_token(
 def test_the_taps_values_and_draws_do_not_depend_on_the_order_of_rows(
     tap: Teacher, sequences: list[TokenSequence], by_tap: list[TeacherTargets]
 ) -> None:
-    backwards = tap.score(sequences[::-1])[::-1]
+    backwards = _targets(tap, sequences[::-1])[::-1]
     _assert_same(backwards, by_tap)
     same = sum(np.array_equal(one.draw_ids, other.draw_ids) for one, other in zip(backwards, by_tap, strict=True))
     assert same >= len(by_tap) - 1
@@ -157,7 +163,7 @@ def test_the_taps_values_and_draws_do_not_depend_on_the_order_of_rows(
 def test_the_same_call_gives_the_same_bits(
     tap: Teacher, sequences: list[TokenSequence], by_tap: list[TeacherTargets]
 ) -> None:
-    for first, second in zip(by_tap, tap.score(sequences), strict=True):
+    for first, second in zip(by_tap, _targets(tap, sequences), strict=True):
         for name in ("ids", "logprobs", "log_tail", "label_logprob", "draw_ids", "draw_logprobs"):
             np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
@@ -169,8 +175,8 @@ def test_chunks_and_cached_prefixes_leave_no_position_out(
     arguments = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "enable_prefix_caching": True}
     fast = header.model_copy(update={"order": "fast"})
     teacher = _load(_config(folder, engine_args=arguments), fast)
-    _assert_same(teacher.score(sequences), by_tap)
-    _assert_same(teacher.score(sequences), by_tap)
+    _assert_same(_targets(teacher, sequences), by_tap)
+    _assert_same(_targets(teacher, sequences), by_tap)
 
 
 def test_overlapping_calls_give_what_calls_alone_give(
@@ -179,7 +185,7 @@ def test_overlapping_calls_give_what_calls_alone_give(
     results: dict[int, list[TeacherTargets]] = {}
 
     def score(part: int) -> None:
-        results[part] = tap.score(sequences[part::3])
+        results[part] = _targets(tap, sequences[part::3])
 
     threads = [threading.Thread(target=score, args=(part,)) for part in range(3)]
     for thread in threads:
@@ -215,14 +221,14 @@ def prompts(sequences: list[TokenSequence]) -> list[TokenSequence]:
 
 @pytest.fixture(scope="module")
 def answers(generating: Teacher, prompts: list[TokenSequence]) -> list[ScoredSequence]:
-    return generating.generate(prompts)
+    return generating.score(prompts)
 
 
 def test_what_is_kept_while_answering_is_what_scoring_the_answer_gives(
     tap: Teacher, answers: list[ScoredSequence], header: DatasetHeader
 ) -> None:
     """Temperature and top-p change the answer, and nothing of the distributions."""
-    _assert_same([answer.targets for answer in answers], tap.score([answer.sequence for answer in answers]))
+    _assert_same([answer.targets for answer in answers], _targets(tap, [answer.sequence for answer in answers]))
     for answer in answers:
         answer.targets.check(token_count=header.token_count)
         assert answer.targets.positions == answer.sequence.token_ids.size - 20
@@ -239,7 +245,7 @@ def test_requests_that_were_preempted_are_whole(generating: Any, answers: list[S
 def test_equal_prompts_and_seeds_give_equal_answers(
     generating: Teacher, prompts: list[TokenSequence], answers: list[ScoredSequence]
 ) -> None:
-    again = generating.generate(prompts)
+    again = generating.score(prompts)
     for one, other in zip(answers, again, strict=True):
         assert one.sequence.token_ids.tolist() == other.sequence.token_ids.tolist()
     assert len({tuple(answer.sequence.token_ids) for answer in answers}) > 8
@@ -251,7 +257,7 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_text(
     sampling = SamplingConfig(max_tokens=200, stop=("e",), seed=1)
     teacher = _load(_config(folder), header.model_copy(update={"mode": "generate"}), sampling)
     tokenizer = load_tokenizer(_config(folder))
-    for answer in teacher.generate(prompts):
+    for answer in teacher.score(prompts):
         text = tokenizer.decode(answer.sequence.token_ids[20:])
         if answer.sequence.metadata["finish_reason"] == "stop" and not text.endswith("</s>"):
             assert text.endswith("e")
@@ -265,7 +271,7 @@ def test_a_float32_head_keeps_the_order_that_a_bfloat16_head_rounds_away(
 ) -> None:
     facts = header.teacher.model_copy(update={"dtype": "bfloat16", "head_dtype": head_dtype})
     teacher = _load(_config(folder, dtype="bfloat16"), header.model_copy(update={"teacher": facts}))
-    distinct = [len(set(entries)) for targets in teacher.score(sequences) for entries in targets.logprobs.tolist()]
+    distinct = [len(set(entries)) for targets in _targets(teacher, sequences) for entries in targets.logprobs.tolist()]
     assert (np.mean(distinct) > TOP_K - 0.05) == is_whole
 
 
@@ -293,6 +299,12 @@ def test_prefix_caching_is_refused_where_equal_captures_must_give_equal_bytes(
 ) -> None:
     with pytest.raises(TeacherUnusable, match="enable_prefix_caching"):
         load_teacher(_config(folder, engine_args={"enable_prefix_caching": True}), header)
+
+
+@pytest.mark.parametrize("changes", [{"tap": "public"}, {"runner": "v2"}])
+def test_answers_need_the_tap_of_runner_v1(folder: Path, header: DatasetHeader, changes: dict[str, str]) -> None:
+    with pytest.raises(TeacherUnusable, match="wanted: tap worker, runner v1"):
+        load_teacher(_config(folder, **changes), header, SamplingConfig())
 
 
 def test_settings_that_the_worker_finds_wrong_are_refused_by_name(folder: Path, header: DatasetHeader) -> None:

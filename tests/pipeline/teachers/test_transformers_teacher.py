@@ -69,12 +69,11 @@ def _assert_close(ours: TeacherTargets, reference: TeacherTargets) -> None:
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.4, "top_p": 0.9, "n": 3}, {"temperature": 0}])
 def test_what_is_kept_on_the_way_equals_a_later_score_of_the_answer(folder: Path, sampling: dict[str, Any]) -> None:
-    teacher = _teacher(folder, **sampling)
-    header = _header(folder)
-    answers = teacher.generate(_prompts(4))
+    teacher, header = TransformersTeacher(_config(folder), _header(folder)), _header(folder)
+    answers = _teacher(folder, **sampling).score(_prompts(4))
     assert len(answers) == 4 * sampling.get("n", 1)
     for sequence, targets in answers:
-        again = teacher.score([sequence])[0]
+        again = teacher.score([sequence])[0].targets
         _assert_close(targets, again)
         np.testing.assert_array_equal(targets.draw_ids, again.draw_ids)
         assert targets.draw_logprobs is not None
@@ -92,8 +91,8 @@ def test_what_is_kept_on_the_way_equals_a_later_score_of_the_answer(folder: Path
 
 def test_an_answer_does_not_depend_on_the_other_prompts(folder: Path) -> None:
     teacher, prompts = _teacher(folder, n=2), _prompts(3)
-    together = teacher.generate(prompts)
-    alone = [answer for prompt in prompts[::-1] for answer in teacher.generate([prompt])]
+    together = teacher.score(prompts)
+    alone = [answer for prompt in prompts[::-1] for answer in teacher.score([prompt])]
     by_name = {answer.sequence.sample_id: answer for answer in alone}
     assert [answer.sequence.sample_id for answer in together] == ["p0#0", "p0#1", "p1#0", "p1#1", "p2#0", "p2#1"]
     for sequence, targets in together:
@@ -106,7 +105,7 @@ def test_an_answer_does_not_depend_on_the_other_prompts(folder: Path) -> None:
 
 def test_temperature_0_writes_what_transformers_writes(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for prompt, answer in zip(_prompts(4), _teacher(folder, temperature=0).generate(_prompts(4)), strict=True):
+    for prompt, answer in zip(_prompts(4), _teacher(folder, temperature=0).score(_prompts(4)), strict=True):
         tokens = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
         # Columns of the head's padding cannot be answered.
         padding = list(range(_header(folder).token_count, model.config.vocab_size))
@@ -118,10 +117,10 @@ def test_temperature_0_writes_what_transformers_writes(folder: Path) -> None:
 
 def test_an_answer_ends_with_the_token_that_completes_a_stop_text(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    whole = {answer.sequence.sample_id: answer for answer in _teacher(folder).generate(_prompts(4))}
+    whole = {answer.sequence.sample_id: answer for answer in _teacher(folder).score(_prompts(4))}
     text = tokenizer.decode(whole["p1"].sequence.token_ids[8:])
     stop = text[4:7]
-    sequence, targets = _teacher(folder, stop=["never to be seen", stop]).generate(_prompts(4)[1:2])[0]
+    sequence, targets = _teacher(folder, stop=["never to be seen", stop]).score(_prompts(4)[1:2])[0]
     assert tokenizer.decode(sequence.token_ids[8:]) == text[: text.index(stop) + len(stop)]
     assert sequence.metadata["finish_reason"] == "stop"
     assert sequence.target_spans.tolist() == [[7, sequence.token_ids.size - 1]]
@@ -130,11 +129,11 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_text(folder: Path) 
 
 def test_the_end_of_turn_is_the_last_token_and_a_target(folder: Path, tmp_path: Path) -> None:
     """The generation config may name more ends than the tokenizer knows."""
-    full = _teacher(folder).generate(_prompts(1))[0].sequence
+    full = _teacher(folder).score(_prompts(1))[0].sequence
     end = int(full.token_ids[3 + 4])
     making.chat_model(tmp_path, seed=2)
     GenerationConfig(eos_token_id=[1, end]).save_pretrained(tmp_path)
-    sequence, targets = _teacher(tmp_path).generate(_prompts(1))[0]
+    sequence, targets = _teacher(tmp_path).score(_prompts(1))[0]
     length = 3 + 1 + full.token_ids[3:].tolist().index(end)
     assert sequence.token_ids.tolist() == full.token_ids[:length].tolist()
     assert sequence.metadata["finish_reason"] == "stop"
@@ -149,7 +148,7 @@ def test_an_answer_ends_at_max_tokens_and_at_max_length(folder: Path) -> None:
         target_spans=np.empty((0, 2), np.int32),
     )
     for prompt, room in ((_prompts(1)[0], 3), (long, 2)):
-        (answer,) = _teacher(folder, max_tokens=3).generate([prompt])
+        (answer,) = _teacher(folder, max_tokens=3).score([prompt])
         assert answer.targets.positions == room
         assert answer.sequence.metadata["finish_reason"] == "length"
 
@@ -163,7 +162,7 @@ def test_a_prompt_without_room_for_an_answer_is_named(folder: Path, tokens: int)
         target_spans=np.empty((0, 2), np.int32),
     )
     with pytest.raises(InvalidRow, match="'full'"):
-        _teacher(folder).generate([prompt])
+        _teacher(folder).score([prompt])
 
 
 def _bfloat16(folder: Path, head_dtype: str) -> tuple[TransformersTeacher, TokenSequence]:
@@ -182,7 +181,7 @@ def _bfloat16(folder: Path, head_dtype: str) -> tuple[TransformersTeacher, Token
 
 def test_a_float32_head_on_bfloat16_weights_gives_float32_logits(folder: Path) -> None:
     teacher, sequence = _bfloat16(folder, "float32")
-    (targets,) = teacher.score([sequence])
+    ((_, targets),) = teacher.score([sequence])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokens = torch.from_numpy(sequence.token_ids.astype(np.int64))
     hidden = model.model(input_ids=tokens[None]).last_hidden_state[0, :-1]
@@ -195,14 +194,14 @@ def test_a_float32_head_on_bfloat16_weights_gives_float32_logits(folder: Path) -
 
 def test_a_head_in_the_models_data_type_gives_the_models_own_logits(folder: Path) -> None:
     teacher, sequence = _bfloat16(folder, "bfloat16")
-    (targets,) = teacher.score([sequence])
+    ((_, targets),) = teacher.score([sequence])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokens = torch.from_numpy(sequence.token_ids.astype(np.int64))
     logits = model(input_ids=tokens[None]).logits[0, :-1, : _header(folder).token_count]
     wanted = torch.log_softmax(logits.double(), -1)[torch.arange(29), tokens[1:]].detach().numpy()
     np.testing.assert_allclose(targets.label_logprob, wanted, atol=1e-5)
     other, _ = _bfloat16(folder, "float32")
-    assert np.abs(other.score([sequence])[0].label_logprob - wanted).max() > 1e-4
+    assert np.abs(other.score([sequence])[0].targets.label_logprob - wanted).max() > 1e-4
 
 
 def test_a_head_that_has_no_float32_copy_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +211,9 @@ def test_a_head_that_has_no_float32_copy_is_refused(folder: Path, monkeypatch: p
 
 
 def test_logits_that_are_no_numbers_are_named_by_their_position(folder: Path) -> None:
-    teacher = _teacher(folder)
-    head = teacher._model.get_output_embeddings()
-    head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([5]), torch.nan))
+    teacher, answering = TransformersTeacher(_config(folder), _header(folder)), _teacher(folder)
+    for head in (teacher._model.get_output_embeddings(), answering._model.get_output_embeddings()):
+        head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([5]), torch.nan))
     sequence = TokenSequence(
         sample_id="a",
         source_row=0,
@@ -224,17 +223,17 @@ def test_logits_that_are_no_numbers_are_named_by_their_position(folder: Path) ->
     with pytest.raises(TeacherOutputInvalid, match="'a', position 3"):
         teacher.score([sequence])
     with pytest.raises(TeacherOutputInvalid, match="'p0', position 2"):
-        teacher.generate(_prompts(1))
+        answering.score(_prompts(1))
 
 
 def test_progress_grows_within_a_call(folder: Path) -> None:
     teacher = _teacher(folder)
     assert teacher.processes == ()
     before = teacher.progress
-    teacher.generate(_prompts(1))
+    teacher.score(_prompts(1))
     assert teacher.progress >= before + 20
 
 
 def test_a_sequence_without_targets_gives_none(folder: Path) -> None:
-    (targets,) = _teacher(folder).score(_prompts(1))
+    ((_, targets),) = TransformersTeacher(_config(folder), _header(folder)).score(_prompts(1))
     assert targets.positions == 0

@@ -98,7 +98,7 @@ def test_decoded_targets_are_the_encoded_ones(
         assert [entry[0] for entry in mine] == [entry[0] for entry in theirs]
         assert my_draws == their_draws
         wanted = np.maximum([entry[1] for entry in mine], LOG_FLOOR)
-        # Steps grow towards small probabilities: half of the longest that the value can lie in. Renormalising moves all
+        # Steps grow towards small probabilities: half of the longest that the value can lie in. Renormalizing moves all
         # values of a position by less than the step of its most probable entry.
         slack = _step(codec, wanted - 0.5) / 2 + _step(codec, np.zeros(1)) + 1e-4
         assert (np.abs(np.array([entry[1] for entry in theirs]) - wanted) <= slack).all()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from coldstill.storage_schema import open_dataset
 from coldstill.storage_schema.commits import read_commit
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.store import Store

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from tests.fuzz.parquet_parts import Parts

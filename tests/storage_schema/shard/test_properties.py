@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from coldstill.storage_schema.codec import RowCodec
 from coldstill.storage_schema.errors import InvalidRow, ShardTooLarge
 from coldstill.storage_schema.header import Codec, DatasetHeader
-from coldstill.storage_schema.media import MediaReference
-from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
+from coldstill.storage_schema.rows import CachedRow, MediaReference, span_positions, spans_from_mask
 from coldstill.storage_schema.shard import ShardFile, copy_shard, read_shard, write_shard
 from tests import making
 

@@ -15,10 +15,9 @@ import pytest
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.errors import HeaderMismatch, InvalidRow, ShardDamaged, StreamDamaged
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.media import MediaReference
-from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.rows import CachedRow, MediaReference
 from coldstill.storage_schema.shard import SCHEMA, ShardFile, copy_shard, read_shard, write_shard
-from coldstill.storage_schema.shard.footer import MAX_GROUP_BYTES, MAX_GROUP_ROWS
+from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
 from tests import making
 
 
@@ -72,8 +71,8 @@ def test_row_groups_are_small(header: DatasetHeader) -> None:
     assert max(_open(write_shard([large] * 20, header=header)).group_rows) == 8
 
 
-def test_a_row_is_read_without_its_neighbours(header: DatasetHeader, rows: list[CachedRow]) -> None:
-    """The neighbours' frames are rubbish, and nobody looks."""
+def test_a_row_is_read_without_its_neighbors(header: DatasetHeader, rows: list[CachedRow]) -> None:
+    """The neighbors' frames are rubbish, and nobody looks."""
     file = _open(write_shard(rows, header=header))
     batch = file.batch(0)
     column = batch.column("ids").to_pylist()

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema.errors import InvalidRow, StorageFailed, StorageFull
-from coldstill.storage_schema.store.errors import (
+from coldstill.storage_schema.errors import (
     AccessDenied,
     CredentialsMissing,
+    InvalidRow,
+    StorageFailed,
+    StorageFull,
     StoreNotFound,
     StoreUnreachable,
     named_errors,
@@ -42,11 +44,11 @@ def google_login() -> Exception:
         (lambda: google(403, "no access"), AccessDenied, "gcloud auth"),
         (lambda: google(429, "slow down"), StorageFailed, "start the same command again"),
         (google_login, CredentialsMissing, "gcloud auth"),
-        (lambda: OSError(errno.ENOSPC, "full"), StorageFull, "free some room"),
+        (lambda: OSError(errno.ENOSPC, "full"), StorageFull, "free some space"),
         (lambda: ConnectionResetError("gone"), StoreUnreachable, "check the network"),
         (lambda: TimeoutError(), StoreUnreachable, "check the network"),
-        (lambda: PermissionError("no"), AccessDenied, "ask for it"),
-        (lambda: OSError("odd"), StorageFailed, "mend the store"),
+        (lambda: PermissionError("no"), AccessDenied, "request it"),
+        (lambda: OSError("odd"), StorageFailed, "repair the store"),
     ],
 )
 def test_what_a_store_says_has_a_name_and_a_way_out(

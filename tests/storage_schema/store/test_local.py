@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.errors import CommitDamaged, StorageFailed, UnsupportedStore
+from coldstill.storage_schema.errors import CommitDamaged, OutsideDataset, StorageFailed, UnsupportedStore
 from coldstill.storage_schema.store import Store
-from coldstill.storage_schema.store.errors import OutsideDataset
 from coldstill.tools.verify import verify
 
 READS: list[Callable[[Store, str], object]] = [Store.read, Store.open, Store.size]

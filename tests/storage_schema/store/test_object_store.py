@@ -31,18 +31,21 @@ pytest.importorskip("s3fs")
 from coldstill.storage_schema.commits import CommitRecord, commit_name, commit_unit, committed_units, read_commit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import (
+    AccessDenied,
+    CredentialsMissing,
     DatasetNotFound,
     DatasetNotSealed,
     FileMissing,
     StorageFailed,
     StorageFull,
+    StoreNotFound,
+    StoreUnreachable,
     UnsupportedStore,
 )
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.storage_schema.store.errors import AccessDenied, CredentialsMissing, StoreNotFound, StoreUnreachable
 from coldstill.tools.hub.copying import dataset_files
 from coldstill.tools.hub.transfer import pull, push
 from coldstill.tools.verify import verify
@@ -384,9 +387,9 @@ def test_credentials_that_are_wrong_or_lack_the_right_have_names(
         with pytest.raises(AccessDenied, match="AWS_PROFILE"):  # of a HEAD request S3 says no more than 403
             Store(f"s3://{bucket}/dataset").read("a")
         _login(monkeypatch, s3_server, key["AccessKeyId"], key["SecretAccessKey"])
-        with pytest.raises(AccessDenied, match="ask for it"):
+        with pytest.raises(AccessDenied, match="request it"):
             Store(f"s3://{bucket}/dataset").read("a")
-        with pytest.raises(AccessDenied, match="ask for it"):
+        with pytest.raises(AccessDenied, match="request it"):
             Store(f"s3://{bucket}/dataset").require_writable()
     finally:
         enforce("inf")

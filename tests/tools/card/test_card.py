@@ -15,12 +15,13 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from coldstill.storage_schema import open_dataset
-from coldstill.storage_schema.commits import Reject, commit_unit, file_record
+from coldstill.storage_schema.commits import Reject, commit_unit
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import DatasetNotSealed, FileDamaged
 from coldstill.storage_schema.header import DatasetHeader, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.verified_files import file_record
 from coldstill.tools.card.card import CARD_NAME, PLOT_NAME, CardExists, write_card
 from coldstill.tools.card.metadata import HUB_LICENCES, licence_fields, size_category
 from coldstill.tools.card.reject_reasons import MAX_REASONS, OTHER, count_reasons

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from coldstill.storage_schema import open_dataset
-from coldstill.storage_schema.commits import commit_unit, file_record
-from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.commits import commit_unit
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import FileDamaged
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes, sample_to_bytes
 from coldstill.storage_schema.header import Codec
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.verified_files import file_record
 from coldstill.tools.card.faithfulness import Faithfulness, measure_faithfulness
 from tests import making
 

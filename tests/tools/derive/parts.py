@@ -15,8 +15,7 @@ from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes, storage_kl
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal
-from coldstill.storage_schema.media import MediaReference
-from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.rows import CachedRow, MediaReference
 from coldstill.tools.verify import verify
 from tests import making
 

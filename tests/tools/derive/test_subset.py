@@ -16,7 +16,7 @@ from coldstill.storage_schema.errors import FileMissing
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.rows import CachedRow
-from coldstill.storage_schema.shard.footer import MAX_GROUP_BYTES, MAX_GROUP_ROWS
+from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
 from coldstill.tools.derive.errors import InvalidRequest, NothingSelected
 from coldstill.tools.derive.subset import parse_rows, subset
 from tests import making

@@ -260,7 +260,7 @@ def test_a_row_with_images_is_not_exported(tmp_path: Path, tokenizer_folder: Pat
     from dataclasses import replace
     from hashlib import sha256
 
-    from coldstill.storage_schema.media import MediaReference
+    from coldstill.storage_schema.rows import MediaReference
 
     image = MediaReference(position=0, type="image/png", sha256=sha256(b"x").hexdigest(), data=b"x")
     row = replace(making.random_row(np.random.default_rng(0), "a"), media=(image,))

@@ -14,7 +14,7 @@ import pytest
 
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.media import MediaReference
+from coldstill.storage_schema.rows import MediaReference
 from coldstill.tools.exchange.errors import OutputNotEmpty
 from coldstill.tools.exchange.plain import export_plain
 from tests import making

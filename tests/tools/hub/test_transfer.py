@@ -21,21 +21,24 @@ import huggingface_hub.constants
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import (
+    AccessDenied,
     CommitDamaged,
+    CredentialsMissing,
     DatasetNotFound,
     DatasetNotSealed,
     FileDamaged,
     FileMissing,
+    OutsideDataset,
     ShardDamaged,
     ShardMissing,
     StorageFailed,
     StorageFull,
+    StoreNotFound,
     UnsupportedStore,
 )
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.storage_schema.store.errors import AccessDenied, CredentialsMissing, OutsideDataset, StoreNotFound
 from coldstill.tools.hub.copying import CARD_FILES, CARD_NAME, AnotherDataset, dataset_files
 from coldstill.tools.hub.transfer import pull, push
 from coldstill.tools.hub.tree import hub_place

@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import DatasetNotFound
 from coldstill.tools.inspect.one_row import RowOutOfRange, open_row
 from coldstill.tools.inspect.terminal import LEVELS, percent, show_dataset, show_row, style_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.tools.inspect.token_text import MAX_SHOWN, TokenizerUnreadable, TokenText
 from tests import making
 from tests.tools.inspect import strange_tokens

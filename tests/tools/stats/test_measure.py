@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from coldstill.storage_schema import open_dataset
 from coldstill.storage_schema.codec import STREAMS
 from coldstill.storage_schema.commits import Reject, commit_unit
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import DatasetNotFound, ShardDamaged, ShardMissing
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.rows import CachedRow, spans_from_mask

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from coldstill.storage_schema import CachedRow, DatasetHeader
 from coldstill.storage_schema.commits import commit_files
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.shard import copy_shard, write_shard
 from coldstill.storage_schema.shard.reader import ShardFile
 from tests import making

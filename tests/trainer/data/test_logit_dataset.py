@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import DatasetNotFound, DatasetNotSealed, StreamDamaged
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.shard import SCHEMA

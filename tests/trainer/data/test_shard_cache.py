@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import ShardDamaged, ShardMissing
 from coldstill.trainer.data import load_logit_dataset
 from coldstill.trainer.data.shard_cache import ShardCache

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 from torch.utils.data import DataLoader
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.data import load_logit_dataset
 from coldstill.trainer.errors import CursorMismatch
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from coldstill.common.packages import PackagesMissing
-from coldstill.storage_schema import Dataset, open_dataset
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.errors import NoAnswers
 from coldstill.trainer.evaluation.answers import greedy_answers, questions

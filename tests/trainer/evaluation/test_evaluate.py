@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.data import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets
 from coldstill.trainer.evaluation import EvaluationReport, draws_per_position, evaluate_student

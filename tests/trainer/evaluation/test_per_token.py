@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from coldstill.cli.per_token_table import show_records
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.tools.inspect.token_text import TokenText
 from coldstill.trainer.evaluation import evaluate_student
 from coldstill.trainer.evaluation.per_token import TokenRecord, token_records, write_records

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from coldstill.storage_schema import open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.trainer.config import StudentConfig
 from coldstill.trainer.errors import AdapterMisfit, StudentHeadTooSmall, StudentNotFound

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.pipeline.teachers.vllm.requests import KEY, Arrays, TapSettings
+from coldstill.pipeline.teachers.vllm.scoring import SPEC_KEY, Arrays, TapSettings
 from tests.pipeline.teachers.vllm.test_scoring import HEAD, SETTINGS, V, _assert_same, _expected, _prompt
 
 pytest.importorskip("vllm")
@@ -44,7 +44,7 @@ def _batch(step: dict[str, tuple[int, int, int]], prefill: dict[str, int]) -> An
 
 def _installed(settings: TapSettings) -> tuple[_Runner, Any]:
     from coldstill.pipeline.teachers.vllm import tap as module
-    from coldstill.pipeline.teachers.vllm.gate import problems_of_runner
+    from coldstill.pipeline.teachers.vllm.compatibility import problems_of_runner
 
     runner = _Runner()
     assert list(problems_of_runner(runner, "v2")) == []
@@ -68,7 +68,7 @@ def test_padded_and_chunked_batches_of_runner_v2_give_what_the_formulas_give() -
 
     def add(name: str) -> None:
         wish = {"number": places[name], "sample_id": name, "spans": spans[name]}
-        worker.add_request(name, places[name], SamplingParams(max_tokens=1, extra_args={KEY: wish}))
+        worker.add_request(name, places[name], SamplingParams(max_tokens=1, extra_args={SPEC_KEY: wish}))
 
     for name, (prompt, _) in prompts.items():
         add(name)
@@ -104,7 +104,7 @@ def test_a_step_that_fails_is_a_failure_of_its_requests_and_ends_nothing() -> No
 
     runner, tap = _installed(SETTINGS)
     wish = {"number": 0, "sample_id": "a", "spans": [[0, 9]]}
-    runner.prompt_logprobs_worker.add_request("a", 0, SamplingParams(max_tokens=1, extra_args={KEY: wish}))
+    runner.prompt_logprobs_worker.add_request("a", 0, SamplingParams(max_tokens=1, extra_args={SPEC_KEY: wish}))
 
     def broken(rows: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no head")

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.pipeline.teachers.kernel import summarise
-from coldstill.pipeline.teachers.uniforms import draw_uniforms
-from coldstill.pipeline.teachers.vllm.requests import Arrays, TappedRequest, TapSettings
-from coldstill.pipeline.teachers.vllm.scoring import Piece, StepScorer
+from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize
+from coldstill.pipeline.teachers.vllm.scoring import Arrays, Piece, RequestSpec, StepScorer, TappedRequest, TapSettings
 from coldstill.storage_schema.rows import TeacherTargets
 
 V, WIDTH = 500, 16
@@ -28,8 +26,9 @@ def _prompt(length: int, *, seed: int = 0) -> tuple[list[int], torch.Tensor]:
     )
 
 
-def _request(prompt: Sequence[int], spans: Sequence[Sequence[int]], sample_id: str = "a") -> TappedRequest:
-    return TappedRequest({"sample_id": sample_id, "spans": spans}, prompt=prompt, settings=SETTINGS)
+def _request(prompt: Sequence[int], spans: list[list[int]], sample_id: str = "a") -> TappedRequest:
+    spec: RequestSpec = {"number": 0, "sample_id": sample_id, "spans": spans}
+    return TappedRequest(spec, prompt=prompt, settings=SETTINGS)
 
 
 def _scorer(**changes: Any) -> StepScorer:
@@ -45,7 +44,7 @@ def _piece(request: TappedRequest, first: int, stop: int, offset: int = 0) -> Pi
 
 
 def _expected(prompt: Sequence[int], hidden: torch.Tensor, positions: np.ndarray, sample_id: str) -> TeacherTargets:
-    return summarise(
+    return summarize(
         hidden[positions] @ HEAD,
         torch.tensor(prompt)[positions + 1],
         draw_uniforms(positions, draws=8, seed=3, sample_id=sample_id),
@@ -104,7 +103,7 @@ def test_rows_that_come_again_after_a_preemption_are_written_again_and_counted()
         scorer.score([_piece(request, first, stop)], hidden[first:stop], lambda rows: rows @ HEAD)
     scorer.settle()
     _assert_same(_taken(request), _expected(prompt, hidden, request.positions, "a"))
-    assert request.again == 18
+    assert request.recomputed == 18
 
 
 def test_a_missing_position_is_named_and_never_zeros() -> None:
@@ -133,7 +132,7 @@ def test_the_head_is_called_as_often_whatever_happens_to_the_result(keeps: bool)
 
     def head(rows: torch.Tensor) -> torch.Tensor:
         calls.append(len(rows))
-        return torch.empty(0) if keeps else rows @ HEAD  # the kernel cannot use that
+        return torch.empty(0) if keeps else rows @ HEAD  # the extractor cannot use that
 
     request = _request(prompt, [[0, 89]])
     _scorer(keeps=keeps).score([_piece(request, 0, 90)], hidden, head)
@@ -183,7 +182,7 @@ def test_an_answer_grows_by_a_position_at_a_time() -> None:
     prompt, hidden = _prompt(12)
     answer = [5, 6, 7, 8]
     _, later = _prompt(4, seed=1)
-    request = TappedRequest({"sample_id": "a", "answer": 30}, prompt=prompt, settings=SETTINGS)
+    request = TappedRequest({"number": 0, "sample_id": "a", "max_answer_tokens": 30}, prompt=prompt, settings=SETTINGS)
     scorer, states = _scorer(), torch.cat([hidden, later])
     for said, (first, stop) in enumerate([(0, 12), (12, 13), (13, 14), (14, 15)], start=1):
         part = request.wanted(first, stop)

@@ -1,0 +1,152 @@
+"""Files recorded with size and sha256: verified when they are read, copied between stores, or checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import BinaryIO
+
+from pydantic import Field
+
+from coldstill.common.models import FrozenModel
+
+from .errors import FileDamaged, FileMissing, OutsideDataset, ShardDamaged, ShardMissing
+from .store import Store
+
+SHARDS_FOLDER = "shards"
+MAX_COUNT = 1 << 53
+"""The largest integer that every JSON reader keeps exact. `len` accepts values below 2^63 only."""
+MAX_FILE_BYTES = 512 << 20
+"""The most that is read at once: the largest shard, and more than any other file that is not only copied."""
+BLOCK_BYTES = 16 << 20
+"""Read at once by each thread that checks or copies: one request of a remote store."""
+
+
+class FileRecord(FrozenModel):
+    """A file of the dataset: its relative name, size and sha256."""
+
+    name: str
+    bytes: int = Field(ge=0, le=MAX_COUNT)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @property
+    def missing(self) -> type[FileMissing]:
+        """The error for a file that does not exist: `ShardMissing` for a shard."""
+        return ShardMissing if self._is_shard else FileMissing
+
+    @property
+    def damaged(self) -> type[FileDamaged]:
+        """The error for a file that differs from its record: `ShardDamaged` for a shard."""
+        return ShardDamaged if self._is_shard else FileDamaged
+
+    @property
+    def _is_shard(self) -> bool:
+        return self.name.startswith(f"{SHARDS_FOLDER}/")
+
+
+def file_record(name: str, data: bytes) -> FileRecord:
+    """The record of a file with content `data`."""
+    return FileRecord(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def require_size(store: Store, file: FileRecord) -> int:
+    """The file's size in bytes, without reading it. Raises `FileMissing`, `FileDamaged` (for a shard `ShardMissing`,
+    `ShardDamaged`)."""
+    try:
+        size = store.size(file.name)
+    except FileNotFoundError:
+        raise _missing(store, file) from None
+    if size != file.bytes:
+        raise _damaged(store, file, found=f"{size} bytes", wanted=f"{file.bytes} bytes")
+    return size
+
+
+def read_file(store: Store, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) -> bytes:
+    """The content of a file, verified.
+
+    Raises as `require_size`, and `FileDamaged` for a file of more than `at_most` bytes, before it is read.
+    """
+    size = require_size(store, file)
+    if size > at_most:
+        raise FileDamaged(f"{store.url}/{file.name}: size", found=f"{size} bytes", wanted=f"at most {at_most}")
+    data = store.read(file.name)
+    _require_digest(store, file, len(data), hashlib.sha256(data).hexdigest())
+    return data
+
+
+def check_file(store: Store, file: FileRecord) -> None:
+    """Verifies a file of any size, one block in memory at a time. Raises as `require_size`."""
+    require_size(store, file)
+    with store.open(file.name) as source:
+        _require_digest(store, file, *_digest(source, file.bytes))
+
+
+def copy_file(source: Store, file: FileRecord, destination: Store, on_block: Callable[[int], None]) -> bool:
+    """Copies a file, verified on the way. Returns whether it was copied: a file that is already there with the right
+    size and digest stays.
+
+    `on_block` is called with the bytes of each block; an exception that it raises ends the copy. A file of a local
+    store is uploaded to a remote one without verification: check it before.
+
+    Raises `FileMissing`, `FileDamaged` (for a shard `ShardMissing`, `ShardDamaged`), `StorageFailed`.
+    """
+    try:
+        if destination.size(file.name) == file.bytes:
+            with destination.open(file.name) as existing:
+                if _digest(existing, file.bytes) == (file.bytes, file.sha256):
+                    on_block(file.bytes)
+                    return False
+    except (FileNotFoundError, OutsideDataset):
+        pass
+    if source.is_local and not destination.is_local:
+        destination.upload(file.name, source.local_path(file.name))
+        on_block(file.bytes)
+        return True
+    try:
+        with source.open(file.name) as reading, destination.receive(file.name) as path, path.open("xb") as writing:
+            size, digest = _digest(reading, file.bytes, on_block=on_block, write=writing.write)
+            _require_digest(source, file, size, digest)
+    except FileNotFoundError:
+        raise _missing(source, file) from None
+    return True
+
+
+def _digest(
+    reading: BinaryIO,
+    wanted_bytes: int,
+    *,
+    on_block: Callable[[int], None] = lambda _: None,
+    write: Callable[[bytes], object] = bool,
+) -> tuple[int, str]:
+    """Size and sha256. Reading stops one byte after `wanted_bytes`, whatever the source sends after it."""
+    size, sha256 = 0, hashlib.sha256()
+    while size <= wanted_bytes and (block := reading.read(min(BLOCK_BYTES, wanted_bytes + 1 - size))):
+        size += len(block)
+        sha256.update(block)
+        write(block)
+        on_block(len(block))
+    return size, sha256.hexdigest()
+
+
+def _require_digest(store: Store, file: FileRecord, size: int, sha256: str) -> None:
+    if (size, sha256) != (file.bytes, file.sha256):
+        found = f"more than {file.bytes} bytes" if size > file.bytes else f"{size} bytes, sha256 {sha256}"
+        raise _damaged(store, file, found=found, wanted=f"{file.bytes} bytes, sha256 {file.sha256}")
+
+
+def _missing(store: Store, file: FileRecord) -> FileMissing:
+    return file.missing(
+        f"{store.url}/{file.name}",
+        found="no such file",
+        wanted="a file that the manifest names",
+        fix="copy the dataset again from where it came from: this copy is incomplete",
+    )
+
+
+def _damaged(store: Store, file: FileRecord, *, found: str, wanted: str) -> FileDamaged:
+    return file.damaged(
+        f"{store.url}/{file.name}",
+        found=found,
+        wanted=wanted,
+        fix="run the command again; if the error stays, copy this file again from where the dataset came from",
+    )
