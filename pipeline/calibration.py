@@ -18,10 +18,9 @@ from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from coldstill.storage_schema.store import Store
 
 from .config import CaptureConfig
-from .sequences import TokenSequence
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import open_source
-from .teachers.protocol import Teacher
+from .teachers.protocol import Teacher, TokenSequence
 
 _MOST_LISTED = 4096
 """The header is part of every shard, so the table is short. A table of the whole vocabulary would not save more."""

@@ -119,9 +119,14 @@ class TeacherConfig(FrozenModel):
     )
 
     @property
+    def is_own_class(self) -> bool:
+        """Whether the engine is a class of the user's own, named as `module:name`."""
+        return self.engine not in ENGINES
+
+    @property
     def can_draw(self) -> bool:
         """Whether the engine gives exact tails and draws. Raises `PluginNotFound` for a class that is not there."""
-        if is_plugin(self.engine):
+        if self.is_own_class:
             return getattr(load_plugin(self.engine, key="teacher.engine"), "tail", "derived") == "exact"
         return self.engine == "transformers" or (self.engine == "vllm" and self.tap == "worker")
 

@@ -23,11 +23,11 @@ from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
 from .cluster.speed import SpeedReport
 from .config import CaptureConfig
-from .prepare import load_model_config, make_header, open_checked
-from .sequences import TokenSequence
+from .prepare import make_header, open_checked
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source
-from .tokenizer import tokenizer_files
+from .teachers.checkpoint import load_model_config, tokenizer_files
+from .teachers.protocol import TokenSequence
 
 PROBE_S = 60.0
 _PROBED_TOKENS = 1 << 20

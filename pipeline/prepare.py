@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
@@ -20,12 +18,17 @@ from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
 
 from .config import CaptureConfig, TeacherConfig
-from .errors import TeacherUnusable
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source, open_source
 from .sources.staging import remove_staging
-from .teachers.weights import dtype_of, head_dtype_of, quantization_of, weights_fingerprint
-from .tokenizer import cannot_load, tokenizer_files
+from .teachers.checkpoint import (
+    dtype_of,
+    head_dtype_of,
+    load_model_config,
+    quantization_of,
+    tokenizer_files,
+    weights_fingerprint,
+)
 
 _CHECKED_ROWS = 32
 """Rows at the start of the source that are tried before a pass over the source, or an engine, costs time."""
@@ -90,31 +93,6 @@ def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Sou
     maker = SequenceMaker.of(config)
     maker.check(source.head(_CHECKED_ROWS))
     return source, maker
-
-
-def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
-    """The teacher's `config.json`. Raises `TeacherUnusable` if the settings do not fit it."""
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(config.model, revision=config.revision)
-    except (ValueError, OSError) as error:
-        raise cannot_load(config, "config.json", error) from None
-    text_config = model_config.get_text_config()
-    if text_config.vocab_size < facts.token_count or config.top_k > facts.token_count:
-        raise TeacherUnusable(
-            f"{config.model}: vocab_size",
-            found=f"{text_config.vocab_size} logit columns for {facts.token_count} token ids, top_k {config.top_k}",
-            wanted="top_k <= token ids <= logit columns",
-            fix="choose a smaller teacher.top_k, or the tokenizer that belongs to the model",
-        )
-    context = getattr(text_config, "max_position_embeddings", None)
-    if context and config.max_length > context:
-        raise TeacherUnusable(
-            "teacher.max_length",
-            found=config.max_length,
-            wanted=f"at most {context}, the context of {config.model}",
-            fix="lower teacher.max_length",
-        )
-    return model_config
 
 
 def make_header(

@@ -17,10 +17,9 @@ from typing import Literal, NamedTuple
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, load_teacher
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader

@@ -9,7 +9,7 @@ import ray
 
 from coldstill.pipeline.calibration import rank_ids
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.worker import CaptureWorker, TeacherLoader, UnitTask, load_for
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import Unit

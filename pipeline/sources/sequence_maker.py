@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from coldstill.pipeline.config import CaptureConfig, SourceConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.tokenizer import load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import load_tokenizer
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import spans_from_mask
 from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES

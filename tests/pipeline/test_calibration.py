@@ -1,4 +1,4 @@
-"""Laws of the calibration pass: the table ranks ids by how often they are kept, and a capture with it holds the same rows."""
+"""Laws of the calibration pass: its table ranks ids by how often they are kept, and changes nothing but bytes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 
 from coldstill.pipeline.calibration import rank_ids
 from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, load_teacher
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal

@@ -22,9 +22,9 @@ from coldstill.pipeline.dry_run import (
     dry_run,
 )
 from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.manifest import Manifest, seal
 from tests import making
 from tests.pipeline.capturing import capture_config, do_units, write_config
