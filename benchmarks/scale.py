@@ -33,7 +33,7 @@ from benchmarks.report import finish
 from benchmarks.scale_capture import new_capture, pretend_committed, record_of
 from benchmarks.scale_teacher import Sleeping
 from coldstill.pipeline.capture import remaining
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.commits import commit_name
 
 MOST_SECONDS, MOST_MB = 20.0, 500

@@ -22,7 +22,7 @@ from .driver.lease import Lease
 from .driver.progress import Progress, ProgressBar
 from .driver.progress_record import read_progress
 from .errors import CaptureIncomplete, TooManyUnits
-from .preparation.prepare import Prepared, prepare
+from .prepare import Prepared, prepare
 from .sources.staging import remove_staging
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ def capture(config: CaptureConfig) -> CaptureSummary:
 
 def _prepare(config: CaptureConfig, pool: WorkerPool) -> Prepared:
     def rank_ids(header: DatasetHeader, unit: Unit) -> list[int]:
-        with tqdm(total=config.pilot_targets, desc="pilot", unit=" targets") as bar:
+        with tqdm(total=config.calibration_targets, desc="calibration", unit=" targets") as bar:
             bar.set_postfix_str("starting a worker")
             ranks = pool.rank_ids(header, unit)
             bar.set_postfix_str(f"{len(ranks):,} frequent ids")
-            bar.update(config.pilot_targets)
+            bar.update(config.calibration_targets)
         return ranks
 
-    prepared = prepare(config, rank_ids=rank_ids if config.pilot_targets else None)
+    prepared = prepare(config, rank_ids=rank_ids if config.calibration_targets else None)
     if len(prepared.units) > MAX_SEALED_UNITS:
         raise TooManyUnits(
             f"{config.output}: plan",

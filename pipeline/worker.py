@@ -16,19 +16,16 @@ from typing import Literal, NamedTuple
 
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.sources.chat import SequenceMaker
-from coldstill.pipeline.sources.readers import open_source
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.sources.source import open_source
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, load_teacher
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.store.retrying import RetryingStore
-
-KILLS_THE_ENGINE = "kills_the_engine"
-"""Reject reason of poison rows, which `cluster.poison_search` finds."""
 
 TeacherLoader = Callable[[TeacherConfig, DatasetHeader, SamplingConfig | None], Teacher]
 TaskKind = Literal["whole", "probe", "rest", "parts"]
@@ -69,7 +66,7 @@ class CaptureWorker:
     """Processes the units of one capture. `run` and `probe` may be called from two threads."""
 
     def __init__(self, config: CaptureConfig, teacher: Teacher | None = None):
-        self.store = RetryingStore(config.output, retry_for_s=config.cluster.store_patience_s)
+        self.store = RetryingStore(config.output, retry_for_s=config.cluster.store_retry_s)
         self.header = DatasetHeader.from_bytes(self.store.read(HEADER_NAME), where=HEADER_NAME)
         self._units = plan_from_bytes(self.store.read(PLAN_NAME), where=PLAN_NAME)
         self._source = open_source(config.source, self.store)
@@ -146,7 +143,7 @@ def _without(
     """The sequences of all other rows, and a reject for each sequence of an excluded row."""
     details = {row.source_row: row.detail for row in excluded}
     rejects = [
-        Reject(sequence.source_row, sequence.sample_id, KILLS_THE_ENGINE, details[sequence.source_row])
+        Reject(sequence.source_row, sequence.sample_id, RejectReason.KILLS_THE_ENGINE, details[sequence.source_row])
         for sequence in sequences
         if sequence.source_row in details
     ]

@@ -18,8 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import UnitFailed
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.pipeline.teachers.protocol import TokenSequence, load_teacher
 from coldstill.pipeline.worker import TeacherLoader, UnitReport, UnitTask
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
@@ -27,7 +26,7 @@ from coldstill.storage_schema.store.retrying import RetryingStore
 
 from .actor import new_actor
 from .attempts import AttemptStore, CrashReport, read_crash_report
-from .dispatcher import Dispatcher, FailedUnit, WorkerHandle, names_by_unit
+from .dispatcher import TASKS_PER_WORKER, Dispatcher, FailedUnit, WorkerHandle, names_by_unit
 from .metrics import DriverMetrics
 from .ray_cluster import join_cluster
 from .speed import SpeedReport
@@ -90,7 +89,7 @@ class WorkerPool:
         self.gpus_per_worker = 0.0
         """GPUs that each worker holds; known once the cluster is joined."""
         self._config, self._load = config, load
-        self._store = RetryingStore(config.output, retry_for_s=config.cluster.store_patience_s)
+        self._store = RetryingStore(config.output, retry_for_s=config.cluster.store_retry_s)
         self._folder = os.getcwd()
         self._token = secrets.token_hex(4)
         self._is_joined = False
@@ -117,7 +116,7 @@ class WorkerPool:
         return names_by_unit(self._workers)
 
     def rank_ids(self, header: DatasetHeader, unit: Unit) -> list[int]:
-        """The id rank table from the pilot (`pilot.py`). The worker and its engine stay for the units.
+        """The id rank table from the calibration pass (`calibration.py`). The worker and its engine stay for the units.
 
         Raises as `run_units`.
         """
@@ -125,7 +124,9 @@ class WorkerPool:
         def call(actor: Any) -> Any:
             return actor.rank_ids.remote(header.to_bytes(), astuple(unit))
 
-        ranks: list[int] = self._call_one(call, header, what="the pilot", fix="set pilot_targets: 0 to skip it")
+        ranks: list[int] = self._call_one(
+            call, header, what="the calibration pass", fix="set calibration_targets: 0 to skip it"
+        )
         return ranks
 
     def measure(self, header: DatasetHeader, sequences: list[TokenSequence], *, seconds: float) -> SpeedReport:
@@ -220,6 +221,7 @@ class WorkerPool:
             crash_key=key,
             folder=self._folder,
             gpus=self.gpus_per_worker,
+            tasks=TASKS_PER_WORKER,
             load=self._load,
             header=header,
         )

@@ -10,8 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.shard import write_shard
 

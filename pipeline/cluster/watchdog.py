@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 import psutil
 
 from coldstill.common.errors import ColdstillError
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
 
 from .attempts import CrashReport
 

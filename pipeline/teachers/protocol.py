@@ -1,29 +1,61 @@
-"""The `Teacher` protocol, and how the engine that `teacher.engine` names is loaded.
+"""The `Teacher` protocol: token sequences in, scored sequences out; and how `teacher.engine` is loaded.
 
 A class of your own is an engine too: `teacher.engine: my_module:MyTeacher`. `examples/custom_teacher.py` is one.
-Shape letters: `N` target positions, `K` teacher top-k.
+Shape letters: `T` tokens, `n` spans, `N` target positions, `K` teacher top-k.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from coldstill.common.errors import ColdstillError, first_line
-from coldstill.common.plugins import is_plugin, load_plugin
+from coldstill.common.plugins import load_plugin
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
 from coldstill.storage_schema.errors import InvalidRow, InvalidTargets
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.rows import TeacherTargets, span_positions
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets, span_positions
 
 from .sampling import answer_name
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSequence:
+    """`token_ids int32 [T]`, and the positions to score as `target_spans int32 [n, 2]`; a prompt has no spans.
+
+    `source_row` is the number of the source row that it was made from; of joined documents, the first one's.
+    """
+
+    sample_id: str
+    source_row: int
+    token_ids: np.ndarray
+    target_spans: np.ndarray
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ScoredSequence(NamedTuple):
+    """A sequence with the teacher's distributions at its target positions."""
+
+    sequence: TokenSequence
+    targets: TeacherTargets
+
+    @property
+    def row(self) -> CachedRow:
+        """The dataset row."""
+        return CachedRow(
+            sample_id=self.sequence.sample_id,
+            token_ids=self.sequence.token_ids,
+            target_spans=self.sequence.target_spans,
+            targets=self.targets,
+            metadata=self.sequence.metadata,
+        )
 
 
 class Teacher(Protocol):
@@ -90,7 +122,7 @@ def load_teacher(config: TeacherConfig, header: DatasetHeader, sampling: Samplin
     `sampling`: the teacher answers prompts; without it, it scores given sequences. Raises `TeacherUnusable`, and
     `PluginNotFound` for a class that cannot be imported.
     """
-    if is_plugin(config.engine):
+    if config.is_own_class:
         return _CheckedTeacher(config, header, sampling)
     if config.engine == "vllm":
         from .vllm.teacher import VllmTeacher

@@ -14,7 +14,7 @@ import numpy as np
 
 from coldstill.common.rng import to_uniforms
 from coldstill.pipeline.config import SamplingConfig
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.header import DatasetHeader
 

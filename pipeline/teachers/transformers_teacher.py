@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.tokenizer import load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import load_tokenizer
+from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 

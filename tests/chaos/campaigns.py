@@ -135,7 +135,7 @@ def _require_unbroken(campaign: Campaign, config: CaptureConfig) -> None:
 
 
 def _config(campaign: Campaign, folder: Path, *, output: str) -> CaptureConfig:
-    cluster = {"store_patience_s": 5 if campaign.way == "forked" else 60}
+    cluster = {"store_retry_s": 5 if campaign.way == "forked" else 60}
     changes = {"rows_per_unit": campaign.rows_per_unit, "cluster": cluster, **campaign.changes}
     config = capture_config(folder, rows=campaign.rows, **changes)
     return config.model_copy(update={"output": output})

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from coldstill.pipeline.calibration import rank_ids
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.preparation.pilot import rank_ids
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.teachers.protocol import Teacher
 from coldstill.pipeline.worker import CaptureWorker, load_for
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader

@@ -19,7 +19,7 @@ from coldstill.pipeline.capture import capture
 from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.driver.status import read_status
 from coldstill.pipeline.errors import CaptureIncomplete, ClusterTooSmall, LeaseHeld, TooManyUnits, UnitFailed
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.commits import commit_name, committed_units
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME
@@ -106,7 +106,7 @@ def test_a_second_driver_is_refused_while_one_runs_and_ctrl_c_ends_that_one_clea
 def test_units_that_fail_are_named_at_the_end_all_others_are_committed_and_a_later_start_seals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = capture_config(tmp_path, teacher={"draws": 0}, pilot_targets=0)
+    config = capture_config(tmp_path, teacher={"draws": 0}, calibration_targets=0)
     faults = Faults(folder=str(tmp_path), invalid=("chat-13",))
     with monkeypatch.context() as patch:
         patch.setattr(pool, "WorkerPool", functools.partial(pool.WorkerPool, load=faults))
@@ -124,7 +124,7 @@ def test_units_that_fail_are_named_at_the_end_all_others_are_committed_and_a_lat
 def test_a_finished_capture_reads_each_commit_once_to_seal_and_none_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = capture_config(tmp_path, pilot_targets=0)
+    config = capture_config(tmp_path, calibration_targets=0)
     prepare(config)
     do_units(config)
     read: list[str] = []
@@ -149,7 +149,7 @@ def test_a_plan_that_no_manifest_can_list_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("coldstill.pipeline.capture.MAX_SEALED_UNITS", 4)
     with pytest.raises(TooManyUnits, match="rows_per_unit"):
-        capture(capture_config(tmp_path, pilot_targets=0))
+        capture(capture_config(tmp_path, calibration_targets=0))
 
 
 def test_capture_by_vllm_through_ray_is_whole(tmp_path: Path) -> None:
@@ -203,12 +203,12 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pilot_targets", "what"), [(8192, "the pilot"), (0, "a worker's start")])
+@pytest.mark.parametrize(("calibration_targets", "what"), [(8192, "the calibration pass"), (0, "a worker's start")])
 def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(
-    tmp_path: Path, pilot_targets: int, what: str
+    tmp_path: Path, calibration_targets: int, what: str
 ) -> None:
     with _killing("", at_most=100), pytest.raises(UnitFailed, match=what):
-        capture(capture_config(tmp_path, pilot_targets=pilot_targets))
+        capture(capture_config(tmp_path, calibration_targets=calibration_targets))
 
 
 def test_a_worker_that_could_never_start_is_refused_by_name(tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ import pytest
 
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
-from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
 from coldstill.pipeline.worker import CaptureWorker, ExcludedRow, UnitTask, load_for
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.dataset import open_dataset

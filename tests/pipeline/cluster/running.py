@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstill.pipeline.cluster.dispatcher import FailedUnit
 from coldstill.pipeline.cluster.pool import WorkerPool
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.worker import CaptureWorker, UnitReport
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.store import Store
@@ -47,10 +47,10 @@ def new_cluster(*, num_cpus: int) -> Cluster:
 
 
 def cluster_config(folder: Path, address: str, *, rows: int = 40, **changes: Any) -> CaptureConfig:
-    """A capture on a shared cluster, without a pilot and without draws: the faulty teacher has none."""
-    cluster = {"address": address, "cpus_per_worker": 1, "store_patience_s": 20, **changes.pop("cluster", {})}
+    """A capture on a shared cluster, without a calibration pass and without draws: the faulty teacher has none."""
+    cluster = {"address": address, "cpus_per_worker": 1, "store_retry_s": 20, **changes.pop("cluster", {})}
     teacher = {"draws": 0, "top_k": 4, **changes.pop("teacher", {})}
-    return capture_config(folder, rows=rows, pilot_targets=0, cluster=cluster, teacher=teacher, **changes)
+    return capture_config(folder, rows=rows, calibration_targets=0, cluster=cluster, teacher=teacher, **changes)
 
 
 def faults(folder: Path, **kinds: Any) -> Faults:

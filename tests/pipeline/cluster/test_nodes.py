@@ -12,7 +12,7 @@ from coldstill.pipeline.cluster.pool import WorkerPool
 from coldstill.pipeline.cluster.ray_cluster import gpus_per_worker, require_room
 from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import ClusterTooSmall
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.commits import committed_units
 from coldstill.storage_schema.store import Store
 from tests.pipeline.capturing import capture_config, contents

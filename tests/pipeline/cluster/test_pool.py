@@ -9,7 +9,7 @@ import pytest
 from coldstill.pipeline.cluster.attempts import AttemptStore
 from coldstill.pipeline.cluster.pool import WorkerPool
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.errors import StorageFull
 from coldstill.storage_schema.store import Store

@@ -14,7 +14,7 @@ import pytest
 from coldstill.pipeline.cluster.attempts import CrashReport
 from coldstill.pipeline.cluster.watchdog import Watchdog, WatchedTeacher, is_memory_error
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.sequences import ScoredSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence
 
 
 class Stub:

@@ -8,9 +8,9 @@ import pytest
 
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import TemplateCannotMark
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.sources.chat import SequenceMaker
-from coldstill.pipeline.sources.readers import SourceRow
+from coldstill.pipeline.sources.files import SourceRow
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import span_positions
 from tests.pipeline.sources import templates

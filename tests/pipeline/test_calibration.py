@@ -1,4 +1,4 @@
-"""Laws of the pilot: the table ranks ids by how often they are kept, and a capture with it holds the same rows."""
+"""Laws of the calibration pass: its table ranks ids by how often they are kept, and changes nothing but bytes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import cast
 import numpy as np
 import pytest
 
-from coldstill.pipeline.preparation.pilot import rank_ids
-from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.calibration import rank_ids
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, load_teacher
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal
@@ -27,17 +26,17 @@ def _ranked(folder: Path, **changes: object) -> tuple[Path, DatasetHeader]:
     """A whole capture with a table, by the driver's own steps."""
     config = capture_config(folder, **changes)
 
-    def pilot(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
+    def calibrate(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
         return rank_ids(config, load_teacher(config.teacher, header), header, unit)
 
-    prepared = prepare(config, rank_ids=pilot)
+    prepared = prepare(config, rank_ids=calibrate)
     do_units(config)
     seal(prepared.store)
     return Path(config.output), prepared.header
 
 
 def test_the_table_ranks_ids_by_how_often_they_are_kept_or_drawn(tmp_path: Path) -> None:
-    root, header = _ranked(tmp_path, pilot_targets=10**6)
+    root, header = _ranked(tmp_path, calibration_targets=10**6)
     counts: Counter[int] = Counter()
     for row in open_dataset(root).read_shard(0):
         counts.update(row.targets.ids[row.targets.kept].tolist())
@@ -61,8 +60,8 @@ def test_a_table_changes_the_bytes_and_nothing_else(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-6)
 
 
-def test_a_few_targets_are_enough_for_a_pilot(tmp_path: Path) -> None:
-    _, some = _ranked(tmp_path, pilot_targets=1)
+def test_a_few_targets_are_enough_for_a_table(tmp_path: Path) -> None:
+    _, some = _ranked(tmp_path, calibration_targets=1)
     assert 0 < len(some.id_ranks) < len(_ranked(tmp_path, output="all")[1].id_ranks)
 
 
@@ -80,8 +79,8 @@ class _Answering:
         return [ScoredSequence(prompt, targets) for prompt in prompts]
 
 
-def test_the_pilot_of_mode_generate_asks_for_a_few_answers_until_it_has_its_targets(tmp_path: Path) -> None:
-    config = capture_config(tmp_path, mode="generate", pilot_targets=10, sampling={"max_tokens": 5})
+def test_the_calibration_pass_of_mode_generate_asks_for_a_few_answers_until_it_has_its_targets(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, mode="generate", calibration_targets=10, sampling={"max_tokens": 5})
     prepared = prepare(config)
     teacher = _Answering()
     ranks = rank_ids(config, cast(Teacher, teacher), prepared.header, prepared.units[0])
@@ -97,9 +96,9 @@ def test_a_first_unit_of_rejects_alone_gives_no_table(tmp_path: Path) -> None:
     assert rank_ids(config, cast(Teacher, None), prepared.header, prepared.units[0]) == ()
 
 
-def test_a_dataset_keeps_the_table_that_it_was_begun_with(tmp_path: Path) -> None:
+def test_a_dataset_keeps_the_table_that_it_was_started_with(tmp_path: Path) -> None:
     config = capture_config(tmp_path)
     first = prepare(config, rank_ids=lambda header, unit: (5, 3, 8))
-    again = prepare(config, rank_ids=lambda header, unit: pytest.fail("a second pilot"))
+    again = prepare(config, rank_ids=lambda header, unit: pytest.fail("a second calibration pass"))
     assert first.header == again.header
     assert again.header.id_ranks == (5, 3, 8)

@@ -12,9 +12,9 @@ import pytest
 
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import SourceChanged, TemplateCannotMark
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.staging import remove_staging
-from coldstill.pipeline.teachers.weights import dtype_of, head_dtype_of, quantization_of
+from coldstill.pipeline.teachers.checkpoint import dtype_of, head_dtype_of, quantization_of
 from coldstill.storage_schema.errors import HeaderMismatch
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.store import Store

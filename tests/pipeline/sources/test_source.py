@@ -17,8 +17,9 @@ import zstandard
 
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import SourceChanged, SourceEmpty, SourceNotFound, SourceUnreadable, TooManyUnits
-from coldstill.pipeline.sources import files, parquet_rows, readers
-from coldstill.pipeline.sources.readers import Source, open_source
+from coldstill.pipeline.sources import json_lines, parquet_rows
+from coldstill.pipeline.sources import source as source_module
+from coldstill.pipeline.sources.source import Source, open_source
 from coldstill.storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.store import Store
 
@@ -166,7 +167,7 @@ def test_a_fingerprint_is_known_again_without_reading_everything(
     store = Store(tmp_path / "dataset")
     first = open_source(config, store)
     first.plan(4)
-    monkeypatch.setattr(readers.Source, "_survey", lambda *_: pytest.fail("a second pass"))
+    monkeypatch.setattr(Source, "_survey", lambda *_: pytest.fail("a second pass"))
     assert open_source(config, store).fingerprint == first.fingerprint
 
 
@@ -377,7 +378,7 @@ def test_damaged_compression_is_named_with_the_line_and_nothing_is_staged(
 
 
 def test_a_line_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(json_lines, "MAX_ROW_BYTES", 1000)
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n' + b"x" * 5000)
     with pytest.raises(SourceUnreadable, match="line 2"):
         open_source(SourceConfig(path=str(tmp_path / "x.jsonl"))).plan(4)
@@ -393,7 +394,7 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_too_many_units_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_UNITS", 5)
+    monkeypatch.setattr(source_module, "MAX_UNITS", 5)
     source = open_source(_one("x.jsonl")(tmp_path))
     with pytest.raises(TooManyUnits, match="rows_per_unit to 3"):
         source.plan(2)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.estimate.dry_run import dry_run
-from coldstill.pipeline.estimate.expected_bytes import BYTES_OF_DRAWS, BYTES_PER_TARGET, TOP_KS, bytes_per_target
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.dry_run import (
+    BYTES_OF_DRAWS,
+    BYTES_PER_TARGET,
+    TOP_KS,
+    SourceCounts,
+    bytes_per_target,
+    count_source,
+    dry_run,
+)
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.sources.source import open_source
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.manifest import Manifest, seal
+from tests import making
 from tests.pipeline.capturing import capture_config, do_units, write_config
 
-RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "codec_2_cores.json"
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "codec_2_cores.json"
 
 
 def captured(config: CaptureConfig) -> Manifest:
@@ -49,7 +62,7 @@ def test_the_directory_of_a_capture_that_is_under_way_is_not_touched(tmp_path: P
 
 def test_a_probe_measures_a_real_worker_and_writes_nothing_either(tmp_path: Path) -> None:
     config = capture_config(
-        tmp_path, cluster={"max_workers": 2, "gpus_per_worker": 0, "price_per_gpu_hour": 3.0}, pilot_targets=0
+        tmp_path, cluster={"max_workers": 2, "gpus_per_worker": 0, "price_per_gpu_hour": 3.0}, calibration_targets=0
     )
     dry = dry_run(config, probe=True, probe_s=1.0, progress=False)
     assert not Path(config.output).exists()
@@ -75,19 +88,24 @@ def test_the_expected_bytes_are_those_of_the_stored_benchmark() -> None:
     lines = json.loads(RESULT.read_text())["lines"]
     measured = {(line["side"], line["teacher"], line["top_k"], line["min_prob"], line["draws"]): line for line in lines}
 
-    def of(fidelity: str, floor: float, draws: int, temperament: str, top_k: int) -> float:
-        return float(measured[f"ours, {fidelity}", temperament, top_k, floor, draws]["bytes"])
+    def of(fidelity: str, floor: float, draws: int, sharpness: str, top_k: int) -> float:
+        return float(measured[f"ours, {fidelity}", sharpness, top_k, floor, draws]["bytes"])
 
-    for (fidelity, has_floor, temperament), values in BYTES_PER_TARGET.items():
-        found = [of(fidelity, 1e-4 if has_floor else 0.0, 0, temperament, top_k) for top_k in TOP_KS]
+    for (fidelity, has_floor, sharpness), values in BYTES_PER_TARGET.items():
+        found = [of(fidelity, 1e-4 if has_floor else 0.0, 0, sharpness, top_k) for top_k in TOP_KS]
         assert values == pytest.approx(found, rel=0.05)
-    for temperament, values in BYTES_OF_DRAWS.items():
-        found = [of("fine", 0.0, 64, temperament, k) - of("fine", 0.0, 0, temperament, k) for k in TOP_KS]
+    for sharpness, values in BYTES_OF_DRAWS.items():
+        found = [of("fine", 0.0, 64, sharpness, k) - of("fine", 0.0, 0, sharpness, k) for k in TOP_KS]
         assert values == pytest.approx(found, rel=0.1, abs=0.2)
 
 
 def settings(**teacher: object) -> CaptureConfig:
-    document = {"output": "o", "source": {"path": "x.jsonl"}, "teacher": {"model": "m", **teacher}, "pilot_targets": 0}
+    document = {
+        "output": "o",
+        "source": {"path": "x.jsonl"},
+        "teacher": {"model": "m", **teacher},
+        "calibration_targets": 0,
+    }
     return CaptureConfig.model_validate(document)
 
 
@@ -110,3 +128,54 @@ def test_the_command_prints_the_counts_and_writes_them_where_asked(tmp_path: Pat
     assert document["rejected: no_messages"] == 1
     assert "rejected: no messages" in done.stdout
     assert not (tmp_path / "dataset").exists()
+
+
+def _counted(config: Any) -> SourceCounts:
+    source = open_source(config.source)
+    units = source.plan(config.rows_per_unit)
+    return count_source(config, units=units, source=source, maker=SequenceMaker.of(config), progress=False)
+
+
+def test_the_counts_are_those_of_the_capture(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    counts = _counted(config)
+    assert not Path(config.output).exists()
+    store = prepare(config).store
+    do_units(config)
+    manifest = seal(store)
+    assert (counts.rows, counts.sequences, counts.tokens, counts.targets) == (
+        41,
+        manifest.rows,
+        manifest.tokens,
+        manifest.targets,
+    )
+    assert counts.rejected == {"no_messages": 1}
+
+
+def test_a_source_that_cannot_be_sought_is_counted_without_staging(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert _counted(capture_config(tmp_path, source={"path": str(packed)})) == _counted(config)
+    assert not Path(config.output).exists()
+
+
+def test_of_answers_the_most_that_they_may_have_is_counted(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, mode="generate", sampling={"n": 3, "max_tokens": 240})
+    counts = _counted(config)
+    made = SequenceMaker.of(config).sequences(open_source(config.source).rows())
+    sizes = [prompt.token_ids.size for prompt in made if isinstance(prompt, TokenSequence)]
+    assert counts.tokens == sum(sizes)
+    assert counts.targets == 3 * sum(min(240, 256 - size) for size in sizes)
+    assert any(256 - size < 240 for size in sizes)
+
+
+@pytest.mark.parametrize("documents", ["isolate", "concat"])
+def test_documents_are_counted(tmp_path: Path, documents: str) -> None:
+    config = capture_config(tmp_path, mode="pretrain", documents=documents)
+    making.write_jsonl(tmp_path / "rows.jsonl", [{"text": "x" * 99} for _ in range(20)])
+    counts = _counted(config)
+    assert counts.tokens == 2000
+    assert counts.sequences == (20 if documents == "isolate" else 8)
+    assert counts.targets == 2000 - counts.sequences
