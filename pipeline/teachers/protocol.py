@@ -21,8 +21,6 @@ from coldstill.storage_schema.errors import InvalidRow, InvalidTargets
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets, span_positions
 
-from .sampling import answer_name
-
 logger = logging.getLogger(__name__)
 
 
@@ -114,6 +112,11 @@ class Teacher(Protocol):
         Raises `TeacherOutputInvalid`.
         """
         ...
+
+
+def answer_name(sample_id: str, number: int, *, answers: int) -> str:
+    """Sample id of answer `number` of `answers` to a prompt."""
+    return sample_id if answers == 1 else f"{sample_id}#{number}"
 
 
 def load_teacher(config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None) -> Teacher:
