@@ -106,7 +106,8 @@ class Teacher(Protocol):
         and with `finish_reason` (`stop` or `length`) in its metadata, as `sampling.answer_sequence` makes it; the
         sample id of answer `i` of several is `ID#i`. The log-probs are those of the untempered softmax.
 
-        Target position `t` holds the distribution of token `t + 1` given tokens `0..t`.
+        Target position `t` holds the distribution of token `t + 1` given tokens `0..t`. `TeacherTargets`
+        (storage_schema/rows.py) documents the arrays; `target_extractor.summarize` makes them from logits.
 
         All sequences are queued before the first is computed: equal calls give equal bits on equal hardware.
         Raises `TeacherOutputInvalid`.
@@ -198,6 +199,8 @@ class _CheckedTeacher:
         where = f"row {given.sample_id!r}"
         if not isinstance(item, ScoredSequence):
             raise self._invalid(where, type(item).__name__, "a ScoredSequence")
+        if not isinstance(item.sequence, TokenSequence):
+            raise self._invalid(where, type(item.sequence).__name__, "a TokenSequence")
         if self._sampling is None:
             self._check_given(where, item.sequence, given)
         else:
@@ -225,6 +228,8 @@ class _CheckedTeacher:
         if (sequence.sample_id, sequence.source_row) != (name, prompt.source_row):
             found = f"answer {sequence.sample_id!r} of source row {sequence.source_row}"
             raise self._invalid(where, found, f"answer {name!r} of source row {prompt.source_row}")
+        if not isinstance(sequence.token_ids, np.ndarray) or sequence.token_ids.dtype != np.int32:
+            raise self._invalid(f"{where}: token_ids", type(sequence.token_ids).__name__, "int32 [T]")
         first, size = prompt.token_ids.size, sequence.token_ids.size
         if not np.array_equal(sequence.token_ids[:first], prompt.token_ids):
             raise self._invalid(where, "an answer to another prompt", "the prompt's own tokens, then the answer's")
