@@ -1,7 +1,7 @@
 """Reads the rows of a shard: all of them from its bytes, or one by number from a seekable file.
 
-`ShardFile` reads row groups, `BatchRows` decodes the rows of a group. It slices the memory of Arrow's columns: Arrow's
-scalars and its conversion to numpy cost as much as the decoding, and the conversion imports pandas first.
+`ShardFile` reads row groups, `BatchRows` decodes the rows of a group. `BatchRows` slices the memory of Arrow columns:
+Arrow's scalars and its conversion to numpy cost as much as the decoding, and the conversion imports pandas first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sound datasets that are mutated: three small ones, made through the real commit protocol.
+"""The valid datasets that are mutated: three small ones, made through the real commit protocol.
 
 In: an empty folder. Out: `Base`: a dataset's files by name. Equal library versions give equal bytes.
 """

@@ -1,4 +1,4 @@
-"""Changes to bytes that know nothing of what the bytes mean."""
+"""Changes to bytes regardless of their meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutants by number in, verdicts out: which law each broke, if any."""
+"""Runs mutants by number and decides which law each of them broke, if any."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .children import Child
 from .mutants import Mutant, mutant
 
 REGRESSIONS = Path(__file__).parent / "regressions.txt"
-"""Mutants that once broke a law: `seed number` by line, what follows is for people."""
+"""Mutants that once broke a law: `seed number` on each line; the rest of a line is a comment."""
 
 
 class Verdict(NamedTuple):

@@ -1,4 +1,4 @@
-"""The process in which mutants are read: `python -m tests.fuzz.child`. Folders in by line, readings out by line.
+"""The process that reads mutants: `python -m tests.fuzz.child`. One folder per input line, one reading per output line.
 
 It takes an address space of what the interpreter has after reading one sound dataset, and 1 GiB.
 """

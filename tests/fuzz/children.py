@@ -1,4 +1,4 @@
-"""A child process that is used again and again, watched from outside, and replaced when it dies."""
+"""A child process that reads many mutants, is watched by its parent, and is replaced when it dies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any
 
 CPU_SECONDS = 2.0
-"""Processor time of one mutant, of all threads: wall time would punish a busy machine."""
+"""Processor time of one mutant, of all threads: wall time would depend on the load of the machine."""
 WALL_SECONDS = 60.0
-"""A child that waits for ever uses no processor."""
+"""Wall time: a child that waits forever uses no processor time."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -33,7 +33,7 @@ class Child:
         """What came of a dataset: a `Reading` as a dictionary, or `{"died": how}`."""
         if self._process is None:
             self._start()
-        answer = self._ask(root, cpu_seconds=cpu_seconds)
+        answer = self._request(root, cpu_seconds=cpu_seconds)
         if "died" in answer:
             self.deaths += 1
             self.close()
@@ -65,11 +65,11 @@ class Child:
             env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
             cwd=Path(__file__).parents[2],
         )
-        answer = self._ask(self._sound, cpu_seconds=60.0)
+        answer = self._request(self._sound, cpu_seconds=60.0)
         if answer.get("unnamed") or answer.get("findings") != []:
             raise RuntimeError(f"a sound dataset is not read as one: {answer}")
 
-    def _ask(self, root: Path, *, cpu_seconds: float = CPU_SECONDS) -> dict[str, Any]:
+    def _request(self, root: Path, *, cpu_seconds: float = CPU_SECONDS) -> dict[str, Any]:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -1,4 +1,4 @@
-"""Changes to zstd frames: other content under a right checksum and size, or a frame of another make."""
+"""Changes to zstd frames: other content under a right checksum and size, or a frame of another form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers that lie: a number changed in `dataset.json` and in the footers alike, or only in one of them."""
+"""Wrong headers: a number changed in `dataset.json` and in the footers alike, or only in one of them."""
 
 from __future__ import annotations
 

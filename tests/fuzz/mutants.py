@@ -1,4 +1,4 @@
-"""Mutants: a campaign's seed and a number in, the files of a changed dataset out. A pure function of both.
+"""Mutants: the files of a changed dataset, a pure function of the campaign's seed and the mutant's number.
 
 Even numbers are UNSEALED (bytes are changed, digests are not), odd ones RESEALED (all digests and checksums are made
 right again, so that the change reaches the readers behind them).

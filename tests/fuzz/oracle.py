@@ -1,4 +1,4 @@
-"""What a child process does with a mutant: read it in every way there is, and say what came of it.
+"""Reads a mutant in every way that the library has, in a child process, and records the outcomes.
 
 In: the folder of a dataset. Out: `Reading`, which JSON can carry. Nothing here decides whether that is right.
 """
@@ -34,7 +34,7 @@ class Reading:
     """`rows`, `single`: digests of all rows, read in order and by number; none where that failed.
 
     `named`: the class of the first named error of each way to read; `unnamed`: anything else that was raised, with its
-    traceback; `findings`: what `verify --deep` found; `unlawful`: a law that a row breaks and nobody noticed.
+    traceback; `findings`: what `verify --deep` found; `unlawful`: a law that a row breaks without an error.
     """
 
     rows: str | None = None

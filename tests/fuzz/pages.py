@@ -1,4 +1,4 @@
-"""Parquet files whose pages or footer say or hold something else, with right checksums, places and sizes around it."""
+"""Parquet files with changed pages or footers, whose checksums, places and sizes are correct again."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def move_pages(rng: random.Random, data: bytes) -> bytes:
 
 
 def huge_page(rng: random.Random, data: bytes) -> bytes:
-    """A page that says, or has, far more than its neighbors: from some MiB to 2 GiB."""
+    """A page that declares, or has, far more than its neighbors: from some MiB to 2 GiB."""
     parts = Parts(data)
     place, page = _some_page(rng, parts)
     chunk = parts.chunks[place]

@@ -1,4 +1,4 @@
-"""Shards whose rows hold something else: a stream, an id, a span, a text, in a Parquet file that is as it should be."""
+"""Shards with changed rows (a stream, an id, a span, a text) in a valid Parquet file."""
 
 from __future__ import annotations
 

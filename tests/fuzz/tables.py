@@ -1,4 +1,4 @@
-"""Parquet files of other columns, types, encodings and compression than the format has."""
+"""Parquet files with other columns, types, encodings or compression than those of the format."""
 
 from __future__ import annotations
 

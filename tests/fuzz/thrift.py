@@ -1,6 +1,6 @@
 """Thrift's compact protocol, read into a tree that can be changed and written again (Parquet's footers and pages).
 
-Independent of `storage_schema/parquet/thrift.py`, which cannot write and refuses more.
+Independent of `storage_schema/thrift.py`, which cannot write and rejects more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The files of a mutant, and the digests that are made right again after a change ("resealed")."""
+"""The files of a mutant, and the repair of their digests after a change ("resealing")."""
 
 from __future__ import annotations
 

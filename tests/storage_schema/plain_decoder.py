@@ -1,6 +1,6 @@
 """A second decoder, written from FORMAT.md alone: plain Python and zstd, no numpy, nothing of ours.
 
-A row comes in as the column values of a shard, its positions come out as dictionaries. Slow and obvious on purpose.
+The column values of a row in a shard become one dictionary per position. Slow and obvious on purpose.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Laws of reading and verifying a sealed dataset: every damage has a name that says which file."""
+"""Laws of reading and verifying a sealed dataset: every damage is an error that names the file."""
 
 from __future__ import annotations
 

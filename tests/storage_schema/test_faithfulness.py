@@ -1,4 +1,4 @@
-"""Laws of the faithfulness sample: spread evenly, the same for any number of workers, true to what the teacher said."""
+"""Laws of the faithfulness sample: spread evenly, the same for any number of workers, with the teacher's values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FORMAT.md says what the code does: its worked example and its bounds are the code's."""
+"""FORMAT.md describes what the code does: its worked example and its bounds are those of the code."""
 
 from __future__ import annotations
 

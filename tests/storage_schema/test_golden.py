@@ -1,4 +1,4 @@
-"""What format 1 once wrote is read for ever: ids, counts and levels exactly, log-probs to 1e-6."""
+"""Golden datasets of format 1 read unchanged: ids, counts and levels exactly, log-probs to 1e-6."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of our own reading of Parquet's footers and pages: it sees what Arrow sees, and damage is a `ValueError`."""
+"""Laws of our reader of Parquet footers and pages: it agrees with Arrow, and damage is a `ValueError`."""
 
 from __future__ import annotations
 

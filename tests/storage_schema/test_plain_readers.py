@@ -1,4 +1,4 @@
-"""Whoever has a Parquet reader sees what a shard holds, without our code."""
+"""Any Parquet reader can read the plain columns of a shard, without our code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the nouns: alignment, and what a distribution is."""
+"""Laws of rows: alignment of targets with tokens, and what a distribution is."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from tests import making
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=40))
-def test_target_position_t_scores_token_t_plus_1(learned: list[bool]) -> None:
-    positions = span_positions(spans_from_mask(learned)).tolist()
-    assert [position + 1 for position in positions] == [token for token, bit in enumerate(learned) if bit and token > 0]
+def test_target_position_t_scores_token_t_plus_1(loss_mask: list[bool]) -> None:
+    positions = span_positions(spans_from_mask(loss_mask)).tolist()
+    assert [position + 1 for position in positions] == [
+        token for token, bit in enumerate(loss_mask) if bit and token > 0
+    ]
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=40))
-def test_spans_are_the_fewest_runs(learned: list[bool]) -> None:
-    spans = spans_from_mask(learned)
+def test_spans_are_the_fewest_runs(loss_mask: list[bool]) -> None:
+    spans = spans_from_mask(loss_mask)
     assert (spans[:, 0] < spans[:, 1]).all()
     assert (spans[1:, 0] > spans[:-1, 1]).all()
 

@@ -37,7 +37,7 @@ def stored(store: Store, name: str = "shards/a.parquet", content: bytes = CONTEN
 
 
 def nothing(_: int) -> None:
-    """Progress that nobody looks at."""
+    """Progress that is not shown."""
 
 
 def test_a_right_file_is_read_and_checked(source: Store) -> None:

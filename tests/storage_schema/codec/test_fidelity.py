@@ -1,4 +1,4 @@
-"""What storage costs, held against the guarantee in the header: on distributions of real text, and on any other.
+"""The KL that storage costs is within the header's guarantee: on distributions of real text, and on any other.
 
 The teacher here is a word model of this interpreter's own library: bigram counts smoothed by unigram counts.
 """

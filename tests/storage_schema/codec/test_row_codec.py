@@ -1,4 +1,4 @@
-"""Laws of the codec: what goes in comes out, to the precision that the header promises; what is damaged has a name."""
+"""Laws of the codec: a row decodes to its values, with the precision of the header; damage is a named error."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_a_missing_stream_has_a_name(encoded: Encoded, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_that_nothing_asks_for_is_refused(encoded: Encoded, name: str) -> None:
+def test_a_stream_that_the_row_does_not_use_is_refused(encoded: Encoded, name: str) -> None:
     if not encoded.frames[name]:
         with pytest.raises(StreamDamaged, match=name):
             encoded.decode(**{name: zstandard.compress(b"a")})

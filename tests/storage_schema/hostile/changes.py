@@ -1,4 +1,4 @@
-"""Changes to the files of a sound dataset, by which tests make hostile ones."""
+"""Changes that make a hostile dataset of a valid one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few bytes that say they are many are refused before they are opened."""
+"""A few bytes that declare a huge content are refused before they are decompressed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_frame_that_holds_more_than_it_declares_is_refused(tree: Tree, read: R
 
 @pytest.mark.parametrize("said", [(1 << 31) - 1, 1 << 30, 300 << 20])
 def test_a_page_that_says_it_is_larger_than_the_footer_says_is_not_opened(tree: Tree, read: Read, said: int) -> None:
-    """The page's header says 2 GB, the footer 1 MB; the frame in it is sound, small, and does hold zeros."""
+    """The page's header declares 2 GB, the footer 1 MB; the frame in it is valid, small, and contains zeros."""
     parts = Parts(tree.files[first_shard(tree)])
     chunk = parts.chunks[3]
     page = chunk.pages[0]
@@ -95,7 +95,7 @@ def test_a_column_of_a_hundred_thousand_empty_pages_is_refused(tree: Tree, read:
 
 @pytest.mark.parametrize("column", [3, 10])
 def test_a_dictionary_that_the_footer_does_not_mention_is_refused(tree: Tree, read: Read, column: int) -> None:
-    """One value of 7 MiB, named by a thousand rows in ten bytes: 7 GB for whoever believes the pages."""
+    """One value of 7 MiB, named by a thousand rows in ten bytes: 7 GB for a reader that trusts the pages."""
     data = tree.files[first_shard(tree)]
     rows = [shard_rows.rows_of(data)[0]] * 1000
     parts = Parts(shard_rows.write_rows(rows, header=shard_rows.header_of(data)))

@@ -1,4 +1,4 @@
-"""Counts that lie: in the manifest, commit records, footers, pages and streams."""
+"""Wrong counts in the manifest, commit records, footers, pages and streams."""
 
 from __future__ import annotations
 

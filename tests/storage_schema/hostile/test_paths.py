@@ -1,4 +1,4 @@
-"""Names and links that leave the dataset are refused before anything is opened."""
+"""Names and links that leave the dataset are refused before any file is opened."""
 
 from __future__ import annotations
 

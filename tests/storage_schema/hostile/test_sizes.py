@@ -1,4 +1,4 @@
-"""What is too large is refused before it is read or parsed."""
+"""Data that is too large is refused before it is read or parsed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that is too deep, no UTF-8, no number that fits, or that a page would run."""
+"""Text that is nested too deeply, is not UTF-8, has numbers out of range, or that a web page would execute."""
 
 from __future__ import annotations
 

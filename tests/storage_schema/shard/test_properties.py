@@ -54,7 +54,7 @@ def _media(found: dict[int, tuple[str, bytes, bool]]) -> tuple[MediaReference, .
 
 
 def _row(mask: list[bool], seed: int, sample_id: str = "a", metadata: object = None, media: object = None) -> CachedRow:
-    """A row whose tokens 1 and on are learned where `mask` says so, at least the last."""
+    """A row whose tokens from 1 on are targets where `mask` is true, and the last in any case."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, making.VOCABULARY, len(mask) + 1, dtype=np.int32)
     spans = spans_from_mask([False, *mask[:-1], True])

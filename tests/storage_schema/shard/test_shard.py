@@ -1,4 +1,4 @@
-"""Laws of a shard: it can be read alone, without our code, and tells when it is damaged or from elsewhere."""
+"""Laws of a shard: it can be read alone and without our code, and damage or another dataset's shard is an error."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_row_groups_are_small(header: DatasetHeader) -> None:
 
 
 def test_a_row_is_read_without_its_neighbors(header: DatasetHeader, rows: list[CachedRow]) -> None:
-    """The neighbors' frames are rubbish, and nobody looks."""
+    """The neighbors' frames are invalid, and are not read."""
     file = _open(write_shard(rows, header=header))
     batch = file.batch(0)
     column = batch.column("ids").to_pylist()

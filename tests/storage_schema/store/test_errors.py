@@ -1,4 +1,4 @@
-"""Every refusal of a store has a name and a way out: real exceptions of the clients, made without a network."""
+"""Every failure of a store has a named error with a fix: real exceptions of the clients, made without a network."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def google_login() -> Exception:
         (lambda: OSError("odd"), StorageFailed, "repair the store"),
     ],
 )
-def test_what_a_store_says_has_a_name_and_a_way_out(
+def test_a_client_s_exception_has_a_name_and_a_fix(
     make: Callable[[], Exception], name: type[ColdstillError], way_out: str
 ) -> None:
     error = raised(make, "gs://bucket/dataset")

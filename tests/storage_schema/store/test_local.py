@@ -1,4 +1,4 @@
-"""Laws of reading local files: a dataset from a stranger takes no file of this machine along, and nothing hangs."""
+"""Laws of reading local files: a dataset from a stranger reaches no other file of this machine, and nothing hangs."""
 
 from __future__ import annotations
 

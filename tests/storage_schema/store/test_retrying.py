@@ -1,5 +1,4 @@
-"""Laws of a store that does not answer for a while: a real S3 server whose answers fail, and a real folder that is not
-there."""
+"""Laws of a store that fails for a while: a real S3 server whose responses fail, and a real folder that is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from tests.storage_schema.store.s3_server import S3Server, serve
 
 @pytest.fixture
 def broken_folder(tmp_path: Path) -> Path:
-    """The root of a dataset whose `shards` is no folder for now, as a mount that is away."""
+    """The root of a dataset whose `shards` is not a folder at the moment, like a mount that is gone."""
     root = tmp_path / "dataset"
     root.mkdir()
     (root / "shards").write_text("")
@@ -32,26 +31,26 @@ def broken_folder(tmp_path: Path) -> Path:
 
 
 def test_a_write_waits_until_the_store_is_back(broken_folder: Path) -> None:
-    def mend() -> None:
+    def repair() -> None:
         time.sleep(0.7)
         (broken_folder / "shards").unlink()
 
-    mender = threading.Thread(target=mend)
-    mender.start()
+    repairer = threading.Thread(target=repair)
+    repairer.start()
     RetryingStore(broken_folder, retry_for_s=30).put("shards/a", b"whole")
-    mender.join()
+    repairer.join()
     assert (broken_folder / "shards" / "a").read_bytes() == b"whole"
     assert RetryingStore(broken_folder, retry_for_s=0).create("shards/a", b"other") is False
 
 
-def test_patience_ends_by_name(broken_folder: Path) -> None:
+def test_when_the_time_is_over_the_error_of_the_store_is_raised(broken_folder: Path) -> None:
     started = time.monotonic()
     with pytest.raises(StorageFailed, match="writing shards/a"):
         RetryingStore(broken_folder, retry_for_s=1.2).put("shards/a", b"")
     assert time.monotonic() - started > 0.2, "it was tried again"
 
 
-def test_what_does_not_mend_itself_is_named_at_once(tmp_path: Path, small_disk: SmallDisk) -> None:
+def test_a_full_disk_and_a_missing_file_are_not_retried(tmp_path: Path, small_disk: SmallDisk) -> None:
     small_disk.resize("64k")
     started = time.monotonic()
     with pytest.raises(StorageFull):
@@ -75,8 +74,13 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+<<<<<<< HEAD
 def test_a_worker_outlasts_an_object_store_that_refuses_for_a_while(tmp_path: Path, s3_server: S3Server) -> None:
     config = capture_config(tmp_path, cluster={"store_retry_s": 60}).model_copy(
+=======
+def test_a_worker_outlasts_an_object_store_that_fails_for_a_while(tmp_path: Path, s3_server: S3Server) -> None:
+    config = capture_config(tmp_path, cluster={"store_patience_s": 60}).model_copy(
+>>>>>>> main
         update={"output": "s3://captures/dataset"}
     )
     store = prepare(config).store
@@ -87,7 +91,11 @@ def test_a_worker_outlasts_an_object_store_that_refuses_for_a_while(tmp_path: Pa
     assert committed_units(store) == {0}
     assert store.names("shards") == [Path(read_commit(store, 0).shard.name).name]
     s3_server.fail("PUT", ".parquet", "409 Conflict", "OperationAborted", times=1000)
+<<<<<<< HEAD
     impatient = CaptureWorker(config.model_copy(update={"cluster": ClusterConfig(store_retry_s=1)}))
+=======
+    short = CaptureWorker(config.model_copy(update={"cluster": ClusterConfig(store_patience_s=1)}))
+>>>>>>> main
     with pytest.raises(StorageFailed, match="writing shards/000001"):
-        impatient.run(1)
+        short.run(1)
     assert committed_units(store) == {0}

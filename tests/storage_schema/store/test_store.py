@@ -1,4 +1,4 @@
-"""Laws of the store: whole or not at all, and of several creators one wins."""
+"""Laws of the store: files are written whole or not at all, and of several creators one wins."""
 
 from __future__ import annotations
 
