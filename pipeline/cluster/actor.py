@@ -1,25 +1,24 @@
-"""`CaptureWorker` as a Ray actor: one engine, loaded once, watched, and called from two threads."""
+"""`CaptureWorker` as a Ray actor: one engine, loaded once, watched, and called from two threads.
+
+On a worker, Ray imports this file before the actor's constructor runs `search_last`. So it imports only the standard
+library and Ray at its top, and everything else inside the methods.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from coldstill.pipeline.calibration import rank_ids
-from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.teachers.protocol import TokenSequence
-from coldstill.pipeline.worker import CaptureWorker, TeacherLoader, UnitTask, load_for
-from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
-from coldstill.storage_schema.plan import Unit
-from coldstill.storage_schema.store.retrying import RetryingStore
+if TYPE_CHECKING:
+    from coldstill.pipeline.config import CaptureConfig
+    from coldstill.pipeline.teachers.protocol import TokenSequence
+    from coldstill.pipeline.worker import TeacherLoader, UnitTask
+    from coldstill.storage_schema.store.retrying import RetryingStore
 
-from .attempts import CrashReport, write_crash_report
-from .dispatcher import TASKS_PER_WORKER
-from .metrics import WorkerMetrics
-from .speed import measure_speed
-from .watchdog import Watchdog, WatchedTeacher, end_process
+    from .attempts import CrashReport
+    from .watchdog import WatchedTeacher
 
 
 @ray.remote
@@ -39,32 +38,55 @@ class _RayWorker:
     ):
         """`folder`: the driver's current folder; `header`: used while there is no `dataset.json` yet."""
         search_last(folder)
-        self._config = CaptureConfig.model_validate(config)
+        from .metrics import WorkerMetrics
+
         self._crash_key = crash_key
         self._metrics = WorkerMetrics(name)
         self._teacher: WatchedTeacher | None = None
         self._error: Exception | None = None
         try:
-            facts = header or self._store().read(HEADER_NAME)
-            teacher = load_for(self._config, DatasetHeader.from_bytes(facts, where=HEADER_NAME), load)
-            self._teacher = WatchedTeacher(teacher, on_exit=self._exit)
-            Watchdog(self._teacher, hung_after_s=self._config.cluster.hung_after_s, on_exit=self._exit).start()
+            self._start(config, load=load, header=header)
         except Exception as error:
             self._error = error
 
+    def _start(self, config: dict[str, Any], *, load: TeacherLoader, header: bytes | None) -> None:
+        from coldstill.pipeline.config import CaptureConfig
+        from coldstill.pipeline.worker import load_for
+        from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+
+        from .watchdog import Watchdog, WatchedTeacher
+
+        self._config = CaptureConfig.model_validate(config)
+        facts = header or self._store().read(HEADER_NAME)
+        teacher = load_for(self._config, DatasetHeader.from_bytes(facts, where=HEADER_NAME), load)
+        self._teacher = WatchedTeacher(teacher, on_exit=self._exit)
+        Watchdog(self._teacher, hung_after_s=self._config.cluster.hung_after_s, on_exit=self._exit).start()
+
     def rank_ids(self, header: bytes, unit: tuple[int, ...]) -> list[int]:
         """See `calibration.rank_ids`."""
+        from coldstill.pipeline.calibration import rank_ids
+        from coldstill.storage_schema.header import DatasetHeader
+        from coldstill.storage_schema.plan import Unit
+
+        teacher = self._loaded()
         facts = DatasetHeader.from_bytes(header, where="the header of the calibration pass")
-        return list(rank_ids(self._config, self._loaded(), facts, Unit(*unit)))
+        return list(rank_ids(self._config, teacher, facts, Unit(*unit)))
 
     def measure(self, header: bytes, sequences: list[TokenSequence], seconds: float) -> tuple[float, ...]:
         """See `speed.measure_speed`."""
-        facts = DatasetHeader.from_bytes(header, where="the probe's header")
+        from coldstill.storage_schema.header import DatasetHeader
+
+        from .speed import measure_speed
+
+        facts = DatasetHeader.from_bytes(header, where="the header of the speed probe")
         return tuple(measure_speed(self._loaded(), facts, sequences, seconds=seconds))
 
     def ready(self) -> None:
         """Open the dataset. Returns when the worker can take units."""
-        self._worker = CaptureWorker(self._config, self._loaded())
+        from coldstill.pipeline.worker import CaptureWorker
+
+        teacher = self._loaded()
+        self._worker = CaptureWorker(self._config, teacher)
 
     def run(self, task: UnitTask) -> tuple[int, ...] | None:
         """The report of a unit that is now committed; None for a probe."""
@@ -82,9 +104,14 @@ class _RayWorker:
         return self._teacher
 
     def _store(self) -> RetryingStore:
+        from coldstill.storage_schema.store.retrying import RetryingStore
+
         return RetryingStore(self._config.output, retry_for_s=self._config.cluster.store_retry_s)
 
     def _exit(self, crash: CrashReport) -> None:
+        from .attempts import write_crash_report
+        from .watchdog import end_process
+
         end_process(
             crash,
             teacher=self._teacher,
@@ -99,15 +126,16 @@ def new_actor(
     crash_key: str,
     folder: str,
     gpus: float,
+    tasks: int,
     load: TeacherLoader,
     header: bytes | None = None,
 ) -> Any:
-    """Request an actor from Ray. It runs once its `ready`, `rank_ids` or `measure` returns."""
+    """Request an actor for up to `tasks` tasks at a time from Ray. It runs once one of its methods has returned."""
     options: dict[str, Any] = {
         "name": name,
         "num_cpus": config.cluster.cpus_per_worker,
         "num_gpus": gpus,
-        "max_concurrency": TASKS_PER_WORKER,
+        "max_concurrency": tasks,
         # The dispatcher decides what is retried. Ray itself would send the same call to a new actor.
         "max_restarts": 0,
         "max_task_retries": 0,
@@ -121,7 +149,8 @@ def search_last(folder: str) -> None:
     """Make Python search `folder` for modules after all other places.
 
     Ray puts the driver's current folder first on a worker's `sys.path`, where a file such as `datasets.py` would hide
-    an installed package. Modules of the user's own (`common.plugins`) are still found there.
+    an installed package. Modules of the user's own (`common.plugins`) are still found there. On the other machines of a
+    cluster, such a module must be installed or lie in a folder of the same path.
     """
     if sys.path and sys.path[0] == folder:
         del sys.path[0]

@@ -26,7 +26,7 @@ from coldstill.storage_schema.store.retrying import RetryingStore
 
 from .actor import new_actor
 from .attempts import AttemptStore, CrashReport, read_crash_report
-from .dispatcher import Dispatcher, FailedUnit, WorkerHandle, names_by_unit
+from .dispatcher import TASKS_PER_WORKER, Dispatcher, FailedUnit, WorkerHandle, names_by_unit
 from .metrics import DriverMetrics
 from .ray_cluster import join_cluster
 from .speed import SpeedReport
@@ -221,6 +221,7 @@ class WorkerPool:
             crash_key=key,
             folder=self._folder,
             gpus=self.gpus_per_worker,
+            tasks=TASKS_PER_WORKER,
             load=self._load,
             header=header,
         )

@@ -1,6 +1,6 @@
 """A teacher of the user's own class, whose output is checked before anything is stored.
 
-Shape letters: `N` target positions, `K` teacher top-k.
+Shape letters: `T` tokens.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ class CheckedTeacher:
         where = f"row {given.sample_id!r}"
         if not isinstance(item, ScoredSequence):
             raise self._invalid(where, type(item).__name__, "a ScoredSequence")
+        if not isinstance(item.sequence, TokenSequence):
+            raise self._invalid(where, type(item.sequence).__name__, "a TokenSequence")
         if self._sampling is None:
             self._check_given(where, item.sequence, given)
         else:
@@ -108,6 +110,8 @@ class CheckedTeacher:
         if (sequence.sample_id, sequence.source_row) != (name, prompt.source_row):
             found = f"answer {sequence.sample_id!r} of source row {sequence.source_row}"
             raise self._invalid(where, found, f"answer {name!r} of source row {prompt.source_row}")
+        if not isinstance(sequence.token_ids, np.ndarray) or sequence.token_ids.dtype != np.int32:
+            raise self._invalid(f"{where}: token_ids", type(sequence.token_ids).__name__, "int32 [T]")
         first, size = prompt.token_ids.size, sequence.token_ids.size
         if not np.array_equal(sequence.token_ids[:first], prompt.token_ids):
             raise self._invalid(where, "an answer to another prompt", "the prompt's own tokens, then the answer's")

@@ -97,7 +97,8 @@ class Teacher(Protocol):
         and with `finish_reason` (`stop` or `length`) in its metadata, as `sampling.answer_sequence` makes it; the
         sample id of answer `i` of several is `ID#i`. The log-probs are those of the untempered softmax.
 
-        Target position `t` holds the distribution of token `t + 1` given tokens `0..t`.
+        Target position `t` holds the distribution of token `t + 1` given tokens `0..t`. `TeacherTargets`
+        (storage_schema/rows.py) documents the arrays; `target_extractor.summarize` makes them from logits.
 
         All sequences are queued before the first is computed: equal calls give equal bits on equal hardware.
         Raises `TeacherOutputInvalid`.

@@ -18,6 +18,8 @@ from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
 
 
 class MyTeacher(TransformersTeacher):
+    tail = "exact"
+
     def __init__(self, config, header, sampling):
         super().__init__(config, header, sampling)
         self.environment = {**self.environment, "engine": "mine"}
@@ -53,8 +55,9 @@ def test_workers_import_a_module_of_the_folder_of_the_capture_and_no_hostile_one
     (folder / "my_module.py").write_text(MODULE)
     for name in HOSTILE:
         (folder / f"{name}.py").write_text(f"raise SystemExit('a file of the user hid a package: {name}')\n")
-    config = capture_config(tmp_path, teacher={"engine": "my_module:MyTeacher", "draws": 4})
-    path = write_config(tmp_path / "capture.yaml", config)
+    config = capture_config(tmp_path)
+    teacher = config.teacher.model_copy(update={"engine": "my_module:MyTeacher"})
+    path = write_config(tmp_path / "capture.yaml", config.model_copy(update={"teacher": teacher}))
     script = Path(sys.executable).with_name("coldstill")
     done = subprocess.run([script, "capture", path], cwd=folder, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

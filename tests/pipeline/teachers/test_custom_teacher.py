@@ -110,6 +110,8 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "other tokens": _last_sequence(token_ids=lambda ids: ids + 1),
     "other spans": _last_sequence(target_spans=lambda spans: spans[:1] * [1, 0] + [0, 1]),
     "other source row": _last_sequence(source_row=lambda row: row + 1),
+    "a list of tokens": _last_sequence(token_ids=lambda ids: ids.tolist()),
+    "no sequence": lambda scored: [ScoredSequence(item.sequence.sample_id, item.targets) for item in scored],  # type: ignore[arg-type]
     "no finish reason": _last_sequence(metadata=lambda metadata: {}),
     "a position too few": lambda scored: [ScoredSequence(s, t.slice(0, t.positions - 1)) for s, t in scored],
     "K too small": _last(ids=lambda ids: ids[:, 1:], logprobs=lambda logprobs: logprobs[:, 1:]),
@@ -120,9 +122,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "mass above 1": _last(log_tail=lambda log_tail: log_tail * 0),
     "NaN": _last(label_logprob=lambda values: values * np.float32("nan")),
     "a label above the tail": _last(label_logprob=lambda values: values * 0),
-    "a kept draw": _last(
-        draw_ids=np.zeros(1, np.int32), draw_counts=lambda counts: counts * 0 + (counts.cumsum() == 0)
-    ),
+    "a kept draw": _last(draw_ids=np.zeros(1, np.int32), draw_counts=np.array([1, 0, 0], np.int32)),
     "draws that were not wanted": _last(
         draw_ids=lambda ids: np.full(200, 9, np.int32), draw_counts=lambda counts: np.array([200, 0, 0], np.int32)
     ),
@@ -177,6 +177,7 @@ def test_output_that_keeps_the_laws_comes_back_as_it_is(header: DatasetHeader) -
         ("one too few", "a list of 1"),
         ("targets alone", "TeacherTargets"),
         ("no targets", "NoneType"),
+        ("no sequence", "str"),
         ("other order", "another sequence, 'b'"),
         ("other tokens", "another sequence"),
         ("other spans", "another sequence"),
@@ -207,6 +208,7 @@ def test_output_that_breaks_a_law_is_named_with_the_class_and_the_row(
     [
         ("one too few", "a list of 3"),
         ("other order", "answer 'b#1' of source row 1"),
+        ("a list of tokens", "token_ids(.|\n)*list"),
         ("other tokens", "another prompt"),
         ("other spans", "target spans"),
         ("other source row", "of source row 2"),

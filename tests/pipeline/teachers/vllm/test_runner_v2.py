@@ -67,8 +67,8 @@ def test_padded_and_chunked_batches_of_runner_v2_give_what_the_formulas_give() -
     worker = runner.prompt_logprobs_worker
 
     def add(name: str) -> None:
-        wish = {"number": places[name], "sample_id": name, "spans": spans[name]}
-        worker.add_request(name, places[name], SamplingParams(max_tokens=1, extra_args={SPEC_KEY: wish}))
+        spec = {"number": places[name], "sample_id": name, "spans": spans[name]}
+        worker.add_request(name, places[name], SamplingParams(max_tokens=1, extra_args={SPEC_KEY: spec}))
 
     for name, (prompt, _) in prompts.items():
         add(name)
@@ -103,8 +103,8 @@ def test_a_step_that_fails_is_a_failure_of_its_requests_and_ends_nothing() -> No
     from vllm import SamplingParams
 
     runner, tap = _installed(SETTINGS)
-    wish = {"number": 0, "sample_id": "a", "spans": [[0, 9]]}
-    runner.prompt_logprobs_worker.add_request("a", 0, SamplingParams(max_tokens=1, extra_args={SPEC_KEY: wish}))
+    spec = {"number": 0, "sample_id": "a", "spans": [[0, 9]]}
+    runner.prompt_logprobs_worker.add_request("a", 0, SamplingParams(max_tokens=1, extra_args={SPEC_KEY: spec}))
 
     def broken(rows: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no head")
