@@ -19,7 +19,7 @@ from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConf
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, load_teacher
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
@@ -130,6 +130,29 @@ class CaptureWorker:
             started = time.monotonic()
             scored = self._teacher.score(sequences)
             return scored, time.monotonic() - started
+
+
+def load_teacher(config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None) -> Teacher:
+    """Load the engine that `config.engine` names; its libraries are imported only here.
+
+    `sampling`: the teacher answers prompts; without it, it scores given sequences. Raises `TeacherUnusable`, and
+    `PluginNotFound` for a class that cannot be imported.
+    """
+    if config.is_own_class:
+        from .teachers.custom_teacher import CheckedTeacher
+
+        return CheckedTeacher(config, header, sampling)
+    if config.engine == "vllm":
+        from .teachers.vllm.teacher import VllmTeacher
+
+        return VllmTeacher(config, header, sampling)
+    if config.engine == "endpoint":
+        from .teachers.endpoint_teacher import EndpointTeacher
+
+        return EndpointTeacher(config, header, sampling)
+    from .teachers.transformers_teacher import TransformersTeacher
+
+    return TransformersTeacher(config, header, sampling)
 
 
 def load_for(config: CaptureConfig, header: DatasetHeader, load: TeacherLoader = load_teacher) -> Teacher:

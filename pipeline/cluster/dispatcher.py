@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from coldstill.common.errors import ColdstillError
-from coldstill.pipeline.errors import UnitFailed
+from coldstill.pipeline.errors import SourceAdapterFailed, UnitFailed
 from coldstill.pipeline.worker import UnitTask
 from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.plan import Unit
@@ -96,8 +96,8 @@ class Dispatcher:
     def raised(self, task: UnitTask, error: ColdstillError) -> None:
         """A unit failed, and its worker survived. Raises `error` where the store or the set-up is the cause."""
         self._end(task)
-        if isinstance(error, StorageFailed):
-            raise error  # every other unit would wait for the same store
+        if isinstance(error, StorageFailed | SourceAdapterFailed):
+            raise error  # every other unit would wait for the same store, or call the same function
         self._give_up(task.unit, str(error))
         self._count_error(task.unit, error)
 

@@ -18,8 +18,8 @@ from ray.exceptions import RayError, RayTaskError
 from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import UnitFailed
-from coldstill.pipeline.teachers.protocol import TokenSequence, load_teacher
-from coldstill.pipeline.worker import TeacherLoader, UnitReport, UnitTask
+from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.worker import TeacherLoader, UnitReport, UnitTask, load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
 from coldstill.storage_schema.store.retrying import RetryingStore

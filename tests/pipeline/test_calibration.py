@@ -12,7 +12,8 @@ import pytest
 
 from coldstill.pipeline.calibration import rank_ids
 from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, load_teacher
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal

@@ -16,7 +16,8 @@ from coldstill.common import retry
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers import endpoint_client
-from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence, load_teacher
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 from tests import making

@@ -18,7 +18,8 @@ from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.checkpoint import load_tokenizer
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, load_teacher
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
 from tests import making
