@@ -33,7 +33,7 @@ class SourceConfig(FrozenModel):
     adapter: str | None = Field(
         default=None,
         description="Your function, as my_module:my_function: takes a row as a dict and returns a dict with the "
-        "columns below, or None to reject the row.",
+        "columns below, or None to reject the row; see examples/source_adapter.py.",
     )
     messages: str = Field(default="messages", description="Column with a chat: a list of {role, content}.")
     tools: str = Field(default="tools", description="Column with the tools that the chat's assistant may call.")

@@ -40,5 +40,5 @@ def test_templates_render_chatml_and_mark_the_assistant(
     assert isinstance(sequence, TokenSequence)
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in shown)
     assert tokenizer.decode(sequence.token_ids) == text
-    learned = tokenizer.decode(sequence.token_ids[span_positions(sequence.target_spans) + 1])
-    assert learned == "hello\nyou<|im_end|>bye<|im_end|>"
+    targets = tokenizer.decode(sequence.token_ids[span_positions(sequence.target_spans) + 1])
+    assert targets == "hello\nyou<|im_end|>bye<|im_end|>"

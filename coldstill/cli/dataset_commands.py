@@ -144,7 +144,7 @@ def push(
     """Verify a sealed dataset and upload it. Re-run the same command to resume."""
     if destination.startswith("hf://"):
         require_packages("share", "huggingface_hub")
-    from coldstill.tools.hub.transfer import push as run_push
+    from coldstill.tools.push import push as run_push
 
     show_result(run_push(root, destination, private=not public)._asdict(), title="pushed")
 
@@ -157,7 +157,7 @@ def pull(
     """Download a dataset into a local folder and verify it. Re-run the same command to resume."""
     if source.startswith("hf://"):
         require_packages("share", "huggingface_hub")
-    from coldstill.tools.hub.transfer import pull as run_pull
+    from coldstill.tools.pull import pull as run_pull
 
     show_result(run_pull(source, folder)._asdict(), title="pulled")
 
@@ -233,7 +233,7 @@ def import_distillkit(
     bad_rows: BadRows = "fail",
 ) -> None:
     """Import an arcee-ai DistillKit capture of either compressor. It has no draws, and its tail mass is derived."""
-    from coldstill.tools.exchange.distillkit import import_distillkit as run_import
+    from coldstill.tools.exchange.distillkit_import import import_distillkit as run_import
 
     manifest = run_import(
         source,
@@ -246,7 +246,7 @@ def import_distillkit(
         pad_id=pad_id,
         fidelity=fidelity,
         rows_per_unit=rows_per_unit,
-        licence=license,
+        license=license,
         bad_rows=bad_rows,
     )
     show_result({"rows": manifest.rows, "targets": manifest.targets, "rejected": manifest.rejected}, title="imported")
@@ -277,7 +277,7 @@ def import_axolotl(
     bad_rows: BadRows = "fail",
 ) -> None:
     """Import ids and log-probs in axolotl's KD layout. It has no draws, and its tail mass is derived."""
-    from coldstill.tools.exchange.axolotl import import_axolotl as run_import
+    from coldstill.tools.exchange.axolotl_import import import_axolotl as run_import
 
     manifest = run_import(
         source,
@@ -292,7 +292,7 @@ def import_axolotl(
         vocab_size=vocab_size,
         fidelity=fidelity,
         rows_per_unit=rows_per_unit,
-        licence=license,
+        license=license,
         bad_rows=bad_rows,
     )
     show_result({"rows": manifest.rows, "targets": manifest.targets, "rejected": manifest.rejected}, title="imported")
@@ -301,7 +301,7 @@ def import_axolotl(
 @exports.command("axolotl")
 def export_axolotl(root: Root, output: Output) -> None:
     """Write axolotl's KD layout: token ids, and the ids and log-probs of each position as lists."""
-    from coldstill.tools.exchange.axolotl_export import export_axolotl as run_export
+    from coldstill.tools.exchange.export import export_axolotl as run_export
 
     show_result({"files": len(run_export(root, output))}, title="exported")
 
@@ -309,7 +309,7 @@ def export_axolotl(root: Root, output: Output) -> None:
 @exports.command("plain")
 def export_plain(root: Root, output: Output) -> None:
     """Write all values decoded, as Parquet lists that need no code of ours. About eight times the size."""
-    from coldstill.tools.exchange.plain import export_plain as run_export
+    from coldstill.tools.exchange.export import export_plain as run_export
 
     show_result({"files": len(run_export(root, output))}, title="exported")
 

@@ -1,1 +1,1 @@
-"""What people do with a dataset: each file one command."""
+"""The tools for a finished dataset: look at it, share it, make datasets from it, exchange it with other projects."""

@@ -1,8 +1,8 @@
-"""`coldstill verify`: does a dataset hold what it says? A path in, findings out; no finding means that it does.
+"""`coldstill verify`: check a dataset against its manifest, and list what is wrong.
 
-Always: every file that the manifest names is there with its size and digest, the tokenizer inside is the header's, the
-plan is that of the shards. Deep: every row is decoded too, and every decoded value obeys the laws of `rows.py`; media
-and the faithfulness sample belong to the rows.
+Always: each file that the manifest lists exists with its size and digest, the tokenizer matches the header, and the
+plan matches the shards. Deep: each row is decoded, each decoded value passes the checks of `rows.py`, and the media
+files and the faithfulness sample fit the rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _READ = {_TOKENIZER, PLAN_NAME, FAITHFULNESS_NAME}
 
 
 class Finding(NamedTuple):
-    """Something wrong: in which file, the named error, and its message."""
+    """Something wrong in a file: the name of the file, the name of the error, and its message."""
 
     where: str
     error: str
@@ -39,13 +39,15 @@ class Finding(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The finding on one line; what it quotes of a stranger's dataset cannot steer a terminal."""
+        """The finding on one line. Quoted text of the dataset cannot control the terminal."""
         return visible(f"{self.error}: " + " | ".join(part.strip() for part in self.message.splitlines()))
 
 
 def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> list[Finding]:
-    """All findings, at most 20 of one shard. Raises `DatasetNotFound` or `DatasetNotSealed` where there is nothing to
-    check, and `CommitDamaged` or `InvalidHeader` where nothing can be."""
+    """All findings of the dataset at `root`, at most 20 per shard.
+
+    Raises `DatasetNotFound`, `DatasetNotSealed`, and `CommitDamaged` or `InvalidHeader` if it cannot be opened.
+    """
     dataset = open_dataset(root)
     media = {file.name: file.sha256 for file in dataset.manifest.files}
     checks: list[tuple[FileRecord, Callable[[], Iterator[ColdstillError]]]] = [
@@ -74,13 +76,13 @@ def _finding(file: FileRecord, error: ColdstillError) -> Finding:
 
 
 def _is_row_for_row(header: DatasetHeader) -> bool:
-    """Whether each source row gives one row or one reject: not several answers, pieces, or documents joined."""
+    """Whether each source row becomes one row or one reject: one answer per row, and no split or joined documents."""
     answers = (header.sampling or {}).get("n", 1)
     return answers == 1 and header.over_long != "split" and header.documents != "concat"
 
 
 def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[ColdstillError]:
-    """A file that is no shard: its digest, and what is known of its content."""
+    """Check a file other than a shard: its digest, and its content where the format defines it."""
     if file.name not in _READ:
         dataset.check_file(file)
         return
@@ -107,18 +109,18 @@ def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[Cold
                     file.name, found=f"row {exact.row} of unit {exact.unit}", wanted="a row of the dataset"
                 )
                 return
-            if row is None or place != exact[:2]:  # a row is decoded once, however often the sample names it
+            if row is None or place != exact[:2]:  # several positions of a row stand together: decode it once
                 row, place = dataset.row(dataset.first_row(exact.unit) + exact.row), exact[:2]
             if exact.target >= row.targets.positions:
                 yield FileDamaged(
-                    file.name, found=f"target {exact.target} of {row.sample_id!r}", wanted="one that it has"
+                    file.name, found=f"target {exact.target} of {row.sample_id!r}", wanted="a target of that row"
                 )
                 return
             storage_kl(exact, row.targets)
 
 
 def _check_shard(dataset: Dataset, index: int, media: dict[str, str], deep: bool) -> Iterator[ColdstillError]:
-    """A shard: its digest; deep, its rows one by one, so that one damaged row does not hide the next."""
+    """Check a shard: its digest, or deep, its rows one by one, so that a damaged row does not hide the next."""
     record = dataset.shards[index]
     if not deep:
         dataset.check_file(record.file)
@@ -142,13 +144,13 @@ def _check_shard(dataset: Dataset, index: int, media: dict[str, str], deep: bool
 
 
 def _check_row(dataset: Dataset, row: CachedRow, media: dict[str, str]) -> None:
-    """The laws of `rows.py`, and that `media`, the digests of the dataset's files, has what the row refers to."""
+    """Check a row by `rows.py`, and that `media`, the digests of the dataset's files, holds what the row refers to."""
     row.check(token_count=dataset.header.token_count, label_slack=dataset.codec.label_slack(row.targets.log_tail))
     for item in row.media:
         if item.path is None:
             continue
         where = f"row {row.sample_id!r}: media {item.path}"
         if item.path not in media:
-            raise FileMissing(where, found="no such file", wanted="one that the manifest names")
+            raise FileMissing(where, found="no such file", wanted="a file that the manifest lists")
         if item.sha256 != media[item.path]:
             raise FileDamaged(where, found=f"sha256 {media[item.path]}", wanted=item.sha256[:64])

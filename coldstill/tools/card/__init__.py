@@ -1,1 +1,1 @@
-"""The dataset's card: what it holds and what storage cost, for whoever receives it."""
+"""The dataset card: what a dataset contains, how faithful it is, and how to load it."""

@@ -1,7 +1,7 @@
-"""How near a dataset's stored values are to the teacher's own: a dataset in, KL by percentile out.
+"""How close the stored values are to the teacher's exact ones: KL by percentile.
 
-The capture keeps about 1,000 positions unquantised, in `faithfulness.parquet`; each is compared with what the shards
-say at that position.
+The capture keeps about 1,000 positions unquantized, in `faithfulness.parquet`. Each is compared with the stored values
+at the same position. All values are in nats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets
 
 
 class Faithfulness(BaseModel):
-    """Stored against exact teacher, over the kept ids and the tail, at the sampled positions; KL in nats."""
+    """Exact against stored teacher values over the kept ids and the tail, at the sampled positions; KL in nats."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,9 +29,9 @@ class Faithfulness(BaseModel):
     p90_kl: float
     p99_kl: float
     max_kl: float
-    guarantee: float = Field(description="The header's: the mean KL is below this.")
+    guarantee: float = Field(description="The header's upper bound of the mean KL.")
     top1_agreement: float = Field(
-        description="Share of positions where the most probable id is the same; of equal ones the lowest id."
+        description="Share of positions where the most probable id is the same; of equal ones, the lowest id counts."
     )
     top1_error: float = Field(description="Mean absolute error, nats, of the log-prob of the exact most probable id.")
 
@@ -43,10 +43,9 @@ class Faithfulness(BaseModel):
 
 
 def measure_faithfulness(dataset: Dataset) -> Faithfulness | None:
-    """The table's figures; None where the dataset has no sample. Each shard is opened once, and only sampled rows are
-    decoded.
+    """The figures of a dataset, or None if it has no sample. Each shard is opened once; only sampled rows are decoded.
 
-    Raises `FileMissing`, `FileDamaged` where the sample is not of this dataset, and what `Dataset.row` raises.
+    Raises `FileMissing`, `FileDamaged` if the sample does not fit the dataset, and what `Dataset.row` raises.
     """
     record = next((file for file in dataset.manifest.files if file.name == FAITHFULNESS_NAME), None)
     if record is None:
@@ -70,24 +69,24 @@ def measure_faithfulness(dataset: Dataset) -> Faithfulness | None:
 
 
 def _compare(dataset: Dataset, sample: list[ExactPosition]) -> Iterator[tuple[float, bool, float]]:
-    """KL, whether the most probable id is the same, and the error of its log-prob, of each position."""
+    """For each position: KL, whether the most probable id is the same, and the error of its log-prob."""
     first_rows = [0, *accumulate(shard.rows for shard in dataset.shards)]
     at: tuple[int, int] | None = None
     for exact in sorted(sample, key=lambda position: position[:3]):
         where = f"{FAITHFULNESS_NAME}: unit {exact.unit}, row {exact.row}, target {exact.target}"
         if exact.unit >= len(dataset.shards) or exact.row >= dataset.shards[exact.unit].rows:
-            raise FileDamaged(where, found="a row that the dataset does not have", wanted="one of its rows")
+            raise FileDamaged(where, found="a row that the dataset does not have", wanted="a row of the dataset")
         if at != (exact.unit, exact.row):
             at = exact.unit, exact.row
             stored = dataset.row(first_rows[exact.unit] + exact.row).targets
         if exact.target >= stored.positions:
-            raise FileDamaged(where, found=f"a row of {stored.positions} targets", wanted="one of its targets")
+            raise FileDamaged(where, found=f"a row of {stored.positions} targets", wanted="a target of that row")
         _check_mass(exact, where)
         yield storage_kl(exact, stored), *_top1(exact, stored)
 
 
 def _check_mass(exact: ExactPosition, where: str) -> None:
-    """Raise `FileDamaged` unless the values are a distribution, as those of every row are before they are stored."""
+    """Raise `FileDamaged` unless the values sum to 1, as every row is required to before it is stored."""
     with np.errstate(over="ignore"):
         mass = np.exp(np.append(exact.logprobs, exact.log_tail).astype(np.float64)).sum()
     if not abs(mass - 1) <= MASS_TOLERANCE:

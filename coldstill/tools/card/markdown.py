@@ -1,37 +1,237 @@
-"""Text of strangers as Markdown that means nothing: any string in, a string out that every renderer shows as it is.
+"""The sections of a dataset card as Markdown, and the escaping of text that comes from the dataset.
 
-Each character that Markdown, HTML or a link finder could act on becomes a numeric entity: unlike a backslash, that
-holds in table cells, headings and raw HTML alike.
+All text of the dataset passes `plain`: each character that Markdown, HTML or a link finder could act on becomes a
+numeric entity. Unlike a backslash, an entity also works in table cells, headings and raw HTML.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from coldstill.common.visible import visible
+from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
+from coldstill.tools.reject_reasons import OTHER_REASONS
+from coldstill.tools.stats.measure import Stats
+from coldstill.tools.stats.table import FIGURES, NAMES, bytes_per_target, figure, figures_of, rank_shares
+
+from .faithfulness import Faithfulness
 
 MAX_SHOWN = 200
 """Characters of one string that are shown."""
 
-# A full stop is only harmful where it makes a bare "www.x.y" a link; model names are full of others.
+_MOST_LISTED = 12
+"""Reject reasons, and parent datasets, that are listed."""
+
+# A full stop is only harmful in a bare "www.x.y", which becomes a link; names of models are full of others.
 _ACTIVE = re.compile(r"[^\w\s.,;/%-]|_|(?<=www)\.", re.IGNORECASE)
+
+_LOAD = """## Load it
+
+`PATH` is this folder, or an `s3://`, `gs://` or `hf://datasets/ORG/NAME` URL. Coldstill reads a row with its teacher
+values:
+
+```python
+from coldstill import open_dataset
+
+dataset = open_dataset("PATH")
+row = dataset.row(0)
+row.token_ids, row.positions, row.labels  # position t is the distribution of token t + 1
+row.targets.ids, row.targets.logprobs, row.targets.log_tail  # [N, K], [N, K], [N]
+```
+
+Without Coldstill, each shard is a Parquet file: sample ids, tokens, target spans and metadata are plain columns, and
+the teacher values are binary columns. `datasets` and DuckDB read the plain columns:
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset("PATH", split="train").select_columns(["sample_id", "token_ids", "target_spans", "metadata"])
+```
+
+```sql
+SELECT sample_id, len(token_ids) AS tokens FROM 'PATH/shards/*.parquet' ORDER BY tokens DESC LIMIT 10;
+```
+"""
 
 
 def plain(text: str) -> str:
-    """`text` on one line, at most `MAX_SHOWN` characters of it, with nothing that is markup; `-` where it is empty."""
-    shown = cut(visible(text[: MAX_SHOWN + 1]))
+    """`text` on one line without active markup, at most `MAX_SHOWN` characters of it; `-` if it is empty."""
+    shown = shortened(visible(text[: MAX_SHOWN + 1]))
     return _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", shown) or "-"
 
 
-def cut(text: str) -> str:
+def shortened(text: str) -> str:
     """At most `MAX_SHOWN` characters, without spaces around them."""
     return (text[:MAX_SHOWN] + "…" if len(text) > MAX_SHOWN else text).strip()
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column to the left, the others to the right where there are more than two. Cells are Markdown:
-    text of strangers goes through `plain` first."""
+    """A table of Markdown cells: text of the dataset must pass `plain` first.
+
+    The first column is aligned left, and the others right where there are more than two.
+    """
     others = "---" if len(head) == 2 else "--:"
     lines = [head, ["---", *[others] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def card_sections(
+    dataset: Dataset, *, stats: Stats, faithfulness: Faithfulness | None, reasons: Counter[str], plot: str
+) -> str:
+    """The `README.md` below its metadata; `plot` is the relative path of the plot of the stats."""
+    header = dataset.header
+    sections = [
+        f"# Log-probs of {plain(header.teacher.name)}\n",
+        _summary(header, stats),
+        table(["", ""], _facts(dataset, stats).items()) + "\n",
+        _LOAD,
+        _verify(dataset),
+        _faithfulness(dataset, faithfulness),
+        _contents(stats, plot),
+        _rejected(stats, reasons),
+        _origin(dataset),
+        _license(header.licence),
+    ]
+    return "\n".join(sections)
+
+
+def _summary(header: DatasetHeader, stats: Stats) -> str:
+    return (
+        f"A teacher model's predictions at {stats.targets:,} target tokens of {stats.rows:,} rows of text: the "
+        f"{header.top_k:,} most probable tokens with their log-probs, and the log of the probability outside them. A "
+        "student can be trained from them without running the teacher.\n"
+    )
+
+
+def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
+    header, teacher, codec = dataset.header, dataset.header.teacher, dataset.header.codec
+    names = {file.name for file in dataset.manifest.files}
+    included = "included" if f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}" in names else "not included"
+    floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
+    grid = f" (a = {codec.a}, b = {codec.b})" if codec.name == "grid" else ""
+    quantized = f", {plain(teacher.quantization)}" if teacher.quantization else ""
+    over_long = {"reject": "rejected", "cut": "cut", "split": "split"}[header.over_long]
+    return {
+        "Teacher": plain(teacher.name) + (f" at revision {plain(teacher.revision)}" if teacher.revision else ""),
+        "Weights": f"{plain(teacher.dtype)}{quantized}; head in {plain(teacher.head_dtype)}; "
+        f"fingerprint {plain(teacher.weights_fingerprint)}",
+        "Targets": f"mode {header.mode}, loss on {header.loss_on}",
+        "Kept per target": f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}",
+        "Tail mass": "computed by the teacher" if header.tail == "exact" else "1 minus the kept mass",
+        "Tail draws": f"D = {header.draws:,} draws from the full softmax; those outside the kept ids are stored, at "
+        f"most {header.kept_draws:,}"
+        if header.draws
+        else "none",
+        "Storage": f"format {header.format_version}, codec {codec.name}{grid}, fidelity {codec.fidelity}: "
+        f"mean KL of the stored values below {codec.mean_kl:g} nats",
+        "Rows": f"{stats.rows:,} of at most {header.max_length:,} tokens (longer ones {over_long}); "
+        f"{stats.tokens:,} tokens, {stats.targets:,} targets",
+        "Size": f"{stats.bytes:,} bytes in {stats.shards:,} shards, {figure(stats.bytes_per_target)} per target",
+        "Tokenizer": f"{header.token_count:,} ids, {included}; fingerprint {header.tokenizer_fingerprint}",
+        "License": plain(header.licence) if header.licence else "not given",
+        "Dataset id": dataset.dataset_id,
+    }
+
+
+def _verify(dataset: Dataset) -> str:
+    return f"""## Verify it
+
+`coldstill verify --deep PATH` compares every file with its digest, decodes every target and checks its values. The
+dataset's id is the sha256 of `manifest.json`, which lists all its files. It does not list this card and its plot: you
+may edit them.
+
+```
+{dataset.dataset_id}
+```
+"""
+
+
+def _faithfulness(dataset: Dataset, faithfulness: Faithfulness | None) -> str:
+    title, guarantee = "## How faithful it is\n", f"{dataset.header.codec.mean_kl:g} nats"
+    if faithfulness is None:
+        return (
+            f"{title}\nThe dataset holds no sample of unquantized positions. Its codec guarantees a mean KL below "
+            f"{guarantee}.\n"
+        )
+    kl = {
+        "mean": faithfulness.mean_kl,
+        "p50": faithfulness.p50_kl,
+        "p90": faithfulness.p90_kl,
+        "p99": faithfulness.p99_kl,
+        "max": faithfulness.max_kl,
+    }
+    holds = "holds" if faithfulness.holds else "DOES NOT HOLD"
+    return f"""{title}
+At {faithfulness.positions:,} positions, spread over the dataset, the capture also kept the unquantized teacher values
+(`faithfulness.parquet`). KL(teacher || stored) over the kept ids and the tail, in nats:
+
+{table(["", *kl], [["KL", *(f"{value:.2g}" for value in kl.values())]])}
+
+The guarantee, a mean below {guarantee}, {holds} on this sample. The most probable id is the same at
+{faithfulness.top1_agreement:.2%} of the positions; the mean absolute error of its log-prob is
+{faithfulness.top1_error:.2g} nats.
+"""
+
+
+def _contents(stats: Stats, plot: str) -> str:
+    figures = [[title, *figures_of(getattr(stats, key))] for key, title in NAMES.items()]
+    ranks = [[name, f"{share:.2%}"] for name, share in rank_shares(stats).items()]
+    sizes = [[f"`{name}`", f"{size:,.2f}"] for name, size in bytes_per_target(stats).items()]
+    return f"""## What it contains
+
+![Entropy, tail mass, rank and log-prob of the label, row lengths, bytes per target]({plot})
+
+{table(["", *FIGURES], figures)}
+
+Entropy counts the kept ids and one bucket for the rest. It is a lower bound, because the distribution within the tail
+is not stored. The label is the token that follows in the text. Percentiles are exact to one histogram bin.
+
+{table(["rank of the label", "share of targets"], ranks)}
+
+{table(["column", "bytes per target"], sizes)}
+"""
+
+
+def _rejected(stats: Stats, reasons: Counter[str]) -> str:
+    title = "## Rejected rows\n"
+    if not stats.rejected:
+        return f"{title}\nNone.\n"
+    listed = reasons.most_common(_MOST_LISTED)
+    rows = [[plain(reason), f"{count:,}"] for reason, count in listed]
+    if rest := reasons.total() - sum(count for _, count in listed):
+        rows.append([OTHER_REASONS, f"{rest:,}"])
+    counted = f"\n{table(['reason', 'rows'], rows)}\n" if rows else ""
+    return f"""{title}
+{stats.rejected:,} source rows were rejected; `rejects/` lists them.
+{counted}"""
+
+
+def _origin(dataset: Dataset) -> str:
+    header, parents = dataset.header, dataset.manifest.derived_from
+    lines = ["## Where it comes from\n", f"- digest of the source: {header.source_sha256}"]
+    if header.chat_template_sha256:
+        lines.append(f"- digest of the chat template: {plain(header.chat_template_sha256)}")
+    if header.documents:
+        lines.append(f"- documents: {header.documents}")
+    if header.sampling:
+        lines.append(f"- sampling settings of the teacher's answers: {plain(json.dumps(header.sampling))}")
+    if header.mode == "imported":
+        lines.append("- imported from another tool's dataset; the teacher was not run again")
+    for parent in parents[:_MOST_LISTED]:
+        lines.append(f"- made from dataset {plain(parent)}")
+    if len(parents) > _MOST_LISTED:
+        lines.append(f"- and from {len(parents) - _MOST_LISTED:,} more, listed in `manifest.json`")
+    return "\n".join(lines) + "\n"
+
+
+def _license(license: str | None) -> str:
+    terms = f"License of this dataset: {plain(license)}." if license else "No license was given for this dataset."
+    return f"""## License
+
+{terms} The licenses of the teacher and of the source text apply too.
+"""

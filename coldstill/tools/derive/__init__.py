@@ -1,1 +1,1 @@
-"""New datasets out of datasets, without the teacher. `deriving.py` says what merge, split and subset share."""
+"""New datasets made from datasets, without the teacher: merge, split, subset. They share `deriving.py`."""

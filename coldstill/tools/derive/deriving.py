@@ -1,37 +1,58 @@
-"""What merge, split and subset share: a plan of units in, a sealed dataset out, through the real commit protocol.
+"""What merge, split and subset share: check the output, plan units, and commit them as a new sealed dataset.
 
-What was asked for is pinned before the first unit and stands in each commit record, so that the same command goes on
-after a kill, and another one is refused. Units that have a commit record are not made again.
+The request (command, sources, options) is written before the first unit and into each commit record. Re-run the same
+command to resume: units with a commit record are not made again. A different request is rejected.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
+from pydantic import JsonValue, ValidationError
 from tqdm import tqdm
 
-from coldstill.storage_schema.commits import commit_files, committed_units
+from coldstill.common.models import FrozenModel, parse_document
+from coldstill.storage_schema.commits import (
+    COMMITS_FOLDER,
+    FAITHFULNESS_FOLDER,
+    REJECTS_FOLDER,
+    SHARDS_FOLDER,
+    commit_files,
+    commit_name,
+    committed_units,
+    read_commit,
+)
 from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.faithfulness import sample_to_bytes
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
-from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.storage_schema.manifest import MANIFEST_NAME, read_manifest, seal
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.rows import MEDIA_FOLDER
-from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.store import RUN_FOLDER, Store
+from coldstill.tools.errors import NothingSelected, OutputNotApart, OutputTaken
 
-from .errors import NothingSelected
-from .output import REQUEST_NAME, Request, begun_request, open_output, require_free, require_same, sealed_request
-from .selecting import Select
 from .sources import Sources
-from .units import make_unit
+from .units import Select, make_unit
+
+REQUEST_NAME = f"{RUN_FOLDER}/derivation.json"
+
+
+class Request(FrozenModel):
+    """A command with the ids of its sources, in order, and its options."""
+
+    command: str
+    sources: tuple[str, ...]
+    options: dict[str, JsonValue]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Derivation:
-    """A new dataset to be: with `select` the rows that it takes, without all rows and rejects, shard by shard."""
+    """How to make a new dataset. `select`: which rows to take; None takes all shards with their rejects."""
 
     request: Request
     sources: Sources
@@ -41,14 +62,14 @@ class Derivation:
 
 
 def derive(output: str | Path, derivation: Derivation, *, progress: bool) -> Dataset:
-    """The sealed dataset at `output`, begun, gone on with, or there already.
+    """Make the sealed dataset at `output`: start it, resume it, or return the finished one.
 
-    Raises `OutputTaken`, `OutputNotApart`, `HeaderMismatch` for another header begun there, `NothingSelected`,
+    Raises `OutputTaken`, `OutputNotApart`, `HeaderMismatch` if it was started with another header, `NothingSelected`,
     `UnsupportedStore`, `StorageFailed`, `TokenizerMismatch`, and what reading a damaged source raises.
     """
     store = open_output(output, derivation.sources)
     if store.exists(MANIFEST_NAME):
-        require_same(store, sealed_request(store), derivation.request)
+        _require_same(store, _sealed_request(store), derivation.request)
     else:
         _begin(store, derivation, progress)
         _make_units(store, derivation, progress)
@@ -57,12 +78,14 @@ def derive(output: str | Path, derivation: Derivation, *, progress: bool) -> Dat
 
 
 def _begin(store: Store, derivation: Derivation, progress: bool) -> None:
-    """Write what stands before the first unit, whatever of it is there already. Nothing is written before the plan is
-    known: a request that selects nothing leaves nothing."""
+    """Write request, header, tokenizer, media and plan, except those that exist already.
+
+    Nothing is written before the plan is made, so that a request without rows leaves no files behind.
+    """
     if not store.exists(REQUEST_NAME):
-        require_free(store)
+        _require_free(store)
     else:
-        require_same(store, begun_request(store), derivation.request)
+        _require_same(store, _started_request(store), derivation.request)
         if store.exists(PLAN_NAME):
             _pin_header(store, derivation.header)
             return
@@ -72,7 +95,7 @@ def _begin(store: Store, derivation: Derivation, progress: bool) -> None:
     tokenizer = derivation.sources.tokenizer()
     request = (derivation.request.model_dump_json(indent=2) + "\n").encode()
     if not store.create(REQUEST_NAME, request):
-        require_same(store, begun_request(store), derivation.request)
+        _require_same(store, _started_request(store), derivation.request)
     _pin_header(store, derivation.header)
     for name, data in tokenizer.items():
         store.put(name, data)
@@ -90,7 +113,7 @@ def _pin_header(store: Store, header: DatasetHeader) -> None:
 def _put_media(store: Store, sources: Sources, progress: bool) -> None:
     places = {name: source for source in range(len(sources.datasets)) for name in sources.folder(source, MEDIA_FOLDER)}
     for name, source in tqdm(places.items(), desc="media", unit=" files", disable=not (progress and places)):
-        store.put(name, sources.medium(source, name))
+        store.put(name, sources.media_file(source, name))
 
 
 def _make_units(store: Store, derivation: Derivation, progress: bool) -> None:
@@ -105,7 +128,7 @@ def _make_units(store: Store, derivation: Derivation, progress: bool) -> None:
                 whole = sources.shards[unit.start] if derivation.select is None else None
                 for source, name in sorted(made.media):
                     if derivation.select is not None and name not in media:
-                        store.put(name, sources.medium(source, name))
+                        store.put(name, sources.media_file(source, name))
                         media.add(name)
                 commit_files(
                     store,
@@ -122,8 +145,83 @@ def _make_units(store: Store, derivation: Derivation, progress: bool) -> None:
             bar.update(1)
 
 
+def open_output(output: str | Path, sources: Sources) -> Store:
+    """The store to write to. Raises `OutputNotApart`, `UnsupportedStore`, `StorageFailed`."""
+    store = Store(output)
+    for dataset in sources.datasets:
+        if _overlap(store, dataset.store):
+            raise OutputNotApart(
+                store.url,
+                found=f"a folder that contains the source {dataset.store.url}, or lies in it",
+                wanted="a separate folder",
+                fix="choose another output",
+            )
+    store.require_writable()
+    return store
+
+
+def _overlap(store: Store, other: Store) -> bool:
+    if type(store.fs) is not type(other.fs):
+        return False
+    roots = [os.path.realpath(one.root) if one.is_local else one.root for one in (store, other)]
+    mine, theirs = (PurePosixPath(Path(root).as_posix()) for root in roots)
+    return mine.is_relative_to(theirs) or theirs.is_relative_to(mine)
+
+
+def _require_free(store: Store) -> None:
+    """Raise `OutputTaken` if the store holds files that sealing would list or remove."""
+    folders = (SHARDS_FOLDER, COMMITS_FOLDER, REJECTS_FOLDER, FAITHFULNESS_FOLDER, MEDIA_FOLDER)
+    found = [name for name in (HEADER_NAME, PLAN_NAME) if store.exists(name)]
+    found += [f"{folder}/" for folder in folders if store.names(folder)]
+    if found:
+        raise OutputTaken(
+            store.url,
+            found=", ".join(found),
+            wanted="no files of another dataset or capture",
+            fix="choose another output",
+        )
+
+
+def _sealed_request(store: Store) -> Request | None:
+    """The request of a sealed dataset; None if it was not derived, or copied here without its commit records."""
+    manifest, _ = read_manifest(store)
+    if not manifest.derived_from or not store.exists(commit_name(0)):
+        return None
+    try:
+        fields = {"sources": manifest.derived_from, **read_commit(store, 0).environment["derivation"]}
+        return Request.model_validate(fields)
+    except (KeyError, TypeError, ValidationError):
+        return None
+
+
+def _started_request(store: Store) -> Request:
+    """The request of an unfinished output. Raises `CommitDamaged`."""
+    return parse_document(store.read(REQUEST_NAME), model=Request, where=REQUEST_NAME, error=CommitDamaged)
+
+
+def _require_same(store: Store, found: Request | None, wanted: Request) -> None:
+    """Raise `OutputTaken`, which names the first difference, unless the requests are equal."""
+    if found == wanted:
+        return
+    what, theirs, mine = "", "a sealed dataset that was not made here by this command", wanted.command
+    if found is not None:
+        pairs: list[tuple[str, object, object]] = [
+            ("command", found.command, wanted.command),
+            ("sources", found.sources, wanted.sources),
+        ]
+        options = {**found.options, **wanted.options}
+        pairs += [(name, found.options.get(name), wanted.options.get(name)) for name in options]
+        what, theirs, mine = next((f": {name}", str(a), str(b)) for name, a, b in pairs if a != b)
+    raise OutputTaken(
+        f"{store.url}{what}",
+        found=theirs[:300],
+        wanted=mine[:300],
+        fix="choose another output, or remove this one",
+    )
+
+
 def nothing_selected(where: str) -> NothingSelected:
-    """The error of a dataset without rows."""
+    """The error for a dataset without rows."""
     return NothingSelected(
-        where, found="0 rows", wanted="at least one row", fix="loosen the filters, or look at the source"
+        where, found="0 rows", wanted="at least one row", fix="loosen the filters, or inspect the source"
     )

@@ -1,4 +1,4 @@
-"""`coldstill merge`: sealed datasets in, one dataset with all their rows, rejects and media out, shard by shard."""
+"""`coldstill merge`: one dataset with all rows, rejects and media of several, shard by shard."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import MEDIA_FOLDER
+from coldstill.tools.errors import InvalidRequest, MediaClash
 
-from .deriving import Derivation, derive
-from .errors import InvalidRequest, MediaClash
-from .output import Request
+from .deriving import Derivation, Request, derive
 from .sources import Sources
 
 
 def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = True) -> Dataset:
     """One dataset at `output` with the rows of the datasets at `roots`, in that order; a shard stays a shard.
 
-    Headers must be equal but for `source_sha256` and `rows_per_unit`: see `merged_header`. Of each source the
-    faithfulness sample, rejects and media files are carried; the tokenizer files are the first source's. Started again
-    after a kill, it goes on.
+    Headers may differ only in `source_sha256` and `rows_per_unit`: see `merged_header`. The faithfulness samples,
+    rejects and media files of all sources are copied; the tokenizer files are those of the first. Re-run an interrupted
+    merge to resume.
 
-    Raises `InvalidRequest`, `HeaderMismatch`, `TokenizerMismatch`, `MediaClash`, and as `open_dataset` and `derive`.
+    Raises `InvalidRequest`, `HeaderMismatch`, `TokenizerMismatch`, `MediaClash`, and what `open_dataset` and `derive`
+    raise.
     """
     if not roots:
         raise InvalidRequest("merge", found="no dataset", wanted="at least one", fix="name the datasets to merge")
@@ -48,10 +48,11 @@ def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = T
 
 
 def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
-    """The header of the first dataset; where they differ, `rows_per_unit` is the largest, and `source_sha256` is the
-    sha256 over those of the datasets, in hex, each with a line feed, in order.
+    """The header of the first dataset, with the largest `rows_per_unit`.
 
-    Raises `HeaderMismatch` that names any other field in which two differ.
+    If the `source_sha256` differ, the new one is the sha256 of all of them in order, in hex, each with a line feed.
+
+    Raises `HeaderMismatch`, which names the field, where two headers differ in any other field.
     """
     first = datasets[0].header
     for dataset in datasets[1:]:
@@ -59,7 +60,7 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
         first.require_equal(
             dataset.header.model_copy(update=own),
             where=f"{dataset.store.url}/{HEADER_NAME}",
-            fix="merge only captures of one teacher with one configuration",
+            fix="merge only captures of the same teacher with the same configuration",
         )
     digests = [dataset.header.source_sha256 for dataset in datasets]
     together = hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
@@ -79,6 +80,6 @@ def _check_media(sources: Sources) -> None:
                 raise MediaClash(
                     f"{dataset.store.url}/{name[:200]}",
                     found=f"sha256 {file.sha256}",
-                    wanted=f"sha256 {digests[name]}, as in a source before it",
-                    fix="name media files by their content before a capture",
+                    wanted=f"sha256 {digests[name]}, as in an earlier source",
+                    fix="before a capture, name media files by their content",
                 )

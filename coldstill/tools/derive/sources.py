@@ -1,4 +1,4 @@
-"""The datasets that a new one is made of, as one run of shards: verified bytes, rejects, sample and files by shard."""
+"""The source datasets of a merge, split or subset as one sequence of shards, with all their other files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from coldstill.storage_schema.verified_files import FileRecord
 
 MAX_SAMPLE = 20_000
 MAX_SAMPLE_BYTES = 128 << 20
-"""Of the faithfulness sample of several datasets together: readers refuse one that is far larger."""
+"""Limits of the faithfulness sample of several datasets together: readers reject one that is far larger."""
 
 _CACHED_FOLDERS = 8
 
 
 class SourceShard(NamedTuple):
-    """A shard of dataset number `source`, whose first row is number `first_row` among the rows of all sources."""
+    """A shard of dataset number `source`; its first row is number `first_row` among the rows of all sources."""
 
     source: int
     record: ShardRecord
@@ -36,7 +36,7 @@ class SourceShard(NamedTuple):
 
 
 class Sources:
-    """Datasets in a row; `shards` are those of the first dataset, then those of the second, and so on."""
+    """Several datasets; `shards` holds those of the first dataset, then those of the second, and so on."""
 
     def __init__(self, datasets: Sequence[Dataset]):
         self.datasets = tuple(datasets)
@@ -51,22 +51,22 @@ class Sources:
             next(file.sha256 for file in dataset.manifest.files if file.name == HEADER_NAME)
             for dataset in self.datasets
         ]
-        # Cached: asked for with each shard and each medium, and a manifest can name very many files.
+        # Cached: needed for each shard and each media file, and a manifest can list very many files.
         self.folder = lru_cache(maxsize=_CACHED_FOLDERS)(self._folder)
         self._sample = lru_cache(maxsize=1)(self._read_sample)
-        self._rejects = lru_cache(maxsize=1)(self._name_rejects)
+        self._rejects = lru_cache(maxsize=1)(self._rejects_by_unit)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Ids of the datasets."""
+        """The ids of the datasets, in order."""
         return tuple(dataset.dataset_id for dataset in self.datasets)
 
     def has_header(self, source: int, header: DatasetHeader) -> bool:
-        """Whether the header of dataset number `source` is this one, byte for byte."""
+        """Whether dataset number `source` has this header, byte for byte."""
         return self._header_digests[source] == header.sha256
 
     def open(self, shard: SourceShard) -> tuple[bytes, ShardFile]:
-        """The bytes of a shard, verified against its digest, and what is in them.
+        """The bytes of a shard, verified against its digest, and a reader of them.
 
         Raises `ShardMissing`, `ShardDamaged`, `HeaderMismatch`.
         """
@@ -75,16 +75,16 @@ class Sources:
         return data, dataset.open_bytes(data, shard.record)
 
     def rejects(self, shard: SourceShard) -> bytes | None:
-        """The file of a shard's rejects, if it has one. Raises `FileMissing`, `FileDamaged`."""
+        """The file of a shard's rejects, if there is one. Raises `FileMissing`, `FileDamaged`."""
         file = self._rejects(shard.source).get(f"{shard.record.unit:06d}")
         return self.datasets[shard.source].read_file(file) if file else None
 
     def sample(self, shard: SourceShard) -> list[ExactPosition]:
-        """What the faithfulness sample of its dataset has of a shard; thinned evenly where several sources together
-        have more than a reader takes. Raises `FileMissing`, `FileDamaged`."""
+        """The positions of a shard in the faithfulness sample of its dataset, evenly subsampled if the samples of all
+        sources together exceed `MAX_SAMPLE`. Raises `FileMissing`, `FileDamaged`."""
         return self._sample(shard.source).get(shard.record.unit, [])
 
-    def medium(self, source: int, name: str) -> bytes:
+    def media_file(self, source: int, name: str) -> bytes:
         """A media file that a row refers to. Raises `FileMissing`, `FileDamaged`."""
         file = self.folder(source, MEDIA_FOLDER).get(name)
         if file is None:
@@ -97,8 +97,11 @@ class Sources:
         return self.datasets[source].read_file(file)
 
     def tokenizer(self) -> dict[str, bytes]:
-        """The tokenizer files of the first dataset, by name. Raises `TokenizerMismatch` where a dataset's tokenizer is
-        not the one of its header, `TokenizerNotFound`, `FileMissing`, `FileDamaged`."""
+        """The tokenizer files of the first dataset, by name.
+
+        Raises `TokenizerMismatch` if the tokenizer of any dataset is not the one of its header, `TokenizerNotFound`,
+        `FileMissing`, `FileDamaged`.
+        """
         for source, dataset in enumerate(self.datasets):
             file = self.folder(source, TOKENIZER_FOLDER).get(f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}")
             if file is None:
@@ -111,7 +114,7 @@ class Sources:
         return {name: self.datasets[0].read_file(file) for name, file in files.items()}
 
     def _folder(self, source: int, folder: str) -> dict[str, FileRecord]:
-        """The files directly in a folder that the manifest of dataset number `source` names. Raises `CommitDamaged`."""
+        """The files of a folder that the manifest of dataset number `source` lists. Raises `CommitDamaged`."""
         dataset = self.datasets[source]
         files = {file.name: file for file in dataset.manifest.files if file.name.startswith(f"{folder}/")}
         for name in files:
@@ -119,7 +122,7 @@ class Sources:
                 raise CommitDamaged(f"{dataset.store.url}: files", found=name[:200], wanted=f"files in {folder}/")
         return files
 
-    def _name_rejects(self, source: int) -> dict[str, FileRecord]:
+    def _rejects_by_unit(self, source: int) -> dict[str, FileRecord]:
         files = self.folder(source, REJECTS_FOLDER)
         return {PurePosixPath(name).name.partition("-")[0]: file for name, file in files.items()}
 
@@ -130,7 +133,7 @@ class Sources:
         sample = sample_from_bytes(dataset.read_file(file), where=where) if file else []
         rows = {record.unit: record.rows for record in dataset.shards}
         by_unit: dict[int, list[ExactPosition]] = {}
-        for position in self._thinned(sample):
+        for position in self._subsampled(sample):
             if position.row >= rows.get(position.unit, 0):
                 raise FileDamaged(
                     where, found=f"row {position.row} of unit {position.unit}", wanted="a row of the dataset"
@@ -138,7 +141,7 @@ class Sources:
             by_unit.setdefault(position.unit, []).append(position)
         return by_unit
 
-    def _thinned(self, sample: list[ExactPosition]) -> list[ExactPosition]:
+    def _subsampled(self, sample: list[ExactPosition]) -> list[ExactPosition]:
         per_position = 8 * self.datasets[0].header.top_k + 64
         share = max(1, min(MAX_SAMPLE, MAX_SAMPLE_BYTES // per_position) // len(self.datasets))
         if len(self.datasets) == 1 or len(sample) <= share:

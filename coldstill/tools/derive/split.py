@@ -1,7 +1,4 @@
-"""`coldstill split`: a sealed dataset in, one dataset per part out.
-
-A row's part depends on the seed and its sample id alone.
-"""
+"""`coldstill split`: one new dataset per part. A row's part depends only on the seed and its sample id."""
 
 from __future__ import annotations
 
@@ -19,12 +16,11 @@ from pydantic import JsonValue
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.plan import Unit
+from coldstill.tools.errors import InvalidRequest
 
-from .deriving import Derivation, derive, nothing_selected
-from .errors import InvalidRequest
-from .output import Request, open_output
-from .selecting import Select, plan_selected
+from .deriving import Derivation, Request, derive, nothing_selected, open_output
 from .sources import Sources
+from .units import Select, plan_selected
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _EXAMPLE = "for instance --part train=0.95 --part test=0.05"
@@ -33,13 +29,13 @@ _EXAMPLE = "for instance --part train=0.95 --part test=0.05"
 def split(
     root: str | Path, output: str | Path, *, parts: Mapping[str, float], seed: int = 0, progress: bool = True
 ) -> dict[str, Dataset]:
-    """Datasets `output`/NAME of the parts, each a share of the rows of the dataset at `root`; by name.
+    """Split the dataset at `root` into the datasets `output`/NAME; the new datasets by name.
 
-    Equal sample ids are in the same part, and a row stays in its part when the dataset grows. Shares are of the
-    ids' digests: those of rows differ from them by chance. Rejects are not carried. Started again after a kill, it
-    goes on.
+    `parts`: the share of rows of each part. Shares apply to the digests of sample ids, so the number of rows varies by
+    chance. Equal sample ids are in the same part, and a row stays in its part when the dataset grows. Rejects are not
+    copied. Re-run an interrupted split to resume.
 
-    Raises `InvalidRequest`, `NothingSelected` for a part without rows, and as `open_dataset` and `derive`.
+    Raises `InvalidRequest`, `NothingSelected` for a part without rows, and what `open_dataset` and `derive` raise.
     """
     _check_parts(parts)
     sources = Sources([open_dataset(root)])
@@ -68,7 +64,7 @@ def split(
             sources=sources,
             header=header,
             select=selections[number],
-            make_plan=partial(_nth, plans, number),
+            make_plan=partial(_units_of_part, plans, number),
         )
         made[name] = derive(outputs[name], derivation, progress=progress)
     return {name: made[name] for name in parts}
@@ -89,8 +85,8 @@ def parse_parts(words: Sequence[str]) -> dict[str, float]:
 
 
 def part_of(sample_id: str | bytes, *, parts: Mapping[str, float], seed: int = 0) -> str:
-    """The part of a row: the first 8 bytes of sha256("SEED:SAMPLE_ID") as a share of 2^64, laid against the shares of
-    the parts, which stand in the order of their names."""
+    """The part of a row: where the first 8 bytes of sha256("SEED:SAMPLE_ID"), as a share of 2^64, fall among the shares
+    of the parts in the order of their names."""
     names = sorted(parts)
     edges = [round(edge * 2**64) for edge in itertools.accumulate(parts[name] for name in names[:-1])]
     data = sample_id.encode() if isinstance(sample_id, str) else sample_id
@@ -98,7 +94,7 @@ def part_of(sample_id: str | bytes, *, parts: Mapping[str, float], seed: int = 0
     return names[bisect.bisect_right(edges, int.from_bytes(digest[:8]))]
 
 
-def _nth(plans: Callable[[], list[list[Unit]]], number: int) -> list[Unit]:
+def _units_of_part(plans: Callable[[], list[list[Unit]]], number: int) -> list[Unit]:
     return plans()[number]
 
 
@@ -116,7 +112,7 @@ def _check_parts(parts: Mapping[str, float]) -> None:
     for name, share in parts.items():
         if not _NAME.fullmatch(name):
             raise InvalidRequest(
-                "name of a part", found=repr(name)[:100], wanted="letters, digits, '.', '_' and '-'", fix=_EXAMPLE
+                "the name of a part", found=repr(name)[:100], wanted="letters, digits, '.', '_' and '-'", fix=_EXAMPLE
             )
         if not 0 < share < 1:
             raise InvalidRequest(f"part {name!r}", found=share, wanted="a share between 0 and 1", fix=_EXAMPLE)

@@ -1,1 +1,1 @@
-"""Datasets of other tools in, datasets for other tools out. `importing.py` says what every import shares."""
+"""Import datasets of other tools (DistillKit, axolotl), and export datasets for other tools."""

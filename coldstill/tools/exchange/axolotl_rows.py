@@ -1,39 +1,45 @@
-"""The rows of axolotl's KD layout: its columns in, one aligned `CachedRow` per row out.
+"""Rows of axolotl's KD layout, as columns or JSON lines, to `CachedRow`.
 
-ALIGNMENT is not in the file and has changed. Until June 2025 its trainer compared the student at `p` with row `p + 1`
-(`target_logprobs[..., 1:, :]`), so row `p` was about token `p` itself: `predicts="same"`. Since commit ccc94da the loss
-compares row `p` with the student at `p` and shifts only the labels (`kernels/liger.py`), so row `p` must be about token
-`p + 1`: `predicts="next"`; its vLLM client was changed to match ("shift off the first empty token"), its offline
-preprocessing and its sglang client were not. So prepared columns are taken as `next`, raw lists as `same`, and
-`plausible.py` refuses the import where the first rows say otherwise. The row about token `t + 1` is our target `t`; a
-row about token 0, or about a token past the end, is left out.
+Shape letters: `n` lists of a row, `W` entries of its widest list.
 
-A token is a target where `labels` says so (not -100), and where there are no labels, where `target_mask` is set, and
-where there is neither, where its list has entries. A learned token without a distribution is an error.
+ALIGNMENT is not stored in the files, and it has changed. Until June 2025 axolotl's trainer compared the student at `p`
+with list `p + 1` (`target_logprobs[..., 1:, :]`), so list `p` was about token `p` itself: `predicts="same"`. Since
+commit ccc94da the loss compares list `p` with the student at `p` and shifts only the labels (`kernels/liger.py`), so
+list `p` must be about token `p + 1`: `predicts="next"`. Its vLLM client was changed to match ("shift off the first
+empty token"); its offline preprocessing and its sglang client were not. Prepared columns are therefore read as `next`
+and raw lists as `same`, and `check_alignment` rejects the import if the first rows contradict that. The list about
+token `t + 1` becomes target `t`; lists about token 0, or about a token past the end, are dropped.
+
+A token is a target where `labels` is not -100; without labels, where `target_mask` is set; without both, where its list
+has entries. A target without a distribution is an error.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
+from coldstill.tools.errors import NotFullSoftmax, SourceUnreadable, UnusableRow
 
-from .axolotl_columns import entries_of, metadata_of
-from .cells import nested_of, text_of, values_of
-from .derive import ABSENT_LOGPROB, derived_targets
-from .errors import NotFullSoftmax, SourceUnreadable, UnusableRow, placed
-from .files import Tables
-from .importing import Item
+from .derived_targets import ABSENT_LOGPROB, derived_targets
+from .importing import ImportedRow
+from .input_files import Tables, check_size, check_token_ids, nested_of, numbers, text_of, values_of
 
 Predicts = Literal["next", "same"]
 
+_NUMBER_LISTS = pa.list_(pa.list_(pa.float64()))
+_ID_LISTS = pa.list_(pa.list_(pa.int64()))
+_TOKEN_LISTS = pa.list_(pa.list_(pa.struct([("token", pa.string()), ("logprob", pa.float64())])))
+
 
 class AxolotlRows:
-    """The rows of a file, aligned. `top_k`: as given, or as many entries as the first row has at a position."""
+    """The rows of all files, aligned. `top_k`: as given, or as many entries as the first row has at a position."""
 
     def __init__(
         self,
@@ -53,7 +59,7 @@ class AxolotlRows:
         """Rows of all files."""
         return len(self._tables)
 
-    def items(self, start: int) -> Iterator[Item]:
+    def items(self, start: int) -> Iterator[ImportedRow]:
         """Rows from number `start` on."""
         columns = (
             "sample_id",
@@ -67,17 +73,18 @@ class AxolotlRows:
         )
         for file, first_row, table in self._tables.batches(start, columns=columns):
             if isinstance(table, UnusableRow):
-                yield Item(f"{file.stem}-{first_row}", table)
+                yield ImportedRow(f"{file.stem}-{first_row}", table)
                 continue
             for index in range(table.num_rows):
                 name = text_of(table, index, "sample_id") or text_of(table, index, "id")
                 name = name or f"{file.stem}-{first_row + index}"
+                where = f"{file.name}, row {first_row + index}"
                 try:
-                    yield Item(name, self._row(table, index, name))
+                    yield ImportedRow(name, self._row(table, index, name))
                 except NotFullSoftmax as error:
-                    raise placed(error, f"{file.name}, row {first_row + index}") from None
+                    raise error.at(where) from None
                 except UnusableRow as error:
-                    yield Item(name, placed(error, f"{file.name}, row {first_row + index}"))
+                    yield ImportedRow(name, error.at(where))
 
     @property
     def _values(self) -> str:
@@ -94,9 +101,7 @@ class AxolotlRows:
         token_ids = values_of(table, index, "input_ids")
         if token_ids is None or token_ids.size < 2:
             raise UnusableRow("input_ids", found="nothing" if token_ids is None else "one token", wanted="two or more")
-        if token_ids.min() < 0 or token_ids.max() >= self.token_count:
-            wanted = f"0..{self.token_count - 1}"
-            raise UnusableRow("input_ids", found=f"{token_ids.min()}..{token_ids.max()}", wanted=wanted)
+        check_token_ids(token_ids, token_count=self.token_count)
         labels = values_of(table, index, "labels")
         if labels is not None and labels.size != token_ids.size:
             raise UnusableRow("labels", found=f"{labels.size} values", wanted=f"{token_ids.size}, one per token")
@@ -105,23 +110,23 @@ class AxolotlRows:
         has_entry = (entries.present & ~(entries.logprobs <= ABSENT_LOGPROB)).any(axis=1)
         usable = has_entry & (about >= 1) & (about < token_ids.size)
         if labels is None:
-            learned = np.zeros(token_ids.size, bool)
-            learned[about[usable & ~entries.masked]] = True
+            loss_mask = np.zeros(token_ids.size, bool)
+            loss_mask[about[usable & ~entries.masked]] = True
         else:
-            learned = labels != -100
-        spans = spans_from_mask(learned)
+            loss_mask = labels != -100
+        spans = spans_from_mask(loss_mask)
         positions = span_positions(spans)
         if positions.size == 0:
-            raise UnusableRow("targets", found="no learned token with a distribution", wanted="at least one")
+            raise UnusableRow("targets", found="no target token with a distribution", wanted="at least one")
         place = np.full(token_ids.size, -1)
         place[about[usable]] = np.flatnonzero(usable)
         chosen = place[positions + 1]
         if (chosen < 0).any():
             raise UnusableRow(
                 f"token {int(positions[(chosen < 0).argmax()]) + 1}",
-                found=f"no distribution, as for {int((chosen < 0).sum())} of {chosen.size} learned tokens",
-                wanted="one for each token that is learned",
-                fix="mask these tokens in `labels`, or check which token a row is about (`predicts`)",
+                found=f"no distribution, as for {int((chosen < 0).sum())} of {chosen.size} target tokens",
+                wanted="one for each target token",
+                fix="mask these tokens in `labels`, or check which token a list is about (--predicts)",
             )
         token_ids = token_ids.astype(np.int32)
         targets = derived_targets(
@@ -141,10 +146,118 @@ class AxolotlRows:
         )
 
     def _first_token(self, count: int, tokens: int) -> int:
-        """The token that the first of `count` lists is about."""
+        """The number of the token that the first of `count` lists is about."""
         shift = 1 if self.predicts == "next" else 0
         if self._prepared and count not in (tokens, tokens - shift):
             raise UnusableRow("target_logprobs", found=f"{count} lists", wanted=f"{tokens}, one per token")
         if count > tokens:
             raise UnusableRow(self._values, found=f"{count} lists", wanted=f"at most {tokens}, one per token")
         return shift if self._prepared else tokens - count + shift
+
+
+class Entries(NamedTuple):
+    """The lists of a row: `ids int64`, `logprobs float64` and `present bool`, each `[n, W]`.
+
+    `masked bool [n]`: the list has a mask, and all of it is 0.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    present: np.ndarray
+    masked: np.ndarray
+
+
+def entries_of(table: pa.RecordBatch, index: int, values_name: str) -> Entries:
+    """The entries of one row, padded to its widest list. Raises `UnusableRow`."""
+    found = nested_of(table, index, values_name)
+    if found is None or found[1].max(initial=0) == 0:
+        raise UnusableRow(values_name, found="nothing", wanted="lists of log-probs per position")
+    flat, lengths = found
+    mask = None
+    if pa.types.is_struct(flat.type):
+        ids, logprobs = _parsed(flat, values_name)
+    else:
+        logprobs = numbers(flat, values_name)
+        beside = _beside(table, index, "target_token_ids", lengths, values_name)
+        if beside is None:
+            raise UnusableRow("target_token_ids", found="nothing", wanted=f"an id for each value of {values_name}")
+        ids = beside
+        mask = _beside(table, index, "target_mask", lengths, values_name)
+    check_size(values_name, positions=lengths.size, width=int(lengths.max()))
+    used = np.arange(lengths.max()) < lengths[:, None]
+    in_mask: np.ndarray = used if mask is None else np.not_equal(_spread(mask, used, 0), 0)
+    masked: np.ndarray = np.zeros(lengths.size, bool) if mask is None else np.logical_not(in_mask.any(axis=1))
+    return Entries(
+        ids=_spread(ids, used, 0).astype(np.int64),
+        logprobs=_spread(logprobs, used, -np.inf).astype(np.float64),
+        present=np.where(masked[:, None], used, in_mask),
+        masked=masked,
+    )
+
+
+def _beside(table: pa.RecordBatch, index: int, name: str, lengths: np.ndarray, values_name: str) -> np.ndarray | None:
+    """The flat numbers of a column that must have as many entries at each position as the values."""
+    found = nested_of(table, index, name)
+    if found is None:
+        return None
+    if not np.array_equal(found[1], lengths):
+        raise UnusableRow(name, found="other lengths", wanted=f"as many entries at each position as {values_name}")
+    return numbers(found[0], name)
+
+
+def _spread(flat: np.ndarray, used: np.ndarray, rest: float) -> np.ndarray:
+    """Flat numbers as `[n, W]`; positions with fewer entries are filled with `rest`."""
+    full = np.full(used.shape, rest, np.result_type(flat.dtype, type(rest)))
+    full[used] = flat
+    return full
+
+
+def _parsed(flat: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ids and log-probs of entries `{"token": "token_id:N", "logprob": x}`."""
+    names = {field.name for field in flat.type}
+    if flat.null_count or not {"token", "logprob"} <= names:
+        raise UnusableRow(name, found=f"entries with {sorted(names)}", wanted="entries with token and logprob")
+    tokens, logprobs = (flat.field(key) for key in ("token", "logprob"))
+    if not (pa.types.is_string(tokens.type) or pa.types.is_large_string(tokens.type)):
+        raise UnusableRow(f"{name}: token", found=str(tokens.type), wanted="strings `token_id:N`")
+    ids = pc.struct_field(pc.extract_regex(tokens, r"^token_id:(?P<id>[0-9]{1,9})$"), "id")
+    if ids.null_count:
+        wrong = tokens[int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])].as_py()
+        raise UnusableRow(
+            f"{name}: token",
+            found=repr(wrong)[:80],
+            wanted="`token_id:N`",
+            fix="capture with vLLM's return_tokens_as_token_ids: several ids may have the same text",
+        )
+    return ids.cast(pa.int64()).to_numpy(zero_copy_only=False), numbers(logprobs, name)
+
+
+def table_of(document: dict[str, Any], *, logprobs_field: str) -> pa.RecordBatch:
+    """A JSON row as one row with the columns of a Parquet file."""
+    lists = document.get(logprobs_field) or ()
+    some = next((entry for position in lists for entry in position or ()), None)
+    metadata = document.get("metadata")
+    columns = {
+        "sample_id": (str(document["sample_id"]) if "sample_id" in document else None, pa.string()),
+        "id": (str(document["id"]) if "id" in document else None, pa.string()),
+        "metadata": (metadata if metadata is None or isinstance(metadata, str) else json.dumps(metadata), pa.string()),
+        "input_ids": (document.get("input_ids"), pa.list_(pa.int64())),
+        "labels": (document.get("labels"), pa.list_(pa.int64())),
+        "target_token_ids": (document.get("target_token_ids"), _ID_LISTS),
+        "target_mask": (document.get("target_mask"), _ID_LISTS),
+        "target_logprobs": (document.get("target_logprobs"), _NUMBER_LISTS),
+        logprobs_field: (document.get(logprobs_field), _TOKEN_LISTS if isinstance(some, dict) else _NUMBER_LISTS),
+    }
+    present = {name: pa.array([value], kind) for name, (value, kind) in columns.items() if value is not None}
+    return pa.RecordBatch.from_pydict(present)
+
+
+def metadata_of(text: str | None) -> dict[str, Any]:
+    """The JSON object in a metadata column; {} where it is null. Raises `UnusableRow`."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        raise UnusableRow("metadata", found="not JSON", wanted="a JSON object") from None
+    if not isinstance(found, dict):
+        raise UnusableRow("metadata", found=type(found).__name__, wanted="a JSON object")
+    return found

@@ -1,14 +1,14 @@
-"""The rows of a DistillKit capture: Parquet columns in, one `CachedRow` per document out.
+"""Rows of a DistillKit capture to `CachedRow`, one per document.
 
 Shape letters: `T` tokens of a row, `n` distributions of it (`T` or `T - 1`), `k` entries of each.
 
-ALIGNMENT. Its row `t` is about token `t + 1`: the capture drops vLLM's empty first entry and keeps the other `T - 1` in
-order (`process_prompt_logprobs`), and its loss compares row `t` with the student's logits at `t` unshifted
-(`lossfuncs/common.py`). So row `t` is our target position `t`. A row has `T - 1` distributions, or `T` where
-`pack_logits.py` has cut the tokens to them: the last one is then about a token that is not there and is left out.
+ALIGNMENT. Distribution `t` is about token `t + 1`, so it becomes target position `t`: the capture drops vLLM's empty
+first entry and keeps the other `T - 1` in order (`process_prompt_logprobs`), and its loss compares distribution `t`
+with the student's logits at `t`, unshifted (`lossfuncs/common.py`). A row has `T - 1` distributions, or `T` if
+`pack_logits.py` cut the tokens to as many: the last one is then about a token that is not stored, and is dropped.
 
-PACKED ROWS (`attention_mask` 1 1 1 2 2 3 ...) become one row per document: the teacher saw each document alone, so a
-distribution is not "given tokens 0..t" of the packed row. Runs of 0 are padding.
+PACKED ROWS (`attention_mask` 1 1 1 2 2 3 ...) become one row per document, because the teacher scored each document
+separately: a distribution is not conditioned on the tokens before its document. Runs of 0 are padding.
 """
 
 from __future__ import annotations
@@ -23,30 +23,38 @@ from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
+from coldstill.tools.errors import NotFullSoftmax, UnusableRow
 
-from .cells import check_size, nested_of, numbers, values_of
-from .derive import derived_targets
-from .distillkit_bits import decode_legacy, decode_quantised, unpack_stream, unpack_words, within_mass
-from .distillkit_config import Compression, Legacy, Quantised
-from .errors import NotFullSoftmax, UnusableRow, placed
-from .files import ParquetTables, SourceFile
-from .importing import Item
+from .derived_targets import NO_LOGITS, derived_targets
+from .distillkit_compression import (
+    Compression,
+    Legacy,
+    Quantized,
+    decode_legacy,
+    decode_quantized,
+    unpack_stream,
+    unpack_words,
+    within_mass,
+)
+from .importing import ImportedRow
+from .input_files import InputFile, ParquetTables, check_size, check_token_ids, nested_of, numbers, values_of
 
 LAYOUTS = {
     "quantised": ("compressed_logprobs", "bytepacked_indices"),
     "legacy": ("packed_indices", "exact_values", "coeffs"),
     "plain": ("token_ids", "top_values"),
 }
+"""The columns of each layout. The names are hashed into `source_sha256`: another spelling is another source."""
 
 MAX_CURVE_MASS = 100.0
-"""Mass of a position without exact values above which its values are no log-probs: a bad curve through log-probs had
-4.3 (K = 50, teacher of 0.7 nats), centred logits are above 1,000. Exact values show it by themselves: they sum to 1."""
+"""Largest mass of a position without exact values. A bad curve through log-probs had 4.3 (K = 50, teacher of 0.7 nats);
+centered logits are above 1,000. With exact values no limit is needed: they sum to at most 1 if they are log-probs."""
 
-_POSITIONS_AT_ONCE = 4096
+_POSITIONS_PER_BLOCK = 4096
 
 
 class DistillKitRows:
-    """The documents of a capture as rows. `top_k`: K of the settings, or of the first row of a capture without."""
+    """The documents of a capture as rows. `top_k`: K of the settings, or of the first row if there are none."""
 
     def __init__(
         self,
@@ -66,10 +74,10 @@ class DistillKitRows:
         self.top_k = min(compression.k if compression else self._first_width(), token_count)
 
     def __len__(self) -> int:
-        """Documents."""
+        """The number of documents."""
         return len(self._tables) if self._first_items is None else int(self._first_items[-1])
 
-    def items(self, start: int) -> Iterator[Item]:
+    def items(self, start: int) -> Iterator[ImportedRow]:
         """Documents from number `start` on."""
         row = start if self._first_items is None else int(np.searchsorted(self._first_items, start, side="right")) - 1
         skipped = 0 if self._first_items is None else start - int(self._first_items[row])
@@ -80,13 +88,13 @@ class DistillKitRows:
             try:
                 made = self._documents(table, index, names, metadata={"file": file.name, "row": number})
             except NotFullSoftmax as error:
-                raise placed(error, name) from None
+                raise error.at(name) from None
             except UnusableRow as error:
-                made = [Item(one, placed(error, name)) for one in names]
+                made = [ImportedRow(one, error.at(name)) for one in names]
             yield from made[skipped:]
             row, skipped = row + 1, 0
 
-    def _rows(self, start: int) -> Iterator[tuple[SourceFile, int, pa.RecordBatch, int]]:
+    def _rows(self, start: int) -> Iterator[tuple[InputFile, int, pa.RecordBatch, int]]:
         for file, first_row, table in self._tables.batches(start, columns=self._columns):
             table = cast(pa.RecordBatch, table)
             yield from ((file, first_row + index, table, index) for index in range(table.num_rows))
@@ -99,7 +107,7 @@ class DistillKitRows:
 
     def _documents(
         self, table: pa.RecordBatch, index: int, names: list[str], *, metadata: dict[str, Any]
-    ) -> list[Item]:
+    ) -> list[ImportedRow]:
         token_ids = values_of(table, index, "input_ids")
         if token_ids is None:
             raise UnusableRow("input_ids", found="nothing", wanted="token ids")
@@ -112,33 +120,31 @@ class DistillKitRows:
         runs = [(0, token_ids.size)] if mask is None else _runs(mask)
         items = []
         for name, (start, stop) in zip(names, runs or [(0, 0)], strict=True):
-            learned = None if labels is None else labels[start:stop] != -100
+            loss_mask = None if labels is None else labels[start:stop] != -100
             try:
-                row = self._row(name, token_ids[start:stop], learned, ids[start:stop], values[start:stop], metadata)
+                row = self._row(name, token_ids[start:stop], loss_mask, ids[start:stop], values[start:stop], metadata)
             except UnusableRow as error:
-                row = placed(error, name)
-            items.append(Item(name, row))
+                row = error.at(name)
+            items.append(ImportedRow(name, row))
         return items
 
     def _row(
         self,
         name: str,
         token_ids: np.ndarray,
-        learned: np.ndarray | None,
+        loss_mask: np.ndarray | None,
         ids: np.ndarray,
         values: np.ndarray,
         metadata: dict[str, Any],
     ) -> CachedRow | ColdstillError:
         if self._pad_id is not None and token_ids.size and token_ids[-1] == self._pad_id:
-            token_ids, learned = token_ids[:-1], None if learned is None else learned[:-1]
-        if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < self._token_count):
-            wanted = f"0..{self._token_count - 1}"
-            raise UnusableRow("input_ids", found=f"{token_ids.min()}..{token_ids.max()}", wanted=wanted)
+            token_ids, loss_mask = token_ids[:-1], None if loss_mask is None else loss_mask[:-1]
+        check_token_ids(token_ids, token_count=self._token_count)
         token_ids = token_ids.astype(np.int32)
-        spans = spans_from_mask(np.ones(token_ids.size, bool) if learned is None else learned)
+        spans = spans_from_mask(np.ones(token_ids.size, bool) if loss_mask is None else loss_mask)
         positions = span_positions(spans)
         if positions.size == 0:
-            raise UnusableRow("targets", found=f"{token_ids.size} tokens, none learned", wanted="at least one target")
+            raise UnusableRow("targets", found=f"none of {token_ids.size} tokens is a target", wanted="at least one")
         targets = derived_targets(
             ids[positions],
             values[positions],
@@ -150,15 +156,15 @@ class DistillKitRows:
         return CachedRow(sample_id=name, token_ids=token_ids, target_spans=spans, targets=targets, metadata=metadata)
 
     def _entries(self, table: pa.RecordBatch, index: int, *, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """`int64 [n, k]` ids and `float64 [n, k]` log-probs of a row, `n` = `tokens` or one less."""
+        """`int64 [n, k]` ids and `float64 [n, k]` log-probs of a row; `n` is `tokens` or one less."""
         config = self._compression
         check_size("distributions", positions=tokens, width=config.k if config else self.top_k)
-        if isinstance(config, Quantised) and self._layout == "quantised":
+        if isinstance(config, Quantized) and self._layout == "quantised":
             packed = _matrix(table, index, "compressed_logprobs", config.value_bytes, tokens).astype(np.uint8)
             packed_ids = _matrix(table, index, "bytepacked_indices", config.id_bytes, tokens).astype(np.uint8)
-            blocks = range(0, len(packed), _POSITIONS_AT_ONCE)
-            parts = [slice(start, start + _POSITIONS_AT_ONCE) for start in blocks]
-            values = np.concatenate([decode_quantised(packed[part], config) for part in parts])
+            blocks = range(0, len(packed), _POSITIONS_PER_BLOCK)
+            parts = [slice(start, start + _POSITIONS_PER_BLOCK) for start in blocks]
+            values = np.concatenate([decode_quantized(packed[part], config) for part in parts])
             ids = np.concatenate([unpack_stream(packed_ids[p], bits=config.id_bits, count=config.k) for p in parts])
         elif isinstance(config, Legacy) and self._layout == "legacy":
             exact = _matrix(table, index, "exact_values", config.exact_k, tokens)
@@ -171,13 +177,16 @@ class DistillKitRows:
             values = _matrix(table, index, "top_values", width, tokens).astype(np.float64)
             ids = _matrix(table, index, "token_ids", width, tokens)
         if config is not None and self._layout != "plain":
-            values = _plausible(values, exact=config.exact_k)
+            values = _checked_mass(values, exact=config.exact_k)
         if len(ids) != len(values):
-            raise UnusableRow("ids and values", found=f"{len(ids)} and {len(values)} positions", wanted="as many")
+            raise UnusableRow(
+                "ids and values", found=f"{len(ids)} and {len(values)} positions", wanted="the same number"
+            )
         return ids.astype(np.int64), values
 
 
-def _plausible(values: np.ndarray, *, exact: int) -> np.ndarray:
+def _checked_mass(values: np.ndarray, *, exact: int) -> np.ndarray:
+    """`values` by `within_mass`. Raises `NotFullSoftmax` for values that cannot be log-probs."""
     with np.errstate(over="ignore"):
         mass = float(np.nan_to_num(np.exp(values).sum(axis=1)).max(initial=0.0)) if exact == 0 else 0.0
     if mass > MAX_CURVE_MASS:
@@ -185,38 +194,38 @@ def _plausible(values: np.ndarray, *, exact: int) -> np.ndarray:
             "the values of a position",
             found=f"probabilities that sum to {mass:.4g}",
             wanted="log-probs of the full softmax",
-            fix="centred or raw logits cannot be imported: their normaliser is not in the file",
+            fix=NO_LOGITS,
         )
     return within_mass(values, exact=exact)
 
 
 def _matrix(table: pa.RecordBatch, index: int, name: str, width: int, tokens: int) -> np.ndarray:
-    """`[n, width]` numbers of a list-of-lists column. Raises `UnusableRow` for other lengths than the settings give."""
+    """`[n, width]` numbers of a list-of-lists column. Raises `UnusableRow` if its lengths contradict the settings."""
     found = nested_of(table, index, name)
     if found is None:
         raise UnusableRow(name, found="nothing", wanted="a list per position")
     flat, lengths = found
     if lengths.size not in (tokens, tokens - 1):
-        wanted = f"{tokens - 1}, one per token that follows, or {tokens}"
+        wanted = f"{tokens - 1}, one per predicted token, or {tokens}"
         raise UnusableRow(name, found=f"{lengths.size} positions for {tokens} tokens", wanted=wanted)
     if (lengths != width).any():
         raise UnusableRow(
             name,
             found=f"{int(lengths[(lengths != width).argmax()])} values at a position",
-            wanted=f"{width}, by the compression settings",
+            wanted=f"{width}, from the compression settings",
             fix="check that these are the settings of the capture",
         )
     return numbers(flat, name).reshape(lengths.size, width)
 
 
 def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """Start and stop of each run of one value that is not 0."""
+    """Start and stop of each run of one nonzero value."""
     edges = np.flatnonzero(np.diff(mask, prepend=mask[:1] - 1, append=mask[-1:] - 1)) if mask.size else np.zeros(1, int)
     return [(int(a), int(b)) for a, b in itertools.pairwise(edges) if mask[a] != 0]
 
 
 def _first_items(tables: ParquetTables, *, progress: bool) -> np.ndarray:
-    """`int64 [rows + 1]`: number of the first document of each row; a row that is all padding counts as one."""
+    """`int64 [rows + 1]`: number of the first document of each row; a row of padding only counts as one document."""
     counts = []
     with tqdm(total=len(tables), desc="documents", unit=" rows", disable=not progress) as bar:
         for _, _, table in tables.batches(0, columns=("attention_mask",)):

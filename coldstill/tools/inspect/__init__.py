@@ -1,1 +1,1 @@
-"""What a dataset and a row of it look like: on the terminal, and as a page."""
+"""Show a dataset or one of its rows, on the terminal or as an HTML page."""

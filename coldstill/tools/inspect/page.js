@@ -2,8 +2,8 @@
 (() => {
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
-  const kinds = { Float32Array, Uint16Array, Uint32Array };
-  const unpack = ({ type, base64 }) => new kinds[type](Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer);
+  const arrayTypes = { Float32Array, Uint16Array, Uint32Array };
+  const unpack = ({ type, base64 }) => new arrayTypes[type](Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer);
   const [tokenWords, tokenPieces, tokenIds, positions, entropy, surprise, tail, rest, rank, counts, listed] = [
     "token_words", "token_pieces", "token_ids", "positions", "entropy", "surprise", "tail", "rest", "rank", "counts", "listed",
   ].map((name) => unpack(data[name]));
@@ -20,8 +20,8 @@
   positions.forEach((position, n) => { targetOf[position + 1] = n; });
 
   const SCALES = {
-    surprise: { values: surprise, most: 6, step: 2, meaning: "Surprise: how unlikely the teacher found each token, −ln p" },
-    entropy: { values: entropy, most: 6, step: 2, meaning: "Entropy: how undecided the teacher was before each token; a lower bound" },
+    surprise: { values: surprise, most: 6, step: 2, meaning: "Surprise: −ln p of each token under the teacher" },
+    entropy: { values: entropy, most: 6, step: 2, meaning: "Entropy: the teacher's uncertainty before each token, as a lower bound" },
   };
 
   // ---- words and numbers -------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@
   // ---- the head ----------------------------------------------------------------------------------------------------
   const { row, dataset } = data;
   $("dataset").textContent =
-    `${dataset.teacher} · K = ${whole(dataset.top_k)}, D = ${whole(dataset.draws)} · licence ${dataset.licence} · ` +
+    `${dataset.teacher} · K = ${whole(dataset.top_k)}, D = ${whole(dataset.draws)} · license ${dataset.license} · ` +
     `dataset ${dataset.id.slice(0, 12)}`;
   $("dataset").title = dataset.id;
   $("title").append(row.sample_id || "(no id)", " ", make("small", "", `row ${whole(row.index)} of ${whole(row.rows)}`));
@@ -69,7 +69,7 @@
       ["mean surprise", nats(mean(surprise)), "nats"],
       ["mean entropy ≥", nats(mean(entropy)), "nats"],
       ["mean tail mass", percent(mean(tail))],
-      ["first choice right", percent(mean(Array.from(rank, (place) => Number(place === 1))))],
+      ["top-1 correct", percent(mean(Array.from(rank, (place) => Number(place === 1))))],
     );
   }
   setFigures($("summary"), summary);
@@ -79,7 +79,7 @@
   }
   if (count < row.tokens) {
     $("cut").hidden = false;
-    $("cut").textContent = `The page holds the first ${whole(count)} of ${whole(row.tokens)} tokens.`;
+    $("cut").textContent = `This page shows the first ${whole(count)} of ${whole(row.tokens)} tokens.`;
   }
 
   // ---- the text ----------------------------------------------------------------------------------------------------
@@ -94,10 +94,10 @@
     if (/^[\s⏎⋯∅]*$/.test(shown)) token.classList.add("blank");
     return token;
   });
-  // The space before a word belongs to its token, but reads as a gap: it stays without colour, as the panel shows it.
+  // The space before a word belongs to its token, but it is not colored: it reads as a gap. The panel shows it.
   text.append(...tokens.flatMap((token, i) => (WORD_SPACE.test(data.pieces[tokenPieces[i]]) ? [" ", token] : [token])));
 
-  const colour = (by) => {
+  const color = (by) => {
     const { values, most, step, meaning } = SCALES[by];
     document.documentElement.dataset.by = by;
     document.querySelector(`input[value="${by}"]`).checked = true;
@@ -127,7 +127,7 @@
     bar.className = `bar${real ? " real" : ""}${other ? " rest" : ""}`;
     if (counted) bar.dataset.share = share;
     else delete bar.dataset.share;
-    bar.ariaLabel = `${word}, ${percent(share)}${real ? ", the real token" : ""}`;
+    bar.ariaLabel = `${word}, ${percent(share)}${real ? ", the actual token" : ""}`;
     return bar;
   };
   const drawsTitle = (kept) => {
@@ -150,7 +150,7 @@
     if (counts[n] > listed[n]) {
       others.push(setBar(newBar(), `${whole(counts[n] - listed[n])} more kept`, rest[n], { other: true }));
     }
-    others.push(setBar(newBar(), `tail, all other ids`, tail[n], { other: true }));
+    others.push(setBar(newBar(), "tail, all other ids", tail[n], { other: true }));
     if (rank[n] === 0 || rank[n] > listed[n]) {
       const real = setBar(newBar(), data.words[word], Math.exp(-surprise[n]), { real: true, counted: false });
       real.firstChild.append(make("small", "", rank[n] ? " one of these" : " in the tail"));
@@ -172,12 +172,12 @@
   const place = (n) => (rank[n] ? `${whole(rank[n])} of ${whole(counts[n])}` : `not in ${whole(counts[n])}`);
 
   let active = -1;
-  let held = false;
-  const setHeld = (value) => {
-    held = value;
-    $("held").hidden = !held;
+  let pinned = false;
+  const setPinned = (value) => {
+    pinned = value;
+    $("pinned").hidden = !pinned;
   };
-  const activate = (i, { speak = false, reveal = false } = {}) => {
+  const activate = (i, { announce = false, reveal = false } = {}) => {
     const word = tokenWords[i];
     const n = targetOf[i];
     $("panel").hidden = false;
@@ -203,7 +203,7 @@
       if (n >= 0) showDistribution(n, word);
     }
     if (reveal) tokens[i].scrollIntoView({ block: "nearest" });
-    if (speak) {
+    if (announce) {
       $("status").textContent = n < 0 ? `${data.words[word]}, context` :
         `${data.words[word]}, probability ${percent(Math.exp(-surprise[n]))}, surprise ${nats(surprise[n])} nats, ` +
         `rank ${place(n)}, entropy at least ${nats(entropy[n])} nats, tail ${percent(tail[n])}`;
@@ -217,19 +217,19 @@
   };
   let lastPoint = "";
   text.addEventListener("pointermove", (event) => {
-    // Text that scrolls under a resting pointer is not a move of the reader's.
+    // Text that scrolls under a resting pointer also sends pointermove.
     const point = `${event.screenX},${event.screenY}`;
     const moved = point !== lastPoint;
     lastPoint = point;
     const i = indexAt(event);
-    if (moved && !held && i >= 0 && event.pointerType !== "touch") activate(i);
+    if (moved && !pinned && i >= 0 && event.pointerType !== "touch") activate(i);
   });
   text.addEventListener("click", (event) => {
     const i = indexAt(event);
     if (i < 0) return;
-    setHeld(!(held && i === active));
+    setPinned(!(pinned && i === active));
     goal = null;
-    activate(i, { speak: true, reveal: true });
+    activate(i, { announce: true, reveal: true });
   });
 
   // ---- the keyboard ------------------------------------------------------------------------------------------------
@@ -243,10 +243,10 @@
     boxes.forEach((box, i) => {
       const top = box.top - origin.top;
       const line = lines[lines.length - 1];
-      if (!line || top > line.top + box.height / 2) lines.push({ top, tokens: [i], centres: [box.left + box.width / 2] });
+      if (!line || top > line.top + box.height / 2) lines.push({ top, tokens: [i], centers: [box.left + box.width / 2] });
       else {
         line.tokens.push(i);
-        line.centres.push(box.left + box.width / 2);
+        line.centers.push(box.left + box.width / 2);
       }
     });
   };
@@ -254,8 +254,8 @@
     if (!lines) measure();
     const here = lines.findIndex((line) => line.tokens[line.tokens.length - 1] >= active);
     const line = lines[Math.min(Math.max(here + step, 0), lines.length - 1)];
-    goal ??= lines[here].centres[active - lines[here].tokens[0]];
-    const distances = line.centres.map((centre) => Math.abs(centre - goal));
+    goal ??= lines[here].centers[active - lines[here].tokens[0]];
+    const distances = line.centers.map((center) => Math.abs(center - goal));
     return line.tokens[distances.indexOf(Math.min(...distances))];
   };
   const walks = {
@@ -268,12 +268,12 @@
   };
   const openKeys = () => $("keys").showModal();
   const closePanel = () => {
-    setHeld(false);
+    setPinned(false);
     $("panel").hidden = matchMedia("(max-width: 62rem)").matches;
   };
   const commands = {
-    e: () => colour("entropy"),
-    s: () => colour("surprise"),
+    e: () => color("entropy"),
+    s: () => color("surprise"),
     "?": openKeys,
     Escape: closePanel,
   };
@@ -285,12 +285,12 @@
       return;
     }
     if (event.target !== text && event.target !== document.body) return;
-    if (event.key === "Enter") setHeld(!held);
+    if (event.key === "Enter") setPinned(!pinned);
     const walk = walks[event.key];
     if (!walk) return;
     event.preventDefault();
     if (!event.key.endsWith("Up") && !event.key.endsWith("Down")) goal = null;
-    activate(Math.min(Math.max(walk(), 0), count - 1), { speak: true, reveal: true });
+    activate(Math.min(Math.max(walk(), 0), count - 1), { announce: true, reveal: true });
   });
 
   // ---- the tools ---------------------------------------------------------------------------------------------------
@@ -303,11 +303,11 @@
     nameTheme();
   });
   dark.addEventListener("change", nameTheme);
-  document.querySelectorAll("input[name=by]").forEach((input) => input.addEventListener("change", () => colour(input.value)));
+  document.querySelectorAll("input[name=by]").forEach((input) => input.addEventListener("change", () => color(input.value)));
   $("help").addEventListener("click", openKeys);
   $("close").addEventListener("click", closePanel);
 
   nameTheme();
-  colour("surprise");
+  color("surprise");
   activate(positions.length ? positions[0] + 1 : 0);
 })();

@@ -1,7 +1,10 @@
-"""`coldstill inspect --html`: one row as one HTML page that needs nothing but itself.
+"""`coldstill inspect --html`: one row as a self-contained HTML page.
 
-In: a dataset and a row number. Out: a file with style, script and data inside. Its Content-Security-Policy lets nothing
-be fetched and nothing run but that script; the dataset's text is data for it and becomes text nodes only.
+Style, script and data are in the file. Its Content-Security-Policy allows no request and no other script. Text of the
+dataset is data for that script, and becomes text nodes only.
+
+Shape letters: `T` tokens of the row, `N` target positions, `K` teacher top-k, `S` listed entries of all positions,
+`R` tail draws of all positions.
 """
 
 from __future__ import annotations
@@ -15,18 +18,29 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from coldstill.common.errors import ColdstillError
+import numpy as np
+
 from coldstill.common.visible import visible
-from coldstill.tools.inspect.one_row import open_row
-from coldstill.tools.inspect.page_data import page_data
+from coldstill.storage_schema.header import MAX_VOCAB_SIZE
+from coldstill.tools.errors import PageNotWritten
 
+from .row_facts import InspectedRow, open_row
 
-class PageNotWritten(ColdstillError):
-    """The page's file cannot be written."""
+MAX_TOKENS = 20_000
+"""Tokens that a page shows. It omits the rest of a longer row, with a notice."""
+
+MAX_BARS = 256
+"""Kept entries, and distinct draws, that are listed at one position."""
+
+MAX_LISTED = 300_000
+"""Kept entries, and distinct draws, listed on the whole page: all of 4,096 tokens at K = 64, about 2 MB each."""
+
+MAX_METADATA = 20_000
+"""Characters of the metadata that are shown."""
 
 
 def write_page(root: str | Path, index: int, path: str | Path) -> Path:
-    """Write the page of row `index` of the dataset at `root` to `path`; the path.
+    """Write the page of row `index` of the dataset at `root` to `path`, and return the path.
 
     Raises `PageNotWritten`, and what `open_row` raises.
     """
@@ -45,7 +59,7 @@ def write_page(root: str | Path, index: int, path: str | Path) -> Path:
 
 
 def render(data: dict[str, Any], *, title: str, plain_text: str) -> str:
-    """The page as text. `plain_text` is what a browser without scripts shows."""
+    """The page as text. A browser without scripts shows `plain_text`."""
     style, script = _part("page.css"), _part("page.js")
     return Template(_part("page.html")).substitute(
         policy=(
@@ -61,7 +75,7 @@ def render(data: dict[str, Any], *, title: str, plain_text: str) -> str:
 
 
 def script_safe(data: Any) -> str:
-    """JSON that no HTML parser can leave: ASCII only, and no `<`, `>` or `&` in it."""
+    """JSON that cannot end the script element around it: ASCII only, without `<`, `>` and `&`."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -71,5 +85,100 @@ def _part(name: str) -> str:
 
 
 def _digest(source: str) -> str:
-    """What a Content-Security-Policy calls an inline source."""
+    """The name of an inline source in a Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def page_data(one: InspectedRow) -> dict[str, Any]:
+    """Everything that the page shows: strings that are safe to show, and packed arrays.
+
+    `rest` is the mass of the kept entries that are not listed: listed + rest + tail is 1 at each position.
+    """
+    token_ids = one.row.token_ids[:MAX_TOKENS].astype(np.int64)
+    facts, header = one.facts, one.dataset.header
+    shown = facts.positions + 1 < token_ids.size
+    positions = int(shown.sum())
+    bars = min(header.top_k, MAX_BARS, max(1, MAX_LISTED // max(positions, 1)))
+    listed = np.minimum(facts.counts[:positions], bars)
+    in_list = np.arange(facts.ids.shape[1]) < listed[:, None]
+    draw_owner, draw_ids, draw_times, draw_probs = _distinct_draws(one, positions, bars)
+    top_ids = facts.ids[:positions][in_list].astype(np.int64)
+    ids, places = np.unique(np.concatenate([token_ids, top_ids, draw_ids]), return_inverse=True)
+    token_words, top_words, draw_words = np.split(places, [token_ids.size, token_ids.size + top_ids.size])
+    pieces = one.text.pieces(token_ids.tolist())
+    piece_table = {piece: place for place, piece in enumerate(dict.fromkeys(pieces))}
+    return {
+        "row": {
+            "index": one.index,
+            "rows": len(one.dataset),
+            "sample_id": visible(one.row.sample_id)[:200],
+            "tokens": int(one.row.token_ids.size),
+            "media": len(one.row.media),
+            "metadata": _metadata(one),
+        },
+        "dataset": {
+            "teacher": visible(header.teacher.name),
+            "id": one.dataset.dataset_id,
+            "license": visible(header.licence or "not given"),
+            "top_k": header.top_k,
+            "draws": header.draws,
+            "kept_draws": header.kept_draws,
+        },
+        "words": [one.text.label(token_id) for token_id in ids.tolist()],
+        "pieces": list(piece_table),
+        "token_words": _packed(token_words),
+        "token_pieces": _packed(np.array([piece_table[piece] for piece in pieces])),
+        "token_ids": _packed(token_ids),
+        "positions": _packed(facts.positions[:positions]),
+        "entropy": _packed(facts.entropy[:positions].astype("<f4")),
+        "surprise": _packed(facts.surprise[:positions].astype("<f4")),
+        "tail": _packed(facts.tail_mass[:positions].astype("<f4")),
+        "rest": _packed(np.where(in_list, 0.0, facts.probs[:positions]).sum(1).astype("<f4")),
+        "rank": _packed(facts.label_rank[:positions]),
+        "counts": _packed(facts.counts[:positions]),
+        "listed": _packed(listed),
+        "top_words": _packed(top_words),
+        "top_probs": _packed(facts.probs[:positions][in_list].astype("<f4")),
+        "draw_counts": _packed(one.row.targets.draw_counts[:positions]),
+        "draw_listed": _packed(np.bincount(draw_owner, minlength=positions)),
+        "draw_words": _packed(draw_words),
+        "draw_times": _packed(draw_times),
+        "draw_probs": _packed(draw_probs),
+    }
+
+
+def _distinct_draws(
+    one: InspectedRow, positions: int, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Position, id, count and probability of the distinct tail draws, most frequent first, at most `most` per position.
+
+    The probabilities are empty if the dataset does not store them.
+    """
+    targets = one.row.targets
+    owner = np.repeat(np.arange(positions), targets.draw_counts[:positions])
+    keys = owner * MAX_VOCAB_SIZE + targets.draw_ids[: owner.size]
+    keys, first, times = np.unique(keys, return_index=True, return_counts=True)
+    owner, ids = keys // MAX_VOCAB_SIZE, keys % MAX_VOCAB_SIZE
+    order = np.lexsort((ids, -times, owner))
+    place = np.arange(order.size) - np.searchsorted(owner[order], owner[order])
+    order = order[place < most]
+    probs = np.empty(0) if targets.draw_logprobs is None else np.exp(targets.draw_logprobs[first][order])
+    return owner[order], ids[order], times[order], probs
+
+
+def _metadata(one: InspectedRow) -> str:
+    if not one.row.metadata:
+        return ""
+    text = json.dumps(dict(one.row.metadata), ensure_ascii=False, indent=2)
+    return visible(text[:MAX_METADATA], newline="\n") + ("…" if len(text) > MAX_METADATA else "")
+
+
+def _packed(values: np.ndarray) -> dict[str, str]:
+    """Little-endian bytes in base64 with the name of JavaScript's array type; integers in the narrowest type."""
+    if values.dtype.kind == "f":
+        kind, stored = "Float32Array", values.astype("<f4")
+    elif values.size == 0 or int(values.max()) < 1 << 16:
+        kind, stored = "Uint16Array", values.astype("<u2")
+    else:
+        kind, stored = "Uint32Array", values.astype("<u4")
+    return {"type": kind, "base64": base64.b64encode(stored.tobytes()).decode()}

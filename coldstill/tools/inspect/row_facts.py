@@ -1,4 +1,4 @@
-"""The numbers of a row: teacher targets and the tokens that follow in, one figure per target position out.
+"""Open one row for inspection, and compute entropy, surprise, rank and tail mass of each target.
 
 Shape letters: `N` target positions, `K` teacher top-k. All logs are natural, all entropies in nats.
 """
@@ -6,22 +6,27 @@ Shape letters: `N` target positions, `K` teacher top-k. All logs are natural, al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.rows import CachedRow
+from coldstill.tools.errors import RowOutOfRange
+
+from .token_text import TokenText
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFacts:
-    """What the cached teacher says at each target position of a row.
+    """The teacher's values at each target position of a row.
 
-    `entropy float64 [N]`: of the K+1 view, that is of the kept entries and ONE bucket for all the rest:
-    `-sum p ln p - tail ln tail`. It is a lower bound of the teacher's entropy: how the tail is spread is not known.
-    `tail_mass float64 [N]`: probability outside the kept entries. `surprise float64 [N]`: `-ln p` of the token that
-    really follows. `label_rank int32 [N]`: its place among the kept entries as listed here, from 1; 0 where it is not
-    kept. `ids int32 [N, K]`, `probs float64 [N, K]`: the kept entries, most probable first, equal ones by id; unused
-    entries come last with id -1 and probability 0. `counts int32 [N]`: entries in use.
+    `entropy float64 [N]`: of the kept entries and ONE bucket for the rest, `-sum p ln p - tail ln tail`. It is a lower
+    bound of the teacher's entropy, because the distribution within the tail is not stored. `tail_mass float64 [N]`:
+    probability outside the kept entries. `surprise float64 [N]`: `-ln p` of the label, the token that follows in the
+    text. `label_rank int32 [N]`: rank of the label among the kept entries, from 1; 0 if it is not kept.
+    `ids int32 [N, K]`, `probs float64 [N, K]`: the kept entries, most probable first, equal ones by id; unused entries
+    come last with id -1 and probability 0. `counts int32 [N]`: entries in use.
     """
 
     positions: np.ndarray
@@ -36,12 +41,37 @@ class RowFacts:
 
     @property
     def label_probs(self) -> np.ndarray:
-        """`float64 [N]`: probability of the token that really follows."""
+        """`float64 [N]`: probability of the label."""
         return np.exp(-self.surprise)
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectedRow:
+    """Row number `index` of `dataset`, with its facts and the text of its tokens."""
+
+    dataset: Dataset
+    index: int
+    row: CachedRow
+    facts: RowFacts
+    text: TokenText
+
+
+def open_row(root: str | Path, index: int) -> InspectedRow:
+    """Open and check row `index` of the dataset at `root`.
+
+    Raises `RowOutOfRange`, `PackagesMissing`, `TokenizerUnreadable`, and what `open_dataset` and `Dataset.row` raise.
+    """
+    dataset = open_dataset(root)
+    if not 0 <= index < len(dataset):
+        wanted = f"a number from 0 to {len(dataset) - 1}" if len(dataset) else "nothing: the dataset has no rows"
+        raise RowOutOfRange(f"{dataset.store.url}: row number", found=index, wanted=wanted)
+    row = dataset.row(index)
+    row.check(token_count=dataset.header.token_count)
+    return InspectedRow(dataset=dataset, index=index, row=row, facts=row_facts(row), text=TokenText(dataset))
+
+
 def row_facts(row: CachedRow) -> RowFacts:
-    """The facts of a row; its targets may list the kept entries in any order."""
+    """Compute the facts of a row; its targets may list the kept entries in any order."""
     targets, labels = row.targets, row.labels
     ids = np.where(targets.kept, targets.ids, -1)
     logprobs = np.where(targets.kept, targets.logprobs.astype(np.float64), -np.inf)

@@ -1,6 +1,6 @@
-"""`coldstill inspect` on the terminal: what a dataset is, and a row of it as text, token by token.
+"""`coldstill inspect` on the terminal: a summary of a dataset, or one row token by token.
 
-All text that comes from the dataset passes `visible`, and none of it is read as markup.
+All text of the dataset passes `visible`, and none of it is interpreted as markup.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from rich.text import Text
 from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
-from coldstill.tools.inspect.one_row import OneRow, open_row
+
+from .row_facts import InspectedRow, open_row
 
 TOP = 5
 
@@ -28,19 +29,19 @@ LEVELS = (
     (0.001, "≥ 0.1%", "black on #ea9c62"),
     (0.0, "less", "white on #a33c2e"),
 )
-"""Least probability of the real token, its name in the legend, and the colour of the token: equal steps of surprise."""
+"""Least probability of the actual token, its name in the legend, the token's color. Equal steps of surprise."""
 
 _ENTRY_WIDE, _ENTRY_NARROW = 6, 3
-"""Entries of a line of the table: the top five and the real token, in one line or in two."""
+"""Entries per line of the table: the top five and the actual token take one line or two."""
 
-_ROWS_AT_ONCE = 256
+_ROWS_PER_TABLE = 256
 
 
 def show_dataset(root: str | Path, *, console: Console) -> None:
-    """Print what the dataset at `root` is. Raises what `open_dataset` raises."""
+    """Print a summary of the dataset at `root`. Raises what `open_dataset` raises."""
     dataset = open_dataset(root)
     header, manifest = dataset.header, dataset.manifest
-    stored = sum(shard.file.bytes for shard in dataset.shards)
+    size = sum(shard.file.bytes for shard in dataset.shards)
     names = {file.name for file in manifest.files}
     has_tokenizer = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}" in names
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
@@ -50,19 +51,19 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
         "weights": f"{teacher.dtype}{', ' + teacher.quantization if teacher.quantization else ''}, "
         f"head in {teacher.head_dtype}",
         "kept": f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}; tail mass {header.tail}",
-        "draws": f"D = {header.draws:,} a position, of those in the tail at most {header.kept_draws:,} kept"
+        "draws": f"D = {header.draws:,} per target; those in the tail are stored, at most {header.kept_draws:,}"
         if header.draws
         else "none",
-        "targets of": f"loss on {header.loss_on}, mode {header.mode}",
+        "targets on": f"loss on {header.loss_on}, mode {header.mode}",
         "rows": f"{manifest.rows:,} in {len(dataset.shards):,} shards; {manifest.rejected:,} rejected",
-        "tokens": f"{manifest.tokens:,}, at most {header.max_length:,} a row",
+        "tokens": f"{manifest.tokens:,}, at most {header.max_length:,} per row",
         "targets": f"{manifest.targets:,}",
-        "size": f"{stored:,} bytes" + (f", {stored / manifest.targets:.1f} a target" if manifest.targets else ""),
-        "tokenizer": f"{header.token_count:,} ids, {'inside' if has_tokenizer else 'not inside'}; "
+        "size": f"{size:,} bytes" + (f", {size / manifest.targets:.1f} per target" if manifest.targets else ""),
+        "tokenizer": f"{header.token_count:,} ids, {'included' if has_tokenizer else 'not included'}; "
         f"fingerprint {header.tokenizer_fingerprint[:16]}",
-        "licence": header.licence or "none named",
-        "format": f"version {header.format_version}, fidelity {header.codec.fidelity}: mean KL of what is stored below "
-        f"{header.codec.mean_kl:g} nats",
+        "license": header.licence or "not given",
+        "format": f"version {header.format_version}, fidelity {header.codec.fidelity}: "
+        f"mean KL of the stored values below {header.codec.mean_kl:g} nats",
         "id": dataset.dataset_id,
     }
     table = Table.grid(padding=(0, 2))
@@ -94,11 +95,11 @@ def percent(probability: float) -> str:
 
 
 def style_of(probability: float) -> str:
-    """The colour of a token whose probability was this."""
+    """The color of a token with this probability."""
     return next(style for least, _, style in LEVELS if probability >= least)
 
 
-def _print_head(one: OneRow, console: Console) -> None:
+def _print_head(one: InspectedRow, console: Console) -> None:
     row, facts = one.row, one.facts
     title = Text(f"Row {one.index:,} of {len(one.dataset):,}", style="bold")
     console.print(title.append("  " + visible(row.sample_id), style="default not bold"))
@@ -107,7 +108,7 @@ def _print_head(one: OneRow, console: Console) -> None:
     if facts.labels.size:
         line += (
             f" · surprise {facts.surprise.mean():.2f} nats · entropy ≥ {facts.entropy.mean():.2f} nats"
-            f" · tail {percent(facts.tail_mass.mean())} · first choice right {percent((facts.label_rank == 1).mean())}"
+            f" · tail {percent(facts.tail_mass.mean())} · top-1 correct {percent((facts.label_rank == 1).mean())}"
         )
     console.print(Text(line, style="dim"))
     if row.metadata:
@@ -115,7 +116,7 @@ def _print_head(one: OneRow, console: Console) -> None:
     console.print()
 
 
-def _running_text(one: OneRow) -> Text:
+def _running_text(one: InspectedRow) -> Text:
     probs = np.full(one.row.token_ids.size, np.nan)
     probs[one.facts.positions + 1] = one.facts.label_probs
     text = Text(overflow="fold")
@@ -125,34 +126,36 @@ def _running_text(one: OneRow) -> Text:
 
 
 def _legend() -> Text:
-    legend = Text.assemble(("probability of the real token ", "dim"))
+    legend = Text.assemble(("probability of the actual token ", "dim"))
     for _, name, style in LEVELS:
         legend.append(f" {name} ", style=style)
-    return legend.append("  dim: no target", style="dim")
+    return legend.append("  dim: not a target", style="dim")
 
 
-def _tables(one: OneRow, *, width: int) -> Iterator[Table]:
-    """The targets of the row, some at a time, in columns of fixed width: a table that must measure 4,096 rows before
-    it prints the first is slow."""
+def _tables(one: InspectedRow, *, width: int) -> Iterator[Table]:
+    """The targets of the row in several tables with columns of fixed width.
+
+    One table of 4,096 rows would be slow: it measures all of them before it prints the first.
+    """
     token_width = 12 if width < 100 else 20
     numbers = max(5, len(str(one.row.token_ids.size)))
     left = width - (numbers + token_width + 3 * 5 + 6)
     per_line = _ENTRY_WIDE if left >= 78 else _ENTRY_NARROW
     entry_width = min(max(left // per_line, 8), 22)
-    for start in range(0, one.facts.labels.size, _ROWS_AT_ONCE):
+    for start in range(0, one.facts.labels.size, _ROWS_PER_TABLE):
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=start == 0, header_style="dim")
         table.add_column("token", justify="right", style="dim", width=numbers)
         table.add_column("", width=token_width, no_wrap=True)
         table.add_column("nats", justify="right", width=5)
         table.add_column("entr.", justify="right", width=5)
         table.add_column("tail", justify="right", width=5)
-        table.add_column("top five of the teacher, ✓ real token", width=entry_width * per_line, no_wrap=True)
-        for n in range(start, min(start + _ROWS_AT_ONCE, one.facts.labels.size)):
+        table.add_column("teacher's top five, ✓ actual token", width=entry_width * per_line, no_wrap=True)
+        for n in range(start, min(start + _ROWS_PER_TABLE, one.facts.labels.size)):
             table.add_row(*_cells(one, n, token_width=token_width, per_line=per_line, entry_width=entry_width))
         yield table
 
 
-def _cells(one: OneRow, n: int, *, token_width: int, per_line: int, entry_width: int) -> list[Text]:
+def _cells(one: InspectedRow, n: int, *, token_width: int, per_line: int, entry_width: int) -> list[Text]:
     facts, label = one.facts, int(one.facts.labels[n])
     prob = float(facts.label_probs[n])
     token = Text().append(_cut(one.text.label(label), token_width), style=style_of(prob))

@@ -1,8 +1,8 @@
-"""What token ids say: a dataset in, the text of its single tokens out, always safe to show.
+"""The text of single tokens of a dataset, safe to show on terminals and pages.
 
-The dataset's own `tokenizer/tokenizer.json` is read by the `tokenizers` library, which runs no code of the file. Its
-decoder is not run on rows: it is asked once which way of writing tokens it undoes, and each token is then turned into
-its own bytes. So a token that holds a part of a multi-byte character shows these bytes, and not a question mark.
+The `tokenizers` library reads the dataset's `tokenizer/tokenizer.json`; it runs no code from the file. Its decoder is
+not run on rows. Known answers tell once how the vocabulary encodes bytes, and each token is then decoded to its own
+bytes. A token with a part of a multi-byte character therefore shows these bytes instead of a replacement character.
 """
 
 from __future__ import annotations
@@ -13,52 +13,49 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from coldstill.common.errors import ColdstillError
+from coldstill.common.packages import require_packages
 from coldstill.common.visible import NEWLINE, SPACE, visible
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, TOKENIZER_FOLDER
+from coldstill.tools.errors import TokenizerUnreadable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_SHOWN = 200
-"""Characters of one token that are shown; real tokens are far shorter, a stranger's need not be."""
+"""Characters of one token that are shown. Tokens of real vocabularies are far shorter."""
 
-TO_COME = "⋯"
-"""In running text: the beginning of a character that a later token completes."""
+INCOMPLETE = "⋯"
+"""In running text: the first bytes of a character that a later token completes."""
 
-NOTHING = "∅"
+NO_TEXT = "∅"
 """A token without text."""
 
 _MAX_BYTES = 4 * MAX_SHOWN + 1
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class TokenizerUnreadable(ColdstillError):
-    """The dataset's tokenizer cannot be loaded: the library is not installed, or the file is not one that it reads."""
-
-
 class TokenText:
-    """The text of a dataset's tokens, by id. Where the dataset holds no tokenizer, a token is its number: `#17`."""
+    """The text of a dataset's tokens, by id. If the dataset holds no tokenizer, a token is shown as its id: `#17`."""
 
     def __init__(self, dataset: Dataset):
-        """Raises `TokenizerUnreadable`, `FileMissing`, `FileDamaged`."""
-        self._tokenizer, self._writing = _load(dataset)
+        """Raises `PackagesMissing`, `TokenizerUnreadable`, `FileMissing`, `FileDamaged`."""
+        self._tokenizer, self._encoding = _load(dataset)
         added = {} if self._tokenizer is None else self._tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._labels: dict[int, str] = {}
 
     def raw(self, token_id: int) -> bytes | None:
-        """The bytes that the token adds to a text; None for an id that has no text."""
+        """The bytes that the token adds to a text; None for an id without a token."""
         if self._tokenizer is None:
             return None
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._tokenizer.id_to_token(token_id)
-        return None if token is None else self._writing.bytes_of(token)
+        return None if token is None else self._encoding.bytes_of(token)
 
     def label(self, token_id: int) -> str:
-        """The token standing alone, on one line: spaces and newlines are visible too."""
+        """The token by itself, on one line; spaces and newlines are visible too."""
         if token_id not in self._labels:
             self._labels[token_id] = _label(self.raw(token_id), token_id)
         return self._labels[token_id]
@@ -66,7 +63,7 @@ class TokenText:
     def pieces(self, token_ids: Iterable[int]) -> list[str]:
         """Each token as its part of the running text: a space is a space, a newline is its sign and a line break.
 
-        A character that several tokens share stands in the last of them; the others show that something is to come.
+        A character that several tokens share is shown at the last of them, and `INCOMPLETE` at the others.
         """
         pieces, decoder = [], _decoder()
         for token_id in token_ids:
@@ -76,7 +73,7 @@ class TokenText:
             else:
                 text, open_bytes = decoder.decode(raw[:_MAX_BYTES]), decoder.getstate()[0]
             shown = visible(text[:MAX_SHOWN], newline=f"{NEWLINE}\n") + ("…" if len(text) > MAX_SHOWN else "")
-            pieces.append(shown + (TO_COME if open_bytes else "") or NOTHING)
+            pieces.append(shown + (INCOMPLETE if open_bytes else "") or NO_TEXT)
         return pieces
 
     def row(self, token_ids: Iterable[int]) -> str:
@@ -95,26 +92,26 @@ def _label(raw: bytes | None, token_id: int) -> str:
         return f"#{token_id}"
     text = raw[:_MAX_BYTES].decode(errors="backslashreplace")
     if not text:
-        return NOTHING
-    # A mark that belongs onto the letter before it has none here: it gets the sign that stands for any letter.
-    seat = "◌" if unicodedata.category(text[0]).startswith("M") else ""
-    return seat + visible(text[:MAX_SHOWN]).replace(" ", SPACE) + ("…" if len(text) > MAX_SHOWN else "")
+        return NO_TEXT
+    # A combining mark has no letter before it here: the dotted circle, which stands for any letter, carries it.
+    base = "◌" if unicodedata.category(text[0]).startswith("M") else ""
+    return base + visible(text[:MAX_SHOWN]).replace(" ", SPACE) + ("…" if len(text) > MAX_SHOWN else "")
 
 
-class _Writing:
-    """How a vocabulary writes bytes as tokens, learnt by asking its decoder for known answers."""
+class _ByteEncoding:
+    """How a vocabulary encodes bytes as tokens, found by decoding tokens with known answers."""
 
     def __init__(self, tokenizer: Tokenizer | None):
         decoder = None if tokenizer is None else tokenizer.decoder
 
-        def undoes(tokens: list[str], text: str) -> bool:
+        def decodes(tokens: list[str], text: str) -> bool:
             return decoder is not None and decoder.decode(tokens) == text
 
-        self._alphabet = _byte_alphabet() if undoes(["x", "Ġa"], "x a") else {}
-        self._byte_tokens = undoes(["x", "<0x41>"], "xA")
-        self._space_mark = undoes(["x", "▁a"], "x a")
-        self._word_end = undoes(["x</w>", "y"], "x y")
-        self._continues = undoes(["x", "##y"], "xy")
+        self._alphabet = _byte_alphabet() if decodes(["x", "Ġa"], "x a") else {}
+        self._byte_tokens = decodes(["x", "<0x41>"], "xA")
+        self._space_mark = decodes(["x", "▁a"], "x a")
+        self._word_end = decodes(["x</w>", "y"], "x y")
+        self._continues = decodes(["x", "##y"], "xy")
 
     def bytes_of(self, token: str) -> bytes:
         if self._alphabet and all(sign in self._alphabet for sign in token):
@@ -131,40 +128,36 @@ class _Writing:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The sign of each byte in byte-level vocabularies (GPT-2's `bytes_to_unicode`): printable ones stand for
-    themselves, the others follow from U+0100."""
+    """The byte of each character in byte-level vocabularies (GPT-2's `bytes_to_unicode`).
+
+    Printable characters stand for themselves; the other bytes follow from U+0100.
+    """
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(themselves)]
     return {chr(byte): byte for byte in themselves} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
-def _load(dataset: Dataset) -> tuple[Tokenizer | None, _Writing]:
+def _load(dataset: Dataset) -> tuple[Tokenizer | None, _ByteEncoding]:
     name = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
     record = next((file for file in dataset.manifest.files if file.name == name), None)
     if record is None:
-        return None, _Writing(None)
+        return None, _ByteEncoding(None)
     where = f"{dataset.store.url}/{name}"
     if record.bytes > MAX_TOKENIZER_BYTES:
         raise TokenizerUnreadable(where, found=f"{record.bytes} bytes", wanted=f"at most {MAX_TOKENIZER_BYTES}")
-    try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError:
-        raise TokenizerUnreadable(
-            where,
-            found="the package tokenizers is not installed",
-            wanted="a library that reads it",
-            fix='pip install "coldstill[share]"',
-        ) from None
+    require_packages("share", "tokenizers")
+    from tokenizers import Tokenizer
+
     data = dataset.read_file(record)
     try:
         tokenizer = Tokenizer.from_buffer(data)
-        return tokenizer, _Writing(tokenizer)
+        return tokenizer, _ByteEncoding(tokenizer)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the library's Rust code is no Exception
+    except BaseException as error:  # a panic of the library's Rust code is not an Exception
         raise TokenizerUnreadable(
             where,
             found=visible(str(error)),
             wanted="a tokenizer.json that this release of tokenizers reads",
-            fix="install a newer release of tokenizers, or ask for the dataset again",
+            fix="install a newer release of tokenizers, or pull the dataset again",
         ) from None

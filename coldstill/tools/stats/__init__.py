@@ -1,1 +1,1 @@
-"""What a dataset holds, in figures: measured, as a table, as a picture."""
+"""Statistics of a dataset: measure them, print them, plot them."""

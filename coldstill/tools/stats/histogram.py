@@ -1,7 +1,7 @@
-"""Histograms whose edges are fixed for good: values in, a small JSON-able model out, which can be added to another's.
+"""Histograms with fixed edges, which can be added and written as JSON.
 
-An edge never depends on the data, so that the histograms of two shards, or of two datasets, can be added and compared.
-A bin holds the values `start <= value < stop`; the first one takes what is smaller too, the last one what is larger.
+Edges never depend on the data, so that the histograms of two shards, or of two datasets, can be added and compared. A
+bin holds the values `start <= value < stop`; the first bin also holds smaller ones, and the last one larger ones.
 Shape letters: `B` bins.
 """
 
@@ -37,20 +37,20 @@ LOGPROB = Scale(np.arange(int(10 * LOG_FLOOR), 1) / 10)
 """Nats in steps of 0.1 from the floor to 0."""
 
 MASS = Scale(np.concatenate([[0.0], 10.0 ** (np.arange(-120, 1) / 10)]))
-"""Ten bins a decade of probability from 1e-12 to 1, below them one bin for the rest: even steps of log10."""
+"""Ten bins per decade of probability from 1e-12 to 1, in even steps of log10, and one bin for all values below."""
 
 RANK = Scale(np.array([1, *(2**n + 1 for n in range(MAX_TOP_K.bit_length()))], np.float64), whole=True)
 """1, 2, 3-4, 5-8, ..., 2,049-4,096."""
 
 WHOLE = Scale(_counting_edges(), whole=True)
-"""Every whole number up to 255, from there to 2^20 32 bins an octave, each about 2% wide."""
+"""One bin per whole number up to 255; from there to 2^20, 32 bins per octave, each about 2% wide."""
 
 
-_AT_ONCE = 1 << 16
+_VALUES_PER_BLOCK = 1 << 16
 
 
 class Bin(NamedTuple):
-    """`values`: how many there are with `start <= value < stop`."""
+    """`values`: the number of values with `start <= value < stop`."""
 
     start: float
     stop: float
@@ -58,26 +58,28 @@ class Bin(NamedTuple):
 
 
 class Histogram(BaseModel):
-    """How often values fell into which bin; empty bins are left out."""
+    """The number of values in each bin; empty bins are left out."""
 
     model_config = ConfigDict(frozen=True)
 
     whole: bool = Field(description="Whether the values are whole numbers.")
     bins: tuple[Bin, ...] = Field(description="[start, stop, values] for start <= value < stop, ascending.")
     total: float = Field(description="Sum of the values in the bins.")
-    least: float | None = Field(description="The smallest value; none where there are none.")
+    least: float | None = Field(description="The smallest value; null if there are no values.")
     most: float | None = Field(description="The largest value.")
-    outside: int = Field(default=0, ge=0, description="How many have no value: labels that have no rank.")
+    outside: int = Field(
+        default=0, ge=0, description="The number of items without a value: labels that are not kept have no rank."
+    )
 
     @property
     def count(self) -> int:
-        """Values in the bins."""
+        """The number of values in the bins."""
         return sum(item.values for item in self.bins)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def mean(self) -> float | None:
-        """Of the values in the bins; exact. None where there are none."""
+        """The exact mean of the values; None if there are none."""
         return self.total / self.count if self.bins else None
 
     @computed_field  # type: ignore[prop-decorator]
@@ -99,7 +101,7 @@ class Histogram(BaseModel):
         return self.quantile(0.99)
 
     def quantile(self, share: float) -> float | None:
-        """The value that `share` (in 0..1) of the values in the bins do not pass: values lie evenly in their bin."""
+        """The quantile at `share` (in 0..1), with values spread evenly over their bin. None if there are no values."""
         wanted = share * self.count
         for item in self.bins:
             if wanted <= item.values:
@@ -109,9 +111,9 @@ class Histogram(BaseModel):
         return None
 
     def __add__(self, other: Histogram) -> Histogram:
-        """The histogram of the values of both. Raises ValueError where one counts whole numbers, the other does not."""
+        """The histogram of the values of both. Raises ValueError if only one of them counts whole numbers."""
         if self.whole != other.whole:
-            raise ValueError("histograms of two kinds of values")
+            raise ValueError("histograms of whole numbers and of real numbers cannot be added")
         joined: dict[tuple[float, float], int] = {}
         for start, stop, values in (*self.bins, *other.bins):
             joined[start, stop] = joined.get((start, stop), 0) + values
@@ -134,22 +136,22 @@ class Tally:
         self._total = 0.0
         self._least, self._most = np.inf, -np.inf
         self._outside = 0
-        self._waiting: list[np.ndarray] = []
-        self._waiting_values = 0
+        self._buffer: list[np.ndarray] = []
+        self._buffered_values = 0
 
     def add(self, values: np.ndarray, *, outside: int = 0) -> None:
-        """Count `values [n]` and `outside` more that have none. `values` must not be changed afterwards."""
+        """Count `values [n]`, and `outside` items without a value. `values` must not be changed afterwards."""
         self._outside += outside
         if values.size:
-            self._waiting.append(values)
-            self._waiting_values += values.size
-        if self._waiting_values >= _AT_ONCE:
-            self._take()
+            self._buffer.append(values)
+            self._buffered_values += values.size
+        if self._buffered_values >= _VALUES_PER_BLOCK:
+            self._flush()
 
-    def _take(self) -> None:
-        """Count what waits: short rows would cost more in calls than in values."""
-        values = np.concatenate(self._waiting)
-        self._waiting, self._waiting_values = [], 0
+    def _flush(self) -> None:
+        """Count the buffered values. Many short rows are counted faster together."""
+        values = np.concatenate(self._buffer)
+        self._buffer, self._buffered_values = [], 0
         places = np.searchsorted(self._scale.edges, values, side="right") - 1
         self._counts += np.bincount(places.clip(0, self._counts.size - 1), minlength=self._counts.size)
         self._total += float(values.sum(dtype=np.float64))
@@ -157,9 +159,9 @@ class Tally:
         self._most = max(self._most, float(values.max()))
 
     def histogram(self) -> Histogram:
-        """What was counted so far."""
-        if self._waiting_values:
-            self._take()
+        """The histogram of all values so far."""
+        if self._buffered_values:
+            self._flush()
         edges = self._scale.edges.tolist()
         used = np.flatnonzero(self._counts).tolist()
         return Histogram(

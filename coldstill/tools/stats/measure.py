@@ -1,7 +1,6 @@
-"""`coldstill stats`: what is in a dataset, as numbers. A path in, `Stats` out: JSON-able, and the stats of two can be
-added.
+"""`coldstill stats`: measure a dataset, as `Stats` that can be added and written as JSON.
 
-Every shard is read once, verified against its digest, and every target is decoded: what is counted is what is there.
+Every shard is read once and verified against its digest, and every target is decoded.
 Shape letters: `N` target positions, `K` teacher top-k. All logs are natural.
 """
 
@@ -26,7 +25,7 @@ from coldstill.storage_schema.shard import PLAIN_COLUMNS, ShardFile
 from coldstill.tools.stats.histogram import ENTROPY, LOGPROB, MASS, RANK, WHOLE, Histogram, Scale, Tally
 
 FOOTERS = "footers"
-"""In `column_bytes`: what of a shard is in no column, its footer with the header in it, and its magic bytes."""
+"""In `column_bytes`: the bytes of a shard outside its columns: the footer, which holds the header, and magic bytes."""
 
 SCALES: dict[str, Scale] = {
     "entropy": ENTROPY,
@@ -41,54 +40,56 @@ SCALES: dict[str, Scale] = {
 """The histograms of `Stats` and their bins."""
 
 _BLOCK_ENTRIES = 1 << 18
-"""Entries (positions times K) taken at once: what fits a core's cache is several times faster than a whole long row."""
+"""Entries (positions times K) per block. Blocks that fit a core's cache are several times faster than long rows."""
 
 
 class Stats(BaseModel):
-    """What is in one dataset, or in several together."""
+    """Statistics of one dataset, or of several together."""
 
     model_config = ConfigDict(frozen=True)
 
-    dataset_ids: tuple[str, ...] = Field(description="Whose stats these are.")
+    dataset_ids: tuple[str, ...] = Field(description="Ids of the measured datasets.")
     shards: int = Field(default=0, ge=0)
     rows: int = Field(default=0, ge=0)
     tokens: int = Field(default=0, ge=0)
     targets: int = Field(default=0, ge=0)
-    rejected: int = Field(default=0, ge=0, description="Source rows that could not be used.")
+    rejected: int = Field(default=0, ge=0, description="Source rows that were rejected.")
     column_bytes: dict[str, int] = Field(
-        description="Bytes of the shards by Parquet column, page headers and lengths included; streams are columns."
+        description="Bytes of the shards by Parquet column, page headers included; codec streams are columns."
     )
     entropy: Histogram = Field(
-        description="Per target, nats: of the kept entries and ONE bucket for all the rest, "
-        "-sum p ln p - tail ln tail. A lower bound of the teacher's entropy: how the tail is spread is not known."
+        description="Per target, nats: of the kept entries and ONE bucket for the rest, -sum p ln p - tail ln tail. "
+        "A lower bound of the teacher's entropy, because the distribution within the tail is not stored."
     )
     tail_mass: Histogram = Field(description="Per target: probability outside the kept ids.")
     label_rank: Histogram = Field(
-        description="Per target: the place, from 1, of the token that really follows among the kept ids by "
-        "probability, equal ones by id. `outside`: not kept."
+        description="Per target: rank, from 1, of the label among the kept ids by probability, equal ones by id. "
+        "`outside`: labels that are not kept."
     )
-    label_logprob: Histogram = Field(description="Per target, nats: log-prob of the token that really follows.")
-    kept_ids: Histogram = Field(description="Per target.")
+    label_logprob: Histogram = Field(
+        description="Per target, nats: log-prob of the label, the token that follows in the text."
+    )
+    kept_ids: Histogram = Field(description="Per target: ids that are stored.")
     draws: Histogram = Field(description="Per target: tail draws that are stored.")
-    row_tokens: Histogram = Field(description="Per row.")
-    row_targets: Histogram = Field(description="Per row.")
+    row_tokens: Histogram = Field(description="Per row: tokens.")
+    row_targets: Histogram = Field(description="Per row: targets.")
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def bytes(self) -> int:
-        """Of all shards."""
+        """Bytes of all shards."""
         return sum(self.column_bytes.values())
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def bytes_per_target(self) -> float | None:
-        """None where there are no targets."""
+        """Bytes of all shards per target; None if there are no targets."""
         return self.bytes / self.targets if self.targets else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def label_kept(self) -> float | None:
-        """Share of the targets whose label is among the kept ids. None where there are no targets."""
+        """Share of the targets whose label is among the kept ids; None if there are no targets."""
         return self.label_rank.count / self.targets if self.targets else None
 
     def __add__(self, other: Stats) -> Stats:
@@ -105,12 +106,12 @@ _COLUMNS = (*PLAIN_COLUMNS, *STREAMS, FOOTERS)
 
 
 def measure_stats(root: str | Path, *, progress: bool = True) -> Stats:
-    """The stats of the dataset at `root`; a row group is in memory at a time, beside the bytes of its shard.
+    """Measure the dataset at `root`, with one row group and the bytes of its shard in memory.
 
     Raises what `open_dataset` raises, `ShardMissing`, `ShardDamaged`, `HeaderMismatch`, `StreamDamaged`, `InvalidRow`.
     """
     dataset = open_dataset(root)
-    nothing = Stats(
+    empty = Stats(
         dataset_ids=(dataset.dataset_id,),
         column_bytes=dict.fromkeys(_COLUMNS, 0),
         **{name: Tally(scale).histogram() for name, scale in SCALES.items()},
@@ -118,10 +119,10 @@ def measure_stats(root: str | Path, *, progress: bool = True) -> Stats:
     with tqdm(
         total=dataset.manifest.targets, unit=" targets", unit_scale=True, desc="stats", disable=not progress
     ) as bar:
-        return reduce(add, _of_shards(dataset, bar), nothing)
+        return reduce(add, _shard_stats(dataset, bar), empty)
 
 
-def _of_shards(dataset: Dataset, bar: tqdm) -> Iterator[Stats]:
+def _shard_stats(dataset: Dataset, bar: tqdm) -> Iterator[Stats]:
     for shard in dataset.shards:
         name = shard.file.name
         data = dataset.read_file(shard.file)
@@ -148,7 +149,7 @@ def _of_shards(dataset: Dataset, bar: tqdm) -> Iterator[Stats]:
 
 
 def _column_bytes(data: bytes) -> dict[str, int]:
-    """Bytes by column of a shard whose footer is checked, and what is left of it."""
+    """Bytes of a shard by column, the remaining ones under `FOOTERS`. The footer must have been checked."""
     sizes = dict.fromkeys(_COLUMNS, 0)
     metadata = pq.read_metadata(pa.BufferReader(data))
     for group in range(metadata.num_row_groups):
@@ -177,12 +178,12 @@ def _count(row: CachedRow, tallies: dict[str, Tally]) -> None:
 
 
 def _entropy(logprobs: np.ndarray, log_tail: np.ndarray) -> np.ndarray:
-    """`float32 [N]` nats of the K entries and the tail as one more."""
-    finite = np.maximum(logprobs, LOG_FLOOR)  # an entry that is not in use has no weight, and 0 * -inf is not 0
+    """`float32 [N]` nats: the entropy of the K entries and the tail as one more entry."""
+    finite = np.maximum(logprobs, LOG_FLOOR)  # unused entries have log-prob -inf, and 0 * -inf is NaN
     return np.maximum(-np.einsum("nk,nk->n", np.exp(finite), finite) - np.exp(log_tail) * log_tail, 0)
 
 
 def _ranks(ids: np.ndarray, logprobs: np.ndarray, label: np.ndarray, label_logprob: np.ndarray) -> np.ndarray:
-    """`int64 [N]`: places from 1, without sorting; 0 where the label is not kept."""
+    """`int64 [N]`: rank of the label from 1, without sorting; 0 if it is not kept."""
     before = (logprobs > label_logprob) | ((logprobs == label_logprob) & (ids < label))
     return np.where((ids == label).any(1), 1 + before.sum(1), 0)

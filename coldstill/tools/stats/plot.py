@@ -1,4 +1,4 @@
-"""`Stats` as one picture: a PNG of 1,200 pixels' width. No text of the dataset is in it."""
+"""Plot `Stats` as a PNG, 1,200 pixels wide. It shows no text of the dataset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coldstill.common.errors import ColdstillError
+from coldstill.common.packages import require_packages
 from coldstill.tools.stats.histogram import Histogram
 from coldstill.tools.stats.measure import Stats
 from coldstill.tools.stats.table import bytes_per_target, figure, rank_shares
@@ -18,38 +18,21 @@ if TYPE_CHECKING:
 
 _INK, _QUIET, _GRID, _MARK = "#1f2933", "#66717d", "#e4e7eb", "#b4532a"
 _FILL = "#4a7ba6"
-_LINES = 40
-"""About as many bars as a panel has room for."""
+_BARS = 40
+"""The approximate number of bars that fit into a panel."""
 
 _LEAST_SHARE = 0.001
 """Columns below this share of the bytes are drawn as one."""
 
 
-class PlottingUnavailable(ColdstillError):
-    """The library that draws is not installed."""
-
-
-def require_plotting() -> None:
-    """Raise `PlottingUnavailable` where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise PlottingUnavailable(
-            "the picture of the stats",
-            found="the package matplotlib is not installed",
-            wanted="a library that draws",
-            fix='pip install "coldstill[share]"',
-        ) from None
-
-
 def write_plot(stats: Stats, path: str | Path) -> None:
-    """Write the picture to a local file. Raises `PlottingUnavailable`."""
+    """Write the plot to a local file. Raises `PackagesMissing`."""
     Path(path).write_bytes(plot_png(stats))
 
 
 def plot_png(stats: Stats) -> bytes:
-    """The picture. Raises `PlottingUnavailable`."""
-    require_plotting()
+    """The plot as PNG bytes. Raises `PackagesMissing`."""
+    require_packages("share", "matplotlib")
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,14 +56,14 @@ def plot_png(stats: Stats) -> bytes:
         drawing = Figure(figsize=(10, 10.5), dpi=120, facecolor="white", layout=layout)
         canvas = FigureCanvasAgg(drawing)
         panels = drawing.subplots(3, 2)
-        _continuous(panels[0, 0], stats.entropy, "Entropy, at least", "nats; kept ids and one bucket for the tail")
+        _continuous(panels[0, 0], stats.entropy, "Entropy (lower bound)", "nats; kept ids and one bucket for the tail")
         _decades(panels[0, 1], stats.tail_mass, "Tail mass", "probability outside the kept ids")
         kept = f"kept at {100 * (stats.label_kept or 0):.2f}% of the targets"
         shares = {name: 100 * share for name, share in rank_shares(stats).items()}
         _rows(panels[1, 0], shares, "Rank of the label among the kept ids", kept, "share of targets, %")
         _continuous(panels[1, 1], stats.label_logprob, "Log-prob of the label", "nats")
         _lengths(panels[2, 0], stats)
-        total = f"{figure(stats.bytes_per_target)} in all; by column of the shards"
+        total = f"{figure(stats.bytes_per_target)} in total; by column of the shards"
         _rows(panels[2, 1], _large_columns(stats), "Bytes per target", total, "bytes")
         sink = io.BytesIO()
         canvas.print_png(sink, metadata={"Software": None})
@@ -88,11 +71,11 @@ def plot_png(stats: Stats) -> bytes:
 
 
 def _continuous(axes: Axes, histogram: Histogram, title: str, unit: str) -> None:
-    """Shares of the values over a straight scale that shows all but the last thousandth at either end."""
+    """Shares of the values on a linear scale that leaves out a thousandth of them at either end."""
     low, high = histogram.quantile(0.001), histogram.quantile(0.999)
     if low is None or high is None:
         return _empty(axes, title)
-    width = max((high - low) / _LINES, 1e-9)
+    width = max((high - low) / _BARS, 1e-9)
     step = max(round(width, 1), 0.05 if width < 0.08 else 0.1)
     low, high = step * np.floor(low / step), step * np.ceil(high / step)
     edges = low + step * np.arange(round((high - low) / step) + 1)
@@ -101,7 +84,7 @@ def _continuous(axes: Axes, histogram: Histogram, title: str, unit: str) -> None
 
 
 def _decades(axes: Axes, histogram: Histogram, title: str, unit: str) -> None:
-    """Shares of the values over decades, five bars each."""
+    """Shares of the values on a logarithmic scale, five bars per decade."""
     low = histogram.quantile(0.001)
     if low is None:
         return _empty(axes, title)
@@ -119,28 +102,30 @@ def _lengths(axes: Axes, stats: Stats) -> None:
     octaves = np.arange(np.floor(np.log2(max(bottom, 1))) * 3, np.ceil(np.log2(top + 1)) * 3 + 1) / 3
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    for histogram, colour in ((stats.row_targets, _FILL), (stats.row_tokens, _INK)):
-        shares = 100 * _regrouped(histogram, 2.0**octaves) / histogram.count
-        axes.stairs(shares, 2.0**octaves, color=colour, fill=colour == _FILL, linewidth=1.4)
+    for histogram, color in ((stats.row_targets, _FILL), (stats.row_tokens, _INK)):
+        shares = 100 * _rebinned(histogram, 2.0**octaves) / histogram.count
+        axes.stairs(shares, 2.0**octaves, color=color, fill=color == _FILL, linewidth=1.4)
     note = f"targets (filled): mean {figure(stats.row_targets.mean)}; tokens (line): {figure(stats.row_tokens.mean)}"
-    _dress(axes, title, note, "per row", "share of rows, %")
+    _label(axes, title, note, "per row", "share of rows, %")
     return None
 
 
 def _bars(axes: Axes, histogram: Histogram, edges: np.ndarray, title: str, unit: str) -> None:
-    shares = 100 * _regrouped(histogram, edges) / histogram.count
+    shares = 100 * _rebinned(histogram, edges) / histogram.count
     axes.stairs(shares, edges, color=_FILL, fill=True)
     mean = histogram.mean
     assert mean is not None
     if edges[0] <= mean <= edges[-1]:
         axes.axvline(mean, color=_MARK, linewidth=1.2)
     note = f"mean {figure(mean)} (line), median {figure(histogram.p50)}"
-    _dress(axes, title, note, unit, "share of targets, %")
+    _label(axes, title, note, unit, "share of targets, %")
 
 
-def _regrouped(histogram: Histogram, edges: np.ndarray) -> np.ndarray:
-    """`float64 [B]`: how many values lie between the edges, those of a bin spread evenly over it. What is below the
-    first edge or above the last one is counted at that end."""
+def _rebinned(histogram: Histogram, edges: np.ndarray) -> np.ndarray:
+    """`float64 [B]`: the number of values between the edges, with those of a bin spread evenly over it.
+
+    Values below the first edge, or above the last one, are counted in the bin at that end.
+    """
     starts, stops, values = (np.array(column, np.float64) for column in zip(*histogram.bins, strict=True))
     covered = (edges[None, :] - starts[:, None]) / (stops - starts)[:, None]
     below = (values[:, None] * covered.clip(0, 1)).sum(0)
@@ -149,7 +134,7 @@ def _regrouped(histogram: Histogram, edges: np.ndarray) -> np.ndarray:
 
 
 def _rows(axes: Axes, values: dict[str, float], title: str, note: str, unit: str) -> None:
-    """A bar to the right for each name, from above."""
+    """Horizontal bars, one per name, from the top."""
     if not values:
         return _empty(axes, title)
     places, sizes = np.arange(len(values)), np.array(list(values.values()))
@@ -158,7 +143,7 @@ def _rows(axes: Axes, values: dict[str, float], title: str, note: str, unit: str
     axes.invert_yaxis()
     axes.bar_label(bars, [f"{size:.3g}" for size in sizes], padding=4, fontsize=8.5, color=_QUIET)
     axes.margins(x=0.14)
-    _dress(axes, title, note, unit, "")
+    _label(axes, title, note, unit, "")
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x", color=_GRID)
     return None
@@ -172,7 +157,7 @@ def _large_columns(stats: Stats) -> dict[str, float]:
     return {**large, f"{len(small)} others": sum(small.values())} if small else large
 
 
-def _dress(axes: Axes, title: str, note: str, xlabel: str, ylabel: str) -> None:
+def _label(axes: Axes, title: str, note: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=21)
     axes.text(0, 1.025, note, fontsize=8.5, color=_QUIET, transform=axes.transAxes)
     axes.set_xlabel(xlabel)
@@ -183,7 +168,7 @@ def _dress(axes: Axes, title: str, note: str, xlabel: str, ylabel: str) -> None:
 
 
 def _empty(axes: Axes, title: str) -> None:
-    _dress(axes, title, "", "", "")
+    _label(axes, title, "", "", "")
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", color=_QUIET, transform=axes.transAxes)
+    axes.text(0.5, 0.5, "no data", ha="center", va="center", color=_QUIET, transform=axes.transAxes)

@@ -1,5 +1,4 @@
-"""`coldstill stats` on the terminal: `Stats` in, tables of at most 80 columns out, without any
-text of the dataset."""
+"""`coldstill stats` on the terminal: tables of at most 80 columns. They show no text of the dataset."""
 
 from __future__ import annotations
 
@@ -13,12 +12,12 @@ from coldstill.tools.stats.histogram import Histogram
 from coldstill.tools.stats.measure import Stats
 
 FIGURES = ("mean", "p1", "median", "p99")
-"""What `figures_of` gives."""
+"""The column heads of `figures_of`."""
 
 _BAR = 24
 
 NAMES = {
-    "entropy": "entropy, at least, nats",
+    "entropy": "entropy, lower bound, nats",
     "tail_mass": "tail mass",
     "label_logprob": "log-prob of the label, nats",
     "kept_ids": "kept ids per target",
@@ -26,7 +25,7 @@ NAMES = {
     "row_tokens": "tokens per row",
     "row_targets": "targets per row",
 }
-"""What a histogram of `Stats` is called, where its mean says something."""
+"""The histograms of `Stats` whose mean is shown, and their titles."""
 
 
 def show_stats(stats: Stats, *, console: Console) -> None:
@@ -57,19 +56,19 @@ def bytes_per_target(stats: Stats) -> dict[str, float]:
 
 
 def span(start: float, stop: float) -> str:
-    """The whole numbers of a bin."""
+    """The whole numbers of a bin, as text: `7` or `9-16`."""
     return f"{start:,.0f}" if stop - start == 1 else f"{start:,.0f}-{stop - 1:,.0f}"
 
 
 def figure(value: float | None) -> str:
-    """Four significant digits, `-` where there is none."""
+    """Four significant digits; `-` for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def figures_of(histogram: Histogram) -> tuple[str, ...]:
-    """Mean, 1st percentile, median and 99th percentile."""
+    """Mean, 1st percentile, median and 99th percentile, as text."""
     return tuple(map(figure, (histogram.mean, histogram.p01, histogram.p50, histogram.p99)))
 
 
@@ -85,7 +84,7 @@ def _totals(stats: Stats) -> Table:
         ("rows", f"{stats.rows:,} in {stats.shards:,} shards; {stats.rejected:,} source rows rejected"),
         ("tokens", f"{stats.tokens:,}"),
         ("targets", f"{stats.targets:,}"),
-        ("size", f"{stats.bytes:,} bytes, {figure(stats.bytes_per_target)} a target"),
+        ("size", f"{stats.bytes:,} bytes, {figure(stats.bytes_per_target)} per target"),
         ("label kept", "-" if stats.label_kept is None else f"at {_percent(stats.label_kept)} of the targets"),
     ):
         table.add_row(name, Text(value))

@@ -10,7 +10,7 @@ import pytest
 from coldstill.pipeline.cluster.attempts import Attempts, AttemptStore, CrashReport, Trial
 from coldstill.pipeline.cluster.dispatcher import Dispatcher, WorkerHandle, names_by_unit
 from coldstill.pipeline.cluster.poison_search import MAX_DEATHS
-from coldstill.pipeline.errors import TeacherOutputInvalid, UnitFailed
+from coldstill.pipeline.errors import SourceAdapterFailed, TeacherOutputInvalid, UnitFailed
 from coldstill.pipeline.worker import UnitTask
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
 from coldstill.storage_schema.plan import Unit
@@ -137,6 +137,15 @@ def test_a_named_error_fails_one_unit_but_the_first_three_or_a_store_error_end_t
     simulation.dispatcher.raised(UnitTask(unit=1, kind="whole", start=0, stop=ROWS), error)
     with pytest.raises(TeacherOutputInvalid):
         simulation.dispatcher.raised(UnitTask(unit=2, kind="whole", start=0, stop=ROWS), error)
+
+
+def test_a_source_adapter_that_fails_ends_the_run() -> None:
+    """At any unit: the user corrects the function, and committed units are kept."""
+    simulation = Simulation(9, workers=1)
+    (worker, first), (_, second), *_ = simulation.dispatcher.assign(simulation.workers)
+    simulation.dispatcher.done(first, worker=worker)
+    with pytest.raises(SourceAdapterFailed, match="row 7"):
+        simulation.dispatcher.raised(second, SourceAdapterFailed("row 7"))
 
 
 def test_the_reason_of_a_unit_that_was_given_up_names_the_file_to_delete() -> None:

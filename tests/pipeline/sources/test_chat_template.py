@@ -38,7 +38,7 @@ def _maker(template: str, *, end: str | None = None, **settings: Any) -> Sequenc
     return SequenceMaker(tokenizer, source=SourceConfig(path="x.jsonl", **settings), max_length=4096)
 
 
-def _learned(maker: SequenceMaker, columns: dict[str, Any]) -> list[str]:
+def _target_text(maker: SequenceMaker, columns: dict[str, Any]) -> list[str]:
     """Text of each run of targets."""
     made = maker.make(SourceRow(0, columns))
     assert isinstance(made, TokenSequence), made
@@ -51,11 +51,11 @@ def test_the_targets_are_the_assistants_words_to_the_end_of_its_turn(template: s
     end = templates.ENDS[template]
     wanted = [f"hello\nyou{end}", f"bye{end}"]
     maker = _maker(template, loss_on=loss_on)
-    assert _learned(maker, {"messages": TWO_TURNS}) == (wanted if loss_on == "assistant" else wanted[1:])
+    assert _target_text(maker, {"messages": TWO_TURNS}) == (wanted if loss_on == "assistant" else wanted[1:])
 
 
 def test_mistral_shaped_turns_are_proven_too() -> None:
-    assert _learned(_maker(MISTRAL), {"messages": TWO_TURNS[1:]}) == [" hello\nyou</s>", " bye</s>"]
+    assert _target_text(_maker(MISTRAL), {"messages": TWO_TURNS[1:]}) == [" hello\nyou</s>", " bye</s>"]
 
 
 @pytest.mark.parametrize("template", [LLAMA3, QWEN25, MISTRAL], ids=["llama3", "qwen2.5", "mistral"])
@@ -110,10 +110,10 @@ def test_a_proven_mask_is_that_of_the_same_template_with_marks(template: str) ->
     ids=["llama3", "qwen2.5", "mistral"],
 )
 def test_tool_calls_are_the_assistants_words(template: str, call: str) -> None:
-    learned = _learned(_maker(template), {"messages": WITH_CALL, "tools": TOOLS})
-    assert learned[0] == call
-    assert len(learned) == 2
-    assert "It is 3." in learned[1]
+    texts = _target_text(_maker(template), {"messages": WITH_CALL, "tools": TOOLS})
+    assert texts[0] == call
+    assert len(texts) == 2
+    assert "It is 3." in texts[1]
 
 
 def test_tools_reach_the_template_from_a_column_of_any_name_as_list_or_text() -> None:
@@ -133,7 +133,7 @@ def test_tools_reach_the_template_from_a_column_of_any_name_as_list_or_text() ->
 def test_null_fields_of_typed_columns_are_no_fields() -> None:
     """Arrow gives every message the fields of all; a template that asks whether one is there must not see them."""
     typed = [{"tool_calls": None, "name": None, **message} for message in TWO_TURNS]
-    assert _learned(_maker(LLAMA3), {"messages": typed}) == _learned(_maker(LLAMA3), {"messages": TWO_TURNS})
+    assert _target_text(_maker(LLAMA3), {"messages": typed}) == _target_text(_maker(LLAMA3), {"messages": TWO_TURNS})
 
 
 THINKING = _chat(
@@ -141,24 +141,27 @@ THINKING = _chat(
 )
 
 
-def test_thinking_of_the_last_turn_is_learned_and_history_is_learned_as_it_is_shown() -> None:
+def test_thinking_of_the_last_turn_is_a_target_and_history_is_one_as_it_is_shown() -> None:
     """The template takes the thinking out of earlier turns: what is left of them is proven to be their own end."""
-    assert _learned(_maker(QWEN3), {"messages": THINKING}) == ["3<|im_end|>", "<think>\nhm\n</think>\n\n7<|im_end|>"]
-    assert _learned(_maker(QWEN3, loss_on="last_turn"), {"messages": THINKING}) == [
+    assert _target_text(_maker(QWEN3), {"messages": THINKING}) == [
+        "3<|im_end|>",
+        "<think>\nhm\n</think>\n\n7<|im_end|>",
+    ]
+    assert _target_text(_maker(QWEN3, loss_on="last_turn"), {"messages": THINKING}) == [
         "<think>\nhm\n</think>\n\n7<|im_end|>"
     ]
 
 
 def test_thinking_in_a_field_of_its_own_reaches_the_template() -> None:
     messages = [*_chat(("u", "1 + 2?")), {"role": "assistant", "reasoning_content": "easy", "content": "3"}]
-    assert _learned(_maker(QWEN3), {"messages": messages}) == ["<think>\neasy\n</think>\n\n3<|im_end|>"]
+    assert _target_text(_maker(QWEN3), {"messages": messages}) == ["<think>\neasy\n</think>\n\n3<|im_end|>"]
 
 
 def test_template_arguments_change_what_the_prompt_holds_and_the_templates_digest() -> None:
     chat = _chat(("u", "1 + 2?"), ("a", "3"))
     plain, without = _maker(QWEN3), _maker(QWEN3, template_arguments={"enable_thinking": False})
-    assert _learned(plain, {"messages": chat}) == ["<think>\n\n</think>\n\n3<|im_end|>"]
-    assert _learned(without, {"messages": chat}) == ["3<|im_end|>"]
+    assert _target_text(plain, {"messages": chat}) == ["<think>\n\n</think>\n\n3<|im_end|>"]
+    assert _target_text(without, {"messages": chat}) == ["3<|im_end|>"]
     assert plain.template_sha256 != without.template_sha256
 
 

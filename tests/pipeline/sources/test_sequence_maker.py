@@ -73,7 +73,7 @@ def test_the_mask_does_not_change_the_ids(tokenizer: PreTrainedTokenizerBase) ->
         assert sequence.token_ids.tolist() == whole
 
 
-def test_text_rows_are_learned_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_token_of_a_text_row_but_the_first_is_a_target(tokenizer: PreTrainedTokenizerBase) -> None:
     sequence = _make(tokenizer, {"text": "abc"})
     assert _target_text(tokenizer, sequence) == "bc"
 

@@ -69,7 +69,7 @@ def _dataset(folder: Path) -> SourceConfig:
     return SourceConfig(dataset=str(folder))
 
 
-KINDS: dict[str, Callable[[Path], SourceConfig]] = {
+FORMATS: dict[str, Callable[[Path], SourceConfig]] = {
     "jsonl": _one("a source.jsonl"),
     "gz": _one("a source.jsonl.gz"),
     "zst": _one("a source.json.zst"),
@@ -82,16 +82,16 @@ KINDS: dict[str, Callable[[Path], SourceConfig]] = {
 STAGED = {"gz", "zst", "many mixed lines", "datasets"}
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=FORMATS)
+def format_name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def config(kind: str, tmp_path: Path) -> SourceConfig:
+def config(format_name: str, tmp_path: Path) -> SourceConfig:
     folder = tmp_path / "source"
     folder.mkdir()
-    return KINDS[kind](folder)
+    return FORMATS[format_name](folder)
 
 
 @pytest.fixture(params=["with a store", "without"])
@@ -114,21 +114,21 @@ def test_units_cover_the_source_once_in_order(config: SourceConfig, store: Store
 
 
 def test_a_worker_reads_its_unit_alone_from_the_plan_and_the_store(
-    config: SourceConfig, tmp_path: Path, kind: str
+    config: SourceConfig, tmp_path: Path, format_name: str
 ) -> None:
     store = Store(tmp_path / "dataset")
     plan = plan_from_bytes(plan_to_bytes(open_source(config, store).plan(4)), where="plan")
     for index in (2, 0, 1):
         assert _read(open_source(config, store), [plan[index]]) == ROWS[4 * index : 4 * index + 4]
-    assert (len(store.names("staging")) > 1) == (kind in STAGED)
+    assert (len(store.names("staging")) > 1) == (format_name in STAGED)
 
 
-def test_a_staged_source_is_read_from_the_copy_alone(config: SourceConfig, tmp_path: Path, kind: str) -> None:
+def test_a_staged_source_is_read_from_the_copy_alone(config: SourceConfig, tmp_path: Path, format_name: str) -> None:
     store = Store(tmp_path / "dataset")
     plan = open_source(config, store).plan(4)
     for path in (tmp_path / "source").iterdir():
         path.unlink()
-    if kind in STAGED:
+    if format_name in STAGED:
         assert _read(open_source(config, store), list(plan)) == ROWS
     else:
         with pytest.raises(SourceNotFound):
@@ -151,11 +151,11 @@ def test_units_depend_on_the_source_alone(config: SourceConfig, tmp_path: Path) 
 
 
 def test_the_fingerprint_is_of_the_content_not_of_names_or_times(
-    config: SourceConfig, kind: str, tmp_path: Path
+    config: SourceConfig, format_name: str, tmp_path: Path
 ) -> None:
     copy = tmp_path / "another folder"
     copy.mkdir()
-    other = KINDS[kind](copy)
+    other = FORMATS[format_name](copy)
     for path in copy.iterdir():
         os.utime(path, (1, 1))
     assert open_source(other).fingerprint == open_source(config).fingerprint
@@ -171,7 +171,7 @@ def test_a_fingerprint_is_known_again_without_reading_everything(
     assert open_source(config, store).fingerprint == first.fingerprint
 
 
-def test_a_touched_or_moved_source_is_the_same(config: SourceConfig, kind: str, tmp_path: Path) -> None:
+def test_a_touched_or_moved_source_is_the_same(config: SourceConfig, format_name: str, tmp_path: Path) -> None:
     store = Store(tmp_path / "dataset")
     first = open_source(config, store)
     plan = first.plan(4)
@@ -179,12 +179,12 @@ def test_a_touched_or_moved_source_is_the_same(config: SourceConfig, kind: str, 
         os.utime(path, (5, 5))
     assert open_source(config, store).fingerprint == first.fingerprint
     folder = (tmp_path / "source").rename(tmp_path / "moved")
-    moved = KINDS[kind](folder)
+    moved = FORMATS[format_name](folder)
     assert open_source(moved, store).fingerprint == first.fingerprint
     assert _read(open_source(moved, store), list(plan)) == ROWS
 
 
-def test_a_changed_source_has_another_fingerprint(config: SourceConfig, kind: str, tmp_path: Path) -> None:
+def test_a_changed_source_has_another_fingerprint(config: SourceConfig, format_name: str, tmp_path: Path) -> None:
     store = Store(tmp_path / "dataset")
     first = open_source(config, store)
     first.plan(4)
@@ -245,14 +245,14 @@ def test_of_a_parquet_file_only_the_row_groups_of_the_unit_are_read(tmp_path: Pa
         _read(source, [source.plan(3)[1]])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_source_that_changes_under_a_worker_is_named(tmp_path: Path, kind: str) -> None:
-    config = _one(f"x.{kind}")(tmp_path)
+@pytest.mark.parametrize("format_name", ["jsonl", "parquet"])
+def test_a_source_that_changes_under_a_worker_is_named(tmp_path: Path, format_name: str) -> None:
+    config = _one(f"x.{format_name}")(tmp_path)
     source = open_source(config)
     last = source.plan(4)[-1]
     with pytest.raises(SourceChanged, match="unit 2"):
         _read(source, [Unit(last.index, last.start, last.first_row, last.rows + 1)])
-    _write(tmp_path / f"x.{kind}", ROWS[:-2])
+    _write(tmp_path / f"x.{format_name}", ROWS[:-2])
     with pytest.raises(SourceChanged, match="unit 2"):
         _read(source, [last])
 

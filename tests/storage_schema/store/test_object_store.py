@@ -46,8 +46,8 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.tools.hub.copying import dataset_files
-from coldstill.tools.hub.transfer import pull, push
+from coldstill.tools.pull import dataset_files, pull
+from coldstill.tools.push import push
 from coldstill.tools.verify import verify
 from tests import making
 from tests.storage_schema.store.s3_server import S3Server, serve

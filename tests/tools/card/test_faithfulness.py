@@ -1,4 +1,4 @@
-"""Stored against exact: what the faithfulness table says, and samples that are not of their dataset."""
+"""Exact against stored values: the faithfulness table is right, and a sample must fit its dataset."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_sample_that_is_not_of_its_dataset_is_a_named_error(
         measure_faithfulness(dataset)
 
 
-def test_a_dataset_that_breaks_its_guarantee_is_told_so(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_dataset_that_breaks_its_guarantee_does_not_hold(tmp_path: Path, tokenizer_folder: Path) -> None:
     captured(tmp_path, tokenizer_folder)
     sample = sample_from_bytes((tmp_path / FAITHFULNESS_NAME).read_bytes(), where="")
     others = [position._replace(logprobs=position.logprobs[::-1].copy()) for position in sample]

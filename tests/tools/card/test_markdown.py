@@ -1,4 +1,4 @@
-"""Text of strangers in Markdown: shown as it is by a real renderer, never as markup."""
+"""Text of a dataset in Markdown: a real renderer shows it unchanged, and never as markup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from coldstill.common.visible import visible
-from coldstill.tools.card.markdown import MAX_SHOWN, cut, plain, table
+from coldstill.tools.card.markdown import MAX_SHOWN, plain, shortened, table
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -31,7 +31,7 @@ def rendered(markdown: str) -> str:
 
 
 def shown(text: str) -> str:
-    return re.sub(r"\s+", " ", cut(visible(text))) or "-"
+    return re.sub(r"\s+", " ", shortened(visible(text))) or "-"
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -1,4 +1,4 @@
-"""Datasets with everything that a derivation has to carry, and slow, plain views of them to compare."""
+"""Datasets with everything that merge, split and subset must copy, and slow, plain views to compare them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the common end: what is interrupted goes on, what is another request's is left alone."""
+"""What merge, split and subset share: they resume, and leave the output of other requests alone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from coldstill.storage_schema.errors import CommitDamaged, HeaderMismatch, Unsup
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
 from coldstill.storage_schema.store import Store
-from coldstill.tools.derive import output
-from coldstill.tools.derive.errors import OutputNotApart, OutputTaken
+from coldstill.tools.derive import deriving
 from coldstill.tools.derive.merge import merge
 from coldstill.tools.derive.split import split
 from coldstill.tools.derive.subset import subset
+from coldstill.tools.errors import OutputNotApart, OutputTaken
 from tests import making
 from tests.tools.derive.parts import rich_dataset, tree
 
@@ -91,7 +91,7 @@ def test_an_interrupted_derivation_equals_an_unbroken_one(
 
     run(tmp_path / "unbroken")
     wanted = tree(tmp_path / "unbroken")
-    monkeypatch.setattr(output, "Store", _DyingStore)
+    monkeypatch.setattr(deriving, "Store", _DyingStore)
     monkeypatch.setattr(_DyingStore, "after", after)
     for write in range(200):
         monkeypatch.setattr(_DyingStore, "left", write)
@@ -110,7 +110,7 @@ def test_an_interrupted_derivation_equals_an_unbroken_one(
     assert tree(tmp_path / "broken") == wanted
 
 
-def test_a_merge_that_is_killed_goes_on_with_what_is_missing(source: Dataset, small: Dataset, tmp_path: Path) -> None:
+def test_a_merge_that_is_killed_resumes_with_what_is_missing(source: Dataset, small: Dataset, tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from coldstill.storage_schema.store import Store
@@ -148,7 +148,7 @@ def test_a_changed_request_names_what_differs(
 ) -> None:
     place = tmp_path / "out"
     if not sealed:
-        monkeypatch.setattr(output, "Store", _DyingStore)
+        monkeypatch.setattr(deriving, "Store", _DyingStore)
         monkeypatch.setattr(_DyingStore, "left", 6)
         with pytest.raises(_Killed):
             subset(source.store.url, place, filters=LAW, progress=False)
@@ -171,7 +171,7 @@ def test_a_changed_request_names_what_differs(
 def test_another_header_on_a_begun_output_names_the_field(
     source: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "Store", _DyingStore)
+    monkeypatch.setattr(deriving, "Store", _DyingStore)
     monkeypatch.setattr(_DyingStore, "left", 6)
     with pytest.raises(_Killed):
         subset(source.store.url, tmp_path / "out", filters=LAW, progress=False)
@@ -183,7 +183,7 @@ def test_another_header_on_a_begun_output_names_the_field(
 
 
 def test_a_plan_of_other_sources_has_a_name(source: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "Store", _DyingStore)
+    monkeypatch.setattr(deriving, "Store", _DyingStore)
     for plan in ([Unit(0, 99, 0, 3)], [Unit(0, 7, 60, 3)]):
         place = tmp_path / str(plan[0].start)
         monkeypatch.setattr(_DyingStore, "left", 3)
@@ -197,7 +197,7 @@ def test_a_plan_of_other_sources_has_a_name(source: Dataset, tmp_path: Path, mon
 
 def test_a_request_that_is_no_json_has_a_name(source: Dataset, tmp_path: Path) -> None:
     (tmp_path / "out" / "_run").mkdir(parents=True)
-    (tmp_path / "out" / output.REQUEST_NAME).write_bytes(b"{")
+    (tmp_path / "out" / deriving.REQUEST_NAME).write_bytes(b"{")
     with pytest.raises(CommitDamaged, match=r"derivation\.json"):
         subset(source.store.url, tmp_path / "out", progress=False)
 

@@ -1,4 +1,4 @@
-"""Laws of the filter language: a small grammar, compared with plain Python, with errors that say where."""
+"""The filter language: compared with plain Python, and errors that name the position."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.codec import STREAMS
 from coldstill.storage_schema.errors import InvalidRow, ShardDamaged
 from coldstill.storage_schema.shard import SCHEMA
-from coldstill.tools.derive.errors import InvalidFilter
-from coldstill.tools.derive.filters import MAX_FILTER_LENGTH, Filter, parse_filter, selection
+from coldstill.tools.derive.subset import MAX_FILTER_LENGTH, Filter, parse_filter, selection
+from coldstill.tools.errors import InvalidFilter
 
 OPERATORS = {
     "==": operator.eq,

@@ -1,4 +1,4 @@
-"""Laws of merge: all rows, rejects, media and samples of the sources, in order, with no frame opened."""
+"""Merge: all rows, rejects, media and samples of the sources, in order, with no frame decoded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from coldstill.storage_schema.errors import (
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.tools.derive import sources
-from coldstill.tools.derive.errors import InvalidRequest, MediaClash, NothingSelected
 from coldstill.tools.derive.merge import merge
+from coldstill.tools.errors import InvalidRequest, MediaClash, NothingSelected
 from tests import making
 from tests.tools.derive.parts import (
     assert_equal_rows,

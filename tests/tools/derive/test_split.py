@@ -1,4 +1,4 @@
-"""Laws of split: a row's part depends on seed and sample id alone, and the parts are the dataset."""
+"""Split: a row's part depends only on the seed and its sample id, and the parts make up the dataset."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.tools.derive.errors import InvalidRequest, NothingSelected, OutputNotApart, OutputTaken
 from coldstill.tools.derive.merge import merge
 from coldstill.tools.derive.split import parse_parts, part_of, split
+from coldstill.tools.errors import InvalidRequest, NothingSelected, OutputNotApart, OutputTaken
 from tests.tools.derive.parts import assert_equal_rows, assert_holds, frames, rich_dataset, storage_kls
 
 HALVES = {"train": 0.5, "test": 0.5}

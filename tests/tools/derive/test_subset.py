@@ -1,4 +1,4 @@
-"""Laws of subset: the rows that a slow reference takes, each as it was, in shards that are not nearly empty."""
+"""Subset takes the rows that a slow reference takes, unchanged, in shards that are not nearly empty."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
-from coldstill.tools.derive.errors import InvalidRequest, NothingSelected
 from coldstill.tools.derive.subset import parse_rows, subset
+from coldstill.tools.errors import InvalidRequest, NothingSelected
 from tests import making
 from tests.tools.derive.parts import (
     assert_equal_rows,

@@ -1,4 +1,4 @@
-"""What the tests of import and export share."""
+"""Fixtures of the tests of import and export."""
 
 from __future__ import annotations
 

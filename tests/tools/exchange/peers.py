@@ -86,7 +86,7 @@ def bit_stream(numbers: list[int], bits: int) -> bytes:
 
 
 def encode_position(values: list[float], config: dict[str, Any]) -> tuple[bytes, list[float]]:
-    """DistillKit's distribution quantisation of one position's descending log-probs: bytes, and what they mean."""
+    """DistillKit's distribution quantization of one position's descending log-probs: bytes, and what they mean."""
     if config["delta_encoding"]:
         values = [values[0], *(b - a for a, b in itertools.pairwise(values))]
     exact = config["exact_k"]
@@ -178,17 +178,17 @@ def write_distillkit(folder: Path, rows: list[dict[str, Any]], config: dict[str,
     return folder
 
 
-def prepared_row(sequence: Sequence, k: int, *, predicts: str = "next", learned_from: int = 1) -> dict[str, Any]:
+def prepared_row(sequence: Sequence, k: int, *, predicts: str = "next", targets_from: int = 1) -> dict[str, Any]:
     """A row as axolotl's preprocessing shapes it, but with log-probs of the full softmax."""
     length = sequence.tokens.size
     blank = (list(range(k)), [-math.inf] * k, [0] * k)
     lists = [blank] * length
-    for token in range(learned_from, length):
+    for token in range(targets_from, length):
         ids, values = top(sequence.logprobs[token - 1], k)
         lists[token - 1 if predicts == "next" else token] = (ids, values, [1] * k)
     return {
         "input_ids": sequence.tokens.tolist(),
-        "labels": [-100] * learned_from + sequence.tokens[learned_from:].tolist(),
+        "labels": [-100] * targets_from + sequence.tokens[targets_from:].tolist(),
         "target_token_ids": [ids for ids, _, _ in lists],
         "target_logprobs": [values for _, values, _ in lists],
         "target_mask": [mask for _, _, mask in lists],

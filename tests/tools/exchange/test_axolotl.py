@@ -1,4 +1,4 @@
-"""axolotl's KD layout in and out: which row is about which token, what is refused, and that nothing is lost between."""
+"""axolotl's KD layout, import and export: the alignment, what is rejected, and that a round trip loses nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.tools.exchange.axolotl import import_axolotl
-from coldstill.tools.exchange.axolotl_export import export_axolotl
-from coldstill.tools.exchange.errors import (
+from coldstill.tools.errors import (
     AlignmentDoubtful,
     NotExportable,
     NotFullSoftmax,
@@ -23,6 +21,8 @@ from coldstill.tools.exchange.errors import (
     SourceUnreadable,
     UnusableRow,
 )
+from coldstill.tools.exchange.axolotl_import import import_axolotl
+from coldstill.tools.exchange.export import export_axolotl
 from coldstill.tools.verify import verify
 from tests import making
 from tests.tools.exchange import peers
@@ -58,7 +58,7 @@ def test_position_t_of_the_import_predicts_token_t_plus_1(
     predicts: str, ending: str, tmp_path: Path, wide_tokenizer: Path
 ) -> None:
     texts = peers.sequences(4)
-    rows = [peers.prepared_row(one, K, predicts=predicts, learned_from=5) for one in texts]
+    rows = [peers.prepared_row(one, K, predicts=predicts, targets_from=5) for one in texts]
     if ending == "jsonl":
         path = peers.write_jsonl(tmp_path / "in.jsonl", rows)
     else:
@@ -86,7 +86,7 @@ def test_empty_lists_of_the_first_token_are_no_targets(tmp_path: Path, wide_toke
     assert_holds(run(path, tmp_path / "out", wide_tokenizer), [text], first_target=0)
 
 
-def test_without_labels_the_mask_says_what_is_learned(tmp_path: Path, wide_tokenizer: Path) -> None:
+def test_without_labels_the_mask_selects_the_targets(tmp_path: Path, wide_tokenizer: Path) -> None:
     text = peers.sequences(1)[0]
     row = peers.prepared_row(text, K)
     del row["labels"]
@@ -152,7 +152,7 @@ def broken_rows() -> dict[str, tuple[Any, str]]:
         "zeros": ({**at_position_3("target_logprobs", [0.0] * K), "target_token_ids": [[0] * K] * 24}, "twice"),
         "no mass": (at_position_3("target_logprobs", [-math.inf] * K), "no distribution"),
         "labels cut": ({**prepared, "labels": prepared["labels"][:-1]}, "23 values"),
-        "nothing learned": ({**prepared, "labels": [-100] * 24}, "no learned token"),
+        "nothing learned": ({**prepared, "labels": [-100] * 24}, "no target token"),
         "foreign token": ({**prepared, "input_ids": [999] * 24}, "999"),
         "metadata": ({**prepared, "metadata": "[1]"}, "JSON object"),
         "no lists": ({**prepared, "target_logprobs": None}, "nothing"),
@@ -206,9 +206,7 @@ def test_another_temperature_than_1_is_refused(tmp_path: Path, wide_tokenizer: P
 
 
 @pytest.mark.parametrize(("made", "said"), [("next", "same"), ("same", "next")])
-def test_rows_taken_for_their_neighbours_are_refused(
-    made: str, said: str, tmp_path: Path, wide_tokenizer: Path
-) -> None:
+def test_rows_taken_for_their_neighbors_are_refused(made: str, said: str, tmp_path: Path, wide_tokenizer: Path) -> None:
     rows = [peers.prepared_row(one, K, predicts=made) for one in peers.sequences(20)]
     for row in rows:
         del row["labels"]

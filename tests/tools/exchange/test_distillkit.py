@@ -1,4 +1,4 @@
-"""Captures in DistillKit's layout, made by the slow writer of `peers.py`, become datasets that say the same."""
+"""Captures in DistillKit's layout, made by the slow writer of `peers.py`, become datasets with the same values."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import pytest
 
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch, InvalidHeader
-from coldstill.tools.exchange.derive import MIN_TAIL
-from coldstill.tools.exchange.distillkit import import_distillkit
-from coldstill.tools.exchange.errors import (
+from coldstill.tools.errors import (
     AlignmentDoubtful,
     CompressionUnknown,
     NotFullSoftmax,
     SourceUnreadable,
     UnusableRow,
 )
+from coldstill.tools.exchange.derived_targets import MIN_TAIL
+from coldstill.tools.exchange.distillkit_import import import_distillkit
+from coldstill.tools.exchange.distillkit_rows import LAYOUTS
 from coldstill.tools.verify import verify
 from tests.tools.exchange import peers
 
@@ -134,7 +135,7 @@ def test_values_that_were_not_compressed_need_no_settings(tmp_path: Path, wide_t
     )
 
 
-def test_ids_of_uninitialised_memory_beside_minus_infinity_are_left_out(tmp_path: Path, wide_tokenizer: Path) -> None:
+def test_ids_of_uninitialized_memory_beside_minus_infinity_are_left_out(tmp_path: Path, wide_tokenizer: Path) -> None:
     # vLLM may return fewer entries than asked; the capture then packs whatever its empty array held, at -inf.
     text = peers.sequences(1)[0]
     row = peers.distillkit_row(text, peers.ALL_EXACT)
@@ -165,7 +166,7 @@ def broken_rows() -> dict[str, tuple[dict[str, Any], str]]:
         "NaN": (change("compressed_logprobs", nan), "NaN"),
         "zeros": (change("bytepacked_indices", zeros), "twice"),
         "foreign token": (change("input_ids", [*good["input_ids"][:-1], 200]), "0..199"),
-        "one token": ({name: value[:1] for name, value in good.items()}, "none learned"),
+        "one token": ({name: value[:1] for name, value in good.items()}, "none of 1 tokens is a target"),
     }
 
 
@@ -184,15 +185,15 @@ def test_a_row_with_a_fault_ends_the_import_or_is_rejected(fault: str, tmp_path:
 
 
 @pytest.mark.parametrize("config", [peers.LEGACY, peers.ARCEE_50, {**peers.ARCEE_50, "exact_k": 0}])
-def test_centred_logits_are_refused(config: dict[str, Any], tmp_path: Path, wide_tokenizer: Path) -> None:
+def test_centered_logits_are_refused(config: dict[str, Any], tmp_path: Path, wide_tokenizer: Path) -> None:
     text = peers.sequences(1)[0]
     logits = peers.Sequence(text.tokens, text.logprobs - text.logprobs.mean(axis=1, keepdims=True))
     peers.write_distillkit(tmp_path / "in", [peers.distillkit_row(logits, config)], config, per_file=1)
-    with pytest.raises(NotFullSoftmax, match="normaliser"):
+    with pytest.raises(NotFullSoftmax, match="normalizer"):
         run(tmp_path / "in", tmp_path / "out", wide_tokenizer)
 
 
-def test_distributions_of_a_neighbouring_token_are_refused(tmp_path: Path, wide_tokenizer: Path) -> None:
+def test_distributions_of_a_neighboring_token_are_refused(tmp_path: Path, wide_tokenizer: Path) -> None:
     shifted = [peers.Sequence(one.tokens, np.roll(one.logprobs, 1, axis=0)) for one in peers.sequences(20)]
     rows = [peers.distillkit_row(one, peers.ALL_EXACT) for one in shifted]
     peers.write_distillkit(tmp_path / "in", rows, peers.ALL_EXACT, per_file=20)
@@ -271,3 +272,8 @@ def test_logit_columns_beyond_the_tokenizer_are_in_the_header(tmp_path: Path, wi
     capture(tmp_path / "in", config)
     header = run(tmp_path / "in", tmp_path / "out", wide_tokenizer).header
     assert (header.vocab_size, header.token_count) == (256, peers.VOCABULARY)
+
+
+def test_the_names_of_the_layouts_stay() -> None:
+    """They are hashed into `source_sha256`: an import that another release started could not resume."""
+    assert list(LAYOUTS) == ["quantised", "legacy", "plain"]

@@ -1,4 +1,4 @@
-"""The common end of every import: interrupted, repeated, changed, or cut short by its source."""
+"""What every import shares: interrupted, repeated, with changed settings, or with a source that ends early."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch, InvalidTargets, TokenizerNotFound
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import Store
-from coldstill.tools.exchange.errors import SourceUnreadable, UnusableRow
-from coldstill.tools.exchange.importing import Item, import_rows, imported_header
+from coldstill.tools.errors import SourceUnreadable, UnusableRow
+from coldstill.tools.exchange.importing import ImportedRow, import_rows, imported_header
 from tests import making
 
 
@@ -33,13 +33,13 @@ class Rows:
     def __len__(self) -> int:
         return self.count
 
-    def items(self, start: int) -> Iterator[Item]:
+    def items(self, start: int) -> Iterator[ImportedRow]:
         """Rows from `start` on."""
         for number in range(start, 10):
             if number == self.killed_at:
                 os._exit(9)
             self.asked.append(number)
-            yield Item(self.rows[number].sample_id, self.rows[number])
+            yield ImportedRow(self.rows[number].sample_id, self.rows[number])
 
 
 def header_of(tokenizer: Path, **changes: object) -> DatasetHeader:
@@ -53,7 +53,7 @@ def header_of(tokenizer: Path, **changes: object) -> DatasetHeader:
         "max_length": 64,
         "rows_per_unit": 3,
         "source_sha256": "0" * 64,
-        "licence": None,
+        "license": None,
     }
     return imported_header(tokenizer, **{**fields, **changes})  # type: ignore[arg-type]
 
@@ -94,7 +94,7 @@ def test_a_gap_in_the_middle_is_filled_and_nothing_else(tmp_path: Path, tokenize
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("licence", "MIT"), ("rows_per_unit", 4), ("source_sha256", "1" * 64), ("fidelity", "coarse")]
+    ("field", "value"), [("license", "MIT"), ("rows_per_unit", 4), ("source_sha256", "1" * 64), ("fidelity", "coarse")]
 )
 def test_a_changed_setting_on_an_existing_output_is_named(
     field: str, value: object, tmp_path: Path, tokenizer_folder: Path
@@ -102,7 +102,7 @@ def test_a_changed_setting_on_an_existing_output_is_named(
     header = header_of(tokenizer_folder)
     import_rows(Rows(), tmp_path / "a", header=header, tokenizer=tokenizer_folder, progress=False)
     changed = header_of(tokenizer_folder, **{field: value})
-    named = "codec" if field == "fidelity" else field
+    named = {"fidelity": "codec", "license": "licence"}.get(field, field)
     with pytest.raises(HeaderMismatch, match=named):
         import_rows(Rows(), tmp_path / "a", header=changed, tokenizer=tokenizer_folder, progress=False)
 

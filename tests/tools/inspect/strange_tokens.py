@@ -1,4 +1,4 @@
-"""Datasets whose text is strange: tokens of every kind of tokenizer, and text that would act if it were not escaped."""
+"""Datasets with strange text: tokens of every kind of tokenizer, and text that is harmful unless it is escaped."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def row_of(token_ids: np.ndarray, *, vocabulary: int, top_k: int, draws: int = 4
 
 
 def hostile_dataset(root: Path, folder: Path) -> Path:
-    """One row that holds each of `HOSTILE` once; id, metadata, teacher and licence are hostile too."""
+    """One row that holds each of `HOSTILE` once; id, metadata, teacher and license are hostile too."""
     tokens = (*HOSTILE, *(f"w{i}" for i in range(40)))
     tokenizer = plain_tokenizer(tokens, folder)
     header = making.tiny_header(tokenizer, top_k=24, licence=f"{SCRIPT}\x1b[33m", draw_logprobs=True)

@@ -1,4 +1,4 @@
-"""Laws of a row's page as a file: it holds the whole row, nothing in it acts, and it stays small."""
+"""A row's page as a file: it holds the whole row, text of the dataset stays text, and it stays small."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coldstill.tools.inspect import page_data as page_data_module
-from coldstill.tools.inspect.one_row import OneRow, RowOutOfRange, open_row
-from coldstill.tools.inspect.page import PageNotWritten, script_safe, write_page
-from coldstill.tools.inspect.page_data import page_data
+from coldstill.tools.errors import PageNotWritten, RowOutOfRange
+from coldstill.tools.inspect import page as page_module
+from coldstill.tools.inspect.page import page_data, script_safe, write_page
+from coldstill.tools.inspect.row_facts import InspectedRow, open_row
 from tests.tools.inspect import strange_tokens
 from tests.tools.inspect.strange_tokens import hidden_characters
 
@@ -54,11 +54,11 @@ def shares(data: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.fixture
-def one(tiny_dataset: Path) -> OneRow:
+def one(tiny_dataset: Path) -> InspectedRow:
     return open_row(tiny_dataset, 5)
 
 
-def test_the_data_are_the_facts_of_the_row(one: OneRow) -> None:
+def test_the_data_are_the_facts_of_the_row(one: InspectedRow) -> None:
     data = json.loads(script_safe(page_data(one)))
     words, facts = np.array(data["words"]), one.facts
     assert words[unpacked(data, "token_words")].tolist() == [one.text.label(i) for i in one.row.token_ids.tolist()]
@@ -94,17 +94,17 @@ def test_draws_are_listed_with_their_multiplicity_and_probability(tmp_path: Path
         np.testing.assert_allclose(found, np.exp([logprobs[word] for word in words]), rtol=1e-5)
 
 
-def test_what_does_not_fit_keeps_its_mass(one: OneRow, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_data_module, "MAX_LISTED", 3 * one.facts.labels.size)
+def test_what_does_not_fit_keeps_its_mass(one: InspectedRow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "MAX_LISTED", 3 * one.facts.labels.size)
     data = page_data(one)
     assert unpacked(data, "listed").max() == 3
     assert unpacked(data, "rest").max() > 0
     np.testing.assert_allclose(shares(data), 1, atol=1e-5)
 
 
-def test_a_row_that_is_too_long_is_cut_and_says_so(one: OneRow, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_too_long_is_cut_with_a_notice(one: InspectedRow, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = int(one.facts.positions[2]) + 1
-    monkeypatch.setattr(page_data_module, "MAX_TOKENS", cut)
+    monkeypatch.setattr(page_module, "MAX_TOKENS", cut)
     data = page_data(one)
     assert unpacked(data, "token_words").size == cut
     assert data["row"]["tokens"] == one.row.token_ids.size
@@ -150,7 +150,7 @@ def test_a_row_of_4096_tokens_at_k_64_takes_a_few_megabytes(tmp_path: Path) -> N
     assert unpacked(page_data(open_row(root, 0)), "listed").min() == 64
 
 
-def test_a_row_number_out_of_range_is_told_the_range(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_a_row_number_out_of_range_names_the_range(tiny_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(RowOutOfRange, match="0 to 23"):
         write_page(tiny_dataset, 24, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

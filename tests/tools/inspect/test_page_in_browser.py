@@ -1,6 +1,6 @@
-"""Laws of a row's page in a real browser: it loads nothing, logs nothing, shows, walks, and leaves text as text.
+"""A row's page in a real browser: it loads and logs nothing, reacts to mouse and keys, and text stays text.
 
-Needs Chromium on this machine; where there is none the tests say so.
+Skipped where Chromium is not installed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from coldstill.tools.inspect.one_row import open_row
 from coldstill.tools.inspect.page import write_page
+from coldstill.tools.inspect.row_facts import open_row
 from tests.tools.inspect import strange_tokens
 
 DESKTOP = {"width": 1280, "height": 800}
@@ -87,7 +87,7 @@ def active(page: Page) -> int:
     return int(number)
 
 
-def colours(page: Page) -> list[str]:
+def colors(page: Page) -> list[str]:
     return list(page.evaluate("[...document.querySelectorAll('.token')].map((t) => getComputedStyle(t).background)"))
 
 
@@ -140,13 +140,13 @@ def test_the_keyboard_walks_and_switches(visit: Open, long_page: Path) -> None:
     assert active(page) == 4095
     page.keyboard.press("Home")
     assert active(page) == 0
-    by_surprise = colours(page)
+    by_surprise = colors(page)
     page.keyboard.press("e")
     assert page.locator("input[value=entropy]").is_checked()
-    by_entropy = colours(page)
+    by_entropy = colors(page)
     assert by_entropy != by_surprise
     page.keyboard.press("s")
-    assert colours(page) == by_surprise
+    assert colors(page) == by_surprise
     page.keyboard.press("?")
     assert page.locator("#keys").is_visible()
     page.keyboard.press("Escape")
@@ -165,7 +165,7 @@ def test_a_row_of_4096_tokens_at_k_64_is_whole_and_the_token_stays_in_view(visit
     assert page.locator("#bars .bar").count() == 64
 
 
-def test_a_held_token_stays_until_it_is_let_go(visit: Open, long_page: Path) -> None:
+def test_a_pinned_token_stays_until_it_is_unpinned(visit: Open, long_page: Path) -> None:
     page = visit(long_page)
     page.locator("#t40").click()
     page.locator("#t60").hover()
@@ -233,14 +233,14 @@ def is_dark(page: Page) -> bool:
     return float(page.evaluate(f"({LUMINANCE})(getComputedStyle(document.body).backgroundColor)")) < 0.2
 
 
-LUMINANCE = """(colour, under) => {
+LUMINANCE = """(color, under) => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  for (const layer of [under, colour]) if (layer) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
+  for (const layer of [under, color]) if (layer) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
   const part = (v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   const [r, g, b] = canvas.getImageData(0, 0, 1, 1).data;
   return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
 }"""
-"""Relative luminance of a CSS colour, painted over another (WCAG 2.2, "relative luminance")."""
+"""Relative luminance of a CSS color, painted over another (WCAG 2.2, "relative luminance")."""
 
 
 def least_contrast(page: Page) -> float:

@@ -1,4 +1,4 @@
-"""Laws of the numbers of a row: as the plainest code computes them, whatever order the kept entries come in."""
+"""The facts of a row equal the plainest code, for any order of the kept entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of `coldstill inspect` on the terminal: everything is said, in the width there is, and nothing acts."""
+"""`coldstill inspect` on the terminal: complete, within the width, and without control characters of the dataset."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from rich.console import Console
 
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import DatasetNotFound
-from coldstill.tools.inspect.one_row import RowOutOfRange, open_row
+from coldstill.tools.errors import RowOutOfRange
+from coldstill.tools.inspect.row_facts import open_row
 from coldstill.tools.inspect.terminal import LEVELS, percent, show_dataset, show_row, style_of
 from tests import making
 from tests.tools.inspect import strange_tokens
 from tests.tools.inspect.strange_tokens import hidden_characters
 
 
-def printed(show: object, *arguments: object, width: int = 80, colours: bool = False) -> str:
+def printed(show: object, *arguments: object, width: int = 80, colors: bool = False) -> str:
     """What a command prints on a terminal of this width."""
-    system = "truecolor" if colours else None
-    console = Console(file=io.StringIO(), width=width, force_terminal=colours, color_system=system)
+    system = "truecolor" if colors else None
+    console = Console(file=io.StringIO(), width=width, force_terminal=colors, color_system=system)
     show(*arguments, console=console)  # type: ignore[operator]
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -33,13 +34,13 @@ def test_the_summary_says_what_the_dataset_is(tiny_dataset: Path) -> None:
     wanted = ("tiny", "K = 8 of 64", "D = 4", "24 in 3 shards", f"{dataset.manifest.targets:,}", "CC0-1.0", "fine")
     for part in (*wanted, dataset.header.tokenizer_fingerprint[:16], dataset.dataset_id):
         assert part in text.replace("\n", "")
-    assert "a target" in text
+    assert "per target" in text
 
 
 def test_a_row_is_its_text_and_each_target_with_its_top_five(tiny_dataset: Path) -> None:
     one = open_row(tiny_dataset, 3)
     text = printed(show_row, tiny_dataset, 3, width=140)
-    running, table = text.split("probability of the real token")
+    running, table = text.split("probability of the actual token")
     assert one.row.sample_id in running
     assert "".join(one.text.pieces(one.row.token_ids.tolist())) in running
     lines = [line for line in table.splitlines()[1:] if line.strip()][1:]
@@ -66,10 +67,10 @@ def test_no_text_of_the_dataset_reaches_the_terminal_raw(tmp_path: Path) -> None
     root = strange_tokens.hostile_dataset(tmp_path / "dataset", tmp_path / "tokenizer")
     for show, arguments in ((show_dataset, (root,)), (show_row, (root, 0))):
         assert hidden_characters(printed(show, *arguments)) == set()
-        coloured = printed(show, *arguments, colours=True)
-        assert hidden_characters(coloured) <= {"\x1b"}
-        assert "\x1b[31m" not in coloured
-        assert "\x1b]" not in coloured
+        colored = printed(show, *arguments, colors=True)
+        assert hidden_characters(colored) <= {"\x1b"}
+        assert "\x1b[31m" not in colored
+        assert "\x1b]" not in colored
     assert "[bold red]markup[/]" in printed(show_row, root, 0, width=2000)
 
 
@@ -77,11 +78,11 @@ def test_a_row_without_tokenizer_is_numbers(tokenizer_folder: Path, tmp_path: Pa
     row = making.random_row(np.random.default_rng(0), "row")
     root = strange_tokens.without_tokenizer(tmp_path / "dataset", [row], tokenizer=tokenizer_folder)
     assert " ".join(f"#{token_id}" for token_id in row.token_ids[:5].tolist()) in printed(show_row, root, 0)
-    assert "not inside" in printed(show_dataset, root)
+    assert "not included" in printed(show_dataset, root)
 
 
 @pytest.mark.parametrize("index", [-1, 24, 10**12])
-def test_a_row_number_out_of_range_is_told_the_range(index: int, tiny_dataset: Path) -> None:
+def test_a_row_number_out_of_range_names_the_range(index: int, tiny_dataset: Path) -> None:
     with pytest.raises(RowOutOfRange, match="0 to 23"):
         printed(show_row, tiny_dataset, index)
 
@@ -99,7 +100,7 @@ def test_a_folder_that_is_no_dataset_is_named(tmp_path: Path) -> None:
         printed(show_dataset, tmp_path)
 
 
-def test_colours_are_steps_of_the_real_tokens_probability() -> None:
+def test_colors_are_steps_of_the_actual_tokens_probability() -> None:
     assert [style_of(prob) for prob in (1.0, 0.1, 0.05, 0.005, 0.0)] == [LEVELS[i][2] for i in (0, 0, 1, 2, 3)]
 
 

@@ -1,15 +1,18 @@
-"""Laws of the text of tokens: every way of writing them gives its own bytes, and none of them acts."""
+"""The text of tokens: every kind of vocabulary gives the right bytes, and no hidden characters."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.tools.inspect.token_text import MAX_SHOWN, TokenizerUnreadable, TokenText
+from coldstill.tools.errors import TokenizerUnreadable
+from coldstill.tools.inspect.token_text import MAX_SHOWN, TokenText
 from tests import making
 from tests.tools.inspect import strange_tokens
 from tests.tools.inspect.strange_tokens import HOSTILE, hidden_characters
@@ -111,3 +114,11 @@ def test_a_tokenizer_that_cannot_be_loaded_has_a_name(content: str, tokenizer_fo
     making.write_dataset(tmp_path / "dataset", [rows], header=header, tokenizer=folder)
     with pytest.raises(TokenizerUnreadable, match=r"tokenizer/tokenizer\.json"):
         TokenText(open_dataset(tmp_path / "dataset"))
+
+
+def test_without_the_library_the_error_names_what_to_install(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(PackagesMissing, match=r"coldstill\[share\]"):
+        TokenText(open_dataset(tiny_dataset))

@@ -1,4 +1,4 @@
-"""`coldstill stats`: against plain Python that sees one target at a time, and the laws of its sums."""
+"""`coldstill stats` equals a slow count in plain Python, and stats add up."""
 
 from __future__ import annotations
 

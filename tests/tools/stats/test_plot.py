@@ -1,4 +1,4 @@
-"""The picture of the stats: a PNG of 1,200 pixels' width for any dataset, without pyplot."""
+"""The plot of the stats: a PNG 1,200 pixels wide for any dataset, without pyplot."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from coldstill.common.packages import PackagesMissing
 from coldstill.tools.stats.histogram import Tally
 from coldstill.tools.stats.measure import FOOTERS, SCALES, Stats, measure_stats
-from coldstill.tools.stats.plot import PlottingUnavailable, plot_png, write_plot
+from coldstill.tools.stats.plot import plot_png, write_plot
 from tests import making
 
 
@@ -77,5 +78,5 @@ def test_without_matplotlib_the_error_names_what_to_install(
     stats = measure_stats(tiny_dataset, progress=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
-    with pytest.raises(PlottingUnavailable, match=r"coldstill\[share\]"):
+    with pytest.raises(PackagesMissing, match=r"coldstill\[share\]"):
         plot_png(stats)

@@ -1,4 +1,4 @@
-"""The bytes of a DistillKit capture mean what a slow encoder, written from the formulas alone, put into them."""
+"""The bytes of a DistillKit capture decode to what a slow encoder, written from the formulas alone, encoded."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldstill.tools.exchange.distillkit_bits import (
+from coldstill.tools.exchange.distillkit_compression import (
+    Legacy,
+    Quantized,
     decode_legacy,
-    decode_quantised,
+    decode_quantized,
     unpack_stream,
     unpack_words,
     within_mass,
 )
-from coldstill.tools.exchange.distillkit_config import Legacy, Quantised
 from tests.tools.exchange import peers
 
 BINS = [
@@ -51,11 +52,11 @@ def test_packed_words_never_split_a_number(bits: int, drawn: list[int]) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_values_decode_to_what_the_encoder_stored(name: str) -> None:
     settings = SETTINGS[name]
-    config = Quantised.model_validate(settings)
+    config = Quantized.model_validate(settings)
     encoded = [peers.encode_position(peers.top(one, config.k)[1], settings) for one in peers.sequences(1)[0].logprobs]
     packed = np.array([list(data) for data, _ in encoded], np.uint8)
     assert packed.shape[1] == config.value_bytes
-    np.testing.assert_allclose(decode_quantised(packed, config), [means for _, means in encoded], atol=1e-9)
+    np.testing.assert_allclose(decode_quantized(packed, config), [means for _, means in encoded], atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_bits_of_an_id_are_those_that_float32_log2_gives_for_every_vocabulary() 
         *(1 << power for power in range(2, 21)),
         *((1 << power) + 1 for power in range(2, 20)),
     ):
-        config = Quantised.model_validate({**peers.ALL_EXACT, "d": size})
+        config = Quantized.model_validate({**peers.ALL_EXACT, "d": size})
         assert config.id_bits == theirs[size - 2]
 
 

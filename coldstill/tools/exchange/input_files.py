@@ -1,7 +1,7 @@
-"""Files of other tools as one long table: a folder or files in, record batches from any row on out.
+"""Read other tools' Parquet and JSON lines as one long table: files, record batches, cells as numpy arrays.
 
-Parquet is read row group by row group and a few rows at a time; JSON lines one line at a time. A file is opened only
-when its rows are due, so a source may be far larger than memory.
+Parquet is read a few rows at a time, JSON lines one line at a time, and a file is opened only when its rows are needed:
+a source may be far larger than memory. No number becomes a Python object.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from .errors import SourceUnreadable, UnusableRow
+from coldstill.tools.errors import SourceUnreadable, UnusableRow
 
 ROWS_PER_BATCH = 8
 MAX_LINE_BYTES = 256 << 20
 _BLOCK = 8 << 20
 
+MAX_ENTRIES = 1 << 27
+"""Limit of the entries of a row once all its positions are as wide as the widest: 1 GiB of float64."""
+
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One file of a source: `name` is relative to the source, `path` is the file system's own."""
+class InputFile:
+    """A file of an import's source. `name` is relative to the source; `path` is the path in the file system."""
 
     name: str
     path: str
@@ -45,15 +49,15 @@ class SourceFile:
 
 
 class Batch(NamedTuple):
-    """Rows `first_row..` of `file` (the number counts within the file), or the reason why its one row has no table."""
+    """Consecutive rows of `file`, or the error of a single row. `first_row`: number of the first within the file."""
 
-    file: SourceFile
+    file: InputFile
     first_row: int
     table: pa.RecordBatch | UnusableRow
 
 
 class Tables(Protocol):
-    """What both kinds of files give."""
+    """The rows of all input files, as Parquet and JSON lines both provide them."""
 
     names: list[str]
 
@@ -61,31 +65,31 @@ class Tables(Protocol):
         """Rows of all files."""
 
     def batches(self, start: int, *, columns: Sequence[str]) -> Iterator[Batch]:
-        """Rows from number `start` on, with those of `columns` that there are."""
+        """Rows from number `start` on, with those of `columns` that exist."""
 
 
-def source_files(source: str | Path | Sequence[str | Path], *, endings: tuple[str, ...]) -> list[SourceFile]:
-    """The files of a folder (and the folders in it), or the given ones, in natural order: `data_2` before `data_10`.
+def input_files(source: str | Path | Sequence[str | Path], *, endings: tuple[str, ...]) -> list[InputFile]:
+    """The files of a folder and its subfolders, or the given files, in natural order: `data_2` before `data_10`.
 
-    Paths are local or fsspec URLs. Raises `SourceUnreadable` where there is none, where kinds are mixed, and where two
-    have one name.
+    Paths are local or fsspec URLs. Raises `SourceUnreadable` if there is no file, if formats are mixed, and if two
+    files have the same name.
     """
     paths = [source] if isinstance(source, (str, Path)) else source
     files = [file for path in paths for file in _files_at(str(path), endings)]
     if not files:
         raise SourceUnreadable(str(source), found="no file", wanted=f"at least one {' or '.join(endings)}")
-    kinds = {file.name.rsplit(".", 1)[-1] for file in files}
-    if len(kinds) > 1:
-        raise SourceUnreadable(str(source), found=f"files of kinds {sorted(kinds)}", wanted="files of one kind")
+    formats = {file.name.rsplit(".", 1)[-1] for file in files}
+    if len(formats) > 1:
+        raise SourceUnreadable(str(source), found=f"files of formats {sorted(formats)}", wanted="files of one format")
     names = [file.name for file in files]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise SourceUnreadable(twice, found="two files of this name", wanted="names that tell rows apart")
+        raise SourceUnreadable(twice, found="two files of this name", wanted="different names: row ids contain them")
     return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in _parts(file.name)])
 
 
-def source_digest(files: Sequence[SourceFile], *, settings: Mapping[str, Any], progress: bool) -> str:
-    """sha256 over the settings that decide what the bytes mean, and over each file's name and bytes."""
+def source_digest(files: Sequence[InputFile], *, settings: Mapping[str, Any], progress: bool) -> str:
+    """sha256 of the settings that decide what the bytes mean, and of each file's name and bytes."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with tqdm(files, desc="digest", unit=" files", disable=not progress) as bar:
         for file in bar:
@@ -98,9 +102,9 @@ def source_digest(files: Sequence[SourceFile], *, settings: Mapping[str, Any], p
 
 
 class ParquetTables:
-    """Parquet files with the columns that the first of them has. Raises `SourceUnreadable`."""
+    """Parquet files with the columns of the first file. Raises `SourceUnreadable`."""
 
-    def __init__(self, files: Sequence[SourceFile]):
+    def __init__(self, files: Sequence[InputFile]):
         self._files = files
         self._group_rows: list[list[int]] = []
         for file in files:
@@ -143,8 +147,8 @@ class ParquetTables:
                     raise _unreadable(file, error) from None
 
     @contextmanager
-    def _open(self, file: SourceFile) -> Iterator[pq.ParquetFile]:
-        with file.fs.open(file.path, "rb") as stream:  # a ParquetFile leaves open what it is given open
+    def _open(self, file: InputFile) -> Iterator[pq.ParquetFile]:
+        with file.fs.open(file.path, "rb") as stream:  # a ParquetFile does not close a stream that it did not open
             try:
                 parquet = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
             except (pa.ArrowException, OSError, ValueError) as error:
@@ -153,12 +157,12 @@ class ParquetTables:
 
 
 class JsonTables:
-    """Files with one JSON object per line; `to_table` gives a line's object the columns of a Parquet file.
+    """Files with one JSON object per line; `to_table` turns an object into a row with the columns of a Parquet file.
 
-    A line that is no object, or whose values have other types, is an `UnusableRow` in the place of its table.
+    A line that is not an object, or whose values have other types, becomes an `UnusableRow` instead of a table.
     """
 
-    def __init__(self, files: Sequence[SourceFile], *, to_table: Callable[[dict[str, Any]], pa.RecordBatch]):
+    def __init__(self, files: Sequence[InputFile], *, to_table: Callable[[dict[str, Any]], pa.RecordBatch]):
         self._files = files
         self._to_table = to_table
         self._starts = [array("q", _line_starts(file)) for file in files]
@@ -175,7 +179,7 @@ class JsonTables:
         return self._first_rows[-1]
 
     def batches(self, start: int, *, columns: Sequence[str]) -> Iterator[Batch]:
-        """Rows from number `start` on, one at a time, with all columns that they have."""
+        """Rows from number `start` on, one at a time, with all their columns."""
         for index in range(max(bisect.bisect_right(self._first_rows, start) - 1, 0), len(self._files)):
             file, starts = self._files[index], self._starts[index]
             with file.fs.open(file.path, "rb") as stream:
@@ -194,37 +198,97 @@ class JsonTables:
             return UnusableRow(where, found=detail, wanted="one JSON object with the columns of the layout")
 
 
-def _files_at(path: str, endings: tuple[str, ...]) -> Iterator[SourceFile]:
+def _files_at(path: str, endings: tuple[str, ...]) -> Iterator[InputFile]:
     fs, root = fsspec.core.url_to_fs(path)
     root = str(root).rstrip("/")
     if fs.isdir(root):
         for found in fs.find(root):
             name = str(found)[len(root) :].lstrip("/")
             if name.endswith(endings) and not any(part.startswith((".", "_")) for part in name.split("/")):
-                yield SourceFile(name, str(found), fs)
+                yield InputFile(name, str(found), fs)
     elif not fs.exists(root):
         raise SourceUnreadable(path, found="no such file or folder", wanted=f"{' or '.join(endings)}")
     else:
-        yield SourceFile(root.rsplit("/", 1)[-1], root, fs)
+        yield InputFile(root.rsplit("/", 1)[-1], root, fs)
 
 
 def _parts(name: str) -> list[str]:
-    """Text and digits in turn, text first, so that names compare part by part."""
+    """Text and digits alternating, text first, so that names are compared part by part."""
     return re.split(r"([0-9]+)", name)
 
 
-def _line_starts(file: SourceFile) -> Iterator[int]:
+def _line_starts(file: InputFile) -> Iterator[int]:
     with file.fs.open(file.path, "rb") as stream:
         start = 0
         while line := stream.readline(MAX_LINE_BYTES + 1):
             if len(line) > MAX_LINE_BYTES:
                 raise SourceUnreadable(
-                    f"{file.name}: line at byte {start}", found="a longer one", wanted=f"at most {MAX_LINE_BYTES} bytes"
+                    f"{file.name}: line at byte {start}",
+                    found="a longer line",
+                    wanted=f"at most {MAX_LINE_BYTES} bytes",
                 )
             if line.strip():
                 yield start
             start += len(line)
 
 
-def _unreadable(file: SourceFile, error: Exception) -> SourceUnreadable:
+def _unreadable(file: InputFile, error: Exception) -> SourceUnreadable:
     return SourceUnreadable(file.name, found=f"{type(error).__name__}: {error}", wanted="a whole Parquet file")
+
+
+def values_of(table: pa.RecordBatch, row: int, name: str) -> np.ndarray | None:
+    """The numbers of a list column in one row; None if it is null or absent. Raises `UnusableRow` for other types."""
+    if name not in table.schema.names or not table.column(name)[row].is_valid:
+        return None
+    column = _require_list(table.column(name), name)
+    return numbers(column.slice(row, 1).flatten(), name)
+
+
+def nested_of(table: pa.RecordBatch, row: int, name: str) -> tuple[pa.Array, np.ndarray] | None:
+    """A list-of-lists column in one row: all entries end to end, and the entries of each position (`int64 [n]`, 0 for a
+    null position). None if it is null or absent. Raises `UnusableRow` for other types."""
+    if name not in table.schema.names or not table.column(name)[row].is_valid:
+        return None
+    outer = _require_list(table.column(name), name)
+    inner = _require_list(outer.slice(row, 1).flatten(), name)
+    lengths = inner.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return inner.flatten(), lengths
+
+
+def check_size(name: str, *, positions: int, width: int) -> None:
+    """Raise `UnusableRow` before arrays are allocated that are larger than any row of a dataset needs."""
+    if positions * width > MAX_ENTRIES:
+        raise UnusableRow(
+            name, found=f"{positions} positions of {width} entries", wanted=f"at most {MAX_ENTRIES} entries"
+        )
+
+
+def check_token_ids(token_ids: np.ndarray, *, token_count: int) -> None:
+    """Raise `UnusableRow` for ids that the tokenizer does not have."""
+    if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= token_count):
+        raise UnusableRow(
+            "input_ids", found=f"{token_ids.min()}..{token_ids.max()}", wanted=f"ids in 0..{token_count - 1}"
+        )
+
+
+def numbers(values: pa.Array, name: str) -> np.ndarray:
+    """The numbers of a flat array. Raises `UnusableRow` for nulls and other types."""
+    kind = values.type
+    if values.null_count or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        found = f"{values.null_count} nulls" if values.null_count else str(kind)
+        raise UnusableRow(name, found=found, wanted="numbers")
+    return values.to_numpy(zero_copy_only=False)
+
+
+def text_of(table: pa.RecordBatch, row: int, name: str) -> str | None:
+    """The value of a string or number column in one row, as text; None if it is null or absent."""
+    value = table.column(name)[row].as_py() if name in table.schema.names else None
+    return None if value is None else str(value)
+
+
+def _require_list(values: pa.Array, name: str) -> pa.Array:
+    if pa.types.is_fixed_size_list(values.type):
+        values = values.cast(pa.list_(values.type.value_type))
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        raise UnusableRow(name, found=str(values.type), wanted="lists")
+    return values

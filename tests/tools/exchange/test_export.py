@@ -1,4 +1,4 @@
-"""The plain form: what DuckDB, pandas and `datasets` see without our code is what our reader sees."""
+"""The plain layout: DuckDB, pandas and `datasets` read the same values as our reader."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pytest
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import MediaReference
-from coldstill.tools.exchange.errors import OutputNotEmpty
-from coldstill.tools.exchange.plain import export_plain
+from coldstill.tools.errors import OutputNotEmpty
+from coldstill.tools.exchange import export
+from coldstill.tools.exchange.export import export_plain
 from tests import making
 
 
@@ -81,10 +82,9 @@ def test_files_are_bounded_compressed_and_carry_the_header(tmp_path: Path, token
     rows = [making.random_row(rng, f"row-{i}", length=60) for i in range(7)]
     header = making.tiny_header(tokenizer_folder)
     making.write_dataset(tmp_path / "in", [rows, [], rows[:1]], header=header, tokenizer=tokenizer_folder)
-    from coldstill.tools.exchange import writing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "GROUP_BYTES", 1)
+        patch.setattr(export, "GROUP_BYTES", 1)
         names = export_plain(tmp_path / "in", tmp_path / "out", file_bytes=1, progress=False)
     assert names == [*(f"000000-{part:03d}.parquet" for part in range(7)), "000002-000.parquet"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names

@@ -1,13 +1,13 @@
-"""`coldstill import distillkit`: a logit capture of arcee-ai/DistillKit in, a sealed dataset out.
+"""`coldstill import distillkit`: import a logit capture of arcee-ai/DistillKit.
 
-Read: Parquet with `input_ids` and one of three sets of columns, as its README, `sample_common.py` and `compressor.py`
-give them at a61c2e7. New: `compressed_logprobs`, `bytepacked_indices`. Old: `packed_indices`, `exact_values`, `coeffs`.
-Not compressed: `token_ids`, `top_values`. How the first two are packed stands in `compression_config.yaml`.
+Parquet files with `input_ids` and one of three sets of columns, as in its README, `sample_common.py` and
+`compressor.py` at a61c2e7. New: `compressed_logprobs`, `bytepacked_indices`. Old: `packed_indices`, `exact_values`,
+`coeffs`. Not compressed: `token_ids`, `top_values`. `compression_config.yaml` holds the settings of the first two.
 
-How its rows stand to tokens, and what becomes of packed rows: `distillkit_rows.py`.
+`distillkit_rows.py` explains the alignment of rows with tokens, and packed rows.
 
-Not in the files: the tail (see `derive.py`), the label's log-prob outside the kept ids, draws, the teacher's name.
-Not told apart: a pad token that its capture appended to short texts from a real one; `pad_id` removes it.
+The files do not hold the tail mass, the label's log-prob outside the kept ids (`derived_targets.py` derives both),
+draws, or the teacher's name. They do not mark the pad token that a capture appends to short texts: `pad_id` removes it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import fsspec
 from coldstill.storage_schema.manifest import Manifest
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.tokenizer import fingerprint
+from coldstill.tools.errors import CompressionUnknown, SourceUnreadable
 
-from .distillkit_config import MAX_CONFIG_BYTES, Compression, Legacy, parse_config
+from .distillkit_compression import MAX_CONFIG_BYTES, Compression, Legacy, parse_config
 from .distillkit_rows import LAYOUTS, DistillKitRows
-from .errors import CompressionUnknown, SourceUnreadable
-from .files import ParquetTables, source_digest, source_files
-from .importing import BadRows, Fidelity, import_rows, imported_header
-from .plausible import SAMPLE_ROWS, check_alignment
+from .importing import SAMPLE_ROWS, BadRows, Fidelity, check_alignment, import_rows, imported_header
+from .input_files import ParquetTables, input_files, source_digest
 
 CONFIG_NAME = "compression_config.yaml"
 
@@ -46,30 +45,30 @@ def import_distillkit(
     fidelity: Fidelity = "fine",
     max_length: int = 131_072,
     rows_per_unit: int = 64,
-    licence: str | None = None,
+    license: str | None = None,
     bad_rows: BadRows = "fail",
     progress: bool = True,
 ) -> Manifest:
-    """Import a capture: a folder, a file or files, local or fsspec URLs. The sealed dataset's manifest.
+    """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
 
     `tokenizer`: local folder with the teacher's `tokenizer.json`. `config`: the compression settings, by default the
-    `compression_config.yaml` in the source folder; a training configuration that holds them will do. `pad_id`: one such
-    token at a document's end is cut off. `labels` (-100: not learned), where there is such a column, decides which
-    tokens are targets; else all are. Sums above 1: see `within_mass`; the tail: see `derive.py`; `bad_rows`, memory, a
-    second start: see `import_rows`.
+    `compression_config.yaml` in the source folder; a training configuration that holds them works too. `pad_id`: one
+    such token at the end of a document is removed. Tokens are targets where the column `labels` is not -100, and all
+    are without that column. `within_mass` explains sums above 1, `derived_targets` the tail, and `import_rows`
+    `bad_rows`, memory, and how an import resumes.
 
     Raises `SourceUnreadable`, `CompressionUnknown`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`,
     `TokenizerNotFound`, `InvalidHeader`, `HeaderMismatch`.
     """
-    files = source_files(source, endings=(".parquet",))
+    files = input_files(source, endings=(".parquet",))
     tables = ParquetTables(files)
     layout = _layout(tables)
     compression = None if layout == "plain" and config is None else _compression(source, config)
     if layout != "plain" and isinstance(compression, Legacy) != (layout == "legacy"):
         raise CompressionUnknown(
             "compression settings",
-            found=f"those of the {'old' if isinstance(compression, Legacy) else 'new'} compressor",
-            wanted=f"those of the columns {LAYOUTS[layout]}",
+            found=f"settings of the {'old' if isinstance(compression, Legacy) else 'new'} compressor",
+            wanted=f"settings of the columns {LAYOUTS[layout]}",
             fix="check that these are the settings of the capture",
         )
     token_count = fingerprint(tokenizer).token_count
@@ -78,7 +77,7 @@ def import_distillkit(
     )
     check_alignment(
         (item.row for item in itertools.islice(rows.items(0), SAMPLE_ROWS) if isinstance(item.row, CachedRow)),
-        fix="these files are not as DistillKit writes them: row t must be about token t + 1",
+        fix="check how the files were made: in DistillKit's captures, row t is about token t + 1",
     )
     settings = {
         "layout": f"distillkit {layout}",
@@ -95,7 +94,7 @@ def import_distillkit(
         max_length=max_length,
         rows_per_unit=rows_per_unit,
         source_sha256=source_digest(files, settings=settings, progress=progress),
-        licence=licence,
+        license=license,
     )
     return import_rows(rows, output, header=header, tokenizer=tokenizer, bad_rows=bad_rows, progress=progress)
 
@@ -108,7 +107,7 @@ def _layout(tables: ParquetTables) -> str:
         "columns",
         found=tables.names,
         wanted=f"input_ids and one of {list(LAYOUTS.values())}",
-        fix="give the Parquet files that DistillKit's capture wrote",
+        fix="pass the Parquet files that DistillKit's capture wrote",
     )
 
 
@@ -125,6 +124,6 @@ def _compression(source: str | Path | Sequence[str | Path], config: str | Path |
             str(config),
             found=str(error),
             wanted="the settings that the capture was compressed with",
-            fix="give them with `config`: the bytes mean nothing without",
+            fix="pass them with --config: the bytes mean nothing without them",
         ) from None
     return parse_config(data, where=str(config))

@@ -1,4 +1,4 @@
-"""Laws of push and pull: equal ids, nothing twice, nothing sealed before its end, nothing wrong under a final name.
+"""Push and pull: equal ids, nothing copied twice, no sealed dataset before the end, no damaged file anywhere.
 
 The Hub's own client speaks to a stand-in of its HTTP API.
 """
@@ -39,23 +39,22 @@ from coldstill.storage_schema.errors import (
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.tools.hub.copying import CARD_FILES, CARD_NAME, AnotherDataset, dataset_files
-from coldstill.tools.hub.transfer import pull, push
-from coldstill.tools.hub.tree import hub_place
-from coldstill.tools.hub.upload import CardRefused
+from coldstill.tools.errors import AnotherDataset, CardRefused
+from coldstill.tools.pull import CARD_FILES, CARD_NAME, dataset_files, pull
+from coldstill.tools.push import parse_hub_url, push
 from coldstill.tools.verify import verify
 from tests import making
 from tests.conftest import SmallDisk
-from tests.tools.hub.hub_stand_in import Fault, HubStandIn, serve
+from tests.tools.hub_stand_in import Fault, HubStandIn, serve
 
-REPOSITORY = Path(__file__).parents[4]
+REPOSITORY = Path(__file__).parents[3]
 NAME = "some-org/some-dataset"
 URL = f"hf://datasets/{NAME}"
 PUSH = """
 import sys
-from coldstill.tools.hub import transfer, upload
-upload.COMMIT_FILES = 1
-transfer.push(sys.argv[1], sys.argv[2], progress=False)
+from coldstill.tools import push
+push.COMMIT_FILES = 1
+push.push(sys.argv[1], sys.argv[2], progress=False)
 """
 
 hub_server = pytest.fixture(scope="module")(serve)
@@ -297,8 +296,8 @@ def test_an_address_that_is_no_dataset_repository_has_a_name(tiny_dataset: Path,
 
 
 def test_a_revision_may_hold_a_slash() -> None:
-    assert hub_place("hf://datasets/a/b@refs/pr/1") == ("a/b", "refs/pr/1")
-    assert hub_place("hf://datasets/a/b/").url == "hf://datasets/a/b"
+    assert parse_hub_url("hf://datasets/a/b@refs/pr/1") == ("a/b", "refs/pr/1")
+    assert parse_hub_url("hf://datasets/a/b/").url == "hf://datasets/a/b"
 
 
 def test_a_remote_dataset_is_not_pushed_to_the_hub(hub: HubStandIn, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -342,14 +341,14 @@ def test_another_dataset_is_not_overwritten(tiny_dataset: Path, tokenizer_folder
     half = tmp_path / "half"
     half.mkdir()
     (half / "dataset.json").write_text("{}")
-    for folder, what in ((other, "a sealed dataset"), (begun, "not ended"), (half, r"another dataset\.json")):
+    for folder, what in ((other, "a sealed dataset"), (begun, "not finished"), (half, r"another dataset\.json")):
         before = files_in(folder)
         with pytest.raises(AnotherDataset, match=what):
             pull(tiny_dataset, folder, progress=False)
         assert files_in(folder) == before
 
 
-def test_a_pull_that_was_interrupted_goes_on_and_is_no_dataset_before(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_a_pull_that_was_interrupted_resumes_and_is_no_dataset_before(tiny_dataset: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(tiny_dataset, tmp_path / "damaged"))
     shard = damaged / open_dataset(damaged).shards[1].file.name
     right = shard.read_bytes()
@@ -406,7 +405,7 @@ def test_a_disk_without_room_has_a_name(small_disk: SmallDisk, tiny_dataset: Pat
 
 
 def test_a_manifest_that_is_replaced_meanwhile_has_a_name(tiny_dataset: Path, tmp_path: Path) -> None:
-    from coldstill.tools.hub.copying import copy_dataset
+    from coldstill.tools.pull import copy_dataset
 
     dataset = open_dataset(tiny_dataset)
     (tiny_dataset / MANIFEST_NAME).write_text("{}")

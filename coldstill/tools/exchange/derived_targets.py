@@ -1,9 +1,9 @@
-"""Log-probs without a tail in, `TeacherTargets` out: the numbers that an import has to derive.
+"""Derive what other tools do not store: the tail mass, and the label's log-prob outside the kept ids.
 
-Shape letters: `N` target positions, `W` entries that the other layout holds at a position, `K` teacher top-k.
+Shape letters: `N` target positions, `W` entries of the other layout at a position, `K` teacher top-k.
 
-No peer stores the mass outside its kept ids. The tail is therefore `log(max(1 - sum of kept, 1e-6))` in float64 (the
-header says `tail: derived`); where kept and tail together are above 1, all of them are scaled down to 1.
+No other tool stores the mass outside its kept ids. The tail is therefore `log(max(1 - sum of kept, 1e-6))` in float64
+(the header has `tail: derived`). Where kept mass and tail sum to more than 1, both are scaled down to 1.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import numpy as np
 
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
-
-from .errors import NotFullSoftmax, UnusableRow
+from coldstill.tools.errors import NotFullSoftmax, UnusableRow
 
 MIN_TAIL = 1e-6
-"""Least mass of a derived tail: below it float32 log-probs say nothing."""
+"""Least mass of a derived tail: smaller ones are below the rounding error of float32 log-probs."""
 
 ABSENT_LOGPROB = -9999.0
-"""At or below this an entry is padding: -inf, the -9999 of vLLM's server, the -1e9 of axolotl's collator."""
+"""Entries at or below this are padding: -inf, -9999 in vLLM's server, -1e9 in axolotl's collator."""
+
+NO_LOGITS = "centered or raw logits cannot be imported: the file does not hold their normalizer"
 
 MAX_MASS = 1.05
-"""Mass of kept ids above which values are no log-probs: bfloat16 log-probs of a full softmax stay below 1.02."""
+"""Largest mass of kept ids: bfloat16 log-probs of a full softmax sum to less than 1.02."""
 
 
 def derived_targets(
@@ -34,21 +35,21 @@ def derived_targets(
     top_k: int,
     max_mass: float = MAX_MASS,
 ) -> TeacherTargets:
-    """Targets from the entries `ids int64 [N, W]`, `logprobs float64 [N, W]`, of which `present bool [N, W]` are meant.
+    """Targets from the entries `ids int64 [N, W]` and `logprobs float64 [N, W]` where `present bool [N, W]` is set.
 
-    `labels [N]` is the token that really follows. An entry at or below `ABSENT_LOGPROB` is padding and is left out. An
-    id that the tokenizer does not have is dropped, its mass goes to the tail; so are entries beyond the most probable
-    `top_k`. The label's log-prob is the stored one where an entry holds it. Elsewhere it is unknown, and becomes
-    `log_tail - log(token_count - counts)`: the tail spread evenly over all ids that are not kept, never above the tail.
+    `labels [N]`: the token that follows in the text. Entries at or below `ABSENT_LOGPROB` are padding and are dropped.
+    Ids that the tokenizer does not have, and entries after the most probable `top_k`, are dropped too, and their mass
+    belongs to the tail. The label's log-prob is that of its entry. A label without an entry gets an even share of the
+    tail, `log_tail - log(token_count - counts)`, and never more than the tail.
 
-    Raises `UnusableRow` for NaN, +inf, a negative id, an id twice at one position, a position without an id; raises
-    `NotFullSoftmax` for a position whose entries hold more than `max_mass`.
+    Raises `UnusableRow` for NaN, +inf, a negative id, an id twice at one position, a position without an id. Raises
+    `NotFullSoftmax` for a position with a mass above `max_mass`.
     """
     _check_numbers(ids, logprobs, present)
     kept = present & (logprobs > ABSENT_LOGPROB) & (ids < token_count)
     _check_distinct(ids, kept)
     clamped = np.where(kept, np.maximum(logprobs, LOG_FLOOR), -np.inf)
-    if not kept.all() or ids.shape[1] > top_k:  # the kept ids have no order, but they come first
+    if not kept.all() or ids.shape[1] > top_k:  # kept ids may have any order, but must precede the dropped ones
         order = np.argsort(-clamped, axis=1, kind="stable")
         ids, clamped = np.take_along_axis(ids, order, 1), np.take_along_axis(clamped, order, 1)
     with np.errstate(over="ignore"):
@@ -59,7 +60,7 @@ def derived_targets(
             "the entries of a position",
             found=f"probabilities that sum to {heaviest:.4g}",
             wanted=f"log-probs of the full softmax: a sum of at most 1, {max_mass} with rounding",
-            fix="centred or raw logits cannot be imported: their normaliser is not in the file",
+            fix=NO_LOGITS,
         )
     is_label = (ids == labels[:, None]) & (probs > 0)
     label_value = np.where(is_label, clamped, -np.inf).max(axis=1, initial=-np.inf)
@@ -67,7 +68,7 @@ def derived_targets(
     if counts.size and counts.min() == 0:
         raise UnusableRow(
             f"target {int(counts.argmin())}",
-            found="no entry with a mass and an id of the tokenizer",
+            found="no entry with an id of the tokenizer and a mass above 0",
             wanted="at least one",
             fix="check that the tokenizer is the teacher's",
         )
@@ -110,5 +111,5 @@ def _check_distinct(ids: np.ndarray, kept: np.ndarray) -> None:
         raise UnusableRow(
             f"target {int(twice.any(axis=1).argmax())}",
             found="an id twice",
-            wanted="distinct ids: rows filled with zeros are no distributions",
+            wanted="distinct ids; a row filled with zeros is not a distribution",
         )

@@ -1,4 +1,4 @@
-"""What an import derives: the tail, the label's log-prob, and which entries are entries at all."""
+"""What an import derives: the tail, the label's log-prob, and which entries are kept."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coldstill.storage_schema.rows import TeacherTargets
-from coldstill.tools.exchange.derive import MIN_TAIL, derived_targets
-from coldstill.tools.exchange.errors import NotFullSoftmax, UnusableRow
+from coldstill.tools.errors import NotFullSoftmax, UnusableRow
+from coldstill.tools.exchange.derived_targets import MIN_TAIL, derived_targets
 from tests.making import random_probs
 
 VOCABULARY = 32

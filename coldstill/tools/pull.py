@@ -1,7 +1,8 @@
-"""A sealed dataset from one store to another: a dataset and a store in, a second copy out, whose id is the same.
+"""`coldstill pull`, and the copy of a sealed dataset from one store to another under the same id.
 
-Every file is verified as it passes, in blocks, and gets its name when it is right. `manifest.json` comes last, so what
-is half copied is never a sealed dataset. What the destination holds already, right in size and digest, stays.
+Each file is verified block by block while it is copied, and gets its final name only when its digest is right.
+`manifest.json` is written last, so an unfinished copy is never a sealed dataset. Files that the destination already
+holds, with the right size and digest, are not copied again: re-run the same command to resume.
 """
 
 from __future__ import annotations
@@ -15,29 +16,26 @@ from typing import NamedTuple, Never
 
 from tqdm import tqdm
 
-from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.commits import COMMITS_FOLDER
-from coldstill.storage_schema.dataset import Dataset
-from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, StorageFull
+from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, StorageFull, UnsupportedStore
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME, dataset_id
 from coldstill.storage_schema.store import RUN_FOLDER, Store
 from coldstill.storage_schema.verified_files import FileRecord, copy_file
 
+from .errors import AnotherDataset
+
 CARD_NAME = "README.md"
 CARD_FILES = (CARD_NAME, "card/stats.png")
-"""The dataset card and its picture: no part of the manifest, so that a card can be mended under the same id."""
+"""The dataset card and its plot. The manifest does not list them, so that a card can be edited under the same id."""
 
 MAX_CARD_BYTES = 16 << 20
 THREADS = 4
 
 
-class AnotherDataset(ColdstillError):
-    """The destination holds another dataset, or a capture that has not ended."""
-
-
-class Transferred(NamedTuple):
-    """What a push or a pull did: the dataset's id, the files and bytes that moved, and the files that were there."""
+class TransferResult(NamedTuple):
+    """What a push or a pull did: the dataset's id, the files and bytes that were copied, the files already there."""
 
     dataset_id: str
     files: int
@@ -45,13 +43,23 @@ class Transferred(NamedTuple):
     already_there: int
 
 
-def dataset_files(dataset: Dataset) -> list[FileRecord]:
-    """All files that the manifest names."""
-    return [*dataset.manifest.files, *(shard.file for shard in dataset.shards)]
+def pull(source: str | Path, folder: str | Path, *, progress: bool = True) -> TransferResult:
+    """Copy the sealed dataset at `source`, a path or any URL, into a local folder, and verify every file.
+
+    A second pull into the same folder replaces the files that are missing or damaged.
+
+    Raises `DatasetNotFound`, `DatasetNotSealed`, `FileMissing`, `FileDamaged`, `AnotherDataset`, `StoreNotFound`,
+    `StorageFull`, `StorageFailed`, `UnsupportedStore`.
+    """
+    if "://" in str(folder):
+        raise UnsupportedStore(
+            str(folder), found="a URL", wanted="a local folder", fix="use `coldstill push` to copy to another store"
+        )
+    return copy_dataset(open_dataset(source), Store(folder), progress=progress)
 
 
-def copy_dataset(dataset: Dataset, destination: Store, *, progress: bool) -> Transferred:
-    """Make `destination` a copy of `dataset`; one that goes from a local folder to a remote store is verified already.
+def copy_dataset(dataset: Dataset, destination: Store, *, progress: bool) -> TransferResult:
+    """Make `destination` a copy of `dataset`.
 
     Raises `AnotherDataset`, `FileMissing`, `FileDamaged` (for a shard `ShardMissing`, `ShardDamaged`), `StorageFull`
     and the other kinds of `StorageFailed`.
@@ -64,28 +72,33 @@ def copy_dataset(dataset: Dataset, destination: Store, *, progress: bool) -> Tra
     with tqdm(
         total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="copy", disable=not progress
     ) as bar:
-        moved = _in_threads(files, lambda file, on_block: copy_file(dataset.store, file, destination, on_block), bar)
+        copied = _in_threads(files, lambda file, on_block: copy_file(dataset.store, file, destination, on_block), bar)
     for name, data in read_card(dataset.store).items():
         destination.put(name, data)
     destination.put(MANIFEST_NAME, manifest_bytes(dataset))
-    if destination.is_local:  # on other stores nothing is written there
+    if destination.is_local:  # other stores have no such folder
         destination.delete_folder(RUN_FOLDER)
-    return Transferred(
+    return TransferResult(
         dataset_id=dataset.dataset_id,
-        files=sum(moved),
-        bytes=sum(file.bytes for file, was_moved in zip(files, moved, strict=True) if was_moved),
-        already_there=len(files) - sum(moved),
+        files=sum(copied),
+        bytes=sum(file.bytes for file, was_copied in zip(files, copied, strict=True) if was_copied),
+        already_there=len(files) - sum(copied),
     )
 
 
+def dataset_files(dataset: Dataset) -> list[FileRecord]:
+    """All files that the manifest lists."""
+    return [*dataset.manifest.files, *(shard.file for shard in dataset.shards)]
+
+
 def require_same_dataset(dataset: Dataset, destination: Store) -> None:
-    """Raise `AnotherDataset` unless the destination is empty, or a copy of this dataset, whole or not."""
+    """Raise `AnotherDataset` unless the destination is empty, or a finished or unfinished copy of this dataset."""
     found = ""
     if (manifest := _read_if_there(destination, MANIFEST_NAME)) is not None:
         if dataset_id(manifest) != dataset.dataset_id:
             found = f"a sealed dataset with the id {dataset_id(manifest)}"
     elif destination.names(COMMITS_FOLDER):
-        found = "a capture that has not ended"
+        found = "a capture that has not finished"
     elif (header := _read_if_there(destination, HEADER_NAME)) is not None and header != dataset.header.to_bytes():
         found = f"another {HEADER_NAME}"
     if found:
@@ -98,20 +111,20 @@ def require_same_dataset(dataset: Dataset, destination: Store) -> None:
 
 
 def manifest_bytes(dataset: Dataset) -> bytes:
-    """The manifest file. Raises `CommitDamaged` where it is no longer the one that was opened."""
+    """The manifest file. Raises `CommitDamaged` if it changed after the dataset was opened."""
     data = dataset.store.read(MANIFEST_NAME)
     if dataset_id(data) != dataset.dataset_id:
         raise CommitDamaged(
             f"{dataset.store.url}/{MANIFEST_NAME}",
             found=f"id {dataset_id(data)}",
             wanted=f"id {dataset.dataset_id}, as at the start",
-            fix="start again: the dataset was replaced meanwhile",
+            fix="re-run the command: the dataset was replaced meanwhile",
         )
     return data
 
 
 def read_card(store: Store) -> dict[str, bytes]:
-    """The files of the dataset card that are there. Raises `FileDamaged` where one is too large to be one."""
+    """Those files of the dataset card that exist. Raises `FileDamaged` for one above `MAX_CARD_BYTES`."""
     card = {}
     for name in CARD_FILES:
         try:
@@ -126,7 +139,7 @@ def read_card(store: Store) -> dict[str, bytes]:
 def _in_threads(
     files: list[FileRecord], work: Callable[[FileRecord, Callable[[int], None]], bool], bar: tqdm[Never]
 ) -> list[bool]:
-    """The work on each file, some at once; the first error ends the others at their next block."""
+    """The results of `work` on each file, `THREADS` at a time. The first error stops the others at their next block."""
     stopped = threading.Event()
 
     def on_block(size: int) -> None:
@@ -147,7 +160,7 @@ def _in_threads(
 
 
 class _Stopped(Exception):
-    """Another file failed."""
+    """The copy of another file failed."""
 
 
 def _require_room(files: Iterable[FileRecord], destination: Store) -> None:
@@ -160,8 +173,8 @@ def _require_room(files: Iterable[FileRecord], destination: Store) -> None:
         raise StorageFull(
             destination.url,
             found=f"{free:,} bytes free",
-            wanted=f"room for {needed:,} bytes",
-            fix="free some room, or choose a folder on another disk",
+            wanted=f"{needed:,} bytes free",
+            fix="free disk space, or choose a folder on another disk",
         )
 
 

@@ -1,20 +1,20 @@
-"""`coldstill import axolotl`: log-probs per position, as axolotl's KD trainer reads them, in; a sealed dataset out.
+"""`coldstill import axolotl`: import log-probs per position in the layout of axolotl's KD trainer.
 
-Read, from Parquet or JSON lines, as src/axolotl/integrations/kd gives them at 067b021 (`input_ids` is always needed:
-axolotl makes the tokens anew from the messages at training time, and log-probs then sit beside other tokens):
+Parquet files or JSON lines with the columns of src/axolotl/integrations/kd at 067b021. `input_ids` is required: axolotl
+tokenizes the messages again at training time, and log-probs may then belong to other tokens.
 
 - prepared: `target_token_ids`, `target_logprobs`, `target_mask`, one list per token, as after its preprocessing;
 - raw, version 2: `logprobs` as lists of numbers with `target_token_ids`;
 - raw, version 1: `logprobs` as lists of `{"token": "token_id:N", "logprob": x}`.
 
-Raw lists may be fewer than the tokens and then belong to the last of them (`transform_logprobs` fills in on the left).
-More of them than tokens is an error; axolotl keeps `logprobs[:-T]`, which are the wrong ones.
+If there are fewer raw lists than tokens, they belong to the last tokens (`transform_logprobs` pads on the left). More
+lists than tokens are an error; axolotl keeps `logprobs[:-T]`, which are the wrong ones.
 
-Which token a list is about, and which tokens are targets: `axolotl_rows.py`.
+`axolotl_rows.py` says which token a list is about, and which tokens are targets.
 
-WHAT CANNOT BE UNDONE. Its preprocessing scales the kept probabilities to a sum of 1 and to `kd_temperature`: the mass
-outside is lost. Such files are refused (`NotFullSoftmax`), and so is a temperature other than 1: the normaliser of the
-full softmax would be needed. Import the raw lists instead.
+NOT INVERTIBLE. axolotl's preprocessing scales the kept probabilities to a sum of 1 and to `kd_temperature`, which loses
+the mass outside them. Such files are rejected (`NotFullSoftmax`), and so is a temperature other than 1, which would
+need the normalizer of the full softmax. Import the raw lists instead.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from pathlib import Path
 from coldstill.storage_schema.manifest import Manifest
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.tokenizer import fingerprint
+from coldstill.tools.errors import NotFullSoftmax, SourceUnreadable
 
-from .axolotl_columns import table_of
-from .axolotl_rows import AxolotlRows, Predicts
-from .errors import NotFullSoftmax, SourceUnreadable
-from .files import JsonTables, ParquetTables, Tables, source_digest, source_files
-from .importing import BadRows, Fidelity, import_rows, imported_header
-from .plausible import SAMPLE_ROWS, check_alignment, check_not_renormalised
+from .axolotl_rows import AxolotlRows, Predicts, table_of
+from .importing import (
+    SAMPLE_ROWS,
+    BadRows,
+    Fidelity,
+    check_alignment,
+    check_not_renormalized,
+    import_rows,
+    imported_header,
+)
+from .input_files import JsonTables, ParquetTables, Tables, input_files, source_digest
 
 
 def import_axolotl(
@@ -50,16 +56,16 @@ def import_axolotl(
     fidelity: Fidelity = "fine",
     max_length: int = 131_072,
     rows_per_unit: int = 64,
-    licence: str | None = None,
+    license: str | None = None,
     bad_rows: BadRows = "fail",
     progress: bool = True,
 ) -> Manifest:
-    """Import a folder, a file or files, local or fsspec URLs. The sealed dataset's manifest.
+    """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
 
-    `tokenizer`: local folder with the teacher's `tokenizer.json`. `predicts`: which token the row at a position is
-    about; `axolotl_rows.py` says what is taken where it is not given. `temperature`: at which the log-probs were taken.
-    `top_k`: entries kept at a position, by default as many as the first row has; vLLM lists hold one more where the
-    real token is not among the first K. `bad_rows`, memory, a second start: see `import_rows`.
+    `tokenizer`: local folder with the teacher's `tokenizer.json`. `predicts`: which token the list at a position is
+    about; `axolotl_rows.py` gives the default. `temperature`: that of the log-probs. `top_k`: entries kept at a
+    position, by default as many as the first row has; vLLM's lists have one more where the actual token is not among
+    the first K. `import_rows` explains `bad_rows`, memory, and how an import resumes.
 
     Raises `SourceUnreadable`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`, `TokenizerNotFound`,
     `InvalidHeader`, `HeaderMismatch`.
@@ -69,9 +75,9 @@ def import_axolotl(
             "temperature",
             found=temperature,
             wanted="1.0",
-            fix="capture again: the full softmax at 1 cannot be had from a few values of another one",
+            fix="capture again at temperature 1: a few log-probs at another temperature do not give the full softmax",
         )
-    files = source_files(source, endings=(".parquet", ".jsonl"))
+    files = input_files(source, endings=(".parquet", ".jsonl"))
     tables: Tables
     if files[0].name.endswith(".jsonl"):
         tables = JsonTables(files, to_table=lambda document: table_of(document, logprobs_field=logprobs_field))
@@ -89,12 +95,15 @@ def import_axolotl(
     first = [item.row for item in itertools.islice(rows.items(0), SAMPLE_ROWS)]
     sample = [row for row in first if isinstance(row, CachedRow)]
     other = "same" if rows.predicts == "next" else "next"
-    check_alignment(sample, fix=f"import with predicts={other!r}: see what it means, and how the file was made")
+    check_alignment(
+        sample,
+        fix=f"check how the file was made; predicts={other!r} (--predicts {other}) shifts the lists by one token",
+    )
     if sample:
-        check_not_renormalised(
+        check_not_renormalized(
             sample,
             token_count=rows.token_count,
-            fix="import the file from before axolotl's preprocessing: the tail's mass is not in this one",
+            fix="import the file from before axolotl's preprocessing: this one does not hold the tail's mass",
         )
     settings = {"layout": "axolotl", "predicts": rows.predicts, "logprobs_field": logprobs_field}
     header = imported_header(
@@ -107,7 +116,7 @@ def import_axolotl(
         max_length=max_length,
         rows_per_unit=rows_per_unit,
         source_sha256=source_digest(files, settings=settings, progress=progress),
-        licence=licence,
+        license=license,
     )
     return import_rows(rows, output, header=header, tokenizer=tokenizer, bad_rows=bad_rows, progress=progress)
 
@@ -122,5 +131,5 @@ def _is_prepared(tables: Tables, logprobs_field: str) -> bool:
         "columns",
         found=sorted(names)[:40],
         wanted=f"input_ids, and target_token_ids with target_logprobs, or {logprobs_field}",
-        fix="store the token ids that were scored: tokens made anew from messages may be others",
+        fix="store the token ids that were scored: tokenizing the messages again may give other ids",
     )

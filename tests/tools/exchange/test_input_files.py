@@ -1,4 +1,4 @@
-"""Files of other tools as one table: their order, any row to start from, what is refused."""
+"""Other tools' files as one table: their order, reading from any row, and what is rejected."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from coldstill.tools.exchange import files
-from coldstill.tools.exchange.cells import check_size, nested_of, values_of
-from coldstill.tools.exchange.distillkit import import_distillkit
-from coldstill.tools.exchange.errors import SourceUnreadable, UnusableRow
-from coldstill.tools.exchange.files import JsonTables, ParquetTables, source_digest, source_files
+from coldstill.tools.errors import SourceUnreadable, UnusableRow
+from coldstill.tools.exchange import input_files as input_files_module
+from coldstill.tools.exchange.distillkit_import import import_distillkit
+from coldstill.tools.exchange.input_files import (
+    JsonTables,
+    ParquetTables,
+    check_size,
+    input_files,
+    nested_of,
+    source_digest,
+    values_of,
+)
 from tests.tools.exchange import peers
 
 
@@ -22,15 +29,15 @@ def test_files_of_a_folder_come_in_natural_order(tmp_path: Path) -> None:
     for name in ("data_10.parquet", "data_2.parquet", "b/data_1.parquet", ".hidden.parquet", "_x.parquet", "note.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = [file.name for file in source_files(tmp_path, endings=(".parquet",))]
+    found = [file.name for file in input_files(tmp_path, endings=(".parquet",))]
     assert found == ["b/data_1.parquet", "data_2.parquet", "data_10.parquet"]
 
 
 def test_kinds_of_files_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").touch()
     (tmp_path / "b.jsonl").touch()
-    with pytest.raises(SourceUnreadable, match="of kinds"):
-        source_files(tmp_path, endings=(".parquet", ".jsonl"))
+    with pytest.raises(SourceUnreadable, match="of formats"):
+        input_files(tmp_path, endings=(".parquet", ".jsonl"))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -45,7 +52,7 @@ def test_rows_from_any_number_on_are_the_rest_of_all_rows(kind: str, tmp_path: P
         else:
             table = pa.Table.from_pylist(rows, schema=pa.schema([("n", pa.int64())]))
             pq.write_table(table, tmp_path / f"{file}.parquet", row_group_size=10)
-    found = source_files(tmp_path, endings=(".parquet", ".jsonl"))
+    found = input_files(tmp_path, endings=(".parquet", ".jsonl"))
     tables = (
         ParquetTables(found)
         if kind == "parquet"
@@ -62,7 +69,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.parquet").touch()
     with pytest.raises(SourceUnreadable, match="two files"):
-        source_files([tmp_path / "a" / "x.parquet", tmp_path / "b" / "x.parquet"], endings=(".parquet",))
+        input_files([tmp_path / "a" / "x.parquet", tmp_path / "b" / "x.parquet"], endings=(".parquet",))
 
 
 @pytest.mark.parametrize("make", [pa.list_, pa.large_list, lambda inner: pa.list_(inner, 2)])
@@ -91,14 +98,14 @@ def test_columns_of_other_types_are_named() -> None:
 
 def test_a_row_group_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": range(1000)}), tmp_path / "a.parquet")
-    tables = ParquetTables(source_files(tmp_path, endings=(".parquet",)))
-    assert max(batch.table.num_rows for batch in tables.batches(0, columns=("n",))) <= files.ROWS_PER_BATCH
+    tables = ParquetTables(input_files(tmp_path, endings=(".parquet",)))
+    assert max(batch.table.num_rows for batch in tables.batches(0, columns=("n",))) <= input_files_module.ROWS_PER_BATCH
 
 
 def test_a_file_without_the_columns_of_the_first_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1], "m": [1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"n": [1]}), tmp_path / "b.parquet")
-    tables = ParquetTables(source_files(tmp_path, endings=(".parquet",)))
+    tables = ParquetTables(input_files(tmp_path, endings=(".parquet",)))
     with pytest.raises(SourceUnreadable, match=r"b\.parquet"):
         list(tables.batches(0, columns=("n", "m")))
 
@@ -109,18 +116,16 @@ def test_damaged_pages_are_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[60:200] = bytes(140)
     path.write_bytes(data)
-    tables = ParquetTables(source_files(tmp_path, endings=(".parquet",)))
+    tables = ParquetTables(input_files(tmp_path, endings=(".parquet",)))
     with pytest.raises(SourceUnreadable, match="whole Parquet"):
         list(tables.batches(0, columns=("n",)))
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(input_files_module, "MAX_LINE_BYTES", 100)
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n' + " " * 200)
     with pytest.raises(SourceUnreadable, match="byte 9"):
-        JsonTables(
-            source_files(tmp_path, endings=(".jsonl",)), to_table=lambda document: pa.RecordBatch.from_pylist([])
-        )
+        JsonTables(input_files(tmp_path, endings=(".jsonl",)), to_table=lambda document: pa.RecordBatch.from_pylist([]))
 
 
 def test_no_array_is_made_that_no_row_needs() -> None:
@@ -131,7 +136,7 @@ def test_no_array_is_made_that_no_row_needs() -> None:
 
 def test_the_digest_is_of_names_content_and_settings(tmp_path: Path) -> None:
     def digest(**settings: int) -> str:
-        return source_digest(source_files(tmp_path, endings=(".jsonl",)), settings=settings, progress=False)
+        return source_digest(input_files(tmp_path, endings=(".jsonl",)), settings=settings, progress=False)
 
     (tmp_path / "a.jsonl").write_text("1")
     seen = {digest(), digest(a=1), digest(a=2)}

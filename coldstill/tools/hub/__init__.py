@@ -1,1 +1,0 @@
-"""Datasets to and from the Hugging Face Hub and other stores."""
