@@ -1,14 +1,20 @@
-"""Capture: what the tap costs beside what no tap can go below, beside vLLM's public path and beside transformers.
+"""Speed of capture: the tap, its floor, vLLM's public path and transformers.
 
     python -m benchmarks.capture      QUICK=1: fewer rounds and tokens, nothing is stored
 
-Two tiny teachers, V = 8,192 and 151,936, K = 16, 64, 128. Sides take turns in every round, in one process, with one
-OpenMP thread: bare prefill; the floor (prefill, head, top K and log-sum-exp, thrown away); the tap to committed shards,
-in order `exact` and `fast`, without and with D = 64 draws; the public path to committed shards; transformers to
-committed shards. As in a worker, one unit is encoded and committed while the next is scored. Rows of which a quarter
-are targets are sides of their own. Occupancy: answers of different lengths, the share of the engine's places in use.
+Two tiny teachers with V = 8,192 and 151,936; K = 16, 64, 128. All sides run in one process with one OpenMP thread and
+take turns in every round:
 
-Ratios are medians of the rounds' own ratios; no verdict where their spread (quartiles) exceeds the margin to the goal.
+* bare prefill;
+* the floor: prefill, head, top K and log-sum-exp, with results discarded;
+* the tap to committed shards, in order `exact` and `fast`, without and with D = 64 draws;
+* the public path, and transformers, to committed shards;
+* tap and public path on rows of which a quarter of the positions are targets.
+
+As in a worker, one unit is encoded and committed while the next is scored. Occupancy is the share of the engine's
+places in use while it generates answers of different lengths.
+
+Ratios are medians of the rounds' own ratios. If their quartiles enclose the goal, there is no verdict.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ CACHE = Path(__file__).parent.parent / ".bench_cache"
 TOP_KS = (16, 64, 128)
 DRAWS = 64
 SHAPES = {8192: (4, 16, 200), 151936: (4, 4, 100)}
-"""Of each vocabulary: units, rows of a unit, tokens of a row."""
+"""Vocabulary -> units, rows per unit, tokens per row."""
 
 GOALS = {
     "tap_over_floor": 0.85,
@@ -56,7 +62,7 @@ Units = Sequence[Sequence[TokenSequence]]
 
 
 def commit_all(teacher: Teacher, header: DatasetHeader, units: Units, *, overlapping: bool) -> None:
-    """Score units and commit their shards, two at a time; their calls of the teacher one after the other, or not."""
+    """Score units and commit their shards, two at a time. Without `overlapping`, teacher calls run one by one."""
     one_at_a_time = nullcontext() if overlapping else threading.Lock()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as threads:
         store = Store(folder)
@@ -72,7 +78,7 @@ def commit_all(teacher: Teacher, header: DatasetHeader, units: Units, *, overlap
 
 
 def sides_of(vocabulary: int, top_k: int, *, units: int) -> dict[str, tuple[Callable[[], None], int]]:
-    """Each side as a call and the tokens that it reads."""
+    """Side -> its call, and the number of tokens that it reads."""
     folder = tiny_teacher(CACHE, vocabulary=vocabulary)
     _, rows, tokens = SHAPES[vocabulary]
     full = units_of_rows(vocabulary=vocabulary, units=units, rows=rows, tokens=tokens, target_share=1.0)
@@ -102,7 +108,7 @@ def sides_of(vocabulary: int, top_k: int, *, units: int) -> dict[str, tuple[Call
 
 
 def measured(sides: dict[str, tuple[Callable[[], None], int]], *, rounds: int, bar: tqdm) -> dict[str, list[float]]:
-    """Tokens per second of each side in each round; a round before the first is not counted."""
+    """Tokens per second of each side in each round, after one warm-up round."""
     rates: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         for name, (call, tokens) in sides.items():
@@ -141,7 +147,7 @@ def main() -> None:
 
 
 def _figures(all_rates: dict[tuple[int, int], dict[str, list[float]]], places: dict[str, float]) -> dict[str, Any]:
-    """The smallest over V and K of each ratio, with its quartiles and whether it reaches its goal."""
+    """Each ratio's smallest value over V and K, with its quartiles and its verdict."""
     large = max(SHAPES)
 
     def smallest(over: str, under: str, vocabularies: Sequence[int]) -> tuple[float, float, float]:
@@ -178,7 +184,7 @@ def _figures(all_rates: dict[tuple[int, int], dict[str, list[float]]], places: d
 
 def _verdict(middle: float, low: float, high: float, goal: float) -> str:
     if low <= goal <= high:
-        return f"none: the spread {low:.2f} to {high:.2f} holds the goal {goal}"
+        return f"no verdict: the quartiles {low:.2f} to {high:.2f} enclose the goal {goal}"
     return f"reaches {goal}" if middle >= goal else f"misses {goal}"
 
 
@@ -187,7 +193,7 @@ def _print(
 ) -> None:
     console = Console()
     for (vocabulary, top_k), rates in all_rates.items():
-        table = Table("side", "tokens/s", "least to most", "of the floor", title=f"V = {vocabulary:,}, K = {top_k}")
+        table = Table("side", "tokens/s", "min to max", "relative to floor", title=f"V = {vocabulary:,}, K = {top_k}")
         for name, values in rates.items():
             table.add_row(
                 name,

@@ -1,4 +1,4 @@
-"""What no tap can go below, inside vLLM's worker: the forward pass; and head, top K and log-sum-exp, thrown away."""
+"""The floor of every tap, inside vLLM's worker: prefill, then head, top K and log-sum-exp with results discarded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _BLOCK_BYTES = 32 << 20  # the tap's
 
 
 def install_floor(engine: Engine) -> None:
-    """Put the floor into a worker of this process, beside the tap: requests choose."""
+    """Install the floor beside the tap in a worker of this process. Each request selects one of them."""
     engine.call_workers(_install)  # type: ignore[arg-type]
 
 
 def run_requests(engine: Engine, sequences: Sequence[TokenSequence], *, top_k: int | None) -> None:
-    """Prefill the sequences; with `top_k`, score all their positions and throw that away."""
+    """Prefill the sequences. With `top_k`, also score all positions and discard the result."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(

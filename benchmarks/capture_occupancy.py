@@ -1,4 +1,4 @@
-"""How full an engine is while it answers, in order `exact` and `fast`: units whose answers differ in length."""
+"""Occupancy of an engine while it generates answers of different lengths, in order `exact` and `fast`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.worker import load_teacher
 
 PLACES = 8
-"""Requests that the engine runs at a time, and prompts of a unit."""
+"""Number of requests that the engine runs at a time, and of prompts per unit."""
 
 
 def occupancy(folder: Path, *, vocabulary: int, units: int) -> dict[str, float]:
-    """Share of the engine's places that gave a token, over all steps, of either order."""
+    """Order -> share of the engine's places that produced a token, over all steps."""
     generator = np.random.default_rng(0)
-    # The room that a prompt leaves is the length of its answer: most are short and a few long, as of real answers.
+    # The room after a prompt is the length of its answer. Like real answers, most are short and a few are long.
     rooms = np.minimum(8 + generator.exponential(40, (units, PLACES)).astype(int), CONTEXT - 8)
     prompts = [
         [

@@ -1,6 +1,7 @@
-"""Tiny teachers and the rows that they score, for the capture benchmark.
+"""Tiny teachers for the capture benchmark, and the rows that they score.
 
-The body is two layers of width 128, so that head, top K and log-sum-exp are what costs: what a tap can win or lose.
+The body has two layers of width 128, so head, top K and log-sum-exp dominate the time.
+
 Shape letters: `V` vocabulary.
 """
 
@@ -18,7 +19,7 @@ CONTEXT = 512
 
 
 def tiny_teacher(cache: Path, *, vocabulary: int) -> Path:
-    """Folder of a Llama of random weights, made once."""
+    """Folder of a Llama with random weights, created once."""
     folder = cache / f"tiny_teacher_{vocabulary}"
     if not (folder / "config.json").exists():
         import torch
@@ -39,7 +40,7 @@ def tiny_teacher(cache: Path, *, vocabulary: int) -> Path:
                 eos_token_id=1,
             )
         )
-        # Random weights of this size give nearly flat distributions; teachers are not flat.
+        # Random weights of this size give nearly flat distributions; real teachers are sharper.
         model.lm_head.weight.data.mul_(12)
         model.save_pretrained(folder)
     return folder
@@ -48,7 +49,7 @@ def tiny_teacher(cache: Path, *, vocabulary: int) -> Path:
 def units_of_rows(
     *, vocabulary: int, units: int, rows: int, tokens: int, target_share: float
 ) -> list[list[TokenSequence]]:
-    """Units of random rows; of each row the last `target_share` of its positions are targets, as of a chat's answer."""
+    """Units of random rows. The last `target_share` of a row's positions are targets, like a chat's answer."""
     generator = np.random.default_rng(0)
     return [
         [
@@ -67,7 +68,7 @@ def units_of_rows(
 def header_of(
     *, vocabulary: int, top_k: int, draws: int = 0, tail: str = "exact", mode: str = "score"
 ) -> DatasetHeader:
-    """The header of such a capture."""
+    """The header of a capture of the tiny teacher."""
     return DatasetHeader.model_validate(
         {
             "teacher": TeacherFacts(name="tiny", weights_fingerprint="0", dtype="float32", head_dtype="float32"),
@@ -92,8 +93,7 @@ def header_of(
 
 
 def config_of(folder: Path, *, engine: str = "vllm", top_k: int, tap: str = "worker", seqs: int = 256) -> TeacherConfig:
-    """The settings of the teacher in `folder`; vLLM with little room for keys and values, for several run side by
-    side."""
+    """Settings of the teacher in `folder`. vLLM gets a small key-value cache, because several engines run together."""
     arguments = {
         "enforce_eager": True,
         "skip_tokenizer_init": True,

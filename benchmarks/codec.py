@@ -1,13 +1,13 @@
-"""The codec against other ways to store a teacher: bytes, speed and what is lost, on the same tokens in one run.
+"""Bytes, speed and loss of the codec and of other codecs, on the same tokens in one run.
 
     python -m benchmarks.codec [--cache DIR]        the first run trains the teacher, about ten minutes
     python -m benchmarks.codec --grid-study         how the codec's grids and rank table were chosen
     QUICK=1 ...                                     a fifth of the rows, three rounds; nothing is stored
 
-Ours at several K, fine and coarse, with and without a floor and draws, from frames in memory and from a shard, against
-`codec_rivals.py`; on two teachers, flat and sharp (`teacher_distributions.py`). Speeds are CPU time of one thread, the
-sides in turn in every round. KL is of the exact distribution over kept ids and tail to the stored one. The run ends
-with an error where a decoded set, mass or mean KL is not what the header promises.
+Our codec runs at several K, fine and coarse, with and without a floor and draws, from frames in memory and from a
+shard. `codec_rivals.py` has the others; `teacher_distributions.py` has the two teachers, flat and sharp. Speeds are CPU
+time of one thread; sides take turns in every round. KL is that of the exact distribution over kept ids and tail to the
+stored one. The run fails if a decoded set, mass or mean KL breaks the header's promise.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from benchmarks.codec_sides import Case, GuaranteeBroken, Measured, Side, measur
 from benchmarks.codec_tables import figures, key_of, print_tables
 from benchmarks.report import finish
 from benchmarks.small_language_model import VOCABULARY
-from benchmarks.teacher_distributions import TEMPERAMENTS, Distributions, load_distributions
+from benchmarks.teacher_distributions import SHARPNESSES, Distributions, load_distributions
 from benchmarks.teacher_rows import DRAWS, Limits, narrowed
 from coldstill.common.errors import ColdstillError
 
 CACHE = Path(__file__).parent.parent / ".bench_cache"
 TOP_KS = (16, 32, 50, 64, 128)
-"""50 is there for the peer's smaller setting alone."""
+"""50 is there only for the smaller setting of the peer."""
 
 FIDELITIES: tuple[Fidelity, ...] = ("fine", "coarse")
 FLOOR = 1e-4
@@ -48,21 +48,21 @@ QUICK_EVERY = 5
 NAIVE = "naive Parquet lists"
 
 
-def cases(distributions: Distributions, *, temperament: str, top_k: int, every: int) -> list[Case]:
-    """With and without the floor, with and without draws; only the plain one at K = 50."""
+def cases(distributions: Distributions, *, sharpness: str, top_k: int, every: int) -> list[Case]:
+    """Cases with and without the floor, with and without draws. K = 50 has only the plain one."""
     limits = [Limits(top_k=top_k, min_prob=floor, draws=draws) for floor in (0.0, FLOOR) for draws in (0, DRAWS)]
     return [
-        Case(temperament=temperament, limits=limit, rows=[narrowed(row, limit) for row in distributions.test[::every]])
+        Case(sharpness=sharpness, limits=limit, rows=[narrowed(row, limit) for row in distributions.test[::every]])
         for limit in (limits[:1] if top_k == 50 else limits)
     ]
 
 
 def sides_of(found: list[Case], *, id_ranks: tuple[int, ...]) -> list[Side]:
-    """All sides of one temperament and K; rivals and the rarer forms of ours on the plain case alone."""
+    """All sides of one sharpness and K. Other codecs and `exact` run on the plain case only."""
     plain = found[0]
     sides = [side for case in found for fidelity in FIDELITIES for side in our_sides(case, fidelity)]
     sides += our_sides(plain, "exact", shard=False)
-    # Without a limit and with all of them: what the table is worth at both ends.
+    # The gain of the rank table at both ends: no limit, and all limits.
     for case in dict.fromkeys((plain, found[-1])):
         sides += [side for fidelity in FIDELITIES for side in our_sides(case, fidelity, id_ranks=id_ranks, shard=False)]
     top_k = plain.limits.top_k
@@ -74,70 +74,70 @@ def sides_of(found: list[Case], *, id_ranks: tuple[int, ...]) -> list[Side]:
 
 
 def frequent_ids(distributions: Distributions, top_k: int) -> tuple[int, ...]:
-    """The ids that are kept most often at the calibration positions, from the most frequent on."""
+    """The ids that are kept most often at the calibration positions, most frequent first."""
     kept = np.concatenate([row.targets.ids[:, :top_k].reshape(-1) for row in distributions.calibration])
     return tuple(np.argsort(-np.bincount(kept, minlength=VOCABULARY), kind="stable")[:MOST_RANKS].tolist())
 
 
 def run(distributions: dict[str, Distributions], *, every: int, rounds: int) -> list[Measured]:
-    """All lines of the tables."""
+    """Measure all lines of the tables."""
     lines = []
-    for temperament, top_k in tqdm([(t, k) for k in TOP_KS for t in TEMPERAMENTS], desc="codecs", unit="group"):
-        found = cases(distributions[temperament], temperament=temperament, top_k=top_k, every=every)
-        ranks = frequent_ids(distributions[temperament], top_k)
+    for sharpness, top_k in tqdm([(t, k) for k in TOP_KS for t in SHARPNESSES], desc="codecs", unit="group"):
+        found = cases(distributions[sharpness], sharpness=sharpness, top_k=top_k, every=every)
+        ranks = frequent_ids(distributions[sharpness], top_k)
         lines.extend(measure(sides_of(found, id_ranks=ranks), rounds=rounds))
     return lines
 
 
 def headline(lines: list[Measured]) -> dict[str, Any]:
-    """The figures that are compared from release to release; of flat and sharp the worse one, and both.
+    """The figures to compare between releases: the worse of flat and sharp, and both.
 
-    Bytes are those of a header with an id rank table, which a capture writes by default; speeds are without one.
+    Bytes are those with an id rank table, which a capture writes by default. Speeds are those without one.
     """
-    ratios = {t: _ratio_to_peer(lines, t, suffix=RANKED) for t in TEMPERAMENTS}
-    unranked = {t: _ratio_to_peer(lines, t) for t in TEMPERAMENTS}
-    plain = {t: _line(lines, "ours, fine", t, 64) for t in TEMPERAMENTS}
-    shard = {t: _line(lines, "ours, fine, shard", t, 64) for t in TEMPERAMENTS}
-    default = {t: _line(lines, f"ours, fine{RANKED}", t, 16, min_prob=FLOOR, draws=DRAWS) for t in TEMPERAMENTS}
-    naive = {t: _line(lines, NAIVE, t, 64) for t in TEMPERAMENTS}
-    split = {t: _line(lines, f"{NAIVE}, BYTE_STREAM_SPLIT", t, 64) for t in TEMPERAMENTS}
-    over_naive = {t: _times_faster(shard[t], naive[t]) for t in TEMPERAMENTS}
+    ratios = {t: _ratio_to_peer(lines, t, suffix=RANKED) for t in SHARPNESSES}
+    unranked = {t: _ratio_to_peer(lines, t) for t in SHARPNESSES}
+    plain = {t: _line(lines, "ours, fine", t, 64) for t in SHARPNESSES}
+    shard = {t: _line(lines, "ours, fine, shard", t, 64) for t in SHARPNESSES}
+    default = {t: _line(lines, f"ours, fine{RANKED}", t, 16, min_prob=FLOOR, draws=DRAWS) for t in SHARPNESSES}
+    naive = {t: _line(lines, NAIVE, t, 64) for t in SHARPNESSES}
+    split = {t: _line(lines, f"{NAIVE}, BYTE_STREAM_SPLIT", t, 64) for t in SHARPNESSES}
+    over_naive = {t: _times_faster(shard[t], naive[t]) for t in SHARPNESSES}
     return {
         "bytes_ratio_to_peer": max(ratios.values()),
         "bytes_ratio_to_peer_by_teacher": ratios,
         "bytes_ratio_to_peer_without_id_ranks_by_teacher": unranked,
-        "bytes_default": {t: round(default[t].bytes_per_target, 2) for t in TEMPERAMENTS},
+        "bytes_default": {t: round(default[t].bytes_per_target, 2) for t in SHARPNESSES},
         "decode_over_naive": min(over_naive.values()),
         "decode_over_naive_by_teacher": over_naive,
-        "decode_over_naive_from_frames_by_teacher": {t: _times_faster(plain[t], naive[t]) for t in TEMPERAMENTS},
-        "decode_over_byte_stream_split_by_teacher": {t: _times_faster(shard[t], split[t]) for t in TEMPERAMENTS},
+        "decode_over_naive_from_frames_by_teacher": {t: _times_faster(plain[t], naive[t]) for t in SHARPNESSES},
+        "decode_over_byte_stream_split_by_teacher": {t: _times_faster(shard[t], split[t]) for t in SHARPNESSES},
         "decode_targets_per_s": round(min(_decode(line) for line in plain.values())),
         "decode_targets_per_s_from_shard": round(min(_decode(line) for line in shard.values())),
     }
 
 
 def _times_faster(line: Measured, other: Measured) -> float:
-    """Median over rounds of how many times as fast `line` decodes: both sides of a round see the same machine."""
+    """How many times as fast `line` decodes: median of the rounds' own ratios, so both sides had the same load."""
     return round(statistics.median(a / b for a, b in zip(line.decode_rates, other.decode_rates, strict=True)), 3)
 
 
-def _ratio_to_peer(lines: list[Measured], temperament: str, *, suffix: str = "") -> float:
-    """Bytes of our smallest preset whose mean KL is not above the peer's, over the peer's raw bytes, at K = 128."""
+def _ratio_to_peer(lines: list[Measured], sharpness: str, *, suffix: str = "") -> float:
+    """Bytes of our smallest preset with at most the peer's mean KL, divided by the peer's raw bytes, at K = 128."""
     peer = recommended_polynomials(VOCABULARY)[0]
-    theirs = _line(lines, peer.name, temperament, peer.top_k)
-    ours = [_line(lines, f"ours, {fidelity}{suffix}", temperament, peer.top_k) for fidelity in FIDELITIES]
+    theirs = _line(lines, peer.name, sharpness, peer.top_k)
+    ours = [_line(lines, f"ours, {fidelity}{suffix}", sharpness, peer.top_k) for fidelity in FIDELITIES]
     faithful = [line.bytes_per_target for line in ours if line.kl.mean() <= theirs.kl.mean()]
     if not faithful:
         raise GuaranteeBroken(
-            f"K={peer.top_k}, {temperament}", found="a KL above the peer's", wanted="at most the peer's"
+            f"K={peer.top_k}, {sharpness}", found="a KL above the peer's", wanted="at most the peer's"
         )
     return round(min(faithful) / peer.raw_bytes, 4)
 
 
 def _line(
-    lines: Iterable[Measured], name: str, temperament: str, top_k: int, *, min_prob: float = 0.0, draws: int = 0
+    lines: Iterable[Measured], name: str, sharpness: str, top_k: int, *, min_prob: float = 0.0, draws: int = 0
 ) -> Measured:
-    wanted = (name, temperament, top_k, min_prob, draws)
+    wanted = (name, sharpness, top_k, min_prob, draws)
     return next(line for line in lines if key_of(line) == wanted)
 
 
@@ -148,16 +148,16 @@ def _decode(line: Measured) -> float:
 def main() -> None:
     """Measure, print, and store a full run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the teacher is kept for later runs")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps the teacher for later runs")
     parser.add_argument("--grid-study", action="store_true", help="print the study of grids and rank tables instead")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     quick = os.environ.get("QUICK", "0") not in ("", "0")
-    # CPU time is taken of the whole process: no side may spread over cores, or be helped by another thread.
+    # CPU time is that of the whole process, so no side may use more than one thread.
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    distributions = load_distributions(asked.cache)
+    distributions = load_distributions(options.cache)
     console = Console(width=None if Console().is_terminal else 180)
-    if asked.grid_study:
+    if options.grid_study:
         from benchmarks.codec_grid_study import study
 
         study(distributions, every=QUICK_EVERY if quick else 2, console=console)

@@ -1,7 +1,9 @@
-"""How much a codec loses: exact and stored distributions in, KL divergences in nats out.
+"""The loss of a codec: KL divergences in nats between exact and stored distributions.
 
-Buckets are the kept ids and the tail. The exact side is renormalised in float64: a float32 log-softmax over 32,000 ids
-alone is off by 5e-6, half of what the fine preset may lose. Shape letters: `N` target positions, `K` kept ids.
+Buckets are the kept ids and the tail. The exact side is renormalized in float64, because a float32 log-softmax over
+32,000 ids is off by 5e-6, half of what the fine preset may lose.
+
+Shape letters: `N` target positions, `K` kept ids.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import numpy as np
 
 
 class Kept(Protocol):
-    """What any way to store a row gives back: `ids`, `logprobs`, `kept`, all `[N, K]`, and `log_tail [N]`."""
+    """A decoded row of any codec: `ids`, `logprobs` and `kept` are `[N, K]`, `log_tail` is `[N]`."""
 
     @property
     def ids(self) -> np.ndarray:
@@ -20,7 +22,7 @@ class Kept(Protocol):
 
     @property
     def logprobs(self) -> np.ndarray:
-        """Natural logs."""
+        """Natural logs of the probabilities."""
 
     @property
     def kept(self) -> np.ndarray:
@@ -28,12 +30,12 @@ class Kept(Protocol):
 
     @property
     def log_tail(self) -> np.ndarray:
-        """Natural log of the mass outside."""
+        """Natural log of the mass outside the kept ids."""
 
 
 def kl_nats(exact: np.ndarray, stored: np.ndarray) -> np.ndarray:
-    """`float64 [N]`: KL(exact || stored) of natural logs `[N, K + 1]`, both sides renormalised; -inf holds no mass."""
-    exact, stored = _normalised(exact), _normalised(stored)
+    """`float64 [N]`: KL(exact || stored) of natural logs `[N, K + 1]`, both sides renormalized; -inf is no mass."""
+    exact, stored = _normalized(exact), _normalized(stored)
     held = np.isfinite(exact)
     difference = np.subtract(exact, stored, out=np.zeros_like(exact), where=held)
     return (np.exp(exact) * difference).sum(-1)
@@ -48,7 +50,7 @@ def buckets(targets: Kept) -> np.ndarray:
 
 
 def same_sets(exact: Kept, stored: Kept) -> bool:
-    """Whether every position keeps the same ids, in whatever order."""
+    """Whether every position keeps the same ids, in any order."""
 
     def sets(targets: Kept) -> np.ndarray:
         return np.sort(np.where(targets.kept, targets.ids, -1), axis=1)
@@ -56,6 +58,6 @@ def same_sets(exact: Kept, stored: Kept) -> bool:
     return bool(np.array_equal(sets(exact), sets(stored)))
 
 
-def _normalised(logs: np.ndarray) -> np.ndarray:
+def _normalized(logs: np.ndarray) -> np.ndarray:
     top = logs.max(-1, keepdims=True)
     return logs - (top + np.log(np.exp(logs - top).sum(-1, keepdims=True)))

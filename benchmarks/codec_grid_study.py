@@ -1,13 +1,13 @@
-"""Which grid and which rank table should the codec have? Distributions in, two tables out.
+"""The study that chose the codec's grids and rank table; prints two tables.
 
-Grids: levels q(x) = floor(a (1 - exp(-x / 2)) + b x + 1/2) of x = -logprob, with a = c sqrt(K), in set order (ascending
-ids), relative to the position's last level, one byte per entry with an escape at 255, one zstd frame per row. Ranks:
-the sorted deltas of ids under tables that were counted on other documents. Numpy alone: the study does not use the
-codec that it is to set up.
+Grids are levels q(x) = floor(a (1 - exp(-x / 2)) + b x + 1/2) of x = -logprob, with a = c sqrt(K). They are stored in
+set order (ascending ids), relative to the position's last level, as one byte per entry with an escape at 255, in one
+zstd frame per row. Ranks are the sorted deltas of ids under tables counted on other documents. The study uses numpy
+only, not the codec that it configures.
 
-With b = 0 a step at x is 2 exp(x / 2) / a long: probability times its square is 4 / a^2 for every value, and mean KL is
-K / (6 a^2) = 1 / (6 c^2) for any distribution and any K, if rounding errors are uniform (a second-order expansion; the
-renormalisation takes one of K + 1 terms away). b > 0 only lowers it: c = 130 promises 1e-5 and c = 41 promises 1e-4.
+With b = 0 a step at x has length 2 exp(x / 2) / a, so probability times its square is 4 / a^2 for every value. Mean KL
+is then K / (6 a^2) = 1 / (6 c^2) for any distribution and any K, if rounding errors are uniform (a second-order
+expansion; renormalization removes one of K + 1 terms). b > 0 only lowers it: c = 130 gives 1e-5 and c = 41 gives 1e-4.
 
 Shape letters: `P` rows, `N` target positions of a row, `K` kept ids, `L` levels.
 """
@@ -38,7 +38,7 @@ PARTIAL_TABLES = (1024, 4096, 16384)
 
 @dataclass(frozen=True, kw_only=True)
 class GridFigures:
-    """What one grid costs and loses: bytes per target of all level streams, bits per value at order 0, mean KL."""
+    """Cost and loss of one grid: bytes per target of all level streams, order-0 bits per value, mean KL in nats."""
 
     level_bytes: float
     bits: float
@@ -46,7 +46,7 @@ class GridFigures:
 
 
 def study(distributions: dict[str, Distributions], *, every: int, console: Console) -> None:
-    """Print both tables over every `every`-th test row."""
+    """Print both tables, measured on every `every`-th test row."""
     rows = {name: found.test[::every] for name, found in distributions.items()}
     for top_k in TOP_KS:
         console.print(_grid_table(rows, top_k))
@@ -77,7 +77,7 @@ def _grid_table(rows: dict[str, list[WideRow]], top_k: int) -> Table:
 
 
 def _sets(rows: list[WideRow], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """`-logprobs float64 [P, N, K]` in the order of ids, and `-log_tail [P, N]` of that many kept ids."""
+    """`-logprobs float64 [P, N, K]` in the order of ids, and `-log_tail [P, N]`, for `top_k` kept ids."""
     order = np.argsort(np.stack([row.targets.ids[:, :top_k] for row in rows]), axis=-1)
     surprise = -np.stack([row.targets.logprobs for row in rows]).astype(np.float64)
     tail = np.exp(np.stack([row.targets.log_tail for row in rows]).astype(np.float64))
@@ -108,7 +108,7 @@ def _measure(surprise: np.ndarray, tail: np.ndarray, *, a: float, b: float) -> G
 
 
 def inverse_grid(count: int, *, a: float, b: float) -> np.ndarray:
-    """`-x float64 [L]` with a (1 - exp(-x / 2)) + b x = level, for each level below `count`, by bisection."""
+    """`-x float64 [L]` with a (1 - exp(-x / 2)) + b x = level, for each level below `count`; found by bisection."""
     level = np.arange(count, dtype=np.float64)
     low, high = np.zeros(count), level / b + 1
     for _ in range(60):
@@ -135,7 +135,7 @@ def _kept_counts(rows: list[WideRow], top_k: int) -> np.ndarray:
 
 
 def _ranks(counts: np.ndarray, size: int) -> np.ndarray:
-    """Rank of each id: the `size` most frequent by count, then all others by id."""
+    """Rank of each id: the `size` most frequent ones by count, then all others by id."""
     order = np.argsort(-counts, kind="stable")
     order[size:].sort()
     ranks = np.empty_like(order)
@@ -153,7 +153,7 @@ def _id_bytes(rows: list[WideRow], ranks: np.ndarray, top_k: int) -> float:
 
 
 def _escaped_bytes(values: np.ndarray) -> int:
-    """One byte per value; those of 255 and more follow in two planes."""
+    """One byte per value; values of 255 and more follow in two planes."""
     return _frame(np.minimum(values, 255).astype(np.uint8)) + _frame(_planes(values[values >= 255] - 255))
 
 

@@ -1,4 +1,4 @@
-"""Our codec and its rivals as sides of the benchmark. Ours is two: frames in memory, and a whole Parquet shard."""
+"""Our codec (frames in memory, and a whole shard) and the other codecs as sides of the benchmark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANKED = ", id ranks"
 
 
 def our_header(case: Case, fidelity: Fidelity, *, id_ranks: tuple[int, ...] = ()) -> DatasetHeader:
-    """A header for a case. The facts of a teacher are made up: the codec reads none of them."""
+    """The header of a case. Its facts about a teacher are placeholders, which the codec does not read."""
     limits = case.limits
     return DatasetHeader(
         codec=Codec.preset(fidelity, top_k=limits.top_k),
@@ -43,7 +43,7 @@ def our_header(case: Case, fidelity: Fidelity, *, id_ranks: tuple[int, ...] = ()
 
 
 def our_sides(case: Case, fidelity: Fidelity, *, id_ranks: tuple[int, ...] = (), shard: bool = True) -> list[Side]:
-    """Our codec from frames in memory and, with `shard`, from a Parquet shard."""
+    """Our codec as sides: from frames in memory and, with `shard`, from a Parquet shard."""
     header = our_header(case, fidelity, id_ranks=id_ranks)
     codec = RowCodec(header)
     labels = [row.labels for row in case.rows]
@@ -75,7 +75,7 @@ def our_sides(case: Case, fidelity: Fidelity, *, id_ranks: tuple[int, ...] = (),
 
 
 def rival_side(case: Case, rival: Rival) -> Side:
-    """A rival on a case without a floor or draws."""
+    """Another codec as a side, on a case without floor or draws."""
     return Side(
         name=rival.name,
         case=case,

@@ -1,8 +1,8 @@
-"""The codec of the nearest peer, arcee-ai DistillKit: rows in, bytes out, and back.
+"""The codec of the nearest peer, arcee-ai DistillKit, written from its public description.
 
-Written anew from its public description (README, "Logit Compression" and the two recommended configurations, and the
-descriptions of the configuration's fields; commit a61c2e7): ids bit-packed in rank order, the first log-probs exact,
-the others a least-squares fit over their ranks.
+The description is the README ("Logit Compression" and the two recommended configurations) and the documentation of the
+configuration's fields, at commit a61c2e7. Ids are bit-packed in rank order, the first log-probs are exact, and the
+others are a least-squares fit over their ranks.
 
 Shape letters: `N` target positions of a row, `V` vocabulary, `K` kept ids, `E` exact ones, `F` terms of the fit.
 """
@@ -23,16 +23,15 @@ from coldstill.storage_schema.rows import CachedRow
 Term = int | Literal["sqrt"]
 
 LEAST_MASS = 1e-8
-"""The least probability that the peer's own reader gives to an id outside the top K where it spreads a tail."""
+"""The smallest probability that the peer's own reader gives to an id outside the top K when it spreads a tail."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Polynomial:
-    """`exact` log-probs in bfloat16, the rest as a fit by float32 coefficients of `terms` of the rank 0, 1, 2, ...
+    """`exact` log-probs in bfloat16; the others are fitted by float32 coefficients of `terms` of the rank 0, 1, 2, ...
 
-    The codec stores no tail. `decode` gives what the reconstructed top K leaves of the mass 1; where less is left than
-    `LEAST_MASS` for each missing id, it gives that and `kl_nats` renormalises. With `tail` it is what the codec would
-    be if it stored the exact one, in float16.
+    The codec stores no tail. `decode` returns 1 less the mass of the reconstructed top K, but at least `LEAST_MASS` for
+    each missing id, and `kl_nats` renormalizes. With `tail`, the codec also stores the exact tail in float16.
     """
 
     top_k: int
@@ -43,12 +42,12 @@ class Polynomial:
 
     @property
     def name(self) -> str:
-        """Its setting."""
+        """The setting, as tables show it."""
         return f"polynomial, {self.exact} exact" + (", tail added" if self.tail else "")
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes per target."""
+        """Bytes per target, without compression."""
         return math.ceil(self.top_k * id_bits(self.vocabulary) / 8) + 2 * (self.exact + self.tail) + 4 * len(self.terms)
 
     @cached_property
@@ -59,12 +58,12 @@ class Polynomial:
 
     @cached_property
     def _fit(self) -> np.ndarray:
-        """`float64 [F, K - E]`: least squares as one matrix; columns are scaled first, powers of 4 differ by 10^8."""
+        """`float64 [F, K - E]`: least squares as one matrix. Columns are scaled first: powers differ by 10^8."""
         scale = np.abs(self._powers).max(0)
         return np.linalg.pinv(self._powers / scale) / scale[:, None]
 
     def encode(self, rows: Sequence[CachedRow]) -> list[bytes]:
-        """Three pieces per row: log-probs, ids and tails, each of a fixed size per position."""
+        """Encode each row as log-probs, ids and tails, each with a fixed size per position."""
         pieces = []
         for row in rows:
             order = np.argsort(-row.targets.logprobs, axis=1, kind="stable")
@@ -78,7 +77,7 @@ class Polynomial:
         return pieces
 
     def decode(self, pieces: list[bytes]) -> Iterator[Stored]:
-        """Arrays of each row, in rank order."""
+        """Decode the arrays of each row, in rank order."""
         value_bytes = 2 * self.exact + 4 * len(self.terms)
         powers = self._powers.T.astype(np.float32)
         for start in range(0, len(pieces), 3):
@@ -97,7 +96,7 @@ class Polynomial:
 
 
 def recommended_polynomials(vocabulary: int) -> tuple[Polynomial, Polynomial]:
-    """The peer's two recommended settings: the one for new captures, and the budget pick."""
+    """The peer's two recommended settings: for new captures, and for a small budget."""
     return (
         Polynomial(top_k=128, exact=16, terms=(0, 1, 2, 3, 4, "sqrt"), vocabulary=vocabulary),
         Polynomial(top_k=50, exact=1, terms=(0, 1, "sqrt"), vocabulary=vocabulary),

@@ -1,8 +1,8 @@
-"""Other ways to store a teacher's top K: rows in, bytes out, and back.
+"""Other codecs for a teacher's top K, each in its best form.
 
-`NaiveLists`: Parquet list columns of int32 ids and float16 log-probs. `BitPacked`: ids in as few bits as the vocabulary
-needs, and float16. The third rival stands in `codec_peer.py`. Each has its best form: Parquet holds one flat list per
-sequence, its shape known; halves are split into byte planes before zstd.
+`NaiveLists` is Parquet list columns of int32 ids and float16 log-probs, one flat list of known shape per sequence.
+`BitPacked` is ids in as few bits as the vocabulary needs, and float16 in byte planes before zstd. `codec_peer.py` has
+the third.
 
 Shape letters: `N` target positions of a row, `V` vocabulary, `K` kept ids.
 """
@@ -27,7 +27,7 @@ ZSTD_LEVEL = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What a rival gives back of a row: `ids int32 [N, K]`, `logprobs float32 [N, K]`, `log_tail float32 [N]`."""
+    """A decoded row: `ids int32 [N, K]`, `logprobs float32 [N, K]`, `log_tail float32 [N]`."""
 
     ids: np.ndarray
     logprobs: np.ndarray
@@ -35,26 +35,26 @@ class Stored:
 
     @property
     def kept(self) -> np.ndarray:
-        """`bool [N, K]`: all of them. Rivals are measured without a floor."""
+        """`bool [N, K]`: every entry, because other codecs are measured without a floor."""
         return np.ones(self.ids.shape, bool)
 
 
 class Rival(Protocol):
-    """A way to store rows that keep the same number of ids everywhere."""
+    """A codec for rows that keep the same number of ids at every position."""
 
     @property
     def name(self) -> str:
-        """What it is called in tables."""
+        """Name in tables."""
 
     @property
     def top_k(self) -> int:
-        """K."""
+        """K, kept ids per position."""
 
     def encode(self, rows: Sequence[CachedRow]) -> list[bytes]:
-        """The bytes of `rows`, in as many pieces as it likes."""
+        """Encode `rows` into any number of pieces."""
 
     def decode(self, pieces: list[bytes]) -> Iterator[Stored]:
-        """What they hold."""
+        """Decode the pieces, row by row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,11 @@ class NaiveLists:
 
     @property
     def name(self) -> str:
-        """Its encoding."""
+        """Name in tables."""
         return "naive Parquet lists" + (", BYTE_STREAM_SPLIT" if self.byte_stream_split else "")
 
     def encode(self, rows: Sequence[CachedRow]) -> list[bytes]:
-        """One Parquet file."""
+        """Encode the rows as one Parquet file."""
         targets = [row.targets for row in rows]
         columns = {
             "ids": _lists([t.ids for t in targets], np.dtype(np.int32)),
@@ -86,7 +86,7 @@ class NaiveLists:
         return [sink.getvalue()]
 
     def decode(self, pieces: list[bytes]) -> Iterator[Stored]:
-        """Arrays of each row, log-probs as float32."""
+        """Decode the arrays of each row, log-probs as float32."""
         table = pq.read_table(pa.BufferReader(pieces[0]), use_threads=False).combine_chunks()
         ids, logprobs, log_tail = (table.column(name).chunk(0) for name in ("ids", "logprobs", "log_tail"))
         for row in range(table.num_rows):
@@ -106,11 +106,11 @@ class BitPacked:
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes per target before zstd, of a row of many positions."""
+        """Bytes per target before zstd, for a row with many positions."""
         return math.ceil(self.top_k * id_bits(self.vocabulary) / 8) + 2 * self.top_k + 2
 
     def encode(self, rows: Sequence[CachedRow]) -> list[bytes]:
-        """Three frames per row."""
+        """Encode three frames per row."""
         compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
         pieces: list[bytes] = []
         for row in rows:
@@ -120,7 +120,7 @@ class BitPacked:
         return pieces
 
     def decode(self, pieces: list[bytes]) -> Iterator[Stored]:
-        """Arrays of each row."""
+        """Decode the arrays of each row."""
         decompressor = zstandard.ZstdDecompressor()
         for start in range(0, len(pieces), 3):
             packed, halves, tails = (
@@ -140,7 +140,7 @@ def pack_bits(values: np.ndarray, *, bits: int) -> np.ndarray:
 
 
 def unpack_bits(packed: np.ndarray, *, bits: int, count: int) -> np.ndarray:
-    """`int32 [N, count]` from `packed uint8 [N, bytes]`; a value of up to 25 bits lies within 4 bytes."""
+    """`int32 [N, count]` from `packed uint8 [N, bytes]`; a value of up to 25 bits fits into 4 bytes."""
     place = np.arange(count, dtype=np.int64) * bits
     padded = np.concatenate([packed, np.zeros((len(packed), 3), np.uint8)], 1)
     windows = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(padded, 4, axis=1)[:, place >> 3])

@@ -1,7 +1,7 @@
-"""What the codec's benchmark times: a `Side` stores one set of rows in one way; `measure` runs many sides in turn.
+"""Measures bytes, CPU time and KL of codecs, and checks their guarantees.
 
-In: rows of one temperament, narrowed to what a capture would keep. Out: bytes, CPU time and KL of each side. A side
-that gives a guarantee is held to it.
+A `Side` is one codec on one set of rows, which were narrowed to what a capture keeps. `measure` runs many sides in
+turn.
 
 Shape letters: `N` target positions of a row, `K` kept ids, `D` draws.
 """
@@ -24,30 +24,30 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
 MASS_TOLERANCE = 1e-5
-"""A decoded mass in float32: 128 values of relative error 6e-8, and the rounding of a log."""
+"""Error of a decoded mass in float32: 128 values with relative error 6e-8, and the rounding of a log."""
 
 
 class GuaranteeBroken(ColdstillError):
-    """The codec lost more than its header promises, another id set or some mass."""
+    """A side lost more than its header promises: KL, ids, draws or mass."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """What is stored, whatever the way: rows, and the limits to which they were narrowed."""
+    """The rows to store, and the limits to which they were narrowed."""
 
-    temperament: str
+    sharpness: str
     limits: Limits
     rows: Sequence[CachedRow]
 
     @property
     def positions(self) -> int:
-        """Target positions of all rows."""
+        """Number of target positions of all rows."""
         return sum(row.targets.positions for row in self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One way to store a case: `encode()` gives something, `decode(something)` the rows' targets, one by one."""
+    """One codec on one case: `decode(encode())` yields the rows' targets one by one."""
 
     name: str
     case: Case
@@ -59,7 +59,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One line of the tables. Bytes per target, in all and by stream; targets/s of each round; KL in nats."""
+    """One line of the tables: bytes per target by stream, targets/s of each round, KL in nats."""
 
     side: Side
     streams: dict[str, float]
@@ -69,17 +69,17 @@ class Measured:
 
     @property
     def bytes_per_target(self) -> float:
-        """All streams."""
+        """Bytes per target of all streams together."""
         return sum(self.streams.values())
 
 
 def measure(sides: Sequence[Side], *, rounds: int) -> list[Measured]:
-    """All sides once for bytes and KL, then `rounds` times each in turn for CPU time of the process.
+    """Run each side once for bytes and KL, then `rounds` times in turn for CPU time of the process.
 
-    Raises `GuaranteeBroken` where a side that gives a guarantee does not hold it.
+    Raises `GuaranteeBroken` if a side breaks its guarantee.
     """
     encoded = [side.encode() for side in sides]
-    lines = [_judged(side, data) for side, data in zip(sides, encoded, strict=True)]
+    lines = [_checked(side, data) for side, data in zip(sides, encoded, strict=True)]
     for _ in range(rounds):
         for line, data in zip(lines, encoded, strict=True):
             positions = line.side.case.positions
@@ -88,7 +88,7 @@ def measure(sides: Sequence[Side], *, rounds: int) -> list[Measured]:
     return lines
 
 
-def _judged(side: Side, data: Any) -> Measured:
+def _checked(side: Side, data: Any) -> Measured:
     case = side.case
     divergences = []
     for row, stored in zip(case.rows, side.decode(data), strict=True):
@@ -116,7 +116,7 @@ def _require_mass(side: Side, stored: Kept) -> None:
 
 
 def _require_draws(side: Side, exact: TeacherTargets, stored: Any) -> None:
-    """The same draws at every position, in whatever order."""
+    """Every position must have the same draws, in any order."""
 
     def ordered(targets: Any) -> np.ndarray:
         owner = np.repeat(np.arange(targets.positions), targets.draw_counts)
@@ -128,7 +128,7 @@ def _require_draws(side: Side, exact: TeacherTargets, stored: Any) -> None:
 
 def _where(side: Side) -> str:
     limits = side.case.limits
-    return f"{side.name}, {side.case.temperament}, K={limits.top_k}, floor {limits.min_prob:g}, D={limits.draws}"
+    return f"{side.name}, {side.case.sharpness}, K={limits.top_k}, floor {limits.min_prob:g}, D={limits.draws}"
 
 
 def _seconds(work: Callable[[], object]) -> float:

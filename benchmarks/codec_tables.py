@@ -1,4 +1,4 @@
-"""What the codec's benchmark shows: measured sides in, tables and the lines of the JSON document out."""
+"""Tables and JSON lines of the codec's benchmark."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _ESCAPES = {"id_escapes": "ids", "logprob_escapes": "logprobs"}
 
 
 def key_of(line: Measured) -> tuple[str, str, int, float, int]:
-    """What a line is of: side, temperament, K, floor, draws."""
+    """Identity of a line: side, sharpness, K, floor, draws."""
     case, limits = line.side.case, line.side.case.limits
-    return line.side.name, case.temperament, limits.top_k, limits.min_prob, limits.draws
+    return line.side.name, case.sharpness, limits.top_k, limits.min_prob, limits.draws
 
 
 def figures(line: Measured) -> dict[str, Any]:
-    """One line as it is stored. KL in nats, speeds in targets/s with the slowest and the fastest round."""
-    name, temperament, top_k, min_prob, draws = key_of(line)
+    """One line as stored: KL in nats, speeds in targets/s (median, slowest and fastest round)."""
+    name, sharpness, top_k, min_prob, draws = key_of(line)
     mean, (p50, p99, worst) = line.kl.mean(), np.percentile(line.kl, (50, 99, 100))
     speeds = {"encode": line.encode_rates, "decode": line.decode_rates}
     return {
         "side": name,
-        "teacher": temperament,
+        "teacher": sharpness,
         "top_k": top_k,
         "min_prob": min_prob,
         "draws": draws,
@@ -40,7 +40,7 @@ def figures(line: Measured) -> dict[str, Any]:
 
 
 def print_tables(lines: list[Measured], console: Console) -> None:
-    """A table of all sides for each K and teacher, and the streams of ours."""
+    """Print a table of all sides for each K and teacher, and one of our streams."""
     for group_of, group in groupby(lines, key=lambda line: key_of(line)[1:3]):
         title = "{} teacher, K={}".format(*group_of)
         console.print(_sides_table([figures(line) for line in group], title=title))
@@ -62,7 +62,7 @@ def _sides_table(group: list[dict[str, Any]], *, title: str) -> Table:
 
 
 def _streams_table(group: list[dict[str, Any]]) -> Table:
-    """Ours alone; escapes are counted with their stream, and all streams of draws together."""
+    """Streams of our codec. Escapes count with their stream, and all streams of draws together."""
     columns = ("ids", "logprobs", "last_levels", "log_tail", "label_logprob", "counts", "draws")
     table = Table("side", "teacher", "K", "floor", "D", "all", *columns, title="bytes per target by stream")
     for line in group:

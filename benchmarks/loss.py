@@ -1,16 +1,16 @@
-"""What a loss costs from hidden states to the gradients of hidden states and head: time and peak memory.
+"""Time and peak memory of a loss, from hidden states to the gradients of hidden states and head.
 
     python -m benchmarks.loss      QUICK=1: fewer positions and rounds, under three minutes, nothing is stored
 
-[M, D] = [2048, 512], V = 32,000 and 151,936, K = 16, a mean of 4 and of 16 draws; each case in a process of its own,
-cases in turn in every round, on fresh inputs. The products alone are the floor: what is above them is all that a loss
-can save or waste. With one thread seconds are the processor's, else the clock's. Peak memory is what a call needs above
-the level before it: its inputs (the dense side's teacher logits among them) are there already, the gradients are not.
-On a CPU it is the resident set's peak.
+[M, D] = [2048, 512], V = 32,000 and 151,936, K = 16, with 4 and 16 draws on average. Each case has its own process;
+cases take turns in every round, on fresh inputs. The three matrix products alone are the floor. With one thread,
+seconds are CPU time, otherwise wall time. Peak memory is counted above the level before the call. Inputs, the dense
+side's teacher logits among them, are therefore not counted; the gradients are. On a CPU it is the peak of the resident
+set.
 
-Ratios are medians of the rounds' own ratios, the largest over V and draws; no verdict where their spread (quartiles)
-holds the goal, nor of a quick run, whose few positions the head's own gradient outweighs. Ends with an error where two
-sides that compute the same give different results.
+Ratios are medians of the rounds' own ratios, the largest over V and draws. If their quartiles enclose the goal, there
+is no verdict. A quick run has none either, because with few positions the head's gradient dominates. The run fails if
+two sides that compute the same loss differ.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ MOST = {
     "taid_over_naive_cross_entropy_time": 0.75,
     "taid_over_naive_cross_entropy_memory": 0.25,
 }
-"""Goals: no ratio may be above."""
+"""Goals: upper limits of the ratios."""
 
 SAME = (("naive cross-entropy", "fused cross-entropy"), ("naive sparse TAID", "fused sparse TAID"))
 LARGEST_DIFFERENCE = 1e-3
-"""Relative, between results of a naive and a fused side; on a GPU the naive one's logits are bfloat16."""
+"""Relative difference allowed between a naive and a fused side. On a GPU the naive side's logits are bfloat16."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A side with a mean number of draws, at a vocabulary."""
+    """A side, a vocabulary, and a mean number of draws."""
 
     side: str
     vocabulary: int
@@ -67,7 +67,7 @@ Found = dict[Case, list[dict[str, float]]]
 
 
 class Process:
-    """A side with its draws, which waits to be measured."""
+    """The child process of a side, which measures on request."""
 
     def __init__(self, side: str, draws: int):
         self.side, self.draws = side, draws
@@ -75,11 +75,11 @@ class Process:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ready(self) -> dict[str, Any]:
-        """Wait for the start; `threads` that the process computes with, and the `clock` that it reads."""
+        """Wait for the start. Returns the number of `threads` and the `clock` of the process."""
         return self._answer()
 
     def measure(self, **shape: int) -> dict[str, float]:
-        """One measurement."""
+        """Measure once."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({**shape, "draws": self.draws}) + "\n")
         self._process.stdin.flush()
@@ -101,7 +101,7 @@ class Process:
 
 
 def run(*, positions: int, rounds: int) -> tuple[Found, dict[str, Any]]:
-    """Measurements of each case, one per round, and how they were taken."""
+    """Measure each case once per round. Also returns how the measurements were taken."""
     found: Found = {}
     processes = [Process(side, DRAWS[0]) for side in SIDES]
     processes += [Process(side, draws) for draws in DRAWS[1:] for side in READS_DRAWS]
@@ -128,7 +128,7 @@ def ratio(found: Found, over: Case, under: Case, what: str) -> tuple[float, floa
 
 
 def worst(found: Found, over: str, under: str, what: str, *, vocabularies: Sequence[int]) -> tuple[float, float, float]:
-    """The largest of the ratios over the vocabularies and the numbers of draws."""
+    """The largest ratio over vocabularies and numbers of draws."""
     return max(
         ratio(found, case, Case(under, case.vocabulary, DRAWS[0]), what)
         for case in found
@@ -137,7 +137,7 @@ def worst(found: Found, over: str, under: str, what: str, *, vocabularies: Seque
 
 
 def check_same(found: Found) -> None:
-    """`SystemExit` where a naive and a fused side do not agree."""
+    """Raises `SystemExit` if a naive and a fused side differ."""
     for naive, fused in SAME:
         for case in [case for case in found if case.side == fused]:
             for one, other in zip(found[Case(naive, case.vocabulary, case.draws)], found[case], strict=True):
@@ -190,7 +190,7 @@ def _figures(found: Found, how: dict[str, Any], *, goals: dict[str, float]) -> d
 
 def _verdict(middle: float, low: float, high: float, most: float) -> str:
     if low <= most <= high and low != high:
-        return f"none: the spread {low:.3f} to {high:.3f} holds the goal {most}"
+        return f"no verdict: the quartiles {low:.3f} to {high:.3f} enclose the goal {most}"
     return f"reaches {most}" if middle <= most else f"misses {most}"
 
 
@@ -198,7 +198,7 @@ def _print(found: Found, figures: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     for vocabulary in VOCABULARIES:
         title = f"M = {figures['positions']:,}, V = {vocabulary:,}, {figures['threads']} thread(s)"
-        table = Table("side", "seconds", "least to most", "of naive CE", "peak MB", "of naive CE", title=title)
+        table = Table("side", "seconds", "min to max", "vs. naive CE", "peak MB", "vs. naive CE", title=title)
         naive = Case("naive cross-entropy", vocabulary, DRAWS[0])
         for case in [case for case in found if case.vocabulary == vocabulary]:
             seconds = [each["seconds"] for each in found[case]]

@@ -1,7 +1,7 @@
-"""One case of `benchmarks.loss` in a process of its own: a line of JSON on standard input asks for a measurement,
-one on standard output is its answer.
+"""The child process of one case of `benchmarks.loss`.
 
-Inputs are made anew for each measurement and given back after it, so that only one process at a time holds any.
+A line of JSON on standard input requests a measurement; a line on standard output is the result. Inputs are created for
+each measurement and freed after it, so only one process at a time holds any.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ WARM_UP = {"positions": 64, "width": 32, "vocabulary": 500, "draws": 4, "seed": 
 
 
 def measure(side: Side, inputs: Inputs) -> dict[str, float]:
-    """Seconds of a loss and its gradients, bytes at the peak above the level before, and what shows the result.
+    """Seconds of a loss and its gradients, peak bytes above the level before, and figures that identify the result.
 
-    Of one thread the seconds are the processor's, for a shared machine takes it away at any time; else the clock's.
+    With one thread, seconds are CPU time, because a shared machine may pause the process; otherwise wall time.
     """
     clock = time.process_time if one_thread() else time.perf_counter
     peak = Peak()
@@ -47,19 +47,19 @@ def measure(side: Side, inputs: Inputs) -> dict[str, float]:
 
 
 def one_thread() -> bool:
-    """Whether all is computed by one thread of a CPU."""
+    """Whether one CPU thread computes everything."""
     return torch.get_num_threads() == 1 and not torch.cuda.is_available()
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Measure on request until standard input ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("side", choices=SIDES)
     name = parser.parse_args().side
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def answer(**asked: int) -> dict[str, float]:
-        return measure(SIDES[name], make_inputs(**asked, dense=name == "dense TAID", device=device))
+    def answer(**options: int) -> dict[str, float]:
+        return measure(SIDES[name], make_inputs(**options, dense=name == "dense TAID", device=device))
 
     answer(**WARM_UP)
     print(

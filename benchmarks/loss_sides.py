@@ -1,10 +1,10 @@
-"""The sides of `benchmarks.loss`: hidden states, a head and targets come in, each side makes a loss and its gradients.
+"""The sides of `benchmarks.loss`: each computes a loss and its gradients from hidden states, a head and targets.
 
 Shape letters: `M` target positions, `D` width, `V` vocabulary, `K` teacher top-k, `N` padded draws, `C` positions of a
 chunk.
 
-`naive` sides are what one writes with autograd on `[M, V]` logits. The two that are chunked beside ours, the products
-alone and cross-entropy, share no code with it: they are how low the time can go.
+The `naive` sides use autograd on `[M, V]` logits. Besides ours, two sides work in chunks: the products alone, and
+cross-entropy. They share no code with ours and show how low the time can be.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from coldstill.trainer.targets import SparseTargets
 TOP_K = 16
 T_OF_TAID = 0.4
 LOGIT_SCALE = 3.0
-"""Standard deviation of the random logits, about that of a small language model's."""
+"""Standard deviation of the random logits, about that of a small language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """`hidden [M, D]` and `weight [V, D]` ask for gradients; `teacher_logits [M, V]` for the dense side alone."""
+    """`hidden [M, D]` and `weight [V, D]` require gradients. Only the dense side has `teacher_logits [M, V]`."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -42,7 +42,7 @@ Side = Callable[[Inputs], torch.Tensor]
 def make_inputs(
     *, positions: int, width: int, vocabulary: int, draws: int, dense: bool, device: str, seed: int
 ) -> Inputs:
-    """Random inputs; the same seed gives the same. On CUDA in bfloat16, on a CPU in float32."""
+    """Random inputs, equal for equal seeds: bfloat16 on CUDA, float32 on a CPU."""
     random = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     weight = torch.empty(vocabulary, width).normal_(0, LOGIT_SCALE / width**0.5, generator=random)
@@ -60,7 +60,7 @@ def make_inputs(
 
 
 def _targets(positions: int, vocabulary: int, *, draws: int, random: torch.Generator) -> SparseTargets:
-    # Consecutive ids from a random start: K that differ, and draws that are none of them, without a sort over V.
+    # K distinct ids from a random start, and draws that differ from them, without a sort over V.
     start = torch.randint(vocabulary, (positions, 1), generator=random)
     ids = (start + torch.arange(TOP_K)) % vocabulary
     counts = torch.poisson(torch.full((positions, 1), float(draws)), generator=random).long()
@@ -89,7 +89,7 @@ def naive_cross_entropy(inputs: Inputs) -> torch.Tensor:
 
 
 def dense_taid(inputs: Inputs) -> torch.Tensor:
-    """TAID with the teacher's whole logits, by autograd, as its repository computes it: arXiv 2501.16937."""
+    """TAID with the teacher's dense logits, by autograd, as its repository computes it (arXiv 2501.16937)."""
     assert inputs.teacher_logits is not None
     logits = inputs.hidden @ inputs.weight.t()
     mixed = (1 - T_OF_TAID) * logits.detach() + T_OF_TAID * inputs.teacher_logits
@@ -100,7 +100,7 @@ def dense_taid(inputs: Inputs) -> torch.Tensor:
 
 
 def naive_sparse_taid(inputs: Inputs) -> torch.Tensor:
-    """The cached TAID with the mixture tail, by autograd on `[M, V]` logits: see trainer/losses/taid.py."""
+    """TAID from the cache with the mixture tail, by autograd on `[M, V]` logits: see trainer/losses/taid.py."""
     targets = inputs.targets
     logits = (inputs.hidden @ inputs.weight.t()).float()
     log_q = logits.log_softmax(1)
@@ -115,13 +115,13 @@ def naive_sparse_taid(inputs: Inputs) -> torch.Tensor:
 
 
 def fused_sparse_taid(inputs: Inputs) -> torch.Tensor:
-    """Ours."""
+    """TAID from the cache by the trainer's fused head."""
     head = Head(weight=inputs.weight, bias=None, token_count=inputs.weight.shape[0])
     return loss_on_hidden(inputs.hidden, head, inputs.targets, Objective(Taid()), t=T_OF_TAID)[0]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Softmax in one pass in place, then the label: nothing else is needed for cross-entropy's gradient."""
+    """Cross-entropy's gradient in place: a softmax in one pass, then the label."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):  # type: ignore[no-untyped-def]
@@ -144,7 +144,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _ChunkedProducts(torch.autograd.Function):
-    """The three products of every chunked head, in chunks, and not one pass over the logits."""
+    """The three matrix products of every chunked head, without any pass over the logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight):  # type: ignore[no-untyped-def]
@@ -161,13 +161,13 @@ class _ChunkedProducts(torch.autograd.Function):
 
 
 def fused_cross_entropy(inputs: Inputs) -> torch.Tensor:
-    """Cross-entropy in the same chunks as ours, written for itself."""
+    """Cross-entropy in the same chunks as ours, in its own code."""
     total: torch.Tensor = _ChunkedCrossEntropy.apply(inputs.hidden, inputs.weight, inputs.targets.labels)
     return total
 
 
 def products_alone(inputs: Inputs) -> torch.Tensor:
-    """What no chunked head with gradients can go below."""
+    """The floor of every chunked head with gradients."""
     total: torch.Tensor = _ChunkedProducts.apply(inputs.hidden, inputs.weight)
     return total
 

@@ -1,9 +1,8 @@
-"""Real text that every machine with this project has: out come documents for training and documents held out.
+"""Collects real text from this machine, as documents for training and held-out documents.
 
-Three kinds: the Python standard library, the source of installed packages, and documentation (of packages, of the
-system, of Perl, where they are there). A document belongs to one part, chosen by a hash of its name, so that nothing a
-model has read is ever measured. Which documents there are depends on the machine: a result that was measured on them
-names `digest`.
+There are three sorts: the Python standard library, the source of installed packages, and documentation (of packages,
+the system and Perl, if installed). A hash of its name assigns a document to one part, so no model is measured on text
+that it was trained on. The documents depend on the machine, so a stored result names their `digest`.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ HELD_OUT_SHARE = 0.1
 
 CHARACTERS_PER_KIND = 6_000_000
 CHARACTERS_PER_DOCUMENT = range(1_000, 30_001)
-"""Shorter ones hold little but a licence; of longer ones the middle is taken, so that no single file is the text."""
+"""Shorter files hold little but a license. Of longer ones the middle is taken, so that no single file dominates."""
 
 _PROSE = ("*.md", "*.rst", "*.txt", "METADATA", "*.pod", "changelog*.gz", "README*.gz", "NEWS*.gz", "*.txt.gz")
-_LICENCES = ("licen", "copying", "copyright", "notice", "top_level", "entry_points", "sources.txt")
+_LICENSE_FILES = ("licen", "copying", "copyright", "notice", "top_level", "entry_points", "sources.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text: `name` is its kind and its path below the kind's root."""
+    """One text: `name` is its sort and its path below the sort's root."""
 
     name: str
     text: str
 
     @property
     def held_out(self) -> bool:
-        """Whether it is kept from training: a function of its name alone, other bits than the order of documents."""
+        """Whether it is held out from training. Depends on its name only, by other bits than the order of documents."""
         return int.from_bytes(_digest(self.name)[-8:]) / 2**64 < HELD_OUT_SHARE
 
 
 def documents() -> list[Document]:
-    """All kinds mixed, in the order of a hash of their names, no text twice."""
+    """All documents without duplicates, in the order of a hash of their names."""
     library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     system = [Path("/usr/share/doc"), *sorted(Path("/usr/share").glob("perl*"))]
     kinds = {
@@ -66,7 +65,7 @@ def documents() -> list[Document]:
 
 
 def digest(texts: Iterable[Document]) -> str:
-    """Names the text: sha256 over all names and contents."""
+    """Identifies the text: sha256 over all names and contents."""
     whole = hashlib.sha256()
     for document in texts:
         whole.update(_digest(document.name) + _digest(document.text))
@@ -78,7 +77,7 @@ def _files(kind: str, roots: list[Path], patterns: Iterable[str]) -> dict[str, P
         f"{kind}/{path.relative_to(root).as_posix()}": path
         for root in roots
         for path in _matching(root, patterns)
-        if not any(part in path.name.lower() for part in _LICENCES)
+        if not any(part in path.name.lower() for part in _LICENSE_FILES)
     }
 
 
@@ -89,7 +88,7 @@ def _matching(root: Path, patterns: Iterable[str]) -> Iterator[Path]:
 
 
 def _read(path: Path) -> str:
-    """The middle of a file's text; empty where it cannot be read as text."""
+    """The middle of a file's text; empty if the file is not text."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")

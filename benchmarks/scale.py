@@ -1,16 +1,15 @@
-"""What a driver costs as captures grow: planning, going on, giving out.
+"""Cost of a driver as captures grow: planning, resuming, assigning units.
 
     python -m benchmarks.scale        QUICK=1: fewer units and workers, under three minutes, nothing is stored
 
-1. On a local disk: planning a source of up to 1,000,000 units, and going on when all but one are committed. Seconds
-   and memory on top of what importing torch and transformers takes, in a process of its own each.
-2. On an object store (S3's protocol, on this machine): requests of a start.
-3. 1 to 16 workers on Ray with an engine that sleeps: how much of the time the engines are busy.
-4. The driver's time for a unit, as there are more of them: units that are committed already, so that workers answer at
-   once.
+1. On a local disk: planning a source of up to 1,000,000 units, and resuming when all but one are committed. Seconds,
+   and memory above that of importing torch and transformers, each in its own process.
+2. On an object store (an S3 server on this machine): requests of a start.
+3. 1 to 16 workers on Ray with an engine that sleeps: the share of the time in which engines are busy.
+4. The driver's time per unit as their number grows. The units are already committed, so workers answer at once.
 
-Ends with an error where planning and going on with 1,000,000 units take more than 20 s or 500 MB, where a start lists
-more than once per 1,000 commit records or opens one, or where a unit's cost grows with their number.
+The run fails if planning or resuming 1,000,000 units takes more than 20 s or 500 MB, if a start needs more than one
+LIST per 1,000 commit records or opens one, or if the cost per unit grows with their number.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from coldstill.storage_schema.commits import commit_name
 
 MOST_SECONDS, MOST_MB = 20.0, 500
 MOST_GROWTH = 1.5
-"""Of the driver's time for a unit, from the fewest units to the most."""
+"""Limit of the growth of the driver's time per unit, from the fewest units to the most."""
 SLEEP_S = 1.0
 UNITS_PER_WORKER = 20
 
@@ -46,7 +45,7 @@ Lines = list[dict[str, Any]]
 
 
 def on_disk(folder: Path, *, sizes: list[int]) -> Lines:
-    """Planning and going on, in turns from the smallest to the largest."""
+    """Plan and resume captures, from the smallest to the largest."""
     lines = []
     for units in tqdm(sizes, desc="planning"):
         config = new_capture(folder / f"disk-{units}", units=units)
@@ -75,7 +74,7 @@ def _start(config: Path) -> dict[str, Any]:
 
 
 def on_object_store(folder: Path, *, units: int) -> dict[str, Any]:
-    """Requests of a start with so many commit records, and of counting them."""
+    """Count the requests of a start with `units - 1` commit records, and of counting these records."""
     import fsspec
 
     from tests.storage_schema.store.s3_server import S3Server
@@ -113,7 +112,7 @@ def on_object_store(folder: Path, *, units: int) -> dict[str, Any]:
 
 
 def with_workers(folder: Path, *, counts: list[int]) -> Lines:
-    """How busy engines are that sleep, by the number of workers."""
+    """Measure how busy sleeping engines are, by number of workers."""
     from coldstill.pipeline.cluster.pool import WorkerPool
 
     lines = []
@@ -127,7 +126,7 @@ def with_workers(folder: Path, *, counts: list[int]) -> Lines:
         with WorkerPool(config, load=Sleeping(SLEEP_S)) as pool:
             for _ in pool.run_units(todo):
                 ends.append(time.monotonic())
-        # All begin together and the first to end tells when that was.
+        # All workers start together; the first end shows when that was.
         seconds = ends[-1] - ends[0] + SLEEP_S
         lines.append({"workers": workers, "units": units, "efficiency": round(units * SLEEP_S / workers / seconds, 3)})
     return lines
@@ -160,8 +159,8 @@ def broken_laws(disk: Lines, store: dict[str, Any], units: Lines) -> list[str]:
     seconds, peak = largest["plan_s"] + largest["resume_s"], max(largest["plan_mb"], largest["resume_mb"])
     growth = units[-1]["processor_ms"] / units[0]["processor_ms"]
     laws = {
-        f"planning and going on took {seconds:.1f} s": seconds <= MOST_SECONDS,
-        f"planning and going on took {peak} MB": peak <= MOST_MB,
+        f"planning or resuming took {seconds:.1f} s": seconds <= MOST_SECONDS,
+        f"planning or resuming took {peak} MB": peak <= MOST_MB,
         f"{store['lists_of_commits']} lists for {store['commits']} commit records": store["lists_of_commits"]
         <= store["most_lists"],
         f"{store['commits_opened']} commit records were opened": not store["commits_opened"],
@@ -171,7 +170,7 @@ def broken_laws(disk: Lines, store: dict[str, Any], units: Lines) -> list[str]:
 
 
 def print_lines(title: str, lines: Lines, console: Console) -> None:
-    """A table of all that was measured."""
+    """Print one table."""
     table = Table(*lines[0], title=title, title_justify="left")
     for line in lines:
         table.add_row(*(f"{value:,}" for value in line.values()))
@@ -187,7 +186,7 @@ def main() -> None:
         store = on_object_store(folder, units=1_501 if quick else 10_001)
         workers = with_workers(folder, counts=[1, 2] if quick else [1, 2, 4, 8, 16])
         units = dispatch(folder, sizes=[1_000, 3_000] if quick else [1_000, 10_000, 100_000])
-        # Here, not after it: removing a million files takes minutes.
+        # Report before the folder is removed: removing a million files takes minutes.
         _report(disk, store, workers, units, quick=quick)
     if broken := broken_laws(disk, store, units):
         raise SystemExit("benchmark failed: " + "; ".join(broken))
@@ -195,10 +194,10 @@ def main() -> None:
 
 def _report(disk: Lines, store: dict[str, Any], workers: Lines, units: Lines, *, quick: bool) -> None:
     console = Console(width=None if Console().is_terminal else 120)
-    print_lines("planning and going on, local disk", disk, console)
+    print_lines("planning and resuming, local disk", disk, console)
     print_lines("a start on an object store", [store], console)
-    print_lines(f"engines that sleep {SLEEP_S:g} s", workers, console)
-    print_lines("the driver's time for a unit", units, console)
+    print_lines(f"workers whose engines sleep {SLEEP_S:g} s per unit", workers, console)
+    print_lines("the driver's time per unit", units, console)
     document = {"disk": disk, "object_store": store, "workers": workers, "dispatch": units}
     finish("scale", document, command="make bench-scale", quick=quick)
 

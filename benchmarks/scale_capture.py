@@ -1,4 +1,4 @@
-"""Captures to start and to go on with, of any number of units: one tiny row each, and commit records made by hand."""
+"""Captures with any number of units, of one tiny row each, and commit records made by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOP_K = 4
 
 
 def new_capture(folder: Path, *, units: int, output: str | None = None, **cluster: Any) -> CaptureConfig:
-    """A source of so many rows, a unit each, and a teacher that is never loaded; the settings are in `capture.yaml`."""
+    """A source with `units` rows, one per unit, and a teacher that is never loaded. Writes `capture.yaml`."""
     teacher = folder.parent / "teacher"
     if not teacher.exists():
         chat_model(teacher)
@@ -51,7 +51,7 @@ def record_of(unit: int) -> bytes:
 
 
 def pretend_committed(root: Path, units: Iterable[int]) -> None:
-    """Give these units a commit record."""
+    """Write a commit record for each of these units."""
     (root / COMMITS_FOLDER).mkdir(parents=True, exist_ok=True)
     for unit in tqdm(units, desc="commit records", unit=" files", delay=3):
         descriptor = os.open(root / commit_name(unit), os.O_WRONLY | os.O_CREAT)

@@ -1,8 +1,8 @@
-"""One start of a driver, up to where it would give out units: a process of its own, so that its memory can be read.
+"""One start of a driver, until it would assign units, in its own process so that its memory can be read.
 
     python -m benchmarks.scale_start CONFIG.yaml
 
-It does what `coldstill capture` does: settings, source, header, plan, names of commit records. Prints one JSON line.
+Reads settings, source, header, plan and names of commit records, like `coldstill capture`. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Start, and print what it took."""
+    """Start, and print time and memory."""
     begun = time.monotonic()
     from coldstill.common.config_file import load_config
     from coldstill.pipeline.capture import remaining
@@ -23,8 +23,8 @@ def main() -> None:
     from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 
     config = load_config(sys.argv[1], model=CaptureConfig, overrides=())
-    SequenceMaker.of(config)  # torch and transformers, whatever the number of units
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+    SequenceMaker.of(config)  # imports torch and transformers, which any number of units needs
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     imported, base = time.monotonic(), _memory_mb("VmRSS")
     prepared = prepare(config)
     todo, rows_done = remaining(prepared)

@@ -1,4 +1,4 @@
-"""A teacher that sleeps: what is measured is everything round an engine."""
+"""A teacher that sleeps, so that a benchmark measures everything around an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
 @dataclass(frozen=True)
 class Sleeping:
-    """Loads teachers whose calls take so many `seconds`."""
+    """Loads teachers whose calls take `seconds`."""
 
     seconds: float
 
@@ -28,7 +28,7 @@ class Sleeping:
 
 
 class SleepingTeacher:
-    """Says the same at each position."""
+    """Returns the same distribution at every position."""
 
     def __init__(self, seconds: float, *, top_k: int):
         self._seconds, self._top_k = seconds, top_k
@@ -37,7 +37,7 @@ class SleepingTeacher:
         self.processes: tuple[int, ...] = ()
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """After a while, K ids of equal mass at each position."""
+        """Sleep, then return K ids of equal mass at each position."""
         time.sleep(self._seconds)
         self.progress += 1
         return [

@@ -1,8 +1,9 @@
-"""A language model that learns real text in minutes on one core: text in, tokenizer and trained model out.
+"""A language model that trains on real text in minutes on one core, and its tokenizer.
 
-Two transformer layers over token embeddings plus hashed embeddings of the last two and three tokens, which do most of
-the work. The whole softmax over 32,000 ids would take most of the time, so training estimates its normaliser from the
-ids of the batch and a uniform sample of the rest, each weighted by one over its chance to be taken (Horvitz-Thompson).
+It has two transformer layers over token embeddings and hashed embeddings of the last two and three tokens, which matter
+most. A full softmax over 32,000 ids would take most of the time. Training therefore estimates its normalizer from the
+ids of the batch and a uniform sample of the others, each weighted by one over its inclusion probability
+(Horvitz-Thompson).
 
 Shape letters: `B` rows, `T` tokens, `V` vocabulary, `H` width, `C` candidate ids of a step.
 """
@@ -47,7 +48,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward part, each after its norm."""
+    """Attention and feed-forward, each with a norm before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Block(nn.Module):
 
 
 class SmallLanguageModel(nn.Module):
-    """`forward` gives hidden states; logits are `hidden @ head.weight.T`, whose last column is the bias."""
+    """`forward` returns hidden states. Logits are `hidden @ head.weight.T`; the last column of the head is the bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class SmallLanguageModel(nn.Module):
 
 
 def train(model: SmallLanguageModel, ids: Tensor, *, seed: int = 0) -> None:
-    """One pass over `ids int64 [N, T + 1]` in random order."""
+    """Train for one pass over `ids int64 [N, T + 1]`, in random order."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.bincount(ids.flatten(), minlength=VOCABULARY).double() / ids.numel()
     with torch.no_grad():
@@ -121,7 +122,7 @@ def train(model: SmallLanguageModel, ids: Tensor, *, seed: int = 0) -> None:
 
 
 def sampled_loss(model: SmallLanguageModel, rows: Tensor, *, share: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean cross-entropy of `rows int64 [B, T + 1]` with an estimated normaliser. `share [V]`: unigram frequencies."""
+    """Mean cross-entropy of `rows int64 [B, T + 1]` with an estimated normalizer. `share [V]`: unigram frequencies."""
     labels = rows[:, 1:].reshape(-1)
     taken = torch.zeros(VOCABULARY, dtype=torch.bool)
     taken[labels] = True
@@ -132,7 +133,7 @@ def sampled_loss(model: SmallLanguageModel, rows: Tensor, *, share: Tensor, gene
     logits = hidden @ model.head(candidates).T
     own = (torch.cumsum(taken, 0) - 1)[labels]
     label_logits = logits.gather(1, own[:, None])
-    # A label is there for certain, whatever the chance of its id.
+    # A label is always included, so its weight is 1.
     logits = (logits - torch.log(chance).float()).scatter(1, own[:, None], label_logits)
     return nn.functional.cross_entropy(logits, own)
 

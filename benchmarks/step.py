@@ -1,17 +1,17 @@
-"""A whole training step of a tiny student: what learning from a cache costs beside plain fine-tuning.
+"""Time and memory of a whole training step of a tiny student: TAID from a cache, compared with plain fine-tuning.
 
     python -m benchmarks.step         QUICK=1: one round, fewer steps and rows, under three minutes; nothing is stored
 
-Sides, each in a process of its own, taking turns in every round, over the same rows and batches:
+Each side has its own process and one thread; sides take turns in every round, on the same rows and batches:
 
-* `plain, Trainer`: transformers' Trainer on tokens and labels, as people fine-tune: logits of the whole batch;
-* `plain, fused`: our trainer with the cross-entropy and the fused head, the least that fine-tuning costs;
+* `plain, Trainer`: transformers' Trainer on tokens and labels, with logits of the whole batch, as usual;
+* `plain, fused`: our trainer with cross-entropy and the fused head, the lowest cost of fine-tuning;
 * `TAID, cache`: our trainer with TAID from the cache;
-* `TAID, teacher resident`: the paper's way, a teacher of eight times the student's body in the same process.
+* `TAID, teacher resident`: as in the paper, with a teacher of eight times the student's body in the same process.
 
-A step is all between one optimizer step's end and the next: reading, decoding, forward, loss, backward, optimizer. Peak
-memory is that of the whole run above the level before models and data are loaded. One thread. The goal: TAID from the
-cache takes at most 1.10 of `plain, fused`, in time and in memory.
+A step lasts from the end of one optimizer step to the end of the next: reading, decoding, forward, loss, backward,
+optimizer. Peak memory is that of the whole run, above the level before models and data are loaded. The goal: TAID from
+the cache takes at most 1.10 of the time and memory of `plain, fused`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GOAL = 1.10
 
 
 def measure(side: str, folder: Path, *, steps: int) -> dict[str, float]:
-    """Seconds of a step and peak bytes of a run in a process of its own."""
+    """Seconds of a step and peak bytes of a run, measured in a child process."""
     command = [sys.executable, "-m", "benchmarks.step_case", side, str(folder), "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -48,7 +48,7 @@ def measure(side: str, folder: Path, *, steps: int) -> dict[str, float]:
 
 
 def ratios(found: dict[str, list[dict[str, float]]], over: str, under: str, what: str) -> list[float]:
-    """Of each round."""
+    """The ratio of each round."""
     return [a[what] / b[what] for a, b in zip(found[over], found[under], strict=True)]
 
 
@@ -78,7 +78,15 @@ def main() -> None:
 
 
 def _print(found: dict[str, list[dict[str, float]]]) -> None:
-    table = Table("side", "s per step", "least to most", "peak MB", "time", "memory", title="beside `plain, fused`")
+    table = Table(
+        "side",
+        "s per step",
+        "min to max",
+        "peak MB",
+        "time",
+        "memory",
+        title="time and memory relative to `plain, fused`",
+    )
     for side, lines in found.items():
         seconds, peak = [line["step_s"] for line in lines], [line["peak_bytes"] for line in lines]
         table.add_row(

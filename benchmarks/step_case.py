@@ -1,4 +1,4 @@
-"""One side of `benchmarks.step` in a process of its own: the last line of standard output is what it took."""
+"""The child process of one side of `benchmarks.step`; its last line of standard output has the figures."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from benchmarks.memory import Peak
 from benchmarks.step_sides import SIDES, trainer_of
 
 WARM_UP = 2
-"""Steps that are not counted: the optimizer's state is made in the first."""
+"""Steps that are not counted, because the first ones create the optimizer's state."""
 
 
 class Clock(TrainerCallback):
-    """The time of each optimizer step's end."""
+    """Records the time at the end of each optimizer step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look at the clock when the device is done."""
+        """Record the time after the device has finished."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
 def main() -> None:
-    """Train for so many steps."""
+    """Train, then print the median time of a step and the peak memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, required=True)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     peak, clock = Peak(), Clock()
-    trainer_of(asked.side, asked.folder, steps=WARM_UP + asked.steps, callbacks=[clock]).train()
+    trainer_of(options.side, options.folder, steps=WARM_UP + options.steps, callbacks=[clock]).train()
     seconds = [b - a for a, b in zip(clock.ends[WARM_UP - 1 :], clock.ends[WARM_UP:], strict=False)]
     print(json.dumps({"step_s": statistics.median(seconds), "peak_bytes": peak.bytes()}))
 

@@ -1,4 +1,4 @@
-"""The sides of `benchmarks.step`: models and a dataset are written into a folder; a trainer of each side comes from it.
+"""The sides of `benchmarks.step`: writes models and a dataset into a folder, and builds each side's trainer from it.
 
 Shape letters: `B` rows, `T` tokens, `V` vocabulary.
 """
@@ -32,7 +32,7 @@ T = 0.4
 
 
 def make_models_and_dataset(folder: Path, *, row_count: int) -> None:
-    """Write `student/`, `teacher/`, and `dataset/`: the teacher's word on random rows, all positions targets."""
+    """Write `student/`, `teacher/` and `dataset/`: the teacher's distributions at all positions of random rows."""
     for name, shape, seed in (("student", STUDENT, 0), ("teacher", TEACHER, 1)):
         torch.manual_seed(seed)
         LlamaForCausalLM(
@@ -88,14 +88,14 @@ def _stacked(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class _Resident(Trainer):
-    """TAID as in the paper's code: both models' logits, mixed; the teacher in memory."""
+    """TAID as in the paper's code: it mixes both models' logits, with the teacher in memory."""
 
     def __init__(self, *args: Any, teacher: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device)
 
     def compute_loss(self, model: Callable[..., Any], inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> Any:
-        """Mean over all positions but the last."""
+        """Mean loss over all positions but the last."""
         tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         logits = model(**tokens).logits[:, :-1].flatten(0, 1)
         with torch.no_grad():

@@ -1,15 +1,19 @@
-"""The loader: how many target positions it decodes and gives to a trainer each second on one core.
+"""Speed of the loader: target positions per second on one core, from shards to batches.
 
     python -m benchmarks.stream [--cache DIR]    the first run trains the teacher, about ten minutes
     QUICK=1 ...                                  one teacher, fewer rows and rounds; nothing is stored
 
-A small teacher's distributions, flat and sharp, K = 16 and 64, rows of 512 targets, as sealed datasets: with all K ids,
-and with a floor and draws; beside them naive Parquet lists of the K ids. Sides: decoding alone, from shards on disk to
-arrays of each row; the whole loader, from disk and from an S3 server with an empty cache, to shuffled batches of
-tensors, padded or packed. Each side is a process of its own, all on one core, and they take turns.
+The data are a small teacher's distributions, flat and sharp, with K = 16 and 64, in rows of 512 targets. They are
+stored as sealed datasets, with all K ids and with a floor and draws, and as naive Parquet lists of the K ids. Sides
+are:
 
-Speeds are targets per second of CPU time of the whole process, medians over rounds; from S3 also on the clock, as the
-server works on another core. Verdicts compare the worse teacher's median with the goal.
+* decoding alone, from shards on disk to the arrays of each row;
+* the whole loader, from disk or from an S3 server with an empty cache, to shuffled batches of tensors, padded or
+  packed.
+
+Each side has its own process. All run on one core and take turns. Speeds are targets per second of CPU time of the
+whole process, as medians over rounds; S3 also has wall time, because the server runs on another core. Verdicts compare
+the median of the worse teacher with the goal.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.report import finish
 from benchmarks.stream_data import Stored, store
 from benchmarks.stream_sides import SideProcess, Turn, s3_server, sides_of, upload
-from benchmarks.teacher_distributions import TEMPERAMENTS, load_distributions
+from benchmarks.teacher_distributions import SHARPNESSES, load_distributions
 
 CACHE = Path(__file__).parent.parent / ".bench_cache"
 TOP_KS = (16, 64)
@@ -44,12 +48,12 @@ Key = tuple[str, int, str]
 
 
 def measured(all_stored: list[Stored], *, rounds: int) -> dict[Key, list[Turn]]:
-    """Turns of each side; one before the first round is not counted."""
+    """The turns of each side, after one warm-up turn."""
     core = min(os.sched_getaffinity(0))
     turns: dict[Key, list[Turn]] = defaultdict(list)
     with tqdm(desc="loader", unit=" turns") as bar:
         for stored in all_stored:
-            bucket = f"s3://stream/{stored.temperament}-{stored.top_k}"
+            bucket = f"s3://stream/{stored.sharpness}-{stored.top_k}"
             upload(stored.drawn, bucket)
             sides = sides_of(stored, bucket)
             processes = {name: SideProcess(work, given, core=core) for name, (work, given) in sides.items()}
@@ -60,30 +64,30 @@ def measured(all_stored: list[Stored], *, rounds: int) -> dict[Key, list[Turn]]:
                     if turn.targets != stored.targets:
                         raise SystemExit(f"benchmark failed: {name} gave {turn.targets} of {stored.targets} targets")
                     if number:
-                        turns[stored.temperament, stored.top_k, name].append(turn)
+                        turns[stored.sharpness, stored.top_k, name].append(turn)
             for process in processes.values():
                 process.close()
     return turns
 
 
 def per_cpu_s(turns: list[Turn]) -> list[float]:
-    """Targets per second of CPU time, each round."""
+    """Targets per second of CPU time, for each round."""
     return [turn.targets / turn.cpu_s for turn in turns]
 
 
 def times_faster(turns: dict[Key, list[Turn]], ours: str, theirs: str) -> float:
-    """The least over teachers and K of the median of the rounds' own ratios."""
+    """The smallest value over teachers and K of the median of the rounds' own ratios."""
     ratios = []
-    for temperament, top_k, name in turns:
+    for sharpness, top_k, name in turns:
         if name == ours:
-            rival = per_cpu_s(turns[temperament, top_k, theirs])
-            mine = per_cpu_s(turns[temperament, top_k, ours])
+            rival = per_cpu_s(turns[sharpness, top_k, theirs])
+            mine = per_cpu_s(turns[sharpness, top_k, ours])
             ratios.append(statistics.median(a / b for a, b in zip(mine, rival, strict=True)))
     return round(min(ratios), 3)
 
 
 def figures_of(turns: dict[Key, list[Turn]]) -> dict[str, Any]:
-    """What is compared from release to release: of both teachers, and of both K for the loader, the slower one."""
+    """The figures to compare between releases: those of the slower teacher and, for the loader, the slower K."""
 
     def slowest(side: str, top_ks: tuple[int, ...]) -> int:
         found = [per_cpu_s(found) for (_, top_k, name), found in turns.items() if name == side and top_k in top_ks]
@@ -118,7 +122,7 @@ def _line(key: Key, turns: list[Turn]) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
-    """A table per teacher and K, then the verdicts."""
+    """Print a table per teacher and K, then the verdicts."""
     groups = dict.fromkeys((line["teacher"], line["top_k"]) for line in figures["lines"])
     for teacher, top_k in groups:
         columns = ("side", "targets per CPU second", "slowest to fastest", "per second")
@@ -136,20 +140,20 @@ def show(figures: dict[str, Any], console: Console) -> None:
 def main() -> None:
     """Measure, print, and store a full run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the teacher is kept for later runs")
-    asked = parser.parse_args()
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps the teacher for later runs")
+    options = parser.parse_args()
     quick = os.environ.get("QUICK", "0") not in ("", "0")
-    distributions = load_distributions(asked.cache)
+    distributions = load_distributions(options.cache)
     with tempfile.TemporaryDirectory() as folder, s3_server():
         all_stored = [
             store(
-                distributions[temperament],
-                temperament=temperament,
+                distributions[sharpness],
+                sharpness=sharpness,
                 top_k=top_k,
                 copies=4 if quick else 16,
-                folder=Path(folder, f"{temperament}-{top_k}"),
+                folder=Path(folder, f"{sharpness}-{top_k}"),
             )
-            for temperament in (TEMPERAMENTS[:1] if quick else TEMPERAMENTS)
+            for sharpness in (SHARPNESSES[:1] if quick else SHARPNESSES)
             for top_k in TOP_KS
         ]
         turns = measured(all_stored, rounds=3 if quick else 7)

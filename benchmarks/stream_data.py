@@ -1,4 +1,4 @@
-"""What the loader's benchmark reads: rows of a teacher in, sealed datasets and naive Parquet files in a folder out."""
+"""Writes the data of the loader's benchmark: sealed datasets and naive Parquet files."""
 
 from __future__ import annotations
 
@@ -28,42 +28,44 @@ ROWS_OF_SHARD = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A teacher at one K: sealed datasets `plain` (all K, no draws) and `drawn` (floor and draws), and the plain rows
-    as naive lists in `naive`; each of `targets` target positions."""
+    """A teacher at one K: the sealed datasets `plain` and `drawn`, and the plain rows as naive lists.
 
-    temperament: str
+    Each has `targets` target positions.
+    """
+
+    sharpness: str
     top_k: int
     folder: Path
     targets: int
 
     @property
     def plain(self) -> str:
-        """Every position keeps K ids."""
+        """The dataset that keeps K ids at every position, without draws."""
         return str(self.folder / "plain")
 
     @property
     def drawn(self) -> str:
-        """A floor and draws, as a capture has them by default."""
+        """The dataset with a floor and draws, as a capture writes by default."""
         return str(self.folder / "drawn")
 
     @property
     def naive(self) -> Path:
-        """Files of `NaiveLists`, and the tokens beside each."""
+        """Folder with the files of `NaiveLists` and their tokens."""
         return self.folder / "naive"
 
 
-def store(distributions: Distributions, *, temperament: str, top_k: int, copies: int, folder: Path) -> Stored:
-    """Write the test rows `copies` times in each form, under names of their own."""
+def store(distributions: Distributions, *, sharpness: str, top_k: int, copies: int, folder: Path) -> Stored:
+    """Write the test rows `copies` times in each form, with unique names."""
     plain, drawn = Limits(top_k=top_k), Limits(top_k=top_k, min_prob=FLOOR, draws=DRAWS)
     for name, limits in (("plain", plain), ("drawn", drawn)):
         rows = [narrowed(row, limits) for row in distributions.test]
         named = [replace(row, sample_id=f"{row.sample_id}-{copy}") for copy in range(copies) for row in rows]
         shards = [named[start : start + ROWS_OF_SHARD] for start in range(0, len(named), ROWS_OF_SHARD)]
-        _seal(folder / name, shards, Case(temperament=temperament, limits=limits, rows=shards[0]))
+        _seal(folder / name, shards, Case(sharpness=sharpness, limits=limits, rows=shards[0]))
         if limits is plain:
             _write_naive(folder / "naive", shards, top_k)
     targets = sum(row.targets.positions for row in named)
-    return Stored(temperament=temperament, top_k=top_k, folder=folder, targets=targets)
+    return Stored(sharpness=sharpness, top_k=top_k, folder=folder, targets=targets)
 
 
 def _seal(root: Path, shards: Sequence[Sequence[CachedRow]], case: Case) -> None:

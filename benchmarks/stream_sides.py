@@ -1,7 +1,7 @@
-"""The sides of the loader's benchmark, each in a process of its own that waits for its turn.
+"""The sides of the loader's benchmark, each in a child process that waits for its turn.
 
-A side reads everything that is stored once and says how many targets that were; measured are the CPU seconds of its
-process, threads and all, and the seconds on the clock. All processes are held on one core.
+In a turn, a side reads all stored data once and returns the number of targets. Measured are the CPU seconds of its
+process, with all threads, and the wall time. All processes run on one core.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ BATCH_ROWS = 8
 PACKED_ROWS = 4
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = ["benchmarks.stream_sides", "benchmarks.codec_rivals", "pandas", "s3fs", "torch", "coldstill.trainer.data"]
-"""What sides import, once for all of them: to import torch takes longer than a turn."""
+"""Modules that are imported once for all sides, because an import of torch takes longer than a turn."""
 
 
 class Turn(NamedTuple):
-    """What a side did in one turn: target positions, CPU seconds, seconds."""
+    """The result of one turn: target positions, CPU seconds, wall seconds."""
 
     targets: int
     cpu_s: float
@@ -34,14 +34,14 @@ class Turn(NamedTuple):
 
 
 def decode(path: str) -> int:
-    """From shards on disk to the targets of each row."""
+    """Decode shards on disk to the targets of each row."""
     from coldstill.storage_schema.dataset import open_dataset
 
     return sum(row.targets.positions for row in open_dataset(path).rows())
 
 
 def decode_naive(stored: Stored) -> int:
-    """From naive lists on disk to the arrays of each row."""
+    """Decode naive lists on disk to the arrays of each row."""
     from benchmarks.codec_rivals import NaiveLists
 
     lists = NaiveLists(top_k=stored.top_k)
@@ -50,7 +50,7 @@ def decode_naive(stored: Stored) -> int:
 
 
 def load(path: str, *, pack_length: int | None = None) -> int:
-    """The whole loader: shuffled batches of tensors. Copies of remote shards go into a new folder each time."""
+    """Run the whole loader, to shuffled batches of tensors. Remote shards are copied into a new folder each time."""
     from coldstill.trainer.data import load_logit_dataset
 
     with tempfile.TemporaryDirectory() as cache:
@@ -64,7 +64,7 @@ def load(path: str, *, pack_length: int | None = None) -> int:
 
 
 def load_naive(stored: Stored) -> int:
-    """The same batches of the same rows from naive lists, a file in memory at a time, its rows shuffled."""
+    """Make the same batches from naive lists: one file in memory at a time, with its rows shuffled."""
     import numpy as np
     import pyarrow.parquet as pq
     import torch
@@ -93,7 +93,7 @@ def load_naive(stored: Stored) -> int:
 
 
 def sides_of(stored: Stored, bucket: str) -> dict[str, tuple[Callable[..., int], dict[str, Any]]]:
-    """Each side as a function and its arguments. `bucket`: where `drawn` lies on the S3 server."""
+    """Side -> its function and arguments. `bucket` is the address of `drawn` on the S3 server."""
     from benchmarks.small_language_model import CONTEXT
 
     return {
@@ -118,7 +118,7 @@ class SideProcess:
         self._process.start()
 
     def turn(self) -> Turn:
-        """Do it once."""
+        """Run the side once."""
         self._pipe.send(True)
         answer = self._pipe.recv()
         if isinstance(answer, BaseException):
@@ -149,8 +149,7 @@ def _serve(pipe: Connection, work: Callable[..., int], arguments: dict[str, Any]
 
 @contextmanager
 def s3_server() -> Iterator[None]:
-    """The S3 server that the tests use, in a process of its own; the environment leads to it, also of processes that
-    are started later."""
+    """Run the tests' S3 server in a child process. The environment points to it, also for processes started later."""
     spawned = multiprocessing.get_context("spawn")
     pipe, there = spawned.Pipe()
     process = spawned.Process(target=_serve_s3, args=(there,), daemon=True)

@@ -1,7 +1,7 @@
-"""Teacher distributions over real text for the codec's benchmark: a cache folder in, rows of targets out.
+"""Distributions of two small teachers over real text, for the benchmarks of codec and loader.
 
-The first call trains `small_language_model.py` on `machine_text.py` (about eight minutes of one core) and keeps what is
-needed of it; later calls read that. Two teachers come from one model: `flat`, the model as it is, and `sharp`, its
+The first call trains `small_language_model.py` on `machine_text.py` (about eight minutes on one core) and stores its
+hidden states; later calls read them. One model gives both teachers: `flat` is the model as it is; `sharp` has its
 logits divided by the temperature at which the mean entropy over the test positions is `SHARP_ENTROPY`.
 
 Shape letters: `P` rows, `N` target positions of a row, `V` vocabulary, `H` hidden width, `K` kept ids, `D` draws.
@@ -26,14 +26,14 @@ from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summariz
 from coldstill.storage_schema.rows import TeacherTargets
 
 RECIPE = 1
-"""Counts up when the model, its text or its positions change: files of another recipe are not read."""
+"""Version of model, text and positions. Stored files of another version are not read."""
 
-TEMPERAMENTS = ("flat", "sharp")
+SHARPNESSES = ("flat", "sharp")
 SHARP_ENTROPY = 1.2
 TRAINING_TOKENS = 1_600_000
 TEST_ROWS = 60
 CALIBRATION_ROWS = 16
-"""Rows beside the test rows, of other documents: what a capture may look at before it writes its first row."""
+"""Rows of other documents than the test rows, like those of a capture's calibration pass."""
 
 WINDOWS_PER_DOCUMENT = 2
 _POSITIONS_AT_ONCE = 64
@@ -41,7 +41,7 @@ _POSITIONS_AT_ONCE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """What is kept of a trained model: `tokens int64 [P, N + 1]`, its hidden states `[P, N, H]` and head `[V, H]`."""
+    """The stored parts of a trained model: `tokens int64 [P, N + 1]`, `hidden [P, N, H]` and `head [V, H]`."""
 
     tokens: Tensor
     hidden: Tensor
@@ -49,13 +49,13 @@ class Teacher:
     text: str
 
     def logits(self, row: int, *, temperature: float) -> Iterator[Tensor]:
-        """`[n, V]` of the positions of one row, some at a time."""
+        """Yield `[n, V]` logits of one row, a few positions at a time."""
         yield from (part @ self.head.T / temperature for part in self.hidden[row].split(_POSITIONS_AT_ONCE))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distributions:
-    """Rows of one temperament: `test` to measure on, `calibration` to set a codec up with; `text` names the text."""
+    """Rows of one sharpness: `test` to measure on, `calibration` to configure a codec. `text` is the text's digest."""
 
     text: str
     temperature: float
@@ -65,19 +65,19 @@ class Distributions:
 
 
 def load_distributions(cache: Path) -> dict[str, Distributions]:
-    """Both temperaments, made now where `cache` does not hold them."""
+    """Load flat and sharp distributions from `cache`, and make the missing ones."""
     cache.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in TEMPERAMENTS if not (cache / f"{name}.{RECIPE}.npz").exists()]
+    missing = [name for name in SHARPNESSES if not (cache / f"{name}.{RECIPE}.npz").exists()]
     if missing:
         teacher = load_teacher(cache)
         for name in missing:
             temperature = 1.0 if name == "flat" else temperature_of(teacher, entropy=SHARP_ENTROPY)
             _save(cache / f"{name}.{RECIPE}.npz", _summaries(teacher, temperature, name))
-    return {name: _distributions(cache / f"{name}.{RECIPE}.npz", name) for name in TEMPERAMENTS}
+    return {name: _distributions(cache / f"{name}.{RECIPE}.npz", name) for name in SHARPNESSES}
 
 
 def load_teacher(cache: Path) -> Teacher:
-    """The model's hidden states at the test positions and its head, trained now where `cache` does not hold them."""
+    """Load the model's hidden states and head from `cache`, or train the model."""
     path = cache / f"teacher.{RECIPE}.npz"
     if not path.exists():
         _save(path, _trained())
@@ -114,7 +114,9 @@ def _trained() -> dict[str, np.ndarray]:
         elif len(read) < TRAINING_TOKENS:
             read.extend(ids)
     if len(windows) < TEST_ROWS + CALIBRATION_ROWS:
-        raise SystemExit(f"This machine's text gives {len(windows)} rows of {TEST_ROWS + CALIBRATION_ROWS}.")
+        raise SystemExit(
+            f"this machine has text for {len(windows)} rows; the benchmark needs {TEST_ROWS + CALIBRATION_ROWS}"
+        )
     torch.manual_seed(0)
     model = SmallLanguageModel()
     rows = min(len(read), TRAINING_TOKENS) // (CONTEXT + 1)
@@ -151,7 +153,7 @@ def _entropy_sums(logits: Tensor, inverse: float) -> tuple[float, float]:
 
 @torch.inference_mode()
 def _summaries(teacher: Teacher, temperature: float, name: str) -> dict[str, np.ndarray]:
-    """The wide rows of one temperament as stacked arrays."""
+    """The wide rows of one teacher as stacked arrays."""
     columns: dict[str, list[np.ndarray]] = {}
     entropy = 0.0
     places = np.arange(CONTEXT, dtype=np.int64)
@@ -179,7 +181,7 @@ def _summaries(teacher: Teacher, temperature: float, name: str) -> dict[str, np.
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or not at all: a run that is cut off leaves no half file under the final name."""
+    """Write the file whole or not at all."""
     unfinished = path.with_suffix(".part")
     with unfinished.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

@@ -1,4 +1,4 @@
-"""Rows of a teacher's distributions, kept wide once and narrowed to whatever limits a capture has.
+"""Rows of a teacher's distributions, stored wide and narrowed to the limits of a capture.
 
 Shape letters: `N` target positions of a row, `K` kept ids, `D` draws.
 """
@@ -19,8 +19,10 @@ KEPT_DRAWS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a capture keeps of a position: at most `top_k` ids not less probable than `min_prob`, and of `draws` draws
-    from the full softmax those outside them, at most `KEPT_DRAWS`."""
+    """The limits of a capture: at most `top_k` ids with at least `min_prob`, and at most `KEPT_DRAWS` tail draws.
+
+    Tail draws are those of `draws` draws from the full softmax that fall outside the kept ids.
+    """
 
     top_k: int
     min_prob: float = 0.0
@@ -34,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class WideRow:
-    """One row at `WIDEST` kept ids without a floor, and all of its `draws int32 [N, DRAWS]` from the full softmax."""
+    """A row with `WIDEST` kept ids, no floor, and all `draws int32 [N, DRAWS]` from the full softmax."""
 
     sample_id: str
     token_ids: np.ndarray
@@ -43,8 +45,10 @@ class WideRow:
 
 
 def narrowed(row: WideRow, limits: Limits) -> CachedRow:
-    """The row as a capture would give it: ids under the floor are back in the tail, draws inside the kept ids are not
-    there. `limits.top_k` up to `WIDEST`, `limits.draws` up to `DRAWS`."""
+    """The row as a capture with these limits writes it: ids below the floor go to the tail, draws inside are dropped.
+
+    `limits.top_k` is at most `WIDEST`, `limits.draws` at most `DRAWS`.
+    """
     wide, top_k = row.targets, limits.top_k
     ids, logprobs = wide.ids[:, :top_k], wide.logprobs[:, :top_k]
     kept = logprobs >= (math.log(limits.min_prob) if limits.min_prob else -np.inf)
@@ -71,9 +75,9 @@ def narrowed(row: WideRow, limits: Limits) -> CachedRow:
 
 
 def all_draws(targets: TeacherTargets, uniforms: np.ndarray) -> np.ndarray:
-    """`int32 [N, D]`: the draws of `uniforms [N, D]`, those inside the kept ids too.
+    """`int32 [N, D]`: the draws of `uniforms [N, D]`, including those inside the kept ids.
 
-    The kernel lays the kept ids' mass first on the unit interval: the smallest uniforms are the draws inside.
+    The extractor of targets puts the kept ids' mass first on the unit interval, so the smallest uniforms are inside.
     """
     order = np.argsort(np.argsort(uniforms, axis=1), axis=1)
     outside = order >= (uniforms.shape[1] - targets.draw_counts)[:, None]

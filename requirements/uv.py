@@ -1,13 +1,14 @@
-"""Runs this Python's uv with pip's own settings, so that what pip can install here uv can too.
+"""Runs this Python's uv with pip's settings, so that uv can install whatever pip can.
 
-In:  `python requirements/uv.py {cpu|gpu} ARGUMENTS...`; pip's configuration files and `PIP_*` variables.
-Out: uv's exit code. uv's own `UV_*` variables win where they are set.
+Usage: `python requirements/uv.py {cpu|gpu} ARGUMENTS...`. Reads pip's configuration files and `PIP_*` variables, and
+exits with uv's code. `UV_*` variables that the user has set take precedence.
 
-pip looks for a version in all its indexes at once and takes the best; uv stops at the first index that knows the name.
-With an extra index configured for pip, uv is told to do as pip does.
+pip takes the best version from all indexes; uv stops at the first index that has the package. If pip has an extra
+index, uv is set to behave like pip.
 
-For `cpu`, torch comes from a wheel folder that holds the wanted `+cpu` wheel, or else from PyTorch's own CPU index;
-for `gpu`, folders with a `+cpu` wheel are left out.
+With `cpu`, torch comes from a wheel folder that holds the required `+cpu` wheel, otherwise from PyTorch's CPU index.
+With `gpu`, folders with a `+cpu` wheel are left out.
+
 Standard library only: this runs before anything is installed.
 """
 
@@ -28,14 +29,14 @@ UV_NAMES = {
     "no-index": "UV_NO_INDEX",
     "cert": "SSL_CERT_FILE",
 }
-"""pip's option -> the variable that tells uv the same."""
+"""pip's option -> uv's variable for the same setting."""
 
 PYTHON_TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
 WANTED_TORCH = re.compile(r"^torch==(?P<version>\S+\+cpu)", re.MULTILINE)
 
 
 def pip_settings(listing: str) -> dict[str, str]:
-    """The options of `pip config list`; a variable beats `install`, which beats `global`."""
+    """The options of `pip config list`. A variable overrides `install`, which overrides `global`."""
     sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
     for line in listing.splitlines():
         name, _, value = line.partition("=")
@@ -46,13 +47,13 @@ def pip_settings(listing: str) -> dict[str, str]:
 
 
 def torch_wheels(folder: str, *, pattern: str) -> bool:
-    """Whether a wheel folder holds a torch wheel of this pattern (folders on the web are not asked)."""
+    """Whether a local wheel folder holds a torch wheel of this pattern; remote folders are not read."""
     path = Path(folder.removeprefix("file://"))
     return path.is_dir() and any(path.glob(f"torch-{pattern}.whl"))
 
 
 def uv_environment(settings: Mapping[str, str], *, device: str, torch_version: str) -> dict[str, str]:
-    """Variables for uv: pip's settings by uv's names, without those that the user set for uv."""
+    """pip's settings as uv's variables, without those that the user has set for uv."""
     wanted = {UV_NAMES[option]: " ".join(value.split()) for option, value in settings.items()}
     folders = settings.get("find-links", "").split()
     if device == "gpu":
@@ -64,7 +65,7 @@ def uv_environment(settings: Mapping[str, str], *, device: str, torch_version: s
     if "UV_INDEX" in wanted:
         wanted["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     return {name: value for name, value in wanted.items() if value and name not in os.environ} | {
-        # This Python's environment, whatever other one the user's shell has activated.
+        # This Python's environment, even if the shell has activated another one.
         "UV_PYTHON": sys.executable
     }
 

@@ -1,4 +1,4 @@
-"""How `make` sets a machine up: pip's settings reach uv, the locks name no host, an old Python is told so."""
+"""How `make` sets up a machine: uv gets pip's settings, the locks name no host, an old Python gets a clear error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TORCH = f"torch-1.0+cpu-cp{sys.version_info.major}{sys.version_info.minor}-linux
 
 @pytest.fixture(scope="module")
 def uv() -> ModuleType:
-    """`requirements/uv.py`, which is no part of a package."""
+    """`requirements/uv.py`, which belongs to no package."""
     spec = importlib.util.spec_from_file_location("coldstill_uv", REPOSITORY / "requirements/uv.py")
     assert spec
     assert spec.loader
@@ -41,7 +41,7 @@ def wheels(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_of_pips_settings_the_environment_beats_install_and_install_beats_global(uv: ModuleType) -> None:
+def test_pips_environment_overrides_install_and_install_overrides_global(uv: ModuleType) -> None:
     listing = (
         "global.index-url='a'\ninstall.index-url='b'\n:env:.index-url='c'\nglobal.find-links='d'\nglobal.timeout='9'"
     )
@@ -49,7 +49,7 @@ def test_of_pips_settings_the_environment_beats_install_and_install_beats_global
     assert uv.pip_settings("install.index-url='b'\nglobal.index-url='a'") == {"index-url": "b"}
 
 
-def test_pips_indexes_and_folders_reach_uv_by_its_own_names(uv: ModuleType, wheels: str) -> None:
+def test_uv_gets_pips_indexes_and_folders(uv: ModuleType, wheels: str) -> None:
     settings = {"index-url": "one", "extra-index-url": "\ntwo\nthree", "find-links": f"{wheels} other"}
     environment = uv.uv_environment(settings, device="cpu", torch_version="1.0+cpu")
     assert environment.pop("UV_PYTHON") == sys.executable
@@ -61,7 +61,7 @@ def test_pips_indexes_and_folders_reach_uv_by_its_own_names(uv: ModuleType, whee
     }
 
 
-def test_what_the_user_told_uv_wins(uv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_settings_of_uv_take_precedence(uv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_DEFAULT_INDEX", "mine")
     assert "UV_DEFAULT_INDEX" not in uv.uv_environment({"index-url": "pips"}, device="gpu", torch_version="1.0+cpu")
 
@@ -89,7 +89,7 @@ def test_a_lock_pins_every_package_and_names_neither_host_nor_folder(name: str) 
     assert lines[1].split() == ["#", "make", "lock"]
 
 
-def test_the_installed_packages_have_all_they_ask_for_but_pictures_and_sound() -> None:
+def test_installed_packages_have_all_requirements_but_images_and_sound() -> None:
     if importlib.util.find_spec("torchvision"):
         allowed = set()
     else:
@@ -108,7 +108,7 @@ def test_the_installed_packages_have_all_they_ask_for_but_pictures_and_sound() -
         (None, ["No ./my python here", "make PYTHON="]),
     ],
 )
-def test_a_python_that_is_too_old_or_absent_is_refused_with_the_way_out(
+def test_a_python_that_is_too_old_or_absent_is_refused_with_a_fix(
     tmp_path: Path, script: str | None, words: list[str]
 ) -> None:
     folder = tmp_path / "a clone"

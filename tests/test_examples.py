@@ -1,4 +1,4 @@
-"""The chat templates of `examples/` render what the models expect, and mark exactly what the assistant says."""
+"""The chat templates of `examples/` render what the models expect, and mark exactly the assistant's turns."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def test_templates_render_chatml_and_mark_the_assistant(
     assert isinstance(sequence, TokenSequence)
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in shown)
     assert tokenizer.decode(sequence.token_ids) == text
-    targets = tokenizer.decode(sequence.token_ids[span_positions(sequence.target_spans) + 1])
-    assert targets == "hello\nyou<|im_end|>bye<|im_end|>"
+    marked = tokenizer.decode(sequence.token_ids[span_positions(sequence.target_spans) + 1])
+    assert marked == "hello\nyou<|im_end|>bye<|im_end|>"

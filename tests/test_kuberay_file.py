@@ -1,4 +1,4 @@
-"""`kuberay_job.yaml` says what its comments and `docs/cluster.md` promise; no Kubernetes is at hand to run it."""
+"""`kuberay_job.yaml` keeps what its comments and `docs/cluster.md` promise, checked without a Kubernetes cluster."""
 
 from __future__ import annotations
 

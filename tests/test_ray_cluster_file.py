@@ -1,4 +1,4 @@
-"""`ray_cluster.yaml` is what Ray's own launcher accepts, and keeps the laws that its comments promise."""
+"""Ray's launcher accepts `ray_cluster.yaml`, and the file keeps the laws that its comments promise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def workers(cluster: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_with_ray(cluster: dict[str, Any]) -> None:
-    """As `ray up` does before it talks to the cloud: defaults filled in, then Ray's schema."""
+    """Fill in defaults and check Ray's schema, as `ray up` does before it contacts the cloud."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     validate_config(prepare_config(copy.deepcopy(cluster)))
@@ -35,7 +35,7 @@ def test_ray_accepts_the_file(cluster: dict[str, Any]) -> None:
     check_with_ray(cluster)
 
 
-def test_ray_refuses_a_key_that_it_does_not_know(cluster: dict[str, Any]) -> None:
+def test_ray_refuses_an_unknown_key(cluster: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError, match="idle_timeout"):
         check_with_ray(cluster | {"idle_timeout": 5})
 
@@ -47,7 +47,7 @@ def test_the_head_is_on_demand_and_runs_no_work(cluster: dict[str, Any]) -> None
     assert head["max_workers"] == 0
 
 
-def test_every_worker_is_a_gpu_on_spot_that_comes_from_nothing_and_goes_back_to_nothing(
+def test_every_worker_is_a_gpu_on_spot_that_scales_from_zero_and_back(
     cluster: dict[str, Any],
 ) -> None:
     assert workers(cluster)

@@ -1,4 +1,4 @@
-"""The README says what is true: its commands, paths and links exist, and each example is a valid configuration."""
+"""The README is true: its commands, paths and links exist, and each example is a valid configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTAL
 
 
 def commands() -> Iterator[list[str]]:
-    """The words of each shell command of the README; in `console` blocks those after a `$`, the rest is output."""
+    """The words of each shell command of the README. In `console` blocks commands follow a `$`."""
     for _, language, body in FENCE.findall(README.read_text()):
         if language not in {"bash", "sh", "console"}:
             continue
@@ -47,7 +47,7 @@ def make_commands() -> list[list[str]]:
 
 
 def coldstill_commands() -> list[list[str]]:
-    """What follows `coldstill`, wherever it stands: alone, in `.venv/bin`, or behind `ray job submit ... --`."""
+    """The words after `coldstill`: alone, in `.venv/bin`, or after `ray job submit ... --`."""
     found = []
     for words in commands():
         names = [position for position, word in enumerate(words) if Path(word).name == "coldstill"]
@@ -62,9 +62,9 @@ def subcommands() -> dict[str, Any]:
 
 
 def tree_paths() -> list[str]:
-    """Paths of the file tree: the first code block below a heading that speaks of files, a tree or a layout.
+    """Paths of the file tree: the first code block below a heading with the word files, tree or layout.
 
-    A line is a path and, after it, words; deeper lines are indented, with or without the lines of a drawn tree.
+    A line is a path and its description. Deeper lines are indented, with or without a drawn tree.
     """
     section = re.search(r"^#+ [^\n]*\b(?:files?|tree|layout)\b[^\n]*$(.*)", README.read_text(), re.M | re.S | re.I)
     assert section, "the README has no heading for its file tree"

@@ -45,3 +45,8 @@ def write_json(final: Path, document: Mapping[str, Any], *, sort_keys: bool = Fa
     """Writes a JSON file, whole or not at all."""
     with new_file(final) as beside:
         beside.write_text(json.dumps(document, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""The whole way once, on real parts and on this machine: `coldstill demo`."""
+"""`coldstill demo`: text, teacher, capture, three students and their measurement, on this machine without a network."""

@@ -1,8 +1,7 @@
-"""What the students learned: held-out pairs come in, dense teacher against dense student, `measurements.json` goes out.
+"""Measures the students against the teacher on held-out pairs and writes `measurements.json`.
 
-A process of its own (`python -m demo.measure OUTPUT [--quick]`), because here, and only here, the teacher is in memory
-together with a student. The KL is the true one, over the whole vocabulary: one over the kept ids alone is a lower
-bound and flatters.
+`python -m coldstill.demo.measure OUTPUT [--quick]`. This stage alone loads the teacher together with the students. Its
+KL is over the whole vocabulary: a KL over the kept ids is only a lower bound.
 
 Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `V` vocabulary.
 """
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .files import write_json
-from .models import parameter_count
-from .settings import FULL, LOSSES, MAX_TOKENS, QUICK, Layout, Size
+from coldstill.common.files import write_json
+
+from .models import load_tokenizer, parameter_count
+from .settings import LOSSES, MAX_TOKENS, Layout, Size, size_of
 from .text import read_rows
-from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,9 +31,9 @@ ROWS_PER_BATCH = 16
 def batches(
     rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`tokens int64 [B, T]`, padded on the right, and `learned bool [B, T]`: the assistant's tokens.
+    """Yield `tokens int64 [B, T]`, right-padded, and `loss_mask bool [B, T]`, which marks the assistant's tokens.
 
-    Rows of similar length stand together; rows of more than `MAX_TOKENS` tokens are left out, as the capture does.
+    A batch holds rows of similar length. Rows of more than `MAX_TOKENS` tokens are left out, as in the capture.
     """
     encoded = tokenizer.apply_chat_template(
         [row["messages"] for row in rows], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -51,26 +50,26 @@ def batches(
         yield pad([ids for ids, _ in batch], batch_first=True), pad([mask for _, mask in batch], batch_first=True)
 
 
-def target_logprobs(model: Any, tokens: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
-    """`float32 [M, V]`: log of the full softmax at the positions whose NEXT token is learned."""
-    hidden = model.model(tokens).last_hidden_state[:, :-1][learned[:, 1:]]
+def target_logprobs(model: Any, tokens: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """`float32 [M, V]`: log-softmax over the vocabulary at the positions whose next token is in the loss mask."""
+    hidden = model.model(tokens).last_hidden_state[:, :-1][loss_mask[:, 1:]]
     return torch.log_softmax(model.lm_head(hidden).float(), dim=-1)
 
 
 class StudentSums:
-    """Sums over target positions of one student against the teacher."""
+    """Sums that compare one student with the teacher, over target positions."""
 
     def __init__(self) -> None:
         self.kl = self.cross_entropy = self.agreed = 0.0
 
     def add(self, teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take `teacher, student float32 [M, V]` (log-probs) and the tokens that follow, `labels int64 [M]`."""
+        """Add positions: `teacher` and `student float32 [M, V]` are log-probs, `labels int64 [M]` the next tokens."""
         self.kl += (teacher.exp() * (teacher - student)).sum(1).double().sum().item()
         self.cross_entropy -= student.gather(1, labels[:, None]).double().sum().item()
         self.agreed += (teacher.argmax(1) == student.argmax(1)).sum().item()
 
     def means(self, targets: int) -> dict[str, float]:
-        """Nats per target, and the share of targets at which both have the same favourite."""
+        """KL and cross-entropy in nats per target, and the share of targets with the same most probable token."""
         return {
             "kl_teacher_student": self.kl / targets,
             "cross_entropy": self.cross_entropy / targets,
@@ -79,20 +78,20 @@ class StudentSums:
 
 
 class TeacherSums:
-    """Sums over target positions of the teacher alone."""
+    """Sums for the teacher alone, over target positions."""
 
     def __init__(self, *, top_k: int) -> None:
         self.top_k = top_k
         self.cross_entropy = self.entropy = self.tail = 0.0
 
     def add(self, teacher: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take `teacher float32 [M, V]` (log-probs) and `labels int64 [M]`."""
+        """Add positions: `teacher float32 [M, V]` are log-probs, `labels int64 [M]` the next tokens."""
         self.cross_entropy -= teacher.gather(1, labels[:, None]).double().sum().item()
         self.entropy -= (teacher.exp() * teacher).sum(1).double().sum().item()
         self.tail += (1 - teacher.topk(self.top_k, dim=1).values.exp().double().sum(1)).sum().item()
 
     def means(self, targets: int) -> dict[str, float]:
-        """Nats per target, and the mean mass outside the `top_k` most probable ids."""
+        """Cross-entropy and entropy in nats per target, and the mean mass outside the `top_k` most probable ids."""
         return {
             "cross_entropy": self.cross_entropy / targets,
             "entropy": self.entropy / targets,
@@ -102,7 +101,7 @@ class TeacherSums:
 
 @torch.inference_mode()
 def measure(layout: Layout, size: Size) -> dict[str, Any]:
-    """Measure the teacher, the student before distillation and after each of the three runs on held-out rows."""
+    """Measure the teacher, the initial student and the three trained students on held-out rows."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -117,13 +116,14 @@ def measure(layout: Layout, size: Size) -> dict[str, Any]:
     sums = {name: StudentSums() for name in students}
     targets = 0
     rows = read_rows(layout.rows("held_out", "pairs"))
-    for tokens, learned in tqdm(list(batches(rows, load_tokenizer(layout.tokenizer))), desc="measuring", unit="batch"):
-        labels = tokens[:, 1:][learned[:, 1:]]
-        wanted = target_logprobs(teacher, tokens, learned)
-        teacher_sums.add(wanted, labels)
+    encoded = list(batches(rows, load_tokenizer(layout.tokenizer)))
+    for tokens, loss_mask in tqdm(encoded, desc="measuring", unit="batch"):
+        labels = tokens[:, 1:][loss_mask[:, 1:]]
+        expected = target_logprobs(teacher, tokens, loss_mask)
+        teacher_sums.add(expected, labels)
         targets += len(labels)
         for name, student in students.items():
-            sums[name].add(wanted, target_logprobs(student, tokens, learned), labels)
+            sums[name].add(expected, target_logprobs(student, tokens, loss_mask), labels)
     return {
         "targets": targets,
         "teacher": {"parameters": parameter_count(teacher), **teacher_sums.means(targets)},
@@ -134,13 +134,13 @@ def measure(layout: Layout, size: Size) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Run the measurement and write its file."""
     arguments = argparse.ArgumentParser(description="Measure the demo's students against its teacher.")
     arguments.add_argument("output", type=Path)
     arguments.add_argument("--quick", action="store_true")
-    asked = arguments.parse_args()
-    layout = Layout(asked.output)
-    write_json(layout.measurements, measure(layout, QUICK if asked.quick else FULL))
+    options = arguments.parse_args()
+    layout = Layout(options.output)
+    write_json(layout.measurements, measure(layout, size_of(quick=options.quick)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Plain training of a small model on token blocks, with a checkpoint from which a killed run goes on.
+"""Trains a small model on token blocks, with checkpoints from which a killed run resumes.
 
 Shape letters: `N` blocks, `B` blocks of a step, `T` tokens of a block, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,14 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from coldstill.common.files import new_file
+
 BLOCKS_PER_STEP = 2
-"""B. The fewer tokens a step has the further equal tokens lead, measured on this text with blocks of 512: 510,000 end
-at 4.46 nats with B = 4 and at 4.78 with B = 8; 200,000 at 4.90 with B = 2 and at 5.07 with B = 4 (that
-one with AdamW at 0.01)."""
+"""B. Fewer tokens per step reach a lower loss from the same text, measured with blocks of 512 tokens. After 510,000
+tokens: 4.46 nats with B = 4, 4.78 with B = 8. After 200,000: 4.90 with B = 2, 5.07 with B = 4 (AdamW at 0.01)."""
 
 MATRIX_RATE, OTHER_RATE = 0.02, 5e-3
-"""Peak learning rates: of Muon for matrices, of AdamW for embeddings and norms."""
+"""Peak learning rates: Muon for matrices, AdamW for embeddings and norms."""
 
 WARMUP_STEPS = 20
 
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 15.0
 
 
 def pack(documents: Sequence[Sequence[int]], *, block: int, seed: int) -> torch.Tensor:
-    """`int64 [N, T = block]`: the documents in a random order, joined and cut; what fills no block is left out."""
+    """`int64 [N, T = block]`: documents joined in random order and cut into blocks. A partial last block is dropped."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     stream = torch.tensor([token for index in order for token in documents[index]])
     blocks = stream.numel() // block
@@ -37,19 +37,19 @@ def pack(documents: Sequence[Sequence[int]], *, block: int, seed: int) -> torch.
 
 
 def pretrain(model: Any, blocks: torch.Tensor, *, checkpoint: Path, label: str) -> float:
-    """Train a transformers causal LM once over `blocks int64 [N, T]`, in their order; return the last steps' mean loss.
+    """Train a transformers causal LM for one pass over `blocks int64 [N, T]`; return the mean loss of the last steps.
 
-    Cross-entropy in nats per token. Muon moves the matrices inside the model and AdamW the rest: in so few steps they
-    get further than AdamW alone. Both rates fall linearly to 0. `checkpoint` is removed by whoever keeps the result.
+    The loss is cross-entropy in nats per token. Muon updates the matrices inside the model and AdamW everything else:
+    with this few steps that is better than AdamW alone. Both rates fall linearly to 0. The caller removes `checkpoint`.
     """
     optimizers = _optimizers(model)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     steps = len(blocks) // BLOCKS_PER_STEP
-    done, losses = _resume(checkpoint, model, optimizers)
+    first, losses = _resume(checkpoint, model, optimizers)
     saved = time.monotonic()
     model.train()
-    with tqdm(total=steps, initial=done, desc=label, unit="step") as bar:
-        for step in range(done, steps):
+    with tqdm(total=steps, initial=first, desc=label, unit="step") as bar:
+        for step in range(first, steps):
             share = min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
             for optimizer, rates in zip(optimizers, peaks, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -70,7 +70,7 @@ def pretrain(model: Any, blocks: torch.Tensor, *, checkpoint: Path, label: str) 
 
 
 def _loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of tokens 1.. given those before, `tokens int64 [B, T]`."""
+    """Mean cross-entropy of `tokens int64 [B, T]`, each given the tokens before it."""
     with torch.autocast("cpu", torch.bfloat16, enabled=_fast_bfloat16()):
         hidden = model.model(tokens).last_hidden_state[:, :-1]
         logits = model.lm_head(hidden)
@@ -78,7 +78,7 @@ def _loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware: twice as fast there, many times slower elsewhere."""
+    """Whether this CPU multiplies bfloat16 in hardware: twice as fast with it, many times slower without."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -97,13 +97,12 @@ def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
 
 def _save(path: Path, model: Any, optimizers: list[torch.optim.Optimizer], step: int, losses: list[float]) -> None:
     states = [optimizer.state_dict() for optimizer in optimizers]
-    beside = path.with_name(f"{path.name}.unfinished")
-    torch.save({"step": step, "losses": losses, "model": model.state_dict(), "optimizers": states}, beside)
-    os.replace(beside, path)
+    with new_file(path) as beside:
+        torch.save({"step": step, "losses": losses, "model": model.state_dict(), "optimizers": states}, beside)
 
 
 def _resume(path: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> tuple[int, list[float]]:
-    """Load the checkpoint, if there is one; return how many steps were done and their last losses."""
+    """Load the checkpoint, if it exists. Return the number of finished steps and the last losses."""
     if not path.exists():
         return 0, []
     state = torch.load(path, weights_only=True)

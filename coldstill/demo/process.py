@@ -1,7 +1,7 @@
-"""One stage in a process of its own: a command in, its end or `StageFailed` out.
+"""Runs one stage of the demo as a child process, with its output in a log file.
 
-A stage's memory is its own, so that the peak memory it reports is what it took. What it says on stderr (progress
-bars) goes on to the terminal; what it prints goes to its log alone.
+The peak memory that a stage reports is its own, because it has its own process. Stderr (progress bars) also goes to the
+terminal; stdout goes to the log only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO
 from coldstill.common.errors import ColdstillError
 
 LAST_LINES = 20
-"""How much of a failed command's output its error repeats."""
+"""Lines of a failed command's output that its error quotes."""
 
 
 class StageFailed(ColdstillError):
@@ -29,34 +29,37 @@ class StageFailed(ColdstillError):
 
 
 def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
-    """Run `command` to its end. `log` keeps both of its streams. Raises `StageFailed` with the last lines of them."""
+    """Run `command` to its end and write both of its streams to `log`.
+
+    Raises `StageFailed` with the last lines of the log.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as kept:
+    with log.open("wb") as log_file:
         child = subprocess.Popen(
-            command, stdout=kept, stderr=subprocess.PIPE, env=_environment(), preexec_fn=_end_with_parent
+            command, stdout=log_file, stderr=subprocess.PIPE, env=_environment(), preexec_fn=_end_with_parent
         )
         assert child.stderr is not None
-        pump = threading.Thread(target=_pump, args=(child.stderr, kept.fileno()), daemon=True)
-        pump.start()
+        copier = threading.Thread(target=_copy_stderr, args=(child.stderr, log_file.fileno()), daemon=True)
+        copier.start()
         try:
             code = child.wait()
         except BaseException:
             child.terminate()
             child.wait()
             raise
-        # Not for ever: grandchildren that outlive the command for a moment hold the pipe open.
-        pump.join(timeout=5)
+        # A time limit, because grandchildren may outlive the command and keep the pipe open.
+        copier.join(timeout=5)
     if code != 0:
         raise StageFailed(
             f"stage {stage}: {shlex.join(command)}",
             found=f"exit code {code}; its last lines:\n{_last_lines(log)}",
             wanted="exit code 0",
-            fix=f"read {log}, mend the cause, and start the demo again: it goes on here",
+            fix=f"read {log}, fix the cause, then run the demo again: it resumes with this stage",
         )
 
 
-def _pump(stream: IO[bytes], log: int) -> None:
-    """Hand on what comes, as it comes: a progress bar has no line ends to wait for."""
+def _copy_stderr(stream: IO[bytes], log: int) -> None:
+    """Copy stderr to the log and the terminal without waiting for line ends: a progress bar has none."""
     while chunk := os.read(stream.fileno(), 65536):
         os.write(log, chunk)
         sys.stderr.buffer.write(chunk)
@@ -66,18 +69,18 @@ def _pump(stream: IO[bytes], log: int) -> None:
 def _environment() -> dict[str, str]:
     size = shutil.get_terminal_size()
     return {
-        # Threads that wait go to sleep soon. Where a neighbour takes one core of two, a training step of the teacher
-        # takes 0.7 s so and several seconds else; on a quiet machine it costs a tenth.
+        # Makes idle OpenMP threads sleep early. When another process uses one of two cores, a training step of the
+        # teacher then takes 0.7 s instead of several seconds; on an idle machine it costs a tenth.
         "GOMP_SPINCOUNT": "2000",
         **os.environ,
-        # Behind a pipe a progress bar cannot ask the terminal how wide it is.
+        # A progress bar behind a pipe cannot read the terminal's width.
         "COLUMNS": str(size.columns),
         "LINES": str(size.lines),
     }
 
 
 def _end_with_parent() -> None:
-    """A demo that is killed takes its stage along: started again, it must not meet its own past."""
+    """End the stage when the demo is killed, so that a second start finds no earlier stage still running."""
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)

@@ -1,14 +1,16 @@
-"""`coldstill demo`: the stages in their order. Each is skipped where what it makes stands under its final name.
+"""`coldstill demo`: runs the stages in order and skips those whose results exist.
 
-So a demo that was killed, whenever, goes on where it was. The stages that need torch, Ray or vLLM are processes of
-their own; this one stays small.
+A demo that was killed resumes at the stage that was interrupted. Stages that need torch, Ray or vLLM run in child
+processes; this process imports none of them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +18,21 @@ import yaml
 from rich.console import Console
 
 from coldstill.common.errors import ColdstillError
+from coldstill.common.files import new_file, new_folder, read_json, write_json
 
-from .files import bring_back, new_file, new_folder, put_away, read_json, write_json
 from .process import run_stage
-from .settings import FULL, LOSSES, QUICK, Layout, Size
-from .stage_configs import capture_config, train_config
+from .settings import LOSSES, Layout, Size, capture_config, size_of, train_config
+from .summary import show, write_summary
 from .text import write_text
 
 
 class OutputOfAnotherSize(ColdstillError):
-    """The output folder was begun by a demo of another size."""
+    """The output folder belongs to a demo of another size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`heading` says what happens, `makes` is there when it is done, `work` does it."""
+    """One step of the demo: `work` creates the paths `makes`; `heading` describes it to the user."""
 
     name: str
     heading: str
@@ -39,16 +41,16 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        """Whether all that it makes is there."""
+        """Whether all of its paths exist."""
         return all(path.exists() for path in self.makes)
 
 
 def run_demo(output: Path, *, quick: bool) -> None:
-    """Run what is missing of the demo in `output`, and show its summary.
+    """Run the missing stages of the demo in `output` and print its summary.
 
-    Raises `OutputOfAnotherSize`, and `StageFailed` with the last lines of a stage that did not end well.
+    Raises `OutputOfAnotherSize`, or `StageFailed` with the last lines of the failed stage.
     """
-    size = QUICK if quick else FULL
+    size = size_of(quick=quick)
     layout = Layout(output.resolve())
     console = Console(highlight=False)
     _claim(layout, size, quick=quick)
@@ -57,7 +59,7 @@ def run_demo(output: Path, *, quick: bool) -> None:
     stages = _stages(layout, size, quick=quick)
     for number, stage in enumerate(stages, start=1):
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
-        state = "  [dim]done before[/dim]" if stage.done else ""
+        state = "  [dim]already done[/dim]" if stage.done else ""
         console.print(
             f"[bold]{number}/{len(stages)}[/bold] [dim]{minutes:2}:{seconds:02}[/dim]  "
             f"[bold]{stage.name}[/bold]  {stage.heading}{state}",
@@ -65,23 +67,21 @@ def run_demo(output: Path, *, quick: bool) -> None:
         )
         if not stage.done:
             stage.work()
-    from .summary import show
-
     show(layout, console, wall_s=time.monotonic() - started)
 
 
 def _claim(layout: Layout, size: Size, *, quick: bool) -> None:
-    """Make the output folder that of a demo of this size, or refuse it."""
+    """Record the size in the output folder. Raises `OutputOfAnotherSize` if the folder has another one."""
     wanted = size.as_dict()
     if layout.size.exists():
         found = read_json(layout.size)
         if found != wanted:
             differing = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
             raise OutputOfAnotherSize(
-                f"{layout.root}: begun with another size",
+                f"{layout.root} belongs to a demo of another size",
                 found={key: found.get(key) for key in differing},
                 wanted={key: wanted.get(key) for key in differing},
-                fix=f"choose another --output, {'leave --quick out' if quick else 'add --quick'}, or delete the folder",
+                fix=f"choose another --output, {'remove --quick' if quick else 'add --quick'}, or delete the folder",
             )
     layout.root.mkdir(parents=True, exist_ok=True)
     write_json(layout.size, wanted)
@@ -92,7 +92,7 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
     options = ["--quick"] if quick else []
 
     def module(name: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", f"demo.{name}", *arguments, str(layout.root), *options]
+        return [sys.executable, "-m", f"coldstill.demo.{name}", *arguments, str(layout.root), *options]
 
     def run(stage: str, command: list[str]) -> None:
         run_stage(stage, command, log=layout.log(stage))
@@ -122,72 +122,69 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
             with put_away(layout.teacher):
                 before = layout.teacher.exists()
                 run(f"train_{loss}", [*coldstill, "train", str(layout.train_config(loss))])
-                write_json(layout.witness(loss), {"teacher_before": before, "teacher_after": layout.teacher.exists()})
+                write_json(
+                    layout.teacher_presence(loss), {"teacher_before": before, "teacher_after": layout.teacher.exists()}
+                )
 
         return work
-
-    def summary() -> None:
-        from .summary import write_summary
-
-        write_summary(layout, size)
 
     return [
         Stage(
             name="text",
-            heading="this machine's Python library, raw and as instruction pairs",
+            heading="collects this machine's Python library, as raw text and as instruction pairs",
             makes=(layout.text,),
             work=text,
         ),
         Stage(
             name="teacher",
-            heading="a tokenizer and a teacher, trained from nothing",
+            heading="trains a tokenizer and a teacher from scratch",
             makes=(layout.tokenizer, layout.teacher),
             work=lambda: run("teacher", module("models", "teacher")),
         ),
         Stage(
             name="student",
-            heading="a smaller student, pre-trained on the teacher's text",
+            heading="pre-trains a smaller student on the teacher's text",
             makes=(layout.student,),
             work=lambda: run("student", module("models", "student")),
         ),
         Stage(
             name="capture",
-            heading="Ray, vLLM, top-k log-probs into Parquet shards",
+            heading="writes the teacher's top-k log-probs into Parquet shards, with Ray and vLLM",
             makes=(layout.dataset / "manifest.json", layout.capture_summary),
             work=capture,
         ),
         Stage(
             name="verify",
-            heading="every digest, every value",
+            heading="checks every digest and every value of the dataset",
             makes=(layout.verified,),
             work=verify,
         ),
         Stage(
             name="card",
-            heading="what the dataset holds, what storage cost, one row as a page",
+            heading="describes the dataset, and writes one row as a page",
             makes=(layout.page, layout.card),
             work=card,
         ),
         *(
             Stage(
                 name=f"train {loss}",
-                heading="from the shards alone, the teacher put away",
-                makes=(layout.train_summary(loss), layout.witness(loss)),
+                heading="trains from the shards only, with the teacher's folder moved away",
+                makes=(layout.train_summary(loss), layout.teacher_presence(loss)),
                 work=train(loss),
             )
             for loss in LOSSES
         ),
         Stage(
             name="measure",
-            heading="true KL to the teacher, on files that no model has seen",
+            heading="measures the KL to the teacher, on files that no model was trained on",
             makes=(layout.measurements,),
             work=lambda: run("measure", module("measure")),
         ),
         Stage(
             name="summary",
-            heading="one table, one picture",
+            heading="writes one table and one chart",
             makes=(layout.summary, layout.picture),
-            work=summary,
+            work=lambda: write_summary(layout, size),
         ),
     ]
 
@@ -195,3 +192,23 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
 def _write_yaml(path: Path, settings: dict) -> None:
     with new_file(path) as beside:
         beside.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+@contextmanager
+def put_away(folder: Path) -> Iterator[None]:
+    """Move `folder` to a hidden name while the block runs."""
+    os.replace(folder, _away(folder))
+    try:
+        yield
+    finally:
+        bring_back(folder)
+
+
+def bring_back(folder: Path) -> None:
+    """Undo `put_away` after a run that was killed inside it."""
+    if _away(folder).exists() and not folder.exists():
+        os.replace(_away(folder), folder)
+
+
+def _away(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.put_away")

@@ -1,4 +1,7 @@
-"""How big the demo is and where its files lie. Nothing heavy: the driver, every stage and the tests import this."""
+"""The demo's sizes, the names of its files, and its settings for `coldstill capture` and `coldstill train`.
+
+Light to import: the driver, every stage and the tests read it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 LOSSES = ("cross_entropy", "forward_kl", "taid")
-"""The three runs, in the order in which they are shown: the yardstick first."""
+"""The three training runs, in the order in which they are shown. The first is the baseline."""
 
 MAX_TOKENS = 512
-"""Context of both models, and the longest row of the capture."""
+"""Context of both models, and the length of the longest row of the capture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama model. Heads are 32 wide at the least: vLLM's CPU attention knows no smaller ones."""
+    """The shape of a Llama model. Heads are at least 32 wide: vLLM's CPU attention supports no smaller ones."""
 
     width: int
     layers: int
@@ -30,7 +33,7 @@ STUDENT = Shape(width=96, layers=4, heads=3, feed_forward=256, seed=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is read and learned. Rows are pairs; tokens are those of one optimizer step times its steps."""
+    """How much the demo reads and trains on. Rows are pairs; tokens are counted over all optimizer steps."""
 
     teacher_tokens: int
     student_tokens: int
@@ -38,10 +41,10 @@ class Size:
     held_out_rows: int
     rows_per_unit: int
     top_k: int
-    """K. A teacher this small is flat: 44 % of its mass lies outside its top 16. K = 16 with 64 draws keeps .94 of what
-    dense distributions give; without draws K = 32 does worse than plain fine-tuning (benchmarks/quality.py)."""
+    """K. A teacher this small is flat: 44% of its mass lies outside its top 16. K = 16 with 64 draws keeps 0.94 of the
+    gain of dense distributions. Without draws, K = 32 does worse than plain fine-tuning (benchmarks/quality.py)."""
     draws: int
-    """D."""
+    """D, random draws per position."""
     epochs: float
     batch_size: int
     learning_rate: float
@@ -49,7 +52,7 @@ class Size:
     save_steps: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Fit for JSON."""
+        """The settings as JSON values."""
         return asdict(self)
 
 
@@ -84,15 +87,20 @@ QUICK = Size(
 )
 
 
+def size_of(*, quick: bool) -> Size:
+    """`QUICK` or `FULL`."""
+    return QUICK if quick else FULL
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Names below the output folder. Each is the final name of what one stage makes: there means done."""
+    """Paths below the output folder. A stage creates its paths only when it is done."""
 
     root: Path
 
     @property
     def size(self) -> Path:
-        """Which size this folder was begun with."""
+        """The size with which this folder was started."""
         return self.root / "size.json"
 
     @property
@@ -109,7 +117,7 @@ class Layout:
 
     @property
     def student(self) -> Path:
-        """The one student that all three runs start from."""
+        """The student from which all three runs start."""
         return self.root / "student"
 
     @property
@@ -126,7 +134,7 @@ class Layout:
 
     @property
     def verified(self) -> Path:
-        """What `coldstill verify` said; only kept where it found nothing."""
+        """The output of `coldstill verify`, kept only if it found no problem."""
         return self.root / "verified.txt"
 
     @property
@@ -152,7 +160,7 @@ class Layout:
         return self.root / "training.png"
 
     def log(self, stage: str) -> Path:
-        """Everything that a stage's command said."""
+        """The full output of a stage's command."""
         return self.root / "logs" / f"{stage}.txt"
 
     def rows(self, part: str, view: str) -> Path:
@@ -165,10 +173,47 @@ class Layout:
     def run(self, loss: str) -> Path:
         return self.root / "runs" / loss
 
-    def witness(self, loss: str) -> Path:
-        """Whether the teacher's folder was there when a run began and when it had ended."""
+    def teacher_presence(self, loss: str) -> Path:
+        """Whether the teacher's folder existed when a run started and when it ended."""
         return self.root / "runs" / f"{loss}.witness.json"
 
     def train_summary(self, loss: str) -> Path:
-        """Written last by the trainer."""
+        """The trainer writes this file last."""
         return self.run(loss) / "train_summary.json"
+
+
+def capture_config(layout: Layout, size: Size) -> dict[str, Any]:
+    """Settings that score the distillation part's pairs with the teacher under vLLM."""
+    return {
+        "output": str(layout.dataset),
+        "source": {"path": str(layout.rows("distill", "pairs")), "loss_on": "assistant"},
+        "teacher": {
+            "model": str(layout.teacher),
+            "engine": "vllm",
+            "dtype": "float32",
+            "top_k": size.top_k,
+            "draws": size.draws,
+            "max_length": MAX_TOKENS,
+        },
+        "rows_per_unit": size.rows_per_unit,
+        "cluster": {"max_workers": 1},
+    }
+
+
+def train_config(layout: Layout, size: Size, *, loss: str) -> dict[str, Any]:
+    """Settings that train the student with one loss. Only the loss and the output differ between the three runs."""
+    return {
+        "dataset": str(layout.dataset),
+        "output": str(layout.run(loss)),
+        "student": {"model": str(layout.student)},
+        "loss": {"name": loss},
+        "data": {"seed": 0},
+        "training": {
+            "learning_rate": size.learning_rate,
+            "epochs": size.epochs,
+            "batch_size": size.batch_size,
+            "warmup_ratio": 0.05,
+            "logging_steps": size.logging_steps,
+            "save_steps": size.save_steps,
+        },
+    }

@@ -1,9 +1,8 @@
-"""The demo's text: in comes this machine's Python standard library, out go JSONL files for three disjoint parts of it.
+"""Splits this machine's Python standard library into three disjoint parts, as JSONL files.
 
-Each file of source belongs to one part, chosen by a hash of its name, so that nothing a model has read is ever
-measured. Each part has two views: `<part>.raw.jsonl`, rows `{"id", "text"}`, one whole file each, and
-`<part>.pairs.jsonl`, rows `{"id", "messages"}`, one function each: its signature and docstring are the user's turn,
-its body is the assistant's.
+A hash of a module's name selects its part, so no model is measured on text that it was trained on. Each part has two
+views. `<part>.raw.jsonl` has rows `{"id", "text"}`, one module each. `<part>.pairs.jsonl` has rows
+`{"id", "messages"}`, one function each: the user's turn is its signature and docstring, the assistant's is its body.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tqdm import tqdm
 PARTS = ("teacher", "distill", "held_out")
 
 PART_BORDERS = {"teacher": 0.60, "distill": 0.92, "held_out": 1.0}
-"""Upper ends of the parts on the unit interval on which file names are hashed."""
+"""Upper end of each part on the unit interval to which module names are hashed."""
 
 SKIPPED_FOLDERS = frozenset(
     [
@@ -30,30 +29,30 @@ SKIPPED_FOLDERS = frozenset(
         *("site-packages", "dist-packages", "lib-dynload", "__pycache__"),
     ]
 )
-"""Tests, data tables and what was installed later: absent on some machines, or no prose and no code worth learning."""
+"""Tests, data tables and installed packages: absent on some machines, or poor training text."""
 
 BODY_CHARACTERS = range(24, 1201)
-"""Length of a pair's body: shorter ones are `pass` and the like, longer ones do not fit the demo's context."""
+"""Accepted lengths of a pair's body. Shorter bodies are `pass` and the like; longer ones exceed the context."""
 
 PROMPT_CHARACTERS = 900
-"""Longest signature with docstring that becomes a pair."""
+"""Length of the longest signature and docstring that become a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceFile:
-    """One file of source: `name` is its path below the standard library, with forward slashes."""
+class ModuleFile:
+    """One Python module: `name` is its path below the standard library, with forward slashes."""
 
     name: str
     text: str
 
     @property
     def part(self) -> str:
-        """The one part this file belongs to: a function of its name alone."""
+        """The part of this module, which depends on its name only."""
         return part_of(self.name)
 
 
 def part_of(name: str) -> str:
-    """The part of a file name: its sha256, read as a number in [0, 1), against `PART_BORDERS`."""
+    """The part of a module name: compares its sha256, read as a number in [0, 1), with `PART_BORDERS`."""
     place = int.from_bytes(_digest(name)[:8]) / 2**64
     return next(part for part, border in PART_BORDERS.items() if place < border)
 
@@ -62,33 +61,33 @@ def _digest(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def source_files(root: Path | None = None) -> list[SourceFile]:
-    """All readable files of source below `root` (default: the standard library of the running Python), by name."""
+def module_files(root: Path | None = None) -> list[ModuleFile]:
+    """All readable modules below `root` (default: the running Python's standard library), sorted by name."""
     root = root or Path(sysconfig.get_path("stdlib"))
     found = []
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         name = path.relative_to(root).as_posix()
         if SKIPPED_FOLDERS.isdisjoint(name.split("/")[:-1]):
             try:
-                found.append(SourceFile(name=name, text=path.read_text(encoding="utf-8")))
+                found.append(ModuleFile(name=name, text=path.read_text(encoding="utf-8")))
             except UnicodeDecodeError:
                 continue
     return found
 
 
-def pairs_of(file: SourceFile) -> Iterator[dict]:
-    """Rows `{"id", "messages"}` of a file, in the order of its lines. A file that does not parse gives none."""
+def pairs_of(file: ModuleFile) -> Iterator[dict]:
+    """Yield a module's rows `{"id", "messages"}` in line order. A module that does not parse has none."""
     try:
         tree = ast.parse(file.text)
     except (SyntaxError, ValueError):
         return
-    lines = file.text.split("\n")  # as the parser counts: `splitlines` also cuts at form feeds
+    lines = file.text.split("\n")  # as the parser does: `splitlines` also splits at form feeds
     for function in sorted(_functions(tree), key=lambda node: node.lineno):
         documented = ast.get_docstring(function) is not None
         body = function.body[1:] if documented else function.body
         head_end = function.body[0].end_lineno if documented else function.lineno
         if not body or body[0].lineno <= (head_end or 0):
-            continue  # nothing but a docstring, or a body on the line of its `def`
+            continue  # only a docstring, or the body is on the line of its `def`
         prompt = textwrap.dedent("\n".join(lines[function.lineno - 1 : body[0].lineno - 1])).strip()
         answer = textwrap.dedent("\n".join(lines[body[0].lineno - 1 : body[-1].end_lineno])).strip("\n").rstrip()
         if len(answer) in BODY_CHARACTERS and len(prompt) <= PROMPT_CHARACTERS:
@@ -97,7 +96,7 @@ def pairs_of(file: SourceFile) -> Iterator[dict]:
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Functions and methods, but none inside another function: its text belongs to the outer one."""
+    """Functions and methods, without those nested in a function: their text belongs to the outer one."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         for node in ast.iter_child_nodes(waiting.pop()):
@@ -110,16 +109,15 @@ def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunction
 def write_text(
     folder: Path, *, distill_rows: int | None = None, held_out_rows: int | None = None, root: Path | None = None
 ) -> dict[str, int]:
-    """Write the six JSONL files into `folder` and return how many rows each has.
+    """Write the six JSONL files into `folder` and return the number of rows of each.
 
-    Pairs stand in the order of a hash of their ids, so that the first `distill_rows` of the distillation part, and the
-    first `held_out_rows` of the held-out part, are a fair sample of all files in it.
+    A hash of the ids orders the pairs, so that the first `distill_rows` and `held_out_rows` sample all modules fairly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     limits = {"distill": distill_rows, "held_out": held_out_rows}
     raw: dict[str, list[dict]] = {part: [] for part in PARTS}
     pairs: dict[str, list[dict]] = {part: [] for part in PARTS}
-    for file in tqdm(source_files(root), desc="reading", unit="file"):
+    for file in tqdm(module_files(root), desc="reading", unit="file"):
         raw[file.part].append({"id": file.name, "text": file.text})
         pairs[file.part].extend(pairs_of(file))
     counts = {}
@@ -133,6 +131,6 @@ def write_text(
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file."""
+    """Read the rows of a JSONL file."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from coldstill.common.packages import require_packages
-from coldstill.storage_schema.commits import FileRecord, file_record
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import (
     CredentialsMissing,
@@ -30,6 +29,7 @@ from coldstill.storage_schema.errors import (
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.verified_files import FileRecord, file_record
 
 from .errors import AnotherDataset, CardRefused
 from .pull import CARD_NAME, THREADS, TransferResult, copy_dataset, dataset_files, manifest_bytes, read_card

@@ -1,4 +1,4 @@
-"""Small parts of the benchmarks' tests."""
+"""Helpers of the benchmarks' tests."""
 
 from __future__ import annotations
 

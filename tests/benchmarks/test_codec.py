@@ -1,4 +1,4 @@
-"""The codec's benchmark from end to end on a small random teacher: every line, the headline, the tables."""
+"""The codec's benchmark from end to end on a small random teacher: lines, headline and tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.codec_grid_study import study
 from benchmarks.codec_sides import GuaranteeBroken, Measured
 from benchmarks.codec_tables import figures, print_tables
 from benchmarks.small_language_model import VOCABULARY
-from benchmarks.teacher_distributions import TEMPERAMENTS, Distributions
+from benchmarks.teacher_distributions import SHARPNESSES, Distributions
 from benchmarks.teacher_rows import DRAWS, WIDEST, WideRow, all_draws
 from coldstill.pipeline.teachers.target_extractor import summarize
 
@@ -48,7 +48,7 @@ def distributions() -> dict[str, Distributions]:
             test=random_rows(2, scale=scale, seed=seed),
             calibration=random_rows(1, scale=scale, seed=seed + 10),
         )
-        for seed, (name, scale) in enumerate(zip(TEMPERAMENTS, (2.5, 3.5), strict=True))
+        for seed, (name, scale) in enumerate(zip(SHARPNESSES, (2.5, 3.5), strict=True))
     }
 
 
@@ -60,7 +60,7 @@ def lines(distributions: dict[str, Distributions]) -> list[Measured]:
 def test_every_k_has_ours_and_the_rivals_for_both_teachers(lines: list[Measured]) -> None:
     found = {(line["side"], line["teacher"], line["top_k"]) for line in map(figures, lines)}
     sides = ("ours, fine", "ours, fine, shard", "ours, coarse", "ours, exact", NAIVE, "bit-packed ids, float16")
-    assert {(side, teacher, k) for side in sides for teacher in TEMPERAMENTS for k in TOP_KS} <= found
+    assert {(side, teacher, k) for side in sides for teacher in SHARPNESSES for k in TOP_KS} <= found
     peers = {(side, k) for side, _, k in found if side.startswith("polynomial") and "added" not in side}
     assert peers == {("polynomial, 16 exact", 128), ("polynomial, 1 exact", 50)}
 
@@ -77,11 +77,11 @@ def test_the_headline_is_json_with_the_figures_that_are_compared(lines: list[Mea
     found = json.loads(json.dumps(headline(lines)))
     assert found["bytes_ratio_to_peer"] == max(found["bytes_ratio_to_peer_by_teacher"].values())
     assert found["decode_over_naive"] == min(found["decode_over_naive_by_teacher"].values())
-    assert set(found["bytes_default"]) == set(TEMPERAMENTS)
+    assert set(found["bytes_default"]) == set(SHARPNESSES)
     assert found["decode_targets_per_s"] > 0
 
 
-def test_a_ratio_at_a_higher_kl_than_the_peers_is_no_ratio(lines: list[Measured]) -> None:
+def test_a_higher_kl_than_the_peers_gives_no_ratio(lines: list[Measured]) -> None:
     peers = [line for line in lines if line.side.name.startswith("polynomial, 16")]
     kept = [line.kl.copy() for line in peers]
     for line in peers:

@@ -1,4 +1,4 @@
-"""KL over kept ids and tail: equal to the plain sum, blind to order, and not to mass."""
+"""KL over kept ids and tail equals the plain sum, ignores order, and counts mass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.codec_fidelity import buckets, kl_nats, same_sets
 from tests.making import random_probs, targets_of
 
 
-def test_kl_is_the_plain_sum_of_renormalised_sides() -> None:
+def test_kl_is_the_plain_sum_of_renormalized_sides() -> None:
     rng = np.random.default_rng(0)
     p, q = random_probs(rng, 5, 7), random_probs(rng, 5, 7)
     wanted = [sum(a * math.log(a / b) for a, b in zip(x, y, strict=True)) for x, y in zip(p, q, strict=True)]
@@ -37,7 +37,7 @@ def test_the_order_of_kept_ids_does_not_matter() -> None:
     np.testing.assert_allclose(kl_nats(buckets(targets), buckets(shuffled)), 0, atol=1e-15)
 
 
-def test_another_set_of_ids_is_noticed() -> None:
+def test_another_set_of_ids_is_detected() -> None:
     rng = np.random.default_rng(2)
     targets = targets_of(random_probs(rng, 6, 40), rng.integers(0, 40, 6), top_k=8)
     other = targets.ids.copy()

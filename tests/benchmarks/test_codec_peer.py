@@ -1,4 +1,4 @@
-"""The peer's codec: its two settings take the bytes that it advertises, and its curve is the least-squares one."""
+"""The peer's codec: its two settings take the documented bytes, and its curve is the least-squares fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_peers_fit_is_the_least_squares_fit() -> None:
     np.testing.assert_allclose(through(peer, [row])[0].logprobs[:, peer.exact :], fitted.T, atol=2e-3)
 
 
-def test_a_curve_of_the_terms_comes_back() -> None:
+def test_a_curve_of_the_terms_round_trips() -> None:
     peer = Polynomial(top_k=20, exact=4, terms=(0, 1, "sqrt"), vocabulary=400)
     row = rows(top_k=20, count=1)[0]
     curve = np.concatenate([[-0.5, -1, -1.5, -2], -4 - 0.1 * np.arange(16) - 0.3 * np.sqrt(np.arange(16))])
@@ -50,7 +50,7 @@ def test_a_curve_of_the_terms_comes_back() -> None:
     np.testing.assert_allclose(through(peer, [row])[0].logprobs, logprobs, atol=1e-4)
 
 
-def test_the_peers_tail_is_what_its_top_k_leaves() -> None:
+def test_the_peers_tail_is_1_less_its_top_k() -> None:
     peer = recommended_polynomials(VOCABULARY)[0]
     found = through(peer, rows(top_k=peer.top_k))[0]
     left = 1 - np.exp(found.logprobs.astype(np.float64)).sum(1)
@@ -58,7 +58,7 @@ def test_the_peers_tail_is_what_its_top_k_leaves() -> None:
     np.testing.assert_allclose(np.exp(found.log_tail), left, rtol=1e-5)
 
 
-def test_with_its_tail_added_the_peer_takes_two_bytes_more_and_gives_it_back() -> None:
+def test_with_a_tail_the_peer_takes_two_more_bytes_and_decodes_it() -> None:
     peer = replace(recommended_polynomials(VOCABULARY)[0], tail=True)
     made = rows(top_k=peer.top_k)
     assert peer.raw_bytes == 298
@@ -67,7 +67,7 @@ def test_with_its_tail_added_the_peer_takes_two_bytes_more_and_gives_it_back() -
         np.testing.assert_array_equal(found.log_tail, row.targets.log_tail.astype(np.float16))
 
 
-def test_where_the_peers_top_k_passes_1_its_tail_is_small_and_finite() -> None:
+def test_a_top_k_with_mass_above_1_gives_the_peer_a_small_finite_tail() -> None:
     peer = recommended_polynomials(VOCABULARY)[1]
     row = rows(top_k=peer.top_k, count=1)[0]
     row.targets.logprobs[:] = -3.0

@@ -1,4 +1,4 @@
-"""Rivals of the codec: what goes in comes back, to the precision that is stored."""
+"""Other codecs round-trip rows to the stored precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.benchmarks.making import rows, through
     [NaiveLists(top_k=50), NaiveLists(top_k=50, byte_stream_split=True), BitPacked(top_k=50, vocabulary=400)],
     ids=lambda rival: rival.name,
 )
-def test_lists_and_packed_bits_give_back_ids_and_halves(rival: Rival) -> None:
+def test_lists_and_packed_bits_round_trip_ids_and_halves(rival: Rival) -> None:
     made = rows(top_k=50)
     stored = through(rival, made)
     assert len(stored) == len(made)
@@ -27,7 +27,7 @@ def test_lists_and_packed_bits_give_back_ids_and_halves(rival: Rival) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 7, 8, 15, 16, 17, 20])
-def test_packed_bits_come_back_and_take_no_more_room_than_they_need(bits: int) -> None:
+def test_packed_bits_round_trip_in_the_fewest_bytes(bits: int) -> None:
     values = np.random.default_rng(bits).integers(0, 1 << bits, (3, 50), dtype=np.int32)
     packed = pack_bits(values, bits=bits)
     assert packed.shape == (3, -(-50 * bits // 8))

@@ -1,4 +1,4 @@
-"""What the codec's benchmark measures is held to the codec's guarantee: a side that breaks one stops the run."""
+"""The codec's benchmark checks the codec's guarantee: a side that breaks it stops the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.benchmarks.making import rows
 
 def case(top_k: int = 16) -> Case:
     """Two rows of random teachers; sharp ones, a few flat positions may have a mean KL above that of many."""
-    return Case(temperament="random", limits=Limits(top_k=top_k), rows=rows(top_k=top_k, sharpness=5))
+    return Case(sharpness="random", limits=Limits(top_k=top_k), rows=rows(top_k=top_k, sharpness=5))
 
 
 def test_ours_from_frames_and_from_a_shard_give_the_same_and_are_timed_in_every_round() -> None:

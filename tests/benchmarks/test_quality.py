@@ -1,4 +1,4 @@
-"""The quality benchmark's bookkeeping: what is still to be trained, and what a share is."""
+"""The quality benchmark's records: which runs are missing, and what a share is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.quality import DENSE, PLAIN, SIDES, Run, found, missing, shares
 
 
-def test_a_second_start_makes_only_the_runs_that_are_missing(tmp_path: Path) -> None:
+def test_a_second_start_trains_only_the_missing_runs(tmp_path: Path) -> None:
     log = tmp_path / "runs.jsonl"
     everything = list(missing(SIDES, seeds=2, teachers=["flat", "sharp"], done=found(log)))
     assert len({run for run, _ in everything}) == len(everything) == 2 * 2 * len(SIDES)
@@ -20,7 +20,7 @@ def test_a_second_start_makes_only_the_runs_that_are_missing(tmp_path: Path) -> 
     assert left == [run for run, _ in everything if run not in done]
 
 
-def test_a_share_is_0_for_plain_fine_tuning_and_1_for_dense_taid_whatever_the_seed() -> None:
+def test_a_share_is_0_for_plain_fine_tuning_and_1_for_dense_taid_at_every_seed() -> None:
     kls = {
         Run("flat", 0, PLAIN.name): 1.4,
         Run("flat", 1, PLAIN.name): 1.2,

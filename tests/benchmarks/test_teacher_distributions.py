@@ -1,4 +1,4 @@
-"""The benchmark's teacher: its loss with all ids sampled is the whole one, its temperature gives the wanted entropy."""
+"""The benchmark's teacher: sampling all ids gives the full loss, and its temperature gives the wanted entropy."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def losses(model: SmallLanguageModel, *, sampled: int, monkeypatch: pytest.Monke
     return float(means[0]), float(means[1])
 
 
-def test_with_every_id_sampled_the_loss_is_the_whole_softmaxs(
+def test_with_every_id_sampled_the_loss_is_that_of_the_full_softmax(
     small: SmallLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled, whole = losses(small, sampled=50, monkeypatch=monkeypatch)
     assert sampled == pytest.approx(whole, rel=1e-5)
 
 
-def test_with_some_ids_sampled_the_loss_is_near_the_whole_softmaxs(
+def test_with_some_ids_sampled_the_loss_is_near_that_of_the_full_softmax(
     small: SmallLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Not equal: the log of an unbiased normaliser is a little low.
@@ -54,7 +54,7 @@ def test_with_some_ids_sampled_the_loss_is_near_the_whole_softmaxs(
     assert whole - 0.25 * whole < sampled < whole + 0.05 * whole
 
 
-def test_hidden_states_do_not_see_what_follows(small: SmallLanguageModel) -> None:
+def test_hidden_states_do_not_depend_on_later_tokens(small: SmallLanguageModel) -> None:
     ids = torch.randint(0, 50, (1, 12))
     changed = ids.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 50
@@ -81,6 +81,6 @@ def test_about_a_tenth_of_the_documents_is_held_out_by_name() -> None:
 
 
 @pytest.mark.parametrize(("a", "b"), [(96.0, 1), (384.0, 8), (1448.0, 1)])
-def test_the_inverse_of_a_grid_gives_back_its_levels(a: float, b: float) -> None:
+def test_the_inverse_of_a_grid_returns_its_levels(a: float, b: float) -> None:
     x = -inverse_grid(900, a=a, b=b)
     np.testing.assert_array_equal(np.floor(a * (1 - np.exp(-x / 2)) + b * x + 0.5), np.arange(900))

@@ -1,4 +1,4 @@
-"""A wide row, narrowed, is what the capture's kernel gives at those limits."""
+"""A narrowed wide row equals what the capture extracts with these limits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def kernel(logits: torch.Tensor, tokens: torch.Tensor, uniforms: np.ndarray, lim
 
 @pytest.mark.parametrize("min_prob", [0.0, 1e-3])
 @pytest.mark.parametrize("top_k", [1, 16, WIDEST])
-def test_ids_log_probs_and_tail_are_the_kernels(top_k: int, min_prob: float) -> None:
+def test_ids_log_probs_and_tail_are_those_of_the_capture(top_k: int, min_prob: float) -> None:
     row, logits, uniforms = wide_row()
     limits = Limits(top_k=top_k, min_prob=min_prob)
     tokens = torch.from_numpy(row.token_ids.astype(np.int64))
@@ -53,7 +53,7 @@ def test_ids_log_probs_and_tail_are_the_kernels(top_k: int, min_prob: float) -> 
     np.testing.assert_array_equal(found.labels, row.token_ids[1:])
 
 
-def test_draws_are_those_outside_the_kept_ids_in_draw_order_and_at_most_so_many() -> None:
+def test_draws_are_those_outside_the_kept_ids_in_draw_order_up_to_the_limit() -> None:
     row, _, _ = wide_row()
     found = narrowed(row, Limits(top_k=2, min_prob=0.05, draws=DRAWS)).targets
     assert found.draw_counts.max() == KEPT_DRAWS

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coldstill.common.files import new_file, new_folder, write_json
+from coldstill.common.files import new_file, new_folder, read_json, write_json
 
 KILLED_WRITER = """
 import os, signal, sys
@@ -117,6 +117,7 @@ def test_json_is_written_whole_and_read_back(tmp_path: Path) -> None:
     document = {"b": [1, None], "a": "é"}
     write_json(final, document)
     assert json.loads(final.read_text(encoding="utf-8")) == document
+    assert read_json(final) == document
     write_json(final, document, sort_keys=True)
     assert list(json.loads(final.read_text(encoding="utf-8"))) == ["a", "b"]
     with pytest.raises(TypeError):

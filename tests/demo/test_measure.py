@@ -1,4 +1,4 @@
-"""The measuring step against plain float64 sums over single rows."""
+"""The measurement agrees with plain float64 sums over single rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ pytest.importorskip("transformers")
 import torch
 
 from coldstill.demo.measure import StudentSums, TeacherSums, batches, target_logprobs
-from coldstill.demo.models import new_model
+from coldstill.demo.models import new_model, train_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Shape
-from coldstill.demo.text import SourceFile, pairs_of
-from coldstill.demo.tokenizer import train_tokenizer
+from coldstill.demo.text import ModuleFile, pairs_of
 
 from .test_text import SOURCE
 
@@ -22,7 +21,7 @@ VOCABULARY = 400
 
 def test_batched_means_are_those_of_single_rows_in_float64() -> None:
     tokenizer = train_tokenizer([SOURCE], vocabulary=VOCABULARY)
-    rows = list(pairs_of(SourceFile(name="a.py", text=SOURCE)))
+    rows = list(pairs_of(ModuleFile(name="a.py", text=SOURCE)))
     rows.append(
         {"id": "long", "messages": [*rows[0]["messages"][:1], {"role": "assistant", "content": "x " * MAX_TOKENS}]}
     )
@@ -32,10 +31,10 @@ def test_batched_means_are_those_of_single_rows_in_float64() -> None:
     )
     with torch.no_grad():
         student_sums, teacher_sums, targets = StudentSums(), TeacherSums(top_k=5), 0
-        for tokens, learned in batches(rows, tokenizer):
-            labels = tokens[:, 1:][learned[:, 1:]]
-            wanted = target_logprobs(teacher, tokens, learned)
-            student_sums.add(wanted, target_logprobs(student, tokens, learned), labels)
+        for tokens, loss_mask in batches(rows, tokenizer):
+            labels = tokens[:, 1:][loss_mask[:, 1:]]
+            wanted = target_logprobs(teacher, tokens, loss_mask)
+            student_sums.add(wanted, target_logprobs(student, tokens, loss_mask), labels)
             teacher_sums.add(wanted, labels)
             targets += len(labels)
         expected = _slow(rows[:-1], tokenizer, teacher, student)
@@ -52,8 +51,8 @@ def _slow(rows, tokenizer, teacher, student) -> dict[str, float]:
         )
         ids = encoded["input_ids"]
         p, q = (model(torch.tensor([ids])).logits[0].double().softmax(-1) for model in (teacher, student))
-        for position, learned in enumerate(encoded["assistant_masks"]):
-            if learned:
+        for position, marked in enumerate(encoded["assistant_masks"]):
+            if marked:
                 before = position - 1
                 kl += float((p[before] * (p[before] / q[before]).log()).sum())
                 nats -= float(q[before, ids[position]].log())

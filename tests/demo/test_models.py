@@ -1,4 +1,4 @@
-"""The demo's tokenizer and models: the loss mask, the sizes, and a training run that goes on where it was killed."""
+"""The demo's tokenizer and models: the loss mask, the sizes, and a killed training run that resumes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ pytest.importorskip("transformers")
 import torch
 
 from coldstill.demo import pretrain
-from coldstill.demo.models import new_model, parameter_count
+from coldstill.demo.models import (
+    END,
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    load_tokenizer,
+    new_model,
+    parameter_count,
+    train_tokenizer,
+)
 from coldstill.demo.pretrain import pack
 from coldstill.demo.settings import MAX_TOKENS, STUDENT, TEACHER, Shape
-from coldstill.demo.tokenizer import END, SPECIAL_TOKENS, VOCABULARY, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,8 +47,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_the_template_marks_exactly_the_assistants_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     runs: list[list[int]] = [[]]
-    for token, learned in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        if learned:
+    for token, marked in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        if marked:
             runs[-1].append(token)
         elif runs[-1]:
             runs.append([])
@@ -49,7 +56,7 @@ def test_the_template_marks_exactly_the_assistants_tokens(tokenizer: PreTrainedT
     assert [tokenizer.decode(run) for run in runs if run] == answers
 
 
-def test_any_text_comes_back_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_any_text_round_trips(tokenizer: PreTrainedTokenizerFast) -> None:
     for text in ("def f(x):\n\t return  x\n\n\n    # \u00e9\u4e2d\U0001f642\r\n", "__init__ _a1 12345 ...", ""):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -95,7 +102,7 @@ def test_packing_keeps_every_token_but_the_rest_of_the_last_block() -> None:
     assert not torch.equal(blocks, pack(documents, block=7, seed=2))
 
 
-def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_run_resumes_with_equal_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(pretrain, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     unbroken = new_model(TINY, vocabulary=64)

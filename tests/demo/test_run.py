@@ -1,9 +1,8 @@
-"""The driver: stages that are done are skipped, what a kill leaves is never taken for done, failures are named."""
+"""The demo's driver: it skips finished stages, never takes a killed stage for finished, and names failures."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,43 +12,14 @@ import pytest
 import yaml
 
 from coldstill.common.config_file import load_config
-from coldstill.demo.files import bring_back, new_file, new_folder, put_away, read_json, write_json
+from coldstill.common.files import read_json, write_json
 from coldstill.demo.process import StageFailed, run_stage
-from coldstill.demo.run import OutputOfAnotherSize, Stage, run_demo
-from coldstill.demo.settings import FULL, LOSSES, QUICK, Layout
-from coldstill.demo.stage_configs import capture_config, train_config
+from coldstill.demo.run import OutputOfAnotherSize, Stage, bring_back, put_away, run_demo
+from coldstill.demo.settings import FULL, LOSSES, QUICK, Layout, capture_config, train_config
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.trainer.config import TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize("make", [new_folder, new_file])
-def test_a_killed_stage_leaves_nothing_under_its_final_name(tmp_path: Path, make) -> None:
-    final = tmp_path / "final"
-    program = (
-        "import os, pathlib, signal, sys; from coldstill.demo.files import new_file, new_folder\n"
-        f"with {make.__name__}(pathlib.Path(sys.argv[1])) as beside:\n"
-        "    (beside / 'half' if beside.is_dir() else beside).write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(final)], cwd=REPOSITORY, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not final.exists()
-    with make(final) as beside:
-        (beside / "whole" if beside.is_dir() else beside).write_text("whole")
-    assert sorted(path.name for path in tmp_path.rglob("*")) in (["final"], ["final", "whole"])
-
-
-def test_a_stage_that_raises_leaves_nothing_under_its_final_name(tmp_path: Path) -> None:
-    def fail() -> None:
-        with new_folder(tmp_path / "final") as folder:
-            (folder / "half").write_text("half")
-            raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        fail()
-    assert not (tmp_path / "final").exists()
 
 
 def test_the_teacher_comes_back_after_a_failure_and_after_a_kill(tmp_path: Path) -> None:
@@ -73,7 +43,7 @@ def test_the_teacher_comes_back_after_a_failure_and_after_a_kill(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
-def test_a_stage_is_done_when_all_that_it_makes_is_there(tmp_path: Path) -> None:
+def test_a_stage_is_done_when_all_of_its_paths_exist(tmp_path: Path) -> None:
     stage = Stage(name="s", heading="h", makes=(tmp_path / "a", tmp_path / "b"), work=lambda: None)
     (tmp_path / "a").touch()
     assert not stage.done
@@ -81,7 +51,7 @@ def test_a_stage_is_done_when_all_that_it_makes_is_there(tmp_path: Path) -> None
     assert stage.done
 
 
-def test_an_output_folder_of_another_size_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_an_output_folder_of_another_size_is_refused_and_unchanged(tmp_path: Path) -> None:
     write_json(Layout(tmp_path).size, QUICK.as_dict())
     with pytest.raises(OutputOfAnotherSize, match="add --quick"):
         run_demo(tmp_path, quick=False)
@@ -89,7 +59,9 @@ def test_an_output_folder_of_another_size_is_refused_and_left_alone(tmp_path: Pa
     assert read_json(Layout(tmp_path).size) == QUICK.as_dict()
 
 
-def test_a_failed_command_is_named_with_its_stage_and_last_lines(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_error_of_a_failed_command_names_its_stage_and_last_lines(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     program = "import sys; print('printed'); sys.stderr.write('1%\\r2%\\rthe reason\\n'); sys.exit(3)"
     with pytest.raises(StageFailed) as failed:
         run_stage("capture", [sys.executable, "-c", program], log=tmp_path / "logs of it" / "capture.txt")
@@ -99,7 +71,7 @@ def test_a_failed_command_is_named_with_its_stage_and_last_lines(tmp_path: Path,
     assert "the reason" in capfd.readouterr().err
 
 
-def test_a_command_that_ends_well_shows_its_progress_and_keeps_its_words(
+def test_a_successful_command_shows_its_progress_and_logs_its_output(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     program = "import sys; print('a table'); sys.stderr.write('50%\\r100%\\n')"
@@ -110,7 +82,7 @@ def test_a_command_that_ends_well_shows_its_progress_and_keeps_its_words(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent was killed")
-def test_a_killed_demo_takes_its_stage_along(tmp_path: Path) -> None:
+def test_a_killed_demo_ends_its_stage(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     inner = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
     program = (
@@ -133,6 +105,22 @@ def test_the_written_settings_are_accepted_by_both_halves(tmp_path: Path) -> Non
         runs = [_load(tmp_path, train_config(layout, size, loss=loss), TrainConfig) for loss in LOSSES]
         assert [run.loss.name for run in runs] == list(LOSSES)
         assert len({run.model_dump_json(exclude={"loss", "output"}) for run in runs}) == 1
+
+
+def test_the_names_in_an_output_folder_stay_so_that_an_older_demo_resumes() -> None:
+    layout = Layout(Path("demo"))
+    paths = [layout.size, layout.text, layout.tokenizer, layout.teacher, layout.student, layout.dataset]
+    paths += [layout.capture_config, layout.capture_summary, layout.verified, layout.page, layout.card]
+    paths += [layout.measurements, layout.summary, layout.picture, layout.log("capture"), layout.rows("teacher", "raw")]
+    paths += [layout.train_config("taid"), layout.run("taid"), layout.teacher_presence("taid")]
+    paths += [layout.train_summary("taid")]
+    assert [path.relative_to("demo").as_posix() for path in paths] == [
+        *("size.json", "text", "tokenizer", "teacher", "student", "dataset"),
+        *("configs/capture.yaml", "capture.json", "verified.txt", "row.html", "dataset/README.md"),
+        *("measurements.json", "summary.json", "training.png", "logs/capture.txt", "text/teacher.raw.jsonl"),
+        *("configs/train_taid.yaml", "runs/taid", "runs/taid.witness.json"),
+        "runs/taid/train_summary.json",
+    ]
 
 
 def test_the_driver_imports_nothing_heavy() -> None:

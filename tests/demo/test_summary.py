@@ -1,4 +1,4 @@
-"""The summary of a made-up run: every promised key, the table, the picture."""
+"""The summary of a synthetic run has every promised key, a table and a chart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from coldstill.demo.files import read_json, write_json
+from coldstill.common.files import read_json, write_json
 from coldstill.demo.settings import LOSSES, QUICK, Layout
 from coldstill.demo.summary import show, write_summary
 
@@ -20,7 +20,7 @@ CAPTURE_KEYS = {"tokens_per_s", "bytes_per_target", "rows", "targets", "rejected
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
-    """What all stages but the last would have written."""
+    """The files that all stages before the last one write."""
     layout = Layout(tmp_path / "a demo")
     quality = {"parameters": 10, "kl_teacher_student": 0.5, "cross_entropy": 4.0, "top1_agreement": 0.4}
     write_json(
@@ -37,7 +37,7 @@ def layout(tmp_path: Path) -> Layout:
         taid_t = 1.0 if loss == "taid" else None
         run = {"targets_per_s": 900.0, "peak_memory_mb": 800.0, "steps": 8, "wall_s": 9.0, "taid_t": taid_t}
         write_json(layout.train_summary(loss), run)
-        write_json(layout.witness(loss), {"teacher_before": False, "teacher_after": False})
+        write_json(layout.teacher_presence(loss), {"teacher_before": False, "teacher_after": False})
         lines = [{"step": step, "loss": 1.0, "bucket_kl": 1 / step} for step in range(1, 9)]
         if loss == "taid":
             lines = [{**line, "taid_t": 0.4 + 0.6 * line["step"] / 8} for line in lines]
@@ -55,13 +55,13 @@ def test_the_summary_has_the_promised_keys(layout: Layout) -> None:
     assert summary["teacher_folder_present_while_training"] is False
 
 
-def test_a_teacher_that_was_there_is_told(layout: Layout) -> None:
-    write_json(layout.witness("taid"), {"teacher_before": False, "teacher_after": True})
+def test_the_summary_reports_a_teacher_that_was_present(layout: Layout) -> None:
+    write_json(layout.teacher_presence("taid"), {"teacher_before": False, "teacher_after": True})
     write_summary(layout, QUICK)
     assert read_json(layout.summary)["teacher_folder_present_while_training"] is True
 
 
-def test_the_picture_is_a_png_and_the_table_fits_80_columns(layout: Layout) -> None:
+def test_the_chart_is_a_png_and_the_table_fits_80_columns(layout: Layout) -> None:
     write_summary(layout, QUICK)
     assert layout.picture.read_bytes().startswith(b"\x89PNG")
     shown = io.StringIO()

@@ -1,4 +1,4 @@
-"""The demo's text: parts that share no file, the same on every call, and pairs that are whole pieces of code."""
+"""The demo's text: its parts share no module, equal calls give equal bytes, and pairs are whole functions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from coldstill.demo.text import (
     BODY_CHARACTERS,
     PARTS,
-    SourceFile,
+    ModuleFile,
+    module_files,
     pairs_of,
     part_of,
     read_rows,
-    source_files,
     write_text,
 )
 
@@ -77,7 +77,7 @@ def text(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_no_file_is_in_two_parts_and_none_is_lost(library: Path, text: Path) -> None:
     names = [row["id"] for part in PARTS for row in read_rows(text / f"{part}.raw.jsonl")]
-    assert sorted(names) == sorted(file.name for file in source_files(library))
+    assert sorted(names) == sorted(file.name for file in module_files(library))
     assert len(names) == len(set(names)) == 61
 
 
@@ -90,7 +90,7 @@ def test_pairs_stand_in_the_part_of_their_file(text: Path) -> None:
 
 
 def test_a_part_depends_on_the_name_alone() -> None:
-    assert SourceFile(name="asyncio/queues.py", text="").part == SourceFile(name="asyncio/queues.py", text="x = 1").part
+    assert ModuleFile(name="asyncio/queues.py", text="").part == ModuleFile(name="asyncio/queues.py", text="x = 1").part
     counted = [part_of(f"module_{index}.py") for index in range(2000)]
     shares = {part: counted.count(part) / len(counted) for part in PARTS}
     assert shares == pytest.approx({"teacher": 0.60, "distill": 0.32, "held_out": 0.08}, abs=0.04)
@@ -111,7 +111,7 @@ def test_limits_take_the_first_rows_of_the_same_order(library: Path, text: Path,
 
 
 def test_tests_and_unreadable_files_are_left_out(library: Path) -> None:
-    names = [file.name for file in source_files(library)]
+    names = [file.name for file in module_files(library)]
     assert "package_0/broken.py" in names
     assert not {"test/test_skipped.py", "package_0/latin.py"} & set(names)
 
@@ -126,7 +126,7 @@ def test_a_pair_is_signature_and_docstring_then_the_body() -> None:
     assert rows["a.py:27"] == ["async def waited_for(\n    self,\n    other,\n):", "await other.finished_at_last()"]
 
 
-def test_functions_inside_functions_are_not_told_twice() -> None:
+def test_nested_functions_make_no_pairs_of_their_own() -> None:
     [answer] = [row["messages"][1]["content"] for row in _pairs(SOURCE) if row["id"] == "a.py:16"]
     assert answer.startswith("def inner():\n    return")
     assert answer.endswith("return inner() * self.depth_of_the_box")
@@ -141,7 +141,7 @@ def test_a_file_that_does_not_parse_gives_no_pairs() -> None:
 
 
 def test_on_the_real_library_prompt_and_answer_make_a_function_again() -> None:
-    files = [file for file in source_files() if file.name.startswith(("json/", "dataclasses", "heapq", "textwrap"))]
+    files = [file for file in module_files() if file.name.startswith(("json/", "dataclasses", "heapq", "textwrap"))]
     rows = [row for file in files for row in pairs_of(file)]
     assert len(rows) > 50
     for row in rows:
@@ -152,4 +152,4 @@ def test_on_the_real_library_prompt_and_answer_make_a_function_again() -> None:
 
 
 def _pairs(source: str) -> list[dict]:
-    return list(pairs_of(SourceFile(name="a.py", text=source)))
+    return list(pairs_of(ModuleFile(name="a.py", text=source)))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from coldstill.common.errors import ColdstillError
-from coldstill.storage_schema.commits import file_record
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import FileDamaged
 from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.verified_files import file_record
 from coldstill.tools.exchange.importing import ImportedRow, import_rows, imported_header
 from coldstill.tools.reject_reasons import IMPORT_REASONS, MAX_REASONS, OTHER_REASONS, count_reasons
 from tests import making

@@ -13,10 +13,10 @@ import yaml
 
 from coldstill.common.packages import require_packages
 from coldstill.common.visible import visible
-from coldstill.storage_schema.commits import SHARDS_FOLDER
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import RUN_FOLDER
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER
 from coldstill.tools.errors import CardExists
 from coldstill.tools.pull import CARD_FILES
 from coldstill.tools.reject_reasons import count_reasons

@@ -20,7 +20,6 @@ from coldstill.storage_schema.commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,
     REJECTS_FOLDER,
-    SHARDS_FOLDER,
     commit_files,
     commit_name,
     committed_units,
@@ -34,6 +33,7 @@ from coldstill.storage_schema.manifest import MANIFEST_NAME, read_manifest, seal
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import RUN_FOLDER, Store
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER
 from coldstill.tools.errors import NothingSelected, OutputNotApart, OutputTaken
 
 from .sources import Sources
