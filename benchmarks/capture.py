@@ -39,8 +39,8 @@ from benchmarks.capture_floor import install_floor, run_requests
 from benchmarks.capture_occupancy import occupancy
 from benchmarks.capture_teachers import config_of, header_of, tiny_teacher, units_of_rows
 from benchmarks.report import finish
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import Store

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.teachers.vllm.engine import Engine, Request
 
 _KEY = "floor"

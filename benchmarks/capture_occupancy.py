@@ -12,8 +12,8 @@ import numpy as np
 
 from benchmarks.capture_teachers import CONTEXT, config_of, header_of
 from coldstill.pipeline.config import SamplingConfig
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.worker import load_teacher
 
 PLACES = 8
 """Number of requests that the engine runs at a time, and of prompts per unit."""

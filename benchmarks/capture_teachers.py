@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from coldstill.pipeline.config import TeacherConfig
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
 
 CONTEXT = 512

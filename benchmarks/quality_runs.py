@@ -21,8 +21,8 @@ from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
 from coldstill.demo.text import read_rows
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes

@@ -32,7 +32,7 @@ from benchmarks.report import finish
 from benchmarks.scale_capture import new_capture, pretend_committed, record_of
 from benchmarks.scale_teacher import Sleeping
 from coldstill.pipeline.capture import remaining
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.commits import commit_name
 
 MOST_SECONDS, MOST_MB = 20.0, 500
@@ -113,7 +113,7 @@ def on_object_store(folder: Path, *, units: int) -> dict[str, Any]:
 
 def with_workers(folder: Path, *, counts: list[int]) -> Lines:
     """Measure how busy sleeping engines are, by number of workers."""
-    from coldstill.pipeline.cluster import Workforce
+    from coldstill.pipeline.cluster.pool import WorkerPool
 
     lines = []
     for workers in tqdm(counts, desc="workers"):
@@ -123,8 +123,8 @@ def with_workers(folder: Path, *, counts: list[int]) -> Lines:
         )
         todo = remaining(prepare(config)).todo
         ends: list[float] = []
-        with Workforce(config, load=Sleeping(SLEEP_S)) as workforce:
-            for _ in workforce.run_units(todo):
+        with WorkerPool(config, load=Sleeping(SLEEP_S)) as pool:
+            for _ in pool.run_units(todo):
                 ends.append(time.monotonic())
         # All workers start together; the first end shows when that was.
         seconds = ends[-1] - ends[0] + SLEEP_S
@@ -134,15 +134,15 @@ def with_workers(folder: Path, *, counts: list[int]) -> Lines:
 
 def dispatch(folder: Path, *, sizes: list[int]) -> Lines:
     """The driver's processor time and the clock's for a unit, two workers."""
-    from coldstill.pipeline.cluster import Workforce
+    from coldstill.pipeline.cluster.pool import WorkerPool
 
     lines = []
     for units in tqdm(sizes, desc="units"):
         config = new_capture(folder / f"units-{units}", units=units, min_workers=2, max_workers=2, gpus_per_worker=0)
         todo = remaining(prepare(config)).todo
         pretend_committed(Path(config.output), todo)
-        with Workforce(config, load=Sleeping(0.0)) as workforce:
-            reports = workforce.run_units(todo)
+        with WorkerPool(config, load=Sleeping(0.0)) as pool:
+            reports = pool.run_units(todo)
             next(reports)
             clock, processor = time.monotonic(), time.process_time()
             found = 1 + sum(1 for _ in reports)

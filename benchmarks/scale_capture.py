@@ -33,7 +33,7 @@ def new_capture(folder: Path, *, units: int, output: str | None = None, **cluste
             "source": {"path": str(source)},
             "teacher": {"model": str(teacher), "engine": "transformers", "top_k": TOP_K, "max_length": 64},
             "rows_per_unit": 1,
-            "pilot_targets": 0,
+            "calibration_targets": 0,
             "cluster": {"cpus_per_worker": 0.1, **cluster},
         }
     )

@@ -19,8 +19,8 @@ def main() -> None:
     from coldstill.common.config_file import load_config
     from coldstill.pipeline.capture import remaining
     from coldstill.pipeline.config import CaptureConfig
-    from coldstill.pipeline.preparation.prepare import prepare
-    from coldstill.pipeline.sources.chat import SequenceMaker
+    from coldstill.pipeline.prepare import prepare
+    from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 
     config = load_config(sys.argv[1], model=CaptureConfig, overrides=())
     SequenceMaker.of(config)  # imports torch and transformers, which any number of units needs

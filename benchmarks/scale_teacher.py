@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from transformers.trainer_callback import TrainerCallback
 
 from benchmarks.capture_teachers import config_of, header_of, units_of_rows
-from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import HEADER_NAME

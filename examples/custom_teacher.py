@@ -18,8 +18,7 @@ import transformers
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
 from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions

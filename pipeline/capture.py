@@ -1,7 +1,6 @@
-"""A whole capture: take the lease, prepare, do the units that are not committed, seal. Settings in, a sealed dataset
-out.
+"""A whole capture: take the lease, prepare, run the units that are not committed, seal.
 
-The driver itself holds little: the plan as columns, the numbers of units, and no row, commit record or log-prob.
+The driver itself holds little: the plan as columns and the numbers of units, but no row, commit record or log-prob.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.store import Store
 
 from .config import CaptureConfig
-from .driver.bar import DriverBar
 from .driver.lease import Lease
-from .driver.progress import Progress
+from .driver.progress import Progress, ProgressBar
 from .driver.progress_record import read_progress
 from .errors import CaptureIncomplete, TooManyUnits
-from .preparation.prepare import Prepared, prepare
+from .prepare import Prepared, prepare
 from .sources.staging import remove_staging
 
 if TYPE_CHECKING:
-    from .cluster import Workforce
+    from .cluster.pool import WorkerPool
 
-_MOST_NAMED = 20
+_MAX_LISTED = 20
+"""Failed units that the error message lists."""
 
 
 class CaptureSummary(BaseModel):
-    """What came out, over all starts of the capture."""
+    """The finished dataset, over all starts of the capture."""
 
     dataset_id: str
     units: int
@@ -44,47 +43,45 @@ class CaptureSummary(BaseModel):
     targets: int
     bytes: int = Field(description="Of all shards.")
     bytes_per_target: float
-    tokens_per_s: float = Field(description="Of one worker while its teacher scores; engine starts do not count.")
+    tokens_per_s: float = Field(description="Per worker, while its teacher scores: engine starts do not count.")
     wall_s: float = Field(description="Of this start.")
 
 
 def capture(config: CaptureConfig) -> CaptureSummary:
-    """Do what is missing of the capture and seal the dataset. Safe to call again after any kill.
+    """Run the units that are not committed yet and seal the dataset. Safe to call again after any kill.
 
-    Raises `LeaseHeld` where another driver is at work; `CaptureIncomplete` at the end, where units could not be done;
-    and the named errors of the configuration, source, teacher, cluster and store.
+    Raises `LeaseHeld` where another driver is running, `CaptureIncomplete` at the end where units failed, and the named
+    errors of the configuration, source, teacher, cluster and store.
     """
     started = time.monotonic()
-    from .cluster import Workforce
+    from .cluster.pool import WorkerPool
 
     store = Store(config.output)
     store.require_writable()
-    workforce = Workforce(config)
+    pool = WorkerPool(config)
     with (
         Lease(store, dead_after_s=config.cluster.driver_dead_after_s) as lease,
-        Progress(
-            store, token=lease.token, work=workforce, price_per_gpu_hour=config.cluster.price_per_gpu_hour
-        ) as progress,
+        Progress(store, token=lease.token, work=pool, price_per_gpu_hour=config.cluster.price_per_gpu_hour) as progress,
     ):
-        with workforce:
-            prepared = _prepare(config, workforce)
+        with pool:
+            prepared = _prepare(config, pool)
             if not store.exists(MANIFEST_NAME):
                 progress.begin()
-                _do(prepared, workforce, lease=lease, progress=progress)
+                _run_units(prepared, pool, lease=lease, progress=progress)
         _seal(store, units=len(prepared.units), progress=progress)
     return _summary(store, time.monotonic() - started)
 
 
-def _prepare(config: CaptureConfig, workforce: Workforce) -> Prepared:
+def _prepare(config: CaptureConfig, pool: WorkerPool) -> Prepared:
     def rank_ids(header: DatasetHeader, unit: Unit) -> list[int]:
-        with tqdm(total=config.pilot_targets, desc="pilot", unit=" targets") as bar:
+        with tqdm(total=config.calibration_targets, desc="calibration", unit=" targets") as bar:
             bar.set_postfix_str("starting a worker")
-            ranks = workforce.rank_ids(header, unit)
+            ranks = pool.rank_ids(header, unit)
             bar.set_postfix_str(f"{len(ranks):,} frequent ids")
-            bar.update(config.pilot_targets)
+            bar.update(config.calibration_targets)
         return ranks
 
-    prepared = prepare(config, rank_ids=rank_ids if config.pilot_targets else None)
+    prepared = prepare(config, rank_ids=rank_ids if config.calibration_targets else None)
     if len(prepared.units) > MAX_SEALED_UNITS:
         raise TooManyUnits(
             f"{config.output}: plan",
@@ -96,37 +93,37 @@ def _prepare(config: CaptureConfig, workforce: Workforce) -> Prepared:
 
 
 class Remaining(NamedTuple):
-    """What a start has to do: units that are not committed, and the source rows of those that are."""
+    """Units that are not committed (`todo`), and the number of source rows in those that are."""
 
     todo: list[int]
     rows_done: int
 
 
 def remaining(prepared: Prepared) -> Remaining:
-    """From the plan and the names of commit records; none is opened. Raises `StorageFailed`."""
+    """Compare the plan with the names of the commit records, without opening any. Raises `StorageFailed`."""
     done = committed_units(prepared.store)
     todo = [unit for unit in range(len(prepared.units)) if unit not in done]
     return Remaining(todo, prepared.units.rows_of(done))
 
 
-def _do(prepared: Prepared, workforce: Workforce, *, lease: Lease, progress: Progress) -> None:
-    """Do the units that are not committed. Raises `CaptureIncomplete`, `LeaseLost`."""
+def _run_units(prepared: Prepared, pool: WorkerPool, *, lease: Lease, progress: Progress) -> None:
+    """Run the units that are not committed. Raises `CaptureIncomplete`, `LeaseLost`."""
     plan, (todo, rows_done) = prepared.units, remaining(prepared)
     if not todo:
         return
-    with DriverBar(progress, work=workforce, rows=plan.total_rows, rows_done=rows_done) as bar:
-        for report in workforce.run_units(todo):
+    with ProgressBar(progress, work=pool, rows=plan.total_rows, rows_done=rows_done) as bar:
+        for report in pool.run_units(todo):
             lease.check()
             progress.add(report)
             bar.add(report)
-    if workforce.failed:
-        named = [f"unit {failed.unit}: {failed.reason}" for failed in workforce.failed[:_MOST_NAMED]]
-        more = len(workforce.failed) - len(named)
+    if pool.failed:
+        reasons = [f"unit {failed.unit}: {failed.reason}" for failed in pool.failed[:_MAX_LISTED]]
+        more = len(pool.failed) - len(reasons)
         raise CaptureIncomplete(
-            f"{prepared.store.url}: {len(workforce.failed):,} of {len(plan):,} units failed",
-            found="\n          ".join([*named, *([f"... and {more:,} more"] if more else [])]),
+            f"{prepared.store.url}: {len(pool.failed):,} of {len(plan):,} units failed",
+            found="\n          ".join([*reasons, *([f"... and {more:,} more"] if more else [])]),
             wanted="a shard of each planned unit",
-            fix="all other units are committed; mend what the reasons name and start the same capture again",
+            fix="all other units are committed: fix these reasons and re-run the same command to resume",
         )
 
 
@@ -141,7 +138,7 @@ def _seal(store: Store, *, units: int, progress: Progress) -> None:
 
         seal(store, on_commit=read)
     remove_staging(store)
-    if bar.n:  # else it was sealed already
+    if bar.n:  # 0: it was sealed before
         progress.sealed(score_seconds=seconds)
 
 
@@ -149,7 +146,7 @@ def _summary(store: Store, wall_s: float) -> CaptureSummary:
     manifest, dataset_id = read_manifest(store)
     record = read_progress(store)
     seconds = record.score_seconds if record else None
-    if seconds is None:  # killed between the manifest and the last record
+    if seconds is None:  # a kill between the manifest and the last progress record
         seconds = sum(_score_seconds(read_commit(store, shard.unit)) for shard in manifest.shards)
     size = sum(shard.file.bytes for shard in manifest.shards)
     return CaptureSummary(

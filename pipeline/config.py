@@ -1,4 +1,4 @@
-"""Settings of a capture. Each key has one sentence, which `coldstill capture --help` prints."""
+"""Settings of a capture; `coldstill capture --help` prints the sentence of each key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, renamed_field
 from coldstill.common.plugins import is_plugin, load_plugin
 from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
 
@@ -15,40 +15,48 @@ ENGINES = ("vllm", "transformers", "endpoint")
 
 
 class SourceConfig(FrozenModel):
-    """What the teacher reads."""
+    """The text that the teacher reads."""
 
     path: str | None = Field(
         default=None,
-        description="JSON lines (.jsonl, also .gz and .zst) or Parquet: a local path, a URL that fsspec reaches, or a "
-        "pattern such as data/*.jsonl, whose files are read in order of their names.",
+        description="JSON Lines (.jsonl, also .gz and .zst) or Parquet: a local path, a URL that fsspec opens, or a "
+        "pattern such as data/*.jsonl, whose files are read in alphabetical order.",
     )
     dataset: str | None = Field(
-        default=None, description="In place of a path: a hub name or local folder that `datasets` streams."
+        default=None, description="Instead of a path: a Hub name or a local folder that `datasets` streams."
     )
-    dataset_config: str | None = Field(default=None, description="Configuration of that dataset, where it has several.")
+    dataset_config: str | None = Field(
+        default=None, description="Configuration of that dataset, if it has more than one."
+    )
     split: str = Field(default="train", description="Split of that dataset.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of that dataset.")
+    adapter: str | None = Field(
+        default=None,
+        description="Your function, as my_module:my_function: takes a row as a dict and returns a dict with the "
+        "columns below, or None to reject the row; see examples/source_adapter.py.",
+    )
     messages: str = Field(default="messages", description="Column with a chat: a list of {role, content}.")
-    tools: str = Field(default="tools", description="Column with the tools that a chat's assistant may call.")
+    tools: str = Field(default="tools", description="Column with the tools that the chat's assistant may call.")
     prompt: str = Field(default="prompt", description="Column with a prompt, as text or messages; see response.")
-    response: str = Field(default="response", description="Column with the answer to the prompt, as text.")
-    text: str = Field(default="text", description="Column with plain text, for rows that have no chat.")
+    response: str = Field(default="response", description="Column with the answer to the prompt, as text or messages.")
+    text: str = Field(default="text", description="Column with plain text, for rows without a chat.")
     id: str = Field(
-        default="id", description="Column with the sample id; rows without it are named by their row number."
+        default="id", description="Column with the sample id; a row without one is named after its row number."
     )
     loss_on: Literal["assistant", "last_turn", "all"] = Field(
-        default="assistant", description="Targets of chat rows: the assistant's tokens, those of its last turn, or all."
+        default="assistant",
+        description="Target tokens of a chat: those of all assistant turns, those of the last one, or all tokens.",
     )
     chat_template: str | None = Field(
-        default=None, description="File with a Jinja chat template that replaces the tokenizer's own."
+        default=None, description="File with a Jinja chat template to use instead of the tokenizer's own."
     )
     template_arguments: dict[str, Any] = Field(
-        default_factory=dict, description="Further variables of the chat template, such as enable_thinking."
+        default_factory=dict, description="Extra variables for the chat template, such as enable_thinking."
     )
     over_long: Literal["reject", "cut", "split"] = Field(
         default="reject",
-        description="Rows of more than teacher.max_length tokens: reject them, cut them at the end, or split them into "
-        "rows of that length.",
+        description="What happens to a row of more than teacher.max_length tokens: reject it, cut off its end, or "
+        "split it into rows of that length.",
     )
 
     @model_validator(mode="after")
@@ -59,58 +67,66 @@ class SourceConfig(FrozenModel):
 
 
 class TeacherConfig(FrozenModel):
-    """Who speaks, and what is kept of it."""
+    """The teacher, and which part of its distributions is stored."""
 
-    model: str = Field(description="Folder or hub name of a causal language model.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub repository.")
+    model: str = Field(description="Folder or Hub name of a causal language model.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the Hub repository.")
     engine: str = Field(
         default="vllm",
-        description="vllm: fast, in the worker; transformers: slow and plain, the reference; endpoint: a server that "
-        "speaks OpenAI's protocol and returns prompt log-probs, such as `vllm serve`: K entries, no draws; "
-        "my_module:MyTeacher: a class of your own, see examples/custom_teacher.py.",
+        description="vllm: fast, in the worker; transformers: slow, the reference; endpoint: an OpenAI-compatible "
+        "server that returns prompt log-probs, such as `vllm serve`: top K only, no draws; my_module:MyTeacher: your "
+        "own class, see examples/custom_teacher.py.",
     )
     endpoint: str | None = Field(
-        default=None, description="Base URL of engine endpoint, for instance http://host:8000/v1."
+        default=None, description="Base URL of the server for engine endpoint, such as http://host:8000/v1."
     )
     tap: Literal["worker", "public"] = Field(
         default="worker",
-        description="Of engine vllm. worker: tensors from inside its worker, exact tail, draws; public: its "
+        description="How log-probs leave vLLM. worker: read inside its worker, exact tail and draws; public: its "
         "prompt_logprobs, slower, derived tail, no draws.",
     )
     runner: Literal["v1", "v2"] = Field(
-        default="v1", description="Model runner of engine vllm that is tapped; v2 has not been run on a GPU yet."
+        default="v1", description="vLLM's model runner that tap worker reads; v2 has not been run on a GPU yet."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Data type of the weights; auto takes the one in the model's configuration."
+        default="auto", description="Data type of the weights; auto takes it from the model's config.json."
     )
     head_dtype: Literal["auto", "float32", "model"] = Field(
         default="auto",
-        description="Data type of the logits: auto takes float32 where the engine can, for a bfloat16 head rounds "
-        "away half of the order; model takes that of the weights.",
+        description="Data type of the logits. auto: float32 if the engine can, because bfloat16 rounding changes half "
+        "of the ranks; model: that of the weights.",
     )
-    top_k: int = Field(default=64, ge=1, le=MAX_TOP_K, description="K: the most ids kept at a position.")
+    top_k: int = Field(default=64, ge=1, le=MAX_TOP_K, description="K: maximum number of token ids kept per position.")
     min_prob: float = Field(
-        default=1e-4, ge=0, lt=1, description="Floor: of the top K, ids less probable than this are not kept."
+        default=1e-4, ge=0, lt=1, description="Token ids of the top K with a lower probability are not kept."
     )
     draws: int = Field(
         default=0, ge=0, le=MAX_DRAWS, description="D: iid draws from the full softmax at each position."
     )
     kept_draws: int = Field(
-        default=32, ge=0, le=MAX_DRAWS, description="The most tail draws kept at a position: the first in draw order."
+        default=32,
+        ge=0,
+        le=MAX_DRAWS,
+        description="Maximum number of tail draws stored per position: the first ones in draw order.",
     )
-    draw_logprobs: bool = Field(default=False, description="Record the log-prob of each kept draw too.")
-    draw_seed: int = Field(default=0, ge=0, lt=1 << 63, description="Key of the generator of the draws.")
-    max_length: int = Field(default=2048, ge=2, le=MAX_TOKENS, description="The most tokens of a row.")
+    draw_logprobs: bool = Field(default=False, description="Store the log-prob of each kept draw too.")
+    draw_seed: int = Field(default=0, ge=0, lt=1 << 63, description="Seed of the draws.")
+    max_length: int = Field(default=2048, ge=2, le=MAX_TOKENS, description="Maximum length of a row, in tokens.")
     engine_args: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further arguments of vLLM's LLM class, or of from_pretrained; of engine endpoint: served_model, "
+        description="Extra arguments of vLLM's LLM class or of from_pretrained; for engine endpoint: served_model, "
         "concurrency, timeout_s, attempts.",
     )
 
     @property
+    def is_own_class(self) -> bool:
+        """Whether the engine is a class of the user's own, named as `module:name`."""
+        return self.engine not in ENGINES
+
+    @property
     def can_draw(self) -> bool:
         """Whether the engine gives exact tails and draws. Raises `PluginNotFound` for a class that is not there."""
-        if is_plugin(self.engine):
+        if self.is_own_class:
             return getattr(load_plugin(self.engine, key="teacher.engine"), "tail", "derived") == "exact"
         return self.engine == "transformers" or (self.engine == "vllm" and self.tap == "worker")
 
@@ -132,50 +148,61 @@ class TeacherConfig(FrozenModel):
 
 
 class SamplingConfig(FrozenModel):
-    """How the teacher answers, in mode generate."""
+    """How the teacher generates answers, in mode generate."""
 
-    temperature: float = Field(default=1.0, ge=0, description="0: always the most probable token.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Only the most probable tokens of this mass are sampled.")
-    n: int = Field(default=1, ge=1, le=1024, description="Answers to each prompt.")
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="Of the sampler; each answer has a key of its own.")
-    max_tokens: int = Field(default=512, ge=1, le=MAX_TOKENS, description="The most tokens of an answer.")
-    stop: tuple[str, ...] = Field(default=(), description="Texts at which an answer ends, besides the end of turn.")
+    temperature: float = Field(
+        default=1.0, ge=0, description="Sampling temperature; 0 always takes the most probable token."
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Nucleus sampling: only the most probable tokens of this total mass."
+    )
+    n: int = Field(default=1, ge=1, le=1024, description="Answers per prompt.")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="Seed of the sampler; each answer has its own stream.")
+    max_tokens: int = Field(default=512, ge=1, le=MAX_TOKENS, description="Maximum length of an answer, in tokens.")
+    stop: tuple[str, ...] = Field(
+        default=(), description="Strings that end an answer, in addition to the end-of-turn token."
+    )
 
 
 class ClusterConfig(FrozenModel):
-    """Where it runs."""
+    """Where the capture runs."""
 
-    min_workers: int = Field(default=1, ge=1, description="Units are given out once so many workers are ready.")
-    max_workers: int = Field(default=1, ge=1, description="The most Ray actors, each with an engine of its own.")
+    min_workers: int = Field(
+        default=1, ge=1, description="Number of workers that must be ready before work units are assigned."
+    )
+    max_workers: int = Field(
+        default=1, ge=1, description="Maximum number of workers: Ray actors, each with its own engine."
+    )
     cpus_per_worker: float = Field(
-        default=1, gt=0, description="Cores that Ray reserves for a worker; its OpenMP threads."
+        default=1, gt=0, description="CPU cores that Ray reserves per worker; also its number of OpenMP threads."
     )
     gpus_per_worker: float | None = Field(
         default=None,
         ge=0,
-        description="GPUs that Ray reserves for a worker; by default tensor times pipeline parallel size where the "
-        "cluster has GPUs.",
+        description="GPUs that Ray reserves per worker; by default tensor times pipeline parallel size if the cluster "
+        "has GPUs.",
     )
     address: str | None = Field(
-        default=None, description="Ray cluster to join; by default RAY_ADDRESS, else one is started on this machine."
+        default=None,
+        description="Address of the Ray cluster to join; by default RAY_ADDRESS, else Ray starts on this machine.",
     )
     hung_after_s: float = Field(
-        default=600,
-        gt=0,
-        description="An engine without progress for so long is hung: its worker ends itself.",
+        default=600, gt=0, description="Seconds without progress after which a worker ends itself as hung."
     )
-    store_patience_s: float = Field(
+    store_retry_s: float = renamed_field(
+        "store_retry_s",
+        old="store_patience_s",
         default=300,
         ge=0,
-        description="How long a worker asks a store again that does not answer, before the capture ends.",
+        description="Seconds for which a failed access to the output store is retried before the capture ends.",
     )
     driver_dead_after_s: float = Field(
         default=120,
         gt=0,
-        description="A driver that gave no sign of life for so long is dead, and a new one takes over.",
+        description="Seconds without a heartbeat after which another driver may take over the capture.",
     )
     price_per_gpu_hour: float | None = Field(
-        default=None, ge=0, description="For the cost that `status` and `--dry-run` show, in any currency."
+        default=None, ge=0, description="Price of one GPU for one hour, in any currency, for `status` and `--dry-run`."
     )
 
     @model_validator(mode="after")
@@ -188,42 +215,48 @@ class ClusterConfig(FrozenModel):
 class CaptureConfig(FrozenModel):
     """A whole capture."""
 
-    output: str = Field(description="The dataset's directory: a path that all workers see, s3:// or gs://.")
+    output: str = Field(description="Directory of the dataset: a path that all workers can write, s3:// or gs://.")
     source: SourceConfig
     teacher: TeacherConfig
     mode: Literal["score", "generate", "pretrain"] = Field(
         default="score",
-        description="score: the source's own answers; generate: the teacher answers the source's prompts; pretrain: "
-        "raw text, all positions are targets.",
+        description="score: the answers in the source are scored; generate: the teacher answers the source's prompts; "
+        "pretrain: plain text, every token is a target.",
     )
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     documents: Literal["isolate", "concat"] = Field(
         default="isolate",
-        description="Of mode pretrain. isolate: each document is a row of its own; concat: the documents of a unit are "
-        "joined by separators and cut to rows of teacher.max_length.",
+        description="How mode pretrain makes rows. isolate: one per document; concat: the documents of a work unit, "
+        "joined by end-of-sequence tokens and cut every teacher.max_length tokens.",
     )
     order: Literal["exact", "fast"] = Field(
         default="exact",
-        description="exact: a unit is a barrier, equal captures give equal bytes; fast: engines stay full across "
-        "units, values within the engine's tolerance.",
+        description="exact: one work unit at a time, so that equal captures give equal bytes; fast: units overlap and "
+        "keep the engine full, values agree within its tolerance.",
     )
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     rows_per_unit: int = Field(
-        default=1024, ge=1, description="Source rows of a unit: one shard, and what a kill can cost at the most."
+        default=1024, ge=1, description="Source rows per work unit: one shard, and the most work that a crash loses."
     )
-    pilot_targets: int = Field(
+    calibration_targets: int = renamed_field(
+        "calibration_targets",
+        old="pilot_targets",
         default=8192,
         ge=0,
-        description="Targets that the teacher scores before all others, to learn which ids get short codes; 0: none.",
+        description="Targets that are scored before all others to find the frequent token ids, which get short codes; "
+        "0 skips this calibration pass.",
     )
     fidelity: Literal["fine", "coarse", "exact"] = Field(
         default="fine",
-        description="What storage may cost, as mean KL in nats: fine below 1e-5, coarse below 1e-4 in fewer bytes; "
-        "exact keeps float16 values in rank order.",
+        description="Storage error as mean KL in nats: fine below 1e-5, coarse below 1e-4 in fewer bytes, exact keeps "
+        "float16 log-probs.",
     )
     max_attempts: int = Field(
         default=2,
         ge=1,
-        description="Deaths of a worker over one unit alone, before its rows are searched for the one that kills it.",
+        description="Crashes that a work unit may cause on its own before its rows are searched for the one that "
+        "crashes the worker.",
     )
-    licence: str | None = Field(default=None, description="Under which terms the dataset may be used, for its header.")
+    license: str | None = renamed_field(
+        "license", old="licence", default=None, description="License of the dataset, recorded in its header."
+    )

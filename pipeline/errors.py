@@ -1,4 +1,4 @@
-"""The named errors of a capture."""
+"""The named errors of a capture: every class that `coldstill capture` can raise beside those of stores and files."""
 
 from __future__ import annotations
 
@@ -6,60 +6,64 @@ from coldstill.common.errors import ColdstillError
 
 
 class SourceNotFound(ColdstillError):
-    """There is no file at the source's path."""
+    """No file exists at the source's path, or `datasets` finds no such dataset."""
 
 
 class SourceUnreadable(ColdstillError):
-    """The source is of an unknown kind, or is damaged."""
+    """The source has an unknown format, or is damaged."""
 
 
 class SourceEmpty(ColdstillError):
-    """The source has no row."""
+    """The source has no rows."""
 
 
 class SourceChanged(ColdstillError):
-    """The source is no longer what the plan was made from."""
+    """The source differs from the one that the capture was started with."""
+
+
+class SourceAdapterFailed(ColdstillError):
+    """The function `source.adapter` raised an exception, or returned something other than a dict or None."""
 
 
 class TemplateCannotMark(ColdstillError):
-    """The chat template is missing, or cannot tell which tokens are the assistant's."""
+    """The chat template is missing, or does not show which tokens are the assistant's."""
 
 
 class TeacherUnusable(ColdstillError):
-    """The teacher's configuration, tokenizer or weights cannot be loaded or do not fit the settings."""
+    """The teacher's configuration, tokenizer or weights cannot be loaded, or do not fit the settings."""
 
 
 class TeacherOutputInvalid(ColdstillError):
-    """An engine gave something that is not K log-probs for each wanted position."""
+    """An engine returned something other than K log-probs for each target position."""
 
 
 class ClusterTooSmall(ColdstillError):
-    """A worker asks for more than this machine has: it could never start."""
+    """A worker needs more resources than this machine has, so it can never start."""
 
 
 class UnitFailed(ColdstillError):
-    """A unit could not be done; all others stay committed."""
+    """A work unit failed; all others stay committed."""
 
 
 class LeaseHeld(ColdstillError):
-    """Another driver is at work on the dataset directory."""
+    """Another driver is running a capture into the same directory."""
 
 
 class LeaseLost(ColdstillError):
-    """Another driver took the dataset directory over while this one was at work."""
+    """Another driver took over the directory while this one was running."""
 
 
 class CaptureIncomplete(ColdstillError):
-    """Some units could not be done; all others are committed, and the dataset is not sealed."""
+    """Some work units failed; all others are committed, and the dataset is not sealed."""
 
 
 class TooManyUnits(ColdstillError):
-    """The plan has more units than a manifest can list."""
+    """The plan has more work units than a manifest can list."""
 
 
 class EndpointFailed(ColdstillError):
-    """The teacher's server cannot be reached, or fails again and again."""
+    """The teacher's server cannot be reached, or fails repeatedly."""
 
 
 class EndpointRefused(EndpointFailed):
-    """The teacher's server refuses a request, and would again."""
+    """The teacher's server rejects a request, and would reject it again."""

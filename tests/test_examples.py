@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coldstill.pipeline.config import SourceConfig
-from coldstill.pipeline.sources.chat import SequenceMaker, TokenSequence
-from coldstill.pipeline.sources.readers import SourceRow
+from coldstill.pipeline.sources.files import SourceRow
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.rows import span_positions
 from tests import making
 

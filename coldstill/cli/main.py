@@ -108,7 +108,7 @@ def capture(
     if probe and not dry_run:
         raise typer.BadParameter("--probe needs --dry-run")
     if dry_run:
-        from coldstill.pipeline.estimate.dry_run import dry_run as run_dry
+        from coldstill.pipeline.dry_run import dry_run as run_dry
 
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
         return

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
-from coldstill.common.errors import ColdstillError
+from .errors import ColdstillError
+from .models import other_names
 
 
 class ConfigNotFound(ColdstillError):
@@ -39,7 +40,7 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
     if not isinstance(document, dict):
         raise ConfigInvalid(path, found=type(document).__name__, wanted="a mapping of keys to values")
     for word in overrides:
-        _override(document, word)
+        _override(document, word, model)
     return check_config(document, model=model, where=path)
 
 
@@ -110,19 +111,38 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _override(document: dict[str, Any], word: str) -> None:
+def _override(document: dict[str, Any], word: str, model: type[BaseModel]) -> None:
     key, separator, text = word.partition("=")
     if not separator or not key:
         raise ConfigInvalid(f"argument {word!r}", found="no `=`", wanted="key=value, for instance teacher.top_k=64")
     *folders, name = key.split(".")
+    section: type[BaseModel] | None = model
     for folder in folders:
-        document = document.setdefault(folder, {})
+        document, section = document.setdefault(folder, {}), _section(section, folder)
         if not isinstance(document, dict):
             raise ConfigInvalid(f"argument {word!r}", found=f"{folder} is a value", wanted="a key below a section")
     try:
-        document[name] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigInvalid(f"argument {word!r}", found=str(error), wanted="a YAML value") from None
+    for spelling in _spellings(section, name):  # the file may use an older name of the key
+        document.pop(spelling, None)
+    document[name] = value
+
+
+def _section(model: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
+    """The model of a section's section, if there is one of that name."""
+    field = model.model_fields.get(name) if model else None
+    return _inner_model(field.annotation) if field else None
+
+
+def _spellings(model: type[BaseModel] | None, name: str) -> set[str]:
+    """All names of the field that `name` is a name of."""
+    for current, field in model.model_fields.items() if model else ():
+        names = {current, *other_names(current, field)}
+        if name in names:
+            return names
+    return set()
 
 
 def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigInvalid:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from .errors import ColdstillError
 
@@ -21,6 +22,20 @@ class FrozenModel(BaseModel):
     """A pydantic model that rejects unknown fields and cannot be changed after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def renamed_field(name: str, *, old: str, **options: Any) -> Any:
+    """A pydantic `Field` called `name` that files written before its renaming may still call `old`.
+
+    Dumps, `--help` and suggestions in error messages use `name`. A document with both names is rejected.
+    """
+    return Field(validation_alias=AliasChoices(name, old), **options)
+
+
+def other_names(name: str, field: FieldInfo) -> set[str]:
+    """The names besides `name` under which a document may hold the field."""
+    choices = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
+    return {choice for choice in choices if isinstance(choice, str)} - {name}
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -1,64 +1,95 @@
-"""`CaptureWorker` as a Ray actor: an engine that is loaded once, watched, and asked by up to two threads.
+"""`CaptureWorker` as a Ray actor: one engine, loaded once, watched, and called from two threads.
 
-The engine is loaded in the constructor, which Ray runs in the process's main thread: some libraries want that. What it
-raises waits for the first call, so that it reaches the driver under its own name.
+On a worker, Ray imports this file before the actor's constructor runs `search_last`. So it imports only the standard
+library and Ray at its top, and everything else inside the methods.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.estimate.speed import measure_speed
-from coldstill.pipeline.preparation.pilot import rank_ids
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.units.attempts import LastWords, write_last_words
-from coldstill.pipeline.units.bisection import UnitTask
-from coldstill.pipeline.units.worker import CaptureWorker, TeacherLoader, load_for
-from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
-from coldstill.storage_schema.plan import Unit
-from coldstill.storage_schema.store.retrying import RetryingStore
+if TYPE_CHECKING:
+    from coldstill.pipeline.config import CaptureConfig
+    from coldstill.pipeline.teachers.protocol import TokenSequence
+    from coldstill.pipeline.worker import TeacherLoader, UnitTask
+    from coldstill.storage_schema.store.retrying import RetryingStore
 
-from .dispatcher import TASKS_PER_WORKER
-from .metrics import WorkerMetrics
-from .watchdog import Watchdog, WatchedTeacher, end_process
+    from .attempts import CrashReport
+    from .watchdog import WatchedTeacher
 
 
 @ray.remote
 class _RayWorker:
-    def __init__(self, config: dict[str, Any], *, name: str, key: str, load: TeacherLoader, header: bytes | None):
-        """`key`: under which its last words are found; `header`: for the pilot, when there is no `dataset.json`."""
-        self._config = CaptureConfig.model_validate(config)
-        self._key = key
+    """The engine is loaded in the constructor, which Ray runs in the main thread: some libraries require that. An error
+    of the constructor is raised by the first call, so that it reaches the driver under its own name."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *,
+        name: str,
+        crash_key: str,
+        folder: str,
+        load: TeacherLoader | None,
+        header: bytes | None,
+    ):
+        """`folder`: the driver's current folder; `header`: used while there is no `dataset.json` yet."""
+        search_last(folder)
+        from .metrics import WorkerMetrics
+
+        self._crash_key = crash_key
         self._metrics = WorkerMetrics(name)
         self._teacher: WatchedTeacher | None = None
         self._error: Exception | None = None
         try:
-            facts = header or self._store().read(HEADER_NAME)
-            teacher = load_for(self._config, DatasetHeader.from_bytes(facts, where=HEADER_NAME), load)
-            self._teacher = WatchedTeacher(teacher, end=self._end)
-            Watchdog(self._teacher, hung_after_s=self._config.cluster.hung_after_s, end=self._end).start()
+            self._start(config, load=load, header=header)
         except Exception as error:
             self._error = error
 
+    def _start(self, config: dict[str, Any], *, load: TeacherLoader | None, header: bytes | None) -> None:
+        from coldstill.pipeline.config import CaptureConfig
+        from coldstill.pipeline.worker import load_for, load_teacher
+        from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+
+        from .watchdog import Watchdog, WatchedTeacher
+
+        self._config = CaptureConfig.model_validate(config)
+        facts = header or self._store().read(HEADER_NAME)
+        teacher = load_for(self._config, DatasetHeader.from_bytes(facts, where=HEADER_NAME), load or load_teacher)
+        self._teacher = WatchedTeacher(teacher, on_exit=self._exit)
+        Watchdog(self._teacher, hung_after_s=self._config.cluster.hung_after_s, on_exit=self._exit).start()
+
     def rank_ids(self, header: bytes, unit: tuple[int, ...]) -> list[int]:
-        """See `pilot.rank_ids`."""
-        facts = DatasetHeader.from_bytes(header, where="the pilot's header")
-        return list(rank_ids(self._config, self._loaded(), facts, Unit(*unit)))
+        """See `calibration.rank_ids`."""
+        from coldstill.pipeline.calibration import rank_ids
+        from coldstill.storage_schema.header import DatasetHeader
+        from coldstill.storage_schema.plan import Unit
+
+        teacher = self._loaded()
+        facts = DatasetHeader.from_bytes(header, where="the header of the calibration pass")
+        return list(rank_ids(self._config, teacher, facts, Unit(*unit)))
 
     def measure(self, header: bytes, sequences: list[TokenSequence], seconds: float) -> tuple[float, ...]:
         """See `speed.measure_speed`."""
-        facts = DatasetHeader.from_bytes(header, where="the probe's header")
-        return tuple(measure_speed(self._config, self._loaded(), facts, sequences, seconds=seconds))
+        from coldstill.storage_schema.header import DatasetHeader
+
+        from .speed import measure_speed
+
+        facts = DatasetHeader.from_bytes(header, where="the header of the speed probe")
+        return tuple(measure_speed(self._loaded(), facts, sequences, seconds=seconds))
 
     def ready(self) -> None:
-        """Return when units can come."""
-        self._worker = CaptureWorker(self._config, self._loaded())
+        """Open the dataset. Returns when the worker can take units."""
+        from coldstill.pipeline.worker import CaptureWorker
+
+        teacher = self._loaded()
+        self._worker = CaptureWorker(self._config, teacher)
 
     def run(self, task: UnitTask) -> tuple[int, ...] | None:
-        """The report of a unit that is committed now; None for a probe that was lived through."""
+        """The report of a unit that is now committed; None for a probe."""
         if task.kind == "probe":
             self._worker.probe(task.unit, task.start, task.stop)
             return None
@@ -73,24 +104,55 @@ class _RayWorker:
         return self._teacher
 
     def _store(self) -> RetryingStore:
-        return RetryingStore(self._config.output, retry_for_s=self._config.cluster.store_patience_s)
+        from coldstill.storage_schema.store.retrying import RetryingStore
 
-    def _end(self, words: LastWords) -> None:
-        end_process(words, teacher=self._teacher, speak=lambda words: write_last_words(self._store(), self._key, words))
+        return RetryingStore(self._config.output, retry_for_s=self._config.cluster.store_retry_s)
+
+    def _exit(self, crash: CrashReport) -> None:
+        from .attempts import write_crash_report
+        from .watchdog import end_process
+
+        end_process(
+            crash,
+            teacher=self._teacher,
+            on_exit=lambda crash: write_crash_report(self._store(), self._crash_key, crash),
+        )
 
 
 def new_actor(
-    config: CaptureConfig, *, name: str, key: str, gpus: float, load: TeacherLoader, header: bytes | None = None
+    config: CaptureConfig,
+    *,
+    name: str,
+    crash_key: str,
+    folder: str,
+    gpus: float,
+    tasks: int,
+    load: TeacherLoader | None,
+    header: bytes | None = None,
 ) -> Any:
-    """Ask Ray for an actor; it is there when its `ready` or `rank_ids` returns."""
+    """Request an actor for up to `tasks` tasks at a time from Ray. It runs once one of its methods has returned."""
     options: dict[str, Any] = {
         "name": name,
         "num_cpus": config.cluster.cpus_per_worker,
         "num_gpus": gpus,
-        "max_concurrency": TASKS_PER_WORKER,
-        # Whether a unit is tried again is for the dispatcher to say: Ray would send the same call to a new actor.
+        "max_concurrency": tasks,
+        # The dispatcher decides what is retried. Ray itself would send the same call to a new actor.
         "max_restarts": 0,
         "max_task_retries": 0,
     }
-    settings = config.model_dump()
-    return _RayWorker.options(**options).remote(settings, name=name, key=key, load=load, header=header)  # type: ignore[attr-defined]
+    return _RayWorker.options(**options).remote(  # type: ignore[attr-defined]
+        config.model_dump(), name=name, crash_key=crash_key, folder=folder, load=load, header=header
+    )
+
+
+def search_last(folder: str) -> None:
+    """Make Python search `folder` for modules after all other places.
+
+    Ray puts the driver's current folder first on a worker's `sys.path`, where a file such as `datasets.py` would hide
+    an installed package. Modules of the user's own (`common.plugins`) are still found there. On the other machines of a
+    cluster, such a module must be installed or lie in a folder of the same path.
+    """
+    if sys.path and sys.path[0] == folder:
+        del sys.path[0]
+    if folder not in sys.path:
+        sys.path.append(folder)

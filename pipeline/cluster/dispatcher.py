@@ -1,140 +1,129 @@
-"""Which worker gets which task, and what its outcome means. Knows attempts and workers' loads; not Ray.
+"""Decides which worker gets which task, and what the outcome of a task means. Contains no Ray.
 
-Healthy units fill all workers. The units of a worker that died are suspects: each is tried alone, on one worker at a
-time while there are healthy units, so that no healthy one is blamed for its neighbour and none has to wait.
+Healthy units fill all workers. The units of a worker that died are suspects. Each suspect runs isolated, alone on its
+worker, so that it cannot take a healthy unit down with it. While healthy units wait, one worker at a time does this.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from coldstill.common.errors import ColdstillError
-from coldstill.pipeline.errors import UnitFailed
-from coldstill.pipeline.units.attempts import Attempts, LastWords, Trial, attempts_name
-from coldstill.pipeline.units.bisection import UnitTask, next_task, search
+from coldstill.pipeline.errors import SourceAdapterFailed, UnitFailed
+from coldstill.pipeline.worker import UnitTask
 from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.plan import Unit
 
+from .attempts import Attempts, AttemptStore, CrashReport, Trial, attempts_name
+from .poison_search import next_task, search
+
 TASKS_PER_WORKER = 2
-"""One at the teacher, one that is read before it or committed after it."""
+"""One in the teacher, and one that is read before it or committed after it."""
 _FIRST_UNITS = 3
-"""So many units that all fail, before any succeeds, tell against the set-up."""
+"""When this many units fail before any succeeds, the set-up is wrong, not the units."""
 
 
 class FailedUnit(NamedTuple):
-    """A unit that could not be done, and why."""
+    """A unit that was given up, and why."""
 
     unit: int
     reason: str
 
 
 @dataclass(eq=False)
-class Worker:
-    """A worker as the driver sees it. `tasks`: what it has been given, by the reference that Ray answers with."""
+class WorkerHandle:
+    """The driver's handle of a worker. `tasks`: those in progress, by the reference that Ray returned for each."""
 
     name: str
     actor: Any
-    key: str
+    crash_key: str
+    """Names the worker's crash report."""
     is_ready: bool = False
     tasks: dict[Any, UnitTask] = field(default_factory=dict)
 
 
-class AttemptBook(NamedTuple):
-    """Where attempts are kept: `read` and `write` the trials of a unit."""
-
-    read: Callable[[int], Attempts]
-    write: Callable[[Attempts], None]
-
-
 class Dispatcher:
-    """The units of one run: those that wait, those under suspicion, those that failed."""
+    """The units of one run: those that wait, the suspects, those in progress, those that failed."""
 
-    def __init__(
-        self,
-        todo: Sequence[int],
-        *,
-        known_suspects: AbstractSet[int],
-        plan: Sequence[Unit],
-        book: AttemptBook,
-        attempts: int,
-    ):
-        """`known_suspects`: units over which a worker died in an earlier run; `attempts`: deaths that prove guilt."""
-        self._waiting = deque(unit for unit in todo if unit not in known_suspects)
-        self._suspects = deque(unit for unit in todo if unit in known_suspects)
-        self._plan, self._book, self._max_attempts = plan, book, attempts
-        self._under_way: set[int] = set()
-        self._lone: set[int] = set()
+    def __init__(self, todo: Sequence[int], *, plan: Sequence[Unit], attempts: AttemptStore, max_attempts: int):
+        """`todo`: units that are not committed; `max_attempts`: deaths in isolation that show a row to be poison."""
+        suspects = attempts.units()  # a worker died over them in an earlier run
+        self._waiting = deque(unit for unit in todo if unit not in suspects)
+        self._suspects = deque(unit for unit in todo if unit in suspects)
+        self._plan, self._attempts, self._max_attempts = plan, attempts, max_attempts
+        self._running: set[int] = set()
+        self._isolated: set[int] = set()
         self._has_succeeded = False
-        self._troubled: dict[int, ColdstillError] = {}
+        self._errors: dict[int, ColdstillError] = {}
         self.failed: list[FailedUnit] = []
 
     @property
     def unfinished(self) -> int:
         """Units that are neither committed nor given up."""
-        return len(self._waiting) + len(self._suspects) + len(self._under_way)
+        return len(self._waiting) + len(self._suspects) + len(self._running)
 
-    def assign(self, workers: Sequence[Worker]) -> Iterator[tuple[Worker, UnitTask]]:
-        """Tasks for workers that are ready; the caller gives out each before it asks for the next."""
+    def assign(self, workers: Sequence[WorkerHandle]) -> Iterator[tuple[WorkerHandle, UnitTask]]:
+        """Tasks for workers that are ready. The caller must start each task before it takes the next."""
         reserved = None
         while (suspect := self._next_suspect(len(workers))) is not None:
             reserved = min(workers, key=_load, default=None)
             if reserved is None or reserved.tasks:
-                break  # it gets nothing else until it is idle
+                break  # it gets no other task until it is idle
             self._suspects.remove(suspect)
-            if (task := self._lone_task(suspect)) is not None:
+            if (task := self._isolated_task(suspect)) is not None:
                 yield reserved, task
             reserved = None
-        open_to_all = [worker for worker in workers if worker is not reserved and not self._is_alone(worker)]
+        shared = [worker for worker in workers if worker is not reserved and not self._has_isolated_task(worker)]
         while self._waiting:
-            worker = min(open_to_all, key=_load, default=None)
+            worker = min(shared, key=_load, default=None)
             if worker is None or _load(worker) >= TASKS_PER_WORKER:
                 return
             unit = self._waiting.popleft()
-            self._under_way.add(unit)
+            self._running.add(unit)
             yield worker, self._planned(unit)
 
-    def done(self, task: UnitTask, *, worker: Worker) -> None:
-        """A unit is committed, or a worker has lived through a probe."""
+    def done(self, task: UnitTask, *, worker: WorkerHandle) -> None:
+        """A unit is committed, or a worker survived a probe."""
         self._has_succeeded = True
         self._end(task)
         if task.kind == "probe":
-            self._record(task, worker=worker, alone=True, died_of=None)
+            self._record(task, worker=worker, isolated=True, died_of=None)
             self._suspects.append(task.unit)
 
     def raised(self, task: UnitTask, error: ColdstillError) -> None:
-        """A unit failed, and its worker lives. Raises what tells against store or set-up."""
+        """A unit failed, and its worker survived. Raises `error` where the store or the set-up is the cause."""
         self._end(task)
-        if isinstance(error, StorageFailed):
-            raise error  # every other unit would wait for the same store
+        if isinstance(error, StorageFailed | SourceAdapterFailed):
+            raise error  # every other unit would wait for the same store, or call the same function
         self._give_up(task.unit, str(error))
-        self._trouble(task.unit, error)
+        self._count_error(task.unit, error)
 
-    def died(self, tasks: Sequence[UnitTask], *, worker: Worker, words: LastWords) -> None:
-        """A worker died and had these tasks. Raises what tells against the set-up."""
+    def died(self, tasks: Sequence[UnitTask], *, worker: WorkerHandle, crash: CrashReport) -> None:
+        """A worker died while it had these tasks. Raises `UnitFailed` where the first units all kill their workers."""
+        is_isolated = len(tasks) == 1
         for task in tasks:
             self._end(task)
-            self._record(task, worker=worker, alone=len(tasks) == 1, died_of=words)
+            self._record(task, worker=worker, isolated=is_isolated, died_of=crash)
             self._suspects.append(task.unit)
-        if len(tasks) == 1:
+        if is_isolated:
             unit = tasks[0].unit
             error = UnitFailed(
                 f"unit {unit}",
-                found=f"the first units all end their workers: {words.reason}",
-                wanted="an engine that lives through one of them",
-                fix="see Ray's worker logs; what was committed stays good, start again to go on",
+                found=f"each of the first units killed its worker: {crash.reason}",
+                wanted="an engine that survives one of them",
+                fix="see Ray's worker logs; re-run the same command to resume: all committed units are kept",
             )
-            self._trouble(unit, error)
+            self._count_error(unit, error)
 
     def _next_suspect(self, workers: int) -> int | None:
-        """The suspect that is next, if it is time for one. One that has not yet died alone may soon be acquitted; the
-        others wait until a second worker goes on with the healthy units, or none of these is left."""
-        if self._lone and self._waiting:
+        """The suspect to run now, if any. One that has not yet died in isolation may soon pass, so it comes first. The
+        others wait until a second worker can run the healthy units, or no healthy unit is left."""
+        if self._isolated and self._waiting:
             return None
-        fresh = next((unit for unit in self._suspects if unit not in self._troubled), None)
+        fresh = next((unit for unit in self._suspects if unit not in self._errors), None)
         if fresh is None and self._suspects and (workers > 1 or not self._waiting):
             return self._suspects[0]
         return fresh
@@ -143,51 +132,51 @@ class Dispatcher:
         slice_ = self._plan[unit]
         return UnitTask(unit=unit, kind="whole", start=slice_.first_row, stop=slice_.first_row + slice_.rows)
 
-    def _lone_task(self, unit: int) -> UnitTask | None:
-        attempts, slice_ = self._book.read(unit), self._plan[unit]
+    def _isolated_task(self, unit: int) -> UnitTask | None:
+        attempts, slice_ = self._attempts.read(unit), self._plan[unit]
         task = next_task(attempts, first_row=slice_.first_row, rows=slice_.rows, max_attempts=self._max_attempts)
         if task is None:
             deaths = [trial.died_of for trial in attempts.trials if trial.died_of]
             self._give_up(
                 unit,
-                f"{len(deaths)} workers died over it, also without its deadly rows; the last of: {deaths[-1].reason}; "
-                f"remove {attempts_name(unit)} to try it anew",
+                f"{len(deaths)} workers died over it, also without its poison rows; the last one: {deaths[-1].reason}; "
+                f"to try it again, delete {attempts_name(unit)}",
             )
             return None
-        self._under_way.add(unit)
-        self._lone.add(unit)
+        self._running.add(unit)
+        self._isolated.add(unit)
         return task
 
-    def _record(self, task: UnitTask, *, worker: Worker, alone: bool, died_of: LastWords | None) -> None:
+    def _record(self, task: UnitTask, *, worker: WorkerHandle, isolated: bool, died_of: CrashReport | None) -> None:
         trial = Trial(
-            kind=task.kind, start=task.start, stop=task.stop, worker=worker.name, alone=alone, died_of=died_of
+            kind=task.kind, start=task.start, stop=task.stop, worker=worker.name, isolated=isolated, died_of=died_of
         )
-        trials = (*self._book.read(task.unit).trials, trial)
+        trials = (*self._attempts.read(task.unit).trials, trial)
         slice_ = self._plan[task.unit]
         stop = slice_.first_row + slice_.rows
         found = search(trials, start=slice_.first_row, stop=stop, max_attempts=self._max_attempts)
-        self._book.write(Attempts(unit=task.unit, trials=trials, excluded=found.guilty))
+        self._attempts.write(Attempts(unit=task.unit, trials=trials, excluded=found.poison))
 
     def _end(self, task: UnitTask) -> None:
-        self._under_way.discard(task.unit)
-        self._lone.discard(task.unit)
+        self._running.discard(task.unit)
+        self._isolated.discard(task.unit)
 
-    def _is_alone(self, worker: Worker) -> bool:
-        return any(task.unit in self._lone for task in worker.tasks.values())
+    def _has_isolated_task(self, worker: WorkerHandle) -> bool:
+        return any(task.unit in self._isolated for task in worker.tasks.values())
 
     def _give_up(self, unit: int, reason: str) -> None:
         self.failed.append(FailedUnit(unit, reason))
 
-    def _trouble(self, unit: int, error: ColdstillError) -> None:
-        self._troubled[unit] = error
-        if not self._has_succeeded and len(self._troubled) >= _FIRST_UNITS:
+    def _count_error(self, unit: int, error: ColdstillError) -> None:
+        self._errors[unit] = error
+        if not self._has_succeeded and len(self._errors) >= _FIRST_UNITS:
             raise error
 
 
-def _load(worker: Worker) -> int:
+def _load(worker: WorkerHandle) -> int:
     return len(worker.tasks)
 
 
-def names_by_unit(workers: Iterable[Worker]) -> dict[int, str]:
-    """Which worker has which unit."""
+def names_by_unit(workers: Iterable[WorkerHandle]) -> dict[int, str]:
+    """The name of the worker that runs each unit."""
     return {task.unit: worker.name for worker in list(workers) for task in list(worker.tasks.values())}

@@ -1,4 +1,4 @@
-"""What Ray's dashboard shows of a capture, by way of Prometheus. Reports of units in; nothing comes out here."""
+"""Counters and gauges of a capture for Ray's dashboard and Prometheus."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ import time
 
 from ray.util.metrics import Counter, Gauge
 
-from coldstill.pipeline.units.worker import UnitReport
+from coldstill.pipeline.worker import UnitReport
 
 _COUNTED = ("rows", "rejected", "tokens", "targets", "bytes")
 
 
 class WorkerMetrics:
-    """Counters and the speed of one worker. Threads may share it."""
+    """Counters and the speed of one worker. Safe to share between threads."""
 
     def __init__(self, worker: str):
         self._tags = {"worker": worker}
         self._counters = {name: _counter(name) for name in ("units", *_COUNTED)}
         self._speed = Gauge("coldstill_tokens_per_s", description="Tokens committed per second.", tag_keys=("worker",))
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._last = time.monotonic()
 
     def count(self, report: UnitReport) -> None:
-        """A unit was committed. Its speed is over the time since the one before: units overlap."""
-        with self._turn:
+        """Add a committed unit. Its speed is over the time since the unit before, because units overlap."""
+        with self._lock:
             now = time.monotonic()
             seconds, self._last = now - self._last, now
         self._counters["units"].inc(1, self._tags)
         for name in _COUNTED:
-            if amount := getattr(report, name):  # Ray refuses to add nothing
+            if amount := getattr(report, name):  # Ray raises when 0 is added
                 self._counters[name].inc(amount, self._tags)
         self._speed.set(report.tokens / max(seconds, 1e-9), self._tags)
 
 
 class DriverMetrics:
-    """How many workers there are."""
+    """The number of workers."""
 
     def __init__(self) -> None:
         self._workers = Gauge("coldstill_workers", description="Workers of the capture.", tag_keys=("state",))
 
     def show(self, *, ready: int, starting: int) -> None:
-        """Workers now."""
+        """Set the numbers of workers."""
         self._workers.set(ready, {"state": "ready"})
         self._workers.set(starting, {"state": "starting"})
 

@@ -1,8 +1,8 @@
-"""Ends a worker whose engine is hung, dead or no longer to be trusted. A teacher in; the same teacher, watched, out.
+"""Kills a worker whose engine is hung, dead or in an unknown state.
 
-Nothing inside a call that never returns can say so: a thread looks from beside it, and the only cure for an engine that
-does not answer is a new process. The worker says why (`attempts.LastWords`), takes the engine's processes with it, for
-they hold the GPU that the next worker needs, and ends; the driver counts a death.
+A call that never returns cannot report itself, so a thread beside it watches its progress. The only cure for a hung
+engine is a new process. The worker writes a crash report (`attempts.CrashReport`), kills the engine's processes, which
+hold the GPU that the next worker needs, and exits. The driver counts a death.
 """
 
 from __future__ import annotations
@@ -18,33 +18,32 @@ from typing import Any, NoReturn
 import psutil
 
 from coldstill.common.errors import ColdstillError
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher
-from coldstill.pipeline.units.attempts import LastWords
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
 
-_LONGEST_LOOK_S = 2.0
-"""Seconds between two looks, at most."""
-_SPEAKING_S = 20.0
+from .attempts import CrashReport
+
+_MAX_CHECK_INTERVAL_S = 2.0
+_REPORT_TIMEOUT_S = 20.0
 """A store that does not answer must not keep a hung worker alive."""
 _MEMORY_ERRORS = {"MemoryError", "OutOfMemoryError"}
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory")
 _STANDARD_ERROR = 2
 
-Farewell = Callable[[LastWords], None]
+OnExit = Callable[[CrashReport], None]
 
 logger = logging.getLogger(__name__)
 
 
 class WatchedTeacher:
-    """A teacher whose calls are counted. Takes and gives what `protocol.Teacher` says.
+    """A `protocol.Teacher` that counts its calls.
 
-    An exception of the teacher without a name of ours leaves an engine in no known state: it is the worker's end, as a
-    crash of the engine would be, and `end` is called with what was raised.
+    An exception that is no `ColdstillError` leaves the engine in an unknown state. It ends the worker, as a crash of
+    the engine would: `on_exit` is called with a report of the exception.
     """
 
-    def __init__(self, teacher: Teacher, *, end: Farewell):
-        self._teacher, self._end = teacher, end
-        self._counting = threading.Lock()
+    def __init__(self, teacher: Teacher, *, on_exit: OnExit):
+        self._teacher, self._on_exit = teacher, on_exit
+        self._lock = threading.Lock()
         self._begun = self._ended = 0
 
     @property
@@ -64,12 +63,12 @@ class WatchedTeacher:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a call is under way."""
+        """Whether a call is in progress."""
         return self._begun > self._ended
 
     @property
-    def signs_of_life(self) -> tuple[int, int, int]:
-        """Other than a while ago as long as anything goes on."""
+    def activity(self) -> tuple[int, int, int]:
+        """Numbers that change as long as the engine works."""
         return self._teacher.progress, self._begun, self._ended
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
@@ -79,66 +78,66 @@ class WatchedTeacher:
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        with self._counting:
+        with self._lock:
             self._begun += 1
         try:
             yield
         except ColdstillError:
             raise
         except Exception as error:
-            logger.exception("the teacher raised what has no name")
-            self._end(_words_of(error))
+            logger.exception("the teacher raised an exception that is no ColdstillError")
+            self._on_exit(_crash_report(error))
             raise
         finally:
-            with self._counting:
+            with self._lock:
                 self._ended += 1
 
 
 class Watchdog(threading.Thread):
-    """Looks at a teacher until the process ends; calls `end` once, when no call can be expected to return."""
+    """Checks a teacher until the process ends. Calls `on_exit` once, when its calls will never return."""
 
-    def __init__(self, teacher: WatchedTeacher, *, hung_after_s: float, end: Farewell):
+    def __init__(self, teacher: WatchedTeacher, *, hung_after_s: float, on_exit: OnExit):
         super().__init__(name="watchdog", daemon=True)
-        self._teacher, self._hung_after_s, self._end = teacher, hung_after_s, end
+        self._teacher, self._hung_after_s, self._on_exit = teacher, hung_after_s, on_exit
         self._processes: dict[int, psutil.Process] = {}
-        self._look_s = min(_LONGEST_LOOK_S, hung_after_s / 4)
+        self._interval_s = min(_MAX_CHECK_INTERVAL_S, hung_after_s / 4)
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Look no longer."""
+        """Stop the checks."""
         self._stopped.set()
         self.join()
 
     def run(self) -> None:
-        """Look, again and again."""
+        """Check until `stop` is called."""
         try:
-            self._look()
-        finally:  # a timer that is left would end this process long after
+            self._watch()
+        finally:  # a timer that is left running would kill this process much later
             faulthandler.cancel_dump_traceback_later()
 
-    def _look(self) -> None:
-        quiet_s, last = 0.0, self._teacher.signs_of_life
-        while not self._stopped.wait(self._look_s):
-            signs = self._teacher.signs_of_life
-            quiet_s = quiet_s + self._look_s if self._teacher.is_busy and signs == last else 0.0
-            last = signs
-            self._arm_the_last_resort()
-            words = self._gone()
-            if words is None and quiet_s >= self._hung_after_s:
-                words = LastWords(cause="the engine hung", reason=f"hung: no progress for {quiet_s:.0f} s")
-            if words:
+    def _watch(self) -> None:
+        quiet_s, last = 0.0, self._teacher.activity
+        while not self._stopped.wait(self._interval_s):
+            activity = self._teacher.activity
+            quiet_s = quiet_s + self._interval_s if self._teacher.is_busy and activity == last else 0.0
+            last = activity
+            self._arm_exit_timer()
+            crash = self._lost_process()
+            if crash is None and quiet_s >= self._hung_after_s:
+                crash = CrashReport(cause="the engine hung", reason=f"hung: no progress for {quiet_s:.0f} s")
+            if crash:
                 faulthandler.dump_traceback(file=_STANDARD_ERROR)
-                self._end(words)
+                self._on_exit(crash)
                 return
 
-    def _arm_the_last_resort(self) -> None:
-        """A call that hangs with the interpreter's lock stops this thread too; one in C then ends the process."""
+    def _arm_exit_timer(self) -> None:
+        """A call that hangs while it holds the GIL blocks this thread too. Then a timer in C ends the process."""
         if self._teacher.is_busy:
             faulthandler.dump_traceback_later(2 * self._hung_after_s, exit=True, file=_STANDARD_ERROR)
         else:
             faulthandler.cancel_dump_traceback_later()
 
-    def _gone(self) -> LastWords | None:
+    def _lost_process(self) -> CrashReport | None:
         for pid in self._teacher.processes:
             try:
                 process = self._processes.setdefault(pid, psutil.Process(pid))
@@ -146,25 +145,25 @@ class Watchdog(threading.Thread):
                     continue
             except psutil.NoSuchProcess:
                 pass
-            return LastWords(cause="a process of the engine died", reason=f"process {pid} of the engine is gone")
+            return CrashReport(cause="a process of the engine died", reason=f"process {pid} of the engine is gone")
         return None
 
 
-def end_process(words: LastWords, *, teacher: Teacher | None, speak: Callable[[LastWords], None]) -> NoReturn:
-    """Say why, end the engine's processes and this one, at once and without any clean-up that could hang."""
-    logger.error("this worker ends itself: %s", words.reason)
-    speaker = threading.Thread(target=speak, args=(words,), daemon=True)
-    speaker.start()
-    speaker.join(_SPEAKING_S)
+def end_process(crash: CrashReport, *, teacher: Teacher | None, on_exit: OnExit) -> NoReturn:
+    """Call `on_exit`, then kill the engine's processes and this one at once, without any clean-up that could hang."""
+    logger.error("this worker ends itself: %s", crash.reason)
+    reporter = threading.Thread(target=on_exit, args=(crash,), daemon=True)
+    reporter.start()
+    reporter.join(_REPORT_TIMEOUT_S)
     for pid in teacher.processes if teacher else ():
         with suppress(psutil.Error):
             psutil.Process(pid).kill()
     os._exit(1)
 
 
-def _words_of(error: Exception) -> LastWords:
+def _crash_report(error: Exception) -> CrashReport:
     name, is_memory = type(error).__name__, is_memory_error(error)
-    return LastWords(
+    return CrashReport(
         cause="out of memory" if is_memory else f"the engine raised {name}",
         reason=f"{name}: {error}",
         out_of_memory=is_memory,
@@ -172,8 +171,8 @@ def _words_of(error: Exception) -> LastWords:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, says that memory ran out. torch's class is known by its name:
-    the engine may not have torch."""
+    """Whether an exception or one of its causes is an out-of-memory error. torch's class is matched by its name: the
+    engine may run without torch."""
     cause: BaseException | None = error
     while cause is not None:
         names = {cls.__name__ for cls in type(cause).__mro__}

@@ -1,9 +1,9 @@
-"""Who drives: one driver at a time works on a dataset directory. A store in; the right to go on, or a named error, out.
+"""The lease: at most one driver at a time works on a dataset directory.
 
-The lease saves money, it keeps nothing right: two drivers at once would do units twice, and the commit protocol keeps
-the first of each (`storage_schema/commits.py`). That is why a file that is created only if absent and read again is
-enough, on stores that can replace nothing conditionally: where two drivers take over from the same dead one, or a
-driver that slept wakes up, the next heartbeat of one of them finds the other's name, and it stops.
+The lease avoids duplicate work; correctness does not depend on it. Two drivers at once would process units twice, and
+the commit protocol keeps the first result of each (`storage_schema/commits.py`). So one file that is created only if
+absent is enough, also on stores without conditional replacement. Where two drivers take over from the same dead one,
+or a suspended driver wakes up, the next heartbeat of one of them finds the other's token in the file, and it stops.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from coldstill.storage_schema.store import Store
 
 LEASE_NAME = "lease.json"
 _BEATS = 8
-"""Heartbeats within the time after which a silent driver counts as dead: some may be lost to a slow store."""
+"""Heartbeats within `dead_after_s`: a slow store may lose some of them."""
 
 
 class LeaseRecord(FrozenModel):
-    """A driver and its last sign of life; times in seconds of the Unix clock."""
+    """A driver and its last heartbeat; times in seconds of the Unix clock."""
 
     token: str
     host: str
     machine: str
-    """Boot and process namespace: where `pid` means something."""
+    """Boot and process namespace, within which `pid` is unique."""
     pid: int
     process_start: int | None
-    """Clock ticks from boot to the process's start, which a later process with the same pid does not share."""
+    """Clock ticks from boot to the process's start: differs for a later process with the same pid."""
     started: float
     heartbeat: float
     dead_after_s: float
@@ -49,19 +49,21 @@ class LeaseRecord(FrozenModel):
 
     @property
     def is_dead(self) -> bool:
-        """Whether the process is known to be gone, or was silent for too long."""
+        """Whether the process has ended, or its last heartbeat is older than `dead_after_s`."""
         is_known = self.machine == _machine() and self.process_start is not None
         return self.age_s > self.dead_after_s or (is_known and _process_start(self.pid) != self.process_start)
 
     @property
     def name(self) -> str:
-        """The driver in words."""
+        """The driver, for messages."""
         started = datetime.fromtimestamp(self.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return f"the driver with pid {self.pid} on {self.host}, started {started}, last heard {self.age_s:.0f} s ago"
+        return (
+            f"the driver with pid {self.pid} on {self.host}, started {started}, last heartbeat {self.age_s:.0f} s ago"
+        )
 
 
 def read_lease(store: Store) -> LeaseRecord | None:
-    """Whose the directory is; None: nobody's. Raises `CommitDamaged`, `StorageFailed`."""
+    """The lease of a dataset directory; None where no driver holds it. Raises `CommitDamaged`, `StorageFailed`."""
     try:
         data = store.read(LEASE_NAME)
     except FileNotFoundError:
@@ -72,8 +74,8 @@ def read_lease(store: Store) -> LeaseRecord | None:
 class Lease:
     """The right of this process to drive a dataset directory, while the `with` block lasts.
 
-    A thread keeps it; what the store refuses is tried again at the next heartbeat. A driver that lost its lease leaves
-    the block by `LeaseLost`: at once where the block runs in the main thread, elsewhere at its next `check`.
+    A thread writes the heartbeats. When the store fails, the next heartbeat tries again. A driver that lost its lease
+    leaves the block with `LeaseLost`: at once where the block runs in the main thread, elsewhere at its next `check`.
     """
 
     def __init__(self, store: Store, *, dead_after_s: float):
@@ -96,7 +98,7 @@ class Lease:
 
     @property
     def token(self) -> str:
-        """What tells this start from all others."""
+        """Unique to this start."""
         return self._mine.token
 
     def __enter__(self) -> Lease:
@@ -104,14 +106,14 @@ class Lease:
         while not self._store.create(LEASE_NAME, self._record()):
             found = read_lease(self._store)
             if found is not None and found.token == self.token:
-                break  # the answer to our own creation was lost
+                break  # our own creation succeeded, but its response was lost
             if found is not None and not found.is_dead:
                 raise LeaseHeld(
                     f"{self._store.url}: {LEASE_NAME}",
                     found=found.name,
                     wanted="no other driver on this dataset directory",
-                    fix=f"let it work (`coldstill status {self._store.url}` shows how far it is), or end it first; "
-                    f"a driver that is silent for {found.dead_after_s:g} s counts as dead and is replaced",
+                    fix=f"wait for it (`coldstill status {self._store.url}` shows its progress), or stop it first; "
+                    f"a driver without a heartbeat for {found.dead_after_s:g} s counts as dead and is replaced",
                 )
             if found is not None:
                 self._store.delete(LEASE_NAME)
@@ -141,13 +143,13 @@ class Lease:
                 self._refresh()
             if self._winner is not None:
                 if self._owner == threading.main_thread() and not self._over.is_set():
-                    signal.pthread_kill(self._owner.ident or 0, signal.SIGINT)  # whatever it waits for, it stops
+                    signal.pthread_kill(self._owner.ident or 0, signal.SIGINT)  # interrupts any wait
                 return
 
     def _refresh(self) -> None:
         found = read_lease(self._store)
         if found is None:
-            self._store.create(LEASE_NAME, self._record())  # somebody may be about to take over: the first one wins
+            self._store.create(LEASE_NAME, self._record())  # another driver may take over now: the first one wins
         elif found.token == self.token:
             self._store.put(LEASE_NAME, self._record())
         else:
@@ -160,13 +162,13 @@ class Lease:
         return LeaseLost(
             f"{self._store.url}: {LEASE_NAME}",
             found=winner.name,
-            wanted="this driver's own name",
-            fix="let that one go on; what this one committed stays good",
+            wanted="this driver",
+            fix="let the other driver finish; all units that this one committed are kept",
         )
 
 
 def _machine() -> str:
-    """Where process ids mean the same: one boot of one kernel, one process namespace."""
+    """Where process ids are unique: one boot of one kernel, one process namespace."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -174,9 +176,9 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a living process; None where there is none, or no /proc to ask."""
+    """Clock ticks from boot to the start of a running process; None without such a process, or without /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])  # a zombie only waits for its parent to look
+    return None if fields[0] in "ZX" else int(fields[19])  # a zombie has ended

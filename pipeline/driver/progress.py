@@ -1,5 +1,6 @@
-"""The record of a run while it lasts: reports of units in, one small file below `progress/` out, replaced every few
-seconds. It is what `coldstill status` shows from anywhere; nothing depends on it.
+"""Records the progress of a running capture, for `coldstill status` and the progress bar.
+
+The record is one small file below `progress/`, replaced every few seconds. No other part of a capture depends on it.
 """
 
 from __future__ import annotations
@@ -9,32 +10,34 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import TracebackType
 from typing import NamedTuple, Protocol
 
+from tqdm import tqdm
+
 from coldstill.pipeline.errors import CaptureIncomplete
-from coldstill.pipeline.units.worker import UnitReport
+from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.store import Store
 
-from .progress_record import MOST_LISTED, Failure, ProgressRecord, State, Totals, read_records, record_name
+from .progress_record import MAX_LISTED, Failure, ProgressRecord, State, Totals, read_records, record_name
 
 _WRITE_EVERY_S = 10
-_MOST_FOLDED = 100
-_SHORTEST_S = 1.0
-"""No rate is told of less."""
+_MAX_FOLDED = 100
+_MIN_RATE_S = 1.0
+"""Shorter times give no rate."""
 _RATE_WINDOW_S = 600
-"""Rates are those of the last ten minutes: workers come and go."""
-
+"""Rates cover the last ten minutes, because the number of workers changes."""
 
 _STATES: dict[type[BaseException], State] = {
     CaptureIncomplete: "incomplete",
     KeyboardInterrupt: "interrupted",
-    SystemExit: "interrupted",  # Ray makes it of SIGTERM
+    SystemExit: "interrupted",  # Ray raises it on SIGTERM
 }
 
 
 class Failed(Protocol):
-    """A unit that could not be done."""
+    """A unit that was given up."""
 
     @property
     def unit(self) -> int:
@@ -48,26 +51,26 @@ class Failed(Protocol):
 
 
 class Work(Protocol):
-    """What is known of the workers (`cluster.Workforce`)."""
+    """What the record reads of the workers (`cluster.pool.WorkerPool`)."""
 
     @property
     def workers(self) -> int:
-        """Ready now."""
+        """Workers that are ready now."""
         ...
 
     @property
     def gpus_per_worker(self) -> float:
-        """GPUs that each holds."""
+        """GPUs that each worker holds."""
         ...
 
     @property
     def running(self) -> Mapping[int, str]:
-        """Unit to worker."""
+        """Units in progress, and the names of their workers."""
         ...
 
     @property
     def failed(self) -> Sequence[Failed]:
-        """Units that could not be done."""
+        """Units that were given up."""
         ...
 
 
@@ -80,22 +83,22 @@ class Rates(NamedTuple):
 
 
 class _Moment(NamedTuple):
-    """When a unit ended, and what had been done by then."""
+    """When a unit ended, and the totals at that time."""
 
     seconds: float
     done: Totals
 
 
 class Progress:
-    """Keeps the record of this start while a `with` block lasts; how the block ends is written there too.
+    """Writes the record of this start while a `with` block lasts, and how the block ended.
 
-    A thread counts the time of workers each second and writes each `_WRITE_EVERY_S` seconds; what the store refuses is
-    written the next time.
+    A thread adds up worker time each second and writes the record each `_WRITE_EVERY_S` seconds. When a write fails,
+    the next one replaces it.
     """
 
     def __init__(self, store: Store, *, token: str, work: Work, price_per_gpu_hour: float | None = None):
         self.on_second: Callable[[], None] | None = None
-        """Called each second by the thread that counts."""
+        """Called each second by that thread."""
         self._store, self._token, self._work, self._price = store, token, work, price_per_gpu_hour
         self._started = time.time()
         self._lock = threading.Lock()
@@ -119,27 +122,27 @@ class Progress:
         state: State = "sealed"
         if kind is not None:
             state = _STATES.get(kind, "stopped")
-        with suppress(StorageFailed):  # what ended the block must not be hidden
+        with suppress(StorageFailed):  # must not hide the error that ended the block
             self.write(state, error=f"{kind.__name__}: {error}" if kind and state == "stopped" else None)
 
     def begin(self) -> None:
-        """Add up the starts before this one, and write the first record: before this, none is written.
+        """Add up the earlier starts and write the first record. Before this call, nothing is written.
 
         Raises `CommitDamaged`, `StorageFailed`.
         """
         records = read_records(self._store)
         inner = {token for record in records for token in record.folded}
-        # Also those that are gone: a driver that slept may yet write its own again.
+        # Records already removed count too: a driver that was suspended may write its own once more.
         present = [record.token for record in records]
         self._folded = tuple(dict.fromkeys([*present, *(token for record in records for token in record.folded)]))
-        self._folded = self._folded[:_MOST_FOLDED]
+        self._folded = self._folded[:_MAX_FOLDED]
         self._earlier = sum((record.totals for record in records if record.token not in inner), start=Totals())
         self.write()
         for record in records:
             self._store.delete(record_name(record.token))
 
     def add(self, report: UnitReport) -> None:
-        """A unit ended."""
+        """Count a committed unit."""
         with self._lock:
             self._count_workers()
             self._own += Totals(
@@ -155,11 +158,11 @@ class Progress:
                 self._moments.popleft()
 
     def sealed(self, *, score_seconds: float) -> None:
-        """The dataset is sealed; its teachers scored for so long in all."""
+        """Note that the dataset is sealed, and how long its teachers scored in total."""
         self._score_seconds = score_seconds
 
     def write(self, state: State = "running", *, error: str | None = None) -> None:
-        """Replace the record; nothing before `begin`. Raises `StorageFailed`."""
+        """Replace the record; does nothing before `begin`. Raises `StorageFailed`."""
         if self._earlier is None:
             return
         rates, is_over, failed = self.rates, state != "running", list(self._work.failed)
@@ -176,8 +179,8 @@ class Progress:
             earlier=self._earlier,
             folded=self._folded,
             workers=0 if is_over else self._work.workers,
-            running={} if is_over else dict(list(self._work.running.items())[:MOST_LISTED]),
-            failed=tuple(Failure(unit=one.unit, reason=one.reason) for one in failed[:MOST_LISTED]),
+            running={} if is_over else dict(list(self._work.running.items())[:MAX_LISTED]),
+            failed=tuple(Failure(unit=one.unit, reason=one.reason) for one in failed[:MAX_LISTED]),
             failed_units=len(failed),
             tokens_per_s=rates.tokens if rates else None,
             rows_per_s=rates.rows if rates else None,
@@ -187,19 +190,19 @@ class Progress:
 
     @property
     def totals(self) -> Totals:
-        """Of this start and, once it began, of those before it."""
+        """Of this start and, after `begin`, of the earlier ones."""
         with self._lock:
             return self._measured() + (self._earlier or Totals())
 
     @property
     def rates(self) -> Rates | None:
-        """None before anything can be said."""
+        """None until the first unit ended and a second has passed."""
         with self._lock:
             if len(self._moments) < 2:
                 return None
             first, last = self._moments[0], self._moments[-1]
             seconds = time.monotonic() - first.seconds
-            if seconds < _SHORTEST_S:
+            if seconds < _MIN_RATE_S:
                 return None
             return Rates(*((getattr(last.done, name) - getattr(first.done, name)) / seconds for name in Rates._fields))
 
@@ -217,7 +220,9 @@ class Progress:
 
     def _count_workers(self) -> None:
         now = time.monotonic()
-        if self._work.workers and not self._moments:  # from here on, so that the start of engines slows no rate
+        if (
+            self._work.workers and not self._moments
+        ):  # from the first ready worker, so that engine starts do not lower the rate
             self._moments.append(_Moment(now, self._own))
         seconds = self._work.workers * (now - self._counted_until)
         self._worker_seconds += seconds
@@ -229,3 +234,44 @@ class Progress:
         return self._own.model_copy(
             update={"worker_seconds": self._worker_seconds, "gpu_seconds": self._gpu_seconds, "cost": cost}
         )
+
+
+class ProgressBar:
+    """The driver's progress bar: rows, with speed, workers, failures and cost. Refreshed each second."""
+
+    def __init__(self, progress: Progress, *, work: Work, rows: int, rows_done: int):
+        self._progress, self._work = progress, work
+        self._bar = tqdm(total=rows, initial=rows_done, desc="capture", unit=" rows", smoothing=0)
+        self._has_begun = False
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.on_second = self._refresh
+        self._refresh()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.on_second = None
+        self._bar.close()
+
+    def add(self, report: UnitReport) -> None:
+        """Count a committed unit."""
+        self._bar.update(report.rows + report.rejected)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._work.workers and not self._has_begun:
+            self._has_begun = True
+            self._bar.unpause()  # engine starts do not count in the time estimate
+        self._bar.set_postfix_str(self._text())
+
+    def _text(self) -> str:
+        if not self._has_begun:
+            return "starting workers"
+        rates, totals, failed = self._progress.rates, self._progress.totals, len(self._work.failed)
+        parts = [f"{rates.targets:,.0f} targets/s"] if rates else []
+        parts.append(f"workers: {self._work.workers}")
+        parts += [f"failed: {failed}"] if failed else []
+        parts += [f"cost: {totals.cost:,.2f}"] if totals.cost is not None else []
+        return ", ".join(parts)

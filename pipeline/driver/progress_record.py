@@ -1,7 +1,7 @@
-"""What `progress/` holds: a record of each start of a driver, and how records are read.
+"""The files of `progress/`: one record per start of a driver, and how records are read.
 
-A later start adds what it finds to its own record (`earlier`), names it there (`folded`) and removes it: so there are
-one or two files however often a capture is started, sums go over all starts, and a kill between adding and removing
+A new start adds the records that it finds to its own (`earlier`), lists them there (`folded`) and deletes them. So
+there are one or two files after any number of starts, totals cover all starts, and a kill between adding and deleting
 counts nothing twice.
 """
 
@@ -17,24 +17,24 @@ from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.store import Store
 
 PROGRESS_FOLDER = "progress"
-MOST_LISTED = 1000
-"""Of failed and of running units: the record stays small; their numbers are whole."""
+MAX_LISTED = 1000
+"""Failed and running units that a record lists, so that it stays small; their counts are complete."""
 
 State = Literal["running", "sealed", "incomplete", "interrupted", "stopped"]
 
 
 class Totals(FrozenModel):
-    """What was done, and what it took."""
+    """What was captured, and the time and money it took."""
 
     starts: int = 0
     units: int = 0
-    rows: int = Field(default=0, description="Of the source, rejected ones included.")
+    rows: int = Field(default=0, description="Source rows, rejected ones included.")
     tokens: int = 0
     targets: int = 0
     bytes: int = Field(default=0, description="Of the shards.")
     worker_seconds: float = Field(default=0, description="Of all workers that were ready, busy or idle.")
-    gpu_seconds: float = Field(default=0, description="The same times the GPUs of a worker.")
-    cost: float | None = Field(default=None, description="Of the starts that named a price.")
+    gpu_seconds: float = Field(default=0, description="`worker_seconds` times the GPUs of a worker.")
+    cost: float | None = Field(default=None, description="Of the starts that had `price_per_gpu_hour` set.")
 
     def __add__(self, other: Totals) -> Totals:
         costs = [cost for cost in (self.cost, other.cost) if cost is not None]
@@ -43,7 +43,7 @@ class Totals(FrozenModel):
 
 
 class Failure(FrozenModel):
-    """A unit that could not be done, and why."""
+    """A unit that was given up, and why."""
 
     unit: int
     reason: str
@@ -54,23 +54,23 @@ class ProgressRecord(FrozenModel):
 
     token: str
     state: State
-    error: str | None = Field(default=None, description="What it was stopped by.")
+    error: str | None = Field(default=None, description="The error that stopped it.")
     started: float
     written: float
     own: Totals
     earlier: Totals
-    folded: tuple[str, ...] = Field(description="Starts that `earlier` holds.")
+    folded: tuple[str, ...] = Field(description="Tokens of the starts that `earlier` includes.")
     workers: int = Field(description="Ready when this was written.")
-    running: dict[int, str] = Field(description="Unit to worker.")
+    running: dict[int, str] = Field(description="Units in progress, and their workers.")
     failed: tuple[Failure, ...]
     failed_units: int
-    tokens_per_s: float | None = Field(description="Of all workers, in the last ten minutes; none before a unit ended.")
+    tokens_per_s: float | None = Field(description="Of all workers, in the last ten minutes; null until a unit ended.")
     rows_per_s: float | None
-    score_seconds: float | None = Field(description="In which teachers scored, over all units; known once sealed.")
+    score_seconds: float | None = Field(description="Scoring time of all units; known once sealed.")
 
     @property
     def totals(self) -> Totals:
-        """Over all starts."""
+        """Of all starts."""
         return self.own + self.earlier
 
 
@@ -84,11 +84,11 @@ def read_progress(store: Store) -> ProgressRecord | None:
 
 
 def read_records(store: Store) -> list[ProgressRecord]:
-    """Records of all starts that are still there. Raises as `read_progress`."""
+    """All records in `progress/`. Raises as `read_progress`."""
     records = []
     for name in store.names(PROGRESS_FOLDER):
         path = f"{PROGRESS_FOLDER}/{name}"
-        with suppress(FileNotFoundError):  # a later start may just be removing it
+        with suppress(FileNotFoundError):  # a later start may have deleted it meanwhile
             records.append(parse_document(store.read(path), model=ProgressRecord, where=path, error=CommitDamaged))
     return records
 

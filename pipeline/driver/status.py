@@ -1,7 +1,7 @@
-"""How far a capture is: a dataset directory in, `Status` out. Needs the directory alone, wherever it lies.
+"""Reads the status of a capture from its dataset directory alone, local or remote.
 
-Units that are done are counted by the names of their commit records, none of which is opened; whether a driver lives
-is said by its lease, the rest by its progress record; of a sealed dataset the manifest says it all.
+Committed units are counted by the names of their commit records, without opening any. The lease shows whether a driver
+is alive, and the progress record shows the rest. For a sealed dataset the manifest is enough.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from .progress_record import Failure, ProgressRecord, Totals, read_progress
 
 State = Literal["starting", "running", "dead", "interrupted", "stopped", "incomplete", "idle", "sealed"]
 MEANING: dict[State, str] = {
-    "starting": "a driver prepares: source, plan, first engine",
-    "running": "a driver is at work",
-    "dead": "its driver died: start the same capture again, it does what is missing",
-    "interrupted": "it was interrupted: start the same capture again, it does what is missing",
-    "stopped": "it was stopped by an error: mend it and start the same capture again",
-    "incomplete": "some units could not be done: see why, and start the same capture again",
-    "idle": "no driver is at work: start the same capture again, it does what is missing",
+    "starting": "a driver is preparing the source, the plan and the first engine",
+    "running": "a driver is running",
+    "dead": "the driver died: re-run the same command to resume",
+    "interrupted": "the capture was interrupted: re-run the same command to resume",
+    "stopped": "an error stopped the capture: fix it and re-run the same command to resume",
+    "incomplete": "some units failed: fix the reasons and re-run the same command to resume",
+    "idle": "no driver is running: re-run the same command to resume",
     "sealed": "all units are done, and the dataset is sealed",
 }
 
 
 class Status(FrozenModel):
-    """A capture at one moment; what is not known is null."""
+    """A capture at one moment; unknown values are null."""
 
     root: str
     state: State
-    error: str | None = Field(default=None, description="What the last driver was stopped by.")
+    error: str | None = Field(default=None, description="The error that stopped the last driver.")
     dataset_id: str | None = None
-    driver: str | None = Field(default=None, description="Who holds the directory, and when it was last heard.")
+    driver: str | None = Field(default=None, description="The driver that holds the lease, and its last heartbeat.")
     heartbeat_age_s: float | None = None
     units_planned: int | None = None
     units_done: int
     units_running: int
     units_failed: int
     rows_planned: int | None = None
-    rows_done: int | None = Field(default=None, description="Of the source, rejected ones included.")
-    totals: Totals = Field(description="Over all starts; after a kill, without its last seconds until it is sealed.")
-    workers: int = Field(description="Ready now.")
+    rows_done: int | None = Field(default=None, description="Source rows, rejected ones included.")
+    totals: Totals = Field(description="Of all starts. Seconds before a kill are missing until sealed.")
+    workers: int = Field(description="Workers that are ready now.")
     tokens_per_s: float | None = Field(default=None, description="Of all workers, in the last ten minutes.")
     time_left_s: float | None = None
-    running: dict[int, str] = Field(default_factory=dict, description="Unit to worker.")
+    running: dict[int, str] = Field(default_factory=dict, description="Units in progress, and their workers.")
     failed: tuple[Failure, ...] = ()
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody is at work, so that nothing will change."""
+        """Whether no driver is running, so that nothing will change."""
         return self.state not in ("starting", "running")
 
 
@@ -72,9 +72,9 @@ def read_status(root: str) -> Status:
     if lease is None and not store.exists(HEADER_NAME):
         raise DatasetNotFound(
             store.url,
-            found="neither a dataset nor a capture that begins one",
+            found="neither a dataset nor a running capture",
             wanted="the directory that `coldstill capture` calls `output`",
-            fix="check the path; a capture that has just been started needs a moment",
+            fix="check the path; a capture that was just started needs a few seconds",
         )
     return _unsealed(store, record, lease)
 
@@ -109,7 +109,7 @@ def _unsealed(store: Store, record: ProgressRecord | None, lease: LeaseRecord | 
     done = committed_units(store)
     rows_planned, rows_done = (plan.total_rows, plan.rows_of(done)) if plan is not None else (None, None)
     is_alive = lease is not None and not lease.is_dead
-    # Until its own record is there, a new driver has nothing to do with what the last one wrote.
+    # Until a new driver has written its own record, the record is that of an earlier driver.
     is_current = record is not None and (lease is None or record.token == lease.token)
     state: State
     if lease is not None:

@@ -1,30 +1,145 @@
-"""Files of a source on any store that fsspec reaches: found by path or pattern, opened, digested on the way."""
+"""Rows and files of a source: the classes that all formats share, and access to files through fsspec."""
 
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
-import pyarrow as pa
+import numpy as np
+from pydantic import Field
 from tqdm import tqdm
 
-from coldstill.pipeline.errors import SourceNotFound, SourceUnreadable
+from coldstill.common.models import FrozenModel
+from coldstill.pipeline.errors import SourceChanged, SourceNotFound, SourceUnreadable
 from coldstill.storage_schema.errors import named_errors
 from coldstill.storage_schema.plan import Unit
-
-from .rows import MAX_ROW_BYTES, SourceFile, changed
 
 _READ_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
 
 
+class SourceRow(NamedTuple):
+    """Row number `number` of the source.
+
+    `columns` are None if the text of the row is not a JSON object; `problem` says why. `is_dropped`: the user's adapter
+    returned nothing for the row, whose columns are those before the adapter.
+    """
+
+    number: int
+    columns: dict[str, Any] | None
+    problem: str = ""
+    is_dropped: bool = False
+
+
+class SourceFile(FrozenModel):
+    """A file of the source as its store lists it."""
+
+    name: str = Field(description="Local path or URL.")
+    bytes: int | None = Field(description="None if the store does not report a size.")
+    stamp: str = Field(description="ETag or modification time, which changes with the content; empty if unknown.")
+    rows: int = Field(default=0, description="Number of rows, once the source was surveyed.")
+
+
+class Survey(NamedTuple):
+    """The result of one pass over a source.
+
+    `sha256` of the content; number of `rows`; `starts int64 [units]`: where each unit starts, None if that is its first
+    row number; `files` with their row counts.
+    """
+
+    sha256: str
+    rows: int
+    starts: np.ndarray | None
+    files: tuple[SourceFile, ...]
+
+
+class Reader(ABC):
+    """Files with random access to their rows: the rows of a unit are read from where they are."""
+
+    def __init__(self, files: Sequence[SourceFile]):
+        self.files = tuple(files)
+
+    @abstractmethod
+    def rows(self) -> Iterator[SourceRow]:
+        """All rows in order; needs no survey."""
+
+    @abstractmethod
+    def survey(self, rows_per_unit: int) -> Survey:
+        """Read all content once, with a progress bar. Raises `SourceUnreadable`."""
+
+    @abstractmethod
+    def read(self, unit: Unit) -> Iterator[SourceRow]:
+        """The rows of one unit of surveyed files. Raises `SourceChanged` if they are no longer there."""
+
+
+class Stream(ABC):
+    """Rows that can only be read from the first one on.
+
+    `files` show whether the source has changed; `sha256` is the digest of its content, known after the last document.
+    """
+
+    def __init__(self, files: Sequence[SourceFile]):
+        self.files = tuple(files)
+        self.sha256: str | None = None
+
+    @abstractmethod
+    def documents(self) -> Iterator[bytes]:
+        """Each row as JSON, with a progress bar. Raises `SourceUnreadable` if the source is damaged."""
+
+    def rows(self) -> Iterator[SourceRow]:
+        """All rows in order."""
+        return itertools.starmap(parse_row, enumerate(self.documents()))
+
+    def survey(self, rows: int) -> Survey:
+        """The survey, once all `rows` documents were read."""
+        assert self.sha256 is not None
+        return Survey(self.sha256, rows, None, self.files)
+
+
+def parse_row(number: int, text: bytes) -> SourceRow:
+    """The row of a JSON text, or a row with a problem."""
+    try:
+        columns = json.loads(text)
+        if b"\\u" in text:
+            json.dumps(columns, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON, but not text
+    except (ValueError, RecursionError) as error:
+        return SourceRow(number, None, f"not JSON: {error}")
+    if not isinstance(columns, dict):
+        return SourceRow(number, None, f"not a JSON object but {type(columns).__name__}")
+    return SourceRow(number, columns)
+
+
+def json_text(columns: Any) -> bytes:
+    """Columns as JSON. Values that JSON cannot hold (dates, bytes) become strings, as in metadata."""
+    return json.dumps(columns, default=str).encode()
+
+
+def changed(name: str, *, unit: Unit, found: str, wanted: str) -> SourceChanged:
+    """The error for a unit whose rows are not those of the plan."""
+    return SourceChanged(
+        f"{name}: unit {unit.index}",
+        found=found,
+        wanted=f"{wanted}, as when the plan was made",
+        fix="restore the source, or capture into another output",
+    )
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a typed column without the null fields that Arrow adds because other rows have them."""
+    if isinstance(value, dict):
+        return {name: without_nulls(field) for name, field in value.items() if field is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def find_files(path: str) -> list[SourceFile]:
-    """The files at a path or pattern, in order of their names. Raises `SourceNotFound`, `SourceUnreadable`."""
+    """The files at a path or pattern, sorted by name. Raises `SourceNotFound`, `SourceUnreadable`."""
     fs, inner = _file_system(path)
     with named_errors(path, "looking for the source"):
         if fs.isfile(inner):
@@ -40,7 +155,7 @@ def find_files(path: str) -> list[SourceFile]:
 
 
 def files_below(folder: str) -> list[SourceFile]:
-    """All files below a local folder, in order of their names."""
+    """All files below a local folder, sorted by name."""
     fs = fsspec.filesystem("file")
     found = fs.find(folder, detail=True)
     return [_listed(name, found[name]) for name in sorted(found)]
@@ -48,20 +163,20 @@ def files_below(folder: str) -> list[SourceFile]:
 
 @contextmanager
 def opened(file: SourceFile) -> Iterator[Any]:
-    """The file for reading, seekable where its store can. Raises `SourceNotFound`, `StorageFailed`."""
+    """The file open for reading, seekable if its store can seek. Raises `SourceNotFound`, `StorageFailed`."""
     fs, inner = _file_system(file.name)
     try:
         with named_errors(file.name, "reading the source"), fs.open(inner, "rb") as handle:
             yield handle
     except FileNotFoundError:
         raise SourceNotFound(
-            file.name, found="no such file", wanted="the file that the source had", fix="check source.path"
+            file.name, found="no such file", wanted="the file that the plan was made from", fix="check source.path"
         ) from None
 
 
 @contextmanager
 def opened_for(unit: Unit, file: SourceFile) -> Iterator[Any]:
-    """The same for a unit's rows. Raises `SourceChanged` where the file has another size than when it was surveyed."""
+    """As `opened`. Raises `SourceChanged` if the size of the file is not that of the survey."""
     with opened(file) as handle:
         size = getattr(handle, "size", None)
         if size is not None and file.bytes is not None and size != file.bytes:
@@ -70,11 +185,10 @@ def opened_for(unit: Unit, file: SourceFile) -> Iterator[Any]:
 
 
 class ByteMeter:
-    """Digest of each file that is read through it, and a bar over the bytes of all."""
+    """Digests the files that are read through it, and shows a progress bar over the bytes of all of them."""
 
     def __init__(self, files: Sequence[SourceFile], what: str):
         self._digests: list[str] = []
-        # Shown only where it takes longer than three seconds.
         self._bar = tqdm(total=_total_bytes(files), unit="B", unit_scale=True, desc=what, delay=3)
 
     def __enter__(self) -> ByteMeter:
@@ -85,7 +199,7 @@ class ByteMeter:
 
     @contextmanager
     def opened(self, file: SourceFile) -> Iterator[Callable[[int], bytes]]:
-        """A function that reads the next bytes of the file; what is not asked for is read at the end."""
+        """A function that reads the next bytes of the file; at exit the rest is read too, for the digest."""
         digest = hashlib.sha256()
         with opened(file) as handle:
 
@@ -103,44 +217,17 @@ class ByteMeter:
 
     @property
     def sha256(self) -> str:
-        """Of one file: the digest of its content; of several: that of their digests in hex, each with a line end."""
+        """The digest of one file's content; of several files, the digest of their hex digests, one per line."""
         if len(self._digests) == 1:
             return self._digests[0]
         return hashlib.sha256("".join(f"{digest}\n" for digest in self._digests).encode()).hexdigest()
 
 
-def lines_of(read: Callable[[int], bytes], *, name: str, compression: str | None = None) -> Iterator[bytes]:
-    """Lines with their ends, from a function that reads bytes. Raises `SourceUnreadable` for damaged compression, and
-    for a line of more than `MAX_ROW_BYTES`."""
-    if compression:
-        read = pa.CompressedInputStream(pa.PythonFile(_Raw(read), mode="r"), compression).read
-    buffered = io.BufferedReader(_Raw(read), _READ_BYTES)
-    number = 0
-    while True:
-        try:
-            line = buffered.readline(MAX_ROW_BYTES)
-        except OSError as error:
-            if not compression:
-                raise
-            raise SourceUnreadable(
-                f"{name}: after line {number}",
-                found=str(error),
-                wanted=f"a whole {compression} file",
-                fix="fetch or write the file again; what can be read of it can be packed anew",
-            ) from None
-        if not line:
-            return
-        number += 1
-        if len(line) == MAX_ROW_BYTES:
-            raise SourceUnreadable(
-                f"{name}: line {number}", found=f"{MAX_ROW_BYTES:,} bytes without an end", wanted="one row on each line"
-            )
-        yield line
-
-
 def sample_sha256(files: Sequence[SourceFile]) -> str:
-    """Digest of 64 blocks of 4 KiB, evenly spaced over all files, first and last bytes among them: a cheap sign of
-    change beside names, sizes and stamps."""
+    """Digest of 64 blocks of 4 KiB, evenly spaced over all files, the first and the last bytes among them.
+
+    A cheap check for changes, in addition to names, sizes and stamps.
+    """
     digest = hashlib.sha256()
     total = _total_bytes(files)
     offsets = [(total - _SAMPLE_BYTES) * n // (_SAMPLES - 1) for n in range(_SAMPLES)] if total > _SAMPLE_BYTES else [0]
@@ -157,21 +244,6 @@ def sample_sha256(files: Sequence[SourceFile]) -> str:
     return digest.hexdigest()
 
 
-class _Raw(io.RawIOBase):
-    """What `io.BufferedReader` and Arrow ask of a file, around a function that reads bytes."""
-
-    def __init__(self, read: Callable[[int], bytes]):
-        self._read = read
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        block = self._read(len(buffer))
-        buffer[: len(block)] = block
-        return len(block)
-
-
 def _file_system(path: str) -> tuple[Any, str]:
     try:
         fs, inner = fsspec.core.url_to_fs(path)
@@ -179,7 +251,7 @@ def _file_system(path: str) -> tuple[Any, str]:
         raise SourceUnreadable(
             path,
             found=str(error),
-            wanted="a local path, or a URL that fsspec reaches",
+            wanted="a local path, or a URL that fsspec opens",
             fix="pip install 'coldstill[share]'" if isinstance(error, ImportError) else "check source.path",
         ) from None
     return fs, inner

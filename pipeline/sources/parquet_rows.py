@@ -1,6 +1,7 @@
-"""Rows of Parquet files. A unit starts at a row number, counted over the files in their order.
+"""Rows of Parquet files.
 
-Files in, rows out. Of a file only the row groups are read in which a unit has rows, and of those only up to its end.
+A unit starts at a row number, counted over all files in their order. Reading a unit reads only the row groups that hold
+its rows, and of the last one only up to the end of the unit.
 """
 
 from __future__ import annotations
@@ -16,17 +17,29 @@ from tqdm import tqdm
 from coldstill.pipeline.errors import SourceUnreadable
 from coldstill.storage_schema.plan import Unit
 
-from .files import ByteMeter, opened, opened_for
-from .rows import Reader, SourceFile, SourceRow, Survey, changed, without_nulls
+from .files import (
+    ByteMeter,
+    Reader,
+    SourceFile,
+    SourceRow,
+    Stream,
+    Survey,
+    changed,
+    json_text,
+    opened,
+    opened_for,
+    without_nulls,
+)
 
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
-"""With it Arrow reads a column chunk piece by piece, not whole."""
+"""With a buffer Arrow reads a column chunk in blocks instead of whole."""
 _WIDE_BYTES = 128 << 20
+"""Size of a row group above which the rows are copied to `staging/` instead of read in place."""
 
 
 class ParquetRows(Reader):
-    """Rows of one file or of several."""
+    """Rows of one or several files."""
 
     def rows(self) -> Iterator[SourceRow]:
         number = 0
@@ -37,7 +50,7 @@ class ParquetRows(Reader):
                     number += 1
 
     def is_wide(self) -> bool:
-        """Whether a file has row groups of more than 128 MiB: a unit would read much that is not its own."""
+        """Whether a file has row groups of more than 128 MiB: each unit would read many rows of other units."""
         for file in self._with_bar():
             with _parquet(file) as parquet:
                 groups = (parquet.metadata.row_group(number) for number in range(parquet.num_row_groups))
@@ -78,6 +91,19 @@ class ParquetRows(Reader):
             raise changed(self.files[-1].name, unit=unit, found=found, wanted=wanted)
 
 
+class WideParquet(Stream):
+    """Parquet in row groups that are too large to be read again for each unit."""
+
+    def documents(self) -> Iterator[bytes]:
+        rows = ParquetRows(self.files)
+        survey = rows.survey(1)
+        with tqdm(total=survey.rows, desc="reading the source", unit=" rows", delay=3) as bar:
+            for row in rows.rows():
+                yield json_text(row.columns)
+                bar.update()
+        self.sha256 = survey.sha256
+
+
 @contextmanager
 def _parquet(file: SourceFile, *, unit: Unit | None = None) -> Iterator[pq.ParquetFile]:
     with opened(file) if unit is None else opened_for(unit, file) as handle:
@@ -114,5 +140,5 @@ def _columns(parquet: pq.ParquetFile, file: SourceFile, low: int, high: int) -> 
 
 def _unreadable(file: SourceFile, error: Exception) -> SourceUnreadable:
     return SourceUnreadable(
-        file.name, found=str(error), wanted="a whole Parquet file", fix="fetch or write the file again"
+        file.name, found=str(error), wanted="a whole Parquet file", fix="download or write the file again"
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets, span_positions
 

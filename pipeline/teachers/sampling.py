@@ -14,7 +14,7 @@ import numpy as np
 
 from coldstill.common.rng import to_uniforms
 from coldstill.pipeline.config import SamplingConfig
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence, answer_name
 from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.header import DatasetHeader
 
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 _SLACK = 4
 """Tokens decoded beyond those that a stop text can take: the first of a piece may lose a space or be part of a
 character."""
-
-
-def answer_name(sample_id: str, number: int, *, answers: int) -> str:
-    """Sample id of answer `number` of `answers` to a prompt."""
-    return sample_id if answers == 1 else f"{sample_id}#{number}"
 
 
 def answer_room(prompt: TokenSequence, *, sampling: SamplingConfig, header: DatasetHeader) -> int:

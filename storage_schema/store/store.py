@@ -65,14 +65,8 @@ class Store:
         On an object store a probe file is created twice: some stores with an S3 interface accept the condition of a
         `create` and ignore it, and so does gcsfs on a zonal bucket of Google's.
         """
-        unsupported = UnsupportedStore(
-            f"store of {self.url}",
-            found="no way to create a file only if it is absent",
-            wanted="a local folder, s3://, gs:// or memory://",
-            fix="capture to one of those and copy the sealed dataset",
-        )
         if not self._can_create:
-            raise unsupported
+            raise self._unsupported()
         if self.is_local:
             if os.path.exists(self.root) and not os.path.isdir(self.root):
                 raise UnsupportedStore(
@@ -83,9 +77,17 @@ class Store:
         self.create(probe, b"1")
         try:
             if self.create(probe, b"2"):
-                raise unsupported
+                raise self._unsupported()
         finally:
             self.delete(probe)
+
+    def _unsupported(self) -> UnsupportedStore:
+        return UnsupportedStore(
+            f"store of {self.url}",
+            found="no way to create a file only if it is absent",
+            wanted="a local folder, s3://, gs:// or memory://",
+            fix="capture to one of those and copy the sealed dataset",
+        )
 
     def path(self, name: str) -> str:
         """Full path of `name`. Raises `CommitDamaged` for a name that points outside the root."""

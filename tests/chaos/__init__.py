@@ -1,1 +1,1 @@
-"""The kill campaign: captures that are killed again and again, and what becomes of them (`python -m tests.chaos`)."""
+"""The kill campaigns: captures killed at random moments, and checks of the result (`python -m tests.chaos`)."""

@@ -1,6 +1,8 @@
-"""`python -m tests.chaos --kills 200 --vllm 20 --seed 0`: the kill campaigns, what became of them as a table and one
-JSON line, stored where so many or more were asked for; exit code 1 where anything was lost, doubled or half written.
-Killed itself, it goes on where it was."""
+"""`python -m tests.chaos --kills 200 --vllm 20 --seed 0`: runs the kill campaigns and prints a table and one JSON line.
+
+Runs of at least this size are stored as a result. The exit code is 1 where anything was lost, doubled or half written.
+The same command resumes a run that was killed itself.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ STATE_NAME = "state.json"
 
 
 class State(BaseModel):
-    """What was asked for, and the tallies of the campaigns by name."""
+    """The size of the run, and the tallies of the campaigns by name."""
 
     kills: int
     vllm: int
@@ -34,18 +36,18 @@ class State(BaseModel):
 
     @property
     def wanted(self) -> list[tuple[Campaign, int]]:
-        """Campaigns and their kills."""
+        """Campaigns and the number of kills of each."""
         others = (*FORKED, RAY)
         return [*zip(others, shares(others, self.kills - self.vllm), strict=True), (VLLM, self.vllm)]
 
 
 def main(arguments: list[str]) -> int:
-    """Run the campaigns, or go on with them, and print what came of them."""
+    """Run or resume the campaigns, and print the result."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="how many kills in all")
-    parser.add_argument("--vllm", type=int, default=20, help="how many of them with real vLLM")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all moments")
-    parser.add_argument("--output", type=Path, default=Path("chaos_output"), help="where captures and state lie")
+    parser.add_argument("--kills", type=int, default=200, help="total number of kills")
+    parser.add_argument("--vllm", type=int, default=20, help="number of kills with real vLLM")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of all kills")
+    parser.add_argument("--output", type=Path, default=Path("chaos_output"), help="folder of captures and state")
     chosen = parser.parse_args(arguments)
     if not 0 <= chosen.vllm <= chosen.kills:
         parser.error("--vllm is a part of --kills")
@@ -72,9 +74,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _state(output: Path, *, kills: int, vllm: int, seed: int) -> State:
-    """That of a campaign that was killed, where it was asked for the same; otherwise a new one in an empty folder.
+    """The state of a killed run of the same size and seed; otherwise a new one in an empty folder.
 
-    What a campaign that broke a law left behind is evidence, and not removed.
+    Files of a campaign that broke a law are evidence and stay.
     """
     path = output / STATE_NAME
     asked = State(kills=kills, vllm=vllm, seed=seed)
@@ -84,7 +86,7 @@ def _state(output: Path, *, kills: int, vllm: int, seed: int) -> State:
             return found
         if not all(tally.is_lawful for tally in found.tallies.values()):
             raise SystemExit(
-                f"{output}: a law was broken here, see {STATE_NAME}; choose another --output, or delete this"
+                f"{output}: a law was broken here, see {STATE_NAME}; choose another --output, or delete this folder"
             )
         shutil.rmtree(output)
     elif output.exists() and any(output.iterdir()):
@@ -103,7 +105,7 @@ def _save(output: Path, state: State) -> None:
 def _table(state: State) -> Table:
     table = Table(title=f"Captures that were killed, seed {state.seed}")
     table.add_column("campaign")
-    for column in ("kills", "starts", "captures", "rows lost", "rows doubled", "else wrong", "minutes"):
+    for column in ("kills", "starts", "captures", "rows lost", "rows doubled", "other errors", "minutes"):
         table.add_column(column, justify="right")
     for name, tally in [*state.tallies.items(), ("all", _sum(state))]:
         figures = (tally.kills, tally.starts, tally.rounds, tally.lost, tally.doubled, len(tally.wrong))

@@ -15,7 +15,7 @@ from tests.storage_schema.store.s3_server import S3Server
 
 @contextmanager
 def bucket() -> Iterator[tuple[str, dict[str, str]]]:
-    """Its address, and the environment variables that lead to it; they are set in this process too."""
+    """The bucket's address, and the environment variables to reach it, which are set in this process too."""
     server = S3Server()
     environment = {
         "AWS_ENDPOINT_URL": server.url,
@@ -28,7 +28,7 @@ def bucket() -> Iterator[tuple[str, dict[str, str]]]:
     try:
         with mock.patch.dict(os.environ, environment):
             fsspec.get_filesystem_class("s3").clear_instance_cache()
-            name = f"chaos-{secrets.token_hex(4)}"  # the servers of a process share their buckets
+            name = f"chaos-{secrets.token_hex(4)}"  # all servers of a process share their buckets
             fsspec.filesystem("s3").mkdir(name)
             yield f"s3://{name}", environment
     finally:

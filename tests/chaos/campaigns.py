@@ -1,7 +1,7 @@
-"""The campaigns: which capture is killed, how, and how often. A folder in; its tally, after each start, out.
+"""The campaigns: which capture is killed, how, and how often.
 
-A campaign goes in rounds: a capture is started, killed and started again until it is whole, and is then held against
-an unbroken one. What a round is at lies in its dataset directory, so that a campaign goes on after its own death.
+A campaign consists of rounds. In a round, a capture is started and killed until it is sealed, and then compared with an
+unbroken one. The state of a round is its dataset directory, so a campaign that is killed itself can resume.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Way = Literal["forked", "ray", "vllm"]
 
 @dataclass(frozen=True, kw_only=True)
 class Campaign:
-    """One kind of capture and of deaths. `share`: of the kills, beside the shares of others; `changes`: to the settings
-    of `tests.pipeline.capturing`."""
+    """One kind of capture and of kills. `share`: weight in the split of all kills; `changes`: to the settings of
+    `tests.pipeline.capturing`."""
 
     name: str
     way: Way = "forked"
@@ -62,7 +62,7 @@ VLLM = Campaign(
 
 
 class Tally(BaseModel):
-    """What became of a campaign so far. `wrong`: what broke a law, in words."""
+    """The counts of a campaign so far. `wrong`: a message for each broken law."""
 
     kills: int = 0
     starts: int = 0
@@ -71,7 +71,7 @@ class Tally(BaseModel):
     doubled: int = 0
     wrong: list[str] = []
     is_open: bool = False
-    """Whether a round has begun that is not at its end."""
+    """Whether a round has begun and not ended."""
     seconds: float = 0.0
 
     @property
@@ -81,15 +81,15 @@ class Tally(BaseModel):
 
 
 def shares(campaigns: Sequence[Campaign], kills: int) -> list[int]:
-    """So many kills of each campaign, by their shares; their sum is `kills`."""
+    """The kills of each campaign, split by their shares; they add up to `kills`."""
     total = sum(campaign.share for campaign in campaigns)
     ends = [round(kills * sum(c.share for c in campaigns[:n]) / total) for n in range(len(campaigns) + 1)]
     return [stop - start for start, stop in itertools.pairwise(ends)]
 
 
 def run(campaign: Campaign, folder: Path, *, kills: int, seed: int, tally: Tally) -> Iterator[Tally]:
-    """Go on with a campaign until `kills` have fallen and the last round is whole; the tally after each start."""
-    if not Store(folder / "unbroken").exists(MANIFEST_NAME):  # what a death left here is no measure of anything
+    """Run a campaign up to `kills` kills and the end of the last round. Yields the tally after each start."""
+    if not Store(folder / "unbroken").exists(MANIFEST_NAME):  # a kill left it unfinished: start over
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -122,7 +122,7 @@ def run(campaign: Campaign, folder: Path, *, kills: int, seed: int, tally: Tally
             tally.seconds += time.monotonic() - began
             yield tally
             if outcome.wrong:
-                return  # it might go on like this for ever
+                return  # the next start might fail in the same way forever
 
 
 def _require_unbroken(campaign: Campaign, config: CaptureConfig) -> None:
@@ -135,7 +135,7 @@ def _require_unbroken(campaign: Campaign, config: CaptureConfig) -> None:
 
 
 def _config(campaign: Campaign, folder: Path, *, output: str) -> CaptureConfig:
-    cluster = {"store_patience_s": 5 if campaign.way == "forked" else 60}
+    cluster = {"store_retry_s": 5 if campaign.way == "forked" else 60}
     changes = {"rows_per_unit": campaign.rows_per_unit, "cluster": cluster, **campaign.changes}
     config = capture_config(folder, rows=campaign.rows, **changes)
     return config.model_copy(update={"output": output})

@@ -1,7 +1,7 @@
 """Captures on real Ray whose driver and workers are killed at seeded moments; each start has its own cluster.
 
-A worker holds its engine: whoever kills it kills the engine in the middle of a call. The driver is killed alone, which
-leaves Ray's processes to find out, or with all that share its process group.
+Killing a worker kills its engine in the middle of a call. The driver is killed either alone, so that Ray's processes
+must detect it, or together with its process group.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parents[2]
 Victim = Literal["worker", "driver", "group"]
 
 _MOST_WORKER_KILLS = 2
-"""In one start: three deaths in a row, before any unit is done, would end the driver by name, and rightly."""
+"""In one start: three deaths in a row, before any unit is done, would end the driver with an error, as they should."""
 _MOST_COMMITS = 6
 _LONGEST_PAUSE_S = 0.5
 _LONGEST_EARLY_S = 8.0
@@ -40,7 +40,7 @@ _KILLED = -9
 
 
 def start(config: CaptureConfig, rng: random.Random, *, at_most: int, teacher: Literal["fake", "real"]) -> Start:
-    """Start a capture, or go on with one, with some number of workers; kill up to `at_most` times."""
+    """Start or resume a capture with a random number of workers; kill up to `at_most` times."""
     workers = rng.randint(1, MOST_WORKERS)
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"max_workers": workers})})
     path = write_config(Path(f"{config.output}.yaml"), config)
@@ -69,7 +69,7 @@ def start(config: CaptureConfig, rng: random.Random, *, at_most: int, teacher: L
 
 
 def _kill(victim: Victim, process: subprocess.Popen[bytes], rng: random.Random, *, store: Store) -> bool:
-    """Wait for the victim's moment and kill it; whether it was still there."""
+    """Wait for a random moment and kill the victim. Whether it was still running."""
     if rng.random() < 0.25:  # while it starts, or just after the last kill
         if victim == "worker":
             _wait(process, lambda: bool(_workers(process)))
@@ -104,7 +104,7 @@ def _kill_worker(process: subprocess.Popen[bytes], rng: random.Random) -> bool:
 
 
 def _workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The actors' processes of a capture; Ray writes what they are at into their titles."""
+    """The actor processes of a capture, by the process titles that Ray sets."""
     found = []
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):

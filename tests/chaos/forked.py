@@ -1,8 +1,8 @@
-"""Captures without Ray, by one to three processes that share a dataset directory, and are killed at seeded moments.
+"""Captures without Ray: one to three processes share a dataset directory and are killed at seeded moments.
 
-The first process does what the driver does besides: it prepares and it seals. All do units, in orders of their own and
-in two threads, so that two processes are at times at work on one unit: what a dead driver's last workers do. Processes
-are forked from one that has imported everything: a start costs a tenth of a second.
+The first process also does the driver's part: it prepares and it seals. All run units, each in its own order and in two
+threads. So two processes sometimes run the same unit, as the last workers of a dead driver do. Processes are forked
+from one that has imported everything: a start costs a tenth of a second.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from coldstill.pipeline.calibration import rank_ids
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.preparation.pilot import rank_ids
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.teachers.protocol import Teacher
-from coldstill.pipeline.units.worker import CaptureWorker, load_for
+from coldstill.pipeline.worker import CaptureWorker, load_for
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
@@ -36,18 +36,18 @@ from .teacher import LoadFakeTeacher
 
 MOST_WORKERS = 3
 _THREADS = 2
-"""Units at a time, as in the Ray actor."""
+"""Units at a time per process, as in the Ray actor."""
 _CALL_S = 0.008
 _PHASES: tuple[Phase, ...] = ("start", "units", "seal")
 _WEIGHTS = (2, 7, 1)
 _SPARED = 0.05
-"""Share of processes that live to the end, if they are not the last."""
+"""Share of processes that are not killed."""
 _KILLED = -9
 _NEVER_ENDS_S = 300.0
 
 
 class Start(NamedTuple):
-    """What came of one start: processes `killed`, whether the capture `finished`, and what went `wrong`."""
+    """The result of one start: processes `killed`, whether the capture `finished`, and errors (`wrong`)."""
 
     killed: int
     finished: bool
@@ -57,9 +57,9 @@ class Start(NamedTuple):
 def start(
     config: CaptureConfig, rng: random.Random, *, at_most: int, environment: Mapping[str, str] | None = None
 ) -> Start:
-    """Start a capture, or go on with one, and kill up to `at_most` of its processes.
+    """Start or resume a capture, and kill up to `at_most` of its processes.
 
-    `environment`: variables that the processes need, which are forked from one that was started before.
+    `environment`: variables for the processes, which are forked from a process that was started before.
     """
     store = Store(config.output)
     is_begun = store.exists(PLAN_NAME) and not store.exists(MANIFEST_NAME)
@@ -75,7 +75,7 @@ def start(
 
 
 def run_unbroken(config: CaptureConfig) -> None:
-    """The same capture by one process that nobody kills."""
+    """The same capture by one process that is not killed."""
     (code,) = _run(config, [None], seed=0, environment={})
     if code:
         raise RuntimeError(f"an unbroken capture ended with code {code}")
@@ -110,7 +110,7 @@ def _run(
 
 
 def _kill(process: multiprocessing.process.BaseProcess, begun: Connection, moment: Moment | None) -> None:
-    with begun, suppress(EOFError):  # the end of a process that died before its moment
+    with begun, suppress(EOFError):  # the process died before its moment
         begun.recv()
         if moment and moment.seconds is not None:
             time.sleep(moment.seconds)
@@ -126,10 +126,10 @@ def _live(
     is_driver: bool,
     environment: Mapping[str, str],
 ) -> None:
-    """What a process does, from its first to its last line if it is let."""
+    """The whole life of a process."""
     die_with_parent()
     os.environ.update(environment)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which nobody removes after a kill
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which would stay behind after a kill
 
     def begin(phase: Phase) -> None:
         if moment and moment.phase == phase:

@@ -1,7 +1,4 @@
-"""What must hold: after each kill, nothing under a final name is half written; at the end, nothing is lost or doubled.
-
-A dataset directory in, a list of what is wrong out.
-"""
+"""The laws: after each kill, no file is half written under its final name; at the end, no row is lost or doubled."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.cluster.attempts import ATTEMPTS_FOLDER
 from coldstill.pipeline.driver.lease import LEASE_NAME
 from coldstill.pipeline.driver.progress_record import PROGRESS_FOLDER
-from coldstill.pipeline.units.attempts import ATTEMPTS_FOLDER
 from coldstill.storage_schema.commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,
@@ -48,7 +45,7 @@ _TOLERANCE = 0.02
 
 
 def half_written(store: Store) -> list[str]:
-    """What is wrong with the files that are visible under their final names. Others may be at work meanwhile."""
+    """The errors of files under their final names. Other processes may write at the same time."""
     return [*_documents(store), *_files_by_digest(store), *_commits(store)]
 
 
@@ -67,21 +64,21 @@ def _documents(store: Store) -> Iterator[str]:
 
 
 def _files_by_digest(store: Store) -> Iterator[str]:
-    """Also of files that no record names yet: their names say what their bytes are."""
+    """Also checks files that no record names yet: each name holds the digest of the content."""
     for folder in (SHARDS_FOLDER, REJECTS_FOLDER, FAITHFULNESS_FOLDER):
         for name in store.names(folder):
             try:
                 data = store.read(f"{folder}/{name}")
             except FileNotFoundError:
-                continue  # the loser of a race has removed it
+                continue  # the process that lost a race has deleted it
             digest = name.partition(".")[0].rpartition("-")[2]
             if hashlib.sha256(data).hexdigest()[:_DIGEST_LETTERS] != digest:
-                yield f"{folder}/{name}: another digest than its name says"
+                yield f"{folder}/{name}: the digest in its name is another one"
 
 
 def _commits(store: Store) -> Iterator[str]:
     names = {f"{COMMITS_FOLDER}/{name}" for name in store.names(COMMITS_FOLDER)}
-    done = committed_units(store)  # after the names: others may commit meanwhile
+    done = committed_units(store)  # after the names: other processes may commit meanwhile
     if strange := names - {commit_name(unit) for unit in done}:
         yield f"{COMMITS_FOLDER}: {sorted(strange)} are no records"
     for unit in sorted(done):
@@ -98,7 +95,7 @@ def _named(store: Store, files: Sequence[FileRecord], *, by: str) -> Iterator[st
         try:
             data = store.read(file.name)
         except FileNotFoundError:
-            # Sealing makes one file of the shares of the faithfulness sample, and removes them.
+            # Sealing merges the shares of the faithfulness sample into one file and deletes them.
             if not (file.name.startswith(FAITHFULNESS_FOLDER) and store.exists(MANIFEST_NAME)):
                 yield f"{file.name}: named by {by}, and absent"
             continue
@@ -107,7 +104,7 @@ def _named(store: Store, files: Sequence[FileRecord], *, by: str) -> Iterator[st
 
 
 class Comparison(NamedTuple):
-    """A finished capture beside an unbroken one: rows and rejects `lost` and `doubled`, and what else is `wrong`."""
+    """A finished capture compared with an unbroken one: rows and rejects `lost` and `doubled`, and other errors."""
 
     lost: int
     doubled: int
@@ -115,7 +112,7 @@ class Comparison(NamedTuple):
 
 
 def compare(url: str, unbroken_url: str) -> Comparison:
-    """Hold a capture that was killed against one that was not."""
+    """Compare a capture that was killed with one that was not."""
     dataset, unbroken = open_dataset(url), open_dataset(unbroken_url)
     is_exact = dataset.header.order == "exact"
     got, wanted = _counted(dataset), _counted(unbroken)
@@ -131,7 +128,7 @@ def compare(url: str, unbroken_url: str) -> Comparison:
 
 
 def _left_over(dataset: Dataset) -> Iterator[str]:
-    """Files that nothing names. With `order: fast` there may be some: of a late worker that is killed after sealing."""
+    """Files that no record names. With `order: fast` a late worker that is killed after sealing may leave some."""
     named = {shard.file.name for shard in dataset.shards} | {file.name for file in dataset.manifest.files}
     for folder in (SHARDS_FOLDER, REJECTS_FOLDER):
         for name in dataset.store.names(folder):
@@ -140,7 +137,7 @@ def _left_over(dataset: Dataset) -> Iterator[str]:
 
 
 def _counted(dataset: Dataset) -> Counter[str]:
-    """How often each row and each reject is there."""
+    """Count each row and each reject."""
     rows = Counter(f"row {row.sample_id}" for row in dataset.rows())
     files = (file.name for file in dataset.manifest.files if file.name.startswith(REJECTS_FOLDER))
     lines = (line.decode() for name in files for line in dataset.store.read(name).splitlines())
@@ -148,7 +145,7 @@ def _counted(dataset: Dataset) -> Counter[str]:
 
 
 def _differences(mine: CachedRow, other: CachedRow) -> Iterator[str]:
-    """Of two rows of one sample, captured with `order: fast`."""
+    """The differences of two rows of one sample, captured with `order: fast`."""
     for field in ("token_ids", "target_spans"):
         if not np.array_equal(getattr(mine, field), getattr(other, field)):
             yield f"other {field}"

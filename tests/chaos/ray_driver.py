@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from coldstill.pipeline import cluster
 from coldstill.pipeline.capture import capture
+from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.config import CaptureConfig
 
 from .moments import die_with_parent
@@ -19,11 +19,11 @@ _CALL_S = 0.1
 
 
 def main(config_path: str, teacher: str) -> None:
-    """Capture as the command does, with the engine that the settings name or the fake in its place."""
+    """Capture as the command does, with the engine of the settings or with the fake teacher."""
     die_with_parent()
     config = CaptureConfig.model_validate(yaml.safe_load(Path(config_path).read_text(encoding="utf-8")))
     if teacher == "fake":
-        cluster.Workforce = partial(cluster.Workforce, load=LoadFakeTeacher(_CALL_S))  # type: ignore[assignment, misc]
+        pool.WorkerPool = partial(pool.WorkerPool, load=LoadFakeTeacher(_CALL_S))  # type: ignore[assignment, misc]
     capture(config)
 
 

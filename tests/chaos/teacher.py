@@ -1,7 +1,7 @@
-"""A teacher for captures that are killed: fast, the same in every process, and answering what `protocol.Teacher` asks.
+"""A fake teacher for captures that are killed: fast, and with the same values in every process.
 
-Its values depend on the sample alone. With `order: fast` each process adds a little noise of its own, as an engine
-does whose batches differ: then a unit that is done twice has two shards of different bytes, and one must win.
+Its values depend on the sample alone. With `order: fast` each process adds a little noise of its own, like an engine
+whose batches differ. Then a unit that runs twice has two shards of different bytes, and one must win.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.sampling import answer_name, answer_sequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, answer_name
+from coldstill.pipeline.teachers.sampling import answer_sequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from tests import making
@@ -28,7 +28,7 @@ _LONGEST_ANSWER = 8
 
 @dataclass(frozen=True)
 class LoadFakeTeacher:
-    """Loads the fake in place of an engine; `seconds` is what a call takes."""
+    """Loads the fake teacher in place of an engine; `seconds`: duration of a call."""
 
     seconds: float = 0.0
 
@@ -48,7 +48,7 @@ class FakeTeacher:
         self.progress = 0
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """Targets of each; with sampling, answers of different lengths to each."""
+        """Targets of each sequence; with sampling, answers of different lengths to each."""
         time.sleep(self._seconds)
         if self._sampling is None:
             return [ScoredSequence(sequence, self._targets(sequence)) for sequence in sequences]

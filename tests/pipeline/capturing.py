@@ -1,4 +1,4 @@
-"""What capture tests share: a whole configuration on disk, and what a dataset directory holds."""
+"""Helpers of capture tests: a complete configuration on disk, and the files of a dataset directory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from tests import making
 
 
 def capture_config(folder: Path, *, rows: int = 40, output: str = "dataset", **changes: Any) -> CaptureConfig:
-    """A capture of short chats by a tiny teacher of transformers, in units of ten rows; one row cannot be used."""
+    """A capture of short chats by a tiny transformers teacher, in units of ten rows; one row is rejected."""
     teacher = folder / "teacher"
     if not teacher.exists():
         making.chat_model(teacher)
@@ -33,7 +33,7 @@ def capture_config(folder: Path, *, rows: int = 40, output: str = "dataset", **c
 
 
 def write_config(path: Path, config: CaptureConfig) -> Path:
-    """The same as a YAML file."""
+    """Write the configuration to a YAML file."""
     path.write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
     return path
 
@@ -44,7 +44,7 @@ def contents(root: Path | str, folder: str = "shards") -> dict[str, str]:
 
 
 def do_units(config: CaptureConfig) -> None:
-    """What a worker process does: all units that are not committed, one after the other."""
+    """Run all units that are not committed, one after the other, as one worker."""
     worker = CaptureWorker(config)
     for unit in plan_from_bytes(worker.store.read(PLAN_NAME), where=PLAN_NAME):
         worker.run(unit.index)

@@ -1,4 +1,4 @@
-"""Laws of a whole capture: real Ray, real processes, real signals; with real vLLM where it is marked."""
+"""Laws of a whole capture: real Ray, processes and signals; real vLLM where the name says so."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coldstill.pipeline import cluster
 from coldstill.pipeline.capture import capture
+from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.driver.status import read_status
 from coldstill.pipeline.errors import CaptureIncomplete, ClusterTooSmall, LeaseHeld, TooManyUnits, UnitFailed
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.commits import commit_name, committed_units
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME
@@ -39,7 +39,7 @@ def _start(config_path: Path, *words: str) -> subprocess.Popen[str]:
 def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     while not condition():
         if process.poll() is not None:
-            raise AssertionError(f"ended too soon: {process.communicate()}")
+            raise AssertionError(f"the process ended too early: {process.communicate()}")
         time.sleep(0.02)
 
 
@@ -67,7 +67,7 @@ def _killed_half_way_equals_unbroken(folder: Path, **changes: object) -> None:
     status = read_status(config.output)
     assert (status.state, status.totals.starts, status.units_done) == ("sealed", 2, 13)
     after = contents(config.output, "commits")
-    assert {name: after[name] for name in before} == before, "a committed unit was done again"
+    assert {name: after[name] for name in before} == before, "a committed unit was written again"
     assert contents(config.output) == contents(folder / "unbroken")
     assert open_dataset(config.output).dataset_id == open_dataset(folder / "unbroken").dataset_id
     assert verify(config.output, deep=True, progress=False) == []
@@ -83,7 +83,7 @@ def test_capture_by_vllm_killed_half_way_and_started_again_equals_an_unbroken_on
     _killed_half_way_equals_unbroken(tmp_path, teacher=VLLM)
 
 
-def test_a_second_driver_is_refused_while_one_works_and_ctrl_c_ends_that_one_cleanly(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_while_one_runs_and_ctrl_c_ends_that_one_cleanly(tmp_path: Path) -> None:
     config = capture_config(tmp_path, rows=1500)
     path = write_config(tmp_path / "capture.yaml", config)
     process = _start(path)
@@ -95,7 +95,7 @@ def test_a_second_driver_is_refused_while_one_works_and_ctrl_c_ends_that_one_cle
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "start the same command again" in err
+    assert "re-run the same command to resume" in err
     assert "Traceback" not in err
     status = read_status(config.output)
     assert (status.state, status.driver, status.workers) == ("interrupted", None, 0)
@@ -106,10 +106,10 @@ def test_a_second_driver_is_refused_while_one_works_and_ctrl_c_ends_that_one_cle
 def test_units_that_fail_are_named_at_the_end_all_others_are_committed_and_a_later_start_seals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = capture_config(tmp_path, teacher={"draws": 0}, pilot_targets=0)
+    config = capture_config(tmp_path, teacher={"draws": 0}, calibration_targets=0)
     faults = Faults(folder=str(tmp_path), invalid=("chat-13",))
     with monkeypatch.context() as patch:
-        patch.setattr(cluster, "Workforce", functools.partial(cluster.Workforce, load=faults))
+        patch.setattr(pool, "WorkerPool", functools.partial(pool.WorkerPool, load=faults))
         with pytest.raises(CaptureIncomplete, match="unit 1: ") as failed:
             capture(config)
     assert "NaN" in str(failed.value)
@@ -124,7 +124,7 @@ def test_units_that_fail_are_named_at_the_end_all_others_are_committed_and_a_lat
 def test_a_finished_capture_reads_each_commit_once_to_seal_and_none_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = capture_config(tmp_path, pilot_targets=0)
+    config = capture_config(tmp_path, calibration_targets=0)
     prepare(config)
     do_units(config)
     read: list[str] = []
@@ -149,7 +149,7 @@ def test_a_plan_that_no_manifest_can_list_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("coldstill.pipeline.capture.MAX_SEALED_UNITS", 4)
     with pytest.raises(TooManyUnits, match="rows_per_unit"):
-        capture(capture_config(tmp_path, pilot_targets=0))
+        capture(capture_config(tmp_path, calibration_targets=0))
 
 
 def test_capture_by_vllm_through_ray_is_whole(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_capture_by_vllm_through_ray_is_whole(tmp_path: Path) -> None:
 
 
 def _workers(state: str = "") -> list[psutil.Process]:
-    """Ray's actor processes below this one; Ray writes what they are at into their title."""
+    """The Ray actor processes below this one, by the process titles that Ray sets."""
     title = f"ray::_RayWorker{state}"
     children = psutil.Process().children(recursive=True)
     return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
@@ -170,7 +170,7 @@ def _workers(state: str = "") -> list[psutil.Process]:
 
 @contextmanager
 def _killing(state: str, *, at_most: int) -> Iterator[list[int]]:
-    """SIGKILL to workers in this state, as soon as they are seen, until so many are dead."""
+    """Send SIGKILL to workers in this state as soon as they appear, until `at_most` are dead."""
     killed: list[int] = []
     over = threading.Event()
 
@@ -180,7 +180,7 @@ def _killing(state: str, *, at_most: int) -> Iterator[list[int]]:
                 for worker in _workers(state)[:1]:
                     worker.kill()
                     killed.append(worker.pid)
-                    over.wait(1)  # a dead worker is seen for a while
+                    over.wait(1)  # a dead worker stays visible for a while
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -193,7 +193,7 @@ def _killing(state: str, *, at_most: int) -> Iterator[list[int]]:
 
 @pytest.mark.slow
 def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
-    """Twice, and with another number of workers than in the unbroken run."""
+    """Two kills, and another number of workers than in the unbroken run."""
     with _killing(".run", at_most=2) as killed:
         summary = capture(capture_config(tmp_path, rows=300, cluster={"max_workers": 2}))
     assert killed
@@ -203,12 +203,12 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pilot_targets", "what"), [(8192, "the pilot"), (0, "a worker's start")])
+@pytest.mark.parametrize(("calibration_targets", "what"), [(8192, "the calibration pass"), (0, "a worker's start")])
 def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(
-    tmp_path: Path, pilot_targets: int, what: str
+    tmp_path: Path, calibration_targets: int, what: str
 ) -> None:
     with _killing("", at_most=100), pytest.raises(UnitFailed, match=what):
-        capture(capture_config(tmp_path, pilot_targets=pilot_targets))
+        capture(capture_config(tmp_path, calibration_targets=calibration_targets))
 
 
 def test_a_worker_that_could_never_start_is_refused_by_name(tmp_path: Path) -> None:

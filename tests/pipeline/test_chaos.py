@@ -1,4 +1,4 @@
-"""Exactly once, in small: captures that are killed at seeded moments; `python -m tests.chaos` is the long form."""
+"""Laws of exactly-once capture under kills at seeded moments; `python -m tests.chaos` is the long form."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_drivers_and_workers_with_real_vllm_killed_at_any_moment_lose_and_double
     assert tally.kills == 2
 
 
-def test_a_campaign_goes_on_from_its_tally(tmp_path: Path) -> None:
+def test_a_campaign_resumes_from_its_tally(tmp_path: Path) -> None:
     tally = Tally()
     for _ in run(FORKED[0], tmp_path, kills=4, seed=SEED, tally=tally):
         break  # as if killed after the first start
@@ -69,7 +69,7 @@ def test_a_campaign_goes_on_from_its_tally(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_killed_and_started_again_ends_with_all_its_kills(tmp_path: Path) -> None:
+def test_the_command_resumes_after_a_kill_and_ends_with_all_its_kills(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.chaos", "--kills", "12", "--vllm", "0", "--output", str(tmp_path / "chaos")]
     state = tmp_path / "chaos" / STATE_NAME
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -89,7 +89,7 @@ def _kills(state: Path) -> int:
     return sum(tally.kills for tally in State.model_validate_json(state.read_bytes()).tallies.values())
 
 
-def test_what_a_campaign_that_broke_a_law_left_behind_is_not_removed(tmp_path: Path) -> None:
+def test_the_files_of_a_campaign_that_broke_a_law_are_not_deleted(tmp_path: Path) -> None:
     broken = State(kills=3, vllm=0, seed=0, tallies={"workers": Tally(kills=3, lost=1)}, is_done=True)
     (tmp_path / STATE_NAME).write_text(broken.model_dump_json())
     with pytest.raises(SystemExit, match="a law was broken here"):
@@ -97,13 +97,13 @@ def test_what_a_campaign_that_broke_a_law_left_behind_is_not_removed(tmp_path: P
     assert State.model_validate_json((tmp_path / STATE_NAME).read_bytes()) == broken
 
 
-def test_all_kills_are_shared_out() -> None:
+def test_the_shares_add_up_to_all_kills() -> None:
     for kills in (0, 1, 34, 180):
         assert sum(shares((*FORKED, RAY), kills)) == kills
     assert shares((*FORKED, RAY), 180) == [72, 36, 27, 18, 27]
 
 
-def test_what_is_half_written_is_seen(tiny_dataset: Path) -> None:
+def test_half_written_files_are_reported(tiny_dataset: Path) -> None:
     store = Store(tiny_dataset)
     assert laws.half_written(store) == []
     (shard, *_) = sorted((tiny_dataset / "shards").iterdir())
@@ -126,7 +126,7 @@ def header(tokenizer_folder: Path) -> DatasetHeader:
     return making.tiny_header(tokenizer_folder)
 
 
-def test_what_is_lost_doubled_or_different_is_counted(
+def test_lost_doubled_and_different_rows_are_counted(
     tmp_path: Path, header: DatasetHeader, tokenizer_folder: Path
 ) -> None:
     rows = [making.random_row(np.random.default_rng(seed), f"row-{seed}") for seed in range(6)]

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.teachers.topk_entries import targets_of_entries
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.rows import TeacherTargets
 
 _LENGTHS = (2, 16, 17, 96, 64, 200)

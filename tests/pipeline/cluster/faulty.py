@@ -1,7 +1,7 @@
-"""A teacher with the faults of an engine, for workers of real Ray: `Workforce(config, load=Faults(...))`.
+"""A teacher with the faults of an engine, for workers of real Ray: `WorkerPool(config, load=Faults(...))`.
 
-Its values depend on the sample alone, so that a run full of faults can be held against an unbroken one. What happens
-once only is remembered in a folder that all processes see.
+Its values depend on the sample alone, so that a run with faults can be compared with an unbroken one. Faults that
+happen only once leave a mark in a folder that all processes see.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from tests import making
@@ -30,10 +30,10 @@ from tests import making
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """Sample ids by what they do to whoever scores them, and what else goes wrong. Loads the teacher that has them."""
+    """Sample ids by the fault that scoring them causes, and other faults. Loads the teacher that has them."""
 
     folder: str
-    deadly: tuple[str, ...] = ()
+    poison: tuple[str, ...] = ()
     killed_once: tuple[str, ...] = ()
     hangs_once: tuple[str, ...] = ()
     loses_a_process_once: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Faults:
     """A call of more rows runs out of memory."""
     invalid: tuple[str, ...] = ()
     seconds: float = 0.0
-    """What a call takes."""
+    """Duration of a call."""
     start_fails: bool = False
 
     def __call__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None) -> FaultyTeacher:
@@ -64,7 +64,7 @@ class OutOfMemoryError(RuntimeError):
 
 
 class FaultyTeacher:
-    """Takes and gives what `protocol.Teacher` says, but for its faults."""
+    """A `protocol.Teacher` with faults."""
 
     def __init__(self, faults: Faults, header: DatasetHeader, sampling: SamplingConfig | None):
         self._faults, self._header, self._sampling = faults, header, sampling
@@ -77,14 +77,14 @@ class FaultyTeacher:
             self.processes = (self._helper.pid,)
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """Targets of each, after whatever the faults say; with sampling, see `_answers`."""
+        """Targets of each sequence, after the faults; with sampling, see `_answers`."""
         if self._sampling is not None:
             return self._answers(sequences)
         ids = {sequence.sample_id for sequence in sequences}
         faults = self._faults
         if len(sequences) > faults.most_rows:
             raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        if ids & set(faults.deadly):
+        if ids & set(faults.poison):
             os._exit(1)
         if ids & set(faults.raises):
             raise KeyError("a defect of the engine")

@@ -1,4 +1,4 @@
-"""What tests of the workforce share: a capture's units done by workers of a faulty teacher."""
+"""Helpers of the pool tests: run a capture's units on workers with a faulty teacher."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstill.pipeline.cluster import FailedUnit, Workforce
+from coldstill.pipeline.cluster.dispatcher import FailedUnit
+from coldstill.pipeline.cluster.pool import WorkerPool
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.units.worker import CaptureWorker, UnitReport
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.worker import CaptureWorker, UnitReport
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.store import Store
 from tests.pipeline.capturing import capture_config, contents
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What a run gave: `reports` by unit, and the units that `failed`."""
+    """The result of a run: `reports` by unit, and the units that `failed`."""
 
     reports: dict[int, UnitReport]
     failed: list[FailedUnit]
 
 
 def new_cluster(*, num_cpus: int) -> Cluster:
-    """A cluster of one node. Ray gives it 30 s to start, which a busy machine may not keep: it is tried three times."""
+    """A cluster of one node. Ray gives it 30 s to start, which is short on a busy machine: three tries."""
     from ray.cluster_utils import Cluster
 
     for tries_left in (2, 1, 0):
@@ -46,27 +47,27 @@ def new_cluster(*, num_cpus: int) -> Cluster:
 
 
 def cluster_config(folder: Path, address: str, *, rows: int = 40, **changes: Any) -> CaptureConfig:
-    """A capture on a shared cluster, without a pilot and without draws: the faulty teacher has none."""
-    cluster = {"address": address, "cpus_per_worker": 1, "store_patience_s": 20, **changes.pop("cluster", {})}
+    """A capture on a shared cluster, without a calibration pass and without draws: the faulty teacher has none."""
+    cluster = {"address": address, "cpus_per_worker": 1, "store_retry_s": 20, **changes.pop("cluster", {})}
     teacher = {"draws": 0, "top_k": 4, **changes.pop("teacher", {})}
-    return capture_config(folder, rows=rows, pilot_targets=0, cluster=cluster, teacher=teacher, **changes)
+    return capture_config(folder, rows=rows, calibration_targets=0, cluster=cluster, teacher=teacher, **changes)
 
 
 def faults(folder: Path, **kinds: Any) -> Faults:
-    """These faults; `folder` holds what happened already."""
+    """These faults; `folder` holds the marks of those that have happened."""
     marks = folder / "marks"
     marks.mkdir(exist_ok=True)
     return Faults(folder=str(marks), **kinds)
 
 
 def run(config: CaptureConfig, load: Faults) -> Outcome:
-    """Do all units that are not committed."""
+    """Run all units that are not committed."""
     prepared = prepare(config)
     done = committed_units(prepared.store)
-    with Workforce(config, load=load) as workforce:
+    with WorkerPool(config, load=load) as pool:
         todo = [unit.index for unit in prepared.units if unit.index not in done]
-        reports = {report.unit: report for report in workforce.run_units(todo)}
-    return Outcome(reports, workforce.failed)
+        reports = {report.unit: report for report in pool.run_units(todo)}
+    return Outcome(reports, pool.failed)
 
 
 def unbroken(folder: Path, **changes: Any) -> dict[str, str]:

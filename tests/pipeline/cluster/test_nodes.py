@@ -1,4 +1,4 @@
-"""Laws of a cluster whose nodes come and go: real Ray nodes, the teacher is a fake."""
+"""Laws of a cluster whose nodes join and leave: real Ray nodes, the teacher is a fake."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from coldstill.pipeline.cluster import Workforce
-from coldstill.pipeline.cluster.resources import gpus_per_worker, require_room
+from coldstill.pipeline.cluster.pool import WorkerPool
+from coldstill.pipeline.cluster.ray_cluster import gpus_per_worker, require_room
 from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import ClusterTooSmall
-from coldstill.pipeline.preparation.prepare import prepare
+from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.commits import committed_units
 from coldstill.storage_schema.store import Store
 from tests.pipeline.capturing import capture_config, contents
@@ -39,16 +39,16 @@ def test_a_node_that_joins_gets_units_and_the_units_of_one_that_is_lost_are_done
     first = empty_cluster.add_node(num_cpus=1)
     units = [unit.index for unit in prepare(config).units]
     names: set[str] = set()
-    with Workforce(config, load=faults(tmp_path, seconds=1.5)) as workforce:
-        for number, _ in enumerate(workforce.run_units(units)):
-            names |= set(workforce.running.values())
+    with WorkerPool(config, load=faults(tmp_path, seconds=1.5)) as pool:
+        for number, _ in enumerate(pool.run_units(units)):
+            names |= set(pool.running.values())
             if number == 0:
-                assert workforce.workers == 1
+                assert pool.workers == 1
                 empty_cluster.add_node(num_cpus=1)
-            if workforce.workers == 2 and first is not None:
+            if pool.workers == 2 and first is not None:
                 empty_cluster.remove_node(first, allow_graceful=False)
                 first = None
-        assert workforce.failed == []
+        assert pool.failed == []
     assert first is None, "the second node's worker came too late to prove anything"
     assert {"worker-0", "worker-1"} <= names
     assert committed_units(Store(config.output)) == set(units)

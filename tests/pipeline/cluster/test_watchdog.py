@@ -11,14 +11,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from coldstill.pipeline.cluster.attempts import CrashReport
 from coldstill.pipeline.cluster.watchdog import Watchdog, WatchedTeacher, is_memory_error
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.sequences import ScoredSequence
-from coldstill.pipeline.units.attempts import LastWords
+from coldstill.pipeline.teachers.protocol import ScoredSequence
 
 
 class Stub:
-    """A teacher whose one call is the function that it is given."""
+    """A teacher whose `score` runs the given function."""
 
     environment: dict[str, object] = {}
 
@@ -31,15 +31,15 @@ class Stub:
 
 
 @contextmanager
-def _watched(stub: Stub, *, hung_after_s: float) -> Iterator[list[LastWords]]:
-    said: list[LastWords] = []
-    teacher = WatchedTeacher(stub, end=said.append)  # type: ignore[arg-type]
-    watchdog = Watchdog(teacher, hung_after_s=hung_after_s, end=said.append)
+def _watched(stub: Stub, *, hung_after_s: float) -> Iterator[list[CrashReport]]:
+    reports: list[CrashReport] = []
+    teacher = WatchedTeacher(stub, on_exit=reports.append)  # type: ignore[arg-type]
+    watchdog = Watchdog(teacher, hung_after_s=hung_after_s, on_exit=reports.append)
     watchdog.start()
     call = threading.Thread(target=teacher.score, args=([],), daemon=True)
     call.start()
     try:
-        yield said
+        yield reports
         call.join(20)
     finally:
         watchdog.stop()
@@ -48,16 +48,16 @@ def _watched(stub: Stub, *, hung_after_s: float) -> Iterator[list[LastWords]]:
 def _wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "the condition never came true"
         time.sleep(0.01)
 
 
-def test_a_call_without_progress_is_hung_and_said_to_be_once() -> None:
+def test_a_call_without_progress_is_reported_as_hung_once() -> None:
     released = threading.Event()
-    with _watched(Stub(released.wait), hung_after_s=0.2) as said:
-        _wait_for(lambda: said)
+    with _watched(Stub(released.wait), hung_after_s=0.2) as reports:
+        _wait_for(lambda: reports)
         released.set()
-    assert [words.reason.partition(":")[0] for words in said] == ["hung"]
+    assert [crash.reason.partition(":")[0] for crash in reports] == ["hung"]
 
 
 def test_a_long_call_that_makes_progress_is_not_hung_nor_is_an_idle_engine() -> None:
@@ -69,48 +69,48 @@ def test_a_long_call_that_makes_progress_is_not_hung_nor_is_an_idle_engine() -> 
             time.sleep(0.05)
 
     stub.call = work
-    with _watched(stub, hung_after_s=1.0) as said:
+    with _watched(stub, hung_after_s=1.0) as reports:
         pass
-    with _watched(Stub(), hung_after_s=0.2) as said_by_idle:
+    with _watched(Stub(), hung_after_s=0.2) as of_idle:
         time.sleep(1)
-    assert said == said_by_idle == []
+    assert reports == of_idle == []
 
 
 @pytest.mark.parametrize("is_reaped", [False, True])
-def test_a_process_of_the_engine_that_is_gone_is_noticed(is_reaped: bool) -> None:
+def test_a_lost_process_of_the_engine_is_reported(is_reaped: bool) -> None:
     helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     released, stub = threading.Event(), Stub()
     stub.call, stub.processes = released.wait, (helper.pid,)
-    with _watched(stub, hung_after_s=60) as said:
+    with _watched(stub, hung_after_s=60) as reports:
         time.sleep(0.1)
-        assert said == []
+        assert reports == []
         helper.kill()
         if is_reaped:
             helper.wait()
-        _wait_for(lambda: said)
+        _wait_for(lambda: reports)
         released.set()
     helper.wait()
-    assert said[0].reason == f"process {helper.pid} of the engine is gone"
+    assert reports[0].reason == f"process {helper.pid} of the engine is gone"
 
 
-def test_what_has_no_name_is_the_end_and_what_has_one_is_passed_on() -> None:
-    said: list[LastWords] = []
+def test_a_coldstill_error_is_passed_on_and_any_other_exception_ends_the_worker() -> None:
+    reports: list[CrashReport] = []
 
     def fail_with(error: Exception) -> WatchedTeacher:
         def fail() -> None:
             raise error
 
-        return WatchedTeacher(Stub(fail), end=said.append)  # type: ignore[arg-type]
+        return WatchedTeacher(Stub(fail), on_exit=reports.append)  # type: ignore[arg-type]
 
     with pytest.raises(TeacherOutputInvalid):
         fail_with(TeacherOutputInvalid("logits")).score([])
-    assert said == []
+    assert reports == []
     with pytest.raises(KeyError):
         fail_with(KeyError("x")).score([])
-    assert said == [LastWords(cause="the engine raised KeyError", reason="KeyError: 'x'")]
+    assert reports == [CrashReport(cause="the engine raised KeyError", reason="KeyError: 'x'")]
 
 
-def test_memory_errors_are_known_by_their_class_by_their_words_and_behind_others() -> None:
+def test_memory_errors_are_recognized_by_class_by_message_and_as_causes() -> None:
     torch_like = type("OutOfMemoryError", (RuntimeError,), {})
     assert is_memory_error(torch_like("no"))
     assert is_memory_error(MemoryError())
@@ -130,14 +130,14 @@ def hang():
     time.sleep(0.5)
     re.match("(a*)*b", "a" * 64)
 
-teacher = WatchedTeacher(Stub(hang), end=print)
-Watchdog(teacher, hung_after_s=0.8, end=print).start()
+teacher = WatchedTeacher(Stub(hang), on_exit=print)
+Watchdog(teacher, hung_after_s=0.8, on_exit=print).start()
 teacher.score([])
 """
 
 
-def test_a_call_that_hangs_with_the_interpreters_lock_ends_too() -> None:
-    """No thread of Python runs beside it: a timer in C is the last resort."""
+def test_a_call_that_hangs_with_the_gil_held_is_killed_too() -> None:
+    """No Python thread can run beside it, so a timer in C ends the process."""
     ended = subprocess.run([sys.executable, "-c", _HOLDS_THE_LOCK], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "Timeout" in ended.stderr

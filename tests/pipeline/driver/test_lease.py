@@ -40,7 +40,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def hold(store: Store, *, dead_after_s: float = 60) -> subprocess.Popen[str]:
-    """Another process that has the lease."""
+    """Start another process that holds the lease."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, store.url, str(dead_after_s)], stdout=subprocess.PIPE, text=True
     )
@@ -50,7 +50,7 @@ def hold(store: Store, *, dead_after_s: float = 60) -> subprocess.Popen[str]:
 
 
 def rewrite(store: Store, **changes: object) -> LeaseRecord:
-    """The lease with other values, as if another driver had written it."""
+    """Change values of the lease, as if another driver had written it."""
     found = read_lease(store)
     assert found is not None
     changed = found.model_copy(update=changes)
@@ -58,7 +58,7 @@ def rewrite(store: Store, **changes: object) -> LeaseRecord:
     return changed
 
 
-def test_a_second_driver_is_refused_with_the_name_and_the_age_of_the_first(store: Store) -> None:
+def test_a_second_driver_is_refused_and_the_error_names_the_first_and_its_age(store: Store) -> None:
     process = hold(store)
     try:
         with pytest.raises(LeaseHeld) as refused, Lease(store, dead_after_s=60):
@@ -91,7 +91,7 @@ def test_a_driver_that_was_not_waited_for_by_its_parent_is_dead_too(tmp_path: Pa
 
 
 def test_a_recycled_pid_is_not_the_driver(tmp_path: Path) -> None:
-    """The pid lives, but its process began at another time than the lease says."""
+    """A process with this pid runs, but it started at another time than the one in the lease."""
     store = Store(tmp_path)
     process = hold(store, dead_after_s=3600)
     process.kill()
@@ -102,7 +102,7 @@ def test_a_recycled_pid_is_not_the_driver(tmp_path: Path) -> None:
         pass
 
 
-def test_a_driver_of_another_machine_is_replaced_once_it_was_silent_for_its_time(store: Store) -> None:
+def test_a_driver_of_another_machine_is_replaced_once_its_heartbeat_is_too_old(store: Store) -> None:
     process = hold(store, dead_after_s=3600)
     process.kill()
     process.wait()
@@ -114,7 +114,7 @@ def test_a_driver_of_another_machine_is_replaced_once_it_was_silent_for_its_time
         pass
 
 
-def test_a_living_driver_is_never_silent_for_its_time(tmp_path: Path) -> None:
+def test_a_running_driver_never_counts_as_dead(tmp_path: Path) -> None:
     store = Store(tmp_path)
     process = hold(store, dead_after_s=3.0)
     try:
@@ -129,8 +129,8 @@ def test_a_living_driver_is_never_silent_for_its_time(tmp_path: Path) -> None:
         process.wait()
 
 
-def test_a_driver_that_slept_and_was_replaced_stops_by_name(store: Store) -> None:
-    """The first is stopped for longer than its time; the second takes over; the first wakes up and finds out."""
+def test_a_suspended_driver_that_was_replaced_stops_with_lease_lost(store: Store) -> None:
+    """The first driver is suspended too long, the second takes over, and the first wakes up and finds its lease."""
     process = hold(store, dead_after_s=4.0)
     first = read_lease(store)
     while read_lease(store) == first:
@@ -145,7 +145,7 @@ def test_a_driver_that_slept_and_was_replaced_stops_by_name(store: Store) -> Non
         assert found.token == second.token
 
 
-def test_a_driver_in_the_main_thread_that_waits_is_woken_when_it_lost(tmp_path: Path) -> None:
+def test_losing_the_lease_interrupts_a_wait_in_the_main_thread(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
     def drive() -> None:
@@ -158,7 +158,7 @@ def test_a_driver_in_the_main_thread_that_waits_is_woken_when_it_lost(tmp_path: 
         drive()
 
 
-def test_a_driver_in_another_thread_finds_out_at_its_next_look(tmp_path: Path) -> None:
+def test_a_driver_in_another_thread_raises_at_its_next_check(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
     def drive() -> None:
@@ -172,10 +172,10 @@ def test_a_driver_in_another_thread_finds_out_at_its_next_look(tmp_path: Path) -
         threads.submit(drive).result(timeout=60)
     found = read_lease(store)
     assert found is not None
-    assert found.token == "another", "who lost the lease must not remove the winner's"
+    assert found.token == "another", "the loser must not delete the winner's lease"
 
 
-def test_of_many_that_take_over_from_one_dead_driver_one_remains(tmp_path: Path) -> None:
+def test_of_many_drivers_that_take_over_from_a_dead_one_one_remains(tmp_path: Path) -> None:
     store = Store(tmp_path)
     process = hold(store, dead_after_s=3600)
     process.kill()
@@ -189,24 +189,24 @@ def test_of_many_that_take_over_from_one_dead_driver_one_remains(tmp_path: Path)
                     lease.check()
                     time.sleep(0.01)
                 found = read_lease(store)
-                return "holds" if found is not None and found.token == lease.token else "believes"
+                return "holds" if found is not None and found.token == lease.token else "lost it unnoticed"
         except (LeaseHeld, LeaseLost) as error:
             return type(error).__name__
 
     with ThreadPoolExecutor(8) as threads:
         ends = list(threads.map(lambda _: drive(), range(8)))
     assert ends.count("holds") == 1
-    assert "believes" not in ends
+    assert "lost it unnoticed" not in ends
 
 
-def test_an_error_of_the_driver_is_not_hidden_and_gives_the_lease_back(tmp_path: Path) -> None:
+def test_an_error_of_the_driver_is_raised_and_the_lease_is_released(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(ValueError, match="mine"), Lease(store, dead_after_s=60):
         raise ValueError("mine")
     assert read_lease(store) is None
 
 
-def test_what_the_store_refuses_for_a_while_does_not_end_the_driver(
+def test_a_store_that_fails_for_a_while_does_not_end_the_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from coldstill.storage_schema.errors import StorageFailed

@@ -1,4 +1,4 @@
-"""Laws of `coldstill status`: true from the directory alone, while a run is on, after its death, and after its end."""
+"""Laws of `coldstill status`: read from the directory alone, during a run, after a kill, and after the end."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from coldstill.cli.status_table import duration, show_status
 from coldstill.pipeline.cluster.dispatcher import FailedUnit
 from coldstill.pipeline.driver.lease import Lease
 from coldstill.pipeline.driver.progress import Progress
-from coldstill.pipeline.driver.progress_record import MOST_LISTED, PROGRESS_FOLDER, Totals, read_progress
+from coldstill.pipeline.driver.progress_record import MAX_LISTED, PROGRESS_FOLDER, Totals, read_progress
 from coldstill.pipeline.driver.status import Status, read_status
 from coldstill.pipeline.errors import CaptureIncomplete
-from coldstill.pipeline.units.worker import UnitReport
+from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.errors import DatasetNotFound
 from coldstill.storage_schema.manifest import seal
@@ -35,7 +35,7 @@ UNITS = 4
 
 @dataclass
 class Workers:
-    """Two workers with a GPU each, as the cluster would show them."""
+    """Two workers with a GPU each, in place of a `WorkerPool`."""
 
     workers: int = 2
     gpus_per_worker: float = 1.0
@@ -71,7 +71,7 @@ def shown(status: Status) -> str:
     return console.export_text()
 
 
-def test_a_running_capture_is_seen_with_what_is_done_running_and_failed(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_running_capture_shows_its_done_running_and_failed_units(tmp_path: Path, tokenizer_folder: Path) -> None:
     store = begin(tmp_path, tokenizer_folder)
     work = Workers(running={1: "worker-0", 2: "worker-1"})
     with Lease(store, dead_after_s=60) as lease, Progress(store, token=lease.token, work=work) as progress:
@@ -79,7 +79,7 @@ def test_a_running_capture_is_seen_with_what_is_done_running_and_failed(tmp_path
         progress.begin()
         report = commit(store, tokenizer_folder, 0)
         progress.add(report)
-        work.failed.append(FailedUnit(3, "it kills each worker"))
+        work.failed.append(FailedUnit(3, "it kills every worker"))
         while (status := read_status(str(tmp_path))).totals.units < 1:
             progress.write()
         assert (status.state, status.units_planned, status.units_done) == ("running", UNITS, 1)
@@ -88,12 +88,12 @@ def test_a_running_capture_is_seen_with_what_is_done_running_and_failed(tmp_path
         assert (status.totals.rows, status.totals.tokens) == (5, report.tokens)
         assert not status.is_over
         text = shown(status)
-    assert "it kills each worker" in text
+    assert "it kills every worker" in text
     assert "1 of 4 done" in text
     assert "worker-1" in text
 
 
-def test_rates_give_the_time_that_is_left(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_rates_give_the_remaining_time(tmp_path: Path, tokenizer_folder: Path) -> None:
     store = begin(tmp_path, tokenizer_folder)
     with Lease(store, dead_after_s=60) as lease, Progress(store, token=lease.token, work=Workers()) as progress:
         progress.begin()
@@ -110,7 +110,7 @@ def test_rates_give_the_time_that_is_left(tmp_path: Path, tokenizer_folder: Path
 
 
 def test_the_driver_writes_by_itself_and_a_killed_one_is_shown_dead(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """A real process, SIGKILL, and nothing but the directory."""
+    """A real process and SIGKILL; the status is read from the directory alone."""
     begin(tmp_path, tokenizer_folder)
     script = (
         "import sys, time\n"
@@ -142,10 +142,10 @@ def test_the_driver_writes_by_itself_and_a_killed_one_is_shown_dead(tmp_path: Pa
     assert (dead.state, dead.workers, dead.units_running, dead.time_left_s) == ("dead", 0, 0, None)
     assert dead.totals.cost == pytest.approx(dead.totals.gpu_seconds)
     assert dead.totals.gpu_seconds == dead.totals.worker_seconds >= status.totals.worker_seconds
-    assert "start the same capture again" in shown(dead)
+    assert "re-run the same command to resume" in shown(dead)
 
 
-def test_costs_of_all_starts_add_up_in_one_record_whatever_was_killed(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_costs_of_all_starts_add_up_in_one_record_after_any_kills(tmp_path: Path, tokenizer_folder: Path) -> None:
     store = begin(tmp_path, tokenizer_folder)
     expected = Totals()
     for start in range(5):
@@ -172,7 +172,7 @@ def test_a_kill_between_adding_up_and_removing_counts_nothing_twice(tmp_path: Pa
     left = store.read("progress/first.json")
     second = Progress(store, token="second", work=Workers())
     second.begin()
-    store.put("progress/first.json", left)  # as if it had not come to removing it, or as if the first still wrote
+    store.put("progress/first.json", left)  # as if it was not deleted yet, or written again by the first
     found = read_progress(store)
     assert found is not None
     assert (found.token, found.totals.tokens) == ("second", 100)
@@ -192,7 +192,9 @@ def test_a_kill_between_adding_up_and_removing_counts_nothing_twice(tmp_path: Pa
         (ValueError("no room"), "stopped"),
     ],
 )
-def test_how_a_run_ended_is_told(tmp_path: Path, tokenizer_folder: Path, error: BaseException, state: str) -> None:
+def test_the_status_shows_how_a_run_ended(
+    tmp_path: Path, tokenizer_folder: Path, error: BaseException, state: str
+) -> None:
     store = begin(tmp_path, tokenizer_folder)
 
     def run() -> None:
@@ -209,12 +211,12 @@ def test_how_a_run_ended_is_told(tmp_path: Path, tokenizer_folder: Path, error: 
     shown(status)
 
 
-def test_after_sealing_the_manifest_tells_and_costs_stay(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_after_sealing_counts_come_from_the_manifest_and_costs_stay(tmp_path: Path, tokenizer_folder: Path) -> None:
     store = begin(tmp_path, tokenizer_folder)
     with Progress(store, token="one", work=Workers(), price_per_gpu_hour=1.0) as progress:
         progress.begin()
         for unit in range(UNITS):
-            commit(store, tokenizer_folder, unit)  # reports of none of them came
+            commit(store, tokenizer_folder, unit)  # and no report reached the record
         manifest = seal(store)
     status = read_status(str(tmp_path))
     assert (status.state, status.units_done, status.rows_done) == ("sealed", UNITS, 20)
@@ -231,7 +233,7 @@ def test_a_sealed_dataset_that_was_not_captured_here_has_a_status_too(tiny_datas
     shown(status)
 
 
-def test_nothing_there_is_a_named_error(tmp_path: Path) -> None:
+def test_an_empty_directory_is_a_named_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetNotFound, match="neither a dataset"):
         read_status(str(tmp_path / "absent"))
 
@@ -243,15 +245,15 @@ def test_a_directory_without_a_driver_is_idle(tmp_path: Path, tokenizer_folder: 
 
 def test_the_record_stays_small_with_many_failures(tmp_path: Path, tokenizer_folder: Path) -> None:
     store = begin(tmp_path, tokenizer_folder)
-    work = Workers(failed=[FailedUnit(unit, "why") for unit in range(5 * MOST_LISTED)])
+    work = Workers(failed=[FailedUnit(unit, "why") for unit in range(5 * MAX_LISTED)])
     progress = Progress(store, token="one", work=work)
     progress.begin()
     record = read_progress(store)
     assert record is not None
-    assert (len(record.failed), record.failed_units) == (MOST_LISTED, 5 * MOST_LISTED)
+    assert (len(record.failed), record.failed_units) == (MAX_LISTED, 5 * MAX_LISTED)
 
 
-def test_a_stranger_cannot_steer_the_terminal(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_text_of_a_record_cannot_control_the_terminal(tmp_path: Path, tokenizer_folder: Path) -> None:
     store = begin(tmp_path, tokenizer_folder)
     progress = Progress(store, token="one", work=Workers(failed=[FailedUnit(0, "\x1b[31m[bold]red")]))
     progress.begin()
@@ -261,9 +263,7 @@ def test_a_stranger_cannot_steer_the_terminal(tmp_path: Path, tokenizer_folder: 
     assert "[bold]red" in text
 
 
-def test_an_object_store_is_enough_and_no_commit_is_fetched(
-    monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path
-) -> None:
+def test_the_status_of_an_object_store_reads_no_commit(monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path) -> None:
     with s3_bucket(monkeypatch) as (url, server):
         store = begin(f"{url}/dataset", tokenizer_folder)
         with Lease(store, dead_after_s=60) as lease, Progress(store, token=lease.token, work=Workers()) as progress:
@@ -293,7 +293,7 @@ def test_the_command_prints_a_table_or_json_and_watches_to_the_end(tiny_dataset:
 
 
 def test_a_status_needs_none_of_what_a_capture_needs(tiny_dataset: Path) -> None:
-    """It runs on a laptop: no torch, no Ray, no transformers is imported."""
+    """It runs on a laptop: torch, Ray, transformers and vLLM are not imported."""
     script = (
         "import sys\nfrom coldstill.pipeline.driver.status import read_status\n"
         "import coldstill.cli.status_table\n"

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.sources.chat import SequenceMaker
-from coldstill.pipeline.sources.readers import SourceRow
+from coldstill.pipeline.sources.files import SourceRow
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from tests import making
 

@@ -13,7 +13,7 @@ import pytest
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import SourceUnreadable
 from coldstill.pipeline.sources import staging
-from coldstill.pipeline.sources.readers import open_source
+from coldstill.pipeline.sources.source import open_source, read_index
 from coldstill.pipeline.sources.staging import remove_staging
 from coldstill.storage_schema.store import Store
 from tests.forking import fork_server
@@ -53,7 +53,7 @@ def test_a_staging_that_is_killed_shows_nothing_and_starts_again(tmp_path: Path)
         process.join()
         if not (root / "staging" / "source.json").exists():
             kills += 1
-            assert staging.read_index(Store(root)) is None
+            assert read_index(Store(root)) is None
     assert kills >= 2
     _stage(config, str(root))
     assert _parts(root) == _parts(tmp_path / "unbroken")
@@ -76,7 +76,7 @@ def test_a_second_start_does_not_stage_again(tmp_path: Path, monkeypatch: pytest
     store = Store(tmp_path / "dataset")
     config = _source(tmp_path)
     plan = open_source(config, store).plan(64)
-    monkeypatch.setattr("coldstill.pipeline.sources.readers.stage", lambda *_: pytest.fail("staged twice"))
+    monkeypatch.setattr("coldstill.pipeline.sources.source.stage", lambda *_: pytest.fail("staged twice"))
     assert open_source(config, store).plan(64) == plan
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from transformers import AutoConfig
 
 from coldstill.pipeline.config import TeacherConfig
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from tests import making
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.rows import CachedRow

@@ -18,11 +18,11 @@ from coldstill.common.plugins import PluginNotFound
 from coldstill.pipeline.capture import capture
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.teachers.checkpoint import head_dtype_of
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
 from coldstill.pipeline.teachers.sampling import answer_sequence
-from coldstill.pipeline.teachers.weights import head_dtype_of
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import read_commit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
@@ -273,7 +273,7 @@ def _ensemble(folder: Path, output: str = "dataset") -> CaptureConfig:
     if not (folder / "other").exists():
         making.chat_model(folder / "other", seed=9)
     engine = {"engine": "custom_teacher:EnsembleTeacher", "engine_args": {"other": str(folder / "other"), "share": 0.3}}
-    return capture_config(folder, rows=12, output=output, teacher=engine, pilot_targets=0)
+    return capture_config(folder, rows=12, output=output, teacher=engine, calibration_targets=0)
 
 
 def _capture_in_process(config: CaptureConfig) -> None:

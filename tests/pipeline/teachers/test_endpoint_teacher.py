@@ -15,9 +15,9 @@ import tenacity.nap
 from coldstill.common import retry
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.sequences import TokenSequence
 from coldstill.pipeline.teachers import endpoint_client
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 from tests import making

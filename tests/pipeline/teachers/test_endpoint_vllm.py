@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.sequences import TokenSequence
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
 from tests import making

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coldstill.pipeline.teachers.protocol import load_teacher
+from coldstill.pipeline.worker import load_teacher
 from tests import making
 from tests.pipeline.teachers.parallel_engine import config, header, rows
 

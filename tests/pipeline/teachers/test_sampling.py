@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coldstill.pipeline.config import SamplingConfig
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.teachers.sampling import (
     StopTexts,
     answer_room,

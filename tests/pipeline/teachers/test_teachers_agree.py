@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coldstill.pipeline.config import SamplingConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.sequences import ScoredSequence, TokenSequence
-from coldstill.pipeline.sources.chat import SequenceMaker
-from coldstill.pipeline.sources.readers import SourceRow
-from coldstill.pipeline.teachers.protocol import Teacher, load_teacher
-from coldstill.pipeline.tokenizer import load_tokenizer
+from coldstill.pipeline.sources.files import SourceRow
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.teachers.checkpoint import load_tokenizer
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
 from tests import making

@@ -11,8 +11,8 @@ import fsspec
 import pytest
 
 from coldstill.pipeline.config import ClusterConfig
-from coldstill.pipeline.preparation.prepare import prepare
-from coldstill.pipeline.units.worker import CaptureWorker
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
 from coldstill.storage_schema.store.retrying import RetryingStore
@@ -75,7 +75,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
 
 
 def test_a_worker_outlasts_an_object_store_that_fails_for_a_while(tmp_path: Path, s3_server: S3Server) -> None:
-    config = capture_config(tmp_path, cluster={"store_patience_s": 60}).model_copy(
+    config = capture_config(tmp_path, cluster={"store_retry_s": 60}).model_copy(
         update={"output": "s3://captures/dataset"}
     )
     store = prepare(config).store
@@ -86,7 +86,7 @@ def test_a_worker_outlasts_an_object_store_that_fails_for_a_while(tmp_path: Path
     assert committed_units(store) == {0}
     assert store.names("shards") == [Path(read_commit(store, 0).shard.name).name]
     s3_server.fail("PUT", ".parquet", "409 Conflict", "OperationAborted", times=1000)
-    short = CaptureWorker(config.model_copy(update={"cluster": ClusterConfig(store_patience_s=1)}))
+    short = CaptureWorker(config.model_copy(update={"cluster": ClusterConfig(store_retry_s=1)}))
     with pytest.raises(StorageFailed, match="writing shards/000001"):
         short.run(1)
     assert committed_units(store) == {0}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.teachers.topk_entries import DERIVED_TAIL_FLOOR
 from coldstill.pipeline.teachers.vllm.public_path import read_prompt_logprobs
 from coldstill.storage_schema.rows import spans_from_mask

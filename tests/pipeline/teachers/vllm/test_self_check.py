@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.sequences import TokenSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.teachers.target_extractor import summarize
 from coldstill.pipeline.teachers.vllm.self_check import largest_difference, self_check_sequences
 from coldstill.storage_schema.rows import TeacherTargets, span_positions

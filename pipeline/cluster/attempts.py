@@ -1,0 +1,99 @@
+"""The attempts of a unit over which workers died, and the crash reports of dead workers.
+
+`attempts/000003.json` lists the trials of unit 3, oldest first. All conclusions (`poison_search.py`) are computed from
+the trials again, so a driver that is killed resumes its search. Only the driver writes these files; they are no part
+of the dataset.
+"""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+
+from coldstill.common.models import FrozenModel, parse_document
+from coldstill.pipeline.worker import ExcludedRow, TaskKind
+from coldstill.storage_schema.errors import CommitDamaged
+from coldstill.storage_schema.store import RUN_FOLDER, Store
+
+ATTEMPTS_FOLDER = "attempts"
+_CRASH_REPORTS_FOLDER = f"{RUN_FOLDER}/last_words"  # the folder's name on disk, which may not change
+
+
+class CrashReport(FrozenModel):
+    """Why a worker ended."""
+
+    cause: str = Field(description="In words that are the same on every machine and in every run: it is committed.")
+    reason: str = Field(description="With all details.")
+    out_of_memory: bool = Field(default=False, description="Whether the engine reported that memory ran out.")
+
+
+class Trial(FrozenModel):
+    """One time that a worker got a unit or a part of it."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    kind: TaskKind = Field(description="See `poison_search.py`; a `probe` is not committed.")
+    start: int = Field(ge=0, description="First source row.")
+    stop: int = Field(ge=0, description="Source row after the last.")
+    worker: str
+    isolated: bool = Field(alias="alone", description="Whether the worker had no other unit at the time.")
+    died_of: CrashReport | None = Field(default=None, description="None: the worker survived.")
+
+
+class Attempts(FrozenModel):
+    """The trials of one unit."""
+
+    unit: int = Field(ge=0)
+    trials: tuple[Trial, ...] = ()
+    excluded: tuple[ExcludedRow, ...] = Field(
+        default=(), description="The poison rows found so far: for people who read the file, not read back."
+    )
+
+
+class AttemptStore:
+    """The attempts of all units of a dataset directory."""
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def read(self, unit: int) -> Attempts:
+        """The trials of a unit; none where no worker died over it. Raises `CommitDamaged`, `StorageFailed`."""
+        name = attempts_name(unit)
+        try:
+            data = self._store.read(name)
+        except FileNotFoundError:
+            return Attempts(unit=unit)
+        return parse_document(data, model=Attempts, where=name, error=CommitDamaged)
+
+    def write(self, attempts: Attempts) -> None:
+        """Replace the trials of a unit. Raises `StorageFailed`."""
+        self._store.put(attempts_name(attempts.unit), _to_bytes(attempts))
+
+    def units(self) -> set[int]:
+        """Units over which a worker died, from the file names alone. Raises `StorageFailed`."""
+        names = self._store.names(ATTEMPTS_FOLDER)
+        stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return {int(stem) for stem in stems if stem.isascii() and stem.isdigit()}
+
+
+def attempts_name(unit: int) -> str:
+    """Name of a unit's file."""
+    return f"{ATTEMPTS_FOLDER}/{unit:06d}.json"
+
+
+def write_crash_report(store: Store, worker_key: str, report: CrashReport) -> None:
+    """Leave the reason why a worker ends, for the driver to read. Raises `StorageFailed`."""
+    store.put(f"{_CRASH_REPORTS_FOLDER}/{worker_key}.json", _to_bytes(report))
+
+
+def read_crash_report(store: Store, worker_key: str) -> CrashReport | None:
+    """The report of a dead worker; None where it was killed. Raises `CommitDamaged`, `StorageFailed`."""
+    name = f"{_CRASH_REPORTS_FOLDER}/{worker_key}.json"
+    try:
+        data = store.read(name)
+    except FileNotFoundError:
+        return None
+    return parse_document(data, model=CrashReport, where=name, error=CommitDamaged)
+
+
+def _to_bytes(document: FrozenModel) -> bytes:
+    return (document.model_dump_json(indent=2, by_alias=True) + "\n").encode()

@@ -1,0 +1,272 @@
+"""Estimate a capture without running it: rows, tokens, bytes, hours and cost. Nothing is written to its output.
+
+Rows, tokens and targets are counted by reading the whole source once. Bytes are those of the codec's benchmark; with a
+probe, one worker scores the first rows of the source for a minute, which gives bytes, speed and cost.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
+
+from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.rows import span_positions
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
+
+from .cluster.speed import SpeedReport
+from .config import CaptureConfig
+from .prepare import make_header, open_checked
+from .sources.sequence_maker import SequenceMaker
+from .sources.source import Source
+from .teachers.checkpoint import load_model_config, tokenizer_files
+from .teachers.protocol import TokenSequence
+
+PROBE_S = 60.0
+_PROBED_TOKENS = 1 << 20
+_PROBED_SEQUENCES = 4096
+"""Upper limits of what is sent to the worker of a probe: more than it scores in a minute, little for the network."""
+
+# Bytes per target as long as no teacher has run: `benchmarks/results/codec_2_cores.json`, sides "ours", of a sharp and
+# a flat teacher (mean entropies 1.2 and 4.4 nats, vocabulary 8,192). A vocabulary of more than 65,536 ids takes a few
+# bytes more. Between the measured K the values are interpolated linearly.
+TOP_KS = (16, 32, 64, 128)
+FLOOR = 1e-4
+DRAWS = 64
+BYTES_PER_TARGET = {
+    ("fine", False, "sharp"): (30.8, 54.5, 98.6, 182.1),
+    ("fine", False, "flat"): (30.1, 54.3, 102.1, 193.4),
+    ("fine", True, "sharp"): (25.6, 38.8, 57.1, 76.8),
+    ("fine", True, "flat"): (30.0, 53.2, 97.3, 176.3),
+    ("coarse", False, "sharp"): (27.7, 50.2, 90.8, 169.7),
+    ("coarse", False, "flat"): (26.7, 48.7, 90.3, 171.5),
+    ("coarse", True, "sharp"): (22.5, 34.8, 51.0, 68.5),
+    ("coarse", True, "flat"): (26.6, 47.6, 86.0, 155.8),
+    ("exact", False, "sharp"): (47.6, 91.7, 179.6, 357.1),
+    ("exact", False, "flat"): (45.9, 89.2, 176.7, 352.8),
+}
+"""By fidelity, whether min_prob leaves ids below `FLOOR` out, and sharpness: at each of `TOP_KS`, without draws."""
+BYTES_OF_DRAWS = {"sharp": (4.5, 3.0, 1.9, 1.1), "flat": (30.6, 29.2, 27.3, 24.7)}
+"""Bytes that the tail draws add, of `DRAWS` draws: at each of `TOP_KS`."""
+RANKED = 0.92
+"""Factor of an id rank table."""
+BYTES_PER_TOKEN = 1.5
+"""Bytes of a token of the row itself, without metadata."""
+
+
+@dataclass
+class SourceCounts:
+    """`rows` of the source, `rejected` by reason, and `sequences` for the teacher with their `tokens` and `targets`.
+
+    In mode generate the sequences are prompts, and the targets are the maximum that their answers may have.
+    """
+
+    rows: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    sequences: int = 0
+    tokens: int = 0
+    targets: int = 0
+
+
+class Bounds(NamedTuple):
+    """Bytes per target of a sharp and of a flat teacher, the smaller one first."""
+
+    least: float
+    most: float
+
+
+class Effort(BaseModel):
+    """Time and cost of the capture, from the speed of one worker in a probe."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens_per_s: float = Field(description="Of one worker, not counting the engine's start.")
+    workers: int = Field(description="cluster.max_workers.")
+    hours: float = Field(description="With that many workers all the time.")
+    worker_hours: float
+    gpu_hours: float
+    cost: float | None = Field(description="If cluster.price_per_gpu_hour is set.")
+
+
+class DryRun(BaseModel):
+    """The estimate."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int
+    rejected: dict[str, int] = Field(description="By reason; a row that is split may be counted more than once.")
+    sequences: int
+    tokens: int = Field(description="Of the source; in mode generate, of the prompts.")
+    targets: int
+    targets_are: Literal["counted", "at most", "by the probe's answers"]
+    shards: int
+    bytes_least: int
+    bytes_most: int = Field(description="Of the shards, without metadata columns.")
+    bytes_are: Literal["of a sharp and a flat teacher", "by the probe's shard"]
+    effort: Effort | None = None
+
+    def lines(self) -> dict[str, object]:
+        """All known values, flat, for printing."""
+        known = self.model_dump(exclude={"effort", "rejected"})
+        effort = self.effort.model_dump(exclude_none=True) if self.effort else {}
+        rejects = {f"rejected: {reason}": count for reason, count in self.rejected.items()}
+        return {**known, **rejects, **effort}
+
+
+def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROBE_S, progress: bool = True) -> DryRun:
+    """Count the source, and with `probe` measure one worker for `probe_s` seconds.
+
+    Raises the named errors of the configuration, source and teacher.
+    """
+    source, maker = open_checked(config)  # without a store: nothing is staged
+    units = source.plan(config.rows_per_unit)
+    counts = count_source(config, units=units, source=source, maker=maker, progress=progress)
+    if probe and counts.sequences:
+        report, gpus = _probe(config, source, maker, seconds=probe_s)
+        return _with_probe(config, counts, shards=len(units), report=report, gpus=gpus)
+    return _without_probe(config, counts, shards=len(units))
+
+
+def _without_probe(config: CaptureConfig, counts: SourceCounts, *, shards: int) -> DryRun:
+    targets, tokens = counts.targets, counts.tokens
+    if config.mode == "generate":
+        targets = counts.sequences * config.sampling.n * config.sampling.max_tokens
+        tokens = counts.tokens * config.sampling.n + targets
+    each = bytes_per_target(config)
+    least, most = (round(targets * one + tokens * BYTES_PER_TOKEN) for one in each)
+    return DryRun(
+        **_counted(counts),
+        targets=targets,
+        targets_are="at most" if config.mode == "generate" else "counted",
+        shards=shards,
+        bytes_least=least,
+        bytes_most=most,
+        bytes_are="of a sharp and a flat teacher",
+    )
+
+
+def _with_probe(
+    config: CaptureConfig, counts: SourceCounts, *, shards: int, report: SpeedReport, gpus: float
+) -> DryRun:
+    """Extrapolated from the probe: answers have its length, and scoring takes time in proportion to tokens."""
+    answers = config.mode == "generate"
+    share = counts.sequences / report.sequences if answers else counts.tokens / max(1, report.tokens)
+    targets = round(report.targets * share) if answers else counts.targets
+    size = round(report.bytes * (targets / max(1, report.targets)))
+    worker_hours = report.seconds * share / 3600
+    price, workers = config.cluster.price_per_gpu_hour, config.cluster.max_workers
+    return DryRun(
+        **_counted(counts),
+        targets=targets,
+        targets_are="by the probe's answers" if answers else "counted",
+        shards=shards,
+        bytes_least=size,
+        bytes_most=size,
+        bytes_are="by the probe's shard",
+        effort=Effort(
+            tokens_per_s=report.tokens / max(report.seconds, 1e-9),
+            workers=workers,
+            hours=worker_hours / min(workers, shards),
+            worker_hours=worker_hours,
+            gpu_hours=worker_hours * gpus,
+            cost=None if price is None else worker_hours * gpus * price,
+        ),
+    )
+
+
+def _counted(counts: SourceCounts) -> dict[str, object]:
+    return {
+        "rows": counts.rows,
+        "rejected": dict(counts.rejected.most_common()),
+        "sequences": counts.sequences,
+        "tokens": counts.tokens,
+    }
+
+
+def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, seconds: float) -> tuple[SpeedReport, float]:
+    """The speed of one real worker, and its number of GPUs."""
+    from .cluster.pool import WorkerPool
+
+    tokenizer = tokenizer_files(maker.tokenizer)[TOKENIZER_FILE]
+    facts = fingerprint_bytes(tokenizer, where=f"{config.teacher.model}: {TOKENIZER_FILE}")
+    header = make_header(
+        config,
+        model_config=load_model_config(config.teacher, facts),
+        facts=facts,
+        maker=maker,
+        source_sha256=source.fingerprint,
+    )
+    sequences = list(_first(source, maker))
+    with (
+        # A worker that dies writes a crash report to its output; the capture's own output must not be touched.
+        tempfile.TemporaryDirectory(prefix="coldstill-") as elsewhere,
+        WorkerPool(config.model_copy(update={"output": elsewhere})) as pool,
+    ):
+        return pool.measure(header, sequences, seconds=seconds), pool.gpus_per_worker
+
+
+def _first(source: Source, maker: SequenceMaker) -> Iterator[TokenSequence]:
+    tokens = sequences = 0
+    for made in maker.sequences(source.rows()):
+        if isinstance(made, TokenSequence):
+            yield made
+            tokens += made.token_ids.size + span_positions(made.target_spans).size
+            sequences += 1
+        if tokens >= _PROBED_TOKENS or sequences >= _PROBED_SEQUENCES:
+            return
+
+
+def count_source(
+    config: CaptureConfig, *, units: Sequence[Unit], source: Source, maker: SequenceMaker, progress: bool = True
+) -> SourceCounts:
+    """Counts over these units, read in order. Raises the named errors of sources and templates."""
+    counts = SourceCounts()
+    planned = sum(unit.rows for unit in units)
+    with tqdm(total=planned, desc="counting", unit=" rows", smoothing=0, disable=not progress) as bar:
+        for unit in units:
+            for made in maker.sequences(source.read(unit)):
+                if isinstance(made, Reject):
+                    counts.rejected[made.reason] += 1
+                    continue
+                counts.sequences += 1
+                counts.tokens += made.token_ids.size
+                counts.targets += _targets(config, made)
+            counts.rows += unit.rows
+            bar.update(unit.rows)
+            bar.set_postfix_str(f"{counts.tokens:,} tokens, {counts.rejected.total():,} rejected")
+    return counts
+
+
+def _targets(config: CaptureConfig, sequence: TokenSequence) -> int:
+    if config.mode != "generate":
+        return int(span_positions(sequence.target_spans).size)
+    room = config.teacher.max_length - sequence.token_ids.size
+    return config.sampling.n * min(config.sampling.max_tokens, room)
+
+
+def bytes_per_target(config: CaptureConfig) -> Bounds:
+    """Bytes of the teacher's distribution at a target; `BYTES_PER_TOKEN` is added per token of the row."""
+    return Bounds(*sorted(_bytes(config, sharpness) for sharpness in ("sharp", "flat")))
+
+
+def _bytes(config: CaptureConfig, sharpness: str) -> float:
+    teacher = config.teacher
+    has_floor = teacher.min_prob >= FLOOR and config.fidelity != "exact"
+    entries = _at(BYTES_PER_TARGET[config.fidelity, has_floor, sharpness], teacher.top_k)
+    draws = _at(BYTES_OF_DRAWS[sharpness], teacher.top_k) * min(teacher.draws, 2 * teacher.kept_draws) / DRAWS
+    logprobs = 2 * draws if teacher.draw_logprobs else 0.0
+    return (RANKED if config.calibration_targets and config.fidelity != "exact" else 1.0) * entries + draws + logprobs
+
+
+def _at(values: tuple[float, ...], top_k: int) -> float:
+    """Linear interpolation between the measured K; proportional to K outside of them."""
+    if top_k > TOP_KS[-1]:
+        return values[-1] * top_k / TOP_KS[-1]
+    return float(np.interp(top_k, TOP_KS, values)) if top_k >= TOP_KS[0] else values[0] * top_k / TOP_KS[0]

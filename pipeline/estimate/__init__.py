@@ -1,1 +1,0 @@
-"""What a capture will cost, before it costs anything."""

@@ -1,1 +1,0 @@
-"""Before any unit is given out: header, tokenizer files, plan and pilot."""

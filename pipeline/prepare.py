@@ -1,0 +1,140 @@
+"""Prepare a dataset directory: header, tokenizer files and plan, made once and checked at every later start.
+
+Runs on the driver and loads no weights. The header holds no time, host or path: equal captures have equal headers on
+every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
+from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
+
+from .config import CaptureConfig, TeacherConfig
+from .sources.sequence_maker import SequenceMaker
+from .sources.source import Source, open_source
+from .sources.staging import remove_staging
+from .teachers.checkpoint import (
+    dtype_of,
+    head_dtype_of,
+    load_model_config,
+    quantization_of,
+    tokenizer_files,
+    weights_fingerprint,
+)
+
+_CHECKED_ROWS = 32
+"""Rows at the start of the source that are tried before a pass over the source, or an engine, costs time."""
+_LOSS_ON = {"generate": "last_turn", "pretrain": "all"}
+"""Target tokens of the modes in which source.loss_on has no effect: the teacher's answer; every token."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset directory with header and plan, ready for commits."""
+
+    store: Store
+    header: DatasetHeader
+    units: Plan
+
+
+def prepare(
+    config: CaptureConfig, *, rank_ids: Callable[[DatasetHeader, Unit], Sequence[int]] | None = None
+) -> Prepared:
+    """Create the dataset directory, or check that `config` describes the one that exists.
+
+    `rank_ids` makes the id rank table of a new dataset by a calibration pass; without it there is no table.
+    Raises `HeaderMismatch` for a changed configuration, and the errors of sources, templates and teachers.
+    """
+    store = Store(config.output)
+    store.require_writable()
+    source, maker = open_checked(config, store)
+    files = tokenizer_files(maker.tokenizer)
+    facts = fingerprint_bytes(files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
+    model_config = load_model_config(config.teacher, facts)
+    is_planned, was_surveyed = store.exists(PLAN_NAME), source.is_surveyed
+    if not is_planned or not (was_surveyed or store.exists(MANIFEST_NAME)):
+        units = source.plan(config.rows_per_unit)
+    if is_planned:
+        units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)
+    header = make_header(config, model_config=model_config, facts=facts, maker=maker, source_sha256=source.fingerprint)
+    if not store.exists(HEADER_NAME):
+        ranks = tuple(rank_ids(header, units[0])) if rank_ids and units else ()
+        store.create(HEADER_NAME, header.model_copy(update={"id_ranks": ranks}).to_bytes())
+    stored = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
+    if is_planned and stored.source_sha256 != header.source_sha256 and not was_surveyed:
+        remove_staging(store)  # it was made just now, from another source than the plan's
+    stored.require_equal(
+        header.model_copy(update={"id_ranks": stored.id_ranks}),
+        where="the configuration",
+        fix=f"{store.url} was started with another value: restore it, or choose another output",
+    )
+    # With these files a reader of the dataset can decode its tokens without the teacher.
+    for name, data in files.items():
+        store.create(f"{TOKENIZER_FOLDER}/{name}", data)
+    if not is_planned and not store.create(PLAN_NAME, plan_to_bytes(units)):
+        units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)  # another driver was first
+    return Prepared(store, stored, units)
+
+
+def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Source, SequenceMaker]:
+    """The source and its sequence maker, after a test on the first rows.
+
+    Raises the errors of sources, templates and tokenizers.
+    """
+    source = open_source(config.source, store)
+    maker = SequenceMaker.of(config)
+    maker.check(source.head(_CHECKED_ROWS))
+    return source, maker
+
+
+def make_header(
+    config: CaptureConfig, *, model_config: Any, facts: TokenizerFacts, maker: SequenceMaker, source_sha256: str
+) -> DatasetHeader:
+    """The header of a capture, without an id rank table."""
+    teacher = config.teacher
+    return DatasetHeader(
+        teacher=_teacher_facts(teacher, model_config),
+        tokenizer_fingerprint=facts.fingerprint,
+        chat_template_sha256=maker.template_sha256,
+        vocab_size=model_config.get_text_config().vocab_size,
+        token_count=facts.token_count,
+        top_k=teacher.top_k,
+        min_prob=teacher.min_prob,
+        draws=teacher.draws,
+        kept_draws=min(teacher.draws, teacher.kept_draws),
+        draw_logprobs=teacher.draw_logprobs,
+        draw_seed=teacher.draw_seed,
+        codec=Codec.preset(config.fidelity, top_k=teacher.top_k),
+        tail="exact" if teacher.can_draw else "derived",
+        mode=config.mode,
+        documents=config.documents if config.mode == "pretrain" else None,
+        sampling=config.sampling.model_dump(mode="json") if config.mode == "generate" else None,
+        loss_on=_LOSS_ON.get(config.mode, config.source.loss_on),
+        order=config.order,
+        max_length=teacher.max_length,
+        over_long=maker.over_long,
+        rows_per_unit=config.rows_per_unit,
+        source_sha256=source_sha256,
+        licence=config.license,
+    )
+
+
+def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
+    folder = Path(teacher.model)
+    commit = getattr(model_config, "_commit_hash", None)
+    return TeacherFacts(
+        name=folder.name if folder.is_dir() else teacher.model,
+        revision=None if folder.is_dir() else commit or teacher.revision,
+        weights_fingerprint=weights_fingerprint(folder) if folder.is_dir() else f"commit:{commit}",
+        dtype=dtype_of(teacher, model_config),
+        head_dtype=head_dtype_of(teacher, model_config),
+        quantization=quantization_of(teacher, model_config),
+    )

@@ -1,0 +1,34 @@
+"""Every reason for which a capture rejects a source row."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class RejectReason(StrEnum):
+    """The value stands in the dataset's `rejects/` files and manifest, so it never changes; `sentence` explains it."""
+
+    sentence: str
+
+    def __new__(cls, value: str, sentence: str) -> RejectReason:
+        """A member that is the string `value`."""
+        member = str.__new__(cls, value)
+        member._value_, member.sentence = value, sentence
+        return member
+
+    NOT_JSON = "not_json", "The line is not a JSON object."
+    ADAPTER_DROPPED = "adapter_dropped", "The function source.adapter returned nothing for the row."
+    NO_MESSAGES = "no_messages", "None of the columns for messages, prompt or text holds anything."
+    NO_TEXT = "no_text", "Mode pretrain found no text in the text column."
+    BAD_MESSAGES = "bad_messages", "The messages are not a list of roles with content."
+    BAD_TOOLS = "bad_tools", "The tools are not a list, or not the JSON of a list."
+    NO_PROMPT = "no_prompt", "Nothing precedes the assistant's answer."
+    NO_RESPONSE = "no_response", "The prompt has no response."
+    TEMPLATE_FAILED = "template_failed", "The chat template raised an exception for the row."
+    TEMPLATE_CANNOT_MARK = "template_cannot_mark", "The chat template rewrites an assistant turn of this chat."
+    CANNOT_MARK = "cannot_mark", "A token spans the border between an assistant turn and the text before it."
+    METADATA_TOO_LARGE = "metadata_too_large", "The columns besides the text are larger than a shard may store."
+    OVER_LONG = "over_long", "The row has more than teacher.max_length tokens, and source.over_long is reject."
+    NO_ROOM = "no_room", "The prompt has teacher.max_length tokens or more, which leaves no room for an answer."
+    NO_TARGETS = "no_targets", "No token of the row or part is a target."
+    KILLS_THE_ENGINE = "kills_the_engine", "Each worker that scored the row crashed."

@@ -1,0 +1,182 @@
+"""One worker: reads the rows of a work unit, scores them, encodes them and commits a shard.
+
+Knows the source, the teacher and the store, and no Ray. Two units may be in progress at once, in two threads: while one
+is encoded and committed, the teacher scores the next. With `order: exact` the teacher gets one call at a time, so that
+a unit is a barrier; with `fast` the calls overlap.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from coldstill.common.models import FrozenModel
+from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
+from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.sources.source import open_source
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
+from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
+from coldstill.storage_schema.faithfulness import sample_share
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.store.retrying import RetryingStore
+
+TeacherLoader = Callable[[TeacherConfig, DatasetHeader, SamplingConfig | None], Teacher]
+TaskKind = Literal["whole", "probe", "rest", "parts"]
+
+
+class ExcludedRow(FrozenModel):
+    """A poison row: a source row that kills every worker that scores it. `detail` becomes the reject's detail."""
+
+    source_row: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitTask:
+    """What a worker does with a unit: commit it, without the `excluded` rows and in `parts` where there are any; or,
+    with kind `probe`, score source rows `start` to `stop` and discard the result."""
+
+    unit: int
+    kind: TaskKind
+    start: int
+    stop: int
+    excluded: tuple[ExcludedRow, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
+
+
+class UnitReport(NamedTuple):
+    """The few numbers of a committed unit that travel to the driver; rows and log-probs never do."""
+
+    unit: int
+    rows: int
+    rejected: int
+    tokens: int
+    targets: int
+    bytes: int
+
+
+class CaptureWorker:
+    """Processes the units of one capture. `run` and `probe` may be called from two threads."""
+
+    def __init__(self, config: CaptureConfig, teacher: Teacher | None = None):
+        self.store = RetryingStore(config.output, retry_for_s=config.cluster.store_retry_s)
+        self.header = DatasetHeader.from_bytes(self.store.read(HEADER_NAME), where=HEADER_NAME)
+        self._units = plan_from_bytes(self.store.read(PLAN_NAME), where=PLAN_NAME)
+        self._source = open_source(config.source, self.store)
+        self._maker = SequenceMaker.of(config)
+        self._teacher = teacher or load_for(config, self.header)
+        self._maker_lock = threading.Lock()  # a tokenizer that two threads use raises "Already borrowed"
+        self._teacher_lock: AbstractContextManager[object] = (
+            threading.Lock() if self.header.order == "exact" else nullcontext()
+        )
+
+    def run(self, index: int, task: UnitTask | None = None) -> UnitReport:
+        """Read, score, encode and commit unit number `index`. A unit that is already committed stays as it is.
+
+        The `excluded` rows of `task` become rejects, and its `parts` are scored one after the other.
+        Raises the named errors of sources, teachers and stores; then nothing of the unit is visible.
+        """
+        if self.store.exists(commit_name(index)):
+            return _report(read_commit(self.store, index))
+        sequences, rejects = self._sequences(index)
+        if task:
+            sequences, poison = _without(sequences, task.excluded)
+            rejects = sorted([*rejects, *poison], key=lambda reject: reject.source_row)
+        parts = _parts_of(sequences, task.parts) if task and task.parts else [sequences]
+        rows: list[CachedRow] = []
+        seconds = 0.0
+        for part in parts:
+            scored, took = self._score(part)
+            rows += [answer.row for answer in scored]
+            seconds += took
+        environment = {**self._teacher.environment, "score_seconds": round(seconds, 3)}
+        if len(parts) > 1:
+            environment["parts"] = len(parts)
+        return _report(
+            commit_unit(
+                self.store,
+                index,
+                rows=rows,
+                rejects=rejects,
+                header=self.header,
+                environment=environment,
+                faithful_positions=sample_share(index, units=len(self._units)),
+            )
+        )
+
+    def probe(self, index: int, start: int, stop: int) -> None:
+        """Score the sequences of source rows `start` to `stop` of a unit and discard the result. Raises as `run`."""
+        sequences, _ = self._sequences(index)
+        self._score([sequence for sequence in sequences if start <= sequence.source_row < stop])
+
+    def _sequences(self, index: int) -> tuple[list[TokenSequence], list[Reject]]:
+        with self._maker_lock:
+            made = list(self._maker.sequences(self._source.read(self._units[index])))
+        sequences = [result for result in made if isinstance(result, TokenSequence)]
+        return sequences, [result for result in made if isinstance(result, Reject)]
+
+    def _score(self, sequences: Sequence[TokenSequence]) -> tuple[list[ScoredSequence], float]:
+        """The scored sequences, and the seconds that the teacher took. Without sequences the teacher is not called."""
+        if not sequences:
+            return [], 0.0
+        with self._teacher_lock:
+            started = time.monotonic()
+            scored = self._teacher.score(sequences)
+            return scored, time.monotonic() - started
+
+
+def load_teacher(config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None) -> Teacher:
+    """Load the engine that `config.engine` names; its libraries are imported only here.
+
+    `sampling`: the teacher answers prompts; without it, it scores given sequences. Raises `TeacherUnusable`, and
+    `PluginNotFound` for a class that cannot be imported.
+    """
+    if config.is_own_class:
+        from .teachers.custom_teacher import CheckedTeacher
+
+        return CheckedTeacher(config, header, sampling)
+    if config.engine == "vllm":
+        from .teachers.vllm.teacher import VllmTeacher
+
+        return VllmTeacher(config, header, sampling)
+    if config.engine == "endpoint":
+        from .teachers.endpoint_teacher import EndpointTeacher
+
+        return EndpointTeacher(config, header, sampling)
+    from .teachers.transformers_teacher import TransformersTeacher
+
+    return TransformersTeacher(config, header, sampling)
+
+
+def load_for(config: CaptureConfig, header: DatasetHeader, load: TeacherLoader = load_teacher) -> Teacher:
+    """Load the teacher of a capture. Raises `TeacherUnusable`."""
+    return load(config.teacher, header, config.sampling if config.mode == "generate" else None)
+
+
+def _without(
+    sequences: Sequence[TokenSequence], excluded: Sequence[ExcludedRow]
+) -> tuple[list[TokenSequence], list[Reject]]:
+    """The sequences of all other rows, and a reject for each sequence of an excluded row."""
+    details = {row.source_row: row.detail for row in excluded}
+    rejects = [
+        Reject(sequence.source_row, sequence.sample_id, RejectReason.KILLS_THE_ENGINE, details[sequence.source_row])
+        for sequence in sequences
+        if sequence.source_row in details
+    ]
+    return [sequence for sequence in sequences if sequence.source_row not in details], rejects
+
+
+def _parts_of(sequences: Sequence[TokenSequence], parts: Sequence[tuple[int, int]]) -> list[list[TokenSequence]]:
+    """The sequences of each part, in source order."""
+    return [[item for item in sequences if start <= item.source_row < stop] for start, stop in sorted(parts)]
+
+
+def _report(record: CommitRecord) -> UnitReport:
+    return UnitReport(record.unit, record.rows, record.rejected, record.tokens, record.targets, record.shard.bytes)

@@ -1,0 +1,87 @@
+"""Laws of a capture's settings: a renamed key keeps its old name as a second spelling, in files and in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
+from coldstill.pipeline.config import CaptureConfig
+
+PLAIN: dict[str, Any] = {"output": "o", "source": {"path": "x.jsonl"}, "teacher": {"model": "m"}}
+RENAMED = [
+    ("calibration_targets", "pilot_targets", 5),
+    ("license", "licence", "MIT"),
+    ("cluster.store_retry_s", "cluster.store_patience_s", 7.0),
+]
+
+
+def _with(key: str, value: object) -> dict[str, Any]:
+    section, _, name = key.rpartition(".")
+    return {**PLAIN, section: {name: value}} if section else {**PLAIN, name: value}
+
+
+def _value(config: CaptureConfig, key: str) -> object:
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _written(folder: Path, document: dict[str, Any]) -> str:
+    path = folder / "capture.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return str(path)
+
+
+@pytest.mark.parametrize(("new", "old", "value"), RENAMED)
+def test_both_names_give_the_same_settings(new: str, old: str, value: object) -> None:
+    by_new, by_old = (CaptureConfig.model_validate(_with(key, value)) for key in (new, old))
+    assert by_new == by_old
+    assert _value(by_old, new) == value
+
+
+@pytest.mark.parametrize(("new", "old", "value"), RENAMED)
+@pytest.mark.parametrize("in_file", [0, 1])
+@pytest.mark.parametrize("in_word", [0, 1])
+def test_a_word_replaces_the_file_whichever_name_each_uses(
+    tmp_path: Path, new: str, old: str, value: object, in_file: int, in_word: int
+) -> None:
+    path = _written(tmp_path, _with((new, old)[in_file], 1 if new != "license" else "none"))
+    config = load_config(path, model=CaptureConfig, overrides=[f"{(new, old)[in_word]}={value}"])
+    assert _value(config, new) == value
+
+
+@pytest.mark.parametrize(("new", "old", "value"), RENAMED)
+def test_a_document_with_both_names_is_refused(new: str, old: str, value: object) -> None:
+    document = _with(new, value)
+    section, _, name = old.rpartition(".")
+    (document[section] if section else document)[name] = value
+    with pytest.raises(ConfigInvalid, match=f"unknown key(.|\n)*did you mean {new}"):
+        check_config(document, model=CaptureConfig, where="here")
+
+
+@pytest.mark.parametrize(("new", "old", "value"), RENAMED)
+def test_dumps_and_help_use_the_new_name_alone(new: str, old: str, value: object) -> None:
+    config = CaptureConfig.model_validate(_with(old, value))
+    assert CaptureConfig.model_validate(config.model_dump()) == config
+    assert CaptureConfig.model_validate_json(config.model_dump_json()) == config
+    assert old.rpartition(".")[2] not in config.model_dump_json()
+    keys = [key for key, _, _ in described_keys(CaptureConfig)]
+    assert new in keys
+    assert old not in keys
+
+
+@pytest.mark.parametrize("key", ["calibration_target", "licenses", "cluster.store_retry"])
+def test_a_misspelled_key_is_refused_with_the_new_name(key: str) -> None:
+    with pytest.raises(ConfigInvalid, match=r"did you mean (calibration_targets|license|cluster\.store_retry_s)"):
+        check_config(_with(key, 1), model=CaptureConfig, where="here")
+
+
+def test_a_wrong_value_is_found_under_the_name_that_the_file_uses() -> None:
+    for key in ("calibration_targets", "pilot_targets"):
+        with pytest.raises(ConfigInvalid, match=f"here: {key}"):
+            check_config(_with(key, -1), model=CaptureConfig, where="here")

@@ -1,0 +1,181 @@
+"""Laws of a dry run: its counts are those of the capture, its output is not touched, its bytes are near the truth."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.dry_run import (
+    BYTES_OF_DRAWS,
+    BYTES_PER_TARGET,
+    TOP_KS,
+    SourceCounts,
+    bytes_per_target,
+    count_source,
+    dry_run,
+)
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.sources.source import open_source
+from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.storage_schema.manifest import Manifest, seal
+from tests import making
+from tests.pipeline.capturing import capture_config, do_units, write_config
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "codec_2_cores.json"
+
+
+def captured(config: CaptureConfig) -> Manifest:
+    """The same settings captured, in this process."""
+    prepared = prepare(config)
+    do_units(config)
+    return seal(prepared.store)
+
+
+def test_what_is_counted_is_what_a_capture_gives_and_nothing_is_written(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    dry = dry_run(config, progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path(config.output).exists()
+    manifest = captured(config)
+    assert (dry.rows, sum(dry.rejected.values()), dry.shards) == (41, manifest.rejected, len(manifest.shards))
+    assert (dry.sequences, dry.tokens, dry.targets) == (manifest.rows, manifest.tokens, manifest.targets)
+    assert dry.targets_are == "counted"
+    assert dry.effort is None
+
+
+def test_the_directory_of_a_capture_that_is_under_way_is_not_touched(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    captured(config)
+    stamps = {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*")}
+    dry_run(config, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in Path(config.output).rglob("*")} == stamps
+
+
+def test_a_probe_measures_a_real_worker_and_writes_nothing_either(tmp_path: Path) -> None:
+    config = capture_config(
+        tmp_path, cluster={"max_workers": 2, "gpus_per_worker": 0, "price_per_gpu_hour": 3.0}, calibration_targets=0
+    )
+    dry = dry_run(config, probe=True, probe_s=1.0, progress=False)
+    assert not Path(config.output).exists()
+    effort = dry.effort
+    assert effort is not None
+    assert effort.tokens_per_s > 0
+    assert effort.worker_hours * 3600 * effort.tokens_per_s == pytest.approx(dry.tokens, rel=1e-6)
+    assert effort.hours == pytest.approx(effort.worker_hours / 2)
+    assert (effort.gpu_hours, effort.cost) == (0, 0)
+    assert dry.bytes_least == dry.bytes_most
+    size = sum(shard.file.bytes for shard in captured(config).shards)
+    assert dry.bytes_most == pytest.approx(size, rel=0.5)  # the shards of so small a capture are mostly footer
+
+
+def test_of_generated_answers_only_a_bound_is_known_before(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, mode="generate", sampling={"n": 2, "max_tokens": 7})
+    dry = dry_run(config, progress=False)
+    assert dry.targets_are == "at most"
+    assert dry.targets == dry.sequences * 2 * 7
+
+
+def test_the_expected_bytes_are_those_of_the_stored_benchmark() -> None:
+    lines = json.loads(RESULT.read_text())["lines"]
+    measured = {(line["side"], line["teacher"], line["top_k"], line["min_prob"], line["draws"]): line for line in lines}
+
+    def of(fidelity: str, floor: float, draws: int, sharpness: str, top_k: int) -> float:
+        return float(measured[f"ours, {fidelity}", sharpness, top_k, floor, draws]["bytes"])
+
+    for (fidelity, has_floor, sharpness), values in BYTES_PER_TARGET.items():
+        found = [of(fidelity, 1e-4 if has_floor else 0.0, 0, sharpness, top_k) for top_k in TOP_KS]
+        assert values == pytest.approx(found, rel=0.05)
+    for sharpness, values in BYTES_OF_DRAWS.items():
+        found = [of("fine", 0.0, 64, sharpness, k) - of("fine", 0.0, 0, sharpness, k) for k in TOP_KS]
+        assert values == pytest.approx(found, rel=0.1, abs=0.2)
+
+
+def settings(**teacher: object) -> CaptureConfig:
+    document = {
+        "output": "o",
+        "source": {"path": "x.jsonl"},
+        "teacher": {"model": "m", **teacher},
+        "calibration_targets": 0,
+    }
+    return CaptureConfig.model_validate(document)
+
+
+def test_more_ids_and_draws_are_more_bytes() -> None:
+    sizes = [bytes_per_target(settings(top_k=top_k, min_prob=0.0)).most for top_k in (1, 8, 16, 50, 64, 128, 256)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == pytest.approx(2 * sizes[-2])
+    plain, drawn = bytes_per_target(settings(top_k=16)), bytes_per_target(settings(top_k=16, draws=64))
+    assert drawn.most - plain.most == pytest.approx(30.6)
+    assert drawn.least > plain.least
+
+
+def test_the_command_prints_the_counts_and_writes_them_where_asked(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "capture.yaml", capture_config(tmp_path))
+    command = [sys.executable, "-m", "coldstill", "capture", str(config), "--dry-run", "--summary", str(tmp_path / "s")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "s").read_text())
+    assert document["rows"] == 41
+    assert document["rejected: no_messages"] == 1
+    assert "rejected: no messages" in done.stdout
+    assert not (tmp_path / "dataset").exists()
+
+
+def _counted(config: Any) -> SourceCounts:
+    source = open_source(config.source)
+    units = source.plan(config.rows_per_unit)
+    return count_source(config, units=units, source=source, maker=SequenceMaker.of(config), progress=False)
+
+
+def test_the_counts_are_those_of_the_capture(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    counts = _counted(config)
+    assert not Path(config.output).exists()
+    store = prepare(config).store
+    do_units(config)
+    manifest = seal(store)
+    assert (counts.rows, counts.sequences, counts.tokens, counts.targets) == (
+        41,
+        manifest.rows,
+        manifest.tokens,
+        manifest.targets,
+    )
+    assert counts.rejected == {"no_messages": 1}
+
+
+def test_a_source_that_cannot_be_sought_is_counted_without_staging(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert _counted(capture_config(tmp_path, source={"path": str(packed)})) == _counted(config)
+    assert not Path(config.output).exists()
+
+
+def test_of_answers_the_most_that_they_may_have_is_counted(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, mode="generate", sampling={"n": 3, "max_tokens": 240})
+    counts = _counted(config)
+    made = SequenceMaker.of(config).sequences(open_source(config.source).rows())
+    sizes = [prompt.token_ids.size for prompt in made if isinstance(prompt, TokenSequence)]
+    assert counts.tokens == sum(sizes)
+    assert counts.targets == 3 * sum(min(240, 256 - size) for size in sizes)
+    assert any(256 - size < 240 for size in sizes)
+
+
+@pytest.mark.parametrize("documents", ["isolate", "concat"])
+def test_documents_are_counted(tmp_path: Path, documents: str) -> None:
+    config = capture_config(tmp_path, mode="pretrain", documents=documents)
+    making.write_jsonl(tmp_path / "rows.jsonl", [{"text": "x" * 99} for _ in range(20)])
+    counts = _counted(config)
+    assert counts.tokens == 2000
+    assert counts.sequences == (20 if documents == "isolate" else 8)
+    assert counts.targets == 2000 - counts.sequences

@@ -1,0 +1,171 @@
+"""Laws of what stands before any unit: a header that says what was asked for, and settings held against it later."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.errors import SourceChanged, TemplateCannotMark
+from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.sources.staging import remove_staging
+from coldstill.pipeline.teachers.checkpoint import dtype_of, head_dtype_of, quantization_of
+from coldstill.storage_schema.errors import HeaderMismatch
+from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.store import Store
+from tests import making
+from tests.pipeline.capturing import capture_config, do_units
+
+
+def _model(dtype: str | None, quantization: dict[str, str] | None = None) -> Any:
+    text = SimpleNamespace(dtype=f"torch.{dtype}" if dtype else None)
+    return SimpleNamespace(get_text_config=lambda: text, quantization_config=quantization)
+
+
+TAP: dict[str, Any] = {"engine": "vllm"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "head"),
+    [
+        (TAP, _model("bfloat16"), "float32"),
+        (TAP, _model("float16"), "float32"),
+        (TAP, _model("float32"), "float32"),
+        (TAP, _model(None), "float32"),
+        (TAP, _model("bfloat16", {"quant_method": "awq"}), "bfloat16"),
+        ({**TAP, "engine_args": {"quantization": "fp8"}}, _model("bfloat16"), "bfloat16"),
+        ({**TAP, "tap": "public"}, _model("bfloat16"), "bfloat16"),
+        ({**TAP, "head_dtype": "model"}, _model("bfloat16"), "bfloat16"),
+        ({**TAP, "dtype": "float16", "head_dtype": "model"}, _model("bfloat16"), "float16"),
+        ({**TAP, "tap": "public", "head_dtype": "float32"}, _model("bfloat16"), "float32"),
+        ({"engine": "transformers"}, _model("bfloat16"), "float32"),
+        ({"engine": "transformers"}, _model("float32"), "float32"),
+        ({"engine": "transformers", "head_dtype": "float32"}, _model("bfloat16"), "float32"),
+        ({"engine": "endpoint", "endpoint": "http://x/v1"}, _model("bfloat16"), "bfloat16"),
+    ],
+)
+def test_logits_are_float32_where_it_is_asked_for_or_the_engine_can(
+    settings: dict[str, Any], model: Any, head: str
+) -> None:
+    assert head_dtype_of(TeacherConfig(model="m", **settings), model) == head
+
+
+def test_a_quantisation_is_recorded_whoever_asks_for_it() -> None:
+    asked = TeacherConfig(model="m", engine_args={"quantization": "fp8"})
+    assert quantization_of(asked, _model("bfloat16")) == "fp8"
+    assert quantization_of(TeacherConfig(model="m"), _model("bfloat16", {"quant_method": "awq"})) == "awq"
+    assert quantization_of(TeacherConfig(model="m"), _model("bfloat16")) is None
+    assert dtype_of(TeacherConfig(model="m", dtype="float16"), _model("bfloat16")) == "float16"
+
+
+def test_the_header_says_the_mode_and_what_belongs_to_it(tmp_path: Path) -> None:
+    scored = prepare(capture_config(tmp_path, order="fast", teacher={"draw_logprobs": True})).header
+    assert (scored.mode, scored.order, scored.draw_logprobs, scored.tail) == ("score", "fast", True, "exact")
+    assert (scored.documents, scored.sampling, scored.loss_on) == (None, None, "assistant")
+    sampling = {"temperature": 0.7, "top_p": 0.9, "n": 2, "seed": 5, "max_tokens": 8, "stop": ["\n"]}
+    answered = prepare(capture_config(tmp_path, output="answered", mode="generate", sampling=sampling)).header
+    assert (answered.mode, answered.sampling, answered.loss_on) == ("generate", sampling, "last_turn")
+    making.write_jsonl(tmp_path / "rows.jsonl", [{"text": "abc"}])
+    for documents in ("isolate", "concat"):
+        config = capture_config(tmp_path, output=documents, mode="pretrain", documents=documents)
+        header = prepare(config).header
+        assert (header.mode, header.documents, header.loss_on) == ("pretrain", documents, "all")
+        assert (header.sampling, header.chat_template_sha256) == (None, None)
+        assert header.over_long == ("cut" if documents == "isolate" else "split")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "tail"),
+    [
+        ({"engine": "vllm"}, "exact"),
+        ({"engine": "vllm", "tap": "public", "draws": 0}, "derived"),
+        ({"engine": "endpoint", "endpoint": "http://x/v1", "draws": 0}, "derived"),
+    ],
+)
+def test_the_tail_is_exact_where_the_engine_can_draw(tmp_path: Path, teacher: dict[str, Any], tail: str) -> None:
+    assert prepare(capture_config(tmp_path, teacher=teacher)).header.tail == tail
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"mode": "generate"}, "mode"),
+        ({"order": "fast"}, "order"),
+        ({"source": {"template_arguments": {"x": 1}}}, "chat_template"),
+        ({"teacher": {"engine": "vllm", "tap": "public", "draws": 0}}, "draws"),
+    ],
+)
+def test_a_changed_setting_on_an_existing_dataset_is_named(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    prepare(capture_config(tmp_path))
+    with pytest.raises(HeaderMismatch, match=field):
+        prepare(capture_config(tmp_path, **changes))
+
+
+def test_other_columns_on_an_existing_dataset_are_named(tmp_path: Path) -> None:
+    prepare(capture_config(tmp_path))
+    with pytest.raises(SourceChanged, match=r"source\.prompt"):
+        prepare(capture_config(tmp_path, source={"prompt": "question"}))
+
+
+def test_a_staged_source_is_staged_once_and_a_change_of_it_is_named(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    staged = capture_config(tmp_path, source={"path": str(packed)})
+    first = prepare(staged)
+    part = Path(config.output, "staging", "000000.parquet")
+    before = part.stat().st_ino
+    os.utime(packed, (1, 1))
+    assert prepare(staged).header == first.header
+    assert part.stat().st_ino == before
+    packed.write_bytes(gzip.compress(b'{"text": "another"}\n'))
+    with pytest.raises(HeaderMismatch, match="source_sha256"):
+        prepare(staged)
+
+
+def test_a_staged_source_that_was_deleted_is_staged_again_from_the_same_source_alone(tmp_path: Path) -> None:
+    packed = tmp_path / "rows.jsonl.gz"
+    config = capture_config(tmp_path, source={"path": str(packed)})
+    whole = gzip.compress((tmp_path / "rows.jsonl").read_bytes())
+    packed.write_bytes(whole)
+    first = prepare(config)
+    remove_staging(first.store)
+    packed.write_bytes(gzip.compress(b'{"text": "another"}\n'))
+    with pytest.raises(HeaderMismatch, match="source_sha256"):
+        prepare(config)
+    assert first.store.names("staging") == []
+    packed.write_bytes(whole)
+    again = prepare(config)
+    assert again.units == first.units
+    assert again.store.names("staging") == ["000000.parquet", "source.json"]
+
+
+def test_a_sealed_dataset_is_prepared_without_staging(tmp_path: Path) -> None:
+    packed = tmp_path / "rows.jsonl.gz"
+    config = capture_config(tmp_path, source={"path": str(packed)})
+    packed.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    prepare(config)
+    do_units(config)
+    seal(Store(config.output))
+    remove_staging(Store(config.output))
+    again = prepare(config)
+    assert again.store.names("staging") == []
+    assert len(again.units) == 5
+
+
+def test_a_template_that_fails_on_one_of_the_first_rows_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """It can mark the first row, whose chat has one turn."""
+    config = capture_config(tmp_path)
+    rows = making.chat_rows(3)
+    rows.append({"messages": [*rows[0]["messages"], *rows[1]["messages"]]})  # type: ignore[index]
+    making.write_jsonl(tmp_path / "rows.jsonl", rows)
+    template = tmp_path / "rewrites.jinja"
+    template.write_text("{% for m in messages %}{{ m.content if loop.last else m.content|upper }}</s>{% endfor %}")
+    with pytest.raises(TemplateCannotMark, match="rewritten"):
+        prepare(capture_config(tmp_path, source={"chat_template": str(template)}))
+    assert not Path(config.output).exists()
