@@ -23,7 +23,7 @@ from .output import show_result, show_warning
 from .per_token_table import show_records
 
 ANOTHER_TEACHER_NATS = 0.05
-"""Above this KL the resident teacher is another model than the dataset's: storage costs at most 1e-4 nats."""
+"""Above this KL, in nats, the resident teacher is not the dataset's teacher: storage costs at most 1e-4."""
 
 
 def evaluate(
@@ -76,7 +76,7 @@ def _metrics(model: Any, teacher: Any, root: str, batch_size: int) -> dict[str, 
     report = evaluate_on_dataset(model, root, teacher=teacher, batch_size=batch_size)
     if report.cached_teacher_kl is not None and report.cached_teacher_kl > ANOTHER_TEACHER_NATS:
         show_warning(
-            f"the resident teacher is not the one of the dataset: the KL between them is at least "
+            f"the resident teacher is not the dataset's teacher: the KL between them is at least "
             f"{report.cached_teacher_kl:.2g} nats. forward kl, reverse kl and last fifth mass compare the student with "
             "the resident teacher."
         )

@@ -1,7 +1,7 @@
-"""The command `coldstill`: what each subcommand takes, and the function that it calls.
+"""The command `coldstill`: the options of each subcommand, and the function that it calls.
 
 A room is imported when its command runs, so that `--help` and the base installation need none of the heavy libraries.
-Defaults stand with the function or the settings class that a command calls, and are read from there.
+Defaults are read from the function or the settings class that a command calls.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def status(
 ) -> None:
     """Show the progress of a capture: units done and failed, speed, time left, cost.
 
-    Reads the output directory alone: it works from any machine, during the capture, after a crash and after the end.
+    Reads only the output directory, so it works from any machine, during the capture, after a crash and after the end.
     """
     from coldstill.pipeline.driver.status import read_status
 
@@ -218,7 +218,7 @@ def demo(
         bool, typer.Option("--quick", help="A fifth of the size: the same order of results, in under four minutes.")
     ] = False,
 ) -> None:
-    """Run the whole product on this machine: a teacher under vLLM and Ray, its dataset, three students. 10 minutes."""
+    """Run everything on this machine in 10 minutes: a teacher under vLLM and Ray, its dataset, three students."""
     require_packages(
         "capture-cpu,train,share", "accelerate", "matplotlib", "ray", "tokenizers", "torch", "transformers", "vllm"
     )

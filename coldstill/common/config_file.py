@@ -90,7 +90,7 @@ def _described_variants(
 
 
 def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The models of a union that is told apart by tags, each by its tag; nothing for any other type."""
+    """The models of a tagged union, each by its tag; empty for any other type."""
     tagged = [get_args(member) for member in get_args(annotation) if get_origin(member) is Annotated]
     return {
         note.tag: model
@@ -131,13 +131,13 @@ def _override(document: dict[str, Any], word: str, model: type[BaseModel]) -> No
 
 
 def _section(model: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
-    """The model of a section's section, if there is one of that name."""
+    """The model of the subsection `name` of a section, if there is one."""
     field = model.model_fields.get(name) if model else None
     return _inner_model(field.annotation) if field else None
 
 
 def _spellings(model: type[BaseModel] | None, name: str) -> set[str]:
-    """All names of the field that `name` is a name of."""
+    """All names, current and old, of the field that is called `name`."""
     for current, field in model.model_fields.items() if model else ():
         names = {current, *other_names(current, field)}
         if name in names:
@@ -169,7 +169,7 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
 
 
 def _located(place: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
-    """The keys of a file that lead to `place` in pydantic's terms, and the model of the section that holds it."""
+    """The keys of a file that lead to the pydantic location `place`, and the model of the section that holds it."""
     keys: list[str] = []
     section: type[BaseModel] | None = model
     variants: dict[str, type[BaseModel]] = {}

@@ -39,5 +39,5 @@ def _rebuild(cls: type[ColdstillError], what: str, found: object, wanted: object
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class name where the message is empty."""
+    """The first line of an exception's message, or its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

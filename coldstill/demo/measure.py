@@ -1,6 +1,6 @@
 """Measures the students against the teacher on held-out pairs and writes `measurements.json`.
 
-`python -m coldstill.demo.measure OUTPUT [--quick]`. This stage alone loads the teacher together with the students. Its
+`python -m coldstill.demo.measure OUTPUT [--quick]`. Only this stage loads the teacher and the students together. Its
 KL is over the whole vocabulary: a KL over the kept ids is only a lower bound.
 
 Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `V` vocabulary.

@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""The answer stands between two special tokens. A line break before it would merge with its indentation, and no mask
+"""The answer is enclosed in two special tokens. A line break before it would merge with its indentation, and no mask
 can mark a token that is half the template's and half the assistant's."""
 
 RAW_SHARE = 0.25

@@ -1,6 +1,6 @@
 """The demo's sizes, the names of its files, and its settings for `coldstill capture` and `coldstill train`.
 
-Light to import: the driver, every stage and the tests read it.
+Imports no heavy library, because the driver, every stage and the tests import it.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The tools for a finished dataset: look at it, share it, make datasets from it, exchange it with other projects."""
+"""Tools for a finished dataset: inspect, share, derive, import and export."""

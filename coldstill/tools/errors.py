@@ -91,11 +91,11 @@ class NotFullSoftmax(ColdstillError):
 
 
 class AlignmentDoubtful(ColdstillError):
-    """The distributions fit a neighbor of the token that they should predict."""
+    """The distributions predict a neighbor of the token that they should predict."""
 
 
 class NotExportable(ColdstillError):
-    """The other layout has no place for something that the dataset holds."""
+    """The other layout cannot hold a part of the dataset, such as images."""
 
 
 class OutputNotEmpty(ColdstillError):

@@ -82,7 +82,7 @@ def _is_row_for_row(header: DatasetHeader) -> bool:
 
 
 def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[ColdstillError]:
-    """Check a file other than a shard: its digest, and its content where the format defines it."""
+    """Check a file other than a shard: its digest, and its content if the format defines it."""
     if file.name not in _READ:
         dataset.check_file(file)
         return
@@ -109,7 +109,7 @@ def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[Cold
                     file.name, found=f"row {exact.row} of unit {exact.unit}", wanted="a row of the dataset"
                 )
                 return
-            if row is None or place != exact[:2]:  # several positions of a row stand together: decode it once
+            if row is None or place != exact[:2]:  # the positions of a row are adjacent: decode it once
                 row, place = dataset.row(dataset.first_row(exact.unit) + exact.row), exact[:2]
             if exact.target >= row.targets.positions:
                 yield FileDamaged(

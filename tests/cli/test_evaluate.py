@@ -47,7 +47,7 @@ def test_the_table_names_every_metric_and_a_resident_teacher_adds_the_dense_ones
 ) -> None:
     evaluate(str(tiny_student), str(tiny_dataset), teacher=str(tiny_student), batch_size=3)
     shown, said = capsys.readouterr()
-    assert "the resident teacher is not the one of the dataset" in said
+    assert "the resident teacher is not the dataset's teacher" in said
     for name in ("cross entropy", "forward kl lower bound", "forward kl", "reverse kl", "head mass", "last fifth mass"):
         assert f" {name} " in shown
     assert "calibration " not in shown.replace("expected calibration error", "")

@@ -43,7 +43,7 @@ HUB_LICENSES = frozenset(
         *("pddl", "postgresql", "unlicense", "wtfpl", "zlib"),
     }
 )
-"""Identifiers that the Hub knows. It rejects a card with any other in `license`."""
+"""License identifiers that the Hub accepts. It rejects a card with any other in `license`."""
 
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 """The edges of the Hub's size brackets, each ten times the one before."""
@@ -96,7 +96,7 @@ def front_matter(header: DatasetHeader, *, rows: int) -> str:
 
 
 def license_fields(license: str | None) -> dict[str, str]:
-    """`license` as the Hub spells it; `other` and `license_name` for a license that the Hub does not know."""
+    """`license` as the Hub spells it; `other` and `license_name` for a license that the Hub does not list."""
     if license is None:
         return {"license": "unknown"}
     name = license.strip().lower()

@@ -22,12 +22,12 @@ from coldstill.tools.stats.table import FIGURES, NAMES, bytes_per_target, figure
 from .faithfulness import Faithfulness
 
 MAX_SHOWN = 200
-"""Characters of one string that are shown."""
+"""Maximum number of characters shown of one string."""
 
 _MOST_LISTED = 12
-"""Reject reasons, and parent datasets, that are listed."""
+"""Maximum number of reject reasons, and of parent datasets, in a list."""
 
-# A full stop is only harmful in a bare "www.x.y", which becomes a link; names of models are full of others.
+# A full stop is only harmful in a bare "www.x.y", which becomes a link; model names contain many others.
 _ACTIVE = re.compile(r"[^\w\s.,;/%-]|_|(?<=www)\.", re.IGNORECASE)
 
 _LOAD = """## Load it
@@ -73,7 +73,7 @@ def shortened(text: str) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of Markdown cells: text of the dataset must pass `plain` first.
 
-    The first column is aligned left, and the others right where there are more than two.
+    The first column is aligned left, and the others right if there are more than two.
     """
     others = "---" if len(head) == 2 else "--:"
     lines = [head, ["---", *[others] * (len(head) - 1)], *rows]

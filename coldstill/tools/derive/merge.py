@@ -52,7 +52,7 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
 
     If the `source_sha256` differ, the new one is the sha256 of all of them in order, in hex, each with a line feed.
 
-    Raises `HeaderMismatch`, which names the field, where two headers differ in any other field.
+    Raises `HeaderMismatch`, which names the field, if two headers differ in any other field.
     """
     first = datasets[0].header
     for dataset in datasets[1:]:

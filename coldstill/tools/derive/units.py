@@ -32,10 +32,10 @@ from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROW
 from .sources import Sources, SourceShard
 
 JOINED_BYTES = 128 << 20
-"""Bytes of the joined rows, before compression."""
+"""Maximum bytes of the joined rows of a unit, before compression."""
 
 Select = Callable[[pa.RecordBatch], np.ndarray]
-"""From a row group, its frames not decoded, to `bool [rows]`: which rows to take."""
+"""Returns which rows of a row group to take, as `bool [rows]`. No frame is decoded."""
 
 
 class MaskedBatch(NamedTuple):

@@ -10,8 +10,8 @@ empty token"); its offline preprocessing and its sglang client were not. Prepare
 and raw lists as `same`, and `check_alignment` rejects the import if the first rows contradict that. The list about
 token `t + 1` becomes target `t`; lists about token 0, or about a token past the end, are dropped.
 
-A token is a target where `labels` is not -100; without labels, where `target_mask` is set; without both, where its list
-has entries. A target without a distribution is an error.
+A token is a target if its label is not -100; without `labels`, if `target_mask` is set; without both, if its list has
+entries. A target without a distribution is an error.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def table_of(document: dict[str, Any], *, logprobs_field: str) -> pa.RecordBatch
 
 
 def metadata_of(text: str | None) -> dict[str, Any]:
-    """The JSON object in a metadata column; {} where it is null. Raises `UnusableRow`."""
+    """The JSON object in a metadata column; {} if it is null. Raises `UnusableRow`."""
     try:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError):

@@ -27,16 +27,17 @@ from coldstill.tools.errors import PageNotWritten
 from .row_facts import InspectedRow, open_row
 
 MAX_TOKENS = 20_000
-"""Tokens that a page shows. It omits the rest of a longer row, with a notice."""
+"""Maximum number of tokens on a page. It omits the rest of a longer row, with a notice."""
 
 MAX_BARS = 256
-"""Kept entries, and distinct draws, that are listed at one position."""
+"""Maximum number of kept entries, and of distinct draws, listed at one position."""
 
 MAX_LISTED = 300_000
-"""Kept entries, and distinct draws, listed on the whole page: all of 4,096 tokens at K = 64, about 2 MB each."""
+"""Maximum number of kept entries, and of distinct draws, on a page: all those of 4,096 tokens at K = 64, about 2 MB
+each."""
 
 MAX_METADATA = 20_000
-"""Characters of the metadata that are shown."""
+"""Maximum number of characters shown of the metadata."""
 
 
 def write_page(root: str | Path, index: int, path: str | Path) -> Path:

@@ -1,8 +1,9 @@
 """The text of single tokens of a dataset, safe to show on terminals and pages.
 
-The `tokenizers` library reads the dataset's `tokenizer/tokenizer.json`; it runs no code from the file. Its decoder is
-not run on rows. Known answers tell once how the vocabulary encodes bytes, and each token is then decoded to its own
-bytes. A token with a part of a multi-byte character therefore shows these bytes instead of a replacement character.
+The `tokenizers` library reads the dataset's `tokenizer/tokenizer.json`; it runs no code from the file. Its decoder does
+not run on rows. Decoding a few tokens with known text shows once how the vocabulary encodes bytes, and each token is
+then decoded to its own bytes. A token with a part of a multi-byte character therefore shows these bytes instead of a
+replacement character.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_SHOWN = 200
-"""Characters of one token that are shown. Tokens of real vocabularies are far shorter."""
+"""Maximum number of characters shown of one token. Tokens of real vocabularies are far shorter."""
 
 INCOMPLETE = "⋯"
 """In running text: the first bytes of a character that a later token completes."""
@@ -93,13 +94,13 @@ def _label(raw: bytes | None, token_id: int) -> str:
     text = raw[:_MAX_BYTES].decode(errors="backslashreplace")
     if not text:
         return NO_TEXT
-    # A combining mark has no letter before it here: the dotted circle, which stands for any letter, carries it.
+    # A combining mark has no letter before it here: it is put on the dotted circle, the placeholder for any letter.
     base = "◌" if unicodedata.category(text[0]).startswith("M") else ""
     return base + visible(text[:MAX_SHOWN]).replace(" ", SPACE) + ("…" if len(text) > MAX_SHOWN else "")
 
 
 class _ByteEncoding:
-    """How a vocabulary encodes bytes as tokens, found by decoding tokens with known answers."""
+    """How a vocabulary encodes bytes as tokens, found by decoding tokens with known text."""
 
     def __init__(self, tokenizer: Tokenizer | None):
         decoder = None if tokenizer is None else tokenizer.decoder
@@ -130,7 +131,7 @@ class _ByteEncoding:
 def _byte_alphabet() -> dict[str, int]:
     """The byte of each character in byte-level vocabularies (GPT-2's `bytes_to_unicode`).
 
-    Printable characters stand for themselves; the other bytes follow from U+0100.
+    Printable characters represent themselves; the other bytes are numbered from U+0100 on.
     """
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(themselves)]
