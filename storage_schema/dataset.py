@@ -64,7 +64,7 @@ class Dataset:
         return self._first_rows[shard]
 
     def row(self, index: int) -> CachedRow:
-        """Row number `index`. Raises `IndexError`, and as `read_shard`."""
+        """Row number `index`. Raises `IndexError`, and what `read_shard` raises."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a dataset of {len(self)} rows")
         shard = bisect.bisect_right(self._first_rows, index) - 1
@@ -89,7 +89,7 @@ class Dataset:
         return list(self.shard_file(index).rows())
 
     def shard_file(self, index: int) -> ShardFile:
-        """Shard number `index`, read whole and verified against its digest. Raises as `read_shard`."""
+        """Shard number `index`, read whole and verified against its digest. Raises what `read_shard` raises."""
         record = self.shards[index]
         return self.open_bytes(self.read_file(record.file), record)
 
@@ -112,11 +112,11 @@ class Dataset:
         return file
 
     def read_file(self, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) -> bytes:
-        """The content of a file that the manifest names, verified. Raises as `verified_files.read_file`."""
+        """The content of a file that the manifest names, verified. Raises what `verified_files.read_file` raises."""
         return read_file(self.store, file, at_most=at_most)
 
     def check_file(self, file: FileRecord) -> None:
-        """Verifies a file of any size, one block in memory at a time. Raises as `verified_files.check_file`."""
+        """Verifies a file of any size, one block in memory at a time. Raises what `check_file` raises."""
         check_file(self.store, file)
 
     def _header_bytes(self) -> bytes:

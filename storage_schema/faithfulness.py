@@ -1,4 +1,4 @@
-"""The faithfulness sample: about 1,000 target positions stored without quantization as well.
+"""The faithfulness sample: about 1,000 target positions that are also stored without quantization.
 
 A reader can measure the loss of precision of the codec with it. Units share the sample evenly, and a unit's positions
 are spread evenly over its targets; the choice depends on nothing else.
@@ -116,7 +116,7 @@ def _lists(column: pa.ChunkedArray, kind: type) -> tuple[np.ndarray, np.ndarray]
 def storage_kl(exact: ExactPosition, stored: TeacherTargets) -> float:
     """KL(exact || stored) in nats over the kept ids and the tail of one position, in float64, both sides normalized.
 
-    Raises `FileDamaged` where the stored ids differ.
+    Raises `FileDamaged` if the stored ids differ.
     """
     kept = int(stored.counts[exact.target])
     ids, logprobs = stored.ids[exact.target, :kept], stored.logprobs[exact.target, :kept]

@@ -34,8 +34,8 @@ _GRID_SCALE = {"fine": 130, "coarse": 41}
 a = scale sqrt(K + 1) that is at most 1 / (6 scale^2), 9.9e-6 and 9.9e-5 nats, whatever the teacher and K; three times
 that where all errors of a position are half a step."""
 _GRID_B = 2
-"""With it no log-prob is off by more than a quarter of a nat. 8 would cost 7 % more bytes for a sharp teacher at K = 64
-(`python -m benchmarks.codec --grid-study`)."""
+"""No stored log-prob is then off by more than a quarter of a nat. 8 would cost 7 % more bytes for a sharp teacher at K
+= 64 (`python -m benchmarks.codec --grid-study`)."""
 
 
 class Codec(FrozenModel):
@@ -95,13 +95,15 @@ class DatasetHeader(FrozenModel):
     token_count: int = Field(
         ge=1, le=MAX_VOCAB_SIZE, description="Ids that the tokenizer can produce: every stored id is smaller."
     )
-    top_k: int = Field(ge=1, le=MAX_TOP_K, description="K: the most ids kept at a position.")
+    top_k: int = Field(ge=1, le=MAX_TOP_K, description="K: maximum number of token ids kept per position.")
     min_prob: float = Field(
         ge=0, lt=1, description="Ids with a lower probability are not kept, except the most probable one."
     )
-    draws: int = Field(ge=0, le=MAX_DRAWS, description="D: iid draws from the full softmax taken at each position.")
+    draws: int = Field(
+        ge=0, le=MAX_DRAWS, description="D: number of independent draws from the full softmax at each position."
+    )
     kept_draws: int = Field(
-        ge=0, le=MAX_DRAWS, description="The most tail draws kept at a position: the first of them in draw order."
+        ge=0, le=MAX_DRAWS, description="Maximum number of tail draws kept per position: the first ones in draw order."
     )
     draw_logprobs: bool = Field(default=False, description="Whether the log-prob of each kept draw is stored.")
     draw_seed: int = Field(ge=0, lt=1 << 63, description="Seed of the draws.")
@@ -133,7 +135,7 @@ class DatasetHeader(FrozenModel):
         description="`exact`: units do not overlap, and equal runs give equal bytes; `fast`: equal rows, with values "
         "within the engine's tolerance.",
     )
-    max_length: int = Field(ge=2, le=MAX_TOKENS, description="The most tokens of a row.")
+    max_length: int = Field(ge=2, le=MAX_TOKENS, description="Maximum length of a row, in tokens.")
     over_long: Literal["reject", "cut", "split"] = Field(description="What was done with longer rows.")
     rows_per_unit: int = Field(ge=1, description="Source rows of one work unit, which is one shard.")
     source_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Digest of the source's content.")

@@ -1,9 +1,8 @@
 """Small Parquet tables, and checks of any Parquet file before Arrow opens it.
 
-Arrow trusts a file where we cannot. It ends the process on a codec that it does not know, allocates memory by the
-number of values that a footer names, and by the size that a page header names. So footers and page headers are read
-and checked by our own code first (`thrift.py`). Field numbers are those of the Parquet format's `FileMetaData` and
-`PageHeader`.
+Arrow trusts every file. It ends the process on an unknown codec, and allocates memory by the number of values in a
+footer and by the size in a page header. So footers and page headers are read and checked by our own code first
+(`thrift.py`). Field numbers are those of the Parquet format's `FileMetaData` and `PageHeader`.
 """
 
 from __future__ import annotations
@@ -33,14 +32,15 @@ TAIL_BYTES = _TAIL.size
 
 _DATA_PAGE = 0
 _MAX_PAGE_HEADER = 64 << 10
-"""Four times the longest that is written: one with the least and the greatest sample id, of 4 kB each, twice."""
+"""Four times the longest header that we write: it holds the least and the greatest sample id, of 4 kB each, twice."""
 _MAX_PAGES = 1024
-"""Four times what the writer makes of the largest row: checking a header takes as long as opening a page."""
+"""Four times the number of pages that we write for the largest row: checking a header takes as long as opening a
+page."""
 
 MAX_TABLE_BYTES = 256 << 20
 _MAX_TABLE_FOOTER = 1 << 20
 _MAX_NESTED = 1 << 24
-"""The most values of a list column of a small table."""
+"""Maximum number of values in a list column of a small table."""
 
 
 class ChunkFacts(NamedTuple):

@@ -17,7 +17,7 @@ Fields = dict[int, Any]
 def read_struct(data: bytes, place: int = 0) -> tuple[Fields, int]:
     """The struct at offset `place` of `data`, and the offset of its end.
 
-    Raises `IndexError` where `data` ends too early, `ValueError` where the protocol is violated.
+    Raises `IndexError` if `data` ends too early, `ValueError` if the protocol is violated.
     """
     return _struct(data, place, 0)
 

@@ -16,7 +16,7 @@ from .errors import TokenizerNotFound
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""The files of a teacher's tokenizer that a dataset keeps, where they exist."""
+"""The files of a teacher's tokenizer that a dataset keeps, if they exist."""
 TOKENIZER_FOLDER = "tokenizer"
 MAX_TOKENIZER_BYTES = 64 << 20
 _MAX_VALUES = 6_000_000
@@ -47,7 +47,7 @@ def fingerprint(folder: str | Path) -> TokenizerFacts:
 
 
 def fingerprint_bytes(data: bytes, *, where: str) -> TokenizerFacts:
-    """Facts of a `tokenizer.json` given as bytes. Raises `TokenizerNotFound` where it is invalid."""
+    """Facts of a `tokenizer.json` given as bytes. Raises `TokenizerNotFound` if it is invalid."""
     try:
         if len(data) > MAX_TOKENIZER_BYTES:
             raise ValueError(f"{len(data)} bytes")

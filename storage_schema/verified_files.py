@@ -17,9 +17,9 @@ SHARDS_FOLDER = "shards"
 MAX_COUNT = 1 << 53
 """The largest integer that every JSON reader keeps exact. `len` accepts values below 2^63 only."""
 MAX_FILE_BYTES = 512 << 20
-"""The most that is read at once: the largest shard, and more than any other file that is not only copied."""
+"""Maximum bytes of a file that is read whole: the largest shard, and more than any other such file."""
 BLOCK_BYTES = 16 << 20
-"""Read at once by each thread that checks or copies: one request of a remote store."""
+"""Bytes that each checking or copying thread reads at once: one request to a remote store."""
 
 
 class FileRecord(FrozenModel):
@@ -64,7 +64,7 @@ def require_size(store: Store, file: FileRecord) -> int:
 def read_file(store: Store, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) -> bytes:
     """The content of a file, verified.
 
-    Raises as `require_size`, and `FileDamaged` for a file of more than `at_most` bytes, before it is read.
+    Raises what `require_size` raises, and `FileDamaged` for a file of more than `at_most` bytes, before it is read.
     """
     size = require_size(store, file)
     if size > at_most:
@@ -75,7 +75,7 @@ def read_file(store: Store, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) 
 
 
 def check_file(store: Store, file: FileRecord) -> None:
-    """Verifies a file of any size, one block in memory at a time. Raises as `require_size`."""
+    """Verifies a file of any size, one block in memory at a time. Raises what `require_size` raises."""
     require_size(store, file)
     with store.open(file.name) as source:
         _require_digest(store, file, *_digest(source, file.bytes))

@@ -43,7 +43,7 @@ class DrawStreams:
         self._count_width = 1 if header.kept_draws <= 255 else 2
 
     def encode(self, targets: TeacherTargets) -> dict[str, np.ndarray]:
-        """The streams; an empty dictionary where no position has a draw."""
+        """The streams; an empty dictionary if no position has a draw."""
         if not targets.draw_ids.size:
             return {}
         ranks = self._ranks.of(targets.draw_ids).astype(np.int64)

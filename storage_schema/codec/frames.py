@@ -1,7 +1,7 @@
 """Streams as zstd frames: compression, and decompression of many rows at once under size checks.
 
 Each stream is one frame; an empty stream has no bytes. A frame is decompressed only after its declared size equals the
-size that the row's own counts require: `zstandard` ignores `max_output_size` where a frame declares a size, and by
+size that the row's own counts require: `zstandard` ignores `max_output_size` if a frame declares a size, and by
 default ignores bytes after a frame.
 """
 
@@ -25,7 +25,7 @@ _LEVEL = 3
 """Level 19 is 3-4 % smaller and ten times slower; level 1 is 1.4 % larger (benchmarks/codec.py)."""
 
 _MAX_SCRATCH_BYTES = 4 << 20
-"""Larger arrays are allocated each time: they are rare, and a thread should not keep them."""
+"""Maximum size of a reused array. Larger ones are rare, and are allocated each time."""
 
 
 class Scratch(threading.local):
@@ -89,7 +89,7 @@ class Frames:
         return bounded(name, from_planes(self._planes(name, sizes, width)), low=low, high=high)
 
     def counts(self, name: str, *, width: int, low: int, high: int, absent: int) -> np.ndarray | None:
-        """`int32 [N]` from planes, `absent` at positions of rows without the stream; None where no row has it."""
+        """`int32 [N]` from planes, `absent` at positions of rows without the stream; None if no row has it."""
         present = self._present(name)
         if not any(present):
             return None
@@ -133,7 +133,7 @@ class Frames:
         return values
 
     def require_empty(self, *names: str) -> None:
-        """Raises `StreamDamaged` where one of these streams has bytes."""
+        """Raises `StreamDamaged` if one of these streams has bytes."""
         for name in names:
             if self.has(name):
                 raise StreamDamaged(f"stream {name}", found="bytes", wanted="nothing: this row does not use the stream")

@@ -103,7 +103,7 @@ class GridEntries:
     ) -> None:
         """Fills `ids int32 [N, K]`, `logprobs float32 [N, K]` and `log_tail float32 [N]`, not normalized yet.
 
-        `counts int32 [N]`: None where all are K. Raises `StreamDamaged`.
+        `counts int32 [N]`: None if all are K. Raises `StreamDamaged`.
         """
         sizes = entry_sizes(frames, counts, ids.shape[1])
         used = None if counts is None else _used(counts, ids.shape[1])

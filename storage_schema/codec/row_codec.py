@@ -39,7 +39,8 @@ STREAMS = (
 """Names of the streams in order; each is a column of a shard."""
 
 MAX_ENTRIES = 1 << 24
-"""The most entries (positions times K, or kept draws) of one row: 128 MiB of ids and log-probs when decoded."""
+"""Maximum number of entries (positions times K, or kept draws) of one row: 128 MiB of ids and log-probs when
+decoded."""
 
 
 class RowCodec:
@@ -134,7 +135,7 @@ class RowCodec:
         return halves + (self._kept.grid.step(log_tail) if isinstance(self._kept, GridEntries) else halves)
 
     def _labels(self, source: Frames, filled: TeacherTargets, labels: np.ndarray, log_mass: np.ndarray) -> None:
-        """Fills `label_logprob`: from the kept entries where the label is among them, else from its stream."""
+        """Fills `label_logprob`: from the kept entries if the label is among them, else from its stream."""
         places = np.arange(labels.size)
         # argmax finds the first match, which is a used entry: unused entries repeat the first id of their position.
         at_label = np.equal(filled.ids, labels[:, None], out=SCRATCH.array("at_label", filled.ids.shape, np.bool_))

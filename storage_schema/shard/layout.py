@@ -68,7 +68,7 @@ LEAF_PATHS = tuple(leaf for field in SCHEMA for leaf in _leaves(field, field.nam
 
 FOOTER_KEY = b"coldstill"
 MAX_METADATA_BYTES = 1 << 20
-"""Of a row's sample id and metadata together."""
+"""Maximum bytes of a row's sample id and metadata together."""
 MAX_SHARD_BYTES = 500_000_000
 MAX_GROUP_ROWS = 1024
 MAX_GROUP_BYTES = 8 << 20
@@ -77,7 +77,7 @@ MAX_ROW_BYTES = 256 << 20
 """A row that is larger than a group is a group of its own."""
 
 MAX_FOOTER_BYTES = 4 << 20
-"""The header, and 1.3 kB for each of 2,300 row groups. Checking this much takes two seconds."""
+"""Room for the header and for 2,300 row groups of 1.3 kB each. Checking this much takes two seconds."""
 _MAX_GROUPS = 1 << 16
 _GROUP_SLACK = 1 << 20
 """Page headers and levels, which the writer's count does not include."""

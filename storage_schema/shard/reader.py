@@ -40,7 +40,7 @@ entries at once exceed a processor's cache."""
 class ShardFile:
     """An open shard. The footer is checked on opening, a row group when it is read, a row when it is decoded.
 
-    Raises `ShardDamaged`, and `HeaderMismatch` where `codec` is that of another dataset.
+    Raises `ShardDamaged`, and `HeaderMismatch` if `codec` is that of another dataset.
     """
 
     def __init__(self, source: pa.NativeFile, *, size: int, codec: RowCodec | None, where: str):
@@ -170,7 +170,7 @@ class BatchRows:
     def some(self, start: int) -> list[CachedRow]:
         """Rows from number `start` on, at least one: as many as are decoded efficiently together.
 
-        Raises as `row`, and only for row number `start`.
+        Raises what `row` raises, only for row number `start`.
         """
         try:
             return self._together(start)

@@ -98,7 +98,7 @@ def _size(record: dict[str, Any]) -> int:
 
 
 def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
-    """Column values of a row. Raises as `write_shard`."""
+    """Column values of a row. Raises what `write_shard` raises."""
     header = codec.header
     row.check(token_count=header.token_count)
     _check_bounds(row, codec)
@@ -127,7 +127,7 @@ def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
 
 
 def _check_bounds(row: CachedRow, codec: RowCodec) -> None:
-    """Raises `InvalidRow` where a row exceeds a bound of the header, which the decoder checks too."""
+    """Raises `InvalidRow` if a row exceeds a bound of the header, which the decoder checks too."""
     header = codec.header
     targets = row.targets
     for name, found, wanted in (
@@ -137,7 +137,7 @@ def _check_bounds(row: CachedRow, codec: RowCodec) -> None:
     ):
         if found > wanted:
             raise InvalidRow(
-                f"row {row.sample_id!r}: {name}", found=found, wanted=f"at most {wanted}, as the header says"
+                f"row {row.sample_id!r}: {name}", found=found, wanted=f"at most {wanted}, as in the header"
             )
     if targets.draw_ids.size and header.draw_logprobs != (targets.draw_logprobs is not None):
         raise InvalidRow(

@@ -30,9 +30,10 @@ CREATE_IF_ABSENT = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs
 """Protocols of stores that can create a file only if it is absent."""
 
 _READ_AHEAD_BYTES = 1 << 20
-"""Of a remote file: a footer or a small column takes one request, a row group one more."""
+"""Bytes that are read at once from a remote file: a footer or a small column takes one request, a row group one
+more."""
 _CREATE_ATTEMPTS = 5
-"""To create an object while S3 responds 409: another writer is creating it."""
+"""Attempts to create an object while S3 responds 409, because another writer is creating it."""
 
 
 class Store:
@@ -60,7 +61,7 @@ class Store:
         self._can_create = bool(protocols & CREATE_IF_ABSENT)
 
     def require_writable(self) -> None:
-        """Raises `UnsupportedStore` unless a capture can write here, and `StorageFailed` where a write fails.
+        """Raises `UnsupportedStore` unless a capture can write here, and `StorageFailed` if a write fails.
 
         On an object store a probe file is created twice: some stores with an S3 interface accept the condition of a
         `create` and ignore it, and so does gcsfs on a zonal bucket of Google's.
@@ -131,7 +132,7 @@ class Store:
                 raise
 
     def open(self, name: str) -> BinaryIO:
-        """The file, seekable; a remote one is read by ranges as they are asked for. Raises as `read` does."""
+        """The file, seekable; a remote one is read by ranges on demand. Raises what `read` raises."""
         with self._named_errors(f"reading {name}"):
             if self.is_local:
                 return self.local_path(name).open("rb")
@@ -143,7 +144,7 @@ class Store:
             return cast(BinaryIO, _RemoteFile(file, url=self.url, name=name))
 
     def size(self, name: str) -> int:
-        """Bytes of the file, without reading it. Raises as `read` does."""
+        """Bytes of the file, without reading it. Raises what `read` raises."""
         with self._named_errors(f"reading {name}"):
             if self.is_local:
                 return self.local_path(name).stat().st_size
@@ -211,7 +212,7 @@ class Store:
     def create(self, name: str, data: bytes) -> bool:
         """Writes the file whole unless it exists. Returns whether this call created it. Raises `StorageFailed`.
 
-        False is also returned where the response of an object store was lost and the client's retry found the object of
+        False is also returned if the response of an object store was lost and the client's retry found the object of
         this very call. A caller that needs to know reads the object, as a commit does.
         """
         with self._named_errors(f"writing {name}", writes=True):
@@ -228,7 +229,7 @@ class Store:
         except FileExistsError:
             return False
         except OSError as error:
-            if "PreconditionFailed" in error_codes(error):  # s3fs raises it where the store names the failed condition
+            if "PreconditionFailed" in error_codes(error):  # s3fs raises it if the store names the failed condition
                 return False
             raise
         return True

@@ -1,4 +1,4 @@
-"""Laws of the commit protocol: the first record wins, and what no record names does not exist."""
+"""Laws of the commit protocol: the first record wins, and a file that no record names is not part of the dataset."""
 
 from __future__ import annotations
 
