@@ -1,1 +1,1 @@
-"""Capture: a source and a teacher in, a dataset directory out."""
+"""Capture: reads a source, runs a teacher on it, and writes a dataset directory."""

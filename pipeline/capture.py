@@ -1,6 +1,6 @@
-"""A whole capture: take the lease, prepare, run the units that are not committed, seal.
+"""Runs a whole capture: takes the lease, prepares, runs the units that are not committed, seals.
 
-The driver itself holds little: the plan as columns and the numbers of units, but no row, commit record or log-prob.
+The driver holds the plan as columns and the numbers of units in memory, but no row, commit record or log-prob.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .cluster.pool import WorkerPool
 
 _MAX_LISTED = 20
-"""Failed units that the error message lists."""
+"""Maximum number of failed units in the error message."""
 
 
 class CaptureSummary(BaseModel):
@@ -41,16 +41,16 @@ class CaptureSummary(BaseModel):
     rejected: int
     tokens: int
     targets: int
-    bytes: int = Field(description="Of all shards.")
+    bytes: int = Field(description="Bytes of all shards.")
     bytes_per_target: float
-    tokens_per_s: float = Field(description="Per worker, while its teacher scores: engine starts do not count.")
-    wall_s: float = Field(description="Of this start.")
+    tokens_per_s: float = Field(description="Tokens per second of one worker, while its teacher scores.")
+    wall_s: float = Field(description="Seconds, of this start only.")
 
 
 def capture(config: CaptureConfig) -> CaptureSummary:
     """Run the units that are not committed yet and seal the dataset. Safe to call again after any kill.
 
-    Raises `LeaseHeld` where another driver is running, `CaptureIncomplete` at the end where units failed, and the named
+    Raises `LeaseHeld` if another driver is running, `CaptureIncomplete` at the end if units failed, and the named
     errors of the configuration, source, teacher, cluster and store.
     """
     started = time.monotonic()

@@ -11,7 +11,7 @@ from coldstill.common.plugins import is_plugin, load_plugin
 from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
 
 ENGINES = ("vllm", "transformers", "endpoint")
-"""Engines with a name; others are classes named as `module:name`."""
+"""Built-in engines; others are the user's classes, named as `module:name`."""
 
 
 class SourceConfig(FrozenModel):
@@ -82,7 +82,7 @@ class TeacherConfig(FrozenModel):
     )
     tap: Literal["worker", "public"] = Field(
         default="worker",
-        description="How log-probs leave vLLM. worker: read inside its worker, exact tail and draws; public: its "
+        description="How log-probs are read from vLLM. worker: inside its worker, exact tail and draws; public: its "
         "prompt_logprobs, slower, derived tail, no draws.",
     )
     runner: Literal["v1", "v2"] = Field(
@@ -101,7 +101,10 @@ class TeacherConfig(FrozenModel):
         default=1e-4, ge=0, lt=1, description="Token ids of the top K with a lower probability are not kept."
     )
     draws: int = Field(
-        default=0, ge=0, le=MAX_DRAWS, description="D: iid draws from the full softmax at each position."
+        default=0,
+        ge=0,
+        le=MAX_DRAWS,
+        description="D: number of independent draws from the full softmax at each position.",
     )
     kept_draws: int = Field(
         default=32,
@@ -120,12 +123,12 @@ class TeacherConfig(FrozenModel):
 
     @property
     def is_own_class(self) -> bool:
-        """Whether the engine is a class of the user's own, named as `module:name`."""
+        """Whether the engine is the user's own class, named as `module:name`."""
         return self.engine not in ENGINES
 
     @property
     def can_draw(self) -> bool:
-        """Whether the engine gives exact tails and draws. Raises `PluginNotFound` for a class that is not there."""
+        """Whether the engine gives exact tails and draws. Raises `PluginNotFound` for a missing class."""
         if self.is_own_class:
             return getattr(load_plugin(self.engine, key="teacher.engine"), "tail", "derived") == "exact"
         return self.engine == "transformers" or (self.engine == "vllm" and self.tap == "worker")
@@ -134,7 +137,7 @@ class TeacherConfig(FrozenModel):
     @classmethod
     def _is_known(cls, engine: str) -> str:
         if engine not in ENGINES and not is_plugin(engine):
-            raise ValueError(f"{', '.join(ENGINES)}, or module:name of a class of your own")
+            raise ValueError(f"{', '.join(ENGINES)}, or module:name of your own class")
         return engine
 
     @model_validator(mode="after")
@@ -184,10 +187,10 @@ class ClusterConfig(FrozenModel):
     )
     address: str | None = Field(
         default=None,
-        description="Address of the Ray cluster to join; by default RAY_ADDRESS, else Ray starts on this machine.",
+        description="Address of the Ray cluster to join; by default RAY_ADDRESS, or else a new one on this machine.",
     )
     hung_after_s: float = Field(
-        default=600, gt=0, description="Seconds without progress after which a worker ends itself as hung."
+        default=600, gt=0, description="Seconds without progress after which a worker counts as hung and exits."
     )
     store_retry_s: float = renamed_field(
         "store_retry_s",

@@ -34,7 +34,7 @@ _PROBED_TOKENS = 1 << 20
 _PROBED_SEQUENCES = 4096
 """Upper limits of what is sent to the worker of a probe: more than it scores in a minute, little for the network."""
 
-# Bytes per target as long as no teacher has run: `benchmarks/results/codec_2_cores.json`, sides "ours", of a sharp and
+# Bytes per target until a teacher has run: `benchmarks/results/codec_2_cores.json`, sides "ours", of a sharp and
 # a flat teacher (mean entropies 1.2 and 4.4 nats, vocabulary 8,192). A vocabulary of more than 65,536 ids takes a few
 # bytes more. Between the measured K the values are interpolated linearly.
 TOP_KS = (16, 32, 64, 128)
@@ -52,13 +52,13 @@ BYTES_PER_TARGET = {
     ("exact", False, "sharp"): (47.6, 91.7, 179.6, 357.1),
     ("exact", False, "flat"): (45.9, 89.2, 176.7, 352.8),
 }
-"""By fidelity, whether min_prob leaves ids below `FLOOR` out, and sharpness: at each of `TOP_KS`, without draws."""
+"""By fidelity, whether min_prob excludes ids below `FLOOR`, and sharpness: bytes at each of `TOP_KS`, without draws."""
 BYTES_OF_DRAWS = {"sharp": (4.5, 3.0, 1.9, 1.1), "flat": (30.6, 29.2, 27.3, 24.7)}
-"""Bytes that the tail draws add, of `DRAWS` draws: at each of `TOP_KS`."""
+"""Bytes per target that `DRAWS` draws add, at each of `TOP_KS`."""
 RANKED = 0.92
-"""Factor of an id rank table."""
+"""Factor by which an id rank table changes the bytes."""
 BYTES_PER_TOKEN = 1.5
-"""Bytes of a token of the row itself, without metadata."""
+"""Bytes per token of the row itself, without metadata."""
 
 
 @dataclass
@@ -87,28 +87,30 @@ class Effort(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    tokens_per_s: float = Field(description="Of one worker, not counting the engine's start.")
+    tokens_per_s: float = Field(description="Tokens per second of one worker, without the engine's start.")
     workers: int = Field(description="cluster.max_workers.")
-    hours: float = Field(description="With that many workers all the time.")
+    hours: float = Field(description="Hours with that many workers all the time.")
     worker_hours: float
     gpu_hours: float
-    cost: float | None = Field(description="If cluster.price_per_gpu_hour is set.")
+    cost: float | None = Field(description="The cost, if cluster.price_per_gpu_hour is set.")
 
 
 class DryRun(BaseModel):
-    """The estimate."""
+    """The estimate of a whole capture."""
 
     model_config = ConfigDict(frozen=True)
 
     rows: int
-    rejected: dict[str, int] = Field(description="By reason; a row that is split may be counted more than once.")
+    rejected: dict[str, int] = Field(
+        description="Rejects by reason; a row that is split may be counted more than once."
+    )
     sequences: int
-    tokens: int = Field(description="Of the source; in mode generate, of the prompts.")
+    tokens: int = Field(description="Tokens of the source; in mode generate, of the prompts.")
     targets: int
     targets_are: Literal["counted", "at most", "by the probe's answers"]
     shards: int
     bytes_least: int
-    bytes_most: int = Field(description="Of the shards, without metadata columns.")
+    bytes_most: int = Field(description="Bytes of the shards, without metadata columns.")
     bytes_are: Literal["of a sharp and a flat teacher", "by the probe's shard"]
     effort: Effort | None = None
 

@@ -31,7 +31,7 @@ from .teachers.checkpoint import (
 )
 
 _CHECKED_ROWS = 32
-"""Rows at the start of the source that are tried before a pass over the source, or an engine, costs time."""
+"""Number of rows that are tested before the slow steps: reading the whole source, and loading an engine."""
 _LOSS_ON = {"generate": "last_turn", "pretrain": "all"}
 """Target tokens of the modes in which source.loss_on has no effect: the teacher's answer; every token."""
 
@@ -80,7 +80,7 @@ def prepare(
     for name, data in files.items():
         store.create(f"{TOKENIZER_FOLDER}/{name}", data)
     if not is_planned and not store.create(PLAN_NAME, plan_to_bytes(units)):
-        units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)  # another driver was first
+        units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)  # another driver created it first
     return Prepared(store, stored, units)
 
 

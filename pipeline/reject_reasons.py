@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class RejectReason(StrEnum):
-    """The value stands in the dataset's `rejects/` files and manifest, so it never changes; `sentence` explains it."""
+    """The value is stored in the dataset's `rejects/` files and manifest, so it never changes. `sentence`: its meaning."""
 
     sentence: str
 
@@ -18,7 +18,7 @@ class RejectReason(StrEnum):
 
     NOT_JSON = "not_json", "The line is not a JSON object."
     ADAPTER_DROPPED = "adapter_dropped", "The function source.adapter returned nothing for the row."
-    NO_MESSAGES = "no_messages", "None of the columns for messages, prompt or text holds anything."
+    NO_MESSAGES = "no_messages", "The columns for messages, prompt and text are empty."
     NO_TEXT = "no_text", "Mode pretrain found no text in the text column."
     BAD_MESSAGES = "bad_messages", "The messages are not a list of roles with content."
     BAD_TOOLS = "bad_tools", "The tools are not a list, or not the JSON of a list."

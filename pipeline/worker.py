@@ -1,8 +1,8 @@
 """One worker: reads the rows of a work unit, scores them, encodes them and commits a shard.
 
-Knows the source, the teacher and the store, and no Ray. Two units may be in progress at once, in two threads: while one
-is encoded and committed, the teacher scores the next. With `order: exact` the teacher gets one call at a time, so that
-a unit is a barrier; with `fast` the calls overlap.
+Uses the source, the teacher and the store, and does not import Ray. Two units may be in progress at once, in two
+threads: while one is encoded and committed, the teacher scores the next. With `order: exact` the teacher gets one call
+at a time, so that a unit is a barrier; with `fast` the calls overlap.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ExcludedRow(FrozenModel):
 
 @dataclass(frozen=True, kw_only=True)
 class UnitTask:
-    """What a worker does with a unit: commit it, without the `excluded` rows and in `parts` where there are any; or,
+    """What a worker does with a unit: commit it, without the `excluded` rows and in `parts` if there are any; or,
     with kind `probe`, score source rows `start` to `stop` and discard the result."""
 
     unit: int
@@ -52,7 +52,7 @@ class UnitTask:
 
 
 class UnitReport(NamedTuple):
-    """The few numbers of a committed unit that travel to the driver; rows and log-probs never do."""
+    """The numbers of a committed unit that the worker sends to the driver; rows and log-probs are not sent."""
 
     unit: int
     rows: int
@@ -112,7 +112,7 @@ class CaptureWorker:
         )
 
     def probe(self, index: int, start: int, stop: int) -> None:
-        """Score the sequences of source rows `start` to `stop` of a unit and discard the result. Raises as `run`."""
+        """Score source rows `start` to `stop` of a unit and discard the result. Raises what `run` raises."""
         sequences, _ = self._sequences(index)
         self._score([sequence for sequence in sequences if start <= sequence.source_row < stop])
 

@@ -149,7 +149,7 @@ def search_last(folder: str) -> None:
     """Make Python search `folder` for modules after all other places.
 
     Ray puts the driver's current folder first on a worker's `sys.path`, where a file such as `datasets.py` would hide
-    an installed package. Modules of the user's own (`common.plugins`) are still found there. On the other machines of a
+    an installed package. The user's own modules (`common.plugins`) are still found there. On the other machines of a
     cluster, such a module must be installed or lie in a folder of the same path.
     """
     if sys.path and sys.path[0] == folder:

@@ -1,7 +1,7 @@
-"""The attempts of a unit over which workers died, and the crash reports of dead workers.
+"""The attempts of units that killed workers, and the crash reports of dead workers.
 
 `attempts/000003.json` lists the trials of unit 3, oldest first. All conclusions (`poison_search.py`) are computed from
-the trials again, so a driver that is killed resumes its search. Only the driver writes these files; they are no part
+the trials again, so a driver that is killed resumes its search. Only the driver writes these files; they are not part
 of the dataset.
 """
 
@@ -21,13 +21,13 @@ _CRASH_REPORTS_FOLDER = f"{RUN_FOLDER}/last_words"  # the folder's name on disk,
 class CrashReport(FrozenModel):
     """Why a worker ended."""
 
-    cause: str = Field(description="In words that are the same on every machine and in every run: it is committed.")
-    reason: str = Field(description="With all details.")
+    cause: str = Field(description="The cause without details of the machine or the run, because it is committed.")
+    reason: str = Field(description="The cause with all details.")
     out_of_memory: bool = Field(default=False, description="Whether the engine reported that memory ran out.")
 
 
 class Trial(FrozenModel):
-    """One time that a worker got a unit or a part of it."""
+    """One run of a unit, or of a part of it, on a worker."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -36,7 +36,7 @@ class Trial(FrozenModel):
     stop: int = Field(ge=0, description="Source row after the last.")
     worker: str
     isolated: bool = Field(alias="alone", description="Whether the worker had no other unit at the time.")
-    died_of: CrashReport | None = Field(default=None, description="None: the worker survived.")
+    died_of: CrashReport | None = Field(default=None, description="Why the worker died; None if it survived.")
 
 
 class Attempts(FrozenModel):
@@ -45,7 +45,7 @@ class Attempts(FrozenModel):
     unit: int = Field(ge=0)
     trials: tuple[Trial, ...] = ()
     excluded: tuple[ExcludedRow, ...] = Field(
-        default=(), description="The poison rows found so far: for people who read the file, not read back."
+        default=(), description="The poison rows found so far, for people who read the file; never read back."
     )
 
 
@@ -56,7 +56,7 @@ class AttemptStore:
         self._store = store
 
     def read(self, unit: int) -> Attempts:
-        """The trials of a unit; none where no worker died over it. Raises `CommitDamaged`, `StorageFailed`."""
+        """The trials of a unit; none if it killed no worker. Raises `CommitDamaged`, `StorageFailed`."""
         name = attempts_name(unit)
         try:
             data = self._store.read(name)
@@ -69,7 +69,7 @@ class AttemptStore:
         self._store.put(attempts_name(attempts.unit), _to_bytes(attempts))
 
     def units(self) -> set[int]:
-        """Units over which a worker died, from the file names alone. Raises `StorageFailed`."""
+        """Units that were running when a worker died, from the file names alone. Raises `StorageFailed`."""
         names = self._store.names(ATTEMPTS_FOLDER)
         stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
         return {int(stem) for stem in stems if stem.isascii() and stem.isdigit()}
@@ -81,12 +81,12 @@ def attempts_name(unit: int) -> str:
 
 
 def write_crash_report(store: Store, worker_key: str, report: CrashReport) -> None:
-    """Leave the reason why a worker ends, for the driver to read. Raises `StorageFailed`."""
+    """Write the crash report of a worker, for the driver to read. Raises `StorageFailed`."""
     store.put(f"{_CRASH_REPORTS_FOLDER}/{worker_key}.json", _to_bytes(report))
 
 
 def read_crash_report(store: Store, worker_key: str) -> CrashReport | None:
-    """The report of a dead worker; None where it was killed. Raises `CommitDamaged`, `StorageFailed`."""
+    """The report of a dead worker; None if it was killed. Raises `CommitDamaged`, `StorageFailed`."""
     name = f"{_CRASH_REPORTS_FOLDER}/{worker_key}.json"
     try:
         data = store.read(name)

@@ -1,7 +1,7 @@
-"""Decides which worker gets which task, and what the outcome of a task means. Contains no Ray.
+"""Assigns tasks to workers, and interprets the outcome of each task. Does not import Ray.
 
 Healthy units fill all workers. The units of a worker that died are suspects. Each suspect runs isolated, alone on its
-worker, so that it cannot take a healthy unit down with it. While healthy units wait, one worker at a time does this.
+worker, so that its crash costs no healthy unit. While healthy units wait, only one worker at a time runs suspects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .attempts import Attempts, AttemptStore, CrashReport, Trial, attempts_name
 from .poison_search import next_task, search
 
 TASKS_PER_WORKER = 2
-"""One in the teacher, and one that is read before it or committed after it."""
+"""The teacher scores one task while the other is read or committed."""
 _FIRST_UNITS = 3
 """When this many units fail before any succeeds, the set-up is wrong, not the units."""
 
@@ -50,7 +50,7 @@ class Dispatcher:
 
     def __init__(self, todo: Sequence[int], *, plan: Sequence[Unit], attempts: AttemptStore, max_attempts: int):
         """`todo`: units that are not committed; `max_attempts`: deaths in isolation that show a row to be poison."""
-        suspects = attempts.units()  # a worker died over them in an earlier run
+        suspects = attempts.units()  # they were running when a worker died in an earlier run
         self._waiting = deque(unit for unit in todo if unit not in suspects)
         self._suspects = deque(unit for unit in todo if unit in suspects)
         self._plan, self._attempts, self._max_attempts = plan, attempts, max_attempts
@@ -94,7 +94,7 @@ class Dispatcher:
             self._suspects.append(task.unit)
 
     def raised(self, task: UnitTask, error: ColdstillError) -> None:
-        """A unit failed, and its worker survived. Raises `error` where the store or the set-up is the cause."""
+        """A unit failed, and its worker survived. Raises `error` if the store or the set-up is the cause."""
         self._end(task)
         if isinstance(error, StorageFailed | SourceAdapterFailed):
             raise error  # every other unit would wait for the same store, or call the same function
@@ -102,7 +102,7 @@ class Dispatcher:
         self._count_error(task.unit, error)
 
     def died(self, tasks: Sequence[UnitTask], *, worker: WorkerHandle, crash: CrashReport) -> None:
-        """A worker died while it had these tasks. Raises `UnitFailed` where the first units all kill their workers."""
+        """A worker died while it had these tasks. Raises `UnitFailed` if the first units all kill their workers."""
         is_isolated = len(tasks) == 1
         for task in tasks:
             self._end(task)
@@ -119,8 +119,8 @@ class Dispatcher:
             self._count_error(unit, error)
 
     def _next_suspect(self, workers: int) -> int | None:
-        """The suspect to run now, if any. One that has not yet died in isolation may soon pass, so it comes first. The
-        others wait until a second worker can run the healthy units, or no healthy unit is left."""
+        """The suspect to run now, if any. One that has not yet killed a worker in isolation may soon pass, so it comes
+        first. The others wait until a second worker can run the healthy units, or no healthy unit is left."""
         if self._isolated and self._waiting:
             return None
         fresh = next((unit for unit in self._suspects if unit not in self._errors), None)
@@ -139,7 +139,8 @@ class Dispatcher:
             deaths = [trial.died_of for trial in attempts.trials if trial.died_of]
             self._give_up(
                 unit,
-                f"{len(deaths)} workers died over it, also without its poison rows; the last one: {deaths[-1].reason}; "
+                f"{len(deaths)} workers died while they ran it, also without its poison rows; the last one: "
+                f"{deaths[-1].reason}; "
                 f"to try it again, delete {attempts_name(unit)}",
             )
             return None

@@ -1,18 +1,18 @@
-"""Finds poison rows by bisection: from a unit's trials, which task it needs next.
+"""Finds poison rows by bisection: computes the next task of a unit from its trials.
 
 The trials (`attempts.py`) are the only state.
 
-1. The unit as planned, isolated on its worker, until it has cost `max_attempts` workers.
+1. The unit as planned, isolated on its worker, until it has killed `max_attempts` workers.
 2. The search: parts of its rows are scored and discarded. A part whose worker survives has passed; a part whose worker
    dies is halved; a single row is poison once it has killed `max_attempts` workers in isolation. One death is no proof:
    a spot machine may have been taken away. One death is enough to halve a part, because that excludes no row.
-3. The rest: the unit without its poison rows. Where the search found none, the deaths may have been accidents, and the
+3. The rest: the unit without its poison rows. If the search found none, the deaths may have been accidents, and the
    unit is run as planned: its bytes are those of a unit without accidents.
-4. In parts: where the rows kill workers only together (memory), the parts that passed are scored one after the other.
+4. In parts: if the rows kill workers only together (memory), the parts that passed are scored one after the other.
    Values may differ from those of the whole unit by the engine's tolerance.
 5. The unit is given up.
 
-When the engine reports that memory ran out, no accident is assumed: the unit goes from 1 to 2 at once and skips 3.
+When the engine reports that memory ran out, no accident is assumed: the unit moves from 1 to 2 at once and skips 3.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from coldstill.pipeline.worker import ExcludedRow, TaskKind, UnitTask
 from .attempts import Attempts, Trial
 
 MAX_DEATHS = 100
-"""Workers that one unit may cost. The search finds eight poison rows among 1,024 with fewer."""
+"""Maximum number of workers that one unit may kill. The search finds eight poison rows among 1,024 with fewer."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the probes of a unit show so far: `poison` rows, parts that `passed`, and the part to probe `next`."""
+    """The results of a unit's probes so far: `poison` rows, parts that `passed`, and the part to probe `next`."""
 
     poison: tuple[ExcludedRow, ...]
     passed: tuple[tuple[int, int], ...]
@@ -60,7 +60,7 @@ def next_task(attempts: Attempts, *, first_row: int, rows: int, max_attempts: in
 
 
 def search(trials: Iterable[Trial], *, start: int, stop: int, max_attempts: int) -> Findings:
-    """What the probes among `trials` show of source rows `start` to `stop`, which kill workers together."""
+    """The results of the probes among `trials` for source rows `start` to `stop`, which kill workers together."""
     probes: dict[tuple[int, int], list[Trial]] = {}
     for trial in trials:
         if trial.kind == "probe":

@@ -1,7 +1,7 @@
 """The workers of one capture: starts, replaces and releases Ray actors, and runs units on them.
 
-Ray owns placement, the life of processes, and elasticity. The commit records hold what is done. All actors are
-requested at once: those that do not fit yet stay pending, and make an autoscaler add nodes.
+Ray places, starts and ends the processes, and grows the cluster. The commit records show which units are done. All
+actors are requested at once: those that do not fit yet stay pending, and make an autoscaler add nodes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .ray_cluster import join_cluster
 from .speed import SpeedReport
 
 _MAX_START_DEATHS = 3
-"""When this many starts in a row end in a death, the set-up is wrong."""
+"""If this many consecutive starts end in a death, the set-up is wrong."""
 _MAX_REASON_CHARS = 400
 _WAIT_S = 1.0
 
@@ -116,9 +116,9 @@ class WorkerPool:
         return names_by_unit(self._workers)
 
     def rank_ids(self, header: DatasetHeader, unit: Unit) -> list[int]:
-        """The id rank table from the calibration pass (`calibration.py`). The worker and its engine stay for the units.
+        """The id rank table from the calibration pass (`calibration.py`). The worker and its engine are kept.
 
-        Raises as `run_units`.
+        Raises what `run_units` raises.
         """
 
         def call(actor: Any) -> Any:
@@ -130,7 +130,10 @@ class WorkerPool:
         return ranks
 
     def measure(self, header: DatasetHeader, sequences: list[TokenSequence], *, seconds: float) -> SpeedReport:
-        """The speed of one worker on these sequences, for about `seconds` (`speed.py`). Raises as `run_units`."""
+        """The speed of one worker on these sequences, in about `seconds` (`speed.py`).
+
+        Raises what `run_units` raises.
+        """
 
         def call(actor: Any) -> Any:
             return actor.measure.remote(header.to_bytes(), sequences, seconds)
@@ -140,9 +143,9 @@ class WorkerPool:
     def run_units(self, todo: list[int]) -> Iterator[UnitReport]:
         """Run units on up to `cluster.max_workers` actors. Yields reports in the order in which units end.
 
-        Units that were given up are in `failed` afterwards. Raises a worker's own named error at its start;
-        `UnitFailed` where workers die at each start or over each of the first units; the error of the first units where
-        all of them raise; and `StorageFailed`, which concerns all units.
+        Units that were given up are in `failed` afterwards. Raises a worker's named error at its start; `UnitFailed` if
+        workers die at each start or in each of the first units; the error of the first units if all of them raise; and
+        `StorageFailed`, which affects all units.
         """
         self._join()
         metrics, dispatcher = DriverMetrics(), self._dispatcher(todo)
@@ -253,7 +256,7 @@ class WorkerPool:
             self._remove(worker)
 
     def _events(self) -> list[_Event]:
-        """What happened since the last call; waits up to a second for the first event. Dead workers are removed."""
+        """The events since the last call; waits up to a second for the first one. Dead workers are removed."""
         if not self._calls:
             return []  # the last unit was given up
         first, _ = ray.wait(list(self._calls), num_returns=1, timeout=_WAIT_S)
@@ -281,7 +284,7 @@ class WorkerPool:
         return events
 
     def _crash_report(self, worker: WorkerHandle, error: RayError) -> CrashReport:
-        """The worker's own report; else what Ray reports."""
+        """The worker's own crash report, or else the reason that Ray reports."""
         if found := read_crash_report(self._store, worker.crash_key):
             return found
         text = str(error).partition("The actor is dead because ")[2] or str(error)

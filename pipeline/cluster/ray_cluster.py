@@ -17,14 +17,14 @@ _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 def join_cluster(config: CaptureConfig) -> float:
     """Join the cluster that the settings or RAY_ADDRESS name, or start one on this machine. The GPUs per worker.
 
-    Raises `ClusterTooSmall` where this machine alone could never run `cluster.min_workers`.
+    Raises `ClusterTooSmall` if this machine alone could never run `cluster.min_workers`.
     """
     is_local = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
     ray.init(
         # Without an address, Ray would join any cluster that was started on this machine before.
         address="local" if is_local else config.cluster.address,
         include_dashboard=False if is_local else None,
-        # Ray's warnings about a cluster that only this capture uses (token, dashboard) concern no user.
+        # Ray's warnings about a cluster that only this capture uses (token, dashboard) do not concern the user.
         logging_level=logging.ERROR if is_local else logging.WARNING,
         log_to_driver=False,
     )
@@ -40,7 +40,7 @@ def join_cluster(config: CaptureConfig) -> float:
 
 
 def gpus_per_worker(config: CaptureConfig, resources: Mapping[str, float]) -> float:
-    """GPUs that Ray reserves for a worker: as set; else those its engine needs, where the cluster has any."""
+    """GPUs that Ray reserves for a worker: as set, or else those that its engine needs, if the cluster has any."""
     if config.cluster.gpus_per_worker is not None:
         return config.cluster.gpus_per_worker
     if config.teacher.engine == "endpoint" or not resources.get("GPU"):
@@ -52,7 +52,7 @@ def gpus_per_worker(config: CaptureConfig, resources: Mapping[str, float]) -> fl
 
 
 def require_room(config: CaptureConfig, resources: Mapping[str, float], *, gpus: float) -> None:
-    """Raise `ClusterTooSmall` where `resources`, all that there will ever be, cannot hold `cluster.min_workers`."""
+    """Raise `ClusterTooSmall` if `resources`, the total of this machine, cannot hold `cluster.min_workers`."""
     workers = config.cluster.min_workers
     for key, name, wanted in (
         ("cpus_per_worker", "CPU", config.cluster.cpus_per_worker),

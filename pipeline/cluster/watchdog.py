@@ -1,8 +1,8 @@
 """Kills a worker whose engine is hung, dead or in an unknown state.
 
-A call that never returns cannot report itself, so a thread beside it watches its progress. The only cure for a hung
-engine is a new process. The worker writes a crash report (`attempts.CrashReport`), kills the engine's processes, which
-hold the GPU that the next worker needs, and exits. The driver counts a death.
+A call that never returns cannot report itself, so a thread beside it watches its progress. A hung engine
+needs a new process. The worker writes a crash report (`attempts.CrashReport`), kills the engine's processes, which hold the
+GPU that the next worker needs, and exits. The driver counts a death.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .attempts import CrashReport
 
 _MAX_CHECK_INTERVAL_S = 2.0
 _REPORT_TIMEOUT_S = 20.0
-"""A store that does not answer must not keep a hung worker alive."""
+"""A store that does not respond must not keep a hung worker alive."""
 _MEMORY_ERRORS = {"MemoryError", "OutOfMemoryError"}
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory")
 _STANDARD_ERROR = 2
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class WatchedTeacher:
     """A `protocol.Teacher` that counts its calls.
 
-    An exception that is no `ColdstillError` leaves the engine in an unknown state. It ends the worker, as a crash of
+    An exception that is not a `ColdstillError` leaves the engine in an unknown state. It ends the worker, as a crash of
     the engine would: `on_exit` is called with a report of the exception.
     """
 
@@ -68,7 +68,7 @@ class WatchedTeacher:
 
     @property
     def activity(self) -> tuple[int, int, int]:
-        """Numbers that change as long as the engine works."""
+        """Numbers that change while the engine makes progress."""
         return self._teacher.progress, self._begun, self._ended
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
@@ -85,7 +85,7 @@ class WatchedTeacher:
         except ColdstillError:
             raise
         except Exception as error:
-            logger.exception("the teacher raised an exception that is no ColdstillError")
+            logger.exception("the teacher raised an exception that is not a ColdstillError")
             self._on_exit(_crash_report(error))
             raise
         finally:

@@ -2,8 +2,8 @@
 
 The lease avoids duplicate work; correctness does not depend on it. Two drivers at once would process units twice, and
 the commit protocol keeps the first result of each (`storage_schema/commits.py`). So one file that is created only if
-absent is enough, also on stores without conditional replacement. Where two drivers take over from the same dead one,
-or a suspended driver wakes up, the next heartbeat of one of them finds the other's token in the file, and it stops.
+absent is enough, also on stores without conditional replacement. If two drivers take over from the same dead one, or a
+suspended driver resumes, the next heartbeat of one of them finds the other's token in the file, and that driver stops.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coldstill.storage_schema.store import Store
 
 LEASE_NAME = "lease.json"
 _BEATS = 8
-"""Heartbeats within `dead_after_s`: a slow store may lose some of them."""
+"""Number of heartbeats within `dead_after_s`: a slow store may lose some of them."""
 
 
 class LeaseRecord(FrozenModel):
@@ -55,7 +55,7 @@ class LeaseRecord(FrozenModel):
 
     @property
     def name(self) -> str:
-        """The driver, for messages."""
+        """A description of the driver, for messages."""
         started = datetime.fromtimestamp(self.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return (
             f"the driver with pid {self.pid} on {self.host}, started {started}, last heartbeat {self.age_s:.0f} s ago"
@@ -63,7 +63,7 @@ class LeaseRecord(FrozenModel):
 
 
 def read_lease(store: Store) -> LeaseRecord | None:
-    """The lease of a dataset directory; None where no driver holds it. Raises `CommitDamaged`, `StorageFailed`."""
+    """The lease of a dataset directory; None if no driver holds it. Raises `CommitDamaged`, `StorageFailed`."""
     try:
         data = store.read(LEASE_NAME)
     except FileNotFoundError:
@@ -72,10 +72,10 @@ def read_lease(store: Store) -> LeaseRecord | None:
 
 
 class Lease:
-    """The right of this process to drive a dataset directory, while the `with` block lasts.
+    """The exclusive right of this process to capture into a dataset directory, while the `with` block lasts.
 
     A thread writes the heartbeats. When the store fails, the next heartbeat tries again. A driver that lost its lease
-    leaves the block with `LeaseLost`: at once where the block runs in the main thread, elsewhere at its next `check`.
+    leaves the block with `LeaseLost`: at once if the block runs in the main thread, elsewhere at its next `check`.
     """
 
     def __init__(self, store: Store, *, dead_after_s: float):
@@ -98,11 +98,11 @@ class Lease:
 
     @property
     def token(self) -> str:
-        """Unique to this start."""
+        """The unique token of this start."""
         return self._mine.token
 
     def __enter__(self) -> Lease:
-        """Take the lease. Raises `LeaseHeld` where another driver is alive, `StorageFailed`."""
+        """Take the lease. Raises `LeaseHeld` if another driver is alive, `StorageFailed`."""
         while not self._store.create(LEASE_NAME, self._record()):
             found = read_lease(self._store)
             if found is not None and found.token == self.token:
@@ -133,7 +133,7 @@ class Lease:
             raise self._lost(self._winner) from None
 
     def check(self) -> None:
-        """Raise `LeaseLost` where another driver took over."""
+        """Raise `LeaseLost` if another driver took over."""
         if self._winner is not None:
             raise self._lost(self._winner)
 

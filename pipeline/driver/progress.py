@@ -25,7 +25,7 @@ from .progress_record import MAX_LISTED, Failure, ProgressRecord, State, Totals,
 _WRITE_EVERY_S = 10
 _MAX_FOLDED = 100
 _MIN_RATE_S = 1.0
-"""Shorter times give no rate."""
+"""Rates are not computed over a shorter time."""
 _RATE_WINDOW_S = 600
 """Rates cover the last ten minutes, because the number of workers changes."""
 
@@ -41,7 +41,7 @@ class Failed(Protocol):
 
     @property
     def unit(self) -> int:
-        """Its number."""
+        """The number of the unit."""
         ...
 
     @property
@@ -51,7 +51,7 @@ class Failed(Protocol):
 
 
 class Work(Protocol):
-    """What the record reads of the workers (`cluster.pool.WorkerPool`)."""
+    """The facts about the workers that the record reads (`cluster.pool.WorkerPool`)."""
 
     @property
     def workers(self) -> int:
@@ -75,7 +75,7 @@ class Work(Protocol):
 
 
 class Rates(NamedTuple):
-    """Per second, of all workers, in the last ten minutes."""
+    """Rates per second of all workers, in the last ten minutes."""
 
     rows: float
     tokens: float
@@ -190,7 +190,7 @@ class Progress:
 
     @property
     def totals(self) -> Totals:
-        """Of this start and, after `begin`, of the earlier ones."""
+        """Totals of this start and, after `begin`, of the earlier ones."""
         with self._lock:
             return self._measured() + (self._earlier or Totals())
 

@@ -49,9 +49,13 @@ class Status(FrozenModel):
     units_failed: int
     rows_planned: int | None = None
     rows_done: int | None = Field(default=None, description="Source rows, rejected ones included.")
-    totals: Totals = Field(description="Of all starts. Seconds before a kill are missing until sealed.")
+    totals: Totals = Field(
+        description="Totals of all starts; the last seconds before a kill are missing until the dataset is sealed."
+    )
     workers: int = Field(description="Workers that are ready now.")
-    tokens_per_s: float | None = Field(default=None, description="Of all workers, in the last ten minutes.")
+    tokens_per_s: float | None = Field(
+        default=None, description="Tokens per second of all workers, in the last ten minutes."
+    )
     time_left_s: float | None = None
     running: dict[int, str] = Field(default_factory=dict, description="Units in progress, and their workers.")
     failed: tuple[Failure, ...] = ()

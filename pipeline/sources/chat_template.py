@@ -1,4 +1,4 @@
-"""The chat of a row as token ids and loss mask, by the chat template.
+"""Turns the chat of a row into token ids and a loss mask with the chat template.
 
 The chat is in a column of messages, or in a prompt and its response. If the template marks the assistant's tokens
 ({% generation %}), one call gives ids and mask. Otherwise the mask is derived and verified token by token: the ids that
@@ -26,7 +26,7 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class RowUnusable(Exception):
-    """No sequence can be made of a row: a reason, which is counted, and a detail."""
+    """A row cannot become a sequence. The reason is counted; the detail explains it."""
 
     def __init__(self, reason: RejectReason, detail: str):
         self.reason, self.detail = reason, detail
@@ -170,7 +170,7 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template(
                 messages, tools=chat.tools, chat_template=self.text, **self._source.template_arguments, **options
             )
-        except Exception as error:  # a template is a program of its own and may raise anything
+        except Exception as error:  # a template is a program, and may raise any exception
             raise RowUnusable(RejectReason.TEMPLATE_FAILED, f"{type(error).__name__}: {error}") from None
 
     def _cannot_mark(self, found: str) -> TemplateCannotMark:
@@ -231,7 +231,7 @@ def _tools(tools: object) -> list[Any] | None:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise RowUnusable(RejectReason.BAD_TOOLS, f"tools are no JSON: {error}") from None
+            raise RowUnusable(RejectReason.BAD_TOOLS, f"tools are not JSON: {error}") from None
     if tools and not isinstance(tools, list):
         raise RowUnusable(RejectReason.BAD_TOOLS, f"tools are {type(tools).__name__}, not a list")
     return tools or None  # type: ignore[return-value]

@@ -81,11 +81,11 @@ class HubDataset(Stream):
 
 
 def _commit(config: SourceConfig) -> str | None:
-    """Commit of the dataset's revision; the revision itself if the Hub does not answer."""
+    """Commit of the dataset's revision; the revision itself if the Hub does not respond."""
     try:
         from huggingface_hub import HfApi
 
         commit: str | None = HfApi().dataset_info(str(config.dataset), revision=config.revision).sha
-    except Exception:  # of the Hub's client, its HTTP library or the network: each means that there is no answer
+    except Exception:  # of the Hub's client, its HTTP library or the network: each means that there is no response
         return config.revision
     return commit

@@ -107,7 +107,7 @@ def _lines(read: Callable[[int], bytes], *, name: str, compression: str | None =
                 f"{name}: after line {number}",
                 found=str(error),
                 wanted=f"a whole {compression} file",
-                fix="download or write the file again; or compress again what can be read of it",
+                fix="download or write the file again, or compress its readable part again",
             ) from None
         if not line:
             return

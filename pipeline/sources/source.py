@@ -43,7 +43,7 @@ from .staging import STAGING_FOLDER, StagedRows, stage
 _ONE_UNIT = 1 << 62
 _INDEX_NAME = f"{STAGING_FOLDER}/source.json"
 _SETTINGS = ("dataset_config", "split", "messages", "tools", "prompt", "response", "text", "id")
-"""Settings that select what is read and are part of no digest."""
+"""Settings that select what is read and are not part of a digest."""
 _LINES = ("jsonl", "json", "ndjson")
 
 
@@ -227,7 +227,8 @@ class _SequentialRows:
 def open_source(config: SourceConfig, store: Store | None = None) -> Source:
     """The source that the settings describe.
 
-    Raises `SourceNotFound`, `SourceUnreadable` and `PluginNotFound` for what can be seen without reading rows.
+    Raises `SourceNotFound`, `SourceUnreadable` and `PluginNotFound` for problems that can be found without reading
+    rows.
     """
     return Source(config, store)
 
@@ -260,7 +261,7 @@ def _origin_of(files: Sequence[SourceFile]) -> Reader | Stream:
     """Reads these files as they are. Raises `SourceUnreadable`."""
     formats = {format_of(file.name): file.name for file in files}
     if "parquet" in formats and len(formats) > 1:
-        found, wanted = "JSON Lines and Parquet in one source", "one kind"
+        found, wanted = "JSON Lines and Parquet in one source", "files of one format"
         raise SourceUnreadable(", ".join(formats.values()), found=found, wanted=wanted, fix="narrow source.path")
     # A store that does not report the size of a file cannot seek in it.
     if "compressed" in formats or ("lines" in formats and any(file.bytes is None for file in files)):

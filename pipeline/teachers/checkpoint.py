@@ -1,6 +1,6 @@
 """The teacher's checkpoint: tokenizer, `config.json`, and facts about the weights for the header and the engines.
 
-The data type of the logits is decided here alone, so that header and engine agree. Data types are names such as
+Only this file chooses the data type of the logits, so that header and engine agree. Data types are names such as
 `bfloat16`. No weights are loaded.
 """
 
@@ -68,7 +68,7 @@ def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """A digest that equal copies share, without reading hundreds of gigabytes.
+    """A digest of the weights, equal for equal copies, without reading hundreds of gigabytes.
 
     sha256 over name, size and 64 evenly spaced samples of 64 KiB of each weight file in `folder`, and over
     `config.json`. The samples include the header at the start of a safetensors file.
@@ -107,8 +107,8 @@ def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:
     """Data type of the logits.
 
     `auto` is float32 for float32 weights, and for plain half-precision weights in transformers and in vLLM with the
-    tap, which can compute the head in float32: a bfloat16 head rounds away half of the order. Otherwise, and with a
-    class of the user's own, it is the data type of the weights.
+    tap, which can compute the head in float32: the rounding of a bfloat16 head changes half of the ranks. Otherwise,
+    and with the user's own class, it is the data type of the weights.
     """
     dtype = dtype_of(config, model_config)
     if config.head_dtype == "float32":

@@ -1,4 +1,4 @@
-"""A teacher of the user's own class, whose output is checked before anything is stored.
+"""The user's own teacher class, whose output is checked before it is stored.
 
 Shape letters: `T` tokens.
 """
@@ -67,7 +67,7 @@ class CheckedTeacher:
         return self._teacher.processes
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """See `Teacher`. Raises `TeacherOutputInvalid` for output that breaks a law of the protocol or the format."""
+        """See `Teacher`. Raises `TeacherOutputInvalid` for output that violates the protocol or the format."""
         answers = self._sampling.n if self._sampling else 1
         scored = self._teacher.score(sequences)
         if not isinstance(scored, list) or len(scored) != len(sequences) * answers:

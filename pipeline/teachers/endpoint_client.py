@@ -1,6 +1,6 @@
-"""JSON over HTTP to one server: bounded connections and answers, retries, named errors.
+"""An HTTP client for JSON from one server, with bounded responses, retries and named errors.
 
-The client knows nothing of models. What a server returns is untrusted until it is read.
+The client does not depend on models. Responses are untrusted until `read` has checked them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 class EndpointClient:
     """A client of one server, for several threads at once.
 
-    The key in OPENAI_API_KEY, if there is one, is sent to this server alone: redirects are not followed, and no message
+    The key in OPENAI_API_KEY, if there is one, is sent to this server only: redirects are not followed, and no message
     holds it.
     """
 
@@ -46,15 +46,15 @@ class EndpointClient:
         self.progress = 0
 
     def get(self, path: str, *, at_most: int, read: Callable[[object], Result]) -> Result:
-        """What `read` makes of the JSON at `path`; see `post`."""
+        """The result of `read` on the JSON at `path`; see `post`."""
         return self._request("GET", path, None, at_most, read)
 
     def post(self, path: str, body: Mapping[str, Any], *, at_most: int, read: Callable[[object], Result]) -> Result:
-        """What `read` makes of the JSON answer to `body`, of `at_most` bytes.
+        """The result of `read` on the JSON response to `body`, which has `at_most` bytes.
 
         Documents are parsed one at a time: a parsed one takes many times its bytes, and Python's lock would serialize
-        the parsing anyway. Raises `EndpointRefused` for an answer that would be the same again, `EndpointFailed` after
-        the last attempt, `TeacherOutputInvalid` for a longer answer, and what `read` raises.
+        the parsing anyway. Raises `EndpointRefused` for a response that a retry would repeat, `EndpointFailed` after
+        the last attempt, `TeacherOutputInvalid` for a longer response, and what `read` raises.
         """
         return self._request("POST", path, json.dumps(body).encode(), at_most, read)
 
@@ -68,7 +68,7 @@ class EndpointClient:
             raise EndpointFailed(
                 f"{method} {self.url}{path}",
                 found=f"{error} (the last of {self._attempts} attempts)",
-                wanted="an answer",
+                wanted="a response",
                 fix="check that the server runs and that the workers can reach it; then run the same command again, "
                 "which keeps committed units",
             ) from None
@@ -87,7 +87,7 @@ class EndpointClient:
                     f"{method} {self.url}{path}",
                     found=problem,
                     wanted="status 200",
-                    fix=f"check teacher.endpoint, and {KEY_VARIABLE} where the server wants a key",
+                    fix=f"check teacher.endpoint, and {KEY_VARIABLE} if the server requires a key",
                 )
             transient = _Transient(problem, retry_after_s=_seconds(headers.get("Retry-After")))
         except (HTTPError, _NotJson) as error:
@@ -121,10 +121,10 @@ class EndpointClient:
                 data += chunk
                 if len(data) > at_most:
                     raise TeacherOutputInvalid(
-                        f"{method} {self.url}{path}", found="a longer answer", wanted=f"at most {at_most} bytes"
+                        f"{method} {self.url}{path}", found="a longer response", wanted=f"at most {at_most} bytes"
                     )
                 if time.monotonic() > deadline:
-                    raise HTTPError(f"no whole answer after {self._timeout_s} s")
+                    raise HTTPError(f"no complete response after {self._timeout_s} s")
         except BaseException:
             response.close()
             raise
@@ -143,7 +143,7 @@ class EndpointClient:
 
 
 class _Transient(Exception):
-    """A failure that another attempt may not meet. `retrying` waits for `retry_after_s`, which the server set."""
+    """A failure that a retry may resolve. `retrying` waits for `retry_after_s`, which the server set."""
 
     def __init__(self, problem: str, *, retry_after_s: float = 0.0):
         super().__init__(problem)
@@ -151,7 +151,7 @@ class _Transient(Exception):
 
 
 class _NotJson(Exception):
-    """An answer that is not JSON: part of one, or a proxy's page."""
+    """A response that is not JSON: an incomplete one, or a proxy's page."""
 
 
 def _parsed(data: bytes) -> object:

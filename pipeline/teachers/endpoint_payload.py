@@ -1,7 +1,7 @@
-"""What is sent to a server's completions endpoint, and how its answers become `TeacherTargets`.
+"""Builds requests to a server's completions endpoint, and makes `TeacherTargets` from its responses.
 
 The layout is vLLM's (vllm/entrypoints/openai/completion/protocol.py, read and run at 0.32), where ids, not texts, name
-the entries: two tokens may have one text. Nothing in an answer is trusted. Shape letters: `N` target positions, `K`
+the entries: two tokens may have one text. Responses are untrusted. Shape letters: `N` target positions, `K`
 teacher top-k.
 """
 
@@ -30,7 +30,7 @@ _ABSURD = 1e9
 
 
 def serve_command(config: TeacherConfig) -> str:
-    """The command that starts a server whose answers can be read."""
+    """The command that starts a server with suitable responses."""
     return (
         f"vllm serve {config.model} --max-logprobs {config.top_k} --logprobs-mode raw_logprobs "
         f"--max-model-len {config.max_length + 1}"
@@ -64,7 +64,7 @@ def answer_fields(top_k: int, *, sampling: SamplingConfig, room: int, seed: int)
 
 
 class PayloadReader:
-    """Reads the answers of one server. All methods raise `TeacherOutputInvalid`."""
+    """Reads the responses of one server. All methods raise `TeacherOutputInvalid`."""
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader):
         self._config, self._header = config, header
@@ -129,7 +129,9 @@ class PayloadReader:
             best = [id_ for id_ in entry if id_ != label] if len(entry) > top_k else list(entry)
             ids[n], logprobs[n] = best, [entry[id_] for id_ in best]
         if ids.size and ids.max() >= header.vocab_size:
-            self._fail(where, f"token id {ids.max()}", f"ids below {header.vocab_size}: is it another model?")
+            self._fail(
+                where, f"token id {ids.max()}", f"ids below {header.vocab_size}; the server may run another model"
+            )
         targets = targets_of_entries(
             labels,
             label_logprobs,

@@ -1,4 +1,4 @@
-"""The endpoint engine: a server that speaks OpenAI's protocol, such as `vllm serve`.
+"""The endpoint engine: an OpenAI-compatible server, such as `vllm serve`.
 
 The server must return log-probs by token id. It gives K entries of a position: the tail is derived and there are no
 draws. It batches requests as they arrive, so that repeated values are equal within its tolerance, not bit by bit.
@@ -26,11 +26,11 @@ from .endpoint_payload import PayloadReader, answer_fields, score_fields, serve_
 from .sampling import answer_room, answer_seed
 
 _ENTRY_BYTES = 512
-"""Of one entry of an answer, with its text; vLLM's take about 80."""
+"""Maximum bytes of one entry of a response, with its text; vLLM's entries take about 80."""
 _OTHER_BYTES = 1 << 20
 _PROBE_TEMPERATURE, _PROBE_TOKENS = 0.5, 4
 _PROBE_NATS, _PROBE_SHARE = 0.25, 0.05
-"""Two rounding steps of a bfloat16 head; log-probs of another temperature are off by nats."""
+"""Two rounding steps of a bfloat16 head; log-probs at another temperature are off by whole nats."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,7 +42,7 @@ class EndpointArguments(FrozenModel):
     served_model: str | None = Field(
         default=None, description="Name of the model at the server; by default teacher.model."
     )
-    concurrency: int = Field(default=32, ge=1, le=1024, description="The most concurrent requests of a worker.")
+    concurrency: int = Field(default=32, ge=1, le=1024, description="Maximum number of concurrent requests per worker.")
     timeout_s: float = Field(default=300, gt=0, description="Limit of one request; keep it below cluster.hung_after_s.")
     attempts: int = Field(
         default=8, ge=1, le=100, description="Attempts of a request, with waits of up to half a minute between."
@@ -50,7 +50,7 @@ class EndpointArguments(FrozenModel):
 
 
 class EndpointTeacher:
-    """A server elsewhere; see `protocol.Teacher`."""
+    """A teacher on a remote server; see `protocol.Teacher`."""
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
         """Raises `TeacherUnusable` for a server of another model, or one that returns no log-probs."""
@@ -77,12 +77,12 @@ class EndpointTeacher:
 
     @property
     def progress(self) -> int:
-        """See `protocol.Teacher`: pieces of answers that arrived, and attempts that ended."""
+        """See `protocol.Teacher`: parts of responses received, and attempts that ended."""
         return self._client.progress
 
     @property
     def processes(self) -> tuple[int, ...]:
-        """See `protocol.Teacher`: none, the server is elsewhere."""
+        """See `protocol.Teacher`: none, because the server is remote."""
         return ()
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
@@ -169,7 +169,7 @@ class EndpointTeacher:
             raise TeacherUnusable(
                 f"{self._client.url}: {error.what}",
                 found=error.found,
-                wanted=f"log-probs by token id, {self._config.top_k} of a position, of this vocabulary",
+                wanted=f"log-probs by token id, {self._config.top_k} per position, from this vocabulary",
                 fix=serve_command(self._config),
             ) from error
         self._read = reader
@@ -183,7 +183,7 @@ class EndpointTeacher:
         if not np.allclose(sampled.logprobs, scored.logprobs, atol=_PROBE_NATS, rtol=_PROBE_SHARE):
             raise TeacherOutputInvalid(
                 "log-probs of an answer",
-                found="values unlike those of the same tokens as a prompt",
+                found="values that differ from those of the same tokens in a prompt",
                 wanted="equal values",
             )
 

@@ -1,6 +1,6 @@
-"""The `Teacher` protocol: token sequences in, scored sequences out.
+"""The `Teacher` protocol: adds the teacher's distributions to token sequences.
 
-A class of your own is an engine too: `teacher.engine: my_module:MyTeacher`. `examples/custom_teacher.py` is one.
+Your own class can be an engine too: `teacher.engine: my_module:MyTeacher`. `examples/custom_teacher.py` is one.
 Shape letters: `T` tokens, `n` spans.
 """
 
@@ -48,7 +48,7 @@ class ScoredSequence(NamedTuple):
 
 
 class Teacher(Protocol):
-    """A loaded engine. Subclass it for the defaults; then `score` is all that you must write.
+    """A loaded engine. Subclass it for the defaults; then you must write `score` only.
 
     `teacher.engine: my_module:MyTeacher` constructs the class in each worker as
     `MyTeacher(config, header, sampling=None)`:
@@ -78,7 +78,7 @@ class Teacher(Protocol):
         """A number that grows while a call makes progress. Never blocks.
 
         The watchdog ends a worker whose call shows no progress for `cluster.hung_after_s`. With the default, a
-        constant, that is the most time that a call may take.
+        constant, that is the longest time that a call may take.
         """
         return 0
 

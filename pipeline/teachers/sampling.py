@@ -27,7 +27,7 @@ character."""
 
 
 def answer_room(prompt: TokenSequence, *, sampling: SamplingConfig, header: DatasetHeader) -> int:
-    """The most tokens of an answer. Raises `InvalidRow` for a prompt that is empty or leaves no room."""
+    """The maximum number of tokens of an answer. Raises `InvalidRow` for a prompt that is empty or leaves no room."""
     if not 0 < prompt.token_ids.size < header.max_length:
         raise InvalidRow(
             f"prompt {prompt.sample_id!r}",
@@ -90,7 +90,7 @@ def answer_uniforms(*, seed: int, sample_id: str, number: int, count: int) -> np
 
 
 def answer_seed(*, seed: int, sample_id: str, number: int) -> int:
-    """The seed of one answer, below 2^63, for engines with a sampler of their own."""
+    """The seed of one answer, below 2^63, for engines that have their own sampler."""
     return (_answer_key(sample_id, number) >> 1) ^ seed
 
 

@@ -32,7 +32,7 @@ class Summary(NamedTuple):
     `ids int32 [N, K]` by descending log-prob, `logprobs float32 [N, K]` (-inf where not kept), `counts int32 [N]`,
     `log_tail`, `label_logprob float32 [N]`. `draw_ids int32 [N, R]` and `draw_logprobs float32 [N, R]`, of which the
     first `draw_counts int32 [N]` of each position are draws. `padding_mass float32 [N]`: the softmax mass that the
-    padding columns (from `token_count` on) would have had. `finite bool [N]`: false where a logit was NaN or +inf.
+    padding columns (from `token_count` on) would have had. `finite bool [N]`: false if a logit was NaN or +inf.
     """
 
     ids: Tensor

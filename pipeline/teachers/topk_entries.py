@@ -11,7 +11,7 @@ from coldstill.pipeline.errors import TeacherOutputInvalid
 from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets
 
 DERIVED_TAIL_FLOOR = 1e-6
-"""K entries give no tail: 1 minus the kept mass is noise below this."""
+"""Smallest derived tail mass: below it, 1 minus the kept mass is rounding noise."""
 
 
 def targets_of_entries(

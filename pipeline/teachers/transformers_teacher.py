@@ -1,7 +1,7 @@
 """The transformers engine: slow and plain, with exact tails and draws.
 
-For models that vLLM lacks, and as the reference. One sequence at a time, so that its values do not depend on its
-neighbors. Shape letters: `T` tokens, `N` target positions, `H` width of hidden states, `V` vocabulary.
+For models that vLLM does not support, and as the reference. One sequence at a time, so that its values do not depend on
+its neighbors. Shape letters: `T` tokens, `N` target positions, `H` width of hidden states, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class TransformersTeacher:
 
 
 def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
-    """The model in evaluation mode, on the GPU where there is one; its logits have the header's `head_dtype`.
+    """The model in evaluation mode, on the GPU if there is one; its logits have the header's `head_dtype`.
 
     Raises `TeacherUnusable`.
     """

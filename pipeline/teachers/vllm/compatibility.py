@@ -43,11 +43,11 @@ _WRONG_POSITIONS = {
     "parallel_config.enable_dbo": (False, "a step is computed in two halves"),
     "parallel_config.use_ubatching": (False, "a step is computed in parts"),
 }
-"""Settings of vLLM under which its prompt log-probs, and the tap, would see wrong or partial rows."""
+"""Settings of vLLM under which its prompt log-probs, and the tap, would read wrong or partial rows."""
 
 
 def problems_of_config(vllm_config: Any) -> Iterator[str]:
-    """Settings of the engine that the tap refuses, as messages. A setting that a release lacks is not a problem."""
+    """Settings that the tap does not support, as messages. A setting that a release lacks is not a problem."""
     for path, (wanted, reason) in _WRONG_POSITIONS.items():
         found = _attribute(vllm_config, path, default=wanted)
         if found != wanted:
@@ -55,7 +55,7 @@ def problems_of_config(vllm_config: Any) -> Iterator[str]:
 
 
 def problems_of_runner(runner: Any, name: str) -> Iterator[str]:
-    """Members of the model runner that the tap of runner `name` (v1, v2) touches and that are missing or differ."""
+    """Members of the model runner that the tap of runner `name` (v1, v2) uses and that are missing or differ."""
     is_v2 = hasattr(runner, "prompt_logprobs_worker")
     if is_v2 != (name == "v2"):
         yield f"vLLM chose model runner {'v2' if is_v2 else 'v1'}, and teacher.runner is {name}"

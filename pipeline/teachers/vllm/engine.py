@@ -25,11 +25,11 @@ from coldstill.storage_schema.header import DatasetHeader
 
 _REFUSED = {
     "speculative_config": "several logit rows belong to one token under speculative decoding",
-    "max_logprobs": "it follows teacher.top_k",
+    "max_logprobs": "teacher.top_k sets it",
     "logprobs_mode": "the log-probs are those of the raw logits",
-    "worker_extension_cls": "it names the tap",
-    "model": "it is teacher.model",
-    "dtype": "it is teacher.dtype",
+    "worker_extension_cls": "Coldstill sets it to load the tap",
+    "model": "teacher.model sets it",
+    "dtype": "teacher.dtype sets it",
 }
 
 
@@ -176,7 +176,7 @@ class Engine:
                     self._deliver(output)
 
     def _run_queued_calls(self) -> None:
-        """Run the queued calls; wait for one where the engine has no requests."""
+        """Run the queued calls; wait for one if the engine has no requests."""
         while not self._owners or not self._inbox.empty():
             self._inbox.get()()
 
@@ -230,5 +230,5 @@ class _paused:
 
 
 def _can_compile() -> bool:
-    """False where a path holds a space: torch.compile passes its include paths to the C++ compiler without quotes."""
+    """False if a path holds a space: torch.compile passes its include paths to the C++ compiler without quotes."""
     return not any(character.isspace() for character in sysconfig.get_path("purelib"))

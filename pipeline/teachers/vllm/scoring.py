@@ -29,7 +29,7 @@ SPEC_KEY = "coldstill"
 
 
 class RequestSpec(TypedDict):
-    """What a request wants of the tap; plain values, which vLLM passes on to its worker processes.
+    """The positions of a request that the tap scores; plain values, which vLLM passes on to its worker processes.
 
     Either `spans`, pairs of the first and one past the last target position, or `max_answer_tokens`: then every
     position from that of the prompt's last token on is a target.
@@ -175,11 +175,11 @@ class TappedRequest:
         self.failure = self.failure or reason
 
     def problem(self, positions: int) -> str:
-        """What is wrong with the first `positions`; empty if all of them were computed."""
+        """The problem of the first `positions`, as text; empty if all of them were computed."""
         if self.failure:
             return self.failure
         if positions > self.positions.size:
-            return f"{positions} targets where at most {self.positions.size} were announced"
+            return f"{positions} targets, at most {self.positions.size} were requested"
         if not self.done[:positions].all():
             missing = self.positions[:positions][~self.done[:positions]]
             return f"{missing.size} of {positions} positions were never computed, the first is {missing[0]}"
@@ -209,7 +209,7 @@ class StepScorer:
     """Scores steps, one after the other."""
 
     def __init__(self, settings: TapSettings, *, vocab_size: int, block_bytes: int, keeps: bool, is_split: bool):
-        """`block_bytes`: the most memory for the logits of a block and what is computed from them. `keeps`: whether
+        """`block_bytes`: the maximum memory for the logits of a block and what is computed from them. `keeps`: whether
         this process keeps its results. `is_split`: whether the head is split over several processes; all of them must
         then make the same calls of it, and one keeps the results."""
         self._settings, self._keeps, self._is_split = settings, keeps, is_split
@@ -258,7 +258,7 @@ class StepScorer:
             self._send(pieces, Summary(*map(torch.cat, zip(*parts, strict=True))), labels)
 
     def settle(self) -> None:
-        """Store the pending results in their requests; waits for the device where necessary."""
+        """Store the pending results in their requests; waits for the device if necessary."""
         pending, self._pending = self._pending, []
         for step in pending:
             if step.arrived is not None:

@@ -18,7 +18,7 @@ _LENGTHS = (2, 16, 17, 96, 64, 200)
 """Tokens of each sequence. The fifth is a prefix of the fourth, which a prefix cache would find."""
 _FLOAT32_TOLERANCE = 5e-5
 _ROUNDED_TOLERANCE = 2.0**-6
-"""Relative to the size of a log-prob, where logits are rounded to 8 bits of mantissa."""
+"""Relative to the size of a log-prob, for logits with 8 bits of mantissa."""
 
 Score = Callable[[Sequence[TokenSequence]], list[TeacherTargets]]
 

@@ -4,7 +4,7 @@ vLLM appends `TapExtension` to its worker class (`worker_extension_cls`), so tha
 methods by name. It wraps the runner's own prompt log-prob step, which follows the forward pass of each step and takes
 the hidden states of all scheduled tokens, final norm applied, before the head. `scoring.py` does the rest.
 
-`compatibility.py` lists what is touched of vLLM, and checks it before anything is wrapped.
+`compatibility.py` lists the parts of vLLM that the tap uses, and checks them before anything is wrapped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .compatibility import problems_of_config, problems_of_runner
 from .scoring import SPEC_KEY, Piece, StepScorer, TappedRequest, TapSettings
 
 _BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-"""Below the peak that vLLM measures at its start, whose activations are free again when the tap runs. On a CPU, 8 to 32
-MiB are 1.1 times as fast as 64 and 128 at V = 8,192, and 32 MiB is the fastest at 151,936. The cause is not proven:
-larger blocks may need new pages each time."""
+"""Memory of a block, below the peak that vLLM measures at its start: those activations are free again when the tap
+runs. On a CPU, 8 to 32 MiB are 1.1 times as fast as 64 and 128 at V = 8,192, and 32 MiB is the fastest at 151,936. The
+cause is not proven: larger blocks may need new pages each time."""
 
 
 class TapExtension:

@@ -22,7 +22,7 @@ from .scoring import SPEC_KEY, Arrays, RequestSpec, TapSettings
 from .self_check import largest_difference, self_check_sequences
 
 _TAKEN_BYTES = 8 << 20
-"""Of one message from the worker's process: larger ones leave vLLM's shared memory queue for a slower path."""
+"""Maximum bytes of one message from the worker's process: vLLM sends larger ones outside its shared memory."""
 
 
 class VllmTeacher:
@@ -106,7 +106,7 @@ class VllmTeacher:
                 f"vLLM {self._vllm.__version__} and teacher.tap worker",
                 found=problems[0],
                 wanted="a vLLM and engine_args that the tap fits",
-                fix="take that out of teacher.engine_args, install the vLLM that is pinned, or set teacher.tap: public",
+                fix="remove that from teacher.engine_args, install the pinned vLLM release, or set teacher.tap: public",
             )
         facts = answers[0]
         if facts["vocab_size"] != self._header.vocab_size:

@@ -153,7 +153,7 @@ def test_the_reason_of_a_unit_that_was_given_up_names_the_file_to_delete() -> No
     simulation = Simulation(1, workers=1, earlier={0: Attempts(unit=0, trials=(trial,) * MAX_DEATHS)})
     simulation.play(lambda row: True)
     (failed,) = simulation.dispatcher.failed
-    assert f"{MAX_DEATHS} workers died over it" in failed.reason
+    assert f"{MAX_DEATHS} workers died while they ran it" in failed.reason
     assert "delete attempts/000000.json" in failed.reason
 
 

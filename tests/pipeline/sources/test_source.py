@@ -335,7 +335,7 @@ def test_an_unknown_ending_is_named_with_the_way_out(tmp_path: Path) -> None:
 
 def test_lines_and_parquet_in_one_pattern_are_refused(tmp_path: Path) -> None:
     _one("x.jsonl")(tmp_path), _one("x.parquet")(tmp_path)
-    with pytest.raises(SourceUnreadable, match="one kind"):
+    with pytest.raises(SourceUnreadable, match="files of one format"):
         open_source(SourceConfig(path=str(tmp_path / "x.*")))
 
 

@@ -219,7 +219,7 @@ def test_what_is_refused_is_not_asked_again_and_shows_no_key(server: ModelServer
 def test_an_endless_answer_is_cut_off(server: ModelServer) -> None:
     teacher = _teacher(server)
     server.faults = [huge]
-    with pytest.raises(TeacherOutputInvalid, match="longer answer"):
+    with pytest.raises(TeacherOutputInvalid, match="longer response"):
         teacher.score(_sequences(1))
     teacher.score(_sequences())  # the pool has all its connections still
 
@@ -339,7 +339,7 @@ def test_a_server_that_gives_no_prompt_log_probs_is_refused(server: ModelServer)
 def test_a_server_whose_answers_have_tempered_log_probs_is_refused(folder: Path) -> None:
     with served(folder, processed=True) as server:
         _teacher(server)
-        with pytest.raises(TeacherUnusable, match="same tokens as a prompt"):
+        with pytest.raises(TeacherUnusable, match="same tokens in a prompt"):
             _teacher(server, SamplingConfig())
 
 

@@ -195,7 +195,7 @@ def test_an_answer_grows_by_a_position_at_a_time() -> None:
     scorer.settle()
     assert request.problem(3) == request.problem(4) == ""
     assert "1 of 5 positions" in request.problem(5)
-    assert "at most 30 were announced" in request.problem(31)
+    assert "at most 30 were requested" in request.problem(31)
     wanted = _expected([*prompt, *answer], states, np.arange(11, 15), "a")
     _assert_same(
         Arrays.from_wire(request.arrays.to_wire(4), positions=4, settings=SETTINGS).targets(draw_logprobs=True), wanted
