@@ -39,7 +39,7 @@ _FULL_BELOW_BYTES = 1 << 20
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """The callback of transformers, with its count restored from the checkpoint and a checkpoint where it stops."""
+    """The callback of transformers, with its count restored from the checkpoint and a checkpoint when it stops."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the count of a resumed run."""

@@ -111,7 +111,7 @@ class DataConfig(FrozenModel):
 
 
 class TrainingConfig(FrozenModel):
-    """Optimizer, batches, checkpoints and evaluation. Defaults are those of the TAID repository where it has them."""
+    """Optimizer, batches, checkpoints and evaluation. Defaults are those of the TAID repository, if it has them."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     epochs: float = Field(1.0, gt=0, description="Passes over the dataset; ignored if max_steps is set.")

@@ -78,7 +78,7 @@ class StepRecord(TrainerCallback, ExportableState):
             self.loss_state.load_state_dict(saved["memory"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Raise `NonFiniteLoss` on all devices where one has a value that is not finite; no weight has moved."""
+        """Raise `NonFiniteLoss` on all devices if one has a value that is not finite; no weight has changed."""
         sums = torch.stack([_sums(values) for values, _ in self._parts]).sum(0)
         if self.loss_state is not None:
             sums = torch.cat([sums, self.loss_state.take().to(sums.device)])
@@ -135,7 +135,7 @@ class StepRecord(TrainerCallback, ExportableState):
             f"loss of rows {', '.join(rows[:MOST_NAMED])}{more} at optimizer step {step}",
             found=f"{count} of {self._step_targets} values that are not finite",
             wanted="a finite loss; the optimizer was stopped before this step",
-            fix="lower training.learning_rate; if the very first step fails, look at these rows of the dataset",
+            fix="lower training.learning_rate; if the first step fails, inspect these rows of the dataset",
         )
 
 
@@ -151,7 +151,7 @@ def _broken_rows(values: LossValues, batch: Mapping[str, Any]) -> list[str]:
 
 
 def _peak_memory_mb() -> float:
-    """Most memory of this process so far, in MiB: of the GPU where there is one, else resident memory."""
+    """Peak memory of this process so far, in MiB: of the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024

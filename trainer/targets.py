@@ -25,10 +25,10 @@ class SparseTargets:
     `labels int64 [M]`: the token that follows in the text; `label_logprob float32 [M]`: the teacher's log-prob of it.
 
     `draws int64 [M, N]`: sampled ids outside the kept ones, repeats allowed; `draw_weights float32 [M, N]`: the share
-    of the tail that each represents, 0 for padding (id 0). The weights of one position sum to 1 where there are draws
-    and to 0 where there are none. They sum to less than 1 where ids with known log-probs were cut from the kept ones
-    and there are no draws beside them. `draw_logprobs float32 [M, N]`: the teacher's log-probs of the draws, None where
-    the dataset holds none.
+    of the tail that each represents, 0 for padding (id 0). The weights of one position sum to 1 if there are draws and
+    to 0 if there are none. They sum to less than 1 if ids with known log-probs were cut from the kept ones and there
+    are no draws beside them. `draw_logprobs float32 [M, N]`: the teacher's log-probs of the draws, None where the
+    dataset holds none.
 
     `row`, `position` `int64 [M]`: logits `[row, position]` of the batch are scored against this target, without any
     shift.
@@ -121,7 +121,7 @@ class SparseTargets:
 def joined(targets: Sequence[TeacherTargets]) -> TeacherTargets:
     """Targets of several rows as those of one, in order; K is the largest of theirs, and `ids` are int64.
 
-    The log-probs of the draws are kept only where all rows have them.
+    The log-probs of the draws are kept only if all rows have them.
     """
     top_k = max(item.top_k for item in targets)
     known = all(item.draw_logprobs is not None for item in targets)

@@ -1,1 +1,1 @@
-"""From sealed datasets to batches of tensors, in a shuffled order that resumes exactly."""
+"""Reads sealed datasets as batches of tensors, in a shuffled order that resumes exactly."""

@@ -54,7 +54,7 @@ class BatchSampler:
         }
 
     def batch(self) -> list[Pack]:
-        """The next batch. Raises `RowTooLong`, and as `RowReader.rows`."""
+        """The next batch. Raises `RowTooLong`, and what `RowReader.rows` raises."""
         packs: list[Pack] = []
         while len(packs) < self._batch_size and (pack := self._pack()):
             packs.append(pack)

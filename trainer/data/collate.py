@@ -38,7 +38,7 @@ def collate_packs(packs: Sequence[Sequence[CachedRow]], *, length: int, top_k: i
       transformers derives from them which tokens attend to each other (only with `use_cache=False`).
     - `labels int64 [B, T]`: token `t + 1` at a target position `t` of a row, so they are already aligned and must not
       be shifted; `IGNORED` elsewhere.
-    - `targets`: `SparseTargets` of the `M` positions, reduced to the `top_k` most probable ids where given.
+    - `targets`: `SparseTargets` of the `M` positions, reduced to the `top_k` most probable ids if given.
     - `sample_ids`: a name per row; `target_samples int64 [M]`: the index there of each target's row.
     """
     rows = [row for pack in packs for row in pack]

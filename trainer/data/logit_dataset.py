@@ -114,7 +114,8 @@ class LogitDataset:
         return sum(dataset.manifest.targets for dataset in self.sources.datasets)
 
     def mean_tail_mass(self) -> float:
-        """The teacher's mean mass outside the kept ids, from a few rows of each dataset. Raises as `Dataset.row`."""
+        """The teacher's mean mass outside the kept ids, from a few rows of each dataset. Raises `Dataset.row`'s
+        errors."""
         return self._mean_tail_mass
 
     def stream(

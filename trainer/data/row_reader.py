@@ -63,7 +63,7 @@ class Sources:
         return RowReader(self.datasets, cache=self.cache, verified=self.verified)
 
     def read(self, reader: RowReader, wanted: Sequence[RowReference], *, seed: int) -> list[CachedRow]:
-        """The rows of `wanted` with a subset of `draws` draws, chosen by `seed`. Raises as `RowReader.rows`."""
+        """`wanted` rows with a subset of `draws` draws, chosen by `seed`. Raises what `RowReader.rows` raises."""
         rows = reader.rows(wanted)
         if self.draws is None:
             return rows
@@ -89,11 +89,11 @@ class RowReader:
         self._shards[dataset].prefetch(shards)
 
     def groups(self, dataset: int, shard: int) -> int:
-        """Row groups of a shard. Raises as `rows`."""
+        """Row groups of a shard. Raises what `rows` raises."""
         return len(self._shards[dataset].open(shard).group_rows)
 
     def lengths(self, dataset: int, shard: int, group: int) -> np.ndarray:
-        """`int32 [rows]`: tokens of each row of a row group, read without decoding a frame. Raises as `rows`."""
+        """`int32 [rows]`: tokens of each row of a group, read without decoding a frame. Raises what `rows` raises."""
         offsets = self._group((dataset, shard, group)).column("token_ids").offsets
         return np.diff(values_of(offsets, np.int32))
 

@@ -46,7 +46,7 @@ class ShuffledRows:
         return self
 
     def __next__(self) -> RowReference:
-        """The next row. Raises as `RowReader.rows`."""
+        """The next row. Raises what `RowReader.rows` raises."""
         if self._window is None:
             self._window = self._read_window()
         if self._row == len(self._window):
@@ -136,7 +136,7 @@ class Mixture:
         return self
 
     def __next__(self) -> RowReference:
-        """The next row. Raises as `RowReader.rows`."""
+        """The next row. Raises what `RowReader.rows` raises."""
         rows = self._datasets[self._choice(self.taken)]
         self.taken += 1
         return next(rows)

@@ -56,7 +56,7 @@ class LogitStream(IterableDataset):
         """Batches of one epoch on this rank, rounded up.
 
         With packing this is an estimate: all packs are assumed as full as those of the first 1,024 rows, whose shards
-        are read for it. Raises as `RowReader.rows`.
+        are read for it. Raises what `RowReader.rows` raises.
         """
         packs = self._sources.rows if self.pack_length is None else self._estimated_packs(self.pack_length)
         return math.ceil(math.ceil(packs / self.batch_size) / self.world_size)
@@ -72,7 +72,7 @@ class LogitStream(IterableDataset):
         self._cursor = cursor
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises `RowTooLong`, and as `RowReader.rows`."""
+        """Raises `RowTooLong`, and what `RowReader.rows` raises."""
         worker = get_worker_info()
         if worker is None:
             yield from prefetch(self._batches(worker=0, workers=1), depth=_PREFETCHED_BATCHES)

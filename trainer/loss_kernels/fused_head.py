@@ -2,11 +2,12 @@
 
 Shape letters: `M` target positions, `D` width, `V` rows of the head, `C` target positions of a chunk.
 
-`loss_on_hidden` computes per chunk the logits `[C, V]`, the loss, the gradient by the logits in the same memory, and
-from that the gradients by hidden states and head. Neither the `[M, V]` logits nor their gradient ever exist, so memory
-beyond the head's own gradient does not grow with `M`. The technique is that of Liger-Kernel's fused linear
-cross-entropy. `loss_on_logits` is the plain way, for a head that cannot be computed in chunks, and the reference in
-tests. What both minimize is an `Objective`: a loss of the cache and a share of the labels' cross-entropy.
+`loss_on_hidden` computes per chunk the logits `[C, V]`, the loss, the gradient with respect to the logits in the same
+memory, and from that the gradients with respect to hidden states and head. Neither the `[M, V]` logits nor their
+gradient ever exist, so memory beyond the head's own gradient does not grow with `M`. The technique is that of
+Liger-Kernel's fused linear cross-entropy. `loss_on_logits` is the plain way, for a head that cannot be computed in
+chunks, and the reference in tests. What both minimize is an `Objective`: a loss of the cache and a share of the labels'
+cross-entropy.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ costs about 500 / C of the products' time, at 3 TB/s and 600 Tflop/s in bfloat16
 
 
 class SparseLoss(Protocol):
-    """A loss of sparse targets in plain torch. Autograd gives its gradient by the log-probs, and `logit_view.py` the
-    gradient by the logits, in closed form. A target that must not be differentiated is detached."""
+    """A loss of sparse targets in plain torch. Autograd gives its gradient with respect to the log-probs, and
+    `logit_view.py` that with respect to the logits, in closed form. A target that must not be differentiated is
+    detached."""
 
     def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float) -> torch.Tensor:
         """Value per position `[M]` in nats; `t` in [0, 1] is TAID's, other losses ignore it."""
@@ -42,9 +44,9 @@ class SparseLoss(Protocol):
 class LossValues:
     """One value per target position, in nats; nothing is averaged here.
 
-    `loss [M]`: what is minimized. `distillation [M]`: its part from the teacher alone, which the schedule of t follows.
-    `bucket_kl [M]`: KL(teacher || student) over the K kept ids and ONE bucket for the rest: the same measure whatever
-    the loss and t, for people to read. It is a lower bound: never call it the KL to the teacher.
+    `loss [M]`: what is minimized. `distillation [M]`: its part from the teacher only, which the schedule of t follows.
+    `bucket_kl [M]`: KL(teacher || student) over the K kept ids and ONE bucket for the rest: the same measure for every
+    loss and t, for monitoring. It is a lower bound: never call it the KL to the teacher.
     """
 
     loss: torch.Tensor
@@ -64,7 +66,7 @@ class Objective:
     cross_entropy_share: float = 0.0
 
     def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float) -> LossValues:
-        """Values of the `M` positions; `loss` carries the gradient by `student`."""
+        """Values of the `M` positions; `loss` is differentiable by autograd with respect to `student`."""
         share = self.cross_entropy_share
         distillation = self.distillation(student, targets, t=t)
         loss = distillation if share == 0 else (1 - share) * distillation - share * student.log_q_label
@@ -81,7 +83,7 @@ class Objective:
         passes: RowPasses | None = None,
     ) -> LossValues:
         """Values of `logits [M, V]` (float32 or float64), which are overwritten: `with_gradient` they then hold the
-        gradient of `sum(loss)` by themselves. `passes` default to the fastest of the device."""
+        gradient of `sum(loss)` with respect to them. `passes` default to the fastest of the device."""
         view = forward_(logits, targets, passes=passes)
         if not with_gradient:
             return self(view.log_probs, targets, t=t).detached()
@@ -120,10 +122,11 @@ def loss_on_hidden(
     weight: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> tuple[torch.Tensor, LossValues]:
-    """`weight * sum(loss)` of `hidden [M, D]`, differentiable by it and by the head, and the values of each position.
+    """`weight * sum(loss)` of `hidden [M, D]`, differentiable with respect to it and the head, and the values of each
+    position.
 
-    Matrix products take factors in the dtype of autocast where that is on, else in that of `hidden`; logits, loss and
-    sums over chunks are float32 at least. A frozen head gets no gradient, and none is computed where gradients are off.
+    Matrix products take factors in the dtype of autocast if that is on, else in that of `hidden`; logits, loss and
+    sums over chunks are float32 at least. A frozen head gets no gradient, and none is computed if gradients are off.
     The forward pass computes the gradients, so one backward pass may follow; a second is a `RuntimeError`.
     """
     kept: list[LossValues] = []
@@ -205,7 +208,7 @@ class _Chunks:
         return tensor if tensor.is_cuda else tensor.to(self._wide)
 
     def borders(self) -> list[tuple[int, int]]:
-        """Start and stop of each chunk; one empty chunk where there are no positions."""
+        """Start and stop of each chunk; one empty chunk if there are no positions."""
         size = self._hidden.shape[0]
         return [(start, min(start + self._rows, size)) for start in range(0, max(size, 1), self._rows)]
 
@@ -222,7 +225,7 @@ class _Chunks:
         return logits
 
     def add_gradient(self, start: int, stop: int, gradient: torch.Tensor) -> None:
-        """Add the part of a chunk whose gradient by its logits is `gradient [C, V]`."""
+        """Add the part of a chunk whose gradient with respect to its logits is `gradient [C, V]`."""
         if self._slope is not None:
             gradient.mul_(self._slope[: stop - start])
         if self.by_bias is not None:
@@ -256,7 +259,7 @@ def _joined(parts: list[LossValues]) -> LossValues:
 def loss_on_logits(
     logits: torch.Tensor, targets: SparseTargets, objective: Objective, *, t: float, weight: float = 1.0
 ) -> tuple[torch.Tensor, LossValues]:
-    """`weight * sum(loss)` of `logits [M, V]`, differentiable by them, and the values of each position.
+    """`weight * sum(loss)` of `logits [M, V]`, differentiable with respect to them, and the values of each position.
 
     Computed in float32 at least, whatever the logits' dtype.
     """

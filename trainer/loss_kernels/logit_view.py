@@ -1,10 +1,11 @@
-"""What a loss reads of the student's logits, and the gradient by these logits, in closed form.
+"""The log-probs that a loss reads from the student's logits, and the logits' gradient in closed form.
 
 Shape letters: `M` target positions, `V` vocabulary, `K` teacher top-k, `N` padded draws. All logs are natural.
 
-`forward_` turns logits into `StudentLogProbs`, the input of every loss; `LogitView.backward_` turns the gradient by
-those into the gradient by the logits. Both work in the memory of the logits. With S the kept ids of a position, T all
-other ids, q the student, m_q its mass in T, and u the gradient of the position's loss by each entry of its log-probs:
+`forward_` turns logits into `StudentLogProbs`, the input of every loss; `LogitView.backward_` turns the gradient with
+respect to those into that with respect to the logits. Both work in the memory of the logits. With S the kept ids of a
+position, T all other ids, q the student, m_q its mass in T, and u the gradient of the position's loss with respect to
+each of its log-probs:
 
     dLoss/dz_v = 1[v in S] u_v + 1[v in T] (q_v / m_q) u_T + 1[v a draw] u_draw + 1[v the label] u_label - q_v U
 
@@ -31,7 +32,7 @@ from coldstill.trainer.targets import SparseTargets
 from .row_passes import LARGEST_DIFFERENCE, RowGradient, RowPasses, RowReadings, difference
 
 LOG_EMPTY_TAIL = -60.0
-"""Log mass of a tail without ids, where the kept ids are the whole vocabulary: e^-60 is zero, and 0 * -60 is finite."""
+"""Log mass of a tail without ids, when the kept ids are the whole vocabulary: e^-60 is zero, and 0 * -60 is finite."""
 
 TRITON_SWITCH = "COLDSTILL_TRITON"
 """Environment variable; 0 turns the Triton passes off."""
@@ -44,7 +45,7 @@ class StudentLogProbs:
     """Log-probs of the student's full softmax at the places that `SparseTargets` names; float32 or wider.
 
     `log_q [M, K]`: of the kept ids; unused entries are 0. `log_q_tail [M]`: of all mass outside the kept ids together,
-    -60 where the kept ids are the whole vocabulary. `log_q_draws [M, N]`: of each draw; padding is 0.
+    -60 if the kept ids are the whole vocabulary. `log_q_draws [M, N]`: of each draw; padding is 0.
     `log_q_label [M]`: of the token that follows in the text.
     """
 
@@ -124,7 +125,7 @@ class Buckets:
 
 
 class PlainPasses:
-    """In torch alone, on any device, in float32 or float64; `read_` leaves the softmax over the tail, 0 at kept ids.
+    """In torch only, on any device, in float32 or float64; `read_` leaves the softmax over the tail, 0 at kept ids.
 
     torch's softmax works on a row while the row is in the cache. Its sum is one over its largest value, so besides it
     only the largest logit before and the largest value afterwards are read."""
@@ -195,7 +196,7 @@ class LogitView:
     passes: RowPasses
 
     def backward_(self, by_log_probs: StudentLogProbs, targets: SparseTargets) -> torch.Tensor:
-        """Gradient `[M, V]` by the logits from the gradient by each log-prob, written into the logits' memory."""
+        """Gradient `[M, V]` with respect to the logits from that of each log-prob, written into the logits' memory."""
         kept, drawn = targets.kept, targets.draw_weights > 0
         by_kept, by_draws = by_log_probs.log_q * kept, by_log_probs.log_q_draws * drawn
         # With a tail its largest term is exp(0), so the sum is at least 1. Without one its log mass is a constant.

@@ -16,14 +16,14 @@ import torch
 from coldstill.trainer.targets import SparseTargets
 
 LARGEST_DIFFERENCE = 1e-4
-"""Between two float32 results of `difference` that count as equal: absolute below 1, relative above."""
+"""Largest difference between two float32 results that count as equal: absolute below 1, relative above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowReadings:
     """What the first pass reads of logits z. `of_kept [M, K]`, `of_draws [M, N]`, `of_label [M]`: z at these ids.
     `tail_max [M]`: the largest z outside the kept ids; `tail_sum [M]`: the sum of exp(z - tail_max) there, at least 1.
-    Where the kept ids are the whole vocabulary these two are the lowest finite number and 0."""
+    If the kept ids are the whole vocabulary, these two are the lowest finite number and 0."""
 
     of_kept: torch.Tensor
     of_draws: torch.Tensor
@@ -34,8 +34,9 @@ class RowReadings:
 
 @dataclass(frozen=True, kw_only=True)
 class RowGradient:
-    """A gradient by logits z in compact form. `of_tail [M]`: the factor of exp(z - tail_max) outside the kept ids;
-    `at_kept [M, K]`, `at_draws [M, N]`, `at_label [M]`: terms at single ids; 0 at padding; repeated ids add up."""
+    """A gradient with respect to logits z, in compact form. `of_tail [M]`: the factor of exp(z - tail_max) outside the
+    kept ids; `at_kept [M, K]`, `at_draws [M, N]`, `at_label [M]`: terms at single ids; 0 at padding; repeated ids add
+    up."""
 
     of_tail: torch.Tensor
     at_kept: torch.Tensor

@@ -28,7 +28,7 @@ WARPS = 8
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-# The most draws of a position change from batch to batch.
+# The maximum number of draws per position changes from batch to batch.
 @triton.jit(do_not_specialize=["most_draws"])
 def _read_rows(  # type: ignore[no-untyped-def]
     logits,

@@ -20,11 +20,13 @@ _PLUGIN = "module:name"
 
 
 class PluginLoss(FrozenModel):
-    """A loss of the user's own code and its options, not yet imported; `read_loss` imports it."""
+    """The user's own loss and its options, not yet imported; `read_loss` imports it."""
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field(description="A loss of your own, a class derived from Loss; its options stand beside it.")
+    name: str = Field(
+        description="Your own loss, a class derived from Loss; its options are further keys of this section."
+    )
 
 
 def _losses_of_this_folder() -> dict[str, type[Loss]]:
@@ -43,7 +45,7 @@ LOSSES: dict[str, type[Loss]] = {"taid": Taid, **_losses_of_this_folder()}
 
 
 def _with_name(given: Any) -> Any:
-    """A mapping with the default name where it has none, and without the options that are null."""
+    """A mapping with the default name if it has none, and without the options that are null."""
     if isinstance(given, Loss | PluginLoss):
         return given
     if not isinstance(given, Mapping):
@@ -92,7 +94,7 @@ def read_loss(given: str | Mapping[str, Any] | Loss | PluginLoss) -> Loss:
 
 
 def run_identity(loss: Loss | PluginLoss) -> dict[str, Any]:
-    """What `run.json` stores of a loss. The first releases had these keys for every loss, null where it had no such
+    """The record of a loss in `run.json`. The first releases had these keys for every loss, null if it had no such
     option; with them, runs of all releases can be compared."""
     keys = ("schedule", "t_start", "t_end", "alpha", "beta", "mu")
     return {"tail": "auto", "cross_entropy_share": 0.0, **dict.fromkeys(keys), **loss.model_dump()}

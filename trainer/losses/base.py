@@ -35,7 +35,7 @@ TAIL_NEEDS: dict[str, frozenset[Need]] = {
     "mixture": frozenset({"draws"}),
     "mass_corrected": frozenset({"draws", "draw_logprobs"}),
 }
-"""What a treatment of the tail needs; those that are not named need the stored tail mass alone."""
+"""What a treatment of the tail needs; those that are not named need only the stored tail mass."""
 
 BucketTail = Literal["auto", "bucket"]
 """The tails of a loss that uses no draws."""
@@ -56,7 +56,7 @@ class Loss(FrozenModel, ABC):
     title: ClassVar[str]
     """What the model card calls the loss."""
     arxiv: ClassVar[str | None]
-    """arXiv id of its paper; None where there is none."""
+    """arXiv id of its paper; None if there is none."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What the loss needs of a dataset, whatever its tail."""
     eval_loss: ClassVar[tuple[str, ...]] = (
@@ -104,7 +104,7 @@ class Loss(FrozenModel, ABC):
         return 0.0
 
     def function(self) -> SparseLoss:
-        """What a training run calls: the loss itself, or an object with a `state` where it keeps one between steps."""
+        """What a training run calls: the loss itself, or an object with a `state`, if it keeps one between steps."""
         return self
 
     def new_schedule(self) -> TaidSchedule | None:
@@ -118,7 +118,7 @@ class Loss(FrozenModel, ABC):
 
 
 class TeacherLoss(Loss):
-    """A loss that learns from the teacher, and can be mixed with the cross-entropy of the rows' own tokens."""
+    """A loss against the teacher, which can be mixed with the cross-entropy of the rows' own tokens."""
 
     cross_entropy_share: float = Field(
         0.0, ge=0, le=1, description="Weight s of the labels' cross-entropy: (1 - s) loss + s cross-entropy."
@@ -157,7 +157,7 @@ class LossState(ABC):
         self._sums = wide if self._sums is None else [one + other for one, other in zip(self._sums, wide, strict=True)]
 
     def take(self) -> torch.Tensor:
-        """`float64` sums of this device since the last call; zeros on the CPU where it had no position."""
+        """`float64` sums of this device since the last call; zeros on the CPU if it had no position."""
         import torch
 
         sums, self._sums = self._sums, None
@@ -187,7 +187,7 @@ class LossState(ABC):
 def build_objective(
     loss: Loss, *, draws: int, mean_tail_mass: float, dense: bool = False, draw_logprobs: bool = False
 ) -> Objective:
-    """What training minimizes with `loss`, on a dataset with these facts; a warning where it is a bound.
+    """What training minimizes with `loss`, on a dataset with these facts. Logs a warning if it is a bound.
 
     `draws`: per position, as captured. `mean_tail_mass`: mass outside the kept ids, mean over all targets. `dense`:
     every id of the vocabulary is kept at every position. `draw_logprobs`: the dataset has the draws' log-probs.

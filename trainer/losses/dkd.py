@@ -88,6 +88,6 @@ def _normalized(log_first: torch.Tensor, log_second: torch.Tensor) -> tuple[torc
 def _tail_without(log_tail: torch.Tensor, log_label: torch.Tensor, in_tail: torch.Tensor) -> torch.Tensor:
     """`log_tail [M]` without the label's mass where `in_tail bool [M]`."""
     share = (log_label - log_tail).clamp_max(math.log1p(-LEAST_SHARE_LEFT))
-    # Filled before the logarithm: where the label is not in the tail, its share of it is not below 1.
+    # Filled before the logarithm: if the label is not in the tail, its share of it is not below 1.
     left = (-share.masked_fill(~in_tail, -1.0).exp()).log1p()
     return log_tail + left.masked_fill(~in_tail, 0)

@@ -58,10 +58,10 @@ PRIOR_DRAWS = 8.0
 .140 and .061 of the gradient with c = 8, .140 and .050 with 1, .169 and .075 with the prior alone."""
 
 LARGEST_RATIO = 50.0
-"""Upper limit of one draw's r: one draw likely for the student but not for the teacher would rule the estimate."""
+"""Upper limit of one draw's r: one draw likely for the student but not for the teacher would dominate the estimate."""
 
 SMALLEST_NORMAL = 1.1754944e-38
-"""Of float32; keeps divisions by 0 and logs of 0 finite."""
+"""The smallest normal float32; keeps divisions by 0 and logs of 0 finite."""
 
 
 class Taid(TeacherLoss):
@@ -73,11 +73,12 @@ class Taid(TeacherLoss):
     name: Literal["taid"] = Field("taid", description="Temporally adaptive interpolated distillation; the default.")
     tail: Literal["auto", "mixture", "bucket", "mass_corrected"] = Field(
         "auto",
-        description="Tail outside the top K: mixture uses the cached draws, bucket the tail's total mass alone, "
-        "mass_corrected also the draws' log-probs; auto is mixture where the dataset has draws, else bucket.",
+        description="Tail outside the top K: mixture uses the cached draws, bucket only the tail's total mass, "
+        "mass_corrected also the draws' log-probs; auto is mixture if the dataset has draws, else bucket.",
     )
     schedule: Literal["adaptive", "linear"] = Field(
-        "adaptive", description="How t moves: by the paper's adaptive rule, or along the straight line alone."
+        "adaptive",
+        description="How t moves. adaptive: by the paper's rule; linear: along a straight line over the run.",
     )
     t_start: float = Field(
         0.4, ge=0, le=1, description="t of the first step; the paper uses 0.2 to 0.4, more for a larger gap."
@@ -86,7 +87,7 @@ class Taid(TeacherLoss):
     alpha: Literal["auto"] | float = Field(
         "auto", description="Speed of the adaptive rule; auto keeps the paper's curve at any number of steps."
     )
-    beta: float = Field(0.99, ge=0, lt=1, description="Memory of the adaptive rule's momentum.")
+    beta: float = Field(0.99, ge=0, lt=1, description="Decay factor of the adaptive rule's momentum.")
 
     @model_validator(mode="after")
     def _t_rises(self) -> Taid:
@@ -124,8 +125,8 @@ class ForwardKl(TeacherLoss):
     name: Literal["forward_kl"] = Field("forward_kl", description="KL(teacher || student): taid held at t = 1.")
     tail: Literal["auto", "mixture", "bucket"] = Field(
         "auto",
-        description="Tail outside the top K: mixture uses the cached draws, bucket the tail's total mass alone; auto "
-        "is mixture where the dataset has draws, else bucket.",
+        description="Tail outside the top K: mixture uses the cached draws, bucket only the tail's total mass; auto "
+        "is mixture if the dataset has draws, else bucket.",
     )
 
     def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 1.0) -> torch.Tensor:
@@ -174,7 +175,7 @@ class MassCorrectedTaid:
             self.state.add((mean * draws).sum(), draws.sum())
         ratio = (mean * draws + PRIOR_DRAWS * self.state.value) / (draws + PRIOR_DRAWS)
         scores = _interpolated(both, t)
-        # Where the student gives the draws no mass at all: log 0 would be no target.
+        # The student may give the draws no mass: log 0 would not be a target.
         scores[:, -1] += ratio.clamp_min(SMALLEST_NORMAL).log()
         log_target = both.log_softmax(scores)
         value = both.expect(log_target.exp(), log_target - both.log_q)
@@ -197,7 +198,7 @@ def _interpolated(both: Buckets, t: float) -> torch.Tensor:
 
 
 def tail_term(student: StudentLogProbs, targets: SparseTargets, mass: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy `[M]` within the tail of draws that together hold `mass [M]`; 0 where there are no draws."""
+    """Cross-entropy `[M]` within the tail of draws that together hold `mass [M]`; 0 if there are no draws."""
     weights = mass[:, None] * targets.draw_weights
     return (weights * (student.log_q_tail[:, None] - student.log_q_draws)).sum(1)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 PAPER_ALPHA_TIMES_STEPS = 5.8
 """alpha * steps of the paper's runs (5e-4 over about 11,700 steps). As sigmoid(m) stays near 1/2, the course of
-`1 - (1 - t_start) exp(-alpha n / 2)` depends on this product alone. At a fixed alpha of 5e-4 the adaptive part would
+`1 - (1 - t_start) exp(-alpha n / 2)` depends on this product only. At a fixed alpha of 5e-4 the adaptive part would
 stay below the straight line in every run of up to 4,000 steps."""
 
 LARGEST_AUTO_ALPHA = 0.1
@@ -61,7 +61,7 @@ class TaidSchedule:
         return self.t
 
     def _relative_fall(self, loss: float) -> float:
-        # Bounded: at t_start = 0 the first loss is 0, and one huge ratio would silence the rule for thousands of steps.
+        # Bounded: at t_start = 0 the first loss is 0, and one huge ratio would disable the rule for thousands of steps.
         assert self.previous_loss is not None
         return max(-1.0, min(1.0, (self.previous_loss - loss) / (abs(self.previous_loss) + 1e-15)))
 

@@ -1,4 +1,4 @@
-"""The distilling forward: a causal LM that is called with targets returns their loss.
+"""The distilling forward pass: a causal LM that is called with targets returns their loss.
 
     model(input_ids=..., targets=..., objective=..., t=..., weight=...) -> {"loss": scalar, "values": LossValues}
 
@@ -34,7 +34,7 @@ PROBE_TOKENS = 8
 LARGE_LOGIT = 60.0
 """Twice the soft-capping of Gemma 2: capped logits then differ from plain ones by half."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Of the largest logit; 3e-2 for the 16-bit types."""
+"""Tolerance as a share of the largest logit; 3e-2 for the 16-bit types."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def distil_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool =
     """Set the distilling forward on `model`, or on the model inside it; a second call changes the settings.
 
     `token_count`: ids of the tokenizer; further rows of the head are ignored. With `fused` False the loss is computed
-    from the model's own logits even where the head could be computed in chunks.
+    from the model's own logits even if the head could be computed in chunks.
     """
     inner = innermost(model)
     formula, reason = find_head(inner) if fused else (None, "fused_head is False")
@@ -65,7 +65,7 @@ def distil_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool =
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The arguments of a student's forward pass: token ids, and what separates the rows.
 
-    Padded rows need the mask alone, so they also work with models that accept no `position_ids`. Packed rows are
+    Padded rows need only the mask, so they also work with models that accept no `position_ids`. Packed rows are
     separated by their positions and have no mask.
     """
     separator = "attention_mask" if "attention_mask" in batch else "position_ids"

@@ -48,15 +48,15 @@ def expected(model: Any, rows: list[Row]) -> dict[str, float]:
             label = int(row.token_ids[row.positions[n] + 1])
             kept = row.targets.ids[n, : row.targets.counts[n]].tolist()
             head = reference.ranked(p)[: min(10, len(kept))]
-            favourite = int(np.argmax(q))
+            favorite = int(np.argmax(q))
             for name, value in {
                 "cross_entropy": -math.log(q[label]),
                 "teacher_cross_entropy": -math.log(p[label]),
                 "forward_kl_lower_bound": reference.kl(reference.bucket(p, kept), reference.bucket(q, kept)),
                 "reverse_kl_lower_bound": reference.kl(reference.bucket(q, kept), reference.bucket(p, kept)),
-                "top1_agreement": favourite == int(np.argmax(p)),
-                "accuracy": favourite == label,
-                "confidence": q[favourite],
+                "top1_agreement": favorite == int(np.argmax(p)),
+                "accuracy": favorite == label,
+                "confidence": q[favorite],
                 "head_mass": reference.mass(q, head),
                 "rest_mass": 1 - reference.mass(q, head),
                 "tail_mass": 1 - reference.mass(q, kept),
