@@ -68,8 +68,8 @@ def evaluate(
 ) -> EvaluationReport:
     """Measure the model `student` (folder or hub name) on all rows of a sealed dataset.
 
-    With `teacher`, that model is loaded too, and divergences over the whole vocabulary are measured beside those that
-    the cache gives. `dtype` is the data type of the models' weights.
+    With `teacher`, that model is loaded too, and divergences over the whole vocabulary are measured in addition to
+    those that the cache gives. `dtype` is the data type of the models' weights.
 
     Raises `PackagesMissing` and what `coldstill.trainer.evaluation` raises; all of them are `ColdstillError`s.
     """

@@ -1,4 +1,4 @@
-"""A teacher of your own as an engine: the mean of two checkpoints' distributions.
+"""Your own teacher class as an engine: the mean of two checkpoints' distributions.
 
     teacher:
       model: my-org/checkpoint-a                # its tokenizer and config.json describe the dataset

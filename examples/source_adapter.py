@@ -1,4 +1,4 @@
-"""A source adapter of your own: rows of question, options and solution become chats.
+"""Your own source adapter: rows of question, options and solution become chats.
 
     source:
       path: questions.jsonl

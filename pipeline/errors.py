@@ -1,4 +1,5 @@
-"""The named errors of a capture: every class that `coldstill capture` can raise beside those of stores and files."""
+"""The named errors of a capture: every class that `coldstill capture` can raise, in addition to those of stores and
+files."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class RejectReason(StrEnum):
-    """The value is stored in the dataset's `rejects/` files and manifest, so it never changes. `sentence`: its meaning."""
+    """`value` is stored in `rejects/` files and the manifest, so it never changes. `sentence` explains it."""
 
     sentence: str
 

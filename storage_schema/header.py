@@ -31,7 +31,7 @@ HEADER_NAME = "dataset.json"
 _MEAN_KL = {"fine": 1e-5, "coarse": 1e-4, "exact": 1e-6}
 _GRID_SCALE = {"fine": 130, "coarse": 41}
 """Rounding to a grid with step s costs a KL of sum p s^2 / 24 over the K + 1 buckets, and s <= 2 / (a sqrt(p)): with
-a = scale sqrt(K + 1) that is at most 1 / (6 scale^2), 9.9e-6 and 9.9e-5 nats, whatever the teacher and K; three times
+a = scale sqrt(K + 1) that is at most 1 / (6 scale^2), 9.9e-6 and 9.9e-5 nats, for any teacher and K; three times
 that where all errors of a position are half a step."""
 _GRID_B = 2
 """No stored log-prob is then off by more than a quarter of a nat. 8 would cost 7 % more bytes for a sharp teacher at K

@@ -56,7 +56,7 @@ def _value(data: bytes, place: int, kind: int, depth: int) -> tuple[Any, int]:
         return _list(data, place, depth + 1)
     if kind == _DOUBLE:
         return _take(data, place, 8)
-    if kind in (_TRUE, _FALSE, _BYTE):  # a boolean has a byte of its own only inside a list
+    if kind in (_TRUE, _FALSE, _BYTE):  # a boolean has its own byte only inside a list
         return data[place], place + 1
     raise ValueError(f"type {kind}")
 

@@ -118,7 +118,7 @@ def _digest(
     on_block: Callable[[int], None] = lambda _: None,
     write: Callable[[bytes], object] = bool,
 ) -> tuple[int, str]:
-    """Size and sha256. Reading stops one byte after `wanted_bytes`, whatever the source sends after it."""
+    """Size and sha256. Reading stops one byte after `wanted_bytes`, even if the source sends more."""
     size, sha256 = 0, hashlib.sha256()
     while size <= wanted_bytes and (block := reading.read(min(BLOCK_BYTES, wanted_bytes + 1 - size))):
         size += len(block)

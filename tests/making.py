@@ -102,9 +102,9 @@ def random_row(
 ) -> CachedRow:
     """A row of random tokens, a random loss mask and a random teacher."""
     tokens = rng.integers(0, VOCABULARY, length or int(rng.integers(4, 24)), dtype=np.int32)
-    learned = rng.random(tokens.size) < 0.6
-    learned[-1] = True
-    spans = spans_from_mask(learned)
+    loss_mask = rng.random(tokens.size) < 0.6
+    loss_mask[-1] = True
+    spans = spans_from_mask(loss_mask)
     positions = span_positions(spans)
     probs = random_probs(rng, positions.size, VOCABULARY)
     targets = targets_of(probs, tokens[positions + 1], top_k=top_k, draws=draws, seed=int(rng.integers(1 << 30)))

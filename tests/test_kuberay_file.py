@@ -1,4 +1,4 @@
-"""`kuberay_job.yaml` keeps what its comments and `docs/cluster.md` promise, checked without a Kubernetes cluster."""
+"""`kuberay_job.yaml` does what its comments and `docs/cluster.md` state, checked without a Kubernetes cluster."""
 
 from __future__ import annotations
 

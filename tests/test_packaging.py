@@ -1,4 +1,4 @@
-"""The wheel that a stranger installs: one name, complete, usable beside any file that he has of his own."""
+"""The wheel as a user installs it: one name, complete, and unaffected by the user's own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray's launcher accepts `ray_cluster.yaml`, and the file keeps the laws that its comments promise."""
+"""Ray's launcher accepts `ray_cluster.yaml`, and the file does what its comments state."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class BatchLoader(DataLoader):
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             pin_memory=args.dataloader_pin_memory,
-            # A generator of its own: each pass draws a seed, which must not change the random numbers of dropout.
+            # A separate generator: each pass draws a seed, which must not change the random numbers of dropout.
             generator=torch.Generator(),
         )
         self._batches = None if batches is None else max(1, batches)
@@ -96,7 +96,7 @@ class DistillTrainer(Trainer):
 
         - `model`: a causal LM of transformers, one with peft adapters, or a folder or hub name.
         - `loss`: a name such as taid, forward_kl or cross_entropy, a mapping such as {"name": "js", "beta": 0.5}, or an
-          object such as `Taid(t_start=0.2)`, also of a class of your own.
+          object such as `Taid(t_start=0.2)`, also of your own class.
         - `pack_length`: tokens of a pack; None pads each row of a batch to the longest.
         - `fused_head`: compute the head and the loss in chunks; False uses the logits of the model's own forward pass.
         - `processing_class`: the student's tokenizer, checked against the dataset's and saved with each checkpoint.

@@ -1,7 +1,7 @@
 """`ColdstillError`, the base class of all errors that a user can fix, and `first_line` of any error.
 
-The command line prints a `ColdstillError` and exits with code 1. Any other exception is a bug of ours and keeps its
-traceback.
+The command line prints a `ColdstillError` and exits with code 1. Any other exception is a bug in Coldstill and keeps
+its traceback.
 """
 
 from __future__ import annotations

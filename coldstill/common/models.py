@@ -15,7 +15,7 @@ _BYTES_PER_CONTAINER = 64
 _BYTES_PER_VALUE = 16
 _FREE_CONTAINERS = 1 << 14
 _FREE_VALUES = 1 << 20
-"""The parser needs 500 bytes for a list or object and 64 for a value. No document of ours is as dense as this."""
+"""The parser needs 500 bytes for a list or object and 64 for a value. No document that we write is as dense as this."""
 
 
 class FrozenModel(BaseModel):

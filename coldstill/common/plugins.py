@@ -1,4 +1,4 @@
-"""Functions and classes of the user's own code, named in a configuration as `module:name`."""
+"""The user's own functions and classes, named in a configuration as `module:name`."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def parse_hub_url(url: str) -> HubRepo:
             url,
             found="not the URL of a dataset repository",
             wanted="hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION",
-            fix="check the URL; a dataset needs a repository of its own, not a folder of one",
+            fix="check the URL; a dataset needs its own repository, not a folder in one",
         )
     return HubRepo(match[1], match[2] or MAIN)
 

@@ -1,8 +1,8 @@
 """Kills a worker whose engine is hung, dead or in an unknown state.
 
-A call that never returns cannot report itself, so a thread beside it watches its progress. A hung engine
-needs a new process. The worker writes a crash report (`attempts.CrashReport`), kills the engine's processes, which hold the
-GPU that the next worker needs, and exits. The driver counts a death.
+A call that never returns cannot report itself, so a thread beside it watches its progress. A hung engine needs a new
+process. The worker writes a crash report (`attempts.CrashReport`), kills the engine's processes, which hold the GPU
+that the next worker needs, and exits. The driver counts a death.
 """
 
 from __future__ import annotations

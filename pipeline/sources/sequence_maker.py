@@ -220,7 +220,7 @@ def _facts_of(number: int, columns: Mapping[str, Any], *, id_column: str, used: 
     metadata = {name: _as_json(value) for name, value in columns.items() if name not in (*used, id_column)}
     size = len(sample_id.encode()) + len(json.dumps(metadata, ensure_ascii=False).encode()) + _ROOM_FOR_ID
     if size > MAX_METADATA_BYTES:
-        detail = f"{size:,} bytes beside the text, at most {MAX_METADATA_BYTES:,}"
+        detail = f"{size:,} bytes in other columns than the text, at most {MAX_METADATA_BYTES:,}"
         raise RowUnusable(RejectReason.METADATA_TOO_LARGE, detail)
     return _RowFacts(number, sample_id, metadata)
 

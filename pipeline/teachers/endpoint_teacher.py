@@ -1,6 +1,6 @@
 """The endpoint engine: an OpenAI-compatible server, such as `vllm serve`.
 
-The server must return log-probs by token id. It gives K entries of a position: the tail is derived and there are no
+The server must return log-probs by token id. It returns K entries per position: the tail is derived and there are no
 draws. It batches requests as they arrive, so that repeated values are equal within its tolerance, not bit by bit.
 """
 
@@ -86,7 +86,7 @@ class EndpointTeacher:
         return ()
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """See `protocol.Teacher`. Raises `EndpointFailed` too. Each answer is a request of its own, with its seed."""
+        """See `protocol.Teacher`. Raises `EndpointFailed` too. Each answer is a separate request with its own seed."""
         sampling = self._sampling
         if sampling is None:
             return list(map(ScoredSequence, sequences, self._each(self._score_one, sequences)))

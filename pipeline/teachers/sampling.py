@@ -83,7 +83,7 @@ def top_p_set(probs: np.ndarray, top_p: float) -> np.ndarray:
 def answer_uniforms(*, seed: int, sample_id: str, number: int, count: int) -> np.ndarray:
     """`float64 [count]` in [0, 1): the numbers that answer `number` to a prompt is sampled with, one per token.
 
-    Philox4x64-10 as for the tail draws, with a key of its own: the tail draws of an answer must not follow its tokens.
+    Philox4x64-10 as for the tail draws, with a separate key: the tail draws of an answer must not follow its tokens.
     """
     key = np.array([seed, _answer_key(sample_id, number)], np.uint64)
     return to_uniforms(np.random.Philox(key=key).random_raw(count))

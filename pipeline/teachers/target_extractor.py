@@ -1,8 +1,8 @@
 """Turns logits into targets: top K, exact tail, label log-prob and tail draws. Torch only, no engine.
 
-The uniforms of the tail draws are a function of (dataset seed, sample id, position, draw), whatever the batching.
-Shape letters: `N` target positions, `V` vocabulary (logit columns), `W` columns of work memory (`token_count` rounded
-up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `R` most kept draws of a position.
+The uniforms of the tail draws are a function of (dataset seed, sample id, position, draw) and do not depend on
+batching. Shape letters: `N` target positions, `V` vocabulary (logit columns), `W` columns of work memory (`token_count`
+rounded up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `R` most kept draws of a position.
 """
 
 from __future__ import annotations

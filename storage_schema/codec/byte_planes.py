@@ -1,7 +1,7 @@
 """Integers and float16 values as bytes in the order that zstd compresses best, and back.
 
 Planes: all lowest bytes, then all next bytes, and so on. High bytes repeat, which zstd uses.
-Escapes: one byte per value, where 255 means "255 or more"; the excess over 255 is stored in a stream of its own.
+Escapes: one byte per value, where 255 means "255 or more"; the excess over 255 is stored in a separate stream.
 """
 
 from __future__ import annotations

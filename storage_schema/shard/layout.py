@@ -74,7 +74,7 @@ MAX_GROUP_ROWS = 1024
 MAX_GROUP_BYTES = 8 << 20
 """A row group is the unit of random access in pyarrow: with this bound a random row costs one small read."""
 MAX_ROW_BYTES = 256 << 20
-"""A row that is larger than a group is a group of its own."""
+"""A row that is larger than a group is stored as its own group."""
 
 MAX_FOOTER_BYTES = 4 << 20
 """Room for the header and for 2,300 row groups of 1.3 kB each. Checking this much takes two seconds."""

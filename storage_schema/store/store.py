@@ -2,7 +2,7 @@
 
 `put` writes a file whole or not at all. `create` does the same, and of several writers only the first succeeds.
 A local file is written under a temporary name, synced, and linked to its final name (a rename would overwrite). Object
-stores write whole objects and have an "if absent" condition of their own: S3 `If-None-Match: *`, Google
+stores write whole objects and have their own "if absent" condition: S3 `If-None-Match: *`, Google
 `ifGenerationMatch=0`, which gcsfs sends for `mode="create"`, raising `FileExistsError` on status 412.
 """
 

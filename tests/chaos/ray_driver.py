@@ -1,4 +1,4 @@
-"""A whole capture on real Ray, in a process of its own: `python -m tests.chaos.ray_driver CONFIG fake|real`."""
+"""A whole capture on real Ray, in a separate process: `python -m tests.chaos.ray_driver CONFIG fake|real`."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_each_key_is_described_once_with_those_that_have_it(model: type[BaseMode
 
 
 @pytest.mark.parametrize(
-    ("water", "says"),
+    ("water", "wanted"),
     [
         ({"kind": "river", "depht": 2}, r"f: water\.depht\n.*unknown key\n.*one of kind, size, speed\n"),
         ({"kind": "river", "sped": 2}, r"did you mean water\.speed\?"),
@@ -76,6 +76,6 @@ def test_each_key_is_described_once_with_those_that_have_it(model: type[BaseMode
         ({"kind": "canal", "size": "x"}, r"f: water\.size\n.*'x'\n.*integer"),
     ],
 )
-def test_an_error_names_the_keys_of_the_chosen_model(water: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigInvalid, match=says):
+def test_an_error_names_the_keys_of_the_chosen_model(water: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigInvalid, match=wanted):
         check_config({"water": water}, model=Map, where="f")

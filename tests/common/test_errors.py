@@ -1,4 +1,4 @@
-"""Laws of named errors: what they print, and that they stay whole on their way between processes."""
+"""Laws of named errors: what they print, and that pickling between processes keeps them whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of files and folders under their final name: whole or not at all, whatever happens to their writer."""
+"""Laws of files and folders under their final name: whole or not at all, even if their writer is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of optional packages: what is missing is named together with the command that installs it."""
+"""Laws of optional packages: the error names the missing ones and the command that installs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Laws of objects that a configuration names as `module:name`: found, or an error that says why, and no shadows."""
+"""Laws of objects that a configuration names as `module:name`: found, or an error that states why, and no shadowed
+packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of retries: how often, how long, how far apart, and what is not retried. On a clock that only waits move."""
+"""Laws of retries: how often, how long, how far apart, and what is not retried. The clock advances only in waits."""
 
 from __future__ import annotations
 

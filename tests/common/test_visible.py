@@ -1,4 +1,4 @@
-"""Laws of text made safe to look at."""
+"""Laws of untrusted text made safe to display."""
 
 from __future__ import annotations
 

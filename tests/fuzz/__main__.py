@@ -1,4 +1,5 @@
-"""`python -m tests.fuzz --count 10000 --seed 1`: a campaign, its outcomes as a table; exit code 1 where a law broke."""
+"""`python -m tests.fuzz --count 10000 --seed 1`: a campaign, its outcomes as a table; exit code 1 if a law was
+violated."""
 
 from __future__ import annotations
 

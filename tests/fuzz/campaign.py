@@ -1,4 +1,4 @@
-"""Runs mutants by number and decides which law each of them broke, if any."""
+"""Runs mutants by number and decides which law each of them violates, if any."""
 
 from __future__ import annotations
 

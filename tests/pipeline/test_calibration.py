@@ -67,7 +67,7 @@ def test_a_few_targets_are_enough_for_a_table(tmp_path: Path) -> None:
 
 
 class _Answering:
-    """A teacher at its protocol: each answer has three targets, and says which prompts it was asked."""
+    """A teacher at its protocol: each answer has three targets, and records its prompt."""
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []

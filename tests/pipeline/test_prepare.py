@@ -1,4 +1,4 @@
-"""Laws of what stands before any unit: a header that says what was asked for, and settings held against it later."""
+"""Laws of the preparation: the header records the settings, and later starts are compared with it."""
 
 from __future__ import annotations
 

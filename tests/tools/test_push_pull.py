@@ -1,6 +1,6 @@
 """Push and pull: equal ids, nothing copied twice, no sealed dataset before the end, no damaged file anywhere.
 
-The Hub's own client speaks to a stand-in of its HTTP API.
+The Hub's own client uses a stand-in of its HTTP API.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, which checkpoint counts, and files of earlier releases."""
+"""The output folder of a run: its identity, which checkpoint counts, and files of earlier releases."""
 
 from __future__ import annotations
 

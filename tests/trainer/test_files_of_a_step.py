@@ -1,4 +1,4 @@
-"""From a collated batch to the loss and its gradient is a walk through few files."""
+"""The path from a collated batch to the loss and its gradient passes through few files."""
 
 from __future__ import annotations
 

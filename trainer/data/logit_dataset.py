@@ -147,7 +147,7 @@ class LogitDataset:
         return float(weights @ [self._tail_mass(dataset) for dataset in self.sources.datasets] / weights.sum())
 
     def _tail_mass(self, dataset: Dataset) -> float:
-        # A reader of its own: open files must not be sent to loader workers with the streams.
+        # A separate reader: open files must not be sent to loader workers with the streams.
         reader = Dataset(Store(dataset.store.url))
         starts = np.linspace(0, len(reader), _SAMPLED_PLACES, endpoint=False).astype(int).tolist()
         numbers = sorted({n for start in starts for n in range(start, min(start + _SAMPLED_ROWS, len(reader)))})

@@ -3,7 +3,7 @@
 The numbers decide the order of shards, row groups and rows, the dataset of each row of a mixture, and which draws stay.
 Each is a word of Philox4x64-10 (see `common.rng`) with the seed in the key and the place in the counter. No number
 depends on those drawn before it, so a run resumes anywhere. The raw words are equal in every release of numpy; numpy
-does not promise that of its `permutation`.
+does not guarantee that for its `permutation`.
 """
 
 from __future__ import annotations

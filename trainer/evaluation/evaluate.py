@@ -42,7 +42,7 @@ def evaluate_student(
     - `token_count`: ids of the dataset's tokenizer. Further columns of the head are dropped.
     - `draws`: draws per position at capture, as `tail_draws.draws_per_position` returns them; 0 skips the estimates.
     - `teacher`: a resident teacher for the dense divergences, on any device; same requirements as `model`.
-    - `reduce`: sums a float64 tensor over processes, if each process evaluates batches of its own.
+    - `reduce`: sums a float64 tensor over processes, if each process evaluates its own batches.
 
     Raises `NoTargets`, `NonFiniteLogits`.
     """

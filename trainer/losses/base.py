@@ -58,7 +58,7 @@ class Loss(FrozenModel, ABC):
     arxiv: ClassVar[str | None]
     """arXiv id of its paper; None if there is none."""
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What the loss needs of a dataset, whatever its tail."""
+    """What the loss needs of a dataset with any tail."""
     eval_loss: ClassVar[tuple[str, ...]] = (
         "forward_kl_estimate",
         "soft_cross_entropy_estimate",

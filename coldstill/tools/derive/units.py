@@ -3,7 +3,7 @@
 A unit takes consecutive selected rows of the sources. In the plan, `start` is the number of its first source shard,
 `first_row` the number of its first row among all source rows, and `rows` how many rows it takes.
 
-A shard that is taken whole is a unit of its own, so that its file can be copied byte for byte. Other shards are joined
+A shard that is taken whole becomes its own unit, so that its file can be copied byte for byte. Other shards are joined
 in order, up to `rows_per_unit` of the header and `JOINED_BYTES`: a hundredth of each of 10,000 shards does not become
 10,000 nearly empty shards. No codec frame is decoded: row groups are copied as Arrow record batches, and small ones are
 joined up to the limits of the format.

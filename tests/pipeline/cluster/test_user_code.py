@@ -1,4 +1,4 @@
-"""Laws of a user's own code on workers: `module:name` of the folder where the capture was started, by real Ray."""
+"""Laws of the user's own code on workers: `module:name` of the folder where the capture was started, by real Ray."""
 
 from __future__ import annotations
 

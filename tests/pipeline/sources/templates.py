@@ -1,4 +1,4 @@
-"""Small chat templates that are shaped like those of well-known models, and a tokenizer that knows their marks."""
+"""Small chat templates that are shaped like those of well-known models, and a tokenizer with their special tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of `source.adapter`: one function for rows of any format, part of what a resumed capture is held against."""
+"""Laws of `source.adapter`: one function for rows of any format, part of what a resumed capture is compared with."""
 
 from __future__ import annotations
 

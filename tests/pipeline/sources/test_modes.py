@@ -1,4 +1,4 @@
-"""Laws of what the modes make of rows: prompts for generate, documents for pretrain."""
+"""Laws of the rows of each mode: prompts for generate, documents for pretrain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of sources: units cover the source once, in order, and each is read alone, whatever the source is made of."""
+"""Laws of sources: units cover the source once, in order, and each can be read separately, for every kind of source."""
 
 from __future__ import annotations
 

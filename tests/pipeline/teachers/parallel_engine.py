@@ -1,4 +1,4 @@
-"""A vLLM of several processes, in a process of its own: `python -m ...parallel_engine FOLDER OUTPUT`.
+"""A vLLM of several processes, in a separate process: `python -m ...parallel_engine FOLDER OUTPUT`.
 
 Scores the same rows twice and writes both answers, for a test to compare.
 """

@@ -1,4 +1,4 @@
-"""A small server that speaks vLLM's part of OpenAI's protocol: real HTTP, a real tiny model, and faults on demand."""
+"""A small server with vLLM's version of OpenAI's API: real HTTP, a real tiny model, and faults on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 Fault = Callable[[BaseHTTPRequestHandler, bytes], None]
-"""Answers a request in another way than the body says."""
+"""Answers a request in another way than the body requests."""
 Change = Callable[[dict[str, Any]], None]
 """Spoils a document before it is sent."""
 
@@ -155,7 +155,7 @@ def deep(handler: BaseHTTPRequestHandler, data: bytes) -> None:
 
 
 def no_http(handler: BaseHTTPRequestHandler, data: bytes) -> None:
-    """Something else speaks at this port."""
+    """Another server listens at this port."""
     handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
     handler.close_connection = True
 

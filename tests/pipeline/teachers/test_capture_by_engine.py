@@ -1,4 +1,4 @@
-"""Whole captures by engines other than vLLM: what the header says of them, and what is stored."""
+"""Whole captures by engines other than vLLM: what the header records of them, and what is stored."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_text(folder: Path) 
 
 
 def test_the_end_of_turn_is_the_last_token_and_a_target(folder: Path, tmp_path: Path) -> None:
-    """The generation config may name more ends than the tokenizer knows."""
+    """The generation config may name more end tokens than the tokenizer."""
     full = _teacher(folder).score(_prompts(1))[0].sequence
     end = int(full.token_ids[3 + 4])
     making.chat_model(tmp_path, seed=2)

@@ -1,6 +1,6 @@
 """The laws of the store and of the commit protocol on object stores: a real S3 protocol server, and memory.
 
-`gs://` has no such server. One test has the real gcsfs speak to an endpoint that knows uploads only: its
+`gs://` has no such server. One test connects the real gcsfs to an endpoint for uploads only: its
 `pipe_file(mode="create")` asks for `ifGenerationMatch=0`, and 412 becomes a `create` that was not the one.
 """
 

@@ -43,7 +43,7 @@ class Sequence(NamedTuple):
 
 
 def sequences(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY, length: int = 24) -> list[Sequence]:
-    """Texts that a random bigram teacher wrote, so that what it says of the next token is true."""
+    """Texts that a random bigram teacher wrote, so that its predictions of the next token are true."""
     rng = np.random.default_rng(seed)
     logits = 2.5 * rng.standard_normal((vocabulary, vocabulary))
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))

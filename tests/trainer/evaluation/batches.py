@@ -16,7 +16,7 @@ from coldstill.trainer.targets import SparseTargets
 from tests import making
 
 Row = tuple[CachedRow, np.ndarray]
-"""A cached row and the dense teacher `float64 [N, V]` that it was made of."""
+"""A cached row and the dense teacher `float64 [N, V]` that it was made from."""
 
 
 def random_rows(seed: int, count: int, *, top_k: int = 8, draws: int = 0, min_prob: float = 0.0) -> list[Row]:
@@ -25,10 +25,10 @@ def random_rows(seed: int, count: int, *, top_k: int = 8, draws: int = 0, min_pr
     rows = []
     for n in range(count):
         tokens = rng.integers(0, making.VOCABULARY, int(rng.integers(4, 24)), dtype=np.int32)
-        learned = rng.random(tokens.size) < 0.6
-        learned[-1] = True
-        spans = spans_from_mask(learned)
-        at = np.flatnonzero(learned[1:])
+        loss_mask = rng.random(tokens.size) < 0.6
+        loss_mask[-1] = True
+        spans = spans_from_mask(loss_mask)
+        at = np.flatnonzero(loss_mask[1:])
         probs = making.random_probs(rng, at.size, making.VOCABULARY)
         targets = making.targets_of(
             probs, tokens[at + 1], top_k=top_k, min_prob=min_prob, draws=draws, seed=n, draw_logprobs=draws > 0
@@ -115,7 +115,8 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def student_probs(model: Any, row: CachedRow) -> np.ndarray:
-    """`float64 [N, V]`: what `model` says at the row's target positions, from a forward pass of this row alone."""
+    """`float64 [N, V]`: the predictions of `model` at the row's target positions, from a forward pass of this row
+    alone."""
     with torch.no_grad():
         logits = model(torch.from_numpy(row.token_ids.astype(np.int64))[None]).logits[0].double()
     return logits[row.positions, : making.VOCABULARY].softmax(-1).numpy()

@@ -1,5 +1,5 @@
-"""Slow, obvious twins of the evaluation's figures, one position and one id at a time, in float64. Imports nothing of
-ours.
+"""Slow, obvious references for the evaluation's figures, one position and one id at a time, in float64. Imports nothing
+of ours.
 
 `p`, `q` are `[V]` distributions of teacher and student; `kept` are the ids that a cache holds.
 """

@@ -138,7 +138,7 @@ def test_the_lower_bounds_lie_below_the_dense_divergences_and_meet_them_where_al
 
 
 def taught_by(model: Any, rows: list[Row], *, top_k: int, draws: int = 0) -> list[Row]:
-    """The same tokens, with what `model` says of them cached."""
+    """The same tokens, with the predictions of `model` cached."""
     made = []
     for n, (row, _) in enumerate(rows):
         probs = student_probs(model.eval(), row)

@@ -66,7 +66,7 @@ def random_targets(
 
 
 def plain_view(logits: torch.Tensor, targets: SparseTargets) -> StudentLogProbs:
-    """What the student says where `targets` point, differentiable by `logits [M, V]`."""
+    """The student's log-probs at `targets`, differentiable with respect to `logits [M, V]`."""
     log_q, zero = logits.log_softmax(1), logits.new_zeros(())
     of_kept, of_tail, of_draws = [], [], []
     for m in range(len(logits)):

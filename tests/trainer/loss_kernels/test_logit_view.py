@@ -1,4 +1,4 @@
-"""Laws of one look at the logits: the view is that of a plain log-softmax, its gradient that of plain autograd."""
+"""Laws of the logit view: the view is that of a plain log-softmax, its gradient that of plain autograd."""
 
 from __future__ import annotations
 

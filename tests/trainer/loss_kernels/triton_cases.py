@@ -1,4 +1,4 @@
-"""Run by `test_triton_passes` in a process of its own, with Triton's interpreter on: JSON of each case's results.
+"""Run by `test_triton_passes` in a separate process, with Triton's interpreter on: JSON of each case's results.
 
 TRITON_INTERPRET=1 python -m tests.trainer.loss_kernels.triton_cases
 """

@@ -1,4 +1,4 @@
-"""Targets of a teacher that is known whole, cut down by the plainest code, and what a loss makes of them.
+"""Targets of a dense teacher, truncated by the plainest code, and the losses on them.
 
 Shape letters: `M` target positions, `V` vocabulary, `K` teacher top-k.
 """

@@ -1,4 +1,4 @@
-"""Adaptive KL against its definition in float64, and against the way in which others get it wrong."""
+"""Adaptive KL against its definition in float64, and against a published error."""
 
 from __future__ import annotations
 

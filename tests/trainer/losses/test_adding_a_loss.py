@@ -1,4 +1,4 @@
-"""The page `docs/adding_a_loss.md` works: its loss is defined, correct, and trains, as the page says."""
+"""The page `docs/adding_a_loss.md` works: its loss is defined, correct, and trains, as the page states."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_every_loss_with_every_tail_runs_with_a_share_of_cross_entropy(name):
         part = share.get("cross_entropy_share", 0.0)
         np.testing.assert_allclose(mixed.loss, (1 - part) * alone.loss + part * labels.loss, atol=1e-13)
         np.testing.assert_allclose(gradient, (1 - part) * of_teacher + part * of_labels, atol=1e-13)
-        # The schedule of t listens to the teacher's part alone.
+        # The schedule of t follows the teacher's part only.
         np.testing.assert_array_equal(mixed.distillation, alone.loss)
 
 

@@ -1,5 +1,5 @@
-"""The divergences against dense twins: exact for a dense cache, and for a truncated one the dense divergence from the
-teacher whose tail has the student's shape."""
+"""The divergences against dense references: exact for a dense cache, and for a truncated one the dense divergence from
+the teacher whose tail has the student's shape."""
 
 from __future__ import annotations
 

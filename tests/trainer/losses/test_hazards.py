@@ -1,4 +1,4 @@
-"""Every loss where numbers run out: a teacher whose kept ids hold all mass, a student whose tail underflows, pads,
+"""Every loss at numerical limits: a teacher whose kept ids hold all mass, a student whose tail underflows, pads,
 nothing to learn from, half precision. The defects of other implementations are tests here."""
 
 from __future__ import annotations

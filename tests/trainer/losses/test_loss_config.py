@@ -70,7 +70,7 @@ def test_survives_being_written_down_and_read_again(name):
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "wanted"),
     [
         ({"name": "js", "alpha": 0.1}, r"loss\.alpha\n.*unknown key\n.*one of name, cross_entropy_share, tail, beta\n"),
         (
@@ -107,8 +107,8 @@ def test_survives_being_written_down_and_read_again(name):
         ("taid", r"loss\n.*'taid'\n.*should be a mapping, such as \{name: taid\}"),
     ],
 )
-def test_what_a_loss_does_not_have_is_refused_by_name(given, says):
-    with pytest.raises(ConfigInvalid, match=says):
+def test_what_a_loss_does_not_have_is_refused_by_name(given, wanted):
+    with pytest.raises(ConfigInvalid, match=wanted):
         check_config({**KEYS, "loss": given}, model=TrainConfig, where="train.yaml")
 
 

@@ -1,4 +1,5 @@
-"""TAID and forward KL from a cache, with draws and without, against slow float64 twins, and the laws they must obey."""
+"""TAID and forward KL from a cache, with draws and without, against slow float64 references, and the laws that they
+must satisfy."""
 
 from __future__ import annotations
 

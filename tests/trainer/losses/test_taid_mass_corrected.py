@@ -1,4 +1,4 @@
-"""The corrected mass of the tail: exact where the ratio of the shapes is known, and one step behind otherwise."""
+"""The corrected mass of the tail: exact if the ratio of the shapes is known, and one step behind otherwise."""
 
 from __future__ import annotations
 

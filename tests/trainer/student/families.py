@@ -1,4 +1,4 @@
-"""Tiny random models of the families that people teach, each with what is special about its head."""
+"""Tiny random models of common student families, each with the peculiarity of its head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formula of a head is proved before it is believed; what it cannot say falls back to the model's own logits."""
+"""The formula of a head is verified before use; a head without a formula uses the model's own logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tap refuses before it wraps anything: an engine that is set or built otherwise than it knows."""
+"""What the tap rejects before it wraps anything: an engine with unsupported settings or other internals."""
 
 from __future__ import annotations
 
