@@ -153,7 +153,7 @@ def test_the_base_names_the_error_of_a_folder_that_is_no_dataset(base: Path, tmp
 
 
 @pytest.mark.parametrize("command", ["capture", "train"])
-def test_the_base_says_which_extra_a_command_needs(base: Path, command: str) -> None:
+def test_the_base_names_the_extra_that_a_command_needs(base: Path, command: str) -> None:
     done = run([base / "coldstill", command, "config.yaml"], cwd=base)
     assert done.returncode == 1
     assert "PackagesMissing" in done.stderr

@@ -103,7 +103,7 @@ def test_verify_names_its_findings_one_a_line_with_exit_code_1(
     assert second.name in lines[1]
 
 
-def test_verify_of_a_sound_dataset_says_what_it_is(
+def test_verify_of_a_sound_dataset_prints_its_facts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dataset: Path
 ) -> None:
     assert _run(monkeypatch, "verify", tiny_dataset) == 0

@@ -11,7 +11,7 @@ from tests.tools.inspect.strange_tokens import hidden_characters
 
 
 @given(st.text(st.characters(exclude_categories=())))
-def test_whatever_the_text_only_visible_characters_and_spaces_come_out(text: str) -> None:
+def test_any_text_becomes_visible_characters_and_spaces(text: str) -> None:
     shown = visible(text)
     assert hidden_characters(shown) == set()
     assert "\n" not in shown

@@ -63,7 +63,7 @@ def test_a_quantization_is_recorded_in_the_header() -> None:
     assert dtype_of(TeacherConfig(model="m", dtype="float16"), _model("bfloat16")) == "float16"
 
 
-def test_the_header_says_the_mode_and_what_belongs_to_it(tmp_path: Path) -> None:
+def test_the_header_records_the_mode_and_its_settings(tmp_path: Path) -> None:
     scored = prepare(capture_config(tmp_path, order="fast", teacher={"draw_logprobs": True})).header
     assert (scored.mode, scored.order, scored.draw_logprobs, scored.tail) == ("score", "fast", True, "exact")
     assert (scored.documents, scored.sampling, scored.loss_on) == (None, None, "assistant")

@@ -87,7 +87,7 @@ def test_sealing_refuses_while_a_unit_is_missing(store: Store, header: DatasetHe
     assert not store.exists(MANIFEST_NAME)
 
 
-def test_equal_captures_have_equal_ids_whatever_the_order(
+def test_equal_captures_have_equal_ids_in_any_order_of_commits(
     tmp_path: Path, header: DatasetHeader, tokenizer_folder: Path
 ) -> None:
     ids = []

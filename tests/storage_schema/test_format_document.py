@@ -56,7 +56,7 @@ def test_the_worked_example_is_what_the_encoder_writes(tokenizer_folder: Path) -
     assert found == written
 
 
-def test_the_frame_of_the_example_reads_as_it_says(tokenizer_folder: Path) -> None:
+def test_the_frame_of_the_example_reads_as_described(tokenizer_folder: Path) -> None:
     frame = bytes.fromhex(re.search(r"The frame of `counts`\s+is `([0-9a-f ]+)`", DOCUMENT).group(1))  # type: ignore[union-attr]
     assert zstandard.decompress(frame) == bytes([3, 1])
     decoded = RowCodec(_example_header(tokenizer_folder)).decode(

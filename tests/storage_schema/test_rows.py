@@ -52,7 +52,7 @@ def _changed(targets: TeacherTargets, name: str, index: object, value: float) ->
     return replace(targets, **{name: array})
 
 
-def test_a_row_that_obeys_every_law_is_accepted() -> None:
+def test_a_row_that_satisfies_every_law_is_accepted() -> None:
     _row().check(token_count=making.VOCABULARY)
 
 

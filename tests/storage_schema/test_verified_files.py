@@ -50,7 +50,7 @@ def test_a_right_file_is_read_and_checked(source: Store) -> None:
     ("name", "missing", "damaged"),
     [("shards/a.parquet", ShardMissing, ShardDamaged), ("tokenizer/tokenizer.json", FileMissing, FileDamaged)],
 )
-def test_damage_is_named_whatever_reads_the_file(
+def test_damage_is_named_by_every_reader_of_the_file(
     source: Store, destination: Store, name: str, missing: type[FileMissing], damaged: type[FileDamaged]
 ) -> None:
     file = stored(source, name)

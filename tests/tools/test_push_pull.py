@@ -212,7 +212,7 @@ def test_a_public_push_is_public_and_shows_its_way(
     assert len(open_dataset(URL)) == len(open_dataset(tiny_dataset))
 
 
-def test_a_push_that_nobody_is_logged_in_for_has_a_name(
+def test_a_push_without_a_login_has_a_named_error(
     hub: HubStandIn, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")

@@ -50,7 +50,7 @@ def _made(maker: SequenceMaker, *columns: dict[str, Any] | None) -> list[TokenSe
     ],
     ids=["messages", "answered messages", "prompt", "prompt and response"],
 )
-def test_a_prompt_ends_where_the_assistant_speaks_and_has_no_targets(
+def test_a_prompt_ends_where_the_assistant_starts_and_has_no_targets(
     tokenizer: PreTrainedTokenizerBase, columns: dict[str, Any]
 ) -> None:
     (prompt,) = _made(_maker(tokenizer, mode="generate"), {**columns, "topic": 1})

@@ -31,7 +31,7 @@ def _assert_stored(row: CachedRow, label_logprobs: np.ndarray) -> None:
     np.testing.assert_allclose(row.targets.label_logprob, label_logprobs, atol=0.3)
 
 
-def test_a_capture_through_a_server_is_that_of_transformers_without_draws_and_says_so(tmp_path: Path) -> None:
+def test_a_capture_through_a_server_is_that_of_transformers_without_draws_and_records_this(tmp_path: Path) -> None:
     reference = _captured(capture_config(tmp_path, rows=12, output="reference"))
     with served(tmp_path / "teacher") as server:
         changes = {"engine": "endpoint", "endpoint": server.url, "draws": 0}

@@ -252,7 +252,7 @@ def test_an_engine_without_a_name_of_ours_and_without_a_module_is_refused() -> N
         TeacherConfig(model="m", engine="sglang")
 
 
-def test_a_class_draws_only_where_it_says_that_its_tails_are_exact() -> None:
+def test_a_class_draws_only_if_it_declares_exact_tails() -> None:
     assert (_config().can_draw, _config("Nothing").can_draw, _config("DrawingUniform", draws=4).can_draw) == (
         False,
         False,

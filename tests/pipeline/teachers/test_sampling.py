@@ -40,7 +40,7 @@ def test_of_equals_the_top_p_set_takes_the_lowest_ids() -> None:
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.4, 1 - 2**-53])
-def test_temperature_0_takes_the_most_probable_token_whatever_the_number(uniform: float) -> None:
+def test_temperature_0_takes_the_most_probable_token_for_any_number(uniform: float) -> None:
     logits = np.array([0.5, 2.0, 2.0, -1.0], np.float32)
     assert next_token(logits, temperature=0, top_p=0.5, uniform=uniform) == 1
 

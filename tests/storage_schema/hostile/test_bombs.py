@@ -46,7 +46,7 @@ def test_a_frame_that_holds_more_than_it_declares_is_refused(tree: Tree, read: R
 
 
 @pytest.mark.parametrize("said", [(1 << 31) - 1, 1 << 30, 300 << 20])
-def test_a_page_that_says_it_is_larger_than_the_footer_says_is_not_opened(tree: Tree, read: Read, said: int) -> None:
+def test_a_page_that_declares_more_bytes_than_the_footer_is_not_opened(tree: Tree, read: Read, said: int) -> None:
     """The page's header declares 2 GB, the footer 1 MB; the frame in it is valid, small, and contains zeros."""
     parts = Parts(tree.files[first_shard(tree)])
     chunk = parts.chunks[3]
@@ -65,12 +65,12 @@ def test_a_page_that_says_it_is_larger_than_the_footer_says_is_not_opened(tree: 
     assert read(tree)["named"]["rows"] == "ShardDamaged"
 
 
-def test_a_footer_that_says_two_gigabytes_too_is_refused_from_the_footer_alone(tree: Tree, read: Read) -> None:
+def test_a_footer_that_declares_two_gigabytes_is_refused_from_the_footer_alone(tree: Tree, read: Read) -> None:
     change_parts(tree, lambda parts: parts.chunks[3].pages[0].header.set(PAGE_RAW, (1 << 31) - 1, I32))
     assert read(tree)["named"]["rows"] == "ShardDamaged"
 
 
-def test_a_page_that_holds_more_than_it_says_is_refused(tree: Tree, read: Read) -> None:
+def test_a_page_that_holds_more_than_it_declares_is_refused(tree: Tree, read: Read) -> None:
     def fill(parts: Parts) -> None:
         page = parts.chunks[3].pages[0]
         page.body = zstandard.compress(bytes(2 << 30))

@@ -49,7 +49,9 @@ def test_shards_that_changed_places_are_named(tree: Tree, read: Read) -> None:
     assert read(tree)["named"]["rows"] == "ShardDamaged"
 
 
-def test_media_of_another_content_than_the_row_says_are_named(bases: list[Base], child: Child, tmp_path: Path) -> None:
+def test_media_of_another_content_than_the_row_records_are_named(
+    bases: list[Base], child: Child, tmp_path: Path
+) -> None:
     tree = Tree(bases[2].files)
     tree.files["media/cat.png"] = b"another picture"
     tree.reseal()

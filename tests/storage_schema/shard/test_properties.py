@@ -77,7 +77,7 @@ def _row(mask: list[bool], seed: int, sample_id: str = "a", metadata: object = N
         st.tuples(MASKS, st.integers(0, 2**32 - 1), TEXT, st.dictionaries(TEXT, JSON, max_size=4), MEDIA), max_size=5
     )
 )
-def test_whatever_a_row_holds_comes_back(
+def test_any_row_reads_back_unchanged(
     header: DatasetHeader,
     rows: list[tuple[list[bool], int, str, dict[str, object], dict[int, tuple[str, bytes, bool]]]],
 ) -> None:

@@ -444,7 +444,7 @@ def test_an_empty_object_that_stands_for_a_folder_is_no_file(bucket: str) -> Non
     assert store.names("shards") == ["a"]
 
 
-def test_a_push_to_a_bucket_that_was_refused_goes_on_and_a_pull_gives_the_same_dataset(
+def test_a_refused_push_to_a_bucket_resumes_and_a_pull_gives_the_same_dataset(
     s3_server: S3Server, bucket: str, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     url = f"s3://{bucket}/published"

@@ -122,7 +122,7 @@ def test_the_python_in_the_card_runs(carded: Path) -> None:
     assert len(blocks) == 2
 
 
-def test_the_head_of_the_card_says_what_the_hub_asks(carded: Path) -> None:
+def test_the_head_of_the_card_has_the_hub_s_metadata(carded: Path) -> None:
     assert front_matter((carded / CARD_NAME).read_text()) == {
         "license": "cc0-1.0",
         "pretty_name": "Log-probs of tiny",
@@ -133,7 +133,7 @@ def test_the_head_of_the_card_says_what_the_hub_asks(carded: Path) -> None:
     }
 
 
-def test_the_card_says_what_the_dataset_is(carded: Path) -> None:
+def test_the_card_describes_the_dataset(carded: Path) -> None:
     dataset, text = open_dataset(carded), (carded / CARD_NAME).read_text()
 
     for part in (

@@ -97,7 +97,7 @@ def test_a_filter_is_key_op_value(text: str, parsed: Filter) -> None:
         ("sample_id ~ ((a{1000}){1000}){1000}", 13, "regular expression"),
     ],
 )
-def test_a_bad_filter_says_where_and_gives_an_example(text: str, place: int, wanted: str) -> None:
+def test_the_error_of_a_bad_filter_has_its_place_and_an_example(text: str, place: int, wanted: str) -> None:
     with pytest.raises(InvalidFilter) as caught:
         parse_filter(text)
     assert f"character {place}" in caught.value.what

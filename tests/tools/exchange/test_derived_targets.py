@@ -66,7 +66,7 @@ def test_ids_that_the_tokenizer_lacks_give_their_mass_to_the_tail() -> None:
 
 
 @pytest.mark.parametrize("padding", [-math.inf, -9999.0, -1e9])
-def test_padded_entries_are_left_out_whatever_their_ids_are(padding: float) -> None:
+def test_padded_entries_with_any_ids_are_left_out(padding: float) -> None:
     targets = derive([3, 0, 0, 1 << 40, -7], [math.log(0.5), *[padding] * 4])
     assert targets.counts.tolist() == [1]
 
@@ -96,7 +96,7 @@ def test_logits_are_no_logprobs() -> None:
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, VOCABULARY))
-def test_every_derived_position_obeys_the_laws_of_a_dataset(seed: int, top_k: int) -> None:
+def test_every_derived_position_satisfies_the_laws_of_a_dataset(seed: int, top_k: int) -> None:
     rng = np.random.default_rng(seed)
     probs = random_probs(rng, 5, VOCABULARY)
     ids = np.argsort(rng.random((5, VOCABULARY)), axis=1)[:, :top_k]

@@ -28,7 +28,7 @@ def printed(show: object, *arguments: object, width: int = 80, colors: bool = Fa
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_the_summary_says_what_the_dataset_is(tiny_dataset: Path) -> None:
+def test_the_summary_describes_the_dataset(tiny_dataset: Path) -> None:
     text = printed(show_dataset, tiny_dataset)
     dataset = open_dataset(tiny_dataset)
     wanted = ("tiny", "K = 8 of 64", "D = 4", "24 in 3 shards", f"{dataset.manifest.targets:,}", "CC0-1.0", "fine")

@@ -70,7 +70,7 @@ def test_a_dataset_whose_rows_have_no_prompt_is_a_named_error(tmp_path: Path, to
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_answers_are_greedy_whatever_the_batch_and_the_models_own_settings(
+def test_answers_are_greedy_for_any_batch_and_any_settings_of_the_model(
     chats: Dataset, tmp_path: Path, batch_size: int
 ) -> None:
     # Among so few tokens and sharp logits answers end at different lengths.

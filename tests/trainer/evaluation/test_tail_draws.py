@@ -79,7 +79,7 @@ def test_a_tail_of_almost_no_mass_gives_finite_estimates() -> None:
     assert float((weights * figures["forward_kl_estimate"]).sum()) == pytest.approx(reference.kl(p, q), rel=1e-12)
 
 
-def test_what_pads_a_list_of_draws_says_nothing() -> None:
+def test_padding_of_a_list_of_draws_has_no_effect() -> None:
     _, targets = outcomes(reference.softmax(np.arange(5.0)), top_k=2, draws=2, cap=2)
     logits = torch.arange(5, dtype=torch.float64).flip(0).expand(targets.count, -1)
     padded = replace(

@@ -123,7 +123,7 @@ class Drawn(CrossEntropy):
     needs = frozenset({"draws", "draw_logprobs"})
 
 
-def test_what_a_loss_needs_whatever_its_tail_is_checked_too():
+def test_what_a_loss_needs_with_any_tail_is_checked_too():
     with pytest.raises(NoDraws, match=r"loss\.name"):
         build_objective(Drawn(), draws=0, mean_tail_mass=0.1)
     with pytest.raises(NoDrawLogprobs, match=r"loss\.name"):
@@ -170,7 +170,7 @@ def messages(caplog: pytest.LogCaptureFixture, name: str, **facts) -> list[str]:
 @pytest.mark.parametrize(
     "name", ["reverse_kl", "js", "tvd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "dkd"]
 )
-def test_a_loss_that_the_cache_only_bounds_says_so_with_the_mean_tail_mass(name, caplog):
+def test_a_loss_that_is_only_a_bound_logs_this_with_the_mean_tail_mass(name, caplog):
     (line,) = messages(caplog, name, mass=0.0123)
     assert name in line
     assert "0.0123" in line

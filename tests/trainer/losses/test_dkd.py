@@ -33,7 +33,7 @@ def test_equals_the_dense_loss_where_the_cache_holds_the_whole_vocabulary(alpha,
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.5), (1.0, 8.0), (0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("pads", [0, 2])
-def test_is_the_dense_loss_against_a_teacher_that_knows_the_label_and_has_the_student_s_tail_besides(alpha, beta, pads):
+def test_is_the_dense_loss_against_a_teacher_with_the_label_s_own_mass_and_the_student_s_tail(alpha, beta, pads):
     student, teacher, draws = scene()
     labels = labels_of(teacher)
     targets = cut(teacher, top_k=7, labels=labels, draws=draws, pads=pads)

@@ -188,7 +188,7 @@ def test_the_logits_given_are_left_as_they_were(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bucket_kl_is_the_same_measure_whatever_the_loss(name):
+def test_bucket_kl_is_the_same_measure_for_every_loss(name):
     student, teacher, draws = scene()
     targets = cut(teacher, top_k=7, draws=draws)
     values, _ = value_and_gradient(every_loss()[name], student, targets, 0.4)

@@ -147,7 +147,7 @@ def test_small_t_walks_along_reverse_kl():
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_forward_kl_is_taid_at_t_1_whatever_t_is_given(tail):
+def test_forward_kl_is_taid_at_t_1_for_any_given_t(tail):
     student, teacher, draws = scene()
     targets = cut(teacher, top_k=7, draws=draws)
     forward, forward_gradient = value_and_gradient(ForwardKl(tail=tail), student, targets, 0.3)

@@ -153,7 +153,7 @@ def test_a_draw_that_the_teacher_finds_unlikely_does_not_rule_the_estimate():
     assert loss.state.take().tolist() == pytest.approx([50.0, 1.0])
 
 
-def test_goes_on_from_a_state_that_went_through_json():
+def test_resumes_from_a_state_that_was_stored_as_json():
     first, second = TailRatio(), TailRatio()
     first.update([3.0, 4.0], step=5, total_steps=10)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))

@@ -70,7 +70,7 @@ def test_the_linear_schedule_does_not_listen_to_the_loss():
     assert course(TaidSchedule(kind="linear"), [1.0] * 20) == course(TaidSchedule(kind="linear"), noisy_losses(20))
 
 
-def test_goes_on_from_a_state_that_went_through_json():
+def test_resumes_from_a_state_that_was_stored_as_json():
     losses = noisy_losses(200)
     unbroken, first, second = TaidSchedule(), TaidSchedule(), TaidSchedule()
     wanted = course(unbroken, losses)

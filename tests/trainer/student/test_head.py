@@ -40,7 +40,7 @@ class Capped(LlamaForCausalLM):
         return found
 
 
-def test_a_cap_that_nobody_mentions_is_found_although_small_logits_hide_it(tiny_student):
+def test_an_undeclared_cap_is_found_although_small_logits_hide_it(tiny_student):
     model = Capped.from_pretrained(tiny_student)
     formula, reason = find_head(model)
     assert formula is None

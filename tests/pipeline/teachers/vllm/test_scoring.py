@@ -125,7 +125,7 @@ def test_a_logit_that_is_no_number_is_named_by_position() -> None:
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_the_head_is_called_as_often_whatever_happens_to_the_result(keeps: bool) -> None:
+def test_the_head_is_called_as_often_if_the_extractor_fails(keeps: bool) -> None:
     """With a head that is split over processes, one that leaves the loop early would hang the others."""
     prompt, hidden = _prompt(90)
     calls: list[int] = []
