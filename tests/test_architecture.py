@@ -23,7 +23,7 @@ ALLOWED = {
     "pipeline": {"common", "storage_schema"},
     "trainer": {"common", "storage_schema"},
     "demo": {"common", "storage_schema", "tools", "pipeline", "trainer"},
-    "cli": {"common", "storage_schema", "tools", "pipeline", "trainer", "demo", "api", "version"},
+    "cli": {"common", "storage_schema", "tools", "pipeline", "trainer", "demo", "api"},
 }
 
 

@@ -15,8 +15,8 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets
 from coldstill.trainer.evaluation.evaluate import evaluate_student
+from coldstill.trainer.evaluation.figures import draws_per_position
 from coldstill.trainer.evaluation.report import EvaluationReport
-from coldstill.trainer.evaluation.tail_draws import draws_per_position
 from tests import making
 from tests.trainer.evaluation import reference
 from tests.trainer.evaluation.batches import Row, batches_of, load, packed, padded, random_rows, student_probs
@@ -48,15 +48,15 @@ def expected(model: Any, rows: list[Row]) -> dict[str, float]:
             label = int(row.token_ids[row.positions[n] + 1])
             kept = row.targets.ids[n, : row.targets.counts[n]].tolist()
             head = reference.ranked(p)[: min(10, len(kept))]
-            favourite = int(np.argmax(q))
+            favorite = int(np.argmax(q))
             for name, value in {
                 "cross_entropy": -math.log(q[label]),
                 "teacher_cross_entropy": -math.log(p[label]),
                 "forward_kl_lower_bound": reference.kl(reference.bucket(p, kept), reference.bucket(q, kept)),
                 "reverse_kl_lower_bound": reference.kl(reference.bucket(q, kept), reference.bucket(p, kept)),
-                "top1_agreement": favourite == int(np.argmax(p)),
-                "accuracy": favourite == label,
-                "confidence": q[favourite],
+                "top1_agreement": favorite == int(np.argmax(p)),
+                "accuracy": favorite == label,
+                "confidence": q[favorite],
                 "head_mass": reference.mass(q, head),
                 "rest_mass": 1 - reference.mass(q, head),
                 "tail_mass": 1 - reference.mass(q, kept),
