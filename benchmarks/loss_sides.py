@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from coldstill.trainer.losses.fused_head import CHUNK_BYTES, Head, loss_on_hidden
-from coldstill.trainer.losses.objective import Objective
+from coldstill.trainer.loss_kernels.fused_head import CHUNK_BYTES, Head, Objective, loss_on_hidden
 from coldstill.trainer.losses.taid import Taid
 from coldstill.trainer.targets import SparseTargets
 

@@ -43,7 +43,7 @@ TEACHERS = {"as trained": 1.0, "sharpened": 0.512}
 PLAIN, DENSE_KL, DENSE = Side("plain fine-tuning"), Side("dense forward KL"), Side("dense TAID")
 CACHED = [Side(f"K={k}, D={d}", Cache(k, d)) for k in (8, 16, 32) for d in (0, 32, 64)]
 MORE_DRAWS = Side("K=16, D=256, all kept", Cache(16, 256, kept_draws=256))
-RENORMALISED = Side("K=16, renormalised", Cache(16, 0), tail="renormalise")
+RENORMALISED = Side("K=16, renormalised", Cache(16, 0), renormalize=True)
 SIDES = [PLAIN, DENSE_KL, DENSE, *CACHED, MORE_DRAWS, RENORMALISED]
 QUICK_SIDES = [PLAIN, DENSE, Side("K=16, D=0", Cache(16, 0)), Side("K=16, D=64", Cache(16, 64))]
 

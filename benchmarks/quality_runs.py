@@ -9,12 +9,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from benchmarks.comparison_losses import RenormalizedTaid
 from coldstill.demo.measure import StudentSums, batches, target_logprobs
 from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
@@ -26,10 +27,11 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
-from coldstill.trainer.config import LossConfig
 from coldstill.trainer.data.collate import collate
-from coldstill.trainer.losses import TaidSchedule, build_objective
-from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.loss_kernels.fused_head import loss_on_logits
+from coldstill.trainer.losses.base import build_objective
+from coldstill.trainer.losses.taid import Taid
+from coldstill.trainer.losses.taid_schedule import TaidSchedule
 
 ROWS_PER_STEP = 8
 LEARNING_RATE = 2e-3  # the demo's
@@ -53,7 +55,7 @@ class Side:
 
     name: str
     cache: Cache | None = None
-    tail: Literal["auto", "renormalise"] = "auto"
+    renormalize: bool = False
 
 
 class Bench:
@@ -144,8 +146,8 @@ class Bench:
         """Mean loss over the batch's targets, nats."""
         logits, targets = _logits(student, batch), batch["targets"]
         if side.cache is not None:
-            config = LossConfig(name="taid", tail=side.tail)
-            objective = build_objective(config, draws=side.cache.draws, mean_tail_mass=0.0)
+            loss = RenormalizedTaid() if side.renormalize else Taid()
+            objective = build_objective(loss, draws=side.cache.draws, mean_tail_mass=0.0)
             return loss_on_logits(logits, targets, objective, t=t, weight=1 / targets.count)[0]
         if side.name == "plain fine-tuning":
             return torch.nn.functional.cross_entropy(logits, targets.labels)

@@ -21,7 +21,14 @@ from benchmarks.stream_data import Stored
 BATCH_ROWS = 8
 PACKED_ROWS = 4
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = ["benchmarks.stream_sides", "benchmarks.codec_rivals", "pandas", "s3fs", "torch", "coldstill.trainer.data"]
+_PRELOADED = [
+    "benchmarks.stream_sides",
+    "benchmarks.codec_rivals",
+    "pandas",
+    "s3fs",
+    "torch",
+    "coldstill.trainer.data.logit_dataset",
+]
 """Modules that are imported once for all sides, because an import of torch takes longer than a turn."""
 
 
@@ -51,7 +58,7 @@ def decode_naive(stored: Stored) -> int:
 
 def load(path: str, *, pack_length: int | None = None) -> int:
     """Run the whole loader, to shuffled batches of tensors. Remote shards are copied into a new folder each time."""
-    from coldstill.trainer.data import load_logit_dataset
+    from coldstill.trainer.data.logit_dataset import load_logit_dataset
 
     with tempfile.TemporaryDirectory() as cache:
         stream = load_logit_dataset(path, cache_dir=cache).stream(

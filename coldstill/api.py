@@ -78,7 +78,7 @@ def evaluate(
     require_packages("train", "accelerate", "torch", "transformers")
     from .storage_schema.dataset import open_dataset
     from .trainer.evaluation.evaluate import evaluate_on_dataset
-    from .trainer.evaluation.loading import load_measured
+    from .trainer.evaluation.measured_model import load_measured
 
     opened = open_dataset(str(dataset))
     model = load_measured(str(student), opened, role="student", weights=dtype)

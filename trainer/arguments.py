@@ -1,7 +1,4 @@
-"""How long a run is: transformers' arguments and the length of an epoch come in, steps and adapted arguments go out.
-
-Only what `DistillTrainer` needs of `TrainingArguments` is known here.
-"""
+"""Adapts transformers' `TrainingArguments` to an endless stream of batches, and counts the steps of a run."""
 
 from __future__ import annotations
 
@@ -15,10 +12,12 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 @dataclass(frozen=True, kw_only=True)
 class RunLength:
-    """`batches_per_epoch` of all `devices` together; `micro_batches` of one device, and optimizer `steps`, of the run.
+    """How long a run is.
 
-    An optimizer step of `accumulation` micro-batches may take them from two epochs; only the last step of the run may
-    have fewer than the others.
+    `batches_per_epoch`: of all `devices` together. `accumulation`: micro-batches of one optimizer step on one device.
+    `micro_batches`: of the run on one device. `steps`: optimizer steps of the run.
+
+    One optimizer step may contain micro-batches of two epochs. Only the last step of the run may have fewer.
     """
 
     batches_per_epoch: int
@@ -29,7 +28,7 @@ class RunLength:
 
     @classmethod
     def of(cls, args: TrainingArguments, *, batches_per_epoch: int) -> RunLength:
-        """By `max_steps` where it is given, else by `num_train_epochs`."""
+        """Computed from `max_steps` if it is set, else from `num_train_epochs`."""
         accumulation = args.gradient_accumulation_steps
         if args.max_steps > 0:
             micro_batches = args.max_steps * accumulation
@@ -45,19 +44,25 @@ class RunLength:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Rounded, at least one."""
+        """Optimizer steps per epoch, rounded, at least one."""
         return max(1, round(self.batches_per_epoch / (self.devices * self.accumulation)))
+
+    def micro_batches_after(self, step: int) -> int:
+        """Micro-batches that are left on one device after `step` optimizer steps."""
+        return max(0, self.micro_batches - step * self.accumulation)
 
     def epoch_after(self, step: int) -> float:
         """Passes over the data after `step` optimizer steps."""
         return min(step * self.accumulation, self.micro_batches) * self.devices / self.batches_per_epoch
 
 
-def adapted(args: TrainingArguments, *, batches_per_epoch: int, use_cache: bool) -> tuple[TrainingArguments, RunLength]:
-    """A copy of `args` for a stream without an end: "epoch" strategies become steps of an epoch's length.
+def adapt_arguments(
+    args: TrainingArguments, *, batches_per_epoch: int, use_cache: bool
+) -> tuple[TrainingArguments, RunLength]:
+    """A copy of `args` in which "epoch" strategies are steps of an epoch's length.
 
-    What our batches need is set, whatever it was: no column is removed, nothing is skipped on resuming (the stream goes
-    to its cursor), one process has one device, and the student's own `use_cache` stays in its configuration.
+    Settings that our batches require are overridden: no column is removed, no batch is skipped on resuming (the stream
+    seeks its cursor), one process uses one device, and the student's configuration keeps its own `use_cache`.
     """
     args = copy.copy(args)
     length = RunLength.of(args, batches_per_epoch=batches_per_epoch)
@@ -76,13 +81,16 @@ def adapted(args: TrainingArguments, *, batches_per_epoch: int, use_cache: bool)
     return args, length
 
 
-def refuse_arguments(args: TrainingArguments) -> None:
-    """Raise `ValueError` for what would lose targets or state: another batch size in the middle of a run, our state
-    made anew without its arguments, weights that no device has as a whole."""
+def validate_arguments(args: TrainingArguments) -> None:
+    """Raise `ValueError` for settings that would lose targets or state.
+
+    These change the batch size during a run, restore our callbacks without their arguments, or leave no device with all
+    weights.
+    """
     wrong = [
         name for name in ("auto_find_batch_size", "restore_callback_states_from_checkpoint") if getattr(args, name)
     ]
     if wrong:
         raise ValueError(f"set {' and '.join(f'{name}=False' for name in wrong)}")
     if args.fsdp or args.deepspeed:
-        raise ValueError("the student must fit one device: leave fsdp and deepspeed out, and start DDP with torchrun")
+        raise ValueError("fsdp and deepspeed are not supported: the student must fit one device; use torchrun for DDP")

@@ -1,4 +1,4 @@
-"""`DistillTrainer`: transformers' Trainer, learning from a logit dataset. A model and a `LogitDataset` come in.
+"""`DistillTrainer`: the Trainer of transformers with a distillation loss on a `LogitDataset`.
 
 Shape letters: `B` rows, `T` tokens, `M` target positions, `V` ids of the tokenizer.
 """
@@ -17,29 +17,64 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
-from .arguments import adapted, refuse_arguments
-from .config import LossConfig, StudentConfig
-from .data import LogitDataset
-from .evaluation import draws_per_position, evaluate_student
-from .loader import batch_loader, model_inputs
-from .losses import build_objective, build_schedule, memory_of
-from .model_card import model_card
-from .resume import ResumePoint, data_order, resume_point
-from .run_folder import newest_checkpoint
+from .arguments import adapt_arguments, validate_arguments
+from .checkpoints import ResumePoint, data_order, newest_checkpoint, resume_point
+from .config import StudentConfig
+from .data.logit_dataset import LogitDataset
+from .data.stream import LogitStream
+from .evaluation.evaluate import evaluate_student
+from .evaluation.tail_draws import draws_per_position
+from .finished_student import model_card
+from .losses import PluginLoss, read_loss
+from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
-from .student import check_head, check_packing, check_tokenizer, distil_in_forward, innermost, load_student
+from .student.forward import distil_in_forward, innermost, model_inputs
+from .student.load import check_head, load_student
+from .student.packing_check import check_packing
+from .student.tokenizer import check_tokenizer
 
 logger = logging.get_logger(__name__)
 
 
-class DistillTrainer(Trainer):
-    """The loss of an optimizer step is the sum over its targets, divided once by their number.
+class BatchLoader(DataLoader):
+    """A device's batches of a stream, cut after `batches` if given, and decoded in the processes that `args` set.
 
-    So neither padding nor packing, accumulation or the number of devices changes the gradient. t of TAID moves once per
-    optimizer step, from the mean over all its targets, and stands still in evaluation.
+    Trainer derives the number of optimizer steps, and the micro-batches of the last one, from the length of its loader.
+    So the loader of a resumed run has the length of the rest of the run. A finished run has the length 1: with less,
+    Trainer would take the length as unknown and train again; with it, no epoch is left.
     """
 
-    # Read by Trainer: our loss is divided by the targets of the whole step already.
+    def __init__(self, stream: LogitStream, args: TrainingArguments, *, batches: int | None = None):
+        workers = args.dataloader_num_workers
+        super().__init__(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            pin_memory=args.dataloader_pin_memory,
+            # A generator of its own: each pass draws a seed, which must not change the random numbers of dropout.
+            generator=torch.Generator(),
+        )
+        self._batches = None if batches is None else max(1, batches)
+
+    def __len__(self) -> int:
+        """Batches of one pass. Raises `TypeError` if the loader has no bound."""
+        if self._batches is None:
+            raise TypeError("the length of this loader is not known")
+        return self._batches
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        return islice(super().__iter__(), self._batches)
+
+
+class DistillTrainer(Trainer):
+    """Divides the summed loss of an optimizer step once, by the number of its targets on all devices.
+
+    So padding, packing, accumulation and the number of devices do not change the gradient. t of TAID is updated once
+    per optimizer step, from the mean loss over all its targets, and never in evaluation.
+    """
+
+    # Read by Trainer: the loss is already divided by the targets of the whole step.
     loss_is_scaled_for_ga = True
     control: TrainerControl
 
@@ -49,7 +84,7 @@ class DistillTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         train_dataset: LogitDataset,
-        loss: str | LossConfig = "taid",
+        loss: str | Mapping[str, Any] | Loss | PluginLoss = "taid",
         pack_length: int | None = None,
         fused_head: bool = True,
         eval_dataset: LogitDataset | dict[str, LogitDataset] | None = None,
@@ -57,19 +92,24 @@ class DistillTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
-        """`model`: a causal LM of transformers, one with peft adapters, or a folder or hub name.
+        """Check that student and dataset fit, and build the loss.
 
-        `loss`: a name such as taid, forward_kl or cross_entropy, or a `LossConfig`. `pack_length`: tokens of a pack;
-        None pads each row of a batch. With `fused_head` False the loss is taken from the model's own logits.
-        `processing_class`: the student's tokenizer, checked against the dataset's and saved with each checkpoint.
-        `args.data_seed` (`args.seed` where it is None) decides the order of the rows. Other arguments are Trainer's.
+        - `model`: a causal LM of transformers, one with peft adapters, or a folder or hub name.
+        - `loss`: a name such as taid, forward_kl or cross_entropy, a mapping such as {"name": "js", "beta": 0.5}, or an
+          object such as `Taid(t_start=0.2)`, also of a class of your own.
+        - `pack_length`: tokens of a pack; None pads each row of a batch to the longest.
+        - `fused_head`: compute the head and the loss in chunks; False uses the logits of the model's own forward pass.
+        - `processing_class`: the student's tokenizer, checked against the dataset's and saved with each checkpoint.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `PackingUnsupported`, what `build_objective` raises, and
-        `ValueError` for arguments that would lose what a checkpoint must keep.
+        `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
+        Trainer.
+
+        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `PackingUnsupported`, what `read_loss` and
+        `build_objective` raise, and `ValueError` for arguments that would lose state of a checkpoint.
         """
         args = args or TrainingArguments("trainer_output")
-        refuse_arguments(args)
-        self.loss_config = LossConfig(name=loss) if isinstance(loss, str) else loss
+        validate_arguments(args)
+        self.distillation_loss = read_loss(loss)
         header = train_dataset.header
         student = load_student(StudentConfig(model=model), header) if isinstance(model, str) else model
         name = innermost(student).config.name_or_path or type(innermost(student)).__name__
@@ -77,7 +117,7 @@ class DistillTrainer(Trainer):
         if processing_class is not None and processing_class.is_fast:
             check_tokenizer(processing_class.backend_tokenizer.to_str().encode(), header, name=name)
         self.objective = build_objective(
-            self.loss_config,
+            self.distillation_loss,
             draws=train_dataset.draws,
             mean_tail_mass=train_dataset.mean_tail_mass(),
             dense=train_dataset.is_dense,
@@ -87,13 +127,13 @@ class DistillTrainer(Trainer):
         of_all_devices = train_dataset.stream(
             batch_size=args.per_device_train_batch_size, seed=self.order["seed"], pack_length=pack_length
         )
-        args, self.length = adapted(
+        args, self.length = adapt_arguments(
             args,
             batches_per_epoch=of_all_devices.batches_per_epoch,
             use_cache=getattr(innermost(student).config, "use_cache", True),
         )
         self.record = StepRecord(
-            build_schedule(self.loss_config), memory_of(self.objective), order=self.order, length=self.length
+            self.distillation_loss.new_schedule(), state_of(self.objective), order=self.order, length=self.length
         )
         self._resumed = ResumePoint()
         super().__init__(
@@ -102,7 +142,7 @@ class DistillTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            # Before the user's: what they look at on a step's end is up to date.
+            # Before the user's callbacks, so that these read an updated record at the end of a step.
             callbacks=[self.record, *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -112,14 +152,15 @@ class DistillTrainer(Trainer):
                 check_packing(innermost(self.model), batch_size=args.per_device_train_batch_size)
         if self.head.formula is None and fused_head:
             logger.warning(
-                f"the loss of {name} is taken from its own logits, which takes more memory: {self.head.reason}"
+                f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As Trainer's. A resumed run goes on with exactly the batches that an unbroken one would have had next.
+        """Train, or resume with exactly the batches that an uninterrupted run would use next.
 
-        `True` takes the newest checkpoint that was written to its end. Raises `CheckpointMismatch` for one of another
-        dataset or another order of rows, and `NonFiniteLoss`.
+        `resume_from_checkpoint`: a folder, or `True` for the newest complete checkpoint in the output folder.
+
+        Raises `CheckpointMismatch` for a checkpoint of another dataset or data order, and `NonFiniteLoss`.
         """
         if resume_from_checkpoint is True and (newest := newest_checkpoint(Path(self.args.output_dir))) is not None:
             resume_from_checkpoint = str(newest.folder)
@@ -128,22 +169,11 @@ class DistillTrainer(Trainer):
             self._resumed = resume_point(Path(resume_from_checkpoint), self.order)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches without an end, from where the checkpoint left off; accelerate is not asked to cut them again."""
-        return self._batches(self.train_dataset, batch_size=self._train_batch_size, after=self._resumed.cursor)
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
-        """What is left of the run, as one pass over a loader that begins at the next batch.
-
-        Trainer takes the last step's number of batches from the pass's length: on resuming it must be what is left.
-        """
-        values = list(super().set_initial_training_values(args, dataloader))
-        left = self.length.steps - self._resumed.step
-        per_pass = max(1, left)
-        values[0] = self._resumed.step // per_pass + (1 if left > 0 else 0)
-        values[1] = per_pass
-        values[5] = self.length.micro_batches - self._resumed.step * self.length.accumulation
-        return tuple(values)
+    def get_train_dataloader(self) -> BatchLoader:
+        """This device's batches from the resume point to the end of the run."""
+        stream = self._stream(self.train_dataset, batch_size=self.args.train_batch_size)
+        stream.seek(self._resumed.cursor)
+        return BatchLoader(stream, self.args, batches=self.length.micro_batches_after(self._resumed.step))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -163,9 +193,9 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Loss of one micro-batch as its share of the optimizer step's mean; out of training its own mean."""
+        """Loss of one micro-batch: its share of the optimizer step's mean in training, else its own mean."""
         total = inputs["targets"].count if num_items_in_batch is None else int(num_items_in_batch)
-        # The backward pass averages over devices; the sum was meant.
+        # DDP averages gradients over devices; the loss is a sum over them.
         devices = self.accelerator.num_processes if model.training else 1
         outputs = model(
             **model_inputs(inputs),
@@ -184,10 +214,10 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure the student as `evaluate_student` does; the same names, with `eval_` before them.
+        """Measure the student as `evaluate_student` does, with `eval_` before each name.
 
-        `eval_loss` is what the run strives for, free of t: the cross-entropy for that loss, else the best figure of
-        KL(teacher || student) that the dataset allows. t, the order of rows and random numbers are left alone.
+        `eval_loss` does not depend on t. For the loss cross_entropy it is the cross-entropy, else the best figure of
+        KL(teacher || student) that the dataset allows. t, the data order and random numbers do not change.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -198,7 +228,7 @@ class DistillTrainer(Trainer):
             }
             return {key: value for part in parts.values() for key, value in part.items()}
         began = time.time()
-        batches = self._batches(dataset, batch_size=self.args.eval_batch_size, epochs=1)
+        batches = BatchLoader(self._stream(dataset, batch_size=self.args.eval_batch_size, epochs=1), self.args)
         with self.accelerator.autocast():
             found = evaluate_student(
                 self.model,
@@ -207,7 +237,7 @@ class DistillTrainer(Trainer):
                 draws=draws_per_position(dataset),
                 reduce=lambda sums: self.accelerator.reduce(sums, "sum"),
             ).metrics()
-        found = {"loss": found[self._strives_for(found)], **found}
+        found = {"loss": found[self._eval_loss_name(found)], **found}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=dataset.rows)
         self.log(metrics)
@@ -215,36 +245,31 @@ class DistillTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training lines also carry `bucket_kl`, and with TAID `taid_t` (of the next step) and `taid_momentum`."""
+        """Add `bucket_kl` to training lines, and with TAID `taid_t` (of the next step) and `taid_momentum`."""
         if "loss" in logs:
             logs = {**logs, **self.record.take_logs()}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md` into the output folder: which dataset, which loss, which t."""
+        """Write the model card `README.md` to the output folder."""
         if self.is_world_process_zero():
             card = model_card(
                 student=innermost(self.model).config.name_or_path,
                 headers=[source.header for source in self.train_dataset.sources.datasets],
                 dataset_ids=self.train_dataset.dataset_ids,
-                loss=self.loss_config,
+                loss=self.distillation_loss,
                 record=self.record.state()["attributes"],
                 steps=self.state.global_step,
                 adapters=innermost(self.model) is not self.model,
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
-    def _strives_for(self, found: Mapping[str, float]) -> str:
-        if self.loss_config.name == "cross_entropy":
-            return "cross_entropy"
-        names = ("forward_kl_estimate", "soft_cross_entropy_estimate", "forward_kl_lower_bound")
-        return next(name for name in names if name in found)
+    def _eval_loss_name(self, found: Mapping[str, float]) -> str:
+        return next(name for name in self.distillation_loss.eval_loss if name in found)
 
-    def _batches(
-        self, dataset: LogitDataset, *, batch_size: int, epochs: int | None = None, after: dict[str, Any] | None = None
-    ) -> DataLoader:
-        """This device's batches: behind the cursor `after` in the order of training, or `epochs` times as stored."""
-        stream = dataset.stream(
+    def _stream(self, dataset: LogitDataset, *, batch_size: int, epochs: int | None = None) -> LogitStream:
+        """This device's share of the batches: endless in the order of training, or `epochs` in stored order."""
+        return dataset.stream(
             batch_size=batch_size,
             seed=self.order["seed"],
             pack_length=self.order["pack_length"],
@@ -253,5 +278,3 @@ class DistillTrainer(Trainer):
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )
-        stream.seek(after)
-        return batch_loader(stream, self.args)

@@ -1,73 +1,73 @@
-"""The named errors of training. Those of the dataset and of its tokenizer are in `storage_schema.errors`."""
+"""All error classes of training. Those of datasets and tokenizers are in `storage_schema.errors`."""
 
 from __future__ import annotations
 
 from coldstill.common.errors import ColdstillError
 
 
+class InvalidMixture(ColdstillError):
+    """Datasets or weights that cannot be mixed."""
+
+
+class NoTargets(ColdstillError):
+    """A dataset has no target position, so nothing can be learned from it."""
+
+
+class MoreThanStored(ColdstillError):
+    """A setting requests more kept ids or draws than the dataset holds."""
+
+
+class RowTooLong(ColdstillError):
+    """A row has more tokens than a pack holds; rows are never split."""
+
+
+class CursorMismatch(ColdstillError):
+    """A cursor belongs to another sequence of rows: another dataset, seed, order or pack length."""
+
+
 class StudentNotFound(ColdstillError):
-    """There is no model that transformers can load under the student's name."""
+    """No model that transformers can load has the student's name."""
 
 
 class StudentHeadTooSmall(ColdstillError):
     """The student's head has fewer rows than the dataset's tokenizer has ids."""
 
 
-class NoTargets(ColdstillError):
-    """The dataset holds no target position: there is nothing to learn."""
-
-
-class NoDraws(ColdstillError):
-    """The mixture tail was asked for, and the dataset was captured without tail draws."""
-
-
-class NonFiniteLoss(ColdstillError):
-    """The loss of some rows is not a number; the optimizer was stopped before it moved."""
-
-
-class CheckpointMismatch(ColdstillError):
-    """The output folder holds another run: another dataset, loss, order or recipe."""
-
-
 class AdapterMisfit(ColdstillError):
-    """No layer of the student has one of the names that should get an adapter."""
+    """No layer of the student has a name in `student.lora.target_modules`."""
 
 
 class PackingUnsupported(ColdstillError):
-    """The student lets packed rows see each other."""
+    """The student attends across the rows of a pack."""
 
 
-class NonFiniteLogits(ColdstillError):
-    """The logits of a model that is measured are not numbers: no figure of it would be."""
+class NoDraws(ColdstillError):
+    """The loss needs tail draws, and the dataset was captured without them."""
 
 
 class NoDrawLogprobs(ColdstillError):
-    """The mass-corrected tail was asked for, and the dataset does not hold the log-probs of its draws."""
+    """The mass-corrected tail needs the log-probs of the draws, and the dataset does not hold them."""
 
 
 class DenseLossOnly(ColdstillError):
-    """The loss needs every log-prob of the vocabulary, and the dataset keeps a part."""
+    """The loss needs all log-probs of the vocabulary, and the dataset holds a part of them."""
 
 
-class RowTooLong(ColdstillError):
-    """A row has more tokens than a pack holds, and rows are never split."""
+class NonFiniteLoss(ColdstillError):
+    """The loss of some rows is not finite; training stopped before the optimizer step."""
 
 
-class MoreThanStored(ColdstillError):
-    """More kept ids or draws were asked for than the dataset holds."""
+class CheckpointMismatch(ColdstillError):
+    """The output folder or a checkpoint belongs to another run: another dataset, loss, data order or recipe."""
 
 
-class InvalidMixture(ColdstillError):
-    """Datasets or weights that cannot be mixed."""
-
-
-class CursorMismatch(ColdstillError):
-    """A cursor leads into another sequence of rows: of another dataset, seed, order or packing."""
+class NonFiniteLogits(ColdstillError):
+    """The logits of a model under evaluation are not finite."""
 
 
 class NoAnswers(ColdstillError):
-    """Answers were to be compared with references, and no row of the dataset has a prompt and an answer."""
+    """ROUGE needs reference answers, and no row of the dataset has a prompt and an answer."""
 
 
 class TaskFailed(ColdstillError):
-    """A benchmark task cannot be read, found or run."""
+    """A benchmark task cannot be found, read or run."""

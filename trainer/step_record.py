@@ -1,6 +1,6 @@
-"""Between optimizer steps: the micro-batches' sums come in, t moves, and a state for the checkpoint goes out.
+"""What happens between optimizer steps: sums of the micro-batches, the move of t, the state of the checkpoint.
 
-The state travels in `trainer_state.json` of every checkpoint, the last file that transformers writes there.
+The state is part of `trainer_state.json` in every checkpoint, the last file that transformers writes there.
 """
 
 from __future__ import annotations
@@ -18,29 +18,28 @@ from transformers.trainer_callback import ExportableState
 
 from .arguments import RunLength
 from .errors import NonFiniteLoss
-from .losses import LossMemory, LossValues, TaidSchedule
-
-STATE_NAME = "StepRecord"
-"""Key of our state in `trainer_state.json`: transformers uses the class's name."""
+from .loss_kernels.fused_head import LossValues
+from .losses.base import LossState
+from .losses.taid_schedule import TaidSchedule
 
 MOST_NAMED = 20
-"""Rows that one message names."""
+"""Rows that one error message lists."""
 
 
 class StepRecord(TrainerCallback, ExportableState):
-    """Adds up one optimizer step over its micro-batches and devices, closes it, and remembers where the data stands."""
+    """Adds up one optimizer step over its micro-batches and devices, closes it, and keeps the cursor of the data."""
 
     def __init__(
         self,
         schedule: TaidSchedule | None,
-        memory: LossMemory | None,
+        loss_state: LossState | None,
         *,
         order: Mapping[str, Any],
         length: RunLength,
     ):
-        """`memory`: what the loss remembers between steps, where it does. `order`: what decides which rows come when; a
-        checkpoint of another order is not gone on with."""
-        self.schedule, self.memory, self.order, self._length = schedule, memory, dict(order), length
+        """`loss_state`: what the loss keeps between steps, if anything. `order`: what determines the order of the rows;
+        a checkpoint of another order is rejected."""
+        self.schedule, self.loss_state, self.order, self._length = schedule, loss_state, dict(order), length
         self._reset()
 
     def _reset(self) -> None:
@@ -51,42 +50,43 @@ class StepRecord(TrainerCallback, ExportableState):
         self.open_step(targets=0, cursor=None)
 
     def open_step(self, *, targets: int, cursor: dict[str, Any] | None) -> None:
-        """Begin an optimizer step of `targets` on all devices, after which the data stands at `cursor`."""
+        """Begin an optimizer step of `targets` target positions on all devices; `cursor`: of the data after it."""
         self._step_targets, self._step_cursor = targets, cursor
         self._parts: list[tuple[LossValues, Mapping[str, Any]]] = []
         self._means: tuple[float, float] | None = None
-        self._remembered: list[float] = []
+        self._state_sums: list[float] = []
 
     def add(self, values: LossValues, batch: Mapping[str, Any]) -> None:
-        """Take the values of a micro-batch. Nothing is read from the device before the step is whole."""
+        """Keep the values of a micro-batch; they are read from the device once per optimizer step."""
         self._parts.append((values, batch))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start afresh, or go on from the checkpoint's state."""
+        """Start with an empty state, or restore the checkpoint's."""
         self._reset()
-        for remembers in (self.schedule, self.memory):
-            if remembers is not None:
-                remembers.reset()
+        for kept in (self.schedule, self.loss_state):
+            if kept is not None:
+                kept.reset()
         if state.global_step == 0:
             return
-        saved = state.stateful_callbacks[STATE_NAME]["attributes"]
+        # transformers stores the state of a callback under its class name.
+        saved = state.stateful_callbacks[StepRecord.__name__]["attributes"]
         self.targets, self._seconds_before, self.cursor = saved["targets"], saved["seconds"], saved["cursor"]
         self._peak_before = saved["peak_memory_mb"]
         if self.schedule is not None:
             self.schedule.load_state_dict(saved["schedule"])
-        if self.memory is not None:
-            self.memory.load_state_dict(saved["memory"])
+        if self.loss_state is not None:
+            self.loss_state.load_state_dict(saved["memory"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Raise `NonFiniteLoss`, on all devices, where a row of one of them gave no number; no weight has moved."""
+        """Raise `NonFiniteLoss` on all devices where one has a value that is not finite; no weight has moved."""
         sums = torch.stack([_sums(values) for values, _ in self._parts]).sum(0)
-        if self.memory is not None:
-            sums = torch.cat([sums, self.memory.take().to(sums.device)])
-        distillation, bucket_kl, broken, *remembered = reduce(sums, "sum").tolist()
+        if self.loss_state is not None:
+            sums = torch.cat([sums, self.loss_state.take().to(sums.device)])
+        distillation, bucket_kl, broken, *state_sums = reduce(sums, "sum").tolist()
         if broken:
             raise self._not_finite(int(broken), step=state.global_step + 1)
         self._means = (distillation / self._step_targets, bucket_kl / self._step_targets)
-        self._remembered = remembered
+        self._state_sums = state_sums
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the optimizer step: t moves here and nowhere else."""
@@ -97,8 +97,8 @@ class StepRecord(TrainerCallback, ExportableState):
         self._kl_since_log.append(bucket_kl)
         if self.schedule is not None:
             self.schedule.update(distillation, step=state.global_step, total_steps=state.max_steps)
-        if self.memory is not None:
-            self.memory.update(self._remembered, step=state.global_step, total_steps=state.max_steps)
+        if self.loss_state is not None:
+            self.loss_state.update(self._state_sums, step=state.global_step, total_steps=state.max_steps)
         state.epoch = self._length.epoch_after(state.global_step)
         self.open_step(targets=0, cursor=None)
 
@@ -110,15 +110,15 @@ class StepRecord(TrainerCallback, ExportableState):
             self._kl_since_log = []
         if self.schedule is not None:
             logs |= {"taid_t": self.schedule.t, "taid_momentum": self.schedule.momentum}
-        if self.memory is not None:
-            logs |= self.memory.logs()
+        if self.loss_state is not None:
+            logs |= self.loss_state.logs()
         return logs
 
     def state(self) -> dict[str, Any]:
-        """What the checkpoint keeps, fit for JSON."""
+        """What the checkpoint keeps, as JSON types."""
         attributes = {
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "memory": None if self.memory is None else self.memory.state_dict(),
+            "memory": None if self.loss_state is None else self.loss_state.state_dict(),
             "targets": self.targets,
             "cursor": self.cursor,
             "order": self.order,
@@ -140,7 +140,7 @@ class StepRecord(TrainerCallback, ExportableState):
 
 
 def _sums(values: LossValues) -> torch.Tensor:
-    """Sums of distillation and bucket KL, and how many values are not finite."""
+    """Sums of distillation and bucket KL, and the number of values that are not finite."""
     broken = ~values.loss.isfinite()
     return torch.stack([values.distillation.double().sum(), values.bucket_kl.double().sum(), broken.double().sum()])
 

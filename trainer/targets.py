@@ -1,7 +1,7 @@
-"""`SparseTargets`: the cached rows of a batch come in, what the teacher knows of them as torch tensors goes out.
+"""`SparseTargets`: what the cache holds of the teacher at the target positions of a batch, as torch tensors.
 
 Shape letters: `B` rows of a batch (packs, where rows are packed), `T` tokens of each, `M` target positions of all rows,
-`K` teacher top-k, `N` most draws of one position in this batch, `R` draws of all positions.
+`K` teacher top-k, `N` most draws of one position in this batch, `R` draws of all positions together.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
 @dataclass(frozen=True, kw_only=True)
 class SparseTargets:
-    """The teacher at the `M` target positions of a batch, and where they stand in its `[B, T]` tokens.
+    """The teacher at the `M` target positions of a batch, and their places in its `[B, T]` tokens.
 
     `ids int64 [M, K]`, `logprobs float32 [M, K]`: kept ids, in any order, and natural logs; an unused entry repeats the
     position's first id with log-prob -inf. `log_tail float32 [M]`: log of the mass outside the kept ids.
-    `labels int64 [M]`: the token that really follows; `label_logprob float32 [M]`: the teacher's log-prob of it.
+    `labels int64 [M]`: the token that follows in the text; `label_logprob float32 [M]`: the teacher's log-prob of it.
 
-    `draws int64 [M, N]`: ids outside the kept ones that stand for the tail, repeats allowed; `draw_weights float32
-    [M, N]`: the share of the tail that each stands for, 0 for padding (id 0). Weights of one position sum to at most 1:
-    to 1 where there are draws, to 0 where there are none; to something between where ids that are known exactly were
-    cut from the kept ones and there are no draws beside them. `draw_logprobs float32 [M, N]`: the teacher's log-probs
-    of the draws, None where the dataset holds none.
+    `draws int64 [M, N]`: sampled ids outside the kept ones, repeats allowed; `draw_weights float32 [M, N]`: the share
+    of the tail that each represents, 0 for padding (id 0). The weights of one position sum to 1 where there are draws
+    and to 0 where there are none. They sum to less than 1 where ids with known log-probs were cut from the kept ones
+    and there are no draws beside them. `draw_logprobs float32 [M, N]`: the teacher's log-probs of the draws, None where
+    the dataset holds none.
 
     `row`, `position` `int64 [M]`: logits `[row, position]` of the batch are scored against this target, without any
     shift.
@@ -66,8 +66,8 @@ class SparseTargets:
         position: np.ndarray,
         draw_weights: np.ndarray | None = None,
     ) -> SparseTargets:
-        """Targets of all positions together. `draw_weights float32 [R]`: the share of the tail of each of the `R` draws
-        of all positions; without them draws of a position have equal weights that sum to 1."""
+        """Targets of all positions together. `draw_weights float32 [R]`: the share of the tail of each of the `R`
+        draws; without them the draws of a position have equal weights that sum to 1."""
         counts = targets.draw_counts
         drawn = np.arange(int(counts.max(initial=0))) < counts[:, None]
         places = np.flatnonzero(drawn)
@@ -105,11 +105,11 @@ class SparseTargets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SparseTargets:
-        """The same targets in memory from which a GPU copies by itself; torch's DataLoader calls this."""
+        """The same targets in page-locked memory; torch's DataLoader calls this."""
         return self._map(torch.Tensor.pin_memory)
 
     def part(self, start: int, stop: int) -> SparseTargets:
-        """The positions from `start` up to `stop`; views, nothing is copied."""
+        """The positions from `start` up to `stop`, as views."""
         return self._map(lambda tensor: tensor[start:stop])
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SparseTargets:
@@ -119,9 +119,9 @@ class SparseTargets:
 
 
 def joined(targets: Sequence[TeacherTargets]) -> TeacherTargets:
-    """Targets of several rows as those of one, in order; as wide as the widest of them, `ids` in torch's own int64.
+    """Targets of several rows as those of one, in order; K is the largest of theirs, and `ids` are int64.
 
-    Without the draws' log-probs unless all rows have them.
+    The log-probs of the draws are kept only where all rows have them.
     """
     top_k = max(item.top_k for item in targets)
     known = all(item.draw_logprobs is not None for item in targets)
@@ -138,7 +138,7 @@ def joined(targets: Sequence[TeacherTargets]) -> TeacherTargets:
 
 
 def _widened(values: np.ndarray, width: int, unused: np.ndarray | float) -> np.ndarray:
-    """`[N, width]`: `values [N, K]`, and `unused` in the columns behind them."""
+    """`[M, width]`: `values [M, K]`, then columns of `unused`."""
     if values.shape[1] == width:
         return values
     wide = np.empty((len(values), width), values.dtype)

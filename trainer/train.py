@@ -1,7 +1,7 @@
-"""One training run: a checked `TrainConfig` comes in, a finished student and a `TrainSummary` go out.
+"""One training run: trains the student of a `TrainConfig`, writes it, and returns a `TrainSummary`.
 
-Started again after a kill, it goes on from its newest whole checkpoint; started again after its end, it returns the
-summary at once. The teacher is never loaded: all that is known of it comes from the dataset.
+After an interruption, the same call resumes from the newest complete checkpoint. After the end of the run, it returns
+the stored summary. The teacher is never loaded; everything about it comes from the dataset.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from coldstill.common.files import write_json
+from coldstill.common.models import FrozenModel
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 
+from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_full_disk, newest_checkpoint
 from .config import TrainConfig
-from .data import LogitDataset, load_logit_dataset
+from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
-from .early_stopping import EarlyStopping
 from .finished_student import push_student, write_student
-from .run_folder import SUMMARY_NAME, Checkpoint, claim, full_disk_named, newest_checkpoint, write_json
-from .step_record import STATE_NAME
-from .student import check_tokenizer, load_student, tokenizer_files
+from .losses import run_identity
+from .student.load import load_student
+from .student.tokenizer import check_tokenizer, tokenizer_files
 
 
-class TrainSummary(BaseModel):
-    """What a run was and what it took; over all its starts, if it was killed between."""
+class TrainSummary(FrozenModel):
+    """Facts of a finished run. Targets, seconds and memory cover all its starts.
 
-    model_config = ConfigDict(frozen=True)
+    `steps`: optimizer steps of the run. `student_step`: the step of the checkpoint that became the student.
+    `peak_memory_mb`: in MiB, of the GPU if there is one, else resident memory. `taid_t`: t at the end, None without it.
+    """
 
     dataset_ids: list[str]
     loss: str
@@ -43,9 +46,10 @@ class TrainSummary(BaseModel):
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> TrainSummary:
-    """Train the student of `config` on its dataset; `callbacks` are transformers' own, for whoever wants to look on.
+    """Train the student of `config` on its dataset; `callbacks` are callbacks of transformers.
 
-    Under torchrun each process trains on its share of every step, and the first one writes.
+    Under torchrun, each process trains on its share of every step, and the first process writes.
+
     Raises the errors of `load_logit_dataset`, `load_student` and `DistillTrainer`, and `CheckpointMismatch`,
     `NonFiniteLoss`, `StorageFull`.
     """
@@ -59,7 +63,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
     checkpoint = newest_checkpoint(output)
-    with full_disk_named(output):
+    with naming_full_disk(output):
         if checkpoint is None or not checkpoint.finished:
             trainer = _build(config, dataset, args, callbacks)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
@@ -71,7 +75,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
                 write_student(config, dataset, checkpoint)
                 if config.training.push_to_hub is not None:
                     push_student(output, config.training.push_to_hub)
-                write_json(output / SUMMARY_NAME, summary.model_dump())
+                write_json(output / SUMMARY_NAME, summary.model_dump(), sort_keys=True)
     return summary
 
 
@@ -80,7 +84,7 @@ def _build(
 ) -> DistillTrainer:
     files = tokenizer_files(config.student, dataset.sources.datasets[0])
     check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=config.student.name)
-    # What a student may have to draw at random, for instance a head that its file lacks, must not differ by start.
+    # Randomly initialized weights, such as a head that the file lacks, must be equal at each start.
     set_seed(config.training.seed)
     patience = config.training.early_stopping_patience
     return DistillTrainer(
@@ -118,9 +122,9 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         greater_is_better=False if best else None,
         load_best_model_at_end=best,
         save_strategy="steps",
-        # The best one must be there when the run ends.
+        # Each measurement needs its checkpoint, so that the best one exists at the end.
         save_steps=training.eval_steps if best else training.save_steps,
-        # Two: a kill while the newer one is written leaves the older one whole.
+        # Two: if the run is killed while it writes a checkpoint, the older one is still complete.
         save_total_limit=2,
         seed=training.seed,
         data_seed=config.data.seed,
@@ -134,19 +138,19 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
-    """All that decides the weights: a checkpoint is only ever gone on with under an equal identity."""
-    of_this_start = {"logging_steps", "save_steps", "report_to", "threads", "dataloader_workers", "push_to_hub"}
+    """Everything that determines the weights. A run resumes from a checkpoint only if their identities are equal."""
+    changeable = {"logging_steps", "save_steps", "report_to", "threads", "dataloader_workers", "push_to_hub"}
     return {
         "dataset_ids": list(dataset.dataset_ids),
         "student": config.student.model_dump(exclude={"gradient_checkpointing"}),
-        "loss": config.loss.model_dump(),
+        "loss": run_identity(config.loss),
         "data": config.data.model_dump(include={"seed", "weights", "top_k", "draws"}),
-        "training": config.training.model_dump(exclude=of_this_start),
+        "training": config.training.model_dump(exclude=changeable),
     }
 
 
 def _summary(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) -> TrainSummary:
-    record = last.state["stateful_callbacks"][STATE_NAME]["attributes"]
+    record = last.record
     return TrainSummary(
         dataset_ids=list(dataset.dataset_ids),
         loss=config.loss.name,

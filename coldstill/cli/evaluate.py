@@ -14,10 +14,10 @@ from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.tools.inspect.token_text import TokenText
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
-from coldstill.trainer.evaluation.loading import Weights, load_measured
+from coldstill.trainer.evaluation.lm_eval_tasks import evaluate_tasks, require_tasks
+from coldstill.trainer.evaluation.measured_model import Weights, load_measured
 from coldstill.trainer.evaluation.per_token import token_records, write_records
 from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
-from coldstill.trainer.evaluation.tasks import evaluate_tasks, require_tasks
 
 from .output import show_result, show_warning
 from .per_token_table import show_records

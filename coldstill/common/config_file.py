@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 from .errors import ColdstillError
 from .models import other_names
@@ -52,14 +53,51 @@ def check_config(document: Mapping[str, Any], *, model: type[Settings], where: s
 
 
 def described_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default or "required", description) of every setting, in order."""
+    """(dotted key, default or "required", description) of every setting, in order.
+
+    In a section that is one of several models, a description begins with the names of the models with that setting.
+    """
     for name, field in model.model_fields.items():
+        if variants := _variants(field.annotation):
+            yield from _described_variants(field, variants, f"{prefix}{name}.")
+            continue
         inner = _inner_model(field.annotation)
         if inner is not None:
             yield from described_keys(inner, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
         yield f"{prefix}{name}", default, field.description or ""
+
+
+def _described_variants(
+    field: FieldInfo, variants: Mapping[str, type[BaseModel]], prefix: str
+) -> Iterator[tuple[str, str, str]]:
+    chosen = field.get_default(call_default_factory=True)
+    found: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for tag, variant in variants.items():
+        for key, default, description in described_keys(variant, prefix):
+            found.setdefault(key, {}).setdefault((default, description), []).append(tag)
+    names = {
+        f"{prefix}{name}": _as_yaml(getattr(chosen, name))
+        for name, option in type(chosen).model_fields.items()
+        if get_origin(option.annotation) is Literal and len(get_args(option.annotation)) == 1
+    }
+    for key, settings in found.items():
+        for (default, description), tags in settings.items():
+            others = [tag for tag in variants if tag not in tags]
+            owners = f"all but {', '.join(others)}" if 0 < len(others) < len(tags) else ", ".join(tags)
+            yield key, names.get(key, default), f"{owners}: {description}" if others else description
+
+
+def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The models of a union that is told apart by tags, each by its tag; nothing for any other type."""
+    tagged = [get_args(member) for member in get_args(annotation) if get_origin(member) is Annotated]
+    return {
+        note.tag: model
+        for model, *notes in tagged
+        for note in notes
+        if isinstance(note, Tag) and isinstance(model, type) and issubclass(model, BaseModel)
+    }
 
 
 def _as_yaml(value: object) -> str:
@@ -110,7 +148,7 @@ def _spellings(model: type[BaseModel] | None, name: str) -> set[str]:
 def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigInvalid:
     """The first problem of a validation error, located by the file's own keys."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    location, section = _located(first["loc"], model)
     key = ".".join(location)
     if first["type"] != "extra_forbidden":
         # The input of a check over several keys is a whole section, which would be longer than the message.
@@ -120,9 +158,6 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
             found="nothing" if first["type"] == "missing" else found,
             wanted=first["msg"].removeprefix("Value error, "),
         )
-    section: type[BaseModel] | None = model
-    for part in location[:-1]:
-        section = _section(section, part)
     names = list(section.model_fields) if section else []
     near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
     return ConfigInvalid(
@@ -131,3 +166,20 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
         wanted=f"one of {', '.join(names)}",
         fix=f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "remove it",
     )
+
+
+def _located(place: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
+    """The keys of a file that lead to `place` in pydantic's terms, and the model of the section that holds it."""
+    keys: list[str] = []
+    section: type[BaseModel] | None = model
+    variants: dict[str, type[BaseModel]] = {}
+    for depth, part in enumerate(place):
+        if part in variants:
+            section, variants = variants[str(part)], {}
+            continue
+        keys.append(str(part))
+        field = section.model_fields.get(str(part)) if section else None
+        variants = _variants(field.annotation) if field else {}
+        if depth < len(place) - 1 and not variants:
+            section = _inner_model(field.annotation) if field else None
+    return keys, section

@@ -14,7 +14,8 @@ from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.trainer.errors import StudentHeadTooSmall, StudentNotFound
-from coldstill.trainer.evaluation import EvaluationReport, evaluate_student
+from coldstill.trainer.evaluation.evaluate import evaluate_student
+from coldstill.trainer.evaluation.report import EvaluationReport
 from tests import making
 from tests.trainer.evaluation.batches import batches_of, load
 

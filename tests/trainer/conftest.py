@@ -1,4 +1,4 @@
-"""The Hub's client with nobody behind it."""
+"""A stand-in for the Hub's client that keeps what is uploaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
-    """What was pushed, files by repository."""
+    """Uploaded files by repository."""
     pushed: dict[str, dict[str, bytes]] = {}
 
     def create_repo(self: HfApi, repo_id: str, **_: object) -> SimpleNamespace:

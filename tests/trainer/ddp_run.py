@@ -1,4 +1,4 @@
-"""What each of the two processes of `test_ddp.py` does; with torchrun:
+"""The program of each of the two processes of `test_ddp.py`; with torchrun:
 `torchrun --nproc_per_node 2 -m tests.trainer.ddp_run DATASET STUDENT OUTPUT`."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHAPE = {
 
 
 def train(dataset: Path, student: Path, output: Path, *, kill: int | None = None, **shape: Any) -> dict[str, Any]:
-    """One start of a run, as it looks from this process."""
+    """One start of a run; its results on this process."""
     seen = Seen()
     callbacks = [seen] if kill is None else [KillAt(kill), seen]
     trainer, gradients = build(
@@ -51,7 +51,7 @@ def train(dataset: Path, student: Path, output: Path, *, kill: int | None = None
 
 
 def sick_row(dataset: Path, student: Path, output: Path) -> str:
-    """The message where one row of one process gives no number."""
+    """The error message if a row on one process has a loss that is not finite."""
     stream = load_logit_dataset(dataset).stream(batch_size=2, seed=0, rank=1, world_size=2)
     token = int(next(iter(stream))["input_ids"][0, 0])
     model = LlamaForCausalLM.from_pretrained(student)
@@ -66,7 +66,7 @@ def sick_row(dataset: Path, student: Path, output: Path) -> str:
 
 
 def main() -> None:
-    """Write what this process found into OUTPUT."""
+    """Write the results of this process to OUTPUT."""
     dataset, student, output = map(Path, sys.argv[1:])
     found = {"unbroken": train(dataset, student, output / "unbroken")}
     train(dataset, student, output / "killed", kill=3)

@@ -1,4 +1,4 @@
-"""How long a run is, by the plainest counting."""
+"""The length of a run, against simple counting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import pytest
 from transformers import TrainingArguments
 
-from coldstill.trainer.arguments import adapted
+from coldstill.trainer.arguments import adapt_arguments
 
 
 def arguments(tmp_path, **changes) -> TrainingArguments:
@@ -20,7 +20,7 @@ def arguments(tmp_path, **changes) -> TrainingArguments:
 )
 def test_epochs_take_every_batch_once_in_whole_steps_and_a_last_one(tmp_path, epochs, batches, accumulation):
     args = arguments(tmp_path, num_train_epochs=epochs, gradient_accumulation_steps=accumulation)
-    changed, length = adapted(args, batches_per_epoch=batches, use_cache=True)
+    changed, length = adapt_arguments(args, batches_per_epoch=batches, use_cache=True)
     taken = math.ceil(epochs * batches)
     steps = [list(range(taken))[start : start + accumulation] for start in range(0, taken, accumulation)]
     assert (length.micro_batches, length.steps, changed.max_steps) == (taken, len(steps), len(steps))
@@ -29,13 +29,13 @@ def test_epochs_take_every_batch_once_in_whole_steps_and_a_last_one(tmp_path, ep
 
 def test_max_steps_wins_over_epochs(tmp_path):
     args = arguments(tmp_path, max_steps=5, num_train_epochs=9, gradient_accumulation_steps=3)
-    assert adapted(args, batches_per_epoch=4, use_cache=True)[1].micro_batches == 15
+    assert adapt_arguments(args, batches_per_epoch=4, use_cache=True)[1].micro_batches == 15
 
 
 def test_the_user_s_own_arguments_stay_as_they_are(tmp_path):
     args = arguments(tmp_path, eval_strategy="epoch", logging_strategy="epoch", save_strategy="epoch")
     before = args.to_dict()
-    changed, _ = adapted(args, batches_per_epoch=10, use_cache=False)
+    changed, _ = adapt_arguments(args, batches_per_epoch=10, use_cache=False)
     assert args.to_dict() == before
     assert (changed.eval_strategy, changed.logging_strategy, changed.save_strategy) == ("steps",) * 3
     assert (changed.eval_steps, changed.logging_steps, changed.save_steps) == (10, 10, 10)

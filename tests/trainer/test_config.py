@@ -1,13 +1,14 @@
-"""What a training run can be told, and what is refused."""
+"""The settings of training: descriptions, defaults, and invalid combinations."""
 
 from __future__ import annotations
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from coldstill.trainer.config import DataConfig, LoraConfig, LossConfig, StudentConfig, TrainConfig, TrainingConfig
+from coldstill.trainer.config import DataConfig, LoraConfig, StudentConfig, TrainConfig, TrainingConfig
+from coldstill.trainer.losses import LOSSES
 
-SECTIONS: list[type[BaseModel]] = [TrainConfig, StudentConfig, LoraConfig, LossConfig, DataConfig, TrainingConfig]
+SECTIONS: list[type[BaseModel]] = [TrainConfig, StudentConfig, LoraConfig, DataConfig, TrainingConfig, *LOSSES.values()]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -41,6 +42,6 @@ def test_three_keys_are_enough():
         {"teacher": "x"},
     ],
 )
-def test_what_makes_no_sense_is_refused(wrong):
+def test_invalid_settings_are_errors(wrong):
     with pytest.raises(ValidationError):
         TrainConfig.model_validate({"dataset": "d", "output": "o", "student": {"model": "m"}, **wrong})

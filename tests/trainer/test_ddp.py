@@ -1,4 +1,4 @@
-"""Two processes are one: the same gradients, the same t on both, the weights of one process with twice the work."""
+"""Two processes train like one: equal gradients and t, and the weights of one process that accumulates twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sealed(_sealed: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(sealed: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What two gloo processes found."""
+    """Results of two gloo processes."""
     output = tmp_path_factory.mktemp("ddp")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,7 +73,7 @@ def test_an_evaluation_counts_every_row_once_on_every_rank(ranks, sealed, tiny_s
     assert first["eval_targets"] == load_logit_dataset(sealed).targets
 
 
-def test_killed_on_two_ranks_it_ends_with_the_weights_of_an_unbroken_run(ranks):
+def test_killed_on_two_ranks_it_ends_with_the_weights_of_an_uninterrupted_run(ranks):
     for found in ranks:
         assert found["resumed"]["rows"] == found["unbroken"]["rows"][2:]
         assert found["resumed"]["schedule"] == found["unbroken"]["schedule"]
@@ -81,6 +81,6 @@ def test_killed_on_two_ranks_it_ends_with_the_weights_of_an_unbroken_run(ranks):
             torch.testing.assert_close(found["resumed"]["weights"][name], weight, rtol=0, atol=0)
 
 
-def test_a_row_that_gives_no_number_stops_all_ranks_by_its_name(ranks):
+def test_a_row_with_a_loss_that_is_not_finite_stops_all_ranks_and_is_named(ranks):
     assert ranks[0]["sick"] == ranks[1]["sick"]
     assert "row-" in ranks[0]["sick"]

@@ -1,4 +1,4 @@
-"""What `DistillTrainer` adds to transformers' Trainer: alignment, exact sums, t per optimizer step, errors in time."""
+"""What `DistillTrainer` adds to transformers' Trainer: alignment, exact sums, t per optimizer step, early errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.rows import CachedRow, spans_from_mask
 from coldstill.trainer.data.collate import collate
 from coldstill.trainer.errors import NonFiniteLoss, StudentHeadTooSmall
-from coldstill.trainer.loss_config import LossConfig
+from coldstill.trainer.losses import read_loss
 from tests import making
 from tests.trainer.training import build, mean_loss, weights_of
 
@@ -33,7 +33,7 @@ def taught_by(model: LlamaForCausalLM, rng: np.random.Generator, sample_id: str,
 
 
 @pytest.mark.parametrize("top_k", [8, making.VOCABULARY])
-def test_a_student_taught_by_itself_has_nothing_to_learn_and_a_shift_by_one_would_show(
+def test_the_loss_of_a_student_against_itself_is_zero_and_a_shift_by_one_is_detected(
     tiny_dataset, tiny_student, tmp_path, top_k
 ):
     trainer, _ = build(tiny_dataset, tiny_student, tmp_path, loss="forward_kl")
@@ -64,7 +64,7 @@ def test_padding_does_not_change_the_loss(tiny_dataset, tiny_student, tmp_path, 
 
 @pytest.mark.parametrize("name", ["taid", "cross_entropy"])
 def test_accumulation_changes_neither_gradient_nor_t(tiny_dataset, tiny_student, tmp_path, name):
-    loss = LossConfig(name=name, alpha=0.1 if name == "taid" else None)
+    loss = read_loss({"name": name, "alpha": 0.1 if name == "taid" else None})
     shapes = [(8, 1), (2, 4), (1, 8)]
     runs = []
     for batch, accumulation in shapes:
@@ -119,7 +119,7 @@ def test_a_run_of_a_part_of_an_epoch_ends_there(tiny_dataset, tiny_student, tmp_
     assert trainer.state.epoch == 1.5
 
 
-def test_the_log_carries_the_paper_s_names_and_t_is_of_the_next_step(tiny_dataset, tiny_student, tmp_path):
+def test_the_log_uses_the_paper_s_names_and_t_is_that_of_the_next_step(tiny_dataset, tiny_student, tmp_path):
     trainer, _ = build(tiny_dataset, tiny_student, tmp_path, num_train_epochs=2)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -140,7 +140,7 @@ def test_losses_without_a_schedule_log_the_bucket_kl_and_no_t(tiny_dataset, tiny
     assert "taid_t" not in trainer.state.log_history[0]
 
 
-def test_evaluation_moves_nothing(tiny_dataset, tiny_student, tmp_path):
+def test_evaluation_changes_nothing(tiny_dataset, tiny_student, tmp_path):
     class Evaluate(TrainerCallback):
         def on_step_begin(self, args, state, control, **_) -> None:
             measured.evaluate(load_logit_dataset(tiny_dataset))
@@ -159,7 +159,7 @@ def test_evaluation_moves_nothing(tiny_dataset, tiny_student, tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
-def test_a_second_training_starts_its_schedule_anew(tiny_dataset, tiny_student, tmp_path):
+def test_a_second_training_restarts_its_schedule(tiny_dataset, tiny_student, tmp_path):
     trainer, _ = build(tiny_dataset, tiny_student, tmp_path)
     trainer.train()
     trainer.train()
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_stops_before_the_optimizer
         torch.testing.assert_close(weight, was, rtol=0, atol=0, equal_nan=True)
 
 
-def test_rows_of_the_head_beyond_the_tokenizer_are_left_alone(tiny_dataset, tiny_student, tmp_path):
+def test_rows_of_the_head_beyond_the_tokenizer_get_no_gradient(tiny_dataset, tiny_student, tmp_path):
     narrow, _ = build(tiny_dataset, tiny_student, tmp_path)
     padded, _ = build(tiny_dataset, tiny_student, tmp_path)
     padded.model.resize_token_embeddings(making.VOCABULARY + 16)
@@ -196,7 +196,7 @@ def test_rows_of_the_head_beyond_the_tokenizer_are_left_alone(tiny_dataset, tiny
 
 
 @pytest.mark.parametrize("field", ["auto_find_batch_size", "restore_callback_states_from_checkpoint"])
-def test_arguments_that_would_lose_state_are_refused(tiny_dataset, tiny_student, tmp_path, field):
+def test_arguments_that_would_lose_state_are_errors(tiny_dataset, tiny_student, tmp_path, field):
     with pytest.raises(ValueError, match=field):
         build(tiny_dataset, tiny_student, tmp_path, **{field: True})
 
@@ -211,7 +211,7 @@ def test_five_lines_of_a_notebook_train_a_student_and_leave_its_arguments_alone(
     assert model.config.use_cache is True
 
 
-def test_a_name_stands_for_a_student(tiny_dataset, tiny_student, tmp_path):
+def test_a_student_can_be_given_by_name(tiny_dataset, tiny_student, tmp_path):
     trainer = DistillTrainer(
         str(tiny_student),
         TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
@@ -271,7 +271,7 @@ def test_the_card_of_a_pushed_student_names_dataset_loss_and_t(tiny_dataset, tin
         assert fact in card
 
 
-def test_push_to_hub_pushes_checkpoints_on_the_way_and_the_card_at_the_end(tiny_dataset, tiny_student, tmp_path, hub):
+def test_push_to_hub_pushes_checkpoints_in_training_and_the_card_at_the_end(tiny_dataset, tiny_student, tmp_path, hub):
     trainer, _ = build(
         tiny_dataset,
         tiny_student,

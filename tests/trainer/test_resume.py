@@ -1,9 +1,10 @@
-"""A run that was killed goes on as if nothing had been: the same batches, the same t, the same weights."""
+"""A killed run resumes exactly: the same batches, t and weights as an uninterrupted one."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from coldstill import load_logit_dataset
+from coldstill.trainer.checkpoints import ResumePoint
 from coldstill.trainer.errors import CheckpointMismatch
 from tests import making
 from tests.trainer.training import KillAt, Killed, Seen, build, weights_of
@@ -26,7 +29,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def forgetful(tmp_path_factory) -> Path:
-    """A student with dropout: what is drawn at random must be gone on with too."""
+    """A student with dropout, whose random numbers must be restored too."""
     folder = making.tiny_llama(tmp_path_factory.mktemp("forgetful"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
@@ -57,10 +60,12 @@ def run(dataset: Path, student: Path, output: Path, *, kills: tuple[int, ...] = 
         {"per_device_train_batch_size": 5},
         {"gradient_accumulation_steps": 2, "pack_length": 40},
         {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "dataloader_prefetch_factor": 3},
+        # 24 rows, twice, are 10 micro-batches: the last optimizer step has one.
+        {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3},
     ],
-    ids=["rows", "packs", "workers"],
+    ids=["rows", "packs", "workers", "uneven"],
 )
-def test_killed_anywhere_and_twice_in_one_epoch_the_rest_is_the_same(tiny_dataset, forgetful, tmp_path, shape):
+def test_a_run_killed_anywhere_and_twice_in_one_epoch_resumes_exactly(tiny_dataset, forgetful, tmp_path, shape):
     wanted, unbroken = run(tiny_dataset, forgetful, tmp_path / "unbroken", **shape)
     steps = unbroken.state.max_steps
     for kills in ((1, 2), (steps // 2, steps - 1)):
@@ -92,7 +97,7 @@ def test_a_finished_run_takes_no_further_step(tiny_dataset, tiny_student, tmp_pa
         torch.testing.assert_close(weight, done.model.state_dict()[name], rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_another_order_is_refused_by_name(tiny_dataset, tiny_student, tmp_path):
+def test_a_checkpoint_of_another_order_is_a_named_error(tiny_dataset, tiny_student, tmp_path):
     run(tiny_dataset, tiny_student, tmp_path, max_steps=1)
     for name, changes in {
         "seed": {"data_seed": 1},
@@ -105,7 +110,7 @@ def test_a_checkpoint_of_another_order_is_refused_by_name(tiny_dataset, tiny_stu
             trainer.train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_of_another_dataset_or_of_no_run_of_ours_is_refused(tiny_dataset, tiny_student, tmp_path):
+def test_a_checkpoint_of_another_dataset_or_tool_is_a_named_error(tiny_dataset, tiny_student, tmp_path):
     run(tiny_dataset, tiny_student, tmp_path / "run", max_steps=1)
     header = making.tiny_header(tiny_student)
     rng = np.random.default_rng(0)
@@ -117,3 +122,25 @@ def test_a_checkpoint_of_another_dataset_or_of_no_run_of_ours_is_refused(tiny_da
     (tmp_path / "foreign").mkdir()
     with pytest.raises(CheckpointMismatch, match="foreign"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "foreign"))
+
+
+def test_the_loader_of_a_resumed_run_has_the_length_of_the_rest_and_ends_there(tiny_dataset, tiny_student, tmp_path):
+    shape = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}
+    wanted, unbroken = run(tiny_dataset, tiny_student, tmp_path / "unbroken", **shape)
+    assert [len(wanted), unbroken.length.micro_batches, unbroken.state.max_steps] == [10, 10, 4]
+    for step, left in ((0, 10), (1, 7), (3, 1)):
+        trainer, _ = build(tiny_dataset, tiny_student, tmp_path, **{**SHAPE, **shape})
+        cursor = None if step == 0 else cursor_after(tiny_dataset, batches=3 * step)
+        trainer._resumed = ResumePoint(step, cursor)
+        loader = trainer.get_train_dataloader()
+        assert len(loader) == left
+        assert [batch["sample_ids"] for batch in loader] == wanted[3 * step :]
+    # Trainer would take a length of 0 as unknown and train again.
+    trainer._resumed = ResumePoint(4, None)
+    assert len(trainer.get_train_dataloader()) == 1
+
+
+def cursor_after(dataset: Path, *, batches: int) -> dict:
+    """The cursor of batch number `batches`, as the first epochs of `SHAPE` have it."""
+    stream = load_logit_dataset(dataset).stream(batch_size=5, seed=0)
+    return list(islice(stream, batches))[-1]["cursor"]

@@ -1,4 +1,4 @@
-"""A whole run from a sealed dataset to a finished student: what it leaves, how it resumes, each named error."""
+"""A whole run from a sealed dataset to a finished student: its files, resuming, and each named error."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_forward_kl_brings_the_student_nearer_to_its_teacher(tiny_dataset, tiny_
     assert np.mean(kl[-6:]) < 0.8 * np.mean(kl[:6])
 
 
-def test_a_run_killed_twice_ends_with_the_weights_of_an_unbroken_one(tiny_dataset, tiny_student, tmp_path):
+def test_a_run_killed_twice_ends_with_the_weights_of_an_uninterrupted_one(tiny_dataset, tiny_student, tmp_path):
     shape = {"max_steps": 10, "batch_size": 3}
     unbroken = train(make_config(tiny_dataset, tiny_student, tmp_path / "unbroken", training=shape))
     config = make_config(tiny_dataset, tiny_student, tmp_path / "broken", training=shape)
@@ -104,7 +104,7 @@ def test_a_run_killed_twice_ends_with_the_weights_of_an_unbroken_one(tiny_datase
         assert {**mine, "grad_norm": 0} == {**theirs, "grad_norm": 0}
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tiny_dataset, tiny_student, tmp_path):
+def test_an_incomplete_checkpoint_is_skipped(tiny_dataset, tiny_student, tmp_path):
     config = make_config(tiny_dataset, tiny_student, tmp_path / "run")
     unbroken = train(make_config(tiny_dataset, tiny_student, tmp_path / "unbroken"))
     with pytest.raises(Killed):
@@ -141,7 +141,7 @@ def test_a_finished_run_returns_its_summary_at_once(tiny_dataset, tiny_student, 
         ({"training": {"learning_rate": 1e-4}}, "training"),
     ],
 )
-def test_the_checkpoint_of_another_recipe_is_refused_by_name(tiny_dataset, tiny_student, tmp_path, changes, named):
+def test_the_checkpoint_of_another_recipe_is_a_named_error(tiny_dataset, tiny_student, tmp_path, changes, named):
     with pytest.raises(Killed):
         train(make_config(tiny_dataset, tiny_student, tmp_path / "run"), callbacks=[KillAt(5)])
     with pytest.raises(CheckpointMismatch, match=f"differs in {named}") as error:
@@ -149,7 +149,7 @@ def test_the_checkpoint_of_another_recipe_is_refused_by_name(tiny_dataset, tiny_
     assert "another output" in error.value.fix
 
 
-def test_the_checkpoint_of_another_dataset_is_refused_and_a_moved_one_is_not(tiny_dataset, tiny_student, tmp_path):
+def test_the_checkpoint_of_another_dataset_is_an_error_and_of_a_moved_one_is_not(tiny_dataset, tiny_student, tmp_path):
     config = make_config(tiny_dataset, tiny_student, tmp_path / "run")
     summary = train(config)
     moved = tiny_dataset.rename(tmp_path / "moved")
@@ -160,7 +160,7 @@ def test_the_checkpoint_of_another_dataset_is_refused_and_a_moved_one_is_not(tin
         train(make_config(tmp_path / "other", tiny_student, tmp_path / "run"))
 
 
-def test_how_often_it_saves_and_logs_may_change_between_starts(tiny_dataset, tiny_student, tmp_path):
+def test_save_and_log_intervals_may_change_between_starts(tiny_dataset, tiny_student, tmp_path):
     with pytest.raises(Killed):
         train(make_config(tiny_dataset, tiny_student, tmp_path / "run"), callbacks=[KillAt(5)])
     again = {"training": {"logging_steps": 2, "save_steps": 6, "threads": 1, "dataloader_workers": 1}}
@@ -197,7 +197,7 @@ def test_another_tokenizer_is_a_named_error(tiny_dataset, tmp_path):
         train(make_config(tiny_dataset, student, tmp_path / "run"))
 
 
-def test_a_student_without_tokenizer_or_that_is_not_there_is_a_named_error(tiny_dataset, tiny_student, tmp_path):
+def test_a_student_without_tokenizer_or_a_missing_one_is_a_named_error(tiny_dataset, tiny_student, tmp_path):
     bare = Path(shutil.copytree(tiny_student, tmp_path / "bare"))
     (bare / "tokenizer.json").unlink()
     with pytest.raises(TokenizerNotFound, match=r"tokenizer\.json"):
@@ -266,7 +266,7 @@ def test_a_student_from_scratch_learns_with_the_dataset_s_tokenizer(tiny_dataset
 
 
 def test_the_best_checkpoint_is_the_student_and_patience_ends_the_run(tiny_dataset, tiny_student, tmp_path):
-    # A measurement that never gets better than at first.
+    # A metric that never improves.
     training = {"epochs": 4, "eval_steps": 2, "best_metric": "eval_teacher_cross_entropy", "early_stopping_patience": 3}
     config = make_config(
         tiny_dataset, tiny_student, tmp_path / "run", training=training, eval_dataset=str(tiny_dataset)
@@ -295,7 +295,7 @@ def test_a_pushed_student_is_on_the_hub_with_its_card(tiny_dataset, tiny_student
 
 
 @pytest.mark.slow
-def test_a_process_killed_with_sigkill_goes_on_to_the_weights_of_an_unbroken_one(tiny_dataset, tiny_student, tmp_path):
+def test_a_process_killed_with_sigkill_resumes_to_the_weights_of_an_unbroken_one(tiny_dataset, tiny_student, tmp_path):
     train(make_config(tiny_dataset, tiny_student, tmp_path / "unbroken", training={"threads": 1}))
     config = make_config(tiny_dataset, tiny_student, tmp_path / "run", training={"threads": 1})
     (tmp_path / "config.json").write_text(config.model_dump_json())
@@ -318,7 +318,7 @@ def test_a_process_killed_with_sigkill_goes_on_to_the_weights_of_an_unbroken_one
     assert all(torch.equal(value, wanted[key]) for key, value in weights(tmp_path / "run").items())
 
 
-def test_a_full_disk_has_its_name_and_the_run_goes_on_once_there_is_room(
+def test_a_full_disk_is_a_named_error_and_the_run_resumes_after_space_was_freed(
     tiny_dataset, tiny_student, tmp_path, small_disk
 ):
     small_disk.resize("500k")

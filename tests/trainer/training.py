@@ -1,4 +1,4 @@
-"""Parts of tests that train: a trainer on the tiny parts, what looks on, what kills."""
+"""Parts of tests that train: a tiny trainer, and callbacks that record or kill a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from coldstill import DistillTrainer, load_logit_dataset
-from coldstill.trainer.data import LogitDataset
 from coldstill.trainer.data.collate import collate
+from coldstill.trainer.data.logit_dataset import LogitDataset
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of every optimizer step."""
+    """Records the gradients of every optimizer step."""
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
@@ -25,11 +25,11 @@ class Gradients(TrainerCallback):
 
 
 class Killed(Exception):
-    """Stands for the end of the process."""
+    """Stands in for the end of the process."""
 
 
 class KillAt(TrainerCallback):
-    """Ends the run in the middle of an optimizer step, after so many whole ones."""
+    """Ends the run within an optimizer step, after a number of complete ones."""
 
     def __init__(self, step: int):
         self.step = step
@@ -40,7 +40,7 @@ class KillAt(TrainerCallback):
 
 
 class Seen(TrainerCallback):
-    """Keeps the names of the rows of every micro-batch whose optimizer step was taken."""
+    """Records the row names of every micro-batch whose optimizer step was taken."""
 
     def __init__(self) -> None:
         self.rows: list[list[str]] = []

@@ -1,6 +1,6 @@
-"""Rows into the batch that the trainer sees: packs of cached rows in, one dict of tensors out.
+"""Collates decoded rows, single or packed, into the batch of tensors that the trainer uses.
 
-Shape letters: `B` packs (rows, where each pack is one), `T` tokens of a pack, `M` target positions of all rows.
+Shape letters: `B` packs (or rows, without packing), `T` tokens of a pack, `M` target positions of all rows.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import torch
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.targets import SparseTargets, joined
 
-from .thinning import with_smaller_top_k
+from .subsample import with_smaller_top_k
 
 IGNORED = -100
-"""Label of a position that is no target: the value that transformers leaves out everywhere."""
+"""Label of a position that is not a target: the value that transformers ignores everywhere."""
 
 
 def collate(rows: Sequence[CachedRow], *, top_k: int | None = None) -> dict[str, Any]:
-    """`B` rows, padded on the right to the longest: `attention_mask int64 [B, T]`, 1 where a token is, besides what
-    `collate_packs` gives."""
+    """`B` rows, padded on the right to the longest.
+
+    The batch of `collate_packs`, and `attention_mask int64 [B, T]`: 1 at tokens, 0 at padding.
+    """
     length = max(row.token_ids.size for row in rows)
     batch = collate_packs([[row] for row in rows], length=length, top_k=top_k)
     lengths = torch.tensor([row.token_ids.size for row in rows])
@@ -30,13 +32,14 @@ def collate(rows: Sequence[CachedRow], *, top_k: int | None = None) -> dict[str,
 
 
 def collate_packs(packs: Sequence[Sequence[CachedRow]], *, length: int, top_k: int | None = None) -> dict[str, Any]:
-    """`B` packs of `T = length` tokens, their rows one behind the other.
+    """`B` packs of `T = length` tokens, each the tokens of its rows in order, padded on the right.
 
-    `input_ids`, `position_ids` `int64 [B, T]`: positions count from 0 in each row, and in the padding: without a mask
-    transformers takes from them which tokens see each other (only with `use_cache=False`). `labels int64 [B, T]`: at
-    target position `t` of a row its token `t + 1`, already aligned and never shifted again, `IGNORED` elsewhere.
-    `targets`: `SparseTargets` of the `M` positions, with the `top_k` most probable ids where given. `sample_ids`: a
-    name for each row, `target_samples int64 [M]`: which of them a target belongs to.
+    - `input_ids`, `position_ids` `int64 [B, T]`. Positions restart at 0 in each row and in the padding: without a mask,
+      transformers derives from them which tokens attend to each other (only with `use_cache=False`).
+    - `labels int64 [B, T]`: token `t + 1` at a target position `t` of a row, so they are already aligned and must not
+      be shifted; `IGNORED` elsewhere.
+    - `targets`: `SparseTargets` of the `M` positions, reduced to the `top_k` most probable ids where given.
+    - `sample_ids`: a name per row; `target_samples int64 [M]`: the index there of each target's row.
     """
     rows = [row for pack in packs for row in pack]
     ids = np.zeros((len(packs), length), np.int64)
@@ -74,5 +77,5 @@ def _targets(rows: Sequence[CachedRow], top_k: int | None, **places: np.ndarray)
     stored = joined([row.targets for row in rows])
     if top_k is None or top_k >= stored.top_k:
         return SparseTargets.from_joined(stored, **places)
-    thinned = with_smaller_top_k(stored, top_k)
-    return SparseTargets.from_joined(thinned.targets, draw_weights=thinned.weights, **places)
+    reduced = with_smaller_top_k(stored, top_k)
+    return SparseTargets.from_joined(reduced.targets, draw_weights=reduced.weights, **places)

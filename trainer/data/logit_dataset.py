@@ -1,4 +1,4 @@
-"""`load_logit_dataset`: paths of sealed datasets come in, one `LogitDataset` to train from goes out."""
+"""`load_logit_dataset`: opens sealed datasets, checks that they fit together, and returns one `LogitDataset`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import Store
 from coldstill.trainer.errors import InvalidMixture, MoreThanStored, NoTargets
 
+from .row_reader import Sources
 from .shard_cache import ShardCache
-from .sources import Sources
 from .stream import LogitStream
-from .thinning import with_smaller_top_k
+from .subsample import with_smaller_top_k
 
 CACHE_BYTES = 32 << 30
 _SAMPLED_PLACES = 4
 _SAMPLED_ROWS = 8
-"""In each place; rows of one row group cost as much as one of them."""
+"""Rows read in each place: several rows of one row group cost as much as one."""
 
 
 def load_logit_dataset(
@@ -35,13 +35,14 @@ def load_logit_dataset(
     cache_dir: str | Path | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> LogitDataset:
-    """The sealed dataset at a local path or fsspec URL, or several of them mixed.
+    """Open the sealed dataset at a local path or fsspec URL, or several to mix.
 
-    `weights`: the share of the rows that comes from each, in proportion to their rows if left out. `top_k`, `draws`:
-    how many kept ids and draws of a position are used, all if left out; a smaller `top_k` turns the ids that it cuts
-    into draws of known weight, and `draws` is counted as the capture counted: so many from the full distribution, of
-    which those in the tail were kept. `cache_dir`: where copies of remote shards lie, by default `shards` in
-    `$COLDSTILL_CACHE` or `~/.cache/coldstill`; at most `cache_bytes` of them.
+    - `weights`: the share of the rows from each dataset; by default in proportion to their rows.
+    - `top_k`, `draws`: kept ids and tail draws used per position; by default all. A smaller `top_k` turns the ids it
+      cuts into draws of known weight. `draws` counts as the capture does: draws from the full distribution, of which
+      those in the tail were kept.
+    - `cache_dir`: folder for copies of remote shards, at most `cache_bytes` together; by default `shards` in
+      `$COLDSTILL_CACHE` or `~/.cache/coldstill`.
 
     Raises the errors of `open_dataset`, `NoTargets`, `TokenizerMismatch`, `InvalidMixture`, `MoreThanStored`.
     """
@@ -60,14 +61,14 @@ def load_logit_dataset(
 
 
 class LogitDataset:
-    """Cached rows to train from: facts about them, and streams of batches."""
+    """The rows of one or several sealed datasets: facts about them, and streams of batches."""
 
     def __init__(self, sources: Sources):
         self.sources = sources
 
     @property
     def header(self) -> DatasetHeader:
-        """The header of the first dataset, with `top_k` and draws as they are used."""
+        """The header of the first dataset, with the `top_k` and draws that are used."""
         header = self.sources.datasets[0].header
         top_k, draws = self.sources.top_k, self.sources.draws
         changes = {} if top_k is None else {"top_k": top_k}
@@ -82,7 +83,7 @@ class LogitDataset:
 
     @property
     def draws(self) -> int:
-        """Most tail draws of a position; 0 where no position has any. The ids that a smaller `top_k` cuts are draws."""
+        """Most tail draws of a position; 0 if no position has any. Ids cut by a smaller `top_k` count as draws."""
         headers = [dataset.header for dataset in self.sources.datasets]
         stored = max(min(header.draws, header.kept_draws) for header in headers)
         draws = stored if self.sources.draws is None else min(stored, self.sources.draws)
@@ -104,7 +105,7 @@ class LogitDataset:
 
     @property
     def rows(self) -> int:
-        """Rows of all datasets, which is an epoch."""
+        """Rows of all datasets: the length of an epoch."""
         return self.sources.rows
 
     @property
@@ -127,7 +128,7 @@ class LogitDataset:
         rank: int = 0,
         world_size: int = 1,
     ) -> LogitStream:
-        """Batches of `batch_size` rows, or of packs of `pack_length` tokens, for ever or for so many `epochs`."""
+        """Batches of `batch_size` rows, or of packs of `pack_length` tokens; endless unless `epochs` is given."""
         return LogitStream(
             self.sources,
             batch_size=batch_size,
@@ -145,7 +146,7 @@ class LogitDataset:
         return float(weights @ [self._tail_mass(dataset) for dataset in self.sources.datasets] / weights.sum())
 
     def _tail_mass(self, dataset: Dataset) -> float:
-        # Another reader than the streams': its open files must not travel to loader workers.
+        # A reader of its own: open files must not be sent to loader workers with the streams.
         reader = Dataset(Store(dataset.store.url))
         starts = np.linspace(0, len(reader), _SAMPLED_PLACES, endpoint=False).astype(int).tolist()
         numbers = sorted({n for start in starts for n in range(start, min(start + _SAMPLED_ROWS, len(reader)))})
@@ -162,7 +163,7 @@ def _check(dataset: Dataset, *, first: Dataset, top_k: int | None, draws: int | 
             f"dataset {where}",
             found=f"{len(dataset)} rows without a target position",
             wanted="at least one",
-            fix="capture again; see the dataset's rejects/ for why no row was usable",
+            fix="capture again; the dataset's rejects/ folder lists why each row was rejected",
         )
     if header.tokenizer_fingerprint != first.header.tokenizer_fingerprint:
         raise TokenizerMismatch(
@@ -170,8 +171,8 @@ def _check(dataset: Dataset, *, first: Dataset, top_k: int | None, draws: int | 
             found=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]}",
             wanted=f"that of {first.store.url}: {first.header.token_count} ids, "
             f"fingerprint {first.header.tokenizer_fingerprint[:12]}",
-            fix="mix datasets of one tokenizer only",
+            fix="mix only datasets with the same tokenizer",
         )
     for name, wanted, stored, least in (("top_k", top_k, header.top_k, 1), ("draws", draws, header.draws, 0)):
         if wanted is not None and not least <= wanted <= stored:
-            raise MoreThanStored(f"{name} of {where}", found=wanted, wanted=f"{least} to {stored}, what is stored")
+            raise MoreThanStored(f"{name} of {where}", found=wanted, wanted=f"{least} to {stored}, the number stored")

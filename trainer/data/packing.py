@@ -1,8 +1,8 @@
-"""Rows into packs of at most so many tokens: references in, lists of references out. Rows are never split: what the
-teacher said of a token holds for all that stood before it.
+"""Packs rows of varying length into sequences of bounded length by best fit.
 
-A pack begins with the row that has waited longest, and takes the longest that fits out of a window of pending rows for
-as long as one does: best fit, and no row waits for more packs than the window has rows.
+A row is never split: the teacher's distributions depend on all tokens before them. A pack begins with the row that has
+waited longest. It then takes, as long as one fits, the longest fitting row of a window of pending rows. No row waits
+for more packs than the window has rows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from .row_reader import RowReference
 
 WINDOW_ROWS = 64
-"""Pending rows to choose from; they travel in the cursor. Share of a pack that is used, lognormal lengths (sigma .7),
-packs of 2.5 to 10 mean lengths: .986 to .995; with 16 rows .970 to .983, with 256 .991 to .998."""
+"""Pending rows to choose from; the cursor holds them. Share of a pack that is used, for lognormal lengths (sigma .7)
+and packs of 2.5 to 10 mean lengths: .986 to .995; with 16 rows .970 to .983, with 256 rows .991 to .998."""
 
 
 class Packer:
@@ -34,18 +34,18 @@ class Packer:
 
     @property
     def is_full(self) -> bool:
-        """Whether the window has all the rows that it takes."""
+        """Whether the window of pending rows is full."""
         return len(self._pending) >= WINDOW_ROWS
 
     def add(self, row: RowReference) -> None:
-        """One more pending row, not longer than a pack."""
+        """Add a pending row of at most `length` tokens."""
         assert row.length <= self.length
         self._pending[self._arrived] = row
         insort(self._by_length, (row.length, -self._arrived))
         self._arrived += 1
 
     def pack(self) -> list[RowReference]:
-        """The next pack out of the pending rows, of which there is at least one."""
+        """Remove the rows of the next pack from the pending rows and return them. At least one row must be pending."""
         oldest = next(iter(self._pending))
         rows = [self._take(bisect_left(self._by_length, (self._pending[oldest].length, -oldest)))]
         room = self.length - rows[0].length
@@ -55,11 +55,11 @@ class Packer:
         return rows
 
     def pending(self) -> list[RowReference]:
-        """The pending rows, those that have waited longest first."""
+        """The pending rows in order of arrival."""
         return list(self._pending.values())
 
     def restore(self, rows: Iterable[RowReference]) -> None:
-        """Have these pending and no others, as `pending` gave them."""
+        """Replace the pending rows by `rows`, as `pending` returned them."""
         self._arrived = 0
         self._pending.clear()
         self._by_length.clear()

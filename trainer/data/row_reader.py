@@ -1,9 +1,10 @@
-"""Rows by reference: what a row group holds is looked up by lengths alone, rows are decoded when a batch wants them."""
+"""Rows of sealed datasets by reference: lengths without decoding, rows decoded for the batch that needs them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -16,16 +17,15 @@ from coldstill.storage_schema.parquet import values_of
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.shard.reader import BatchRows
 
-from .local_shards import LocalShards
-from .shard_cache import ShardCache
+from .shard_cache import LocalShards, ShardCache
+from .subsample import with_fewer_draws
 
 _GROUPS_IN_MEMORY = 12
-"""Of each dataset, stored bytes of at most 8 MiB each: those of a window, and those that pending rows come from."""
+"""Row groups per dataset, at most 8 MiB stored each: those of a window and those that pending rows come from."""
 
 
 class RowReference(NamedTuple):
-    """Which row: numbers of its dataset, of the shard there, of the row group there, of the row there. `length`:
-    tokens."""
+    """A row, by the numbers of its dataset, shard, row group and place in the row group; `length` in tokens."""
 
     dataset: int
     shard: int
@@ -34,8 +34,48 @@ class RowReference(NamedTuple):
     length: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The datasets of a stream and how much of each is used.
+
+    `weights`: the share of the rows that comes from each dataset, of any sum. `top_k`, `draws`: kept ids and draws per
+    position, all if None. `cache`: copies of remote shards. `verified`: per dataset, the local shards that this process
+    verified.
+    """
+
+    datasets: Sequence[Dataset]
+    weights: Sequence[float]
+    top_k: int | None
+    draws: int | None
+    cache: ShardCache
+    verified: Sequence[set[int]] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "verified", tuple(set() for _ in self.datasets))
+
+    @property
+    def rows(self) -> int:
+        """Rows of all datasets."""
+        return sum(len(dataset) for dataset in self.datasets)
+
+    def reader(self) -> RowReader:
+        """A reader for the calling thread. Close it after use."""
+        return RowReader(self.datasets, cache=self.cache, verified=self.verified)
+
+    def read(self, reader: RowReader, wanted: Sequence[RowReference], *, seed: int) -> list[CachedRow]:
+        """The rows of `wanted` with a subset of `draws` draws, chosen by `seed`. Raises as `RowReader.rows`."""
+        rows = reader.rows(wanted)
+        if self.draws is None:
+            return rows
+        taken = [self.datasets[reference.dataset].header.draws for reference in wanted]
+        return [
+            with_fewer_draws(row, taken=most, wanted=self.draws, seed=seed) if self.draws < most else row
+            for row, most in zip(rows, taken, strict=True)
+        ]
+
+
 class RowReader:
-    """Rows of some datasets, for one thread of one process."""
+    """Rows of several datasets, for one thread of one process."""
 
     def __init__(self, datasets: Sequence[Dataset], *, cache: ShardCache, verified: Sequence[set[int]]):
         self.datasets = datasets
@@ -44,16 +84,16 @@ class RowReader:
         ]
         self._groups: LRUCache[tuple[int, int, int], pa.RecordBatch] = LRUCache(_GROUPS_IN_MEMORY * len(datasets))
 
-    def expect(self, dataset: int, shards: Iterable[int]) -> None:
-        """These shards are read next: make them ready in the background."""
-        self._shards[dataset].expect(shards)
+    def prefetch(self, dataset: int, shards: Iterable[int]) -> None:
+        """Prepare the `shards` that are read next in the background."""
+        self._shards[dataset].prefetch(shards)
 
     def groups(self, dataset: int, shard: int) -> int:
         """Row groups of a shard. Raises as `rows`."""
         return len(self._shards[dataset].open(shard).group_rows)
 
     def lengths(self, dataset: int, shard: int, group: int) -> np.ndarray:
-        """`int32 [rows]`: tokens of each row of a row group; no frame is opened. Raises as `rows`."""
+        """`int32 [rows]`: tokens of each row of a row group, read without decoding a frame. Raises as `rows`."""
         offsets = self._group((dataset, shard, group)).column("token_ids").offsets
         return np.diff(values_of(offsets, np.int32))
 
@@ -76,7 +116,7 @@ class RowReader:
             shards.close()
 
     def _decoded(self, group: tuple[int, int, int], wanted: Sequence[RowReference]) -> list[CachedRow]:
-        """Rows of one row group; neighbours in `wanted` are decoded together."""
+        """Rows of one row group. Neighbors in `wanted` are decoded together."""
         dataset, shard, number = group
         chosen = pa.array([reference.row for reference in wanted], pa.int32())
         batch = BatchRows(self._group(group).take(chosen), self.datasets[dataset].codec)
@@ -90,8 +130,7 @@ class RowReader:
         return rows
 
     def _group(self, group: tuple[int, int, int]) -> pa.RecordBatch:
-        batch = self._groups.get(group)
-        if batch is None:
+        if group not in self._groups:
             dataset, shard, number = group
-            batch = self._groups[group] = self._shards[dataset].open(shard).batch(number)
-        return batch
+            self._groups[group] = self._shards[dataset].open(shard).batch(number)
+        return self._groups[group]

@@ -1,9 +1,9 @@
-"""`LogitStream`: batches in an order that neither workers nor ranks change, each with the cursor that leads behind it.
+"""`LogitStream`: batches of a logit dataset in an order independent of workers and ranks, each with a resume cursor.
 
-`Sources` come in; dicts of `collate.py` with a `cursor` go out, to a DataLoader with `batch_size=None`.
+A DataLoader takes it with `batch_size=None`; each batch is a dict of `collate.py` and a `cursor`.
 
-Batch number b goes to rank b % R, and there to loader worker (b // R) % W, counted from where the stream was sought to.
-Every worker walks the same rows by their lengths and decodes its own batches alone.
+Batch number b goes to rank b % R, and there to loader worker (b // R) % W, counted from the place of `seek`. Every
+worker enumerates the same rows by their lengths and decodes only its own batches.
 """
 
 from __future__ import annotations
@@ -17,23 +17,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from coldstill.trainer.errors import CursorMismatch
 
-from .background import ahead
-from .batch_walk import BatchWalk, Pack
+from .batch_sampler import BatchSampler, Pack
 from .collate import collate, collate_packs
-from .mixture import Mixture
 from .packing import packs_of
-from .row_feed import RowFeed
-from .row_reader import RowReader
-from .sources import Sources
+from .prefetch import prefetch
+from .row_reader import RowReader, Sources
+from .shuffled_rows import Mixture, ShuffledRows
 
 CURSOR_VERSION = 1
 _SAMPLED_LENGTHS = 1024
-_DECODED_AHEAD = 2
-"""Batches that a thread has ready where there are no loader workers."""
+_PREFETCHED_BATCHES = 2
+"""Batches that a thread decodes in advance in a process without loader workers."""
 
 
 class LogitStream(IterableDataset):
-    """Made by `LogitDataset.stream`. Each pass over it begins where `seek` led."""
+    """Made by `LogitDataset.stream`. Each pass over it begins at the place of `seek`."""
 
     def __init__(
         self,
@@ -55,16 +53,19 @@ class LogitStream(IterableDataset):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of one epoch that a rank gets, rounded up. With packing an estimate: as if all packs were as full as
-        those of the first 1,024 rows, whose shards are read for it. Raises as `RowReader.rows`."""
+        """Batches of one epoch on this rank, rounded up.
+
+        With packing this is an estimate: all packs are assumed as full as those of the first 1,024 rows, whose shards
+        are read for it. Raises as `RowReader.rows`.
+        """
         packs = self._sources.rows if self.pack_length is None else self._estimated_packs(self.pack_length)
         return math.ceil(math.ceil(packs / self.batch_size) / self.world_size)
 
     def seek(self, cursor: dict[str, Any] | None) -> None:
-        """Begin behind the batch that carried `cursor`; at the very beginning where that is None.
+        """Begin the next pass after the batch that carried `cursor`; at the start of the data if it is None.
 
-        The numbers of ranks and workers, the batch size and `epochs` may differ from what they were. Raises
-        `CursorMismatch` for a cursor of another sequence of rows.
+        The numbers of ranks and workers, the batch size and `epochs` may have changed. Raises `CursorMismatch` for a
+        cursor of another sequence of rows.
         """
         if cursor is not None:
             self._check(cursor)
@@ -74,39 +75,40 @@ class LogitStream(IterableDataset):
         """Raises `RowTooLong`, and as `RowReader.rows`."""
         worker = get_worker_info()
         if worker is None:
-            yield from ahead(self._batches(worker=0, workers=1), depth=_DECODED_AHEAD)
+            yield from prefetch(self._batches(worker=0, workers=1), depth=_PREFETCHED_BATCHES)
         else:
             yield from self._batches(worker=worker.id, workers=worker.num_workers)
 
     def _batches(self, *, worker: int, workers: int) -> Generator[dict[str, Any], None, None]:
         reader = self._sources.reader()
         try:
-            walk = self._walk(reader)
+            sampler = self._sampler(reader)
             for number in count():
-                turn = self._turn(walk)
+                turn = self._turn(sampler)
                 if not turn:
                     return
                 if number % workers == worker and self.rank < len(turn):
-                    cursor = {**self._identity(), "walk": walk.cursor()}
+                    # The keys of a cursor are stored in checkpoints.
+                    cursor = {**self._identity(), "walk": sampler.cursor()}
                     yield {**self._collated(reader, turn[self.rank]), "cursor": cursor}
         finally:
             reader.close()
 
-    def _walk(self, reader: RowReader) -> BatchWalk:
-        feeds = [
-            RowFeed(reader, number, seed=self.seed, shuffle=self.shuffle) for number in range(len(reader.datasets))
+    def _sampler(self, reader: RowReader) -> BatchSampler:
+        datasets = [
+            ShuffledRows(reader, number, seed=self.seed, shuffle=self.shuffle) for number in range(len(reader.datasets))
         ]
-        mixture = Mixture(feeds, weights=self._sources.weights, seed=self.seed)
-        walk = BatchWalk(reader, mixture, batch_size=self.batch_size, pack_length=self.pack_length)
+        mixture = Mixture(datasets, weights=self._sources.weights, seed=self.seed)
+        sampler = BatchSampler(reader, mixture, batch_size=self.batch_size, pack_length=self.pack_length)
         if self._cursor is not None:
-            walk.seek(self._cursor["walk"])
-        return walk
+            sampler.seek(self._cursor["walk"])
+        return sampler
 
-    def _turn(self, walk: BatchWalk) -> list[list[Pack]]:
-        """A batch for each rank, fewer at the very end. The cursor behind all of them is the same on every rank."""
+    def _turn(self, sampler: BatchSampler) -> list[list[Pack]]:
+        """A batch for each rank, fewer at the end of the last epoch. All ranks get the cursor behind all of them."""
         turn: list[list[Pack]] = []
-        while len(turn) < self.world_size and (self.epochs is None or walk.epoch < self.epochs):
-            turn.append(walk.batch())
+        while len(turn) < self.world_size and (self.epochs is None or sampler.epoch < self.epochs):
+            turn.append(sampler.batch())
         return turn
 
     def _collated(self, reader: RowReader, packs: list[Pack]) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class LogitStream(IterableDataset):
         return math.ceil(packs)
 
     def _identity(self) -> dict[str, Any]:
-        """What decides the sequence of rows, fit for JSON."""
+        """What determines the sequence of rows, fit for JSON."""
         return {
             "version": CURSOR_VERSION,
             "datasets": [dataset.dataset_id for dataset in self._sources.datasets],
@@ -148,12 +150,12 @@ class LogitStream(IterableDataset):
                     f"cursor: {name}",
                     found=cursor.get(name),
                     wanted=wanted,
-                    fix="go on with the data and settings that the run began with, or begin a new run",
+                    fix="resume with the datasets and settings of the interrupted run, or start a new run",
                 )
 
 
 def _lengths(reader: RowReader, dataset: int) -> Iterator[int]:
-    """Tokens of the rows of a dataset, as they are stored."""
+    """Tokens of the rows of a dataset in stored order."""
     for shard, record in enumerate(reader.datasets[dataset].shards):
         if record.rows:
             for group in range(reader.groups(dataset, shard)):

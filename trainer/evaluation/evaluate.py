@@ -1,31 +1,29 @@
-"""Measuring a student: a model and batches come in, an `EvaluationReport` goes out. Nothing is changed.
+"""Evaluates a student on batches of a logit dataset and returns an `EvaluationReport`.
 
 Shape letters: `M` target positions of a batch, `V` ids of the tokenizer.
 
-The same numbers, to rounding, whatever the batches' size and packing: every target position counts once.
+Every target position counts once, so the results do not depend on batch size or packing, except for rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets
 
-from .dense import dense_figures
-from .figures import Figures, cache_figures
+from .figures import Figures, cache_figures, dense_figures
+from .measured_model import LogitReader, measuring
 from .report import EvaluationReport, EvaluationSums
 from .tail_draws import draws_per_position
-from .target_logits import LogitReader
 
 CHUNK_BYTES = 128 << 20
-"""Of one float32 array `[positions, V]`; about two of them exist at once, with a resident teacher eleven (measured)."""
+"""Size of one float32 array `[positions, V]`. Measured: about two exist at once, eleven with a resident teacher."""
 
 
 def evaluate_student(
@@ -38,15 +36,13 @@ def evaluate_student(
     chunk_bytes: int = CHUNK_BYTES,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> EvaluationReport:
-    """Measure `model` at all target positions of `batches`; they must end.
+    """Measure `model` at all target positions of the finite `batches`, in evaluation mode and without gradients.
 
-    `model`: a causal language model of transformers, or what peft or DDP made of one. It is in evaluation mode
-    meanwhile, and without gradients.
-    `token_count`: ids of the dataset's tokenizer; what the head has beyond them is left out.
-    `draws`: how many each position was given at capture, for the estimates (`tail_draws.draws_per_position`); with 0
-    there are none.
-    `teacher`: a resident teacher for the dense divergences; any device, same requirements as `model`.
-    `reduce`: adds up a float64 tensor over processes, where each has batches of its own.
+    - `model`: a causal language model of transformers, also wrapped by peft or DDP.
+    - `token_count`: ids of the dataset's tokenizer. Further columns of the head are dropped.
+    - `draws`: draws per position at capture, as `tail_draws.draws_per_position` returns them; 0 skips the estimates.
+    - `teacher`: a resident teacher for the dense divergences, on any device; same requirements as `model`.
+    - `reduce`: sums a float64 tensor over processes, if each process evaluates batches of its own.
 
     Raises `NoTargets`, `NonFiniteLogits`.
     """
@@ -68,7 +64,7 @@ def evaluate_student(
 def evaluate_on_dataset(
     model: Any, dataset: str | Path, *, teacher: Any = None, batch_size: int = 8
 ) -> EvaluationReport:
-    """`evaluate_student` on all rows of the sealed dataset at this path or URL, with a progress bar.
+    """Run `evaluate_student` on all rows of the sealed dataset at this path or URL, with a progress bar.
 
     Raises `NoTargets`, `NonFiniteLogits`, and what `load_logit_dataset` raises.
     """
@@ -91,7 +87,7 @@ def batch_figures(
     draws: int = 0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[Figures]:
-    """Figures of the batch's target positions in order, a part of them at a time. Call it inside `measuring`.
+    """Figures of the batch's target positions in order, in parts of `chunk_bytes`. Call it inside `measuring`.
 
     Raises `NonFiniteLogits`.
     """
@@ -110,36 +106,22 @@ def batch_figures(
         yield figures
 
 
-@contextmanager
-def measuring(*models: Any) -> Iterator[None]:
-    """Evaluation mode and no gradients for `models` (None is skipped); after it every part has its own mode again."""
-    there = [model for model in models if model is not None]
-    modes = [(part, part.training) for model in there for part in model.modules()]
-    try:
-        for model in there:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def sample_names(batch: Mapping[str, Any]) -> list[str]:
-    """Sample id of each of the batch's `M` target positions. In a pack the batch says whose each one is."""
+    """Sample id of each of the batch's `M` target positions."""
     owners = batch["target_samples"] if "target_samples" in batch else batch["targets"].row
     return [batch["sample_ids"][owner] for owner in owners.tolist()]
 
 
 def _check_finite(figures: Figures, batch: Mapping[str, Any], start: int) -> None:
-    for figure, who in (("cross_entropy", "the student"), ("cached_teacher_kl", "the resident teacher")):
+    for figure, model in (("cross_entropy", "the student"), ("cached_teacher_kl", "the resident teacher")):
         if figure not in figures or (finite := figures[figure].isfinite()).all():
             continue
         names = sample_names(batch)[start : start + len(finite)]
         rows = sorted({name for name, good in zip(names, finite.tolist(), strict=True) if not good})
         raise NonFiniteLogits(
-            f"logits of {who} in rows {', '.join(rows[:8])}" + (f" and {len(rows) - 8} more" if len(rows) > 8 else ""),
+            f"logits of {model} in rows {', '.join(rows[:8])}"
+            + (f" and {len(rows) - 8} more" if len(rows) > 8 else ""),
             found=f"values that are not finite at {int((~finite).sum())} target positions",
             wanted="finite logits",
-            fix="look at these rows; if it is all rows, the weights or the dtype of this model are not usable",
+            fix="inspect these rows; if all rows fail, try dtype float32 or another checkpoint of this model",
         )

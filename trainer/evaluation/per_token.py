@@ -1,8 +1,9 @@
-"""What a student says of single tokens: a model and batches come in, one record per target position goes out.
+"""Records of single target positions: what student and teacher predicted there.
 
 Shape letters: `M` target positions of a batch.
 
-For a look at a few rows, on the terminal (`per_token_view.py`) or as JSON lines. All text in a record is safe to show.
+For inspecting a few rows in the terminal (`cli/per_token_table.py`) or as JSON lines. All text in a record is safe to
+print.
 """
 
 from __future__ import annotations
@@ -13,43 +14,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from coldstill.common.models import FrozenModel
 from coldstill.common.visible import visible
 
-from .dense import dense_figures
-from .evaluate import measuring, sample_names
-from .figures import Figures, by_probability, cache_figures
-from .target_logits import LogitReader
+from .evaluate import sample_names
+from .figures import Figures, by_probability, cache_figures, dense_figures
+from .measured_model import LogitReader, measuring
 
 TOP = 5
 _POSITIONS_AT_ONCE = 64
 
 
-class Choice(BaseModel):
-    """A token that a model could have chosen."""
-
-    model_config = ConfigDict(frozen=True)
+class Choice(FrozenModel):
+    """One of the most probable tokens of a model, with its text and probability."""
 
     id: int
     text: str
     prob: float
 
 
-class TokenRecord(BaseModel):
-    """One target position: the label, and what teacher and student expected in its place. Divergences in nats."""
-
-    model_config = ConfigDict(frozen=True)
+class TokenRecord(FrozenModel):
+    """One target position: the label, and the predictions of teacher and student. Divergences in nats."""
 
     sample_id: str
     position: int = Field(description="The target position in its row; the label is the token after it.")
     label: int
-    text: str = Field(description="The label's text, what cannot be seen escaped.")
-    student_prob: float = Field(description="Of the label.")
-    teacher_prob: float = Field(description="Of the label.")
+    text: str = Field(description="The label's text, with invisible characters escaped.")
+    student_prob: float = Field(description="The student's probability of the label.")
+    teacher_prob: float = Field(description="The teacher's probability of the label.")
     forward_kl_lower_bound: float
     reverse_kl_lower_bound: float
-    forward_kl: float | None = Field(default=None, description="Dense; needs the resident teacher.")
+    forward_kl: float | None = Field(default=None, description="Dense; needs a resident teacher.")
     student_top: tuple[Choice, ...] = Field(description=f"The {TOP} most probable tokens.")
     teacher_top: tuple[Choice, ...] = Field(description=f"The {TOP} most probable of the kept tokens.")
     student_tail: float = Field(description="The student's mass outside the kept tokens.")
@@ -66,7 +63,7 @@ def token_records(
 ) -> Iterator[TokenRecord]:
     """A record for each target position of `batches`, in order; models as for `evaluate_student`.
 
-    `text` gives the text of a token, safe to show: `storage_schema.tools.inspect.token_text.TokenText.label`.
+    `text` returns the printable text of a token id, as `TokenText.label` of the tools does.
     """
     for batch in batches:
         with measuring(model, teacher):
@@ -77,7 +74,7 @@ def token_records(
 
 
 def write_records(records: Iterable[TokenRecord], path: Path) -> int:
-    """Write one JSON document per line; returns how many."""
+    """Write one JSON document per line; return the number of records."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for record in records:
@@ -123,6 +120,6 @@ def _records(
 
 
 def _choices(ids: torch.Tensor, probs: torch.Tensor, text: Callable[[int], str]) -> tuple[Choice, ...]:
-    """An unused entry has no probability, and is none."""
+    """The tokens with a probability above 0; unused entries have none."""
     both = zip(ids.tolist(), probs.tolist(), strict=True)
     return tuple(Choice(id=token, text=text(token), prob=prob) for token, prob in both if prob > 0)

@@ -1,7 +1,11 @@
-"""What an evaluation found: sums of figures per position come in, an `EvaluationReport` goes out.
+"""The evaluation report: means of the figures over all target positions, and the calibration error.
 
-All logs are natural, all divergences and entropies in nats per target, all masses and rates between 0 and 1. `p` is the
-teacher, `q` the student; the head of a position is the teacher's 10 most probable ids, as far as the cache keeps them.
+Divergences and entropies are in nats per target; masses and rates are between 0 and 1. `p` is the teacher, `q` the
+student. The head of a position is the teacher's 10 most probable ids, as far as the cache keeps them.
+
+The expected calibration error is that of Guo et al. 2017 (arXiv 1706.04599, equations 2 to 5). Confidences are put into
+15 bins of equal width, `((b - 1) / 15, b / 15]`; the error is the mean over all positions of |accuracy - confidence| of
+their bin.
 """
 
 from __future__ import annotations
@@ -13,50 +17,64 @@ from pydantic import Field
 
 from coldstill.common.models import FrozenModel
 
-from .calibration import BINS, CalibrationBin, bin_sums, calibration_bins, expected_calibration_error
 from .figures import Figures
+
+BINS = 15
+
+
+class CalibrationBin(FrozenModel):
+    """Positions whose most probable token has a probability above `above` and at most `up_to`."""
+
+    above: float
+    up_to: float
+    targets: int
+    confidence: float | None = Field(description="Mean probability of the most probable token; None if empty.")
+    accuracy: float | None = Field(description="How often that token is the label; None if empty.")
 
 
 class EvaluationReport(FrozenModel):
-    """Means over the target positions of an evaluation. What could not be measured is None."""
+    """Means over all target positions. A figure that was not measured is None."""
 
     targets: int = Field(description="Target positions.")
     cross_entropy: float = Field(description="-log q of the label.")
     perplexity: float = Field(description="exp of the cross-entropy.")
     teacher_cross_entropy: float = Field(description="-log p of the label, from the cache.")
     forward_kl_lower_bound: float = Field(
-        description="KL(p || q) over the K kept ids and one symbol for all others: below the dense KL. The mean of the "
-        "training log's bucket_kl."
+        description="KL(p || q) over the K kept ids and one symbol for all others: a lower bound of the dense KL. The "
+        "training log's bucket_kl is its mean."
     )
-    reverse_kl_lower_bound: float = Field(description="KL(q || p) over the same symbols: below the dense KL.")
+    reverse_kl_lower_bound: float = Field(
+        description="KL(q || p) over the same symbols: a lower bound of the dense KL."
+    )
     forward_kl_estimate: float | None = Field(
-        default=None, description="KL(p || q) over all ids, from the cache: unbiased, by draws with log-probs."
+        default=None, description="KL(p || q) over all ids, estimated without bias from draws with log-probs."
     )
     forward_kl_estimate_error: float | None = Field(
         default=None,
-        description="Standard error of it, if the draws were its only noise: at most this much, as the spread of the "
-        "true values is in it too.",
+        description="Upper bound of the standard error that the draws cause in forward_kl_estimate; it also contains "
+        "the spread of the true values over positions.",
     )
     tail_kl_estimate: float | None = Field(
-        default=None, description="Its part that the lower bound leaves out: how the tail is spread. May be below 0."
+        default=None,
+        description="forward_kl_estimate minus forward_kl_lower_bound: the KL within the tail. May be negative.",
     )
     soft_cross_entropy_estimate: float | None = Field(
         default=None,
-        description="-sum p log q over all ids, unbiased, by draws. It is KL(p || q) plus the teacher's entropy, which "
-        "is the same for all students: it ranks them where the draws have no log-probs.",
+        description="-sum p log q over all ids, estimated without bias from draws: KL(p || q) plus the teacher's "
+        "entropy, which is equal for all students. It ranks students if the draws have no log-probs.",
     )
-    forward_kl: float | None = Field(default=None, description="KL(p || q) over all ids; needs the resident teacher.")
-    reverse_kl: float | None = Field(default=None, description="KL(q || p) over all ids; needs the resident teacher.")
+    forward_kl: float | None = Field(default=None, description="KL(p || q) over all ids; needs a resident teacher.")
+    reverse_kl: float | None = Field(default=None, description="KL(q || p) over all ids; needs a resident teacher.")
     cached_teacher_kl: float | None = Field(
         default=None,
-        description="KL over the K+1 symbols from the cache to the resident teacher: about what storage costs where it "
-        "is the teacher of the dataset. Much more means another teacher, precision or alignment.",
+        description="KL from the cached to the resident teacher over the K+1 symbols. For the dataset's own teacher "
+        "it is about the error of storage; a much larger value means another teacher, precision or alignment.",
     )
-    top1_agreement: float = Field(description="How often both have the same most probable token.")
+    top1_agreement: float = Field(description="How often student and teacher have the same most probable token.")
     accuracy: float = Field(description="How often the student's most probable token is the label.")
     confidence: float = Field(description="The student's probability of its most probable token.")
     expected_calibration_error: float = Field(
-        description=f"Of the student against the labels, {BINS} bins of equal width (Guo et al. 2017)."
+        description=f"Calibration error of the student on the labels, {BINS} bins of equal width (Guo et al. 2017)."
     )
     head_mass: float = Field(description="The student's mass on the head (TAID, table 3).")
     rest_mass: float = Field(description="The student's mass on all other ids.")
@@ -65,14 +83,14 @@ class EvaluationReport(FrozenModel):
     teacher_tail_mass: float = Field(description="The teacher's mass outside the kept ids.")
     last_fifth_mass: float | None = Field(
         default=None,
-        description="The student's mass on the 80th to 100th percentile of the ids as the resident teacher ranks them "
+        description="The student's mass on the 80th to 100th percentile of the ids, ranked by the resident teacher "
         "(TAID, table 3).",
     )
-    teacher_last_fifth_mass: float | None = Field(default=None, description="The teacher's mass on them.")
-    calibration: tuple[CalibrationBin, ...] = Field(description="The bins of the calibration error.")
+    teacher_last_fifth_mass: float | None = Field(default=None, description="The teacher's mass on the same ids.")
+    calibration: tuple[CalibrationBin, ...] = Field(description="The bins of expected_calibration_error.")
 
     def metrics(self) -> dict[str, float]:
-        """All numbers that were measured, by name."""
+        """All measured numbers by name."""
         return self.model_dump(exclude_none=True, exclude={"calibration"})
 
 
@@ -81,14 +99,14 @@ _SUMMED = tuple(
     for name in EvaluationReport.model_fields
     if name not in {"targets", "perplexity", "forward_kl_estimate_error", "expected_calibration_error", "calibration"}
 )
-"""Figures that are added up; the others follow from them."""
+"""Figures that are summed; the others are computed from the sums."""
 
 
 class EvaluationSums:
-    """Sums of figures over positions, in float64; equal whatever batches they came in.
+    """Sums of figures over positions, in one tensor that processes can add up.
 
-    `tensor float64 [3, figures + 15]` holds all there is, so that processes can add theirs up: how many positions had
-    a figure, its sum and the sum of its squares; then positions, confidence and hits of the calibration bins.
+    `tensor float64 [3, figures + 15]`: per figure the positions that have it, its sum and the sum of its squares; then
+    per calibration bin the positions, confidences and hits.
     """
 
     def __init__(self) -> None:
@@ -100,8 +118,8 @@ class EvaluationSums:
         return int(self.tensor[0, _SUMMED.index("cross_entropy")])
 
     def add(self, figures: Figures) -> None:
-        """Take figures `[M]`."""
-        # Put together where they are, so that a GPU is waited for once.
+        """Add the figures `[M]` of some positions."""
+        # Gathered on the figures' device: one synchronization with a GPU per call.
         moments = torch.zeros_like(self.tensor, device=figures["confidence"].device)
         for name, values in figures.items():
             moments[:, _SUMMED.index(name)] = torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
@@ -109,10 +127,10 @@ class EvaluationSums:
         self.tensor += moments.to(self.tensor.device)
 
     def report(self) -> EvaluationReport:
-        """Means over all positions; there must be one."""
+        """The means over all positions; at least one was added."""
         moments, bins = self.tensor.split([len(_SUMMED), BINS], dim=1)
         counts, sums, squares = moments.tolist()
-        # A figure that some batches lack is none: its mean would be that of the others.
+        # A figure that some batches lack is omitted: its mean would cover the other batches only.
         whole = {name: count == self.targets for name, count in zip(_SUMMED, counts, strict=True)}
         means = {name: total / self.targets for name, total in zip(_SUMMED, sums, strict=True) if whole[name]}
         tail = _SUMMED.index("tail_kl_estimate")
@@ -128,13 +146,40 @@ class EvaluationSums:
         )
 
 
+def bin_sums(confidence: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
+    """`float64 [3, 15]`: positions, summed confidence and hits per bin, from `confidence, hit float64 [M]`."""
+    place = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+    weights = torch.stack([torch.ones_like(confidence), confidence, hit])
+    return weights.new_zeros(3, BINS).index_add_(1, place, weights)
+
+
+def expected_calibration_error(sums: torch.Tensor) -> float:
+    """The expected calibration error, from the sum of all `bin_sums`."""
+    counts, confidence, hits = sums
+    return ((hits - confidence).abs().sum() / counts.sum()).item()
+
+
+def calibration_bins(sums: torch.Tensor) -> tuple[CalibrationBin, ...]:
+    """The bins of a reliability diagram, from the sum of all `bin_sums`."""
+    return tuple(
+        CalibrationBin(
+            above=b / BINS,
+            up_to=(b + 1) / BINS,
+            targets=int(count),
+            confidence=confidence / count if count else None,
+            accuracy=hits / count if count else None,
+        )
+        for b, (count, confidence, hits) in enumerate(sums.T.tolist())
+    )
+
+
 def _exp(value: float) -> float:
-    # Past this it is infinite for float64, which `math.exp` calls an error.
+    # `math.exp` raises OverflowError where float64 overflows.
     return math.exp(value) if value < 700 else math.inf
 
 
 def _standard_error(count: int, total: float, squares: float) -> float | None:
-    """Of the mean of `count` values; None for fewer than two."""
+    """Standard error of the mean of `count` values; None for fewer than two."""
     if count < 2:
         return None
     return math.sqrt(max(squares - total * total / count, 0) / (count * (count - 1)))

@@ -1,26 +1,35 @@
-"""ROUGE-L of a student's greedy answers: a model, its tokenizer and a dataset come in, one number goes out.
+"""ROUGE-L of a student's greedy answers to the prompts of a dataset.
 
-As the TAID repository validates (its `src/metrics.py`): greedy answers of at most 512 tokens, F1 of the longest common
-subsequence of words with stemming, by Google's `rouge_score`, times 100. It reports the median of bootstrap means; here
-it is the mean itself.
+Shape letters: `B` prompts, `T` tokens of the longest.
+
+As in the TAID repository (`src/metrics.py`): greedy answers of at most 512 tokens, F1 of the longest common subsequence
+of stemmed words by Google's `rouge_score`, times 100. The repository reports the median of bootstrap means; here it is
+the mean.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from coldstill.common.packages import require_packages
 from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.rows import CachedRow
+from coldstill.trainer.errors import NoAnswers
 
-from .answers import greedy_answers, questions
+from .measured_model import measuring
 
 MAX_NEW_TOKENS = 512
 
 
 def require_rouge() -> None:
-    """Raise `PackagesMissing` where the library is not installed."""
+    """Raise `PackagesMissing` if the library is not installed."""
     require_packages("eval", "rouge_score")
 
 
@@ -29,7 +38,7 @@ def rouge_l(
 ) -> float:
     """Mean ROUGE-L F1, from 0 to 100, over the first `rows` rows of `dataset` that have a prompt and an answer.
 
-    `tokenizer` is transformers'; special tokens are no part of an answer. Raises `PackagesMissing`, `NoAnswers`.
+    `tokenizer` is one of transformers; special tokens are removed from answers. Raises `PackagesMissing`, `NoAnswers`.
     """
     require_rouge()
     from rouge_score.rouge_scorer import RougeScorer
@@ -43,3 +52,67 @@ def rouge_l(
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (question.reference.tolist(), answer)]
         total += scorer.score(*texts)["rougeL"].fmeasure
     return 100 * total / len(asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Token ids of a prompt, `int32 [T]`, and of the reference answer."""
+
+    sample_id: str
+    prompt: np.ndarray
+    reference: np.ndarray
+
+
+def questions(dataset: Dataset, *, limit: int) -> list[Question]:
+    """The questions of the first `limit` rows that have a prompt before their answer.
+
+    A row's answer is its last run of target positions: the last turn, if the loss is on assistant tokens. All tokens
+    before it are the prompt, as in the TAID repository. Raises `NoAnswers` if no row has a prompt.
+    """
+    found = list(islice(_questions(dataset.rows()), limit))
+    if not found:
+        raise NoAnswers(
+            f"dataset {dataset.store.url}",
+            found=f"no row with a prompt before its answer; the loss is on {dataset.header.loss_on} tokens",
+            wanted="chat rows with the loss on the assistant's tokens",
+            fix="leave out --rouge for this dataset",
+        )
+    return found
+
+
+def _questions(rows: Iterable[CachedRow]) -> Iterator[Question]:
+    for row in rows:
+        # Target position t predicts token t + 1: the first token of the answer is one after the span's start.
+        start, stop = (int(edge) + 1 for edge in row.target_spans[-1])
+        if start > 1:
+            yield Question(sample_id=row.sample_id, prompt=row.token_ids[:start], reference=row.token_ids[start:stop])
+
+
+def greedy_answers(
+    model: Any, asked: Sequence[Question], *, pad_id: int, batch_size: int, max_new_tokens: int
+) -> Iterator[list[int]]:
+    """New token ids of each answer, in order, by greedy decoding.
+
+    An answer ends at the model's end token, after `max_new_tokens`, or at the end of the model's context. Prompts are
+    padded on the left.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for start in range(0, len(asked), batch_size):
+        prompts = [torch.from_numpy(one.prompt.astype(np.int64)) for one in asked[start : start + batch_size]]
+        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = tokens.shape[1]
+        room = max_new_tokens if context is None else max(1, min(max_new_tokens, context - width))
+        with measuring(model):
+            grown = model.generate(
+                input_ids=tokens.to(model.device),
+                attention_mask=(torch.arange(width) >= width - lengths[:, None]).long().to(model.device),
+                max_new_tokens=room,
+                pad_token_id=pad_id,
+                # Overrides generation_config.json: Qwen's sets a repetition penalty.
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+            )
+        yield from grown[:, width:].tolist()

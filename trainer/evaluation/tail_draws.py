@@ -1,4 +1,4 @@
-"""What the K+1 view leaves out, by draws: targets and the student's view come in, unbiased estimates go out.
+"""Unbiased estimates of dense KL and cross-entropy from the tail draws of a cache.
 
 Shape letters: `M` target positions, `N` padded draws.
 
@@ -7,15 +7,14 @@ With S the kept ids, `m_p` and `m_q` the tail masses, and `p'`, `q'` the distrib
     KL(p || q)           = KL over the K+1 view            + m_p KL(p' || q')
     - sum_v p_v log q_v  = cross-entropy over the K+1 view - m_p E_{v ~ p'}[log q'_v]
 
-The first terms are known exactly. Of `D` iid draws from the teacher those outside S are iid from `p'`, however many of
-them were kept; with n >= 1 their mean of `f` estimates `E_{p'}[f]` without bias, and with n = 0 nothing is known. There
-is a draw with probability `s = 1 - (1 - m_p)^D`, so
+The first terms are known exactly. Of `D` iid draws from the teacher, those outside S are iid from `p'`, also if only
+some of them were stored. With n >= 1 stored draws, their mean of `f` is an unbiased estimate of `E_{p'}[f]`; n = 0
+gives none. At least one draw is outside S with probability `s = 1 - (1 - m_p)^D`, so
 
     1[n >= 1] (m_p / s) mean_i f(draw_i)
 
-has the expectation `m_p E_{p'}[f]` (Horvitz and Thompson 1952): unbiased also where most positions have no draw.
-Nothing of the distribution is left out; what remains is the rounding of stored values, and noise that falls with the
-number of positions.
+has the expectation `m_p E_{p'}[f]` (Horvitz and Thompson 1952), also if most positions have no draw. The remaining
+errors are the rounding of stored values, and noise that falls with the number of positions.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coldstill.trainer.losses.protocol import StudentView
+from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs
 from coldstill.trainer.targets import SparseTargets
 
 if TYPE_CHECKING:
-    from coldstill.trainer.data import LogitDataset
+    from coldstill.trainer.data.logit_dataset import LogitDataset
 
 
 def draws_per_position(dataset: LogitDataset) -> int:
-    """D of `dataset`; 0 where no unbiased estimate can be made of what it gives.
+    """D of `dataset`; 0 if it allows no unbiased estimate.
 
-    That is where it holds no draws, where datasets with several D are mixed, and where fewer draws or kept ids than
-    stored were asked for: a cut id is a draw of known weight, and a thinned list that was capped has another law.
+    It allows none without draws, with datasets of several D, or with fewer draws or kept ids than stored: a cut id
+    becomes a draw of known weight, and a subset of a capped list of draws has another distribution.
     """
     sources = dataset.sources
     found = {one.header.draws if one.header.kept_draws else 0 for one in sources.datasets}
@@ -43,11 +42,11 @@ def draws_per_position(dataset: LogitDataset) -> int:
     return found.pop() if whole and len(found) == 1 else 0
 
 
-def tail_estimates(view: StudentView, targets: SparseTargets, *, draws: int) -> dict[str, torch.Tensor]:
-    """The second terms above, in the dtype of `view`: `tail_cross_entropy [M]` of the student within the tail, weighted
-    with the teacher's mass; `tail_kl [M]`, only where the log-probs of the draws are known.
+def tail_estimates(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -> dict[str, torch.Tensor]:
+    """The second terms above, `[M]` in the dtype of `view`.
 
-    `draws` is D: how many draws each position was given at capture, before those inside S were dropped.
+    `tail_cross_entropy`: of the student within the tail, weighted with the teacher's mass. `tail_kl`: only if the
+    log-probs of the draws are stored. `draws` is D: draws per position at capture, those inside S included.
     """
     dtype = view.log_q.dtype
     log_tail = targets.log_tail.to(dtype)[:, None]
@@ -61,11 +60,11 @@ def tail_estimates(view: StudentView, targets: SparseTargets, *, draws: int) -> 
 
 
 def _weights(log_tail: torch.Tensor, draws: int) -> torch.Tensor:
-    """`m_p / s` `[M, 1]`. As the tail vanishes it goes to 1 / D, which neither form may lose to rounding."""
+    """`m_p / s` `[M, 1]`, by expm1 and log1p: as the tail vanishes it tends to 1 / D without loss of precision."""
     mass = log_tail.exp().clamp_max(1)
     return mass / -torch.expm1(draws * torch.log1p(-mass))
 
 
 def _expect(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Sums of `weights * values`; padding, whose values say nothing, is left out."""
+    """Sums of `weights * values` without padding, whose values are undefined."""
     return (weights * values).masked_fill(weights == 0, 0).sum(1)

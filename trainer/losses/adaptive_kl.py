@@ -1,50 +1,58 @@
-"""Adaptive KL: the student's view and sparse targets come in, one value per position goes out.
+"""Adaptive KL: forward and reverse KL, weighted by where student and teacher differ.
 
 Shape letters: `M` target positions, `K` teacher top-k.
 
-AKL (arXiv 2404.02657) weighs forward and reverse KL by where the student is wrong. With the teacher's symbols in
-descending order, the HEAD is those whose cumulative probability does not exceed mu, and always the first:
+AKL (arXiv 2404.02657). With the teacher's symbols in descending order, the HEAD holds those whose cumulative
+probability does not exceed mu, and always the first:
 
     g_head = sum over the head of |p - q|,    g_tail likewise over the others,    both without a gradient
     loss   = (g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail)
 
 The published code of TAID marks the head in ascending order and applies the mark to gaps in the order of the
-vocabulary, so that it weighs the last ids of the vocabulary; and it differentiates the weights. The authors' own code
+vocabulary, which weights the last ids of the vocabulary, and it differentiates the weights. The code of AKL's authors
 does neither.
 
-WHAT THE TRUNCATION LEAVES OUT: the mass outside the kept ids is one symbol, counted as tail. The head is the dense one
-where the kept ids hold more than mu; the tail's gap and both KLs are lower bounds of the dense ones, the reverse KL
-being the worse (see `divergences`). So the cache leans towards the head: its weight is an upper bound of the dense one.
+WHAT THE TRUNCATION LEAVES OUT: the mass outside the kept ids is one bucket, counted as tail. The head is the dense one
+where the kept ids hold more than mu. The tail's gap and both KLs are lower bounds of the dense ones, with the larger
+error in the reverse KL (see `divergences.py`). The weight of the head is therefore an upper bound of the dense weight.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
+from pydantic import Field
 
-from coldstill.trainer.targets import SparseTargets
+from .base import BucketTail, TeacherLoss
 
-from .cache_view import CacheView
-from .protocol import StudentView
+if TYPE_CHECKING:
+    import torch
+
+    from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs
+    from coldstill.trainer.targets import SparseTargets
+
+SMALLEST_GAP = 1.1754944e-38
+"""The smallest normal float32: keeps 0 / 0 out where q = p, so that there is no gap and both divergences are 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveKl:
-    """Forward and reverse KL weighed by the gaps in head and tail; `mu` in (0, 1) is the head's mass. Kept ids may come
-    in any order: they are sorted here, by the teacher's probability."""
+class AdaptiveKl(TeacherLoss):
+    """Forward and reverse KL weighted by the gaps in head and tail; kept ids may be in any order."""
 
-    mu: float = 0.5
+    title: ClassVar[str] = "adaptive KL"
+    arxiv: ClassVar[str | None] = "2404.02657"
 
-    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
-        """Value `[M]`; `t` is not looked at."""
-        both = CacheView.of(view, targets)
-        with torch.no_grad():
-            head = self._head(targets.logprobs.to(both.log_p.dtype).exp())
-            gap = (both.log_p.exp() - both.log_q.exp()).abs().masked_fill(~both.used, 0)
-            whole = gap.sum(1)
-            # Where q = p there is no gap, and both divergences are 0.
-            share = (gap[:, :-1] * head).sum(1) / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    name: Literal["adaptive_kl"] = Field("adaptive_kl", description="Forward and reverse KL by head and tail.")
+    tail: BucketTail = Field(
+        "auto", description="Tail outside the top K: bucket, its total mass, counted as part of the loss's own tail."
+    )
+    mu: float = Field(0.5, gt=0, lt=1, description="The teacher's mass that is the head.")
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
+        """Value `[M]`; `t` is ignored."""
+        both = student.buckets(targets)
+        head = self._head(targets.logprobs.to(both.log_p.dtype).exp())
+        gap = (both.log_p.exp() - both.log_q.detach().exp()).abs().masked_fill(~both.used, 0)
+        share = (gap[:, :-1] * head).sum(1) / gap.sum(1).clamp_min(SMALLEST_GAP)
         return share * both.kl() + (1 - share) * both.reverse_kl()
 
     def _head(self, probs: torch.Tensor) -> torch.Tensor:
@@ -52,4 +60,4 @@ class AdaptiveKl:
         descending, order = probs.sort(dim=1, descending=True, stable=True)
         head = descending.cumsum(1) <= self.mu
         head[:, 0] = True
-        return torch.zeros_like(head).scatter_(1, order, head)
+        return head.new_zeros(head.shape).scatter_(1, order, head)

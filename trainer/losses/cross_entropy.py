@@ -1,17 +1,32 @@
-"""Plain fine-tuning on the rows' own tokens: the student's view comes in, one cross-entropy per position goes out."""
+"""Plain fine-tuning on the rows' own tokens.
+
+Shape letters: `M` target positions.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from coldstill.trainer.targets import SparseTargets
+from pydantic import Field
 
-from .protocol import StudentView
+from .base import Loss
+
+if TYPE_CHECKING:
+    import torch
+
+    from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs
+    from coldstill.trainer.targets import SparseTargets
 
 
-class CrossEntropy:
-    """`-log q(label)`: exact, whatever the cache holds; the teacher gives no gradient. Nothing is left out."""
+class CrossEntropy(Loss):
+    """`-log q(label)`: exact on every dataset, and without any teacher."""
 
-    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
-        """Value `[M]`; `targets` and `t` are not looked at."""
-        return -view.log_q_label
+    title: ClassVar[str] = "cross-entropy on the rows' own tokens; no teacher"
+    arxiv: ClassVar[str | None] = None
+    eval_loss: ClassVar[tuple[str, ...]] = ("cross_entropy",)
+
+    name: Literal["cross_entropy"] = Field("cross_entropy", description="Plain fine-tuning, for comparison.")
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
+        """Value `[M]`; `targets` and `t` are ignored."""
+        return -student.log_q_label

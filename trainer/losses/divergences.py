@@ -1,102 +1,116 @@
-"""Divergences between teacher and student: the student's view and sparse targets come in, one value per position goes
-out.
+"""f-divergences between teacher and student over the kept ids and one tail bucket.
 
 Shape letters: `M` target positions, `K` teacher top-k.
 
-p is the teacher, q the student, both over the K+1 view of `cache_view`. All are f-divergences, so each is a LOWER BOUND
-of the dense one, exact where the teacher's tail has the student's shape, and exact for a dense cache. WHAT THE
-TRUNCATION LEAVES OUT is the shape of the tail: no draw can give it back, since none of these is linear in p. Measured
-against the dense gradient with a flat teacher at K = 32, relative error: .24 for forward KL, .25 for skew forward KL,
-.26 for TVD, .24 and .33 for JS of .1 and .5, .43 for skew reverse KL, .67 for reverse KL, which acts on single tail
-tokens.
+p is the teacher, q the student, both over the K+1 `Buckets`. Each divergence is a LOWER BOUND of the dense one, exact
+where the teacher's tail has the student's shape, and exact for a dense cache.
 
-With the tail `renormalise` both distributions are those of a token known to be one of the kept: nothing then teaches
-how much mass the tail should have. It is here to be compared with.
-
-None of them looks at `t`.
+WHAT THE TRUNCATION LEAVES OUT is the shape of the tail. Draws cannot restore it, since none of these losses is linear
+in p. Relative error of the gradient against the dense one, flat teacher, K = 32: forward KL .24, skew forward KL .25,
+TVD .26, JS of beta .1 and .5 .24 and .33, skew reverse KL .43, reverse KL, which acts on single tail tokens, .67.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
+from pydantic import Field
 
-from coldstill.trainer.targets import SparseTargets
+from .base import BucketTail, TeacherLoss
 
-from .cache_view import CacheView, ViewTail
-from .protocol import StudentView
+if TYPE_CHECKING:
+    import torch
+
+    from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs
+    from coldstill.trainer.targets import SparseTargets
+
+_TAIL = "Tail outside the top K: bucket, its total mass; the loss is then a lower bound of the dense one."
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReverseKl:
+class ReverseKl(TeacherLoss):
     """`KL(q || p)`: mode-seeking; the loss of MiniLLM (arXiv 2306.08543) on the cache's own text."""
 
-    tail: ViewTail = "bucket"
+    title: ClassVar[str] = "reverse KL to the teacher, as in MiniLLM"
+    arxiv: ClassVar[str | None] = "2306.08543"
 
-    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
+    name: Literal["reverse_kl"] = Field("reverse_kl", description="KL(student || teacher).")
+    tail: BucketTail = Field("auto", description=_TAIL)
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
         """Value `[M]`."""
-        return CacheView.of(view, targets, tail=self.tail).reverse_kl()
+        return student.buckets(targets).reverse_kl()
 
 
-@dataclass(frozen=True, kw_only=True)
-class JensenShannon:
-    """`beta KL(p || m) + (1 - beta) KL(q || m)` with `m = beta p + (1 - beta) q`: GKD's generalised JSD (arXiv
-    2306.13649, equation 1), beta in (0, 1).
+class JensenShannon(TeacherLoss):
+    """`beta KL(p || m) + (1 - beta) KL(q || m)` with `m = beta p + (1 - beta) q`: GKD's generalized JSD (arXiv
+    2306.13649, equation 1).
 
-    Divided by beta it tends to forward KL as beta falls to 0, divided by 1 - beta to reverse KL as beta rises to 1; it
+    Divided by beta it tends to forward KL as beta falls to 0, divided by 1 - beta to reverse KL as beta rises to 1. It
     is not divided here, so its scale falls at both ends.
     """
 
-    beta: float = 0.1
-    tail: ViewTail = "bucket"
+    title: ClassVar[str] = "generalized Jensen-Shannon divergence of GKD"
+    arxiv: ClassVar[str | None] = "2306.13649"
 
-    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
+    name: Literal["js"] = Field("js", description="Generalized Jensen-Shannon divergence of GKD.")
+    tail: BucketTail = Field("auto", description=_TAIL)
+    beta: float = Field(0.1, gt=0, lt=1, description="The teacher's share in the mixture.")
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
         """Value `[M]`."""
-        both = CacheView.of(view, targets, tail=self.tail)
+        both = student.buckets(targets)
         log_m = _log_mixture(self.beta, both.log_p, both.log_q)
         of_teacher = both.expect(both.log_p.exp(), both.log_p - log_m)
         return self.beta * of_teacher + (1 - self.beta) * both.expect(both.log_q.exp(), both.log_q - log_m)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TotalVariation:
-    """`1/2 sum |p - q|` (f-distill, arXiv 2307.15190): bounded by 1; its gradient has a jump where p = q."""
+class TotalVariation(TeacherLoss):
+    """`1/2 sum |p - q|` (f-DISTILL, arXiv 2307.15190): at most 1; its gradient jumps where p = q."""
 
-    tail: ViewTail = "bucket"
+    title: ClassVar[str] = "total variation distance, as in f-DISTILL"
+    arxiv: ClassVar[str | None] = "2307.15190"
 
-    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
+    name: Literal["tvd"] = Field("tvd", description="Total variation distance.")
+    tail: BucketTail = Field("auto", description=_TAIL)
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
         """Value `[M]`."""
-        both = CacheView.of(view, targets, tail=self.tail)
+        both = student.buckets(targets)
         gap = (both.log_p.exp() - both.log_q.exp()).abs()
         return 0.5 * gap.masked_fill(~both.used, 0).sum(1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SkewForwardKl:
-    """`KL(p || alpha p + (1 - alpha) q)`: DistiLLM's skew KL (arXiv 2402.03898), alpha in [0, 1)."""
+class SkewForwardKl(TeacherLoss):
+    """`KL(p || alpha p + (1 - alpha) q)`: DistiLLM's skew KL (arXiv 2402.03898)."""
 
-    alpha: float = 0.1
-    tail: ViewTail = "bucket"
+    title: ClassVar[str] = "skew forward KL of DistiLLM"
+    arxiv: ClassVar[str | None] = "2402.03898"
 
-    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
+    name: Literal["skew_forward_kl"] = Field("skew_forward_kl", description="Skew KL of DistiLLM.")
+    tail: BucketTail = Field("auto", description=_TAIL)
+    alpha: float = Field(0.1, ge=0, lt=1, description="Share of the teacher in the mixture.")
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
         """Value `[M]`."""
-        both = CacheView.of(view, targets, tail=self.tail)
+        both = student.buckets(targets)
         return both.expect(both.log_p.exp(), both.log_p - _log_mixture(self.alpha, both.log_p, both.log_q))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SkewReverseKl:
-    """`KL(q || alpha q + (1 - alpha) p)`: DistiLLM's skew reverse KL (arXiv 2402.03898), alpha in [0, 1). The mixture
-    is differentiated too."""
+class SkewReverseKl(TeacherLoss):
+    """`KL(q || alpha q + (1 - alpha) p)`: DistiLLM's skew reverse KL (arXiv 2402.03898). The gradient passes through
+    the mixture too."""
 
-    alpha: float = 0.1
-    tail: ViewTail = "bucket"
+    title: ClassVar[str] = "skew reverse KL of DistiLLM"
+    arxiv: ClassVar[str | None] = "2402.03898"
 
-    def __call__(self, view: StudentView, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
+    name: Literal["skew_reverse_kl"] = Field("skew_reverse_kl", description="Skew reverse KL of DistiLLM.")
+    tail: BucketTail = Field("auto", description=_TAIL)
+    alpha: float = Field(0.1, ge=0, lt=1, description="Share of the student in the mixture.")
+
+    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
         """Value `[M]`."""
-        both = CacheView.of(view, targets, tail=self.tail)
+        both = student.buckets(targets)
         return both.expect(both.log_q.exp(), both.log_q - _log_mixture(self.alpha, both.log_q, both.log_p))
 
 
@@ -104,4 +118,4 @@ def _log_mixture(share: float, log_first: torch.Tensor, log_second: torch.Tensor
     """`log(share first + (1 - share) second)`, from logs: probabilities would underflow."""
     if share == 0:
         return log_second
-    return torch.logaddexp(log_first + math.log(share), log_second + math.log1p(-share))
+    return (log_first + math.log(share)).logaddexp(log_second + math.log1p(-share))

@@ -1,23 +1,24 @@
-"""Loading the student: its settings and a dataset's header come in, a model whose head fits goes out."""
+"""Loads the student, pretrained or from scratch, and checks that its head fits the dataset."""
 
 from __future__ import annotations
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from coldstill.common.errors import first_line
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.trainer.config import StudentConfig
+from coldstill.trainer.errors import StudentHeadTooSmall, StudentNotFound
 
-from .adapter import with_adapters
-from .checks import check_head
-from .not_found import student_not_found
+from .lora import with_adapters
 
 
 def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedModel:
-    """The model, checked against the dataset before a step is taken; with adapters where `config.lora` is given.
+    """The student of `config`, with adapters if `config.lora` is set.
 
-    Random weights (`from_scratch`, a new head, adapters) come from torch's generator: seed it first.
-    Raises `StudentNotFound`, `StudentHeadTooSmall`, and of adapters what `with_adapters` raises.
+    Random weights (`from_scratch`, a missing head, adapters) come from torch's global generator: seed it first.
+
+    Raises `StudentNotFound`, `StudentHeadTooSmall`, `AdapterMisfit`.
     """
     options = {"dtype": getattr(torch, config.weights)}
     if config.attention is not None:
@@ -33,8 +34,34 @@ def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedMode
     return model if config.lora is None else with_adapters(model, config.lora)
 
 
+def check_head(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> None:
+    """Raise `StudentHeadTooSmall` if an id of the dataset's tokenizer has no row in the student's head.
+
+    More rows than ids are allowed: the further rows are excluded from every softmax. Models of one family often differ
+    in such padding (152,064 and 151,936 rows in Qwen2.5).
+    """
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < header.token_count:
+        raise StudentHeadTooSmall(
+            f"head of the student {name}",
+            found=f"{rows} rows",
+            wanted=f"at least {header.token_count}, one per id of the dataset's tokenizer",
+            fix=f"call model.resize_token_embeddings({header.token_count}) and save the student again",
+        )
+
+
+def student_not_found(name: str, error: Exception) -> StudentNotFound:
+    """The `StudentNotFound` for an exception of a library."""
+    return StudentNotFound(
+        f"student {name}",
+        found=first_line(error),
+        wanted="a folder, hub name or configuration of a causal language model that transformers can load",
+        fix="check student.model or student.from_scratch; without network access, download a hub model first",
+    )
+
+
 def _configuration(config: StudentConfig, header: DatasetHeader) -> PretrainedConfig:
-    """Of a student from scratch; its head has a row per id of the tokenizer where nothing else is said."""
+    """Configuration of a student from scratch. By default its head has one row per id of the tokenizer."""
     if isinstance(config.from_scratch, dict):
         return AutoConfig.for_model(**{"vocab_size": header.token_count, **config.from_scratch})
     return AutoConfig.from_pretrained(config.from_scratch)

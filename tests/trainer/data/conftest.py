@@ -1,4 +1,4 @@
-"""Datasets of many row groups; written once, and copied where a test damages one."""
+"""Datasets of many row groups, written once; tests that damage one copy it first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .datasets import make_rows, write_grouped
 
 @pytest.fixture(scope="session")
 def grouped(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> str:
-    """77 rows in 4 shards of up to 6 row groups, one of them empty; not to be changed."""
+    """77 rows in 4 shards of up to 6 row groups, one of them empty; read-only."""
     rows = make_rows(77)
     shards = [rows[:30], [], rows[30:65], rows[65:]]
     root = tmp_path_factory.mktemp("grouped") / "dataset"
@@ -23,7 +23,7 @@ def grouped(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) ->
 
 @pytest.fixture(scope="session")
 def other(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> str:
-    """40 rows of other names, with the draws' log-probs; not to be changed."""
+    """40 rows of other names, with the draws' log-probs; read-only."""
     rows = make_rows(40, name="other", seed=1, draw_logprobs=True)
     root = tmp_path_factory.mktemp("other") / "dataset"
     header = making.tiny_header(tokenizer_folder, draw_logprobs=True)

@@ -1,4 +1,4 @@
-"""Sealed datasets whose shards have several row groups each, of rows as small as tests want them."""
+"""Sealed datasets whose shards have several small row groups."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_grouped(
     tokenizer: Path,
     rows_of_group: int,
 ) -> str:
-    """A sealed dataset with a shard per sequence of rows and a row group per `rows_of_group` of them; its address."""
+    """Write a sealed dataset with a shard per sequence of rows and a row group per `rows_of_group`; return its path."""
     store = making.begin_dataset(root, header, tokenizer, [len(rows) for rows in shards])
     for unit, rows in enumerate(shards):
         data = write_shard(rows, header=header)
@@ -62,7 +62,7 @@ def write_grouped(
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two batches, or parts of them, are equal to the bit."""
+    """Whether two batches, or parts of them, are bitwise equal."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -73,10 +73,10 @@ def same(one: Any, other: Any) -> bool:
 
 
 def all_same(batches: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether two runs of batches are equal."""
+    """Whether two sequences of batches are bitwise equal."""
     return len(batches) == len(others) and all(same(*pair) for pair in zip(batches, others, strict=True))
 
 
 def names(batches: Sequence[dict[str, Any]]) -> list[str]:
-    """Sample ids in the order in which they came."""
+    """Sample ids in order."""
     return [name for batch in batches for name in batch["sample_ids"]]

@@ -28,7 +28,7 @@ def test_a_batch_is_padded_on_the_right_and_its_labels_are_aligned():
         assert batch["labels"][b].tolist() == [labels.get(t, IGNORED) for t in range(17)]
 
 
-def test_rows_of_a_pack_stand_one_behind_the_other_and_count_from_zero():
+def test_rows_of_a_pack_are_consecutive_and_their_positions_start_at_zero():
     rng = np.random.default_rng(1)
     rows = [making.random_row(rng, f"r{n}", length=length) for n, length in enumerate((5, 7, 9))]
     batch = collate_packs([rows[:2], rows[2:]], length=14)
@@ -79,7 +79,7 @@ def test_sparse_targets_are_the_rows_targets_in_order():
     check_targets(targets, rows)
 
 
-def test_log_probs_of_draws_are_there_where_all_rows_have_them():
+def test_log_probs_of_draws_are_kept_if_all_rows_have_them():
     rows = make_rows(4, draw_logprobs=True)
     targets = SparseTargets.from_rows(rows)
     assert targets.draw_logprobs is not None

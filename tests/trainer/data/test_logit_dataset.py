@@ -1,4 +1,4 @@
-"""What is known of a dataset before a batch is read, and which are refused."""
+"""Facts of a dataset before a batch is read, and the errors of unusable datasets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import DatasetNotFound, DatasetNotSealed, StreamDamaged
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.shard import SCHEMA
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import NoTargets
 from tests import making
 
@@ -30,26 +30,26 @@ def test_the_mean_tail_mass_is_that_of_all_positions_within_its_sample(grouped):
     assert load_logit_dataset(grouped).mean_tail_mass() == pytest.approx(exact.mean(), abs=float(exact.std()) / 4)
 
 
-def test_an_unsealed_dataset_is_refused(tiny_dataset):
+def test_an_unsealed_dataset_is_a_named_error(tiny_dataset):
     (tiny_dataset / MANIFEST_NAME).unlink()
     with pytest.raises(DatasetNotSealed):
         load_logit_dataset(tiny_dataset)
 
 
-def test_no_dataset_is_refused(tmp_path):
+def test_a_missing_dataset_is_a_named_error(tmp_path):
     with pytest.raises(DatasetNotFound):
         load_logit_dataset(tmp_path)
 
 
-def test_a_dataset_without_targets_is_refused(tokenizer_folder, tmp_path):
+def test_a_dataset_without_targets_is_a_named_error(tokenizer_folder, tmp_path):
     header = making.tiny_header(tokenizer_folder)
     path = write_grouped(tmp_path / "d", [[]], header=header, tokenizer=tokenizer_folder, rows_of_group=1)
     with pytest.raises(NoTargets):
         load_logit_dataset(path)
 
 
-def test_a_row_whose_frames_are_damaged_is_named_and_no_other_one_suffers(tokenizer_folder, tmp_path, monkeypatch):
-    """The digest is right: the writer itself was wrong. Rows of other ranks are passed by their lengths alone."""
+def test_a_row_with_damaged_frames_is_named_and_other_rows_are_read(tokenizer_folder, tmp_path, monkeypatch):
+    """The digest is right, so the writer was wrong. Rows of other ranks are not decoded."""
     from tests.trainer.data import datasets
 
     def damage(batches, *, header):
@@ -72,7 +72,7 @@ def test_a_row_whose_frames_are_damaged_is_named_and_no_other_one_suffers(tokeni
         list(dataset.stream(**settings, rank=1))
 
 
-def test_the_draws_of_a_position_are_those_in_use_and_the_ids_that_a_smaller_k_cuts(tiny_dataset):
+def test_the_draws_of_a_position_are_those_used_and_the_ids_cut_by_a_smaller_k(tiny_dataset):
     header = open_dataset(tiny_dataset).header
     stored = min(header.draws, header.kept_draws)
     assert load_logit_dataset(tiny_dataset).draws == stored > 0

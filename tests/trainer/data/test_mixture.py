@@ -1,4 +1,4 @@
-"""Several datasets by weight, in an order that is as exact as that of one."""
+"""Mixtures of datasets by weight resume as exactly as one dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import InvalidMixture
 from tests import making
 
@@ -32,7 +32,7 @@ def test_rows_come_from_each_dataset_by_its_weight(grouped, other, weights, shar
     assert found == pytest.approx(share, abs=4 * (share * (1 - share) / 1500) ** 0.5)
 
 
-def test_of_each_dataset_every_row_comes_once_before_one_comes_again(grouped, other):
+def test_every_row_of_a_dataset_comes_once_before_any_comes_again(grouped, other):
     found = names(list(islice(mixed(grouped, other, weights=[1, 1]), 60)))
     for path, beginning in ((grouped, "row"), (other, "other")):
         wanted = sorted(row.sample_id for row in open_dataset(path).rows())
@@ -46,7 +46,7 @@ def test_an_epoch_of_a_mixture_has_as_many_rows_as_its_datasets(grouped, other):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("pack_length", [None, 48])
-def test_a_killed_mixture_goes_on_exactly(grouped, other, pack_length, workers):
+def test_a_killed_mixture_resumes_exactly(grouped, other, pack_length, workers):
     whole = list(islice(mixed(grouped, other, weights=[2, 1], pack_length=pack_length), 40))
     for number in (7, 31) if workers else range(0, 35, 3):
         run = mixed(grouped, other, weights=[2, 1], pack_length=pack_length)
@@ -67,7 +67,7 @@ def test_datasets_of_two_widths_share_a_batch(grouped, tokenizer_folder, tmp_pat
     assert (targets.ids[~targets.kept] == targets.ids[:, :1].expand_as(targets.ids)[~targets.kept]).all()
 
 
-def test_datasets_of_two_tokenizers_are_refused(grouped, tmp_path):
+def test_datasets_of_two_tokenizers_are_a_named_error(grouped, tmp_path):
     stranger = making.tiny_tokenizer(tmp_path / "tokenizer", vocabulary=65)
     header = making.tiny_header(stranger)
     path = write_grouped(tmp_path / "x", [make_rows(3)], header=header, tokenizer=stranger, rows_of_group=3)
@@ -76,11 +76,11 @@ def test_datasets_of_two_tokenizers_are_refused(grouped, tmp_path):
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")]])
-def test_weights_that_are_no_shares_are_refused(grouped, other, weights):
+def test_invalid_weights_are_a_named_error(grouped, other, weights):
     with pytest.raises(InvalidMixture):
         load_logit_dataset([grouped, other], weights=weights)
 
 
-def test_no_dataset_is_no_mixture():
+def test_an_empty_list_of_datasets_is_a_named_error():
     with pytest.raises(InvalidMixture):
         load_logit_dataset([])

@@ -1,4 +1,4 @@
-"""Packs: full, whole rows, nobody waits for ever; and packed rows are the rows."""
+"""Packs are full, rows stay whole and wait for a bounded time, and packing changes no target or logit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.data.packing import WINDOW_ROWS, Packer, packs_of
 from coldstill.trainer.data.row_reader import RowReference
 from coldstill.trainer.errors import RowTooLong
@@ -20,7 +20,7 @@ def references(lengths):
 
 
 def packed(lengths, pack_length):
-    """All packs of rows of these lengths, by the plainest use of a packer."""
+    """All packs of rows of these lengths, in the simplest use of a packer."""
     packer, packs, waiting = Packer(pack_length), [], references(lengths)
     while waiting or not packer.is_empty:
         while waiting and not packer.is_full:
@@ -51,12 +51,12 @@ def test_a_pack_takes_the_longest_row_that_fits_each_time():
     assert [[row.length for row in pack] for pack in packed([6, 2, 5, 4, 3, 1, 9], 10)] == [[6, 4], [2, 5, 3], [1, 9]]
 
 
-def test_of_equal_rows_the_oldest_goes_first():
+def test_of_rows_of_equal_length_the_oldest_is_packed_first():
     assert [[row.row for row in pack] for pack in packed([5, 5, 5, 5, 5], 10)] == [[0, 1], [2, 3], [4]]
 
 
 def test_no_row_waits_for_more_packs_than_the_window_has_rows():
-    """Rows of 7 fit behind nothing that comes, and longer ones come for ever."""
+    """A row of 7 tokens fits behind none of the longer rows, which never end."""
     packer, came, waited = Packer(10), {}, []
     waiting = references([7, 10, 10, 10] * 300)
     for number in range(800):
@@ -67,7 +67,7 @@ def test_no_row_waits_for_more_packs_than_the_window_has_rows():
     assert 0 < max(waited) <= WINDOW_ROWS
 
 
-def test_a_restored_packer_goes_on_as_the_one_it_was_taken_from():
+def test_a_restored_packer_continues_like_the_original():
     one, two = Packer(512), Packer(512)
     for row in references(lognormal(WINDOW_ROWS, 100, 512)):
         one.add(row)
@@ -80,11 +80,11 @@ def test_a_restored_packer_goes_on_as_the_one_it_was_taken_from():
 
 
 def by_sample(batches):
-    """Of each row its tokens and, of each target, where it is in the row and all that is known of it."""
+    """Per row: its tokens, and per target its position in the row and all its stored values."""
     found = {}
     for batch in batches:
         targets = batch["targets"]
-        # A place in a pack: that of the last position 0 before it is where its row begins.
+        # The row of a place in a pack begins at the last position 0 before it.
         starts = (batch["position_ids"] == 0).long() * torch.arange(batch["input_ids"].shape[1])
         starts = starts.cummax(1).values
         for m in range(targets.count):
@@ -109,8 +109,8 @@ def test_packed_and_unpacked_hold_the_same_targets_at_the_right_places(grouped):
     assert tight == loose
 
 
-def test_packed_rows_do_not_see_each_other(grouped, tiny_student):
-    """The student says of a row in a pack what it says of the row alone."""
+def test_packed_rows_do_not_attend_to_each_other(grouped, tiny_student):
+    """The student has the same logits for a row in a pack and for the row alone."""
     model = LlamaForCausalLM.from_pretrained(tiny_student).eval()
     dataset = load_logit_dataset(grouped)
     said: list[dict] = []
@@ -128,7 +128,7 @@ def test_packed_rows_do_not_see_each_other(grouped, tiny_student):
     assert max(float((loose[name] - tight[name]).abs().max()) for name in loose) < 1e-5
 
 
-def test_a_row_that_is_longer_than_a_pack_is_named(grouped):
+def test_a_row_longer_than_a_pack_is_named(grouped):
     run = load_logit_dataset(grouped).stream(batch_size=4, seed=0, pack_length=16)
     with pytest.raises(RowTooLong, match=r"row 'row-\d+' of .*dataset"):
         list(islice(run, 50))

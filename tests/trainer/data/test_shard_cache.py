@@ -1,4 +1,4 @@
-"""Local copies of remote shards: whole and right or not there, together within their bound, shared by processes."""
+"""Local copies of remote shards: complete and verified or absent, within the bound, shared by processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import ShardDamaged, ShardMissing
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.data.shard_cache import ShardCache
 from tests.pipeline.buckets import s3_bucket
 
@@ -23,7 +23,7 @@ from .datasets import all_same
 
 @pytest.fixture
 def remote(grouped):
-    """The dataset in memory, which is a store like any other that is not local."""
+    """The dataset in fsspec's memory file system, which counts as remote."""
     memory = fsspec.filesystem("memory")
     memory.put(f"{grouped}/", "/remote/", recursive=True)
     yield "memory://remote"
@@ -69,7 +69,7 @@ def test_copies_stay_within_the_bound_and_the_least_recently_used_go(remote, tmp
     assert newest <= {str(path.relative_to(path.parent.parent)) for path in copies(tmp_path)}
 
 
-def test_a_shard_larger_than_the_bound_is_there_alone(remote, tmp_path):
+def test_a_shard_larger_than_the_bound_is_cached_alone(remote, tmp_path):
     dataset = open_dataset(remote)
     cache = ShardCache(tmp_path, most_bytes=1)
     for shard in dataset.shards:
@@ -77,7 +77,7 @@ def test_a_shard_larger_than_the_bound_is_there_alone(remote, tmp_path):
         assert copies(tmp_path) == [copy]
 
 
-def test_what_a_killed_process_left_is_removed_and_a_cut_copy_is_made_anew(remote, tmp_path):
+def test_partial_copies_of_a_killed_process_are_removed_and_a_cut_copy_is_replaced(remote, tmp_path):
     dataset = open_dataset(remote)
     cache = ShardCache(tmp_path, most_bytes=1 << 30)
     copy = cache.path(dataset.store, dataset.shards[0].file)
@@ -90,7 +90,7 @@ def test_what_a_killed_process_left_is_removed_and_a_cut_copy_is_made_anew(remot
     assert not part.exists()
 
 
-def test_a_damaged_remote_shard_is_refused_by_name_and_not_kept(remote, tmp_path):
+def test_a_damaged_remote_shard_is_a_named_error_and_is_not_kept(remote, tmp_path):
     dataset = open_dataset(remote)
     file = dataset.shards[0].file
     data = bytearray(dataset.store.read(file.name))
@@ -108,7 +108,7 @@ def test_a_missing_remote_shard_is_named(remote, tmp_path):
         list(load_logit_dataset(remote, cache_dir=tmp_path).stream(batch_size=4, seed=0, epochs=1))
 
 
-def test_a_damaged_local_shard_is_refused_by_name_when_it_is_opened(grouped, tmp_path):
+def test_a_damaged_local_shard_is_a_named_error_when_opened(grouped, tmp_path):
     root = Path(shutil.copytree(grouped, tmp_path / "copy"))
     name = open_dataset(root).shards[2].file.name
     data = bytearray((root / name).read_bytes())
@@ -122,7 +122,7 @@ def test_a_damaged_local_shard_is_refused_by_name_when_it_is_opened(grouped, tmp
 
 
 @pytest.mark.parametrize("most_bytes", [1, 1 << 30])
-def test_a_remote_dataset_streams_as_the_same_one_on_disk(grouped, remote, tmp_path, most_bytes):
+def test_a_remote_dataset_streams_like_its_local_copy(grouped, remote, tmp_path, most_bytes):
     there = load_logit_dataset(remote, cache_dir=tmp_path, cache_bytes=most_bytes)
     here = load_logit_dataset(grouped)
     for pack_length in (None, 48):

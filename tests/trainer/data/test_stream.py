@@ -1,4 +1,4 @@
-"""Laws of the order of batches: epochs, workers, ranks, and going on exactly where a cursor leads."""
+"""Laws of the order of batches: epochs, workers, ranks, and exact resuming from a cursor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import CursorMismatch
 
 from .datasets import all_same, names, same
@@ -47,7 +47,7 @@ def test_the_order_is_a_function_of_the_seed(grouped):
     assert names(stream(grouped, epochs=1)) != names(stream(grouped, epochs=1, seed=4))
 
 
-def test_without_shuffling_rows_come_as_they_are_stored(grouped):
+def test_without_shuffling_rows_come_in_stored_order(grouped):
     wanted = [row.sample_id for row in open_dataset(grouped).rows()]
     assert names(stream(grouped, epochs=2, shuffle=False)) == wanted * 2
 
@@ -60,7 +60,7 @@ def test_rows_of_different_row_groups_share_a_window(grouped):
 
 @pytest.mark.parametrize("pack_length", PACKINGS)
 @pytest.mark.parametrize("batch_size", [1, 4, 77, 100])
-def test_an_epoch_has_the_batches_that_are_announced(grouped, pack_length, batch_size):
+def test_an_epoch_has_batches_per_epoch_batches(grouped, pack_length, batch_size):
     one = stream(grouped, pack_length=pack_length, epochs=1, batch_size=batch_size)
     found = len(list(one))
     if pack_length is None:
@@ -79,7 +79,7 @@ def test_the_order_does_not_depend_on_workers(grouped, pack_length):
 
 @pytest.mark.parametrize("pack_length", PACKINGS)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_batches_of_one_rank_out_in_turn(grouped, pack_length, ranks):
+def test_ranks_take_the_batches_of_one_rank_in_turn(grouped, pack_length, ranks):
     alone = list(stream(grouped, pack_length=pack_length, epochs=2))
     shares = [
         list(stream(grouped, pack_length=pack_length, epochs=2, rank=rank, world_size=ranks)) for rank in range(ranks)
@@ -94,14 +94,14 @@ def test_ranks_share_the_batches_of_one_rank_out_in_turn(grouped, pack_length, r
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("pack_length", PACKINGS)
-def test_a_run_that_is_killed_twice_in_an_epoch_goes_on_as_if_it_had_not_been(grouped, pack_length, workers):
+def test_a_run_killed_twice_in_an_epoch_continues_like_an_uninterrupted_one(grouped, pack_length, workers):
     whole = first(stream(grouped, pack_length=pack_length), 34)
     for kills in ((3, 2), (21, 7), (1, 0)):
         done, cursor = [], None
         for count in (*kills, 6):
             run = stream(grouped, pack_length=pack_length)
             run.seek(cursor)
-            # Loader workers have decoded more than was taken: their work is lost, and only theirs.
+            # Batches that loader workers decoded in advance are lost; no row is.
             part = first(
                 DataLoader(run, batch_size=None, num_workers=workers, prefetch_factor=workers * 2 or None), count
             )
@@ -111,7 +111,7 @@ def test_a_run_that_is_killed_twice_in_an_epoch_goes_on_as_if_it_had_not_been(gr
 
 
 @pytest.mark.parametrize("pack_length", PACKINGS)
-def test_it_goes_on_behind_every_single_batch(grouped, pack_length):
+def test_it_resumes_after_every_single_batch(grouped, pack_length):
     run = stream(grouped, pack_length=pack_length, epochs=2)
     whole = list(run)
     for number, batch in enumerate(whole):
@@ -119,7 +119,7 @@ def test_it_goes_on_behind_every_single_batch(grouped, pack_length):
         assert all_same(first(run, 2), whole[number + 1 : number + 3])
 
 
-def test_a_run_may_go_on_with_other_workers_ranks_and_batch_size(grouped):
+def test_a_run_may_resume_with_other_workers_ranks_and_batch_size(grouped):
     whole = first(stream(grouped), 12)
     run = stream(grouped, world_size=2, rank=1)
     run.seek(whole[3]["cursor"])
@@ -130,7 +130,7 @@ def test_a_run_may_go_on_with_other_workers_ranks_and_batch_size(grouped):
     assert names(first(larger, 2)) == names(whole[4:8])
 
 
-def test_a_pass_begins_where_the_stream_was_sought_to_each_time(grouped):
+def test_every_pass_begins_at_the_place_of_seek(grouped):
     run = stream(grouped)
     whole = first(run, 6)
     run.seek(whole[1]["cursor"])
@@ -149,13 +149,13 @@ def test_a_cursor_is_small(grouped):
     ("change", "field"),
     [({"seed": 4}, "seed"), ({"shuffle": False}, "shuffle"), ({"pack_length": 64}, "pack_length")],
 )
-def test_a_cursor_of_another_order_is_refused_by_name(grouped, change, field):
+def test_a_cursor_of_another_order_is_a_named_error(grouped, change, field):
     cursor = next(iter(stream(grouped)))["cursor"]
     with pytest.raises(CursorMismatch, match=field):
         stream(grouped, **change).seek(cursor)
 
 
-def test_a_cursor_of_another_dataset_weight_or_version_is_refused_by_name(grouped, other):
+def test_a_cursor_of_another_dataset_weight_or_version_is_a_named_error(grouped, other):
     cursor = next(iter(stream(grouped)))["cursor"]
     with pytest.raises(CursorMismatch, match="datasets"):
         stream(other).seek(cursor)
@@ -166,8 +166,63 @@ def test_a_cursor_of_another_dataset_weight_or_version_is_refused_by_name(groupe
         stream([grouped, other], weights=[1, 3]).seek(mixed)
 
 
-def test_a_stream_travels_to_workers_that_are_started_anew(grouped):
+def test_a_stream_can_be_pickled_for_spawned_workers(grouped):
     dataset = load_logit_dataset(grouped)
     assert 0 < dataset.mean_tail_mass() < 1
     run = dataset.stream(batch_size=4, seed=3)
     assert all_same(first(pickle.loads(pickle.dumps(run)), 2), first(run, 2))
+
+
+UNPACKED_CURSOR = {
+    "version": 1,
+    "weights": [77.0],
+    "seed": 3,
+    "shuffle": True,
+    "pack_length": None,
+    "walk": {"epoch": 0, "batches": 5, "mixture": {"taken": 20, "feeds": [[0, 0, 0, 20]]}, "pending": []},
+}
+PACKED_CURSOR = {
+    **UNPACKED_CURSOR,
+    "pack_length": 48,
+    "walk": {
+        "epoch": 0,
+        "batches": 5,
+        "mixture": {"taken": 77, "feeds": [[0, 1, 5, 17]]},
+        "pending": [
+            *([0, 0, 1, 2, 9], [0, 0, 3, 1, 8], [0, 0, 5, 0, 9], [0, 0, 4, 0, 5], [0, 0, 3, 0, 5], [0, 0, 2, 3, 5]),
+            *([0, 0, 5, 4, 4], [0, 3, 2, 1, 5], [0, 3, 0, 0, 9], [0, 3, 1, 4, 5], [0, 3, 0, 4, 8]),
+        ],
+    },
+}
+MIXED_CURSOR = {
+    **UNPACKED_CURSOR,
+    "weights": [1.0, 2.0],
+    "walk": {
+        "epoch": 0,
+        "batches": 5,
+        "mixture": {"taken": 20, "feeds": [[0, 0, 0, 9], [0, 0, 0, 11]]},
+        "pending": [],
+    },
+}
+NEXT_UNPACKED = "45 6 60 38 9 61 35 37 39 47 64 5"
+NEXT_PACKED = (
+    "7 25 65 16 69 20 15 13 76 74 29 5 62 14 42 10 20 22 2 8 32 12 1 44 16 21 31 51 9 50 3 23 0 6"  # of two epochs
+)
+NEXT_MIXED = "other-0 other-15 other-13 other-9 other-11 57 56 other-16 other-27 51 32 other-25"
+
+
+@pytest.mark.parametrize(
+    ("cursor", "following"),
+    [(UNPACKED_CURSOR, NEXT_UNPACKED), (PACKED_CURSOR, NEXT_PACKED), (MIXED_CURSOR, NEXT_MIXED)],
+    ids=["rows", "packs", "mixture"],
+)
+def test_a_cursor_of_an_earlier_release_leads_to_the_same_rows(grouped, other, cursor, following):
+    """The cursors and rows are literals: the keys of a cursor are stored in checkpoints and must not change."""
+    paths, weights = ([grouped, other], [1, 2]) if cursor is MIXED_CURSOR else (grouped, None)
+    run = stream(paths, weights=weights, pack_length=cursor["pack_length"])
+    own = next(iter(run))["cursor"]
+    assert own.keys() - {"datasets"} == cursor.keys()
+    assert own["walk"].keys() == cursor["walk"].keys()
+    run.seek({**cursor, "datasets": own["datasets"]})
+    wanted = [name if name.startswith("other") else f"row-{name}" for name in following.split()]
+    assert names(first(run, 3)) == wanted

@@ -14,7 +14,7 @@ from rich.console import Console
 from coldstill.cli.per_token_table import show_records
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.tools.inspect.token_text import TokenText
-from coldstill.trainer.evaluation import evaluate_student
+from coldstill.trainer.evaluation.evaluate import evaluate_student
 from coldstill.trainer.evaluation.per_token import TokenRecord, token_records, write_records
 from tests import making
 from tests.trainer.evaluation import reference

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.trainer.data import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.evaluation.figures import cache_figures
 from coldstill.trainer.evaluation.tail_draws import draws_per_position
 from coldstill.trainer.targets import SparseTargets

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from coldstill.trainer.losses import LossValues, Objective, SparseLoss
-from coldstill.trainer.losses.on_logits import loss_on_logits
+from coldstill.trainer.loss_kernels.fused_head import LossValues, Objective, SparseLoss, loss_on_logits
 from coldstill.trainer.targets import SparseTargets
 from tests import reference
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from coldstill.trainer.losses import Objective
+from coldstill.trainer.loss_kernels.fused_head import Objective, loss_on_logits
 from coldstill.trainer.losses.dkd import Dkd
-from coldstill.trainer.losses.on_logits import loss_on_logits
 from coldstill.trainer.losses.taid import ForwardKl
 from tests import reference
 from tests.trainer.losses.scenes import cut, known, scene, value_and_gradient
@@ -73,7 +72,7 @@ def test_with_the_weight_of_the_others_it_is_forward_kl():
         targets = cut(teacher[m : m + 1], top_k=7, labels=[label])
         beta = 1 - float(np.exp(teacher[m, label]))
         values, gradient = value_and_gradient(Dkd(beta=beta), student[m : m + 1], targets)
-        forward, wanted = value_and_gradient(ForwardKl("bucket"), student[m : m + 1], targets)
+        forward, wanted = value_and_gradient(ForwardKl(tail="bucket"), student[m : m + 1], targets)
         np.testing.assert_allclose(values.loss, forward.loss, atol=1e-12)
         np.testing.assert_allclose(gradient, wanted, atol=1e-12)
 

@@ -17,7 +17,7 @@ TAILS = ("mixture", "bucket")
 @pytest.mark.parametrize("tail", TAILS)
 def test_equals_dense_taid_where_the_cache_holds_the_whole_vocabulary(t, tail):
     student, teacher, _ = scene()
-    values, gradient = value_and_gradient(Taid(tail), student, cut(teacher, top_k=20), t)
+    values, gradient = value_and_gradient(Taid(tail=tail), student, cut(teacher, top_k=20), t)
     for m in range(6):
         target = reference.dense_taid_target(student[m], teacher[m], t)
         assert values.loss[m].item() == pytest.approx(reference.kl(target, reference.softmax(student[m])), abs=1e-12)
@@ -30,7 +30,7 @@ def test_equals_dense_taid_where_the_cache_holds_the_whole_vocabulary(t, tail):
 def test_equals_the_explicit_sparse_target_with_draws_repeats_and_pads(t, tail, pads):
     student, teacher, draws = scene()
     targets = cut(teacher, top_k=7, draws=draws, pads=pads)
-    values, gradient = value_and_gradient(Taid(tail), student, targets, t)
+    values, gradient = value_and_gradient(Taid(tail=tail), student, targets, t)
     for m in range(6):
         facts, drawn = known(targets, m), draws[m] if tail == "mixture" else []
         target = reference.sparse_target(student[m], *facts, drawn, t)
@@ -117,7 +117,7 @@ def test_a_student_equal_to_the_teacher_has_no_gradient_without_draws(t):
 @pytest.mark.parametrize("tail", TAILS)
 def test_at_t_0_the_target_is_the_student_itself(tail):
     student, teacher, draws = scene()
-    values, gradient = value_and_gradient(Taid(tail), student, cut(teacher, top_k=7, draws=draws), 0.0)
+    values, gradient = value_and_gradient(Taid(tail=tail), student, cut(teacher, top_k=7, draws=draws), 0.0)
     np.testing.assert_allclose(gradient, 0, atol=1e-15)
     np.testing.assert_allclose(values.loss, 0, atol=1e-12)
 
@@ -149,8 +149,8 @@ def test_small_t_walks_along_reverse_kl():
 def test_forward_kl_is_taid_at_t_1_whatever_t_is_given(tail):
     student, teacher, draws = scene()
     targets = cut(teacher, top_k=7, draws=draws)
-    forward, forward_gradient = value_and_gradient(ForwardKl(tail), student, targets, 0.3)
-    taid, gradient = value_and_gradient(Taid(tail), student, targets, 1.0)
+    forward, forward_gradient = value_and_gradient(ForwardKl(tail=tail), student, targets, 0.3)
+    taid, gradient = value_and_gradient(Taid(tail=tail), student, targets, 1.0)
     np.testing.assert_array_equal(forward.loss, taid.loss)
     np.testing.assert_array_equal(forward_gradient, gradient)
 

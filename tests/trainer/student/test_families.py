@@ -12,10 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coldstill import load_logit_dataset
-from coldstill.trainer.loader import model_inputs
-from coldstill.trainer.losses import Objective
+from coldstill.trainer.loss_kernels.fused_head import Objective
 from coldstill.trainer.losses.taid import Taid
-from coldstill.trainer.student import distil_in_forward
+from coldstill.trainer.student.forward import distil_in_forward, model_inputs
 from tests import making
 from tests.trainer.student.families import FAMILIES, PADDED, tiny
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from coldstill.trainer.student.head import HeadFormula, find_head
+from coldstill.trainer.student.forward import HeadFormula, find_head
 from tests.trainer.student.families import FAMILIES, tiny
 from tests.trainer.training import build
 

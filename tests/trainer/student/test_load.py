@@ -1,4 +1,4 @@
-"""Where a student comes from, and what does not fit the dataset."""
+"""Students from files and from scratch, and the errors of those that do not fit the dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.trainer.config import StudentConfig
 from coldstill.trainer.errors import AdapterMisfit, StudentHeadTooSmall, StudentNotFound
-from coldstill.trainer.student import check_tokenizer, load_student, tokenizer_files
+from coldstill.trainer.student.load import load_student
+from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
 from tests import making
 
 
@@ -54,12 +55,12 @@ def test_a_student_from_scratch_has_the_dataset_s_tokenizer(tiny_dataset, header
 
 
 @pytest.mark.parametrize(("weights", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_weights_have_the_type_that_was_asked_for(header, tiny_student, weights, dtype):
+def test_weights_have_the_requested_dtype(header, tiny_student, weights, dtype):
     model = load_student(StudentConfig(model=str(tiny_student), weights=weights), header)
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
-def test_adapters_are_float32_and_alone_are_trained(header, tiny_student):
+def test_only_adapters_are_trained_and_they_are_float32(header, tiny_student):
     config = StudentConfig.model_validate({"model": str(tiny_student), "weights": "bfloat16", "lora": {"r": 2}})
     model = load_student(config, header)
     learned = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -68,7 +69,7 @@ def test_adapters_are_float32_and_alone_are_trained(header, tiny_student):
     assert not any("lm_head" in name for name in learned)
 
 
-def test_a_layer_that_is_not_there_is_a_named_error(header, tiny_student):
+def test_an_unknown_layer_is_a_named_error(header, tiny_student):
     config = StudentConfig.model_validate({"model": str(tiny_student), "lora": {"target_modules": ["nowhere"]}})
     with pytest.raises(AdapterMisfit, match="nowhere"):
         load_student(config, header)
@@ -78,7 +79,7 @@ def test_a_layer_that_is_not_there_is_a_named_error(header, tiny_student):
     "config",
     [{"model": "nowhere/at-all"}, {"from_scratch": "nowhere/at-all"}, {"from_scratch": {"model_type": "lama"}}],
 )
-def test_a_student_that_is_not_there_is_a_named_error(header, config):
+def test_a_missing_student_is_a_named_error(header, config):
     with pytest.raises(StudentNotFound, match="student"):
         load_student(StudentConfig.model_validate(config), header)
 
@@ -90,7 +91,7 @@ def test_a_head_with_too_few_rows_is_a_named_error_and_one_with_more_is_fine(hea
     load_student(StudentConfig(from_scratch={**SMALL, "vocab_size": making.VOCABULARY + 128}), header)
 
 
-def test_another_tokenizer_and_none_are_named_errors(tiny_dataset, header, tmp_path):
+def test_another_tokenizer_and_a_missing_one_are_named_errors(tiny_dataset, header, tmp_path):
     other = making.tiny_tokenizer(tmp_path / "other", vocabulary=60)
     files = tokenizer_files(StudentConfig(model=str(other)), open_dataset(tiny_dataset))
     with pytest.raises(TokenizerMismatch, match="60 ids"):

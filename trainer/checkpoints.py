@@ -1,0 +1,202 @@
+"""The output folder of a run: its identity, its checkpoints, where a run resumes, and early stopping.
+
+run.json               the identity of the run; a run with another identity raises `CheckpointMismatch`
+checkpoint-<step>/     written by transformers
+student/               the finished student: model, tokenizer and model card, loadable by `from_pretrained`
+adapter/               the LoRA adapters alone, if they were merged into the student
+trainer_state.json     the log of the whole run
+report.md              the log as text: the curve of t, losses, measurements
+train_summary.json     written last: its presence means that the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from coldstill.common.errors import ColdstillError, first_line
+from coldstill.common.files import write_json
+from coldstill.storage_schema.errors import StorageFull
+
+from .data.logit_dataset import LogitDataset
+from .errors import CheckpointMismatch
+from .step_record import StepRecord
+
+RUN_NAME = "run.json"
+SUMMARY_NAME = "train_summary.json"
+REPORT_NAME = "report.md"
+STUDENT_FOLDER = "student"
+ADAPTER_FOLDER = "adapter"
+_FULL_BELOW_BYTES = 1 << 20
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """The callback of transformers, with its count restored from the checkpoint and a checkpoint where it stops."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the count of a resumed run."""
+        super().on_train_begin(args, state, control, **kwargs)
+        # transformers stores the state of a callback under its class name.
+        saved = state.stateful_callbacks.get(EarlyStopping.__name__) if state.global_step else None
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        """Count, and save a checkpoint if training stops."""
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if control.should_training_stop:
+            control.should_save = True
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The folder of a complete checkpoint, and the `trainer_state.json` in it."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run took its last step, or stopped early."""
+        return self.step >= int(self.state["max_steps"]) or self._stopped_early
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.state["global_step"])
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The state of `StepRecord`."""
+        return self.state["stateful_callbacks"][StepRecord.__name__]["attributes"]
+
+    @property
+    def best(self) -> Checkpoint:
+        """The checkpoint with the best measurement so far; this one if the run tracks none."""
+        best = self.state.get("best_model_checkpoint")
+        folder = self.folder.parent / Path(best).name if best else self.folder
+        state = read_state(folder)
+        return self if state is None else Checkpoint(folder, state)
+
+    @property
+    def _stopped_early(self) -> bool:
+        saved = self.state["stateful_callbacks"].get(EarlyStopping.__name__)
+        if saved is None:
+            return False
+        return saved["attributes"]["early_stopping_patience_counter"] >= saved["args"]["early_stopping_patience"]
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run continues: after `step` optimizer steps, with the batch behind `cursor` (None: the first batch)."""
+
+    step: int = 0
+    cursor: dict[str, Any] | None = None
+
+
+def data_order(args: TrainingArguments, dataset: LogitDataset, *, pack_length: int | None) -> dict[str, Any]:
+    """What determines the rows of each optimizer step. A checkpoint stores it, and a resumed run must have the same."""
+    return {
+        "dataset_ids": list(dataset.dataset_ids),
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "batch_size": args.per_device_train_batch_size,
+        "pack_length": pack_length,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "devices": args.world_size,
+    }
+
+
+def resume_point(folder: Path, order: Mapping[str, Any]) -> ResumePoint:
+    """Where the run of the checkpoint in `folder` continues.
+
+    Raises `CheckpointMismatch` if its dataset or data order differs, or if `DistillTrainer` did not write it.
+    """
+    state = read_state(folder) or {}
+    saved = state.get("stateful_callbacks", {}).get(StepRecord.__name__, {}).get("attributes", {})
+    _require_same(
+        f"{folder}: the run of this checkpoint",
+        saved.get("order", {}),
+        order,
+        fix="resume with the dataset and settings of that run, or start a new run in another output folder",
+    )
+    return ResumePoint(int(state["global_step"]), saved["cursor"])
+
+
+def claim(output: Path, identity: Mapping[str, Any], *, write: bool) -> None:
+    """Make `output` the folder of the run that `identity` describes; without `write`, only check it.
+
+    Raises `CheckpointMismatch` if the folder holds checkpoints or a student of another run.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    occupied = newest_checkpoint(output) is not None or (output / SUMMARY_NAME).exists()
+    if occupied:
+        _require_same(
+            f"{output}: the run in this folder",
+            _read_json(output / RUN_NAME) or {},
+            identity,
+            fix="choose another output, or delete this folder if its run is not needed",
+        )
+    if write:
+        write_json(output / RUN_NAME, identity, sort_keys=True)
+
+
+def newest_checkpoint(output: Path) -> Checkpoint | None:
+    """The complete checkpoint of the highest step. transformers writes the state file of a checkpoint last."""
+    for folder in sorted(output.glob("checkpoint-*"), key=_step, reverse=True):
+        state = read_state(folder)
+        if state is not None:
+            return Checkpoint(folder, state)
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The `trainer_state.json` in the folder of a checkpoint; None if it is missing or incomplete."""
+    return _read_json(checkpoint / TRAINER_STATE_NAME)
+
+
+@contextmanager
+def naming_full_disk(output: Path) -> Iterator[None]:
+    """Raise `StorageFull` for any exception of a library if the disk of `output` is full."""
+    try:
+        yield
+    except ColdstillError:
+        raise
+    except Exception as error:
+        if "No space left" not in str(error) and shutil.disk_usage(output).free >= _FULL_BELOW_BYTES:
+            raise
+        raise StorageFull(
+            f"{output}: writing a checkpoint",
+            found=first_line(error),
+            wanted="space for two checkpoints and the finished student",
+            fix="free some space and run the same command again: it resumes from the last complete checkpoint",
+        ) from error
+
+
+def _require_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any], *, fix: str) -> None:
+    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differing:
+        raise CheckpointMismatch(
+            f"{what} differs in {', '.join(differing)}",
+            found={key: before.get(key) for key in differing},
+            wanted={key: now.get(key) for key in differing},
+            fix=fix,
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1

@@ -1,0 +1,94 @@
+"""The model being measured: loading it, evaluation mode, and its logits at target positions in parts.
+
+Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `D` width, `V` ids of the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
+from coldstill.trainer.config import StudentConfig
+from coldstill.trainer.student.forward import find_head, innermost
+from coldstill.trainer.student.load import load_student
+from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
+from coldstill.trainer.targets import SparseTargets
+
+Weights = Literal["float32", "bfloat16"]
+LogitsOfPart = Callable[[int, int], torch.Tensor]
+"""`(start, stop) -> [stop - start, V]` logits in the dtype of the model's own. Read-only."""
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def load_measured(name: str, dataset: Dataset, *, role: str, weights: Weights = "float32") -> Any:
+    """Load the causal language model in the folder or of the hub name `name`, on the GPU if there is one.
+
+    Its tokenizer and its head must fit `dataset`. The same holds for a resident teacher: its ids must mean what the
+    dataset's ids mean. Errors name the model's `role`.
+
+    Raises what `tokenizer_files`, `check_tokenizer` and `load_student` of `trainer.student` raise.
+    """
+    config = StudentConfig(model=name, weights=weights)
+    try:
+        files = tokenizer_files(config, dataset)
+        check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=name)
+        model = load_student(config, dataset.header)
+    except ColdstillError as error:
+        raise error.at(role) from error
+    return model.eval().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def measuring(*models: Any) -> Iterator[None]:
+    """Evaluation mode and no gradients for `models` (None is skipped); restores every submodule's mode at the end."""
+    given = [model for model in models if model is not None]
+    modes = [(part, part.training) for model in given for part in model.modules()]
+    try:
+        for model in given:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+class LogitReader:
+    """Logits of one model at target positions. The model must be in evaluation mode: its head is probed once.
+
+    The logits `[M, V]` of one batch of long rows take gigabytes. So the hidden states `[M, D]` are kept, and the head
+    is applied to a part of them on request. If `find_head` has no formula for the model's head, the model computes
+    all its logits `[B, T, V]` once.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, token_count: int):
+        """`model`: a causal language model of transformers, or a wrapper of one.
+
+        Columns of its head from `token_count` on are dropped.
+        """
+        self.token_count = token_count
+        self._model = innermost(model)
+        self._formula, _ = find_head(self._model)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model and of its logits."""
+        return self._model.device
+
+    def read(self, batch: Mapping[str, Any], targets: SparseTargets) -> LogitsOfPart:
+        """Run the forward pass of `batch`; the result gives the logits at `targets`, which may be on any device."""
+        inputs = {name: batch[name].to(self.device) for name in _MODEL_INPUTS if name in batch}
+        row, position = targets.row.to(self.device), targets.position.to(self.device)
+        if self._formula is None:
+            logits = self._model(**inputs, use_cache=False).logits[row, position, : self.token_count]
+            return lambda start, stop: logits[start:stop]
+        hidden = self._model.base_model(**inputs, use_cache=False)[0][row, position]
+        model, formula = self._model, self._formula
+        return lambda start, stop: formula.logits(model, hidden[start:stop])[:, : self.token_count]

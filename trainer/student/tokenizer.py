@@ -1,0 +1,73 @@
+"""The student's tokenizer: its files, and the check that its ids mean what the dataset's ids mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from coldstill.storage_schema.dataset import Dataset
+from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+from coldstill.trainer.config import StudentConfig
+
+from .load import student_not_found
+
+STUDENT_TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""The tokenizer files that are copied from the student's folder to the finished student."""
+
+
+def tokenizer_files(student: StudentConfig, dataset: Dataset) -> dict[str, bytes]:
+    """Name and content of each tokenizer file: the student's own, or the dataset's for a student from scratch.
+
+    Raises `StudentNotFound`, `TokenizerNotFound`, and what `Dataset.read_file` raises.
+    """
+    if student.model is None:
+        listed = [file for file in dataset.manifest.files if file.name.startswith(f"{TOKENIZER_FOLDER}/")]
+        files = {file.name.removeprefix(f"{TOKENIZER_FOLDER}/"): dataset.read_file(file) for file in listed}
+    else:
+        folder = _folder(student.model)
+        files = {name: (folder / name).read_bytes() for name in STUDENT_TOKENIZER_FILES if (folder / name).is_file()}
+    if TOKENIZER_FILE not in files:
+        raise TokenizerNotFound(
+            f"tokenizer of the student {student.name}",
+            found=f"no {TOKENIZER_FILE}" + (f", only {', '.join(sorted(files))}" if files else ""),
+            wanted=f"a {TOKENIZER_FILE}, as the tokenizers library writes it",
+            fix="save the tokenizer with `save_pretrained` of a fast tokenizer of transformers",
+        )
+    return files
+
+
+def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) -> None:
+    """Raise `TokenizerMismatch` unless the student's and the teacher's ids have equal meanings.
+
+    Also raises `TokenizerNotFound`, if `tokenizer_json` is not a tokenizer.
+    """
+    facts = fingerprint_bytes(tokenizer_json, where=f"tokenizer of the student {name}")
+    if facts.fingerprint != header.tokenizer_fingerprint:
+        raise TokenizerMismatch(
+            f"tokenizer of the student {name}",
+            found=f"{facts.token_count} ids, fingerprint {facts.fingerprint[:12]}",
+            wanted=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]} ({header.teacher.name})",
+            fix="choose a student of the teacher's family, or capture with a teacher of the student's family",
+        )
+
+
+def _folder(name: str) -> Path:
+    """Local folder with the tokenizer files of the student `name`; those of a hub name are downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(STUDENT_TOKENIZER_FILES)))
+    except (OSError, ValueError) as error:
+        raise student_not_found(name, error) from error
