@@ -33,7 +33,7 @@ class _RayWorker:
         name: str,
         crash_key: str,
         folder: str,
-        load: TeacherLoader,
+        load: TeacherLoader | None,
         header: bytes | None,
     ):
         """`folder`: the driver's current folder; `header`: used while there is no `dataset.json` yet."""
@@ -49,16 +49,16 @@ class _RayWorker:
         except Exception as error:
             self._error = error
 
-    def _start(self, config: dict[str, Any], *, load: TeacherLoader, header: bytes | None) -> None:
+    def _start(self, config: dict[str, Any], *, load: TeacherLoader | None, header: bytes | None) -> None:
         from coldstill.pipeline.config import CaptureConfig
-        from coldstill.pipeline.worker import load_for
+        from coldstill.pipeline.worker import load_for, load_teacher
         from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 
         from .watchdog import Watchdog, WatchedTeacher
 
         self._config = CaptureConfig.model_validate(config)
         facts = header or self._store().read(HEADER_NAME)
-        teacher = load_for(self._config, DatasetHeader.from_bytes(facts, where=HEADER_NAME), load)
+        teacher = load_for(self._config, DatasetHeader.from_bytes(facts, where=HEADER_NAME), load or load_teacher)
         self._teacher = WatchedTeacher(teacher, on_exit=self._exit)
         Watchdog(self._teacher, hung_after_s=self._config.cluster.hung_after_s, on_exit=self._exit).start()
 
@@ -127,7 +127,7 @@ def new_actor(
     folder: str,
     gpus: float,
     tasks: int,
-    load: TeacherLoader,
+    load: TeacherLoader | None,
     header: bytes | None = None,
 ) -> Any:
     """Request an actor for up to `tasks` tasks at a time from Ray. It runs once one of its methods has returned."""

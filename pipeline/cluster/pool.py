@@ -19,7 +19,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import UnitFailed
 from coldstill.pipeline.teachers.protocol import TokenSequence
-from coldstill.pipeline.worker import TeacherLoader, UnitReport, UnitTask, load_teacher
+from coldstill.pipeline.worker import TeacherLoader, UnitReport, UnitTask
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
 from coldstill.storage_schema.store.retrying import RetryingStore
@@ -82,8 +82,8 @@ class WorkerPool:
     needed. Leaves it at the end of the `with` block.
     """
 
-    def __init__(self, config: CaptureConfig, *, load: TeacherLoader = load_teacher):
-        """`load`: called by each worker to load its teacher; Ray sends it there."""
+    def __init__(self, config: CaptureConfig, *, load: TeacherLoader | None = None):
+        """`load`: called by each worker to load its teacher; Ray sends it there. None: `worker.load_teacher`."""
         self.failed: list[FailedUnit] = []
         """Units that were given up so far."""
         self.gpus_per_worker = 0.0

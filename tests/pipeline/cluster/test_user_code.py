@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from coldstill.pipeline.cluster.actor import search_last
+from coldstill.storage_schema.commits import read_commit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.tools.verify import verify
 from tests.pipeline.capturing import capture_config, write_config
@@ -20,9 +21,13 @@ from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
 class MyTeacher(TransformersTeacher):
     tail = "exact"
 
-    def __init__(self, config, header, sampling):
-        super().__init__(config, header, sampling)
-        self.environment = {**self.environment, "engine": "mine"}
+    @property
+    def environment(self):
+        return {**super().environment, "engine": "mine"}
+
+
+def adapt(row):
+    return {**row, "id": f"mine-{row['id']}"}
 """
 HOSTILE = (
     "pipeline",
@@ -56,10 +61,15 @@ def test_workers_import_a_module_of_the_folder_of_the_capture_and_no_hostile_one
     for name in HOSTILE:
         (folder / f"{name}.py").write_text(f"raise SystemExit('a file of the user hid a package: {name}')\n")
     config = capture_config(tmp_path)
-    teacher = config.teacher.model_copy(update={"engine": "my_module:MyTeacher"})
-    path = write_config(tmp_path / "capture.yaml", config.model_copy(update={"teacher": teacher}))
+    mine = {
+        "teacher": config.teacher.model_copy(update={"engine": "my_module:MyTeacher"}),
+        "source": config.source.model_copy(update={"adapter": "my_module:adapt"}),
+    }
+    path = write_config(tmp_path / "capture.yaml", config.model_copy(update=mine))
     script = Path(sys.executable).with_name("coldstill")
     done = subprocess.run([script, "capture", path], cwd=folder, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert verify(config.output, deep=True, progress=False) == []
-    assert len(open_dataset(config.output)) == 40
+    dataset = open_dataset(config.output)
+    assert [row.sample_id for row in dataset.rows()] == [f"mine-chat-{i}" for i in range(40)]
+    assert read_commit(dataset.store, 0).environment["engine"] == "mine"
