@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from .api import evaluate as evaluate
     from .api import train as train
     from .common.errors import ColdstillError as ColdstillError
+    from .common.packages import __version__ as __version__
     from .pipeline.config import CaptureConfig as CaptureConfig
     from .storage_schema.dataset import open_dataset as open_dataset
     from .trainer.config import TrainConfig as TrainConfig
     from .trainer.data.logit_dataset import load_logit_dataset as load_logit_dataset
     from .trainer.distill_trainer import DistillTrainer as DistillTrainer
-    from .version import __version__ as __version__
 
 _HOMES = {
     "CaptureConfig": "pipeline.config",
     "ColdstillError": "common.errors",
     "DistillTrainer": "trainer.distill_trainer",
     "TrainConfig": "trainer.config",
-    "__version__": "version",
+    "__version__": "common.packages",
     "capture": "api",
     "evaluate": "api",
     "load_logit_dataset": "trainer.data.logit_dataset",

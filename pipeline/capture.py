@@ -20,7 +20,7 @@ from coldstill.storage_schema.store import Store
 from .config import CaptureConfig
 from .driver.lease import Lease
 from .driver.progress import Progress, ProgressBar
-from .driver.progress_record import read_progress
+from .driver.status import read_progress
 from .errors import CaptureIncomplete, TooManyUnits
 from .prepare import Prepared, prepare
 from .sources.staging import remove_staging

@@ -21,13 +21,13 @@ from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
-from .cluster.speed import SpeedReport
 from .config import CaptureConfig
 from .prepare import make_header, open_checked
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source
 from .teachers.checkpoint import load_model_config, tokenizer_files
 from .teachers.protocol import TokenSequence
+from .worker import SpeedReport
 
 PROBE_S = 60.0
 _PROBED_TOKENS = 1 << 20

@@ -3,6 +3,10 @@
 Uses the source, the teacher and the store, and does not import Ray. Two units may be in progress at once, in two
 threads: while one is encoded and committed, the teacher scores the next. With `order: exact` the teacher gets one call
 at a time, so that a unit is a barrier; with `fast` the calls overlap.
+
+`measure_speed` measures one worker for `--dry-run --probe`. It scores the first sequences of the source in slices of
+growing size until the time is up, and reports the slice with most tokens. So the engine's warm-up does not count, and a
+slow machine gets no more work than it can do in the time.
 """
 
 from __future__ import annotations
@@ -25,10 +29,14 @@ from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.shard import write_shard
 from coldstill.storage_schema.store.retrying import RetryingStore
 
 TeacherLoader = Callable[[TeacherConfig, DatasetHeader, SamplingConfig | None], Teacher]
 TaskKind = Literal["whole", "probe", "rest", "parts"]
+
+_FIRST_SLICE = 8
+_GROWTH = 2
 
 
 class ExcludedRow(FrozenModel):
@@ -59,6 +67,17 @@ class UnitReport(NamedTuple):
     rejected: int
     tokens: int
     targets: int
+    bytes: int
+
+
+class SpeedReport(NamedTuple):
+    """One slice: `sequences` sent to the teacher, `tokens` and `targets` that it returned, the `seconds` that it took,
+    and the `bytes` of a shard of the result."""
+
+    sequences: int
+    tokens: int
+    targets: int
+    seconds: float
     bytes: int
 
 
@@ -158,6 +177,32 @@ def load_teacher(config: TeacherConfig, header: DatasetHeader, sampling: Samplin
 def load_for(config: CaptureConfig, header: DatasetHeader, load: TeacherLoader = load_teacher) -> Teacher:
     """Load the teacher of a capture. Raises `TeacherUnusable`."""
     return load(config.teacher, header, config.sampling if config.mode == "generate" else None)
+
+
+def measure_speed(
+    teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence], *, seconds: float
+) -> SpeedReport:
+    """The report of the slice with most tokens. Raises the named errors of teachers."""
+    reports: list[SpeedReport] = []
+    start, size, begun = 0, _FIRST_SLICE, time.monotonic()
+    while start < len(sequences) and (not reports or time.monotonic() - begun < seconds):
+        reports.append(_measure_slice(teacher, header, sequences[start : start + size]))
+        start, size = start + size, size * _GROWTH
+    return max(reports, key=lambda report: report.tokens)
+
+
+def _measure_slice(teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence]) -> SpeedReport:
+    started = time.monotonic()
+    scored = teacher.score(sequences)
+    seconds = time.monotonic() - started
+    rows = [answer.row for answer in scored]
+    return SpeedReport(
+        sequences=len(sequences),
+        tokens=sum(row.token_ids.size for row in rows),
+        targets=sum(row.targets.positions for row in rows),
+        seconds=seconds,
+        bytes=len(write_shard(rows, header=header)),
+    )
 
 
 def _without(

@@ -128,7 +128,7 @@ _UNREACHABLE = {
     *("ConnectTimeout", "ReadTimeout"),
 }
 _CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "hf_xet", "httpx", "httpx2", "huggingface_hub"}
-_RESUME = "start the same command again: committed units are kept"
+_RESUME = "re-run the same command to resume: committed units are kept"
 _LOGIN = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",

@@ -107,7 +107,7 @@ def seal(
             f"{store.url}: units",
             found=f"{len(missing)} of {planned} not committed, the first is {missing[0]}",
             wanted="a commit record for each planned unit",
-            fix="start the same capture again: it captures the missing units and seals",
+            fix="re-run the same command to resume: it adds the missing units and seals",
         )
     commits = []
     with ThreadPoolExecutor(_READERS) as readers:
@@ -199,5 +199,5 @@ def _raise_absent(store: Store) -> None:
         store.url,
         found=f"{len(store.names(COMMITS_FOLDER))} commit records and no {MANIFEST_NAME}",
         wanted="a sealed dataset",
-        fix="start its capture again: it captures the missing units and seals",
+        fix="re-run the command that wrote it to resume: it adds the missing units and seals",
     )

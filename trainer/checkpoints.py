@@ -175,7 +175,7 @@ def naming_full_disk(output: Path) -> Iterator[None]:
             f"{output}: writing a checkpoint",
             found=first_line(error),
             wanted="space for two checkpoints and the finished student",
-            fix="free some space and run the same command again: it resumes from the last complete checkpoint",
+            fix="free some space and re-run the same command to resume from the last complete checkpoint",
         ) from error
 
 

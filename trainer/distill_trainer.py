@@ -23,7 +23,7 @@ from .config import StudentConfig
 from .data.logit_dataset import LogitDataset
 from .data.stream import LogitStream
 from .evaluation.evaluate import evaluate_student
-from .evaluation.tail_draws import draws_per_position
+from .evaluation.figures import draws_per_position
 from .finished_student import model_card
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of

@@ -5,15 +5,25 @@ A tool is imported when its command runs, so that `--help` stays quick.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
+from coldstill.common.config_file import check_config
 from coldstill.common.packages import require_packages
+from coldstill.tools.exchange.settings import AxolotlSettings, DistillKitSettings
 
 from .output import show_result
+
+if TYPE_CHECKING:
+    from coldstill.storage_schema.dataset import Dataset
+    from coldstill.storage_schema.manifest import Manifest
 
 LOOK = "Examine a dataset"
 SHARE = "Share a dataset"
@@ -27,21 +37,42 @@ dataset_commands.add_typer(exports, name="export", rich_help_panel=SHARE)
 
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="The dataset's directory, or a URL that fsspec opens.")]
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The new dataset: a folder, s3:// or gs://.")]
-Tokenizer = Annotated[Path, typer.Option(help="Folder with the teacher's tokenizer.json.")]
-Teacher = Annotated[str, typer.Option(help="The teacher's name, for the header.")]
-Revision = Annotated[str | None, typer.Option(help="The teacher's revision, for the header.")]
-VocabSize = Annotated[
-    int | None, typer.Option(help="Logit columns of the teacher; default: the number of the tokenizer's ids.")
-]
-Fidelity = Annotated[
-    Literal["fine", "coarse", "exact"], typer.Option(help="Precision of the stored log-probs; see FORMAT.md.")
-]
-License = Annotated[str | None, typer.Option(help="License of the dataset, as the Hub spells it, such as apache-2.0.")]
-BadRows = Annotated[
-    Literal["fail", "reject"],
-    typer.Option(help="fail: an unusable row ends the import; reject: it is listed in the rejects."),
-]
-RowsPerUnit = Annotated[int, typer.Option(help="Rows per shard, the most that an interruption can lose.")]
+
+
+def takes_settings(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command so that its parameter `settings` is given as one option per field of `model`.
+
+    Names, types, defaults and help texts of the options are those of the fields. Raises `ConfigInvalid` for a value
+    that the model does not accept.
+    """
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.is_required() else field.default,
+            annotation=Annotated[field.annotation, typer.Option(help=field.description)],
+        )
+        for name, field in model.model_fields.items()
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        arguments = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "settings"
+        ]
+
+        @functools.wraps(command)
+        def with_options(**values: Any) -> None:
+            given = {name: values.pop(name) for name in model.model_fields}
+            command(**values, settings=check_config(given, model=model, where="options"))
+
+        parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in arguments), *options]
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate
 
 
 @dataset_commands.command(rich_help_panel=LOOK)
@@ -74,8 +105,8 @@ def verify(
     )
 
 
-@dataset_commands.command(rich_help_panel=LOOK)
-def inspect(
+@dataset_commands.command("inspect", rich_help_panel=LOOK)
+def inspect_(
     root: Root,
     row: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Row number, starting at 0.")] = None,
     html: Annotated[
@@ -216,86 +247,31 @@ def subset(
 
 
 @imports.command("distillkit")
+@takes_settings(DistillKitSettings)
 def import_distillkit(
-    source: Annotated[str, typer.Argument(help="Folder or file of an arcee-ai DistillKit capture.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or file of an arcee-ai DistillKit capture.")],
     output: Output,
-    tokenizer: Tokenizer,
-    teacher: Teacher,
-    revision: Revision = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Its compression_config.yaml, if it is not in the folder.")
-    ] = None,
-    vocab_size: VocabSize = None,
-    pad_id: Annotated[int | None, typer.Option(help="Padding token; one at the end of a document is removed.")] = None,
-    fidelity: Fidelity = "fine",
-    rows_per_unit: RowsPerUnit = 64,
-    license: License = None,
-    bad_rows: BadRows = "fail",
+    settings: DistillKitSettings,
 ) -> None:
     """Import an arcee-ai DistillKit capture of either compressor. It has no draws, and its tail mass is derived."""
     from coldstill.tools.exchange.distillkit_import import import_distillkit as run_import
 
-    manifest = run_import(
-        source,
-        output,
-        tokenizer=tokenizer,
-        teacher=teacher,
-        revision=revision,
-        config=config,
-        vocab_size=vocab_size,
-        pad_id=pad_id,
-        fidelity=fidelity,
-        rows_per_unit=rows_per_unit,
-        license=license,
-        bad_rows=bad_rows,
-    )
-    show_result({"rows": manifest.rows, "targets": manifest.targets, "rejected": manifest.rejected}, title="imported")
+    _show_imported(run_import(source, output, settings))
 
 
 @imports.command("axolotl")
+@takes_settings(AxolotlSettings)
 def import_axolotl(
-    source: Annotated[str, typer.Argument(help="Folder, .parquet or .jsonl file in axolotl's KD layout.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder, .parquet or .jsonl file in axolotl's KD layout.")
+    ],
     output: Output,
-    tokenizer: Tokenizer,
-    teacher: Teacher,
-    revision: Revision = None,
-    predicts: Annotated[
-        Literal["next", "same"] | None,
-        typer.Option(help="Token that the log-probs at a position predict; default: as the layout defines it."),
-    ] = None,
-    logprobs_field: Annotated[str, typer.Option(help="Column with the log-probs.")] = "logprobs",
-    temperature: Annotated[
-        float, typer.Option(help="Softmax temperature of the log-probs; only 1 can be imported.")
-    ] = 1.0,
-    top_k: Annotated[
-        int | None, typer.Option(help="Entries per position; default: the number at the first position.")
-    ] = None,
-    vocab_size: VocabSize = None,
-    fidelity: Fidelity = "fine",
-    rows_per_unit: RowsPerUnit = 64,
-    license: License = None,
-    bad_rows: BadRows = "fail",
+    settings: AxolotlSettings,
 ) -> None:
     """Import ids and log-probs in axolotl's KD layout. It has no draws, and its tail mass is derived."""
     from coldstill.tools.exchange.axolotl_import import import_axolotl as run_import
 
-    manifest = run_import(
-        source,
-        output,
-        tokenizer=tokenizer,
-        teacher=teacher,
-        revision=revision,
-        predicts=predicts,
-        logprobs_field=logprobs_field,
-        temperature=temperature,
-        top_k=top_k,
-        vocab_size=vocab_size,
-        fidelity=fidelity,
-        rows_per_unit=rows_per_unit,
-        license=license,
-        bad_rows=bad_rows,
-    )
-    show_result({"rows": manifest.rows, "targets": manifest.targets, "rejected": manifest.rejected}, title="imported")
+    _show_imported(run_import(source, output, settings))
 
 
 @exports.command("axolotl")
@@ -314,9 +290,10 @@ def export_plain(root: Root, output: Output) -> None:
     show_result({"files": len(run_export(root, output))}, title="exported")
 
 
-def _show_dataset(dataset: object, *, title: str) -> None:
-    from coldstill.storage_schema.dataset import Dataset
+def _show_imported(manifest: Manifest) -> None:
+    show_result({"rows": manifest.rows, "targets": manifest.targets, "rejected": manifest.rejected}, title="imported")
 
-    assert isinstance(dataset, Dataset)
+
+def _show_dataset(dataset: Dataset, *, title: str) -> None:
     figures = {"dataset_id": dataset.dataset_id, "rows": len(dataset), "targets": dataset.manifest.targets}
     show_result({"at": dataset.store.url, **figures}, title=title)

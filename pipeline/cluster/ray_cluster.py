@@ -1,17 +1,25 @@
-"""Joins or starts a Ray cluster, and computes what a worker reserves there."""
+"""The Ray cluster of a capture: join or start it, size its workers, show metrics.
+
+The counters and gauges are for Ray's dashboard and Prometheus.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Mapping
 
 import ray
+from ray.util.metrics import Counter, Gauge
 
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import ClusterTooSmall
+from coldstill.pipeline.worker import UnitReport
 
 _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+_COUNTED = ("rows", "rejected", "tokens", "targets", "bytes")
 
 
 def join_cluster(config: CaptureConfig) -> float:
@@ -67,3 +75,41 @@ def require_room(config: CaptureConfig, resources: Mapping[str, float], *, gpus:
                 wanted=f"{wanted:g} for each of {workers} workers",
                 fix=f"lower cluster.{key}, or join a cluster with cluster.address or RAY_ADDRESS",
             )
+
+
+class WorkerMetrics:
+    """Counters and the speed of one worker. Safe to share between threads."""
+
+    def __init__(self, worker: str):
+        self._tags = {"worker": worker}
+        self._counters = {name: _counter(name) for name in ("units", *_COUNTED)}
+        self._speed = Gauge("coldstill_tokens_per_s", description="Tokens committed per second.", tag_keys=("worker",))
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+
+    def count(self, report: UnitReport) -> None:
+        """Add a committed unit. Its speed is over the time since the unit before, because units overlap."""
+        with self._lock:
+            now = time.monotonic()
+            seconds, self._last = now - self._last, now
+        self._counters["units"].inc(1, self._tags)
+        for name in _COUNTED:
+            if amount := getattr(report, name):  # Ray raises when 0 is added
+                self._counters[name].inc(amount, self._tags)
+        self._speed.set(report.tokens / max(seconds, 1e-9), self._tags)
+
+
+class DriverMetrics:
+    """The number of workers."""
+
+    def __init__(self) -> None:
+        self._workers = Gauge("coldstill_workers", description="Workers of the capture.", tag_keys=("state",))
+
+    def show(self, *, ready: int, starting: int) -> None:
+        """Set the numbers of workers."""
+        self._workers.set(ready, {"state": "ready"})
+        self._workers.set(starting, {"state": "starting"})
+
+
+def _counter(name: str) -> Counter:
+    return Counter(f"coldstill_{name}", description=f"{name.capitalize()} of committed units.", tag_keys=("worker",))

@@ -20,7 +20,7 @@ from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.store import Store
 
-from .progress_record import MAX_LISTED, Failure, ProgressRecord, State, Totals, read_records, record_name
+from .status import MAX_LISTED, Failure, ProgressRecord, RecordState, Totals, read_records, record_name
 
 _WRITE_EVERY_S = 10
 _MAX_FOLDED = 100
@@ -29,7 +29,7 @@ _MIN_RATE_S = 1.0
 _RATE_WINDOW_S = 600
 """Rates cover the last ten minutes, because the number of workers changes."""
 
-_STATES: dict[type[BaseException], State] = {
+_STATES: dict[type[BaseException], RecordState] = {
     CaptureIncomplete: "incomplete",
     KeyboardInterrupt: "interrupted",
     SystemExit: "interrupted",  # Ray raises it on SIGTERM
@@ -119,7 +119,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._over.set()
         self._thread.join()
-        state: State = "sealed"
+        state: RecordState = "sealed"
         if kind is not None:
             state = _STATES.get(kind, "stopped")
         with suppress(StorageFailed):  # must not hide the error that ended the block
@@ -161,7 +161,7 @@ class Progress:
         """Note that the dataset is sealed, and how long its teachers scored in total."""
         self._score_seconds = score_seconds
 
-    def write(self, state: State = "running", *, error: str | None = None) -> None:
+    def write(self, state: RecordState = "running", *, error: str | None = None) -> None:
         """Replace the record; does nothing before `begin`. Raises `StorageFailed`."""
         if self._earlier is None:
             return

@@ -76,7 +76,7 @@ class HubDataset(Stream):
             f"source.dataset {self._name}: after row {rows}",
             found=first_line(error),
             wanted="rows to the end",
-            fix="run the same command again if the network failed",
+            fix="if the network failed, re-run the same command to resume",
         )
 
 

@@ -303,7 +303,7 @@ def _adapter_failed(name: str, row: SourceRow, found: str) -> SourceAdapterFaile
         f"source.adapter {name}: row {row.number}",
         found=found,
         wanted="a dict with the columns that the settings name, or None to reject the row",
-        fix="correct the function and run the same command again; committed units are kept",
+        fix="correct the function and re-run the same command to resume: committed units are kept",
     )
 
 

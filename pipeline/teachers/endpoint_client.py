@@ -69,8 +69,8 @@ class EndpointClient:
                 f"{method} {self.url}{path}",
                 found=f"{error} (the last of {self._attempts} attempts)",
                 wanted="a response",
-                fix="check that the server runs and that the workers can reach it; then run the same command again, "
-                "which keeps committed units",
+                fix="check that the server runs and that the workers can reach it; then re-run the same command to "
+                "resume: committed units are kept",
             ) from None
 
     def _attempt(

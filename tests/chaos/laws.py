@@ -13,7 +13,7 @@ import numpy as np
 from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.cluster.attempts import ATTEMPTS_FOLDER
 from coldstill.pipeline.driver.lease import LEASE_NAME
-from coldstill.pipeline.driver.progress_record import PROGRESS_FOLDER
+from coldstill.pipeline.driver.status import PROGRESS_FOLDER
 from coldstill.storage_schema.commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,

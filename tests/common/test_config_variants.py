@@ -69,8 +69,8 @@ def test_each_key_is_described_once_with_those_that_have_it(model: type[BaseMode
         ({"kind": "river", "sped": 2}, r"did you mean water\.speed\?"),
         ({"dept": {}}, r"one of kind, size, depth\n.*did you mean water\.depth\?"),
         (
-            {"depth": {"metres": 2}},
-            r"water\.depth\.metres\n.*unknown key\n.*\n.*did you mean water\.depth\.meters\?",
+            {"depth": {"meter": 2}},
+            r"water\.depth\.meter\n.*unknown key\n.*\n.*did you mean water\.depth\.meters\?",
         ),
         ({"depth": {"meters": 0}}, r"f: water\.depth\.meters\n.*0\n.*greater than 0"),
         ({"kind": "canal", "size": "x"}, r"f: water\.size\n.*'x'\n.*integer"),

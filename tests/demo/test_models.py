@@ -12,17 +12,18 @@ pytest.importorskip("transformers")
 
 import torch
 
-from coldstill.demo import pretrain
+from coldstill.demo import models
 from coldstill.demo.models import (
     END,
     SPECIAL_TOKENS,
     VOCABULARY,
     load_tokenizer,
     new_model,
+    pack,
     parameter_count,
+    pretrain,
     train_tokenizer,
 )
-from coldstill.demo.pretrain import pack
 from coldstill.demo.settings import MAX_TOKENS, STUDENT, TEACHER, Shape
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    texts = [Path(pretrain.__file__).read_text(), Path(__file__).read_text()]
+    texts = [Path(models.__file__).read_text(), Path(__file__).read_text()]
     return train_tokenizer(texts, vocabulary=600)
 
 
@@ -64,7 +65,7 @@ def test_any_text_round_trips(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_the_same_text_gives_the_same_tokenizer_and_a_folder_keeps_it(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    texts = [Path(pretrain.__file__).read_text(), Path(__file__).read_text()]
+    texts = [Path(models.__file__).read_text(), Path(__file__).read_text()]
     again = train_tokenizer(texts, vocabulary=600)
     assert again.get_vocab() == tokenizer.get_vocab()
     tokenizer.save_pretrained(tmp_path)
@@ -104,25 +105,25 @@ def test_packing_keeps_every_token_but_the_rest_of_the_last_block() -> None:
 
 def test_a_killed_training_run_resumes_with_equal_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(pretrain, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(models, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     unbroken = new_model(TINY, vocabulary=64)
-    loss = pretrain.pretrain(unbroken, blocks, checkpoint=tmp_path / "unbroken.pt", label="unbroken")
+    loss = pretrain(unbroken, blocks, checkpoint=tmp_path / "unbroken.pt", label="unbroken")
 
     class Killed(BaseException):
         pass
 
-    save = pretrain._save
+    save = models._save
 
     def save_and_die(path: Path, model: object, optimizers: list, step: int, losses: list[float]) -> None:
         save(path, model, optimizers, step, losses)
         if step == 3:
             raise Killed
 
-    monkeypatch.setattr(pretrain, "_save", save_and_die)
+    monkeypatch.setattr(models, "_save", save_and_die)
     with pytest.raises(Killed):
-        pretrain.pretrain(new_model(TINY, vocabulary=64), blocks, checkpoint=tmp_path / "broken.pt", label="broken")
-    monkeypatch.setattr(pretrain, "_save", save)
+        pretrain(new_model(TINY, vocabulary=64), blocks, checkpoint=tmp_path / "broken.pt", label="broken")
+    monkeypatch.setattr(models, "_save", save)
     resumed = new_model(TINY, vocabulary=64)
-    assert pretrain.pretrain(resumed, blocks, checkpoint=tmp_path / "broken.pt", label="resumed") == loss
+    assert pretrain(resumed, blocks, checkpoint=tmp_path / "broken.pt", label="resumed") == loss
     for name, weight in unbroken.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name

@@ -13,8 +13,15 @@ import yaml
 
 from coldstill.common.config_file import load_config
 from coldstill.common.files import read_json, write_json
-from coldstill.demo.process import StageFailed, run_stage
-from coldstill.demo.run import OutputOfAnotherSize, Stage, bring_back, put_away, run_demo
+from coldstill.demo.run import (
+    OutputOfAnotherSize,
+    Stage,
+    StageFailed,
+    bring_back,
+    put_away,
+    run_demo,
+    run_stage,
+)
 from coldstill.demo.settings import FULL, LOSSES, QUICK, Layout, capture_config, train_config
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.trainer.config import TrainConfig
@@ -86,7 +93,7 @@ def test_a_killed_demo_ends_its_stage(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     inner = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
     program = (
-        "import pathlib, sys; from coldstill.demo.process import run_stage\n"
+        "import pathlib, sys; from coldstill.demo.run import run_stage\n"
         f"run_stage('s', [sys.executable, '-c', {inner!r}], log=pathlib.Path({str(tmp_path / 'log.txt')!r}))"
     )
     demo = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY)

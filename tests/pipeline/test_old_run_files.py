@@ -14,8 +14,7 @@ from coldstill.pipeline.cluster.attempts import AttemptStore, CrashReport, Trial
 from coldstill.pipeline.cluster.poison_search import next_task
 from coldstill.pipeline.driver.lease import Lease, read_lease
 from coldstill.pipeline.driver.progress import Progress
-from coldstill.pipeline.driver.progress_record import read_progress
-from coldstill.pipeline.driver.status import read_status
+from coldstill.pipeline.driver.status import read_progress, read_status
 from coldstill.pipeline.errors import LeaseHeld
 from coldstill.storage_schema.store import Store
 from tests import making

@@ -55,7 +55,7 @@ def test_logits_are_float32_where_it_is_asked_for_or_the_engine_can(
     assert head_dtype_of(TeacherConfig(model="m", **settings), model) == head
 
 
-def test_a_quantization_is_recorded_in_the_header() -> None:
+def test_a_quantization_of_the_settings_or_the_checkpoint_is_recorded() -> None:
     asked = TeacherConfig(model="m", engine_args={"quantization": "fp8"})
     assert quantization_of(asked, _model("bfloat16")) == "fp8"
     assert quantization_of(TeacherConfig(model="m"), _model("bfloat16", {"quant_method": "awq"})) == "awq"

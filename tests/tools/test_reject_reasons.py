@@ -15,6 +15,7 @@ from coldstill.storage_schema.errors import FileDamaged
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.verified_files import file_record
 from coldstill.tools.exchange.importing import ImportedRow, import_rows, imported_header
+from coldstill.tools.exchange.settings import ImportSettings
 from coldstill.tools.reject_reasons import IMPORT_REASONS, MAX_REASONS, OTHER_REASONS, count_reasons
 from tests import making
 
@@ -45,18 +46,8 @@ class OneGoodRow:
 
 
 def test_an_import_rejects_rows_for_the_listed_reasons_and_no_others(tmp_path: Path, tokenizer_folder: Path) -> None:
-    header = imported_header(
-        tokenizer_folder,
-        teacher="tiny",
-        revision=None,
-        vocab_size=None,
-        top_k=8,
-        fidelity="fine",
-        max_length=1000,
-        rows_per_unit=8,
-        source_sha256="0" * 64,
-        license=None,
-    )
+    settings = ImportSettings(tokenizer=tokenizer_folder, teacher="tiny", max_length=1000, rows_per_unit=8)
+    header = imported_header(settings, top_k=8, source_sha256="0" * 64)
     options = {"header": header, "tokenizer": tokenizer_folder, "bad_rows": "reject", "progress": False}
     import_rows(OneGoodRow(list(IMPORT_REASONS)), tmp_path / "listed", **options)  # type: ignore[arg-type]
     assert count_reasons(open_dataset(tmp_path / "listed")) == dict.fromkeys(IMPORT_REASONS.values(), 1)

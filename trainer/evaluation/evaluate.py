@@ -17,10 +17,9 @@ from tqdm import tqdm
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets
 
-from .figures import Figures, cache_figures, dense_figures
+from .figures import Figures, cache_figures, dense_figures, draws_per_position
 from .measured_model import LogitReader, measuring
 from .report import EvaluationReport, EvaluationSums
-from .tail_draws import draws_per_position
 
 CHUNK_BYTES = 128 << 20
 """Size of one float32 array `[positions, V]`. Measured: about two exist at once, eleven with a resident teacher."""
@@ -40,7 +39,7 @@ def evaluate_student(
 
     - `model`: a causal language model of transformers, also wrapped by peft or DDP.
     - `token_count`: ids of the dataset's tokenizer. Further columns of the head are dropped.
-    - `draws`: draws per position at capture, as `tail_draws.draws_per_position` returns them; 0 skips the estimates.
+    - `draws`: draws per position at capture, as `figures.draws_per_position` returns them; 0 skips the estimates.
     - `teacher`: a resident teacher for the dense divergences, on any device; same requirements as `model`.
     - `reduce`: sums a float64 tensor over processes, if each process evaluates its own batches.
 

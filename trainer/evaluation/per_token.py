@@ -2,7 +2,7 @@
 
 Shape letters: `M` target positions of a batch.
 
-For inspecting a few rows in the terminal (`cli/per_token_table.py`) or as JSON lines. All text in a record is safe to
+For inspecting a few rows in the terminal (`cli/evaluate.py`) or as JSON lines. All text in a record is safe to
 print.
 """
 

@@ -28,69 +28,54 @@ from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.tokenizer import fingerprint
 from coldstill.tools.errors import NotFullSoftmax, SourceUnreadable
 
-from .axolotl_rows import AxolotlRows, Predicts, table_of
+from .axolotl_rows import AxolotlRows, table_of
 from .importing import (
     SAMPLE_ROWS,
-    BadRows,
-    Fidelity,
     check_alignment,
     check_not_renormalized,
     import_rows,
     imported_header,
 )
 from .input_files import JsonTables, ParquetTables, Tables, input_files, source_digest
+from .settings import AxolotlSettings
 
 
 def import_axolotl(
     source: str | Path | Sequence[str | Path],
     output: str | Path,
+    settings: AxolotlSettings,
     *,
-    tokenizer: str | Path,
-    teacher: str,
-    revision: str | None = None,
-    predicts: Predicts | None = None,
-    logprobs_field: str = "logprobs",
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    vocab_size: int | None = None,
-    fidelity: Fidelity = "fine",
-    max_length: int = 131_072,
-    rows_per_unit: int = 64,
-    license: str | None = None,
-    bad_rows: BadRows = "fail",
     progress: bool = True,
 ) -> Manifest:
     """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
 
-    `tokenizer`: local folder with the teacher's `tokenizer.json`. `predicts`: which token the list at a position is
-    about; `axolotl_rows.py` gives the default. `temperature`: that of the log-probs. `top_k`: entries kept at a
-    position, by default as many as the first row has; vLLM's lists have one more where the actual token is not among
-    the first K. `import_rows` explains `bad_rows`, memory, and how an import resumes.
+    `axolotl_rows.py` explains the default of `settings.predicts`. vLLM's lists have one entry more than its K where the
+    actual token is not among the first K. `import_rows` explains `bad_rows`, memory, and how an import resumes.
 
     Raises `SourceUnreadable`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`, `TokenizerNotFound`,
     `InvalidHeader`, `HeaderMismatch`.
     """
-    if temperature != 1.0:
+    if settings.temperature != 1.0:
         raise NotFullSoftmax(
             "temperature",
-            found=temperature,
+            found=settings.temperature,
             wanted="1.0",
             fix="capture again at temperature 1: a few log-probs at another temperature do not give the full softmax",
         )
     files = input_files(source, endings=(".parquet", ".jsonl"))
     tables: Tables
     if files[0].name.endswith(".jsonl"):
-        tables = JsonTables(files, to_table=lambda document: table_of(document, logprobs_field=logprobs_field))
+        tables = JsonTables(files, to_table=lambda document: table_of(document, logprobs_field=settings.logprobs_field))
     else:
         tables = ParquetTables(files)
-    prepared = _is_prepared(tables, logprobs_field)
+    prepared = _is_prepared(tables, settings.logprobs_field)
     rows = AxolotlRows(
         tables,
         prepared=prepared,
-        predicts=predicts or ("next" if prepared else "same"),
-        logprobs_field=logprobs_field,
-        token_count=fingerprint(tokenizer).token_count,
-        top_k=top_k,
+        predicts=settings.predicts or ("next" if prepared else "same"),
+        logprobs_field=settings.logprobs_field,
+        token_count=fingerprint(settings.tokenizer).token_count,
+        top_k=settings.top_k,
     )
     first = [item.row for item in itertools.islice(rows.items(0), SAMPLE_ROWS)]
     sample = [row for row in first if isinstance(row, CachedRow)]
@@ -105,20 +90,17 @@ def import_axolotl(
             token_count=rows.token_count,
             fix="import the file from before axolotl's preprocessing: this one does not hold the tail's mass",
         )
-    settings = {"layout": "axolotl", "predicts": rows.predicts, "logprobs_field": logprobs_field}
-    header = imported_header(
-        tokenizer,
-        teacher=teacher,
-        revision=revision,
-        vocab_size=vocab_size,
-        top_k=rows.top_k,
-        fidelity=fidelity,
-        max_length=max_length,
-        rows_per_unit=rows_per_unit,
-        source_sha256=source_digest(files, settings=settings, progress=progress),
-        license=license,
+    facts = {"layout": "axolotl", "predicts": rows.predicts, "logprobs_field": settings.logprobs_field}
+    digest = source_digest(files, settings=facts, progress=progress)
+    header = imported_header(settings, top_k=rows.top_k, source_sha256=digest)
+    return import_rows(
+        rows,
+        output,
+        header=header,
+        tokenizer=settings.tokenizer,
+        bad_rows=settings.bad_rows,
+        progress=progress,
     )
-    return import_rows(rows, output, header=header, tokenizer=tokenizer, bad_rows=bad_rows, progress=progress)
 
 
 def _is_prepared(tables: Tables, logprobs_field: str) -> bool:

@@ -26,8 +26,9 @@ from coldstill.tools.errors import CompressionUnknown, SourceUnreadable
 
 from .distillkit_compression import MAX_CONFIG_BYTES, Compression, Legacy, parse_config
 from .distillkit_rows import LAYOUTS, DistillKitRows
-from .importing import SAMPLE_ROWS, BadRows, Fidelity, check_alignment, import_rows, imported_header
+from .importing import SAMPLE_ROWS, check_alignment, import_rows, imported_header
 from .input_files import ParquetTables, input_files, source_digest
+from .settings import DistillKitSettings
 
 CONFIG_NAME = "compression_config.yaml"
 
@@ -35,27 +36,15 @@ CONFIG_NAME = "compression_config.yaml"
 def import_distillkit(
     source: str | Path | Sequence[str | Path],
     output: str | Path,
+    settings: DistillKitSettings,
     *,
-    tokenizer: str | Path,
-    teacher: str,
-    revision: str | None = None,
-    config: str | Path | None = None,
-    vocab_size: int | None = None,
-    pad_id: int | None = None,
-    fidelity: Fidelity = "fine",
-    max_length: int = 131_072,
-    rows_per_unit: int = 64,
-    license: str | None = None,
-    bad_rows: BadRows = "fail",
     progress: bool = True,
 ) -> Manifest:
     """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
 
-    `tokenizer`: local folder with the teacher's `tokenizer.json`. `config`: the compression settings, by default the
-    `compression_config.yaml` in the source folder; a training configuration that holds them works too. `pad_id`: one
-    such token at the end of a document is removed. Tokens are targets where the column `labels` is not -100, and all
-    are without that column. `within_mass` explains sums above 1, `derived_targets` the tail, and `import_rows`
-    `bad_rows`, memory, and how an import resumes.
+    `settings.config` may also be a training configuration that holds the compression settings. Tokens are targets where
+    the column `labels` is not -100, and all are without that column. `within_mass` explains sums above 1,
+    `derived_targets` the tail, and `import_rows` `bad_rows`, memory, and how an import resumes.
 
     Raises `SourceUnreadable`, `CompressionUnknown`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`,
     `TokenizerNotFound`, `InvalidHeader`, `HeaderMismatch`.
@@ -63,7 +52,7 @@ def import_distillkit(
     files = input_files(source, endings=(".parquet",))
     tables = ParquetTables(files)
     layout = _layout(tables)
-    compression = None if layout == "plain" and config is None else _compression(source, config)
+    compression = None if layout == "plain" and settings.config is None else _compression(source, settings.config)
     if layout != "plain" and isinstance(compression, Legacy) != (layout == "legacy"):
         raise CompressionUnknown(
             "compression settings",
@@ -71,32 +60,35 @@ def import_distillkit(
             wanted=f"settings of the columns {LAYOUTS[layout]}",
             fix="check that these are the settings of the capture",
         )
-    token_count = fingerprint(tokenizer).token_count
+    token_count = fingerprint(settings.tokenizer).token_count
     rows = DistillKitRows(
-        tables, layout=layout, compression=compression, token_count=token_count, pad_id=pad_id, progress=progress
+        tables,
+        layout=layout,
+        compression=compression,
+        token_count=token_count,
+        pad_id=settings.pad_id,
+        progress=progress,
     )
     check_alignment(
         (item.row for item in itertools.islice(rows.items(0), SAMPLE_ROWS) if isinstance(item.row, CachedRow)),
         fix="check how the files were made: in DistillKit's captures, row t is about token t + 1",
     )
-    settings = {
+    facts = {
         "layout": f"distillkit {layout}",
         "compression": compression.model_dump(mode="json") if compression else None,
-        "pad_id": pad_id,
+        "pad_id": settings.pad_id,
     }
-    header = imported_header(
-        tokenizer,
-        teacher=teacher,
-        revision=revision,
-        vocab_size=max(vocab_size or 0, compression.d if compression else 0),
-        top_k=rows.top_k,
-        fidelity=fidelity,
-        max_length=max_length,
-        rows_per_unit=rows_per_unit,
-        source_sha256=source_digest(files, settings=settings, progress=progress),
-        license=license,
+    digest = source_digest(files, settings=facts, progress=progress)
+    columns = compression.d if compression else 0
+    header = imported_header(settings, columns=columns, top_k=rows.top_k, source_sha256=digest)
+    return import_rows(
+        rows,
+        output,
+        header=header,
+        tokenizer=settings.tokenizer,
+        bad_rows=settings.bad_rows,
+        progress=progress,
     )
-    return import_rows(rows, output, header=header, tokenizer=tokenizer, bad_rows=bad_rows, progress=progress)
 
 
 def _layout(tables: ParquetTables) -> str:
@@ -111,7 +103,7 @@ def _layout(tables: ParquetTables) -> str:
     )
 
 
-def _compression(source: str | Path | Sequence[str | Path], config: str | Path | None) -> Compression:
+def _compression(source: str | Path | Sequence[str | Path], config: str | None) -> Compression:
     if config is None:
         first = source if isinstance(source, (str, Path)) else source[0]
         folder = str(first) if not str(first).endswith(".parquet") else str(first).rpartition("/")[0]

@@ -34,9 +34,7 @@ from coldstill.tools.errors import (
 from coldstill.tools.reject_reasons import IMPORT_REASONS
 
 from .derived_targets import MIN_TAIL
-
-BadRows = Literal["fail", "reject"]
-Fidelity = Literal["fine", "coarse", "exact"]
+from .settings import ImportSettings
 
 UNKNOWN = "unknown"
 """The teacher's weights fingerprint and data types in the header: no other tool stores them."""
@@ -66,35 +64,27 @@ class RowSource(Protocol):
         """Sequences from number `start` on."""
 
 
-def imported_header(
-    tokenizer: str | Path,
-    *,
-    teacher: str,
-    revision: str | None,
-    vocab_size: int | None,
-    top_k: int,
-    fidelity: Fidelity,
-    max_length: int,
-    rows_per_unit: int,
-    source_sha256: str,
-    license: str | None,
-) -> DatasetHeader:
-    """The header of an import with the `tokenizer.json` in the local folder `tokenizer`.
+def imported_header(settings: ImportSettings, *, columns: int = 0, top_k: int, source_sha256: str) -> DatasetHeader:
+    """The header of an import with the `tokenizer.json` in `settings.tokenizer`.
 
-    `vocab_size`: logit columns of the teacher, by default the number of ids of its tokenizer. `top_k` is at most that
-    number. `fidelity`: preset of the codec that stores the values.
+    `columns`: logit columns of the teacher, as far as the files name them; the header has the largest of these, of
+    `settings.vocab_size` and of the number of the tokenizer's ids. `top_k` is at most that last number.
 
     Raises `TokenizerNotFound`, `InvalidHeader`.
     """
-    facts = fingerprint(tokenizer)
+    facts = fingerprint(settings.tokenizer)
     top_k = min(top_k, facts.token_count)
     fields = {
-        "codec": Codec.preset(fidelity, top_k=top_k),
+        "codec": Codec.preset(settings.fidelity, top_k=top_k),
         "teacher": TeacherFacts(
-            name=teacher, revision=revision, weights_fingerprint=UNKNOWN, dtype=UNKNOWN, head_dtype=UNKNOWN
+            name=settings.teacher,
+            revision=settings.revision,
+            weights_fingerprint=UNKNOWN,
+            dtype=UNKNOWN,
+            head_dtype=UNKNOWN,
         ),
         "tokenizer_fingerprint": facts.fingerprint,
-        "vocab_size": max(vocab_size or 0, facts.token_count),
+        "vocab_size": max(settings.vocab_size or 0, columns, facts.token_count),
         "token_count": facts.token_count,
         "top_k": top_k,
         "min_prob": 0.0,
@@ -104,11 +94,11 @@ def imported_header(
         "tail": "derived",
         "mode": "imported",
         "loss_on": "given",
-        "max_length": max_length,
+        "max_length": settings.max_length,
         "over_long": "reject",
-        "rows_per_unit": rows_per_unit,
+        "rows_per_unit": settings.rows_per_unit,
         "source_sha256": source_sha256,
-        "licence": license,  # the field's spelling in format 1
+        "licence": settings.license,  # the field's spelling in format 1
     }
     try:
         return DatasetHeader.model_validate(fields)
@@ -122,7 +112,7 @@ def import_rows(
     *,
     header: DatasetHeader,
     tokenizer: str | Path,
-    bad_rows: BadRows = "fail",
+    bad_rows: Literal["fail", "reject"] = "fail",
     progress: bool = True,
 ) -> Manifest:
     """Write `rows` as a sealed dataset to `output`, `header.rows_per_unit` sequences per shard; its manifest.
@@ -175,7 +165,7 @@ def _begin(store: Store, rows: RowSource, header: DatasetHeader, tokenizer: Path
 
 
 def _split_bad_rows(
-    items: Iterator[ImportedRow], unit: Unit, header: DatasetHeader, bad_rows: BadRows
+    items: Iterator[ImportedRow], unit: Unit, header: DatasetHeader, bad_rows: str
 ) -> tuple[list[CachedRow], list[Reject]]:
     good: list[CachedRow] = []
     rejects: list[Reject] = []

@@ -19,8 +19,7 @@ from coldstill.cli.status_table import duration, show_status
 from coldstill.pipeline.cluster.dispatcher import FailedUnit
 from coldstill.pipeline.driver.lease import Lease
 from coldstill.pipeline.driver.progress import Progress
-from coldstill.pipeline.driver.progress_record import MAX_LISTED, PROGRESS_FOLDER, Totals, read_progress
-from coldstill.pipeline.driver.status import Status, read_status
+from coldstill.pipeline.driver.status import MAX_LISTED, PROGRESS_FOLDER, Status, Totals, read_progress, read_status
 from coldstill.pipeline.errors import CaptureIncomplete
 from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.commits import commit_unit

@@ -42,7 +42,7 @@ def google_login() -> Exception:
     [
         (lambda: google(401, "Anonymous caller"), CredentialsMissing, "gcloud auth"),
         (lambda: google(403, "no access"), AccessDenied, "gcloud auth"),
-        (lambda: google(429, "slow down"), StorageFailed, "start the same command again"),
+        (lambda: google(429, "slow down"), StorageFailed, "re-run the same command to resume"),
         (google_login, CredentialsMissing, "gcloud auth"),
         (lambda: OSError(errno.ENOSPC, "full"), StorageFull, "free some space"),
         (lambda: ConnectionResetError("gone"), StoreUnreachable, "check the network"),

@@ -23,6 +23,7 @@ from coldstill.tools.errors import (
 )
 from coldstill.tools.exchange.axolotl_import import import_axolotl
 from coldstill.tools.exchange.export import export_axolotl
+from coldstill.tools.exchange.settings import AxolotlSettings
 from coldstill.tools.verify import verify
 from tests import making
 from tests.tools.exchange import peers
@@ -32,8 +33,8 @@ K = 6
 
 def run(source: Path, output: Path, tokenizer: Path, **changes: Any) -> Dataset:
     """The import, quietly, and its dataset."""
-    fields = {"tokenizer": tokenizer, "teacher": "peer/teacher", "fidelity": "exact", "progress": False, **changes}
-    import_axolotl(source, output, **fields)
+    fields = {"tokenizer": tokenizer, "teacher": "peer/teacher", "fidelity": "exact", **changes}
+    import_axolotl(source, output, AxolotlSettings.model_validate(fields), progress=False)
     return open_dataset(output)
 
 

@@ -23,14 +23,15 @@ from coldstill.tools.errors import (
 from coldstill.tools.exchange.derived_targets import MIN_TAIL
 from coldstill.tools.exchange.distillkit_import import import_distillkit
 from coldstill.tools.exchange.distillkit_rows import LAYOUTS
+from coldstill.tools.exchange.settings import DistillKitSettings
 from coldstill.tools.verify import verify
 from tests.tools.exchange import peers
 
 
 def run(source: Path, output: Path, tokenizer: Path, **changes: Any) -> Any:
     """The import, quietly, and its dataset."""
-    fields = {"tokenizer": tokenizer, "teacher": "peer/teacher", "fidelity": "exact", "progress": False, **changes}
-    import_distillkit(source, output, **fields)
+    fields = {"tokenizer": tokenizer, "teacher": "peer/teacher", "fidelity": "exact", **changes}
+    import_distillkit(source, output, DistillKitSettings.model_validate(fields), progress=False)
     return open_dataset(output)
 
 
@@ -230,7 +231,7 @@ def test_absent_settings_are_named_and_those_of_a_training_run_will_do(tmp_path:
         run(tmp_path / "in", tmp_path / "out", wide_tokenizer)
     text = peers.yaml.safe_dump({"teacher": {"kind": "dataset", "legacy_logit_compression": peers.LEGACY}})
     (tmp_path / "run.yaml").write_text(text)
-    assert len(run(tmp_path / "in", tmp_path / "out", wide_tokenizer, config=tmp_path / "run.yaml")) == 3
+    assert len(run(tmp_path / "in", tmp_path / "out", wide_tokenizer, config=str(tmp_path / "run.yaml"))) == 3
 
 
 def test_files_that_are_no_capture_are_named(tmp_path: Path, wide_tokenizer: Path) -> None:

@@ -17,6 +17,7 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import Store
 from coldstill.tools.errors import SourceUnreadable, UnusableRow
 from coldstill.tools.exchange.importing import ImportedRow, import_rows, imported_header
+from coldstill.tools.exchange.settings import ImportSettings
 from tests import making
 
 
@@ -44,18 +45,10 @@ class Rows:
 
 def header_of(tokenizer: Path, **changes: object) -> DatasetHeader:
     """A header of an import of `Rows`."""
-    fields = {
-        "teacher": "t",
-        "revision": None,
-        "vocab_size": None,
-        "top_k": 8,
-        "fidelity": "fine",
-        "max_length": 64,
-        "rows_per_unit": 3,
-        "source_sha256": "0" * 64,
-        "license": None,
-    }
-    return imported_header(tokenizer, **{**fields, **changes})  # type: ignore[arg-type]
+    fields = {"teacher": "t", "max_length": 64, "rows_per_unit": 3, "source_sha256": "0" * 64, **changes}
+    source_sha256 = str(fields.pop("source_sha256"))
+    settings = ImportSettings.model_validate({"tokenizer": tokenizer, **fields})
+    return imported_header(settings, top_k=8, source_sha256=source_sha256)
 
 
 def _killed_import(output: Path, tokenizer: Path) -> None:

@@ -22,6 +22,7 @@ from coldstill.tools.exchange.input_files import (
     source_digest,
     values_of,
 )
+from coldstill.tools.exchange.settings import DistillKitSettings
 from tests.tools.exchange import peers
 
 
@@ -153,9 +154,9 @@ def test_a_capture_on_an_object_store_is_read_and_written_there(tmp_path: Path, 
     local = peers.write_distillkit(tmp_path / "capture", rows, peers.ALL_EXACT, per_file=2)
     memory = fsspec.filesystem("memory")
     memory.put(str(local), "/exchange-capture", recursive=True)
-    quiet = {"tokenizer": wide_tokenizer, "teacher": "t", "progress": False}
-    there = import_distillkit("memory://exchange-capture", "memory://exchange-out", **quiet)
-    here = import_distillkit(local, tmp_path / "out", **quiet)
+    settings = DistillKitSettings(tokenizer=wide_tokenizer, teacher="t")
+    there = import_distillkit("memory://exchange-capture", "memory://exchange-out", settings, progress=False)
+    here = import_distillkit(local, tmp_path / "out", settings, progress=False)
     assert there == here
     memory.rm("/exchange-capture", recursive=True)
     memory.rm("/exchange-out", recursive=True)

@@ -15,8 +15,8 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets
 from coldstill.trainer.evaluation.evaluate import evaluate_student
+from coldstill.trainer.evaluation.figures import draws_per_position
 from coldstill.trainer.evaluation.report import EvaluationReport
-from coldstill.trainer.evaluation.tail_draws import draws_per_position
 from tests import making
 from tests.trainer.evaluation import reference
 from tests.trainer.evaluation.batches import Row, batches_of, load, packed, padded, random_rows, student_probs

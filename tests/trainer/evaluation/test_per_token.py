@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from coldstill.cli.per_token_table import show_records
+from coldstill.cli.evaluate import show_records
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.tools.inspect.token_text import TokenText
 from coldstill.trainer.evaluation.evaluate import evaluate_student

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
-from coldstill.trainer.evaluation.figures import cache_figures
-from coldstill.trainer.evaluation.tail_draws import draws_per_position
+from coldstill.trainer.evaluation.figures import cache_figures, draws_per_position
 from coldstill.trainer.targets import SparseTargets
 from tests import making
 from tests.trainer.evaluation import reference

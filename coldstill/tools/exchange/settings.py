@@ -1,0 +1,54 @@
+"""Settings of the imports. `coldstill import ... --help` lists them, and each stands here once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from coldstill.common.models import FrozenModel
+
+
+class ImportSettings(FrozenModel):
+    """What every import needs to know beside the files."""
+
+    tokenizer: Path = Field(description="Local folder with the teacher's tokenizer.json.")
+    teacher: str = Field(description="The teacher's name, for the header.")
+    revision: str | None = Field(default=None, description="The teacher's revision, for the header.")
+    vocab_size: int | None = Field(
+        default=None, description="Logit columns of the teacher; default: the number of the tokenizer's ids."
+    )
+    fidelity: Literal["fine", "coarse", "exact"] = Field(
+        default="fine", description="Precision of the stored log-probs; see FORMAT.md."
+    )
+    max_length: int = Field(default=131_072, description="Longest row in tokens; a longer one is unusable.")
+    rows_per_unit: int = Field(default=64, description="Rows per shard, the most that an interruption can lose.")
+    license: str | None = Field(
+        default=None, description="License of the dataset, as the Hub spells it, such as apache-2.0."
+    )
+    bad_rows: Literal["fail", "reject"] = Field(
+        default="fail", description="fail: an unusable row ends the import; reject: it is listed in the rejects."
+    )
+
+
+class DistillKitSettings(ImportSettings):
+    """How to import a capture of arcee-ai/DistillKit."""
+
+    config: str | None = Field(
+        default=None, description="Its compression settings, if compression_config.yaml is not in the folder."
+    )
+    pad_id: int | None = Field(default=None, description="Padding token; one at the end of a document is removed.")
+
+
+class AxolotlSettings(ImportSettings):
+    """How to import log-probs in the layout of axolotl's KD trainer."""
+
+    predicts: Literal["next", "same"] | None = Field(
+        default=None, description="Token that the log-probs at a position predict; default: as the layout defines it."
+    )
+    logprobs_field: str = Field(default="logprobs", description="Column with the log-probs.")
+    temperature: float = Field(default=1.0, description="Softmax temperature of the log-probs; only 1 can be imported.")
+    top_k: int | None = Field(
+        default=None, description="Entries per position; default: the number at the first position."
+    )
