@@ -4,7 +4,7 @@
 
 A file is on a path where one of its functions runs: class bodies and module bodies do not count. The first path is a
 capture of one unit of chats by the transformers engine in this process, so Ray's dispatch is not on it; files of
-`storage_schema` are left out, because the format is a room of its own. The second path is one micro-batch through
+`storage_schema` are left out, because the format is a separate room. The second path is one micro-batch through
 `DistillTrainer.compute_loss` and its backward pass: TAID on draws, fused head. Also counted: the files that the package
 installs, and the lines of the longest.
 
@@ -37,7 +37,7 @@ def product_files() -> list[Path]:
 
 @contextmanager
 def files_that_run() -> Iterator[list[str]]:
-    """Files of the package, relative to it, in the order in which a function of theirs first ran."""
+    """Files of the package, relative to it, in the order in which one of their functions first ran."""
     names = {str(file.resolve()): str(file.relative_to(PACKAGE)) for file in product_files()}
     names |= {str(file): str(file.relative_to(PACKAGE)) for file in product_files()}
     found: dict[str, None] = {}

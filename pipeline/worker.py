@@ -71,8 +71,8 @@ class UnitReport(NamedTuple):
 
 
 class SpeedReport(NamedTuple):
-    """One slice: `sequences` sent to the teacher, `tokens` and `targets` that it returned, the `seconds` that it took,
-    and the `bytes` of a shard of the result."""
+    """The figures of one slice: `sequences` sent to the teacher, `tokens` and `targets` that it returned, the `seconds`
+    that it took, and the `bytes` of a shard of the result."""
 
     sequences: int
     tokens: int

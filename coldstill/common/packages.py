@@ -1,4 +1,4 @@
-"""Installed packages: their versions, and the check that those of an extra are there."""
+"""Installed packages: their versions, and the check that those of an extra are installed."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from .summary import show, write_summary
 from .text import write_text
 
 LAST_LINES = 20
-"""Lines of a failed command's output that its error quotes."""
+"""Number of lines of a failed command's output that its error quotes."""
 
 
 class OutputOfAnotherSize(ColdstillError):

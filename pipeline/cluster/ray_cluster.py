@@ -88,7 +88,7 @@ class WorkerMetrics:
         self._last = time.monotonic()
 
     def count(self, report: UnitReport) -> None:
-        """Add a committed unit. Its speed is over the time since the unit before, because units overlap."""
+        """Add a committed unit. Its speed is measured since the previous unit, because units overlap."""
         with self._lock:
             now = time.monotonic()
             seconds, self._last = now - self._last, now

@@ -1,4 +1,4 @@
-"""The status of a capture, read from its dataset directory alone, and the files of `progress/`.
+"""Reads the status of a capture from its dataset directory alone, and the files of `progress/`.
 
 Committed units are counted by the names of their commit records, without opening any. The lease shows whether a driver
 is alive, and the progress record shows the rest. For a sealed dataset the manifest is enough.
@@ -27,7 +27,7 @@ from .lease import LeaseRecord, read_lease
 
 PROGRESS_FOLDER = "progress"
 MAX_LISTED = 1000
-"""Failed and running units that a record lists, so that it stays small; their counts are complete."""
+"""Maximum number of failed, and of running, units in a record. Their counts are complete."""
 
 RecordState = Literal["running", "sealed", "incomplete", "interrupted", "stopped"]
 State = Literal["starting", "running", "dead", "interrupted", "stopped", "incomplete", "idle", "sealed"]
@@ -51,10 +51,10 @@ class Totals(FrozenModel):
     rows: int = Field(default=0, description="Source rows, rejected ones included.")
     tokens: int = 0
     targets: int = 0
-    bytes: int = Field(default=0, description="Of the shards.")
-    worker_seconds: float = Field(default=0, description="Of all workers that were ready, busy or idle.")
-    gpu_seconds: float = Field(default=0, description="`worker_seconds` times the GPUs of a worker.")
-    cost: float | None = Field(default=None, description="Of the starts that had `price_per_gpu_hour` set.")
+    bytes: int = Field(default=0, description="Bytes of the shards.")
+    worker_seconds: float = Field(default=0, description="Time of all workers that were ready, busy or idle.")
+    gpu_seconds: float = Field(default=0, description="`worker_seconds` times the number of GPUs per worker.")
+    cost: float | None = Field(default=None, description="Cost of the starts that had `price_per_gpu_hour` set.")
 
     def __add__(self, other: Totals) -> Totals:
         costs = [cost for cost in (self.cost, other.cost) if cost is not None]
@@ -74,23 +74,25 @@ class ProgressRecord(FrozenModel):
 
     token: str
     state: RecordState
-    error: str | None = Field(default=None, description="The error that stopped it.")
+    error: str | None = Field(default=None, description="The error that stopped this start.")
     started: float
     written: float
     own: Totals
     earlier: Totals
     folded: tuple[str, ...] = Field(description="Tokens of the starts that `earlier` includes.")
-    workers: int = Field(description="Ready when this was written.")
+    workers: int = Field(description="Number of workers that were ready at the time of writing.")
     running: dict[int, str] = Field(description="Units in progress, and their workers.")
     failed: tuple[Failure, ...]
     failed_units: int
-    tokens_per_s: float | None = Field(description="Of all workers, in the last ten minutes; null until a unit ended.")
+    tokens_per_s: float | None = Field(
+        description="Tokens per second of all workers, in the last ten minutes; null until a unit ended."
+    )
     rows_per_s: float | None
     score_seconds: float | None = Field(description="Scoring time of all units; known once sealed.")
 
     @property
     def totals(self) -> Totals:
-        """Of all starts."""
+        """Totals of all starts."""
         return self.own + self.earlier
 
 
@@ -153,7 +155,7 @@ def read_progress(store: Store) -> ProgressRecord | None:
 
 
 def read_records(store: Store) -> list[ProgressRecord]:
-    """All records in `progress/`. Raises as `read_progress`."""
+    """All records in `progress/`. Raises what `read_progress` raises."""
     records = []
     for name in store.names(PROGRESS_FOLDER):
         path = f"{PROGRESS_FOLDER}/{name}"

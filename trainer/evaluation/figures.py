@@ -121,7 +121,7 @@ def _divergences(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -
 
 
 def _tail_estimates(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -> dict[str, torch.Tensor]:
-    """The second terms of the sums at the head of this file, float64 `[M]`.
+    """The second terms of the sums at the head of this file, `float64 [M]`.
 
     `tail_cross_entropy`: of the student within the tail, weighted with the teacher's mass. `tail_kl`: only if the
     log-probs of the draws are stored. `draws` is D: draws per position at capture, those inside S included.

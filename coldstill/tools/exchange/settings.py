@@ -1,4 +1,4 @@
-"""Settings of the imports. `coldstill import ... --help` lists them, and each stands here once."""
+"""Settings of the imports, from which `coldstill import ... --help` is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from coldstill.common.models import FrozenModel
 
 
 class ImportSettings(FrozenModel):
-    """What every import needs to know beside the files."""
+    """Settings of every import."""
 
     tokenizer: Path = Field(description="Local folder with the teacher's tokenizer.json.")
     teacher: str = Field(description="The teacher's name, for the header.")
@@ -23,7 +23,7 @@ class ImportSettings(FrozenModel):
         default="fine", description="Precision of the stored log-probs; see FORMAT.md."
     )
     max_length: int = Field(default=131_072, description="Longest row in tokens; a longer one is unusable.")
-    rows_per_unit: int = Field(default=64, description="Rows per shard, the most that an interruption can lose.")
+    rows_per_unit: int = Field(default=64, description="Rows per shard; an interruption loses at most one shard.")
     license: str | None = Field(
         default=None, description="License of the dataset, as the Hub spells it, such as apache-2.0."
     )
@@ -33,7 +33,7 @@ class ImportSettings(FrozenModel):
 
 
 class DistillKitSettings(ImportSettings):
-    """How to import a capture of arcee-ai/DistillKit."""
+    """Settings of an import of a capture by arcee-ai/DistillKit."""
 
     config: str | None = Field(
         default=None, description="Its compression settings, if compression_config.yaml is not in the folder."
@@ -42,7 +42,7 @@ class DistillKitSettings(ImportSettings):
 
 
 class AxolotlSettings(ImportSettings):
-    """How to import log-probs in the layout of axolotl's KD trainer."""
+    """Settings of an import of log-probs in the layout of axolotl's KD trainer."""
 
     predicts: Literal["next", "same"] | None = Field(
         default=None, description="Token that the log-probs at a position predict; default: as the layout defines it."
