@@ -148,5 +148,5 @@ def _damaged(store: Store, file: FileRecord, *, found: str, wanted: str) -> File
         f"{store.url}/{file.name}",
         found=found,
         wanted=wanted,
-        fix="run the command again; if the error stays, copy this file again from where the dataset came from",
+        fix="re-run the command; if the error stays, copy this file again from where the dataset came from",
     )

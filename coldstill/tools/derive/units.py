@@ -282,5 +282,5 @@ def _wrong_plan(unit: Unit) -> CommitDamaged:
         f"{PLAN_NAME}: unit {unit.index}",
         found=f"{unit.rows} rows from source row {unit.first_row} on",
         wanted="rows of the sources",
-        fix="remove the output and run the command again",
+        fix="remove the output and re-run the command",
     )
