@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .trainer.data.logit_dataset import load_logit_dataset as load_logit_dataset
     from .trainer.distill_trainer import DistillTrainer as DistillTrainer
 
-_HOMES = {
+_MODULES = {
     "CaptureConfig": "pipeline.config",
     "ColdstillError": "common.errors",
     "DistillTrainer": "trainer.distill_trainer",
@@ -49,9 +49,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -28,7 +28,7 @@ from .finished_student import model_card
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
-from .student.forward import distil_in_forward, innermost, model_inputs
+from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.load import check_head, load_student
 from .student.packing_check import check_packing
 from .student.tokenizer import check_tokenizer
@@ -147,7 +147,7 @@ class DistillTrainer(Trainer):
             optimizers=optimizers,
         )
         with self.accelerator.autocast():
-            self.head = distil_in_forward(self.model, token_count=header.token_count, fused=fused_head)
+            self.head = distill_in_forward(self.model, token_count=header.token_count, fused=fused_head)
             if pack_length is not None:
                 check_packing(innermost(self.model), batch_size=args.per_device_train_batch_size)
         if self.head.formula is None and fused_head:

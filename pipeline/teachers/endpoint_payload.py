@@ -26,7 +26,7 @@ _ID = re.compile("(?:0|[1-9][0-9]{0,6})")
 _ANSWER_KEY = "token_id:"
 _MINUS_INFINITY = -9999.0
 """JSON has no -inf: vLLM writes this."""
-_ABSURD = 1e9
+_MAX_NUMBER = 1e9
 
 
 def serve_command(config: TeacherConfig) -> str:
@@ -183,7 +183,7 @@ def _answer_entries(value: object) -> dict[int, float] | None:
 
 def _logprob(value: object) -> float:
     """A float; NaN for what is not a number, which `targets_of_entries` reports."""
-    if type(value) not in (int, float) or not abs(value) <= _ABSURD:  # type: ignore[arg-type]
+    if type(value) not in (int, float) or not abs(value) <= _MAX_NUMBER:  # type: ignore[arg-type]
         return float("-inf") if value == float("-inf") else float("nan")
     return float("-inf") if value <= _MINUS_INFINITY else float(value)  # type: ignore[operator, arg-type]
 

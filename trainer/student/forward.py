@@ -46,7 +46,7 @@ class Distilling:
     reason: str
 
 
-def distil_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool = True) -> Distilling:
+def distill_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool = True) -> Distilling:
     """Set the distilling forward on `model`, or on the model inside it; a second call changes the settings.
 
     `token_count`: ids of the tokenizer; further rows of the head are ignored. With `fused` False the loss is computed

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from coldstill import load_logit_dataset
 from coldstill.trainer.loss_kernels.fused_head import Objective
 from coldstill.trainer.losses.taid import Taid
-from coldstill.trainer.student.forward import distil_in_forward, model_inputs
+from coldstill.trainer.student.forward import distill_in_forward, model_inputs
 from tests import making
 from tests.trainer.student.families import FAMILIES, PADDED, tiny
 
@@ -24,7 +24,7 @@ T = 0.7
 def steps(model: PreTrainedModel, batches: Iterable[dict[str, Any]], *, fused: bool) -> list[float]:
     """Plain gradient descent on `batches`, and the loss of each. AdamW would turn rounding of gradients near zero into
     steps of full size."""
-    state = distil_in_forward(model, token_count=making.VOCABULARY, fused=fused)
+    state = distill_in_forward(model, token_count=making.VOCABULARY, fused=fused)
     assert (state.formula is not None) == fused, state.reason
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     losses = []
@@ -83,5 +83,5 @@ def test_generation_does_not_notice_the_distilling_forward(family):
     model = tiny(family)
     prompt = {"input_ids": torch.tensor([[3, 5, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     wanted = model.generate(**prompt, max_new_tokens=5, do_sample=False)
-    distil_in_forward(model, token_count=making.VOCABULARY)
+    distill_in_forward(model, token_count=making.VOCABULARY)
     assert torch.equal(model.generate(**prompt, max_new_tokens=5, do_sample=False), wanted)
