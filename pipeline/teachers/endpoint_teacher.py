@@ -21,9 +21,9 @@ from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
 
+from .answer_sampling import answer_room, answer_seed
 from .endpoint_client import EndpointClient
 from .endpoint_payload import PayloadReader, answer_fields, score_fields, serve_command
-from .sampling import answer_room, answer_seed
 
 _ENTRY_BYTES = 512
 """Of one entry of an answer, with its text; vLLM's take about 80."""
