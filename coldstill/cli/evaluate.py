@@ -24,8 +24,8 @@ from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
 from coldstill.trainer.evaluation.lm_eval_tasks import evaluate_tasks, require_tasks
 from coldstill.trainer.evaluation.measured_model import Weights, load_measured
-from coldstill.trainer.evaluation.per_token import TOP, Choice, TokenRecord, token_records, write_records
 from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
+from coldstill.trainer.evaluation.token_records import TOP, Choice, TokenRecord, token_records, write_records
 
 from .output import show_result, show_warning
 

@@ -19,7 +19,7 @@ from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets, span_positions
 
-from .sampling import answer_sequence
+from .answer_sampling import answer_sequence
 from .topk_entries import targets_of_entries
 
 _ID = re.compile("(?:0|[1-9][0-9]{0,6})")

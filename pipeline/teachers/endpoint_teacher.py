@@ -21,9 +21,9 @@ from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
 
+from .answer_sampling import answer_room, answer_seed
 from .endpoint_client import EndpointClient
 from .endpoint_payload import PayloadReader, answer_fields, score_fields, serve_command
-from .sampling import answer_room, answer_seed
 
 _ENTRY_BYTES = 512
 """Maximum bytes of one entry of a response, with its text; vLLM's entries take about 80."""

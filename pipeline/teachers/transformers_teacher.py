@@ -24,7 +24,7 @@ from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, 
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
-from .sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
+from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
 from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
 
 

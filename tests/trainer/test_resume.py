@@ -144,3 +144,15 @@ def cursor_after(dataset: Path, *, batches: int) -> dict:
     """The cursor of batch number `batches`, as the first epochs of `SHAPE` have it."""
     stream = load_logit_dataset(dataset).stream(batch_size=5, seed=0)
     return list(islice(stream, batches))[-1]["cursor"]
+
+
+def test_a_checkpoint_names_no_module_of_this_package(tiny_dataset, tiny_student, tmp_path):
+    """Modules move between releases: a checkpoint that named one could not be loaded after a move."""
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.train()
+    files = [file for file in (tmp_path / "checkpoint-1").rglob("*") if file.is_file()]
+    assert {"training_args.bin", "optimizer.pt", "trainer_state.json"} <= {file.name for file in files}
+    for file in files:
+        data = file.read_bytes()
+        for module in (b"coldstill.", b"storage_schema", b"trainer.distill", b"ctrainer\n"):
+            assert module not in data, f"{file.name} holds {module!r}"

@@ -11,8 +11,8 @@ import numpy as np
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
 from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, answer_name
-from coldstill.pipeline.teachers.sampling import answer_room, answer_seed, answer_sequence
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 

@@ -19,9 +19,9 @@ from coldstill.pipeline.capture import capture
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.teachers.answer_sampling import answer_sequence
 from coldstill.pipeline.teachers.checkpoint import head_dtype_of
 from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
-from coldstill.pipeline.teachers.sampling import answer_sequence
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import read_commit
 from coldstill.storage_schema.dataset import open_dataset

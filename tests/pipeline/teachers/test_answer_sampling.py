@@ -9,8 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coldstill.pipeline.config import SamplingConfig
-from coldstill.pipeline.teachers.protocol import TokenSequence
-from coldstill.pipeline.teachers.sampling import (
+from coldstill.pipeline.teachers.answer_sampling import (
     StopTexts,
     answer_room,
     answer_seed,
@@ -19,6 +18,7 @@ from coldstill.pipeline.teachers.sampling import (
     next_token,
     top_p_set,
 )
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.teachers.target_extractor import draw_uniforms
 from coldstill.storage_schema.errors import InvalidRow
 from tests import making

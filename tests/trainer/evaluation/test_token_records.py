@@ -15,7 +15,7 @@ from coldstill.cli.evaluate import show_records
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.tools.inspect.token_text import TokenText
 from coldstill.trainer.evaluation.evaluate import evaluate_student
-from coldstill.trainer.evaluation.per_token import TokenRecord, token_records, write_records
+from coldstill.trainer.evaluation.token_records import TokenRecord, token_records, write_records
 from tests import making
 from tests.trainer.evaluation import reference
 from tests.trainer.evaluation.batches import batches_of, load, packed, random_rows, student_probs
