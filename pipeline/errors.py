@@ -1,5 +1,4 @@
-"""The named errors of a capture: every class that `coldstill capture` can raise, in addition to those of stores and
-files."""
+"""All error classes of a capture, except those of stores and files."""
 
 from __future__ import annotations
 

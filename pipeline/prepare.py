@@ -1,4 +1,4 @@
-"""Prepare a dataset directory: header, tokenizer files and plan, made once and checked at every later start.
+"""Prepares a dataset directory: header, tokenizer files and plan, checked at every later start.
 
 Runs on the driver and loads no weights. The header holds no time, host or path: equal captures have equal headers on
 every machine.

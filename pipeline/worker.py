@@ -1,4 +1,4 @@
-"""One worker: reads the rows of a work unit, scores them, encodes them and commits a shard.
+"""One worker: reads the rows of a work unit, scores, encodes and commits them.
 
 Uses the source, the teacher and the store, and does not import Ray. Two units may be in progress at once, in two
 threads: while one is encoded and committed, the teacher scores the next. With `order: exact` the teacher gets one call

@@ -1,4 +1,4 @@
-"""The output folder of a run: its identity, its checkpoints, where a run resumes, and early stopping.
+"""The output folder of a run: identity, checkpoints, resuming and early stopping.
 
 run.json               the identity of the run; a run with another identity raises `CheckpointMismatch`
 checkpoint-<step>/     written by transformers

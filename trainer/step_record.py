@@ -1,4 +1,4 @@
-"""What happens between optimizer steps: sums of the micro-batches, the move of t, the state of the checkpoint.
+"""The state between optimizer steps: sums of micro-batches, t, and the data's cursor.
 
 The state is part of `trainer_state.json` in every checkpoint, the last file that transformers writes there.
 """

@@ -1,4 +1,4 @@
-"""`SparseTargets`: what the cache holds of the teacher at the target positions of a batch, as torch tensors.
+"""`SparseTargets`: the teacher's cached values at a batch's target positions, as torch tensors.
 
 Shape letters: `B` rows of a batch (packs, where rows are packed), `T` tokens of each, `M` target positions of all rows,
 `K` teacher top-k, `N` most draws of one position in this batch, `R` draws of all positions together.

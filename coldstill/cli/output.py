@@ -1,4 +1,4 @@
-"""What every command prints: a result as a table, or as JSON in a file, and errors in red on standard error."""
+"""Prints results as tables or JSON files, and errors in red on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ColdstillError`, the base class of all errors that a user can fix, and `first_line` of any error.
+"""`ColdstillError`, the base class of errors that a user can fix, and `first_line`.
 
 The command line prints a `ColdstillError` and exits with code 1. Any other exception is a bug in Coldstill and keeps
 its traceback.

@@ -1,4 +1,4 @@
-"""The demo's sizes, the names of its files, and its settings for `coldstill capture` and `coldstill train`.
+"""The demo's sizes, file names, and settings for `coldstill capture` and `coldstill train`.
 
 Imports no heavy library, because the driver, every stage and the tests import it.
 """

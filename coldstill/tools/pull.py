@@ -1,4 +1,4 @@
-"""`coldstill pull`, and the copy of a sealed dataset from one store to another under the same id.
+"""`coldstill pull`, and the verified copy of a sealed dataset between stores.
 
 Each file is verified block by block while it is copied, and gets its final name only when its digest is right.
 `manifest.json` is written last, so an unfinished copy is never a sealed dataset. Files that the destination already

@@ -1,4 +1,4 @@
-"""`coldstill push`: publish a sealed dataset on the Hugging Face Hub, or copy it to another store.
+"""`coldstill push`: publishes a sealed dataset on the Hub, or copies it to another store.
 
 On the Hub, files are uploaded in several commits by the Hub's own client, and the manifest in the last one. Re-run an
 interrupted push to resume: only files that the repository lacks are uploaded. Until its last commit, the repository is

@@ -1,4 +1,4 @@
-"""Why source rows were rejected: the reasons that imports write, and the count of all reasons of a dataset.
+"""Reasons why imports reject rows, and the count of all reasons of a dataset.
 
 A reject is a line of `rejects/*.jsonl`. A capture writes its own reasons, which `pipeline` lists; merge copies those of
 its sources, and split and subset carry none.

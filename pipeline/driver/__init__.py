@@ -1,1 +1,1 @@
-"""The driver of a capture: its lease, its progress, and the status, which any machine can read from the directory."""
+"""The driver of a capture: its lease, its progress and its status."""

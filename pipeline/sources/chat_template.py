@@ -1,4 +1,4 @@
-"""Turns the chat of a row into token ids and a loss mask with the chat template.
+"""Turns a chat into token ids and a loss mask with the chat template.
 
 The chat is in a column of messages, or in a prompt and its response. If the template marks the assistant's tokens
 ({% generation %}), one call gives ids and mask. Otherwise the mask is derived and verified token by token: the ids that

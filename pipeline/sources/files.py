@@ -1,4 +1,4 @@
-"""Rows and files of a source: the classes that all formats share, and access to files through fsspec."""
+"""Classes that all source formats share, and access to files through fsspec."""
 
 from __future__ import annotations
 

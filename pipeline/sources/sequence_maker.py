@@ -1,4 +1,4 @@
-"""Token sequences from source rows: tokenize, split what is too long, join documents, reject what is unusable.
+"""Makes token sequences from source rows: tokenizes, splits, joins documents, rejects unusable rows.
 
 For each row: a `TokenSequence`, several if the row is split, a prompt without targets in mode generate, or a `Reject`
 with a reason. The loss mask over tokens becomes target spans in `storage_schema.rows.spans_from_mask`, the only place

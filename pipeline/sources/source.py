@@ -1,4 +1,4 @@
-"""A source as the settings describe it: its format, its plan of work units, and the rows of any unit.
+"""A source: its format, its plan of work units, and the rows of any unit.
 
 Row order and unit borders depend on the source and on `rows_per_unit` only. Each worker reads the rows of its unit from
 where they are, so that no row passes through the driver.

@@ -1,4 +1,4 @@
-"""`staging/` in the dataset directory: a seekable copy of a source that can only be read from its start.
+"""`staging/` in the dataset directory: a seekable copy of a source without random access.
 
 The copy is Parquet with the JSON text of each row. Each part appears whole. The index (`SourceIndex` in `source.py`)
 makes the parts visible and is written last, so that a staging that was killed starts from the beginning. Sealing the

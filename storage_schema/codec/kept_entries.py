@@ -1,4 +1,4 @@
-"""The kept entries of a row (ids, log-probs, tails) as byte streams, and back, for both codecs.
+"""Encodes the kept entries of a row as byte streams, and decodes them.
 
 Shape letters: `N` target positions of the row, `K` teacher top-k, `S` kept entries of all positions.
 

@@ -1,6 +1,7 @@
-"""Encodes the targets of a row as named streams, one zstd frame each, and decodes them (FORMAT.md, "Streams").
+"""Encodes the targets of a row as named zstd streams, and decodes them.
 
-`TeacherTargets` and labels of a row become `{stream name: frame}`; an empty stream is an empty value.
+`TeacherTargets` and labels of a row become `{stream name: frame}` (FORMAT.md, "Streams"); an empty stream is an
+empty value.
 Shape letters: `N` target positions of the row, `K` teacher top-k, `R` kept draws of all positions.
 
 Decoding subtracts the log of a position's total mass from its values: a decoded position sums to 1, tail included.

@@ -1,4 +1,4 @@
-"""Reads the rows of a shard: all of them from its bytes, or one by number from a seekable file.
+"""Reads all rows of a shard from bytes, or one row from a seekable file.
 
 `ShardFile` reads row groups, `BatchRows` decodes the rows of a group. `BatchRows` slices the memory of Arrow columns:
 Arrow's scalars and its conversion to numpy cost as much as the decoding, and the conversion imports pandas first.

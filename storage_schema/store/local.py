@@ -1,4 +1,4 @@
-"""Files of a dataset on a local disk: links that leave the dataset are rejected, writes are atomic and synced.
+"""Local files of a dataset: no links out of it, and atomic, synced writes.
 
 A dataset from a stranger may contain links, which archives preserve. A link that leads out of the dataset would put any
 file of the reader's machine into what is read, copied and pushed, so it is rejected; so are pipes and devices, which

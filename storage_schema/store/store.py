@@ -1,4 +1,4 @@
-"""`Store`: a dataset's directory on any store that fsspec supports, with the two writes of the commit protocol.
+"""`Store`: a dataset's directory on any store, with the two writes of the commit protocol.
 
 `put` writes a file whole or not at all. `create` does the same, and of several writers only the first succeeds.
 A local file is written under a temporary name, synced, and linked to its final name (a rename would overwrite). Object

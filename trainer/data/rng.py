@@ -1,4 +1,4 @@
-"""Random numbers of data loading, each a function of the seed and a place in the data.
+"""Random numbers of data loading, functions of the seed and a place in the data.
 
 The numbers decide the order of shards, row groups and rows, the dataset of each row of a mixture, and which draws stay.
 Each is a word of Philox4x64-10 (see `common.rng`) with the seed in the key and the place in the counter. No number

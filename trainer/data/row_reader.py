@@ -1,4 +1,4 @@
-"""Rows of sealed datasets by reference: lengths without decoding, rows decoded for the batch that needs them."""
+"""Reads rows of sealed datasets by reference; lengths need no decoding."""
 
 from __future__ import annotations
 

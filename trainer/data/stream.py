@@ -1,4 +1,4 @@
-"""`LogitStream`: batches of a logit dataset in an order independent of workers and ranks, each with a resume cursor.
+"""`LogitStream`: batches in an order independent of workers and ranks, each with a resume cursor.
 
 A DataLoader takes it with `batch_size=None`; each batch is a dict of `collate.py` and a `cursor`.
 

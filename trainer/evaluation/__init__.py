@@ -1,1 +1,1 @@
-"""Measures a student on a logit dataset, against the cached teacher and optionally against a loaded one."""
+"""Measures a student on a logit dataset, against the cached or a loaded teacher."""

@@ -1,4 +1,4 @@
-"""The loss and its gradient: chunk by chunk behind the head, or from logits that exist already.
+"""The loss and its gradient, computed in chunks behind the head or from existing logits.
 
 Shape letters: `M` target positions, `D` width, `V` rows of the head, `C` target positions of a chunk.
 

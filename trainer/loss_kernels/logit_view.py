@@ -1,4 +1,4 @@
-"""The log-probs that a loss reads from the student's logits, and the logits' gradient in closed form.
+"""The log-probs that a loss reads from the logits, and the logits' gradient.
 
 Shape letters: `M` target positions, `V` vocabulary, `K` teacher top-k, `N` padded draws. All logs are natural.
 

@@ -1,4 +1,4 @@
-"""The contract of the two passes over `[M, V]` logits, and the check that an implementation meets it.
+"""The contract of the two passes over `[M, V]` logits, and its check.
 
 Shape letters: `M` target positions, `V` vocabulary, `K` teacher top-k, `N` padded draws.
 

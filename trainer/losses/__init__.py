@@ -1,4 +1,4 @@
-"""The losses: one class derived from `Loss` in a file of this folder is a loss that configurations can name."""
+"""The losses that configurations can name: every class derived from `Loss` in this folder."""
 
 from __future__ import annotations
 

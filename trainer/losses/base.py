@@ -1,4 +1,4 @@
-"""What a loss is: its options, its paper, what it needs of a dataset, and its value per target position.
+"""What a loss is: options, paper, needs, and its value per target position.
 
 Shape letters: `M` target positions.
 

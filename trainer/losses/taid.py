@@ -1,4 +1,4 @@
-"""TAID from a cache, with its tails `mixture`, `bucket` and `mass_corrected`, and forward KL: TAID held at t = 1.
+"""TAID from a cache, with three treatments of the tail, and forward KL.
 
 Shape letters: `M` target positions, `K` teacher top-k, `N` padded draws.
 

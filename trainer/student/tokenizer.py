@@ -1,4 +1,4 @@
-"""The student's tokenizer: its files, and the check that its ids mean what the dataset's ids mean."""
+"""The student's tokenizer: its files, and the check against the dataset's ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`coldstill card`: write README.md with the Hub's metadata, and the plot of the stats, into a sealed dataset.
+"""`coldstill card`: writes README.md and a plot of the stats into a sealed dataset.
 
 The manifest does not list them: someone may edit the card, and the dataset's id stays the same. The metadata follows
 the Hub's documentation, "Dataset Cards" and "Repository licenses".

@@ -1,4 +1,4 @@
-"""The sections of a dataset card as Markdown, and the escaping of text that comes from the dataset.
+"""Sections of a dataset card as Markdown, with text from the dataset escaped.
 
 All text of the dataset passes `plain`: each character that Markdown, HTML or a link finder could act on becomes a
 numeric entity. Unlike a backslash, an entity also works in table cells, headings and raw HTML.

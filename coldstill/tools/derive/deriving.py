@@ -1,4 +1,4 @@
-"""What merge, split and subset share: check the output, plan units, and commit them as a new sealed dataset.
+"""Shared by merge, split and subset: plans and commits a new sealed dataset.
 
 The request (command, sources, options) is written before the first unit and into each commit record. Re-run the same
 command to resume: units with a commit record are not made again. A different request is rejected.

@@ -1,4 +1,4 @@
-"""The source datasets of a merge, split or subset as one sequence of shards, with all their other files."""
+"""The source datasets of a merge, split or subset as one sequence of shards."""
 
 from __future__ import annotations
 

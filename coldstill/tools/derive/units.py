@@ -1,4 +1,4 @@
-"""Plan and make the units of a new dataset: which source rows each takes, and the bytes of its files.
+"""Plans and makes the units of a new dataset from rows of its sources.
 
 A unit takes consecutive selected rows of the sources. In the plan, `start` is the number of its first source shard,
 `first_row` the number of its first row among all source rows, and `rows` how many rows it takes.

@@ -1,4 +1,4 @@
-"""Derive what other tools do not store: the tail mass, and the label's log-prob outside the kept ids.
+"""Derives what other tools do not store: tail mass and label log-prob.
 
 Shape letters: `N` target positions, `W` entries of the other layout at a position, `K` teacher top-k.
 

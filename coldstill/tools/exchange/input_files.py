@@ -1,4 +1,4 @@
-"""Read other tools' Parquet and JSON lines as one long table: files, record batches, cells as numpy arrays.
+"""Reads other tools' Parquet and JSON lines as one long table.
 
 Parquet is read a few rows at a time, JSON lines one line at a time, and a file is opened only when its rows are needed:
 a source may be far larger than memory. No number becomes a Python object.

@@ -1,1 +1,1 @@
-"""vLLM as a teacher: its engine, the tap inside its workers, the self-check, and the public path."""
+"""vLLM as a teacher: engine, tap, self-check and public path."""

@@ -1,4 +1,4 @@
-"""The vLLM engine as a teacher: by the tap in its workers, or by vLLM's public path."""
+"""The vLLM engine as a teacher, through the tap or vLLM's public path."""
 
 from __future__ import annotations
 
