@@ -19,6 +19,7 @@ from coldstill.common.models import FrozenModel
 from coldstill.pipeline.errors import SourceChanged, SourceNotFound, SourceUnreadable
 from coldstill.storage_schema.errors import named_errors
 from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.shard.layout import MAX_METADATA_DEPTH, is_too_deep
 
 _READ_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -105,6 +106,8 @@ class Stream(ABC):
 
 def parse_row(number: int, text: bytes) -> SourceRow:
     """The row of a JSON text, or a row with a problem."""
+    if is_too_deep(text):
+        return SourceRow(number, None, f"not JSON: nested deeper than {MAX_METADATA_DEPTH:,} levels")
     try:
         columns = json.loads(text)
         if b"\\u" in text:

@@ -10,8 +10,10 @@ of the Parquet reader than our own files do.
 
 from __future__ import annotations
 
+import re
 from itertools import zip_longest
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -69,6 +71,9 @@ LEAF_PATHS = tuple(leaf for field in SCHEMA for leaf in _leaves(field, field.nam
 FOOTER_KEY = b"coldstill"
 MAX_METADATA_BYTES = 1 << 20
 """Maximum bytes of a row's sample id and metadata together."""
+MAX_METADATA_DEPTH = 1000
+"""Maximum nesting of a row's metadata. Python up to 3.12 cannot parse deeper JSON, and later ones can: without a bound,
+a dataset could be read on some machines only."""
 MAX_SHARD_BYTES = 500_000_000
 MAX_GROUP_ROWS = 1024
 MAX_GROUP_BYTES = 8 << 20
@@ -90,6 +95,17 @@ _MOST_BYTES_OF_A_ROW = {
     "target_spans.list.element": 2 * _NUMBER_BYTES * MAX_TOKENS,
 }
 """Other columns are bounded by the size of a row group only."""
+_NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
+"""Strings of JSON, and everything else that is not a bracket."""
+
+
+def is_too_deep(json_text: bytes) -> bool:
+    """Whether JSON is nested deeper than `MAX_METADATA_DEPTH`."""
+    if json_text.count(b"[") + json_text.count(b"{") <= MAX_METADATA_DEPTH:
+        return False  # nearly every row
+    brackets = np.frombuffer(_NO_BRACKETS.sub(b"", json_text), np.uint8)
+    opening = np.isin(brackets, np.frombuffer(b"[{", np.uint8))
+    return bool(np.cumsum(np.where(opening, 1, -1)).max(initial=0) > MAX_METADATA_DEPTH)
 
 
 def open_parquet(source: pa.NativeFile, *, size: int, where: str) -> tuple[pq.ParquetFile, FooterFacts]:

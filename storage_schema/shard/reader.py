@@ -29,7 +29,7 @@ from coldstill.storage_schema.rows import (
     span_positions,
 )
 
-from .layout import MAX_METADATA_BYTES, footer_header, open_parquet
+from .layout import MAX_METADATA_BYTES, MAX_METADATA_DEPTH, footer_header, is_too_deep, open_parquet
 
 _CACHED_GROUPS = 2
 _ENTRIES_TOGETHER = 1 << 15
@@ -200,9 +200,12 @@ class BatchRows:
         raw_id, raw_metadata = self._sample_ids.at(index), self._metadata.at(index)
         if (size := len(raw_id) + len(raw_metadata)) > MAX_METADATA_BYTES:
             raise InvalidRow("metadata", found=f"{size} bytes", wanted=f"at most {MAX_METADATA_BYTES}")
+        text = bytes(raw_metadata)
+        if is_too_deep(text):
+            raise ShardDamaged("metadata", found="deeper JSON", wanted=f"at most {MAX_METADATA_DEPTH} levels")
         try:
             sample_id = str(raw_id, "utf-8")
-            metadata = json.loads(bytes(raw_metadata).decode("utf-8"))
+            metadata = json.loads(text.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
             raise ShardDamaged(
                 "plain columns", found=f"{type(error).__name__}: {error}"[:200], wanted="UTF-8 and JSON"

@@ -23,10 +23,12 @@ from .layout import (
     MAX_GROUP_BYTES,
     MAX_GROUP_ROWS,
     MAX_METADATA_BYTES,
+    MAX_METADATA_DEPTH,
     MAX_ROW_BYTES,
     MAX_SHARD_BYTES,
     PLAIN_COLUMNS,
     SCHEMA,
+    is_too_deep,
 )
 
 
@@ -112,6 +114,10 @@ def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
     if size > MAX_METADATA_BYTES:
         raise InvalidRow(
             f"row {row.sample_id!r}: metadata", found=f"{size} bytes", wanted=f"at most {MAX_METADATA_BYTES}"
+        )
+    if is_too_deep(metadata.encode()):
+        raise InvalidRow(
+            f"row {row.sample_id!r}: metadata", found="deeper JSON", wanted=f"at most {MAX_METADATA_DEPTH} levels"
         )
     return {
         "sample_id": row.sample_id,

@@ -17,7 +17,7 @@ from coldstill.storage_schema.errors import HeaderMismatch, InvalidRow, ShardDam
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, MediaReference
 from coldstill.storage_schema.shard import SCHEMA, ShardFile, copy_shard, read_shard, write_shard
-from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
+from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_METADATA_DEPTH, is_too_deep
 from tests import making
 
 
@@ -171,3 +171,29 @@ def test_metadata_that_are_too_long_are_not_written(header: DatasetHeader, rows:
 
 def _open(data: bytes) -> ShardFile:
     return ShardFile(pa.BufferReader(data), size=len(data), codec=None, where="x")
+
+
+@pytest.mark.parametrize(("depth", "is_allowed"), [(MAX_METADATA_DEPTH, True), (MAX_METADATA_DEPTH + 1, False)])
+@pytest.mark.parametrize("open_and_close", ["[]", "{}", '["[", ]'])
+def test_metadata_has_one_bound_of_depth_on_every_python(depth: int, is_allowed: bool, open_and_close: str) -> None:
+    """The parsers of Python 3.12 and 3.13 give up at different depths."""
+    opening, closing = open_and_close[:-1], open_and_close[-1]
+    assert is_too_deep((opening * depth + closing * depth).encode()) is not is_allowed
+
+
+def test_brackets_in_strings_and_beside_each_other_are_not_depth() -> None:
+    many = MAX_METADATA_DEPTH + 1
+    assert not is_too_deep(('{"a": "' + "[" * many + '\\"' + "{" * many + '"}').encode())
+    assert not is_too_deep(("[" + "[]," * many + "{}]").encode())
+
+
+def test_metadata_that_is_too_deep_is_not_written(header: DatasetHeader) -> None:
+    row = making.random_row(np.random.default_rng(0), "deep")
+    deep: list[object] = []
+    for _ in range(900):
+        deep = [deep]
+    assert write_shard([replace(row, metadata={"a": deep})], header=header)
+    for _ in range(200):
+        deep = [deep]
+    with pytest.raises(InvalidRow, match=r"1000 levels|recursion"):
+        write_shard([replace(row, metadata={"a": deep})], header=header)
