@@ -236,7 +236,7 @@ def test_a_remote_dataset_gets_its_card_in_place(tokenizer_folder: Path) -> None
 def test_without_matplotlib_nothing_is_written(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
-    with pytest.raises(PackagesMissing):
+    with pytest.raises(PackagesMissing, match="no matplotlib"):
         write_card(tiny_dataset, progress=False)
     assert not (tiny_dataset / CARD_NAME).exists()
 

@@ -34,7 +34,8 @@ def test_the_summary_describes_the_dataset(tiny_dataset: Path) -> None:
     wanted = ("tiny", "K = 8 of 64", "D = 4", "24 in 3 shards", f"{dataset.manifest.targets:,}", "CC0-1.0", "fine")
     for part in (*wanted, dataset.header.tokenizer_fingerprint[:16], dataset.dataset_id):
         assert part in text.replace("\n", "")
-    assert "per target" in text
+    size = sum(shard.file.bytes for shard in dataset.shards)
+    assert f"{size:,} bytes, {size / dataset.manifest.targets:.1f} per target" in text
 
 
 def test_a_row_is_its_text_and_each_target_with_its_top_five(tiny_dataset: Path) -> None:

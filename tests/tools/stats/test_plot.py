@@ -78,5 +78,5 @@ def test_without_matplotlib_the_error_names_what_to_install(
     stats = measure_stats(tiny_dataset, progress=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
-    with pytest.raises(PackagesMissing, match=r"coldstill\[share\]"):
+    with pytest.raises(PackagesMissing, match=r"no matplotlib(.|\n)*coldstill\[share\]"):
         plot_png(stats)
