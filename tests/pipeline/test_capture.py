@@ -95,7 +95,7 @@ def test_a_second_driver_is_refused_while_one_runs_and_ctrl_c_ends_that_one_clea
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "re-run the same command to resume" in err
+    assert "Interrupted. Committed units are kept; re-run the same command to resume." in err
     assert "Traceback" not in err
     status = read_status(config.output)
     assert (status.state, status.driver, status.workers) == ("interrupted", None, 0)
