@@ -17,7 +17,7 @@ def new_file(final: Path) -> Iterator[Path]:
     """A path beside `final` to write to. It is renamed to `final` when the block succeeds, and removed otherwise.
 
     The path is unique, so several processes may write the same `final`: the last rename wins. Nothing is synced to the
-    disk; `storage_schema.store.local` syncs where a commit depends on it.
+    disk; `storage_schema.store.local` syncs where a commit depends on it. A killed writer leaves its `.part` file.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     beside = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part")

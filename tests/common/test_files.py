@@ -66,6 +66,12 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert final.read_text() == "new"
 
 
+@pytest.mark.parametrize("function", ["new_file", "new_folder"])
+def test_a_killed_writer_gives_nothing_under_the_final_name(tmp_path: Path, function: str) -> None:
+    kill_writer(function, tmp_path / "final")
+    assert not (tmp_path / "final").exists()
+
+
 def test_of_concurrent_writers_one_wins_and_a_reader_sees_whole_files_only(tmp_path: Path) -> None:
     final = tmp_path / "file"
     contents = {letter * 200_000 for letter in "abcd"}
@@ -97,8 +103,13 @@ def test_a_folder_appears_when_its_block_succeeds(tmp_path: Path) -> None:
 
 
 def test_a_failed_block_gives_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "folder"):
-        raise RuntimeError("midway")
+    def write_half() -> None:
+        with new_folder(tmp_path / "folder") as beside:
+            (beside / "half").write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_half()
     assert not (tmp_path / "folder").exists()
 
 

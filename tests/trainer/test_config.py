@@ -6,9 +6,17 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from coldstill.trainer.config import DataConfig, LoraConfig, StudentConfig, TrainConfig, TrainingConfig
-from coldstill.trainer.losses import LOSSES
+from coldstill.trainer.losses import LOSSES, PluginLoss
 
-SECTIONS: list[type[BaseModel]] = [TrainConfig, StudentConfig, LoraConfig, DataConfig, TrainingConfig, *LOSSES.values()]
+SECTIONS: list[type[BaseModel]] = [
+    TrainConfig,
+    StudentConfig,
+    LoraConfig,
+    DataConfig,
+    TrainingConfig,
+    PluginLoss,
+    *LOSSES.values(),
+]
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -139,10 +139,25 @@ def test_the_mean_is_over_draws_and_a_step_without_any_changes_nothing():
 def test_evaluation_leaves_the_state_alone():
     student, teacher, draws = scene()
     objective = Objective(MassCorrectedTaid())
-    loss_on_logits(torch.tensor(student), cut(teacher, top_k=7, draws=draws), objective, t=0.4)
+    targets = cut(teacher, top_k=7, draws=draws)
+    loss_on_logits(torch.tensor(student), targets, objective, t=0.4)
+    with torch.no_grad():
+        loss_on_logits(torch.tensor(student, requires_grad=True), targets, objective, t=0.4)
     state = state_of(objective)
     assert state is not None
     assert state.take().tolist() == [0.0, 0.0]
+    state.update([0.0, 0.0], step=1, total_steps=1)
+    assert state.state_dict() == state.initial_state()
+
+
+def test_training_moves_the_state():
+    student, teacher, draws = scene()
+    objective = Objective(MassCorrectedTaid())
+    loss_on_logits(torch.tensor(student, requires_grad=True), cut(teacher, top_k=7, draws=draws), objective, t=0.4)
+    state = state_of(objective)
+    assert state is not None
+    state.update(state.take().tolist(), step=1, total_steps=1)
+    assert state.state_dict() != state.initial_state()
 
 
 def test_a_draw_that_the_teacher_finds_unlikely_does_not_rule_the_estimate():
@@ -159,3 +174,12 @@ def test_resumes_from_a_state_that_was_stored_as_json():
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.value == first.value == 0.75
     assert first.logs() == {"taid_tail_ratio": 0.75}
+
+
+def test_a_reset_state_is_a_new_one():
+    ratio = TailRatio()
+    ratio.update([3.0, 4.0], step=5, total_steps=10)
+    ratio.add(torch.tensor(3.0), torch.tensor(4.0))
+    ratio.reset()
+    assert ratio.value == TailRatio().value == 1.0
+    assert ratio.take().tolist() == [0.0, 0.0]
