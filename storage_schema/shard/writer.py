@@ -106,7 +106,8 @@ def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
     _check_bounds(row, codec)
     try:
         metadata = json.dumps(row.metadata, ensure_ascii=False, sort_keys=True)
-        size = len(f"{row.sample_id}{metadata}".encode())
+        encoded = metadata.encode()
+        size = len(row.sample_id.encode()) + len(encoded)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRow(
             f"row {row.sample_id!r}", found=str(error)[:200], wanted="sample id as UTF-8, metadata as JSON in UTF-8"
@@ -115,7 +116,7 @@ def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
         raise InvalidRow(
             f"row {row.sample_id!r}: metadata", found=f"{size} bytes", wanted=f"at most {MAX_METADATA_BYTES}"
         )
-    if is_too_deep(metadata.encode()):
+    if is_too_deep(encoded):
         raise InvalidRow(
             f"row {row.sample_id!r}: metadata", found="deeper JSON", wanted=f"at most {MAX_METADATA_DEPTH} levels"
         )

@@ -33,8 +33,7 @@ from .importing import (
     SAMPLE_ROWS,
     check_alignment,
     check_not_renormalized,
-    import_rows,
-    imported_header,
+    import_with,
 )
 from .input_files import JsonTables, ParquetTables, Tables, input_files, source_digest
 from .settings import AxolotlSettings
@@ -92,15 +91,7 @@ def import_axolotl(
         )
     facts = {"layout": "axolotl", "predicts": rows.predicts, "logprobs_field": settings.logprobs_field}
     digest = source_digest(files, settings=facts, progress=progress)
-    header = imported_header(settings, top_k=rows.top_k, source_sha256=digest)
-    return import_rows(
-        rows,
-        output,
-        header=header,
-        tokenizer=settings.tokenizer,
-        bad_rows=settings.bad_rows,
-        progress=progress,
-    )
+    return import_with(settings, rows, output, top_k=rows.top_k, source_sha256=digest, progress=progress)
 
 
 def _is_prepared(tables: Tables, logprobs_field: str) -> bool:

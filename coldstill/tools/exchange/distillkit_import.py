@@ -26,7 +26,7 @@ from coldstill.tools.errors import CompressionUnknown, SourceUnreadable
 
 from .distillkit_compression import MAX_CONFIG_BYTES, Compression, Legacy, parse_config
 from .distillkit_rows import LAYOUTS, DistillKitRows
-from .importing import SAMPLE_ROWS, check_alignment, import_rows, imported_header
+from .importing import SAMPLE_ROWS, check_alignment, import_with
 from .input_files import ParquetTables, input_files, source_digest
 from .settings import DistillKitSettings
 
@@ -80,14 +80,8 @@ def import_distillkit(
     }
     digest = source_digest(files, settings=facts, progress=progress)
     columns = compression.d if compression else 0
-    header = imported_header(settings, columns=columns, top_k=rows.top_k, source_sha256=digest)
-    return import_rows(
-        rows,
-        output,
-        header=header,
-        tokenizer=settings.tokenizer,
-        bad_rows=settings.bad_rows,
-        progress=progress,
+    return import_with(
+        settings, rows, output, columns=columns, top_k=rows.top_k, source_sha256=digest, progress=progress
     )
 
 

@@ -106,6 +106,30 @@ def imported_header(settings: ImportSettings, *, columns: int = 0, top_k: int, s
         raise invalid_field(failure, where="import", error=InvalidHeader) from None
 
 
+def import_with(
+    settings: ImportSettings,
+    rows: RowSource,
+    output: str | Path,
+    *,
+    columns: int = 0,
+    top_k: int,
+    source_sha256: str,
+    progress: bool,
+) -> Manifest:
+    """`import_rows` with the header, tokenizer and treatment of bad rows that `settings` give.
+
+    `imported_header` explains `columns` and `top_k`. Raises what it and `import_rows` raise.
+    """
+    return import_rows(
+        rows,
+        output,
+        header=imported_header(settings, columns=columns, top_k=top_k, source_sha256=source_sha256),
+        tokenizer=settings.tokenizer,
+        bad_rows=settings.bad_rows,
+        progress=progress,
+    )
+
+
 def import_rows(
     rows: RowSource,
     output: str | Path,
