@@ -61,6 +61,10 @@ class CheckpointMismatch(ColdstillError):
     """The output folder or a checkpoint belongs to another run: another dataset, loss, data order or recipe."""
 
 
+class TeacherSawAnotherPrompt(ColdstillError):
+    """The dataset's teacher saw another prompt than the rows have, so a resident teacher cannot be compared with it."""
+
+
 class NonFiniteLogits(ColdstillError):
     """The logits of a model under evaluation are not finite."""
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from coldstill.common.visible import visible
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
-from coldstill.trainer.errors import NonFiniteLogits, NoTargets
+from coldstill.trainer.errors import NonFiniteLogits, NoTargets, TeacherSawAnotherPrompt
 
 from .figures import Figures, cache_figures, dense_figures, draws_per_position
 from .measured_model import LogitReader, measuring
@@ -65,9 +66,16 @@ def evaluate_on_dataset(
 ) -> EvaluationReport:
     """Run `evaluate_student` on all rows of the sealed dataset at this path or URL, with a progress bar.
 
-    Raises `NoTargets`, `NonFiniteLogits`, and what `load_logit_dataset` raises.
+    Raises `NoTargets`, `NonFiniteLogits`, `TeacherSawAnotherPrompt`, and what `load_logit_dataset` raises.
     """
     logits = load_logit_dataset(str(dataset))
+    if teacher is not None and (prompt := logits.header.teacher_prompt):
+        raise TeacherSawAnotherPrompt(
+            f"{dataset}: teacher_prompt",
+            found=f"prompts made by {visible(prompt.kind)}",
+            wanted="rows that the teacher saw as they are",
+            fix="evaluate without the resident teacher: the figures from the cache are exact",
+        )
     stream = logits.stream(batch_size=batch_size, seed=0, epochs=1, shuffle=False)
     return evaluate_student(
         model,

@@ -13,8 +13,8 @@ import torch
 
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
-from coldstill.trainer.errors import NonFiniteLogits, NoTargets
-from coldstill.trainer.evaluation.evaluate import evaluate_student
+from coldstill.trainer.errors import NonFiniteLogits, NoTargets, TeacherSawAnotherPrompt
+from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset, evaluate_student
 from coldstill.trainer.evaluation.figures import draws_per_position
 from coldstill.trainer.evaluation.report import EvaluationReport
 from tests import making
@@ -280,3 +280,9 @@ def test_the_bins_of_the_calibration_error_add_up(student: Any) -> None:
     error = sum(one.targets * abs(one.accuracy - one.confidence) for one in found.calibration if one.targets)
     assert found.expected_calibration_error == pytest.approx(error / found.targets)
     assert all(one.above < one.confidence <= one.up_to for one in found.calibration if one.targets)
+
+
+def test_a_resident_teacher_is_not_compared_with_one_that_saw_another_prompt(student: Any) -> None:
+    dataset = Path(__file__).parents[2] / "storage_schema/golden/format_v2/all_fields"
+    with pytest.raises(TeacherSawAnotherPrompt, match="system"):
+        evaluate_on_dataset(student, dataset, teacher=student)
