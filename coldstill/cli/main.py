@@ -96,10 +96,15 @@ def capture(
         bool,
         typer.Option("--probe", help="With --dry-run: score for a minute on one worker, to estimate hours and cost."),
     ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Read all files of the dataset, and make units with changed bytes again."),
+    ] = False,
 ) -> None:
     """Run a teacher over a source and write a dataset of its distributions.
 
-    Re-run the same command to resume after an interruption: committed units are kept.
+    Re-run the same command to resume after an interruption: committed units are kept. On a finished dataset it makes
+    only those units again whose files are gone or cut.
     """
     require_packages("capture", "ray", "torch", "transformers")
     from coldstill.pipeline.config import CaptureConfig
@@ -107,17 +112,19 @@ def capture(
     settings = load_config(config, model=CaptureConfig, overrides=overrides or ())
     if probe and not dry_run:
         raise typer.BadParameter("--probe needs --dry-run")
+    if repair and dry_run:
+        raise typer.BadParameter("--repair writes, and --dry-run writes nothing")
     if dry_run:
         from coldstill.pipeline.dry_run import dry_run as run_dry
 
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
         return
     try:
-        result = api.capture(settings)
+        result = api.capture(settings, repair=repair)
     except KeyboardInterrupt:
         show_error("Interrupted. Committed units are kept; re-run the same command to resume.")
         raise typer.Exit(130) from None
-    show_result(result.model_dump(), title="capture", summary=summary)
+    show_result(result.model_dump(exclude_none=True), title="capture", summary=summary)
 
 
 @app.command(rich_help_panel=MAKE)
