@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel, Field
 from tqdm import tqdm
 
+from coldstill.common.interrupts import raising_interrupts
 from coldstill.storage_schema.commits import CommitRecord, committed_units, read_commit
 from coldstill.storage_schema.errors import UnitsMissing
 from coldstill.storage_schema.header import DatasetHeader
@@ -69,6 +70,7 @@ def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
     store.require_writable()
     pool = WorkerPool(config)
     with (
+        raising_interrupts(),
         Lease(store, dead_after_s=config.cluster.driver_dead_after_s) as lease,
         Progress(store, token=lease.token, work=pool, price_per_gpu_hour=config.cluster.price_per_gpu_hour) as progress,
     ):

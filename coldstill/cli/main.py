@@ -15,18 +15,46 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from coldstill import api
 from coldstill.common.config_file import described_keys, load_config
 from coldstill.common.errors import ColdstillError
+from coldstill.common.interrupts import as_interrupted, raising_interrupts
 from coldstill.common.packages import require_packages
 from coldstill.common.visible import visible
 
 from .dataset_commands import dataset_commands
 from .output import show_error, show_result
 
+
+class _Commands(TyperGroup):
+    """The commands. Ctrl-C, SIGTERM and SIGHUP end each of them with a sentence on how to resume."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises `SystemExit` with the exit code of a signal."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            interrupted = as_interrupted(error, _RESUME.get(ctx.invoked_subcommand or "", ""))
+            show_error(f"\n{interrupted}")
+            raise SystemExit(interrupted.exit_code) from None
+
+
+_RESUME = {
+    "capture": "Committed units are kept; re-run the same command to resume.",
+    "train": "Checkpoints are kept; re-run the same command to resume from the newest one.",
+    "demo": "Finished stages are kept; re-run the same command to resume.",
+    **dict.fromkeys(
+        ("push", "pull", "import", "merge", "split", "subset"),
+        "Files that are complete are kept; re-run the same command to resume.",
+    ),
+    "export": "Delete the unfinished folder before you re-run the command.",
+}
+"""What to do after an interruption; the other commands leave nothing behind."""
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Teach a small model with a big one, without keeping the big one in memory.\n\n"
@@ -61,7 +89,8 @@ def _command_with_keys(module: str, model: str) -> type[TyperCommand]:
 def _show_version(wanted: bool) -> None:
     if not wanted:
         return
-    from coldstill.common.packages import __version__, library_versions
+    from coldstill.common.interrupts import as_interrupted, raising_interrupts
+from coldstill.common.packages import __version__, library_versions
 
     typer.echo(f"coldstill {__version__}")
     for name, version in library_versions().items():
@@ -119,12 +148,7 @@ def capture(
 
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
         return
-    try:
-        result = api.capture(settings, repair=repair)
-    except KeyboardInterrupt:
-        show_error("Interrupted. Committed units are kept; re-run the same command to resume.")
-        raise typer.Exit(130) from None
-    show_result(result.model_dump(exclude_none=True), title="capture", summary=summary)
+    show_result(api.capture(settings, repair=repair).model_dump(exclude_none=True), title="capture", summary=summary)
 
 
 @app.command(rich_help_panel=MAKE)
@@ -238,9 +262,11 @@ app.add_typer(dataset_commands)
 
 
 def main() -> None:
-    """Entry point of the command `coldstill`: prints a `ColdstillError` and exits with code 1."""
+    """Entry point of the command `coldstill`: prints a `ColdstillError` and exits with code 1; a signal, such as Ctrl-C
+    or SIGTERM, ends it with 128 and the signal's number."""
     try:
-        app(prog_name="coldstill")
+        with raising_interrupts(exit_at_second=True):
+            app(prog_name="coldstill")
     except ColdstillError as error:
         # A message may quote a stranger's dataset, which must not control the terminal.
         show_error(visible(f"{type(error).__name__}: {error}", newline="\n"))

@@ -32,7 +32,7 @@ _RATE_WINDOW_S = 600
 _STATES: dict[type[BaseException], RecordState] = {
     CaptureIncomplete: "incomplete",
     KeyboardInterrupt: "interrupted",
-    SystemExit: "interrupted",  # Ray raises it on SIGTERM
+    SystemExit: "interrupted",
 }
 
 
@@ -121,7 +121,7 @@ class Progress:
         self._thread.join()
         state: RecordState = "sealed"
         if kind is not None:
-            state = _STATES.get(kind, "stopped")
+            state = next((state for error, state in _STATES.items() if issubclass(kind, error)), "stopped")
         with suppress(StorageFailed):  # must not hide the error that ended the block
             self.write(state, error=f"{kind.__name__}: {error}" if kind and state == "stopped" else None)
 
