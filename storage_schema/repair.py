@@ -44,8 +44,8 @@ class Reopened(NamedTuple):
 def reopen_damaged(store: Store, *, deep: bool = False) -> Reopened:
     """Make units whose files are gone or damaged count as not done, and unseal the dataset if it has any.
 
-    Sizes are compared, from one listing of each folder. `deep`: digests too, for which all files are read. An unfinished
-    dataset is checked for lost shards only, by their names: `seal` compares sizes. An intact one is not changed.
+    Sizes are compared, from one listing of each folder. `deep`: digests too, for which all files are read. Of an
+    unfinished dataset only the names of shards are compared, because `seal` compares sizes.
 
     Raises `FileMissing` for a lost file that no capture can make again, `CommitDamaged`, `StorageFailed`.
     """

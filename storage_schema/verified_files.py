@@ -183,6 +183,6 @@ def _damaged(store: Store, file: FileRecord, *, found: str, wanted: str) -> File
         f"{store.url}/{file.name}",
         found=found,
         wanted=wanted,
-        fix="re-run the command; if the error stays, copy this file again from where the dataset came from. The capture "
-        "that wrote it can make the file again: coldstill capture CONFIG.yaml --repair",
+        fix="re-run the command; if the error stays, copy this file again from where the dataset came from. The "
+        "capture that wrote it can make the file again: coldstill capture CONFIG.yaml --repair",
     )

@@ -89,8 +89,7 @@ def _command_with_keys(module: str, model: str) -> type[TyperCommand]:
 def _show_version(wanted: bool) -> None:
     if not wanted:
         return
-    from coldstill.common.interrupts import as_interrupted, raising_interrupts
-from coldstill.common.packages import __version__, library_versions
+    from coldstill.common.packages import __version__, library_versions
 
     typer.echo(f"coldstill {__version__}")
     for name, version in library_versions().items():

@@ -167,7 +167,7 @@ class Store:
         return sorted(str(path).rsplit("/", 1)[-1] for path in listed if str(path).rstrip("/") != self.path(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file directly in `folder`, by name, from one listing; empty for a folder that does not exist."""
+        """Bytes of each file directly in `folder`, by name, from one listing; empty if there is no such folder."""
         try:
             with self._named_errors(f"listing {folder}"):
                 if self.is_local:
