@@ -25,6 +25,7 @@ from .sources.source import Source, open_source
 from .sources.staging import remove_staging
 from .teachers.checkpoint import (
     dtype_of,
+    engine_args_that_change_values,
     head_dtype_of,
     load_model_config,
     quantization_of,
@@ -151,4 +152,5 @@ def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
         dtype=dtype_of(teacher, model_config),
         head_dtype=head_dtype_of(teacher, model_config),
         quantization=quantization_of(teacher, model_config),
+        engine_args=engine_args_that_change_values(teacher.engine, teacher.engine_args),
     )
