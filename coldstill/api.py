@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def capture(config: CaptureConfig | Mapping[str, Any] | str | Path) -> CaptureSummary:
+def capture(config: CaptureConfig | Mapping[str, Any] | str | Path, *, repair: bool = False) -> CaptureSummary:
     """Run a teacher over a source, write a sealed dataset of its distributions and return what was written.
 
     `config` is a `CaptureConfig`, a mapping with its keys, or the path of a YAML file. Call it again with the same
-    settings after an interruption: committed units are kept.
+    settings after an interruption: committed units are kept. Units with a lost or cut file are made again, also in a
+    sealed dataset; with `repair`, all files are read, and those whose bytes have changed are made again too.
 
     Raises `PackagesMissing`, `ConfigInvalid`, `ConfigNotFound`, and what `coldstill.pipeline.capture.capture` raises;
     all of them are `ColdstillError`s.
@@ -35,7 +36,7 @@ def capture(config: CaptureConfig | Mapping[str, Any] | str | Path) -> CaptureSu
     from .pipeline.capture import capture as run_capture
     from .pipeline.config import CaptureConfig
 
-    return run_capture(_checked(config, CaptureConfig))
+    return run_capture(_checked(config, CaptureConfig), repair=repair)
 
 
 def train(

@@ -5,16 +5,20 @@ The driver holds the plan as columns and the numbers of units in memory, but no 
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field
 from tqdm import tqdm
 
+from coldstill.common.interrupts import raising_interrupts
 from coldstill.storage_schema.commits import CommitRecord, committed_units, read_commit
+from coldstill.storage_schema.errors import UnitsMissing
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, MAX_SEALED_UNITS, read_manifest, seal
 from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.repair import Reopened, reopen_damaged
 from coldstill.storage_schema.store import Store
 
 from .config import CaptureConfig
@@ -28,6 +32,8 @@ from .sources.staging import remove_staging
 if TYPE_CHECKING:
     from .cluster.pool import WorkerPool
 
+_MAX_SEALS = 3
+"""Files that are lost again and again, while the capture runs, end it."""
 _MAX_LISTED = 20
 """Maximum number of failed units in the error message."""
 
@@ -45,13 +51,17 @@ class CaptureSummary(BaseModel):
     bytes_per_target: float
     tokens_per_s: float = Field(description="Tokens per second of one worker, while its teacher scores.")
     wall_s: float = Field(description="Seconds, of this start only.")
+    repaired: str | None = Field(default=None, description="What was damaged and made again, if anything was.")
 
 
-def capture(config: CaptureConfig) -> CaptureSummary:
+def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
     """Run the units that are not committed yet and seal the dataset. Safe to call again after any kill.
 
-    Raises `LeaseHeld` if another driver is running, `CaptureIncomplete` at the end if units failed, and the named
-    errors of the configuration, source, teacher, cluster and store.
+    Units with a lost or cut file are made again, also in a sealed dataset. `repair`: all files are read, and units with
+    a file whose bytes have changed are made again too.
+
+    Raises `LeaseHeld` if another driver is running, `CaptureIncomplete` at the end if units failed, `Interrupted` for
+    Ctrl-C and SIGTERM, and the named errors of the configuration, source, teacher, cluster and store.
     """
     started = time.monotonic()
     from .cluster.pool import WorkerPool
@@ -60,16 +70,26 @@ def capture(config: CaptureConfig) -> CaptureSummary:
     store.require_writable()
     pool = WorkerPool(config)
     with (
+        raising_interrupts(),
         Lease(store, dead_after_s=config.cluster.driver_dead_after_s) as lease,
         Progress(store, token=lease.token, work=pool, price_per_gpu_hour=config.cluster.price_per_gpu_hour) as progress,
     ):
-        with pool:
-            prepared = _prepare(config, pool)
-            if not store.exists(MANIFEST_NAME):
-                progress.begin()
-                _run_units(prepared, pool, lease=lease, progress=progress)
-        _seal(store, units=len(prepared.units), progress=progress)
-    return _summary(store, time.monotonic() - started)
+        reopened = reopen_damaged(store, deep=repair)
+        for seals_left in reversed(range(_MAX_SEALS)):
+            with pool:
+                prepared = _prepare(config, pool)
+                if not store.exists(MANIFEST_NAME):
+                    progress.begin()
+                    _run_units(prepared, pool, lease=lease, progress=progress)
+            lease.check()
+            try:
+                _seal(store, units=len(prepared.units), progress=progress)
+                break
+            except UnitsMissing as error:  # files of committed units were lost: these units are made again
+                if not seals_left:
+                    raise
+                tqdm.write(f"{error.what}: {error.found}. They are made again.", file=sys.stderr)
+    return _summary(store, time.monotonic() - started, reopened)
 
 
 def _prepare(config: CaptureConfig, pool: WorkerPool) -> Prepared:
@@ -142,7 +162,7 @@ def _seal(store: Store, *, units: int, progress: Progress) -> None:
         progress.sealed(score_seconds=seconds)
 
 
-def _summary(store: Store, wall_s: float) -> CaptureSummary:
+def _summary(store: Store, wall_s: float, reopened: Reopened) -> CaptureSummary:
     manifest, dataset_id = read_manifest(store)
     record = read_progress(store)
     seconds = record.score_seconds if record else None
@@ -160,7 +180,17 @@ def _summary(store: Store, wall_s: float) -> CaptureSummary:
         bytes_per_target=size / max(1, manifest.targets),
         tokens_per_s=manifest.tokens / seconds if seconds else 0.0,
         wall_s=wall_s,
+        repaired=_repairs(reopened, dataset_id),
     )
+
+
+def _repairs(reopened: Reopened, dataset_id: str) -> str | None:
+    if not reopened.units and not reopened.files:
+        return None
+    found = [f"{len(reopened.units):,} units made again"]
+    found += [f"lost or damaged: {', '.join(reopened.files[:_MAX_LISTED])}"] if reopened.files else []
+    found += [f"the dataset id was {reopened.dataset_id}"] if reopened.dataset_id not in (None, dataset_id) else []
+    return "; ".join(found)
 
 
 def _score_seconds(commit: CommitRecord) -> float:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, About, Codec, DatasetHeader, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
+from coldstill.storage_schema.repair import restore_header
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
 
@@ -23,6 +25,7 @@ from .sources.source import Source, open_source
 from .sources.staging import remove_staging
 from .teachers.checkpoint import (
     dtype_of,
+    engine_args_that_change_values,
     head_dtype_of,
     load_model_config,
     quantization_of,
@@ -59,17 +62,18 @@ def prepare(
     files = tokenizer_files(maker.tokenizer)
     facts = fingerprint_bytes(files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
     model_config = load_model_config(config.teacher, facts)
-    is_planned, was_surveyed = store.exists(PLAN_NAME), source.is_surveyed
-    if not is_planned or not (was_surveyed or store.exists(MANIFEST_NAME)):
+    planned, was_surveyed = _stored_plan(store), source.is_surveyed
+    if planned is None or not (was_surveyed or store.exists(MANIFEST_NAME)):
         units = source.plan(config.rows_per_unit)
-    if is_planned:
-        units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)
+    if planned is not None:
+        units = planned
+    restore_header(store)
     header = make_header(config, model_config=model_config, facts=facts, maker=maker, source_sha256=source.fingerprint)
     if not store.exists(HEADER_NAME):
         ranks = tuple(rank_ids(header, units[0])) if rank_ids and units else ()
         store.create(HEADER_NAME, header.model_copy(update={"id_ranks": ranks}).to_bytes())
     stored = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
-    if is_planned and stored.source_sha256 != header.source_sha256 and not was_surveyed:
+    if planned is not None and stored.source_sha256 != header.source_sha256 and not was_surveyed:
         remove_staging(store)  # it was made just now, from another source than the plan's
     stored.require_equal(
         header.model_copy(update={"id_ranks": stored.id_ranks}),
@@ -79,9 +83,20 @@ def prepare(
     # With these files a reader of the dataset can decode its tokens without the teacher.
     for name, data in files.items():
         store.create(f"{TOKENIZER_FOLDER}/{name}", data)
-    if not is_planned and not store.create(PLAN_NAME, plan_to_bytes(units)):
+    if planned is None and not store.create(PLAN_NAME, plan_to_bytes(units)):
         units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)  # another driver created it first
     return Prepared(store, stored, units)
+
+
+def _stored_plan(store: Store) -> Plan | None:
+    """The plan of an earlier start. One that is damaged is deleted: source and `rows_per_unit` give the same again."""
+    try:
+        return plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)
+    except FileNotFoundError:
+        return None
+    except CommitDamaged:
+        store.delete(PLAN_NAME)
+        return None
 
 
 def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Source, SequenceMaker]:
@@ -137,4 +152,5 @@ def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
         dtype=dtype_of(teacher, model_config),
         head_dtype=head_dtype_of(teacher, model_config),
         quantization=quantization_of(teacher, model_config),
+        engine_args=engine_args_that_change_values(teacher.engine, teacher.engine_args),
     )

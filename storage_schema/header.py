@@ -300,7 +300,8 @@ class DatasetHeader(FrozenModel):
         mine, theirs = self._comparable(other), other._comparable(self)
         for name, value in mine.items():
             if theirs[name] != value:
-                raise HeaderMismatch(f"{where}: {name}", found=theirs[name], wanted=value, fix=fix)
+                name, value, other_value = _first_difference(name, value, theirs[name])
+                raise HeaderMismatch(f"{where}: {name}", found=other_value, wanted=value, fix=fix)
 
     @property
     def has_plain_draws(self) -> bool:
@@ -344,6 +345,16 @@ class DatasetHeader(FrozenModel):
             del fields["format_version"]
             fields["teacher"] = {name: fields["teacher"][name] for name in TEACHER_FIELDS}
         return fields
+
+
+def _first_difference(name: str, mine: JsonValue, theirs: JsonValue) -> tuple[str, JsonValue, JsonValue]:
+    """The innermost field, and its two values, at which two different values of the field `name` differ."""
+    while isinstance(mine, dict) and isinstance(theirs, dict):
+        key = next(
+            key for key in {**mine, **theirs} if key not in mine or key not in theirs or mine[key] != theirs[key]
+        )
+        name, mine, theirs = f"{name}.{key}", mine.get(key), theirs.get(key)
+    return name, mine, theirs
 
 
 class _AnyHeader(BaseModel):

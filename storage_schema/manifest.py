@@ -7,9 +7,7 @@ equal captures have equal ids.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Collection
 
 from pydantic import Field, model_validator
 
@@ -20,23 +18,23 @@ from .commits import (
     FAITHFULNESS_FOLDER,
     REJECTS_FOLDER,
     CommitRecord,
+    commit_name,
     committed_units,
-    read_commit,
+    discard_unusable,
+    read_commits,
 )
-from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
-from .faithfulness import FAITHFULNESS_NAME, sample_from_bytes, sample_to_bytes
+from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, FileDamaged, FileMissing, UnitsMissing
+from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes, sample_to_bytes
 from .header import FORMAT_VERSION, HEADER_NAME, READ_VERSIONS, DatasetHeader
 from .plan import PLAN_NAME, plan_from_bytes
 from .rows import MEDIA_FOLDER
 from .store import RUN_FOLDER, Store
 from .tokenizer import TOKENIZER_FOLDER
-from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record
+from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record, read_file
 
 MANIFEST_NAME = "manifest.json"
 MAX_SEALED_UNITS = 100_000
 """A unit with rejects takes 492 bytes of the manifest: this many units fit `MAX_DOCUMENT_BYTES`."""
-_READERS = 16
-"""An object store responds in 30 ms: read one at a time, 100,000 commit records would take 50 minutes."""
 
 
 class ShardRecord(FrozenModel):
@@ -96,13 +94,12 @@ def seal(
     """Writes the manifest of a finished capture and removes files that no commit record names. Returns the manifest.
 
     Each commit record is read once and passed to `on_commit`. For a dataset that is sealed already, no record is read.
-    Raises `UnitsMissing` while a planned unit is not committed.
+    Raises `UnitsMissing` while a planned unit is not committed, or has lost a file: that unit is then made again.
     """
     if store.exists(MANIFEST_NAME):
         _remove_what_readers_ignore(store)
         return read_manifest(store)[0]
-    plan_bytes = _require(store, PLAN_NAME)
-    planned = len(plan_from_bytes(plan_bytes, where=PLAN_NAME))
+    planned = len(plan_from_bytes(_require(store, PLAN_NAME), where=PLAN_NAME))
     done = committed_units(store)
     missing = [unit for unit in range(planned) if unit not in done]
     if missing:
@@ -112,12 +109,7 @@ def seal(
             wanted="a commit record for each planned unit",
             fix="re-run the same command to resume: it adds the missing units and seals",
         )
-    commits = []
-    with ThreadPoolExecutor(_READERS) as readers:
-        for commit in readers.map(partial(read_commit, store), range(planned)):
-            commits.append(commit)
-            if on_commit:
-                on_commit(commit)
+    commits = _whole_commits(store, planned, on_commit)
     # Two attempts with equal bytes share one shard file, and the losing attempt deletes only names that the winner's
     # record does not hold. So each file that a record names exists, and every other file is left over.
     named = {file.name for commit in commits for file in commit.files}
@@ -154,13 +146,39 @@ def _remove_what_readers_ignore(store: Store) -> None:
         store.delete_folder(folder)
 
 
+def _whole_commits(store: Store, planned: int, on_commit: Callable[[CommitRecord], None] | None) -> list[CommitRecord]:
+    """The records of all units. Raises `UnitsMissing` if a file of a unit is gone or cut, or its record is damaged;
+    that unit then counts as not done."""
+    commits = read_commits(store, range(planned), on_commit=on_commit)
+    lost = {*range(planned)} - {commit.unit for commit in commits}
+    lost |= {*discard_unusable(store, commits)}
+    if lost:
+        raise _units_lost(store, lost)
+    return commits
+
+
+def _units_lost(store: Store, units: Collection[int]) -> UnitsMissing:
+    return UnitsMissing(
+        f"{store.url}: units",
+        found=f"{len(units)} whose files are gone or damaged, the first is {min(units)}",
+        wanted="all files of each committed unit",
+        fix="re-run the same command to resume: it makes these units again and seals",
+    )
+
+
 def _join_samples(store: Store, commits: list[CommitRecord]) -> None:
-    """Joins the units' shares of the faithfulness sample into one file."""
-    parts = [commit.faithfulness for commit in commits if commit.faithfulness]
-    if parts:
-        joined = [
-            position for part in parts for position in sample_from_bytes(_require(store, part.name), where=part.name)
-        ]
+    """Joins the units' shares of the faithfulness sample into one file. Raises `UnitsMissing` for a damaged share."""
+    joined: list[ExactPosition] = []
+    shares = [commit for commit in commits if commit.faithfulness]
+    for commit in shares:
+        assert commit.faithfulness is not None
+        try:
+            data = read_file(store, commit.faithfulness)
+            joined += sample_from_bytes(data, where=commit.faithfulness.name)
+        except (FileMissing, FileDamaged):
+            store.delete(commit_name(commit.unit))
+            raise _units_lost(store, [commit.unit]) from None
+    if shares:
         store.put(FAITHFULNESS_NAME, sample_to_bytes(joined))
 
 

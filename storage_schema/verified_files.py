@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import BinaryIO
 
 from pydantic import Field
 
 from coldstill.common.models import FrozenModel
 
-from .errors import FileDamaged, FileMissing, OutsideDataset, ShardDamaged, ShardMissing
+from .errors import CommitDamaged, FileDamaged, FileMissing, OutsideDataset, ShardDamaged, ShardMissing
 from .store import Store
 
 SHARDS_FOLDER = "shards"
@@ -20,6 +23,7 @@ MAX_FILE_BYTES = 512 << 20
 """Maximum bytes of a file that is read whole: the largest shard, and more than any other such file."""
 BLOCK_BYTES = 16 << 20
 """Bytes that each checking or copying thread reads at once: one request to a remote store."""
+_CHECKERS = 4
 
 
 class FileRecord(FrozenModel):
@@ -81,6 +85,36 @@ def check_file(store: Store, file: FileRecord) -> None:
         _require_digest(store, file, *_digest(source, file.bytes))
 
 
+def unusable_files(store: Store, files: Iterable[FileRecord], *, deep: bool = False) -> set[str]:
+    """Names of those files that are gone or have another size, by one listing of each folder. `deep`: all files are
+    read, and those with another digest are unusable too. Raises `StorageFailed`."""
+    by_folder: dict[str, list[FileRecord]] = {}
+    for file in files:
+        by_folder.setdefault(file.name.rpartition("/")[0], []).append(file)
+    found: set[str] = set()
+    for folder, listed in by_folder.items():
+        sizes: dict[str, int] = {}
+        with suppress(CommitDamaged):
+            sizes = store.sizes(folder) if folder else {}
+        suspects = [file for file in listed if deep or sizes.get(file.name.rpartition("/")[2]) != file.bytes]
+        with ThreadPoolExecutor(_CHECKERS) as checkers:
+            # A listing may lag behind the writes of other machines: only a request for the file itself decides.
+            usable = list(checkers.map(partial(_is_usable, store, deep=deep), suspects))
+        found |= {file.name for file, is_usable in zip(suspects, usable, strict=True) if not is_usable}
+    return found
+
+
+def _is_usable(store: Store, file: FileRecord, *, deep: bool) -> bool:
+    try:
+        if deep:
+            check_file(store, file)
+        else:
+            require_size(store, file)
+    except (FileMissing, FileDamaged, CommitDamaged):  # the last for a name or a link that leaves the dataset
+        return False
+    return True
+
+
 def copy_file(source: Store, file: FileRecord, destination: Store, on_block: Callable[[int], None]) -> bool:
     """Copies a file, verified on the way. Returns whether it was copied: a file that is already there with the right
     size and digest stays.
@@ -139,7 +173,8 @@ def _missing(store: Store, file: FileRecord) -> FileMissing:
         f"{store.url}/{file.name}",
         found="no such file",
         wanted="a file that the manifest names",
-        fix="copy the dataset again from where it came from: this copy is incomplete",
+        fix="copy the dataset again from where it came from: this copy is incomplete. The capture that wrote it can "
+        "make the file again: coldstill capture CONFIG.yaml",
     )
 
 
@@ -148,5 +183,6 @@ def _damaged(store: Store, file: FileRecord, *, found: str, wanted: str) -> File
         f"{store.url}/{file.name}",
         found=found,
         wanted=wanted,
-        fix="re-run the command; if the error stays, copy this file again from where the dataset came from",
+        fix="re-run the command; if the error stays, copy this file again from where the dataset came from. The "
+        "capture that wrote it can make the file again: coldstill capture CONFIG.yaml --repair",
     )

@@ -15,18 +15,46 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from coldstill import api
 from coldstill.common.config_file import described_keys, load_config
 from coldstill.common.errors import ColdstillError
+from coldstill.common.interrupts import as_interrupted, raising_interrupts
 from coldstill.common.packages import require_packages
 from coldstill.common.visible import visible
 
 from .dataset_commands import dataset_commands
 from .output import show_error, show_result
 
+
+class _Commands(TyperGroup):
+    """The commands. Ctrl-C, SIGTERM and SIGHUP end each of them with a sentence on how to resume."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises `SystemExit` with the exit code of a signal."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            interrupted = as_interrupted(error, _RESUME.get(ctx.invoked_subcommand or "", ""))
+            show_error(f"\n{interrupted}")
+            raise SystemExit(interrupted.exit_code) from None
+
+
+_RESUME = {
+    "capture": "Committed units are kept; re-run the same command to resume.",
+    "train": "Checkpoints are kept; re-run the same command to resume from the newest one.",
+    "demo": "Finished stages are kept; re-run the same command to resume.",
+    **dict.fromkeys(
+        ("push", "pull", "import", "merge", "split", "subset"),
+        "Files that are complete are kept; re-run the same command to resume.",
+    ),
+    "export": "Delete the unfinished folder before you re-run the command.",
+}
+"""What to do after an interruption; the other commands leave nothing behind."""
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Teach a small model with a big one, without keeping the big one in memory.\n\n"
@@ -96,10 +124,15 @@ def capture(
         bool,
         typer.Option("--probe", help="With --dry-run: score for a minute on one worker, to estimate hours and cost."),
     ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Read all files of the dataset, and make units with changed bytes again."),
+    ] = False,
 ) -> None:
     """Run a teacher over a source and write a dataset of its distributions.
 
-    Re-run the same command to resume after an interruption: committed units are kept.
+    Re-run the same command to resume after an interruption: committed units are kept. On a finished dataset it makes
+    only those units again whose files are gone or cut.
     """
     require_packages("capture", "ray", "torch", "transformers")
     from coldstill.pipeline.config import CaptureConfig
@@ -107,17 +140,14 @@ def capture(
     settings = load_config(config, model=CaptureConfig, overrides=overrides or ())
     if probe and not dry_run:
         raise typer.BadParameter("--probe needs --dry-run")
+    if repair and dry_run:
+        raise typer.BadParameter("--repair writes, and --dry-run writes nothing")
     if dry_run:
         from coldstill.pipeline.dry_run import dry_run as run_dry
 
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
         return
-    try:
-        result = api.capture(settings)
-    except KeyboardInterrupt:
-        show_error("Interrupted. Committed units are kept; re-run the same command to resume.")
-        raise typer.Exit(130) from None
-    show_result(result.model_dump(), title="capture", summary=summary)
+    show_result(api.capture(settings, repair=repair).model_dump(exclude_none=True), title="capture", summary=summary)
 
 
 @app.command(rich_help_panel=MAKE)
@@ -231,9 +261,11 @@ app.add_typer(dataset_commands)
 
 
 def main() -> None:
-    """Entry point of the command `coldstill`: prints a `ColdstillError` and exits with code 1."""
+    """Entry point of the command `coldstill`: prints a `ColdstillError` and exits with code 1; a signal, such as Ctrl-C
+    or SIGTERM, ends it with 128 and the signal's number."""
     try:
-        app(prog_name="coldstill")
+        with raising_interrupts(exit_at_second=True):
+            app(prog_name="coldstill")
     except ColdstillError as error:
         # A message may quote a stranger's dataset, which must not control the terminal.
         show_error(visible(f"{type(error).__name__}: {error}", newline="\n"))

@@ -7,6 +7,8 @@ of the dataset.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from pydantic import ConfigDict, Field
 
 from coldstill.common.models import FrozenModel, parse_document
@@ -56,13 +58,18 @@ class AttemptStore:
         self._store = store
 
     def read(self, unit: int) -> Attempts:
-        """The trials of a unit; none if it killed no worker. Raises `CommitDamaged`, `StorageFailed`."""
+        """The trials of a unit; none if it killed no worker, or if its file is damaged: then its search begins again.
+
+        Raises `StorageFailed`.
+        """
         name = attempts_name(unit)
         try:
             data = self._store.read(name)
         except FileNotFoundError:
             return Attempts(unit=unit)
-        return parse_document(data, model=Attempts, where=name, error=CommitDamaged)
+        with suppress(CommitDamaged):
+            return parse_document(data, model=Attempts, where=name, error=CommitDamaged)
+        return Attempts(unit=unit)
 
     def write(self, attempts: Attempts) -> None:
         """Replace the trials of a unit. Raises `StorageFailed`."""
@@ -86,13 +93,15 @@ def write_crash_report(store: Store, worker_key: str, report: CrashReport) -> No
 
 
 def read_crash_report(store: Store, worker_key: str) -> CrashReport | None:
-    """The report of a dead worker; None if it was killed. Raises `CommitDamaged`, `StorageFailed`."""
+    """The report of a dead worker; None if it was killed, or its report is damaged. Raises `StorageFailed`."""
     name = f"{_CRASH_REPORTS_FOLDER}/{worker_key}.json"
     try:
         data = store.read(name)
     except FileNotFoundError:
         return None
-    return parse_document(data, model=CrashReport, where=name, error=CommitDamaged)
+    with suppress(CommitDamaged):
+        return parse_document(data, model=CrashReport, where=name, error=CommitDamaged)
+    return None
 
 
 def _to_bytes(document: FrozenModel) -> bytes:

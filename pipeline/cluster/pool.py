@@ -77,7 +77,7 @@ class WorkerPool:
     """The Ray actors of one capture.
 
     Joins the cluster that the settings or RAY_ADDRESS name, or starts one on this machine, when the first worker is
-    needed. Leaves it at the end of the `with` block.
+    needed. Leaves it at the end of the `with` block, which ends the actors; a second block joins it again.
     """
 
     def __init__(self, config: CaptureConfig, *, load: TeacherLoader | None = None):
@@ -101,6 +101,7 @@ class WorkerPool:
     def __exit__(self, *raised: object) -> None:
         self._workers, self._calls = [], {}
         if self._is_joined:
+            self._is_joined = False
             ray.shutdown()
 
     @property

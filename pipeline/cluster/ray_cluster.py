@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from coldstill.common.interrupts import Interrupted, keeping_handlers
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import ClusterTooSmall
 from coldstill.pipeline.worker import UnitReport
@@ -28,14 +30,18 @@ def join_cluster(config: CaptureConfig) -> float:
     Raises `ClusterTooSmall` if this machine alone could never run `cluster.min_workers`.
     """
     is_local = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
-    ray.init(
-        # Without an address, Ray would join any cluster that was started on this machine before.
-        address="local" if is_local else config.cluster.address,
-        include_dashboard=False if is_local else None,
-        # Ray's warnings about a cluster that only this capture uses (token, dashboard) do not concern the user.
-        logging_level=logging.ERROR if is_local else logging.WARNING,
-        log_to_driver=False,
-    )
+    with keeping_handlers():  # Ray sets one that ends the driver with the native stacks of all threads
+        try:
+            ray.init(
+                # Without an address, Ray would join any cluster that was started on this machine before.
+                address="local" if is_local else config.cluster.address,
+                include_dashboard=False if is_local else None,
+                # Ray's warnings about a cluster that only this capture uses (token, dashboard) do not concern the user.
+                logging_level=logging.ERROR if is_local else logging.WARNING,
+                log_to_driver=False,
+            )
+        except SystemExit:  # Ray's own handler of SIGTERM, while it starts
+            raise Interrupted(signal.SIGTERM) from None
     resources = ray.cluster_resources()
     gpus = gpus_per_worker(config, resources)
     if is_local:

@@ -48,6 +48,11 @@ class LeaseRecord(FrozenModel):
         return max(0.0, time.time() - self.heartbeat)
 
     @property
+    def seconds_ahead(self) -> float:
+        """Seconds by which the last heartbeat is in this machine's future."""
+        return max(0.0, self.heartbeat - time.time())
+
+    @property
     def is_dead(self) -> bool:
         """Whether the process has ended, or its last heartbeat is older than `dead_after_s`."""
         is_known = self.machine == _machine() and self.process_start is not None
@@ -56,10 +61,13 @@ class LeaseRecord(FrozenModel):
     @property
     def name(self) -> str:
         """A description of the driver, for messages."""
-        started = datetime.fromtimestamp(self.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return (
-            f"the driver with pid {self.pid} on {self.host}, started {started}, last heartbeat {self.age_s:.0f} s ago"
-        )
+        with suppress(OverflowError, ValueError, OSError):  # a number that no calendar has
+            started = datetime.fromtimestamp(self.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            heartbeat = f"{self.age_s:.0f} s ago"
+            if self.seconds_ahead >= 1:
+                heartbeat = f"{self.seconds_ahead:.0f} s ahead of this machine's clock"
+            return f"the driver with pid {self.pid} on {self.host}, started {started}, last heartbeat {heartbeat}"
+        return f"the driver with pid {self.pid} on {self.host}"
 
 
 def read_lease(store: Store) -> LeaseRecord | None:
@@ -68,7 +76,15 @@ def read_lease(store: Store) -> LeaseRecord | None:
         data = store.read(LEASE_NAME)
     except FileNotFoundError:
         return None
-    return parse_document(data, model=LeaseRecord, where=LEASE_NAME, error=CommitDamaged)
+    try:
+        return parse_document(data, model=LeaseRecord, where=f"{store.url}/{LEASE_NAME}", error=CommitDamaged)
+    except CommitDamaged as error:
+        raise CommitDamaged(
+            error.what,
+            found=error.found,
+            wanted="a lease; a running driver replaces a damaged one at its next heartbeat",
+            fix=f"if no driver is running, delete {store.url}/{LEASE_NAME} and re-run the same command",
+        ) from None
 
 
 class Lease:
@@ -107,7 +123,7 @@ class Lease:
             found = read_lease(self._store)
             if found is not None and found.token == self.token:
                 break  # our own creation succeeded, but its response was lost
-            if found is not None and not found.is_dead:
+            if found is not None and not found.is_dead and not self._is_silent(found):
                 raise LeaseHeld(
                     f"{self._store.url}: {LEASE_NAME}",
                     found=found.name,
@@ -120,6 +136,20 @@ class Lease:
         self._owner = threading.current_thread()
         self._thread.start()
         return self
+
+    def _is_silent(self, found: LeaseRecord) -> bool:
+        """Whether a lease with a heartbeat in the future has no further one for as long as a driver may be silent.
+
+        The clock of its machine is ahead of this one, so its age says nothing: this clock only measures the wait.
+        """
+        if found.seconds_ahead <= found.dead_after_s / _BEATS:
+            return False
+        until = time.monotonic() + found.dead_after_s
+        while time.monotonic() < until:
+            time.sleep(min(1.0, found.dead_after_s / _BEATS))
+            if read_lease(self._store) != found:
+                return False
+        return True
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         self._over.set()
@@ -147,7 +177,11 @@ class Lease:
                 return
 
     def _refresh(self) -> None:
-        found = read_lease(self._store)
+        try:
+            found = read_lease(self._store)
+        except CommitDamaged:  # this driver holds it: another one waits until it can be read
+            self._store.put(LEASE_NAME, self._record())
+            return
         if found is None:
             self._store.create(LEASE_NAME, self._record())  # another driver may take over now: the first one wins
         elif found.token == self.token:

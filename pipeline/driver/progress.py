@@ -20,7 +20,7 @@ from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.store import Store
 
-from .status import MAX_LISTED, Failure, ProgressRecord, RecordState, Totals, read_records, record_name
+from .status import MAX_LISTED, PROGRESS_FOLDER, Failure, ProgressRecord, RecordState, Totals, read_records, record_name
 
 _WRITE_EVERY_S = 10
 _MAX_FOLDED = 100
@@ -32,7 +32,7 @@ _RATE_WINDOW_S = 600
 _STATES: dict[type[BaseException], RecordState] = {
     CaptureIncomplete: "incomplete",
     KeyboardInterrupt: "interrupted",
-    SystemExit: "interrupted",  # Ray raises it on SIGTERM
+    SystemExit: "interrupted",
 }
 
 
@@ -121,15 +121,17 @@ class Progress:
         self._thread.join()
         state: RecordState = "sealed"
         if kind is not None:
-            state = _STATES.get(kind, "stopped")
+            state = next((state for error, state in _STATES.items() if issubclass(kind, error)), "stopped")
         with suppress(StorageFailed):  # must not hide the error that ended the block
             self.write(state, error=f"{kind.__name__}: {error}" if kind and state == "stopped" else None)
 
     def begin(self) -> None:
-        """Add up the earlier starts and write the first record. Before this call, nothing is written.
-
-        Raises `CommitDamaged`, `StorageFailed`.
+        """Add up the earlier starts and write the first record. Before this call, nothing is written; a second call
+        does nothing. Raises `StorageFailed`.
         """
+        if self._earlier is not None:
+            return
+        stored = [f"{PROGRESS_FOLDER}/{name}" for name in self._store.names(PROGRESS_FOLDER)]  # damaged ones too
         records = read_records(self._store)
         inner = {token for record in records for token in record.folded}
         # Records already removed count too: a driver that was suspended may write its own once more.
@@ -138,8 +140,9 @@ class Progress:
         self._folded = self._folded[:_MAX_FOLDED]
         self._earlier = sum((record.totals for record in records if record.token not in inner), start=Totals())
         self.write()
-        for record in records:
-            self._store.delete(record_name(record.token))
+        for path in stored:
+            if path.endswith(".json"):
+                self._store.delete(path)
 
     def add(self, report: UnitReport) -> None:
         """Count a committed unit."""

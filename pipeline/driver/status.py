@@ -146,7 +146,7 @@ def read_status(root: str) -> Status:
 
 
 def read_progress(store: Store) -> ProgressRecord | None:
-    """The record of the newest start. Raises `CommitDamaged`, `StorageFailed`."""
+    """The record of the newest start. Raises `StorageFailed`."""
     records = read_records(store)
     folded = {token for record in records for token in record.folded}
     return max(
@@ -155,11 +155,14 @@ def read_progress(store: Store) -> ProgressRecord | None:
 
 
 def read_records(store: Store) -> list[ProgressRecord]:
-    """All records in `progress/`. Raises what `read_progress` raises."""
+    """All records in `progress/` that can be read: a damaged one costs the totals of its start, and nothing else.
+
+    Raises `StorageFailed`.
+    """
     records = []
     for name in store.names(PROGRESS_FOLDER):
         path = f"{PROGRESS_FOLDER}/{name}"
-        with suppress(FileNotFoundError):  # a later start may have deleted it meanwhile
+        with suppress(FileNotFoundError, CommitDamaged):  # a later start may have deleted it meanwhile
             records.append(parse_document(store.read(path), model=ProgressRecord, where=path, error=CommitDamaged))
     return records
 

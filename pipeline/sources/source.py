@@ -234,8 +234,8 @@ def open_source(config: SourceConfig, store: Store | None = None) -> Source:
 
 
 def read_index(store: Store) -> SourceIndex | None:
-    """The index, None if there is none. Raises `SourceUnreadable`."""
-    with suppress(FileNotFoundError):
+    """The index; None if there is none, or if it is damaged: then the source is surveyed again."""
+    with suppress(FileNotFoundError, SourceUnreadable):
         return parse_document(store.read(_INDEX_NAME), model=SourceIndex, where=_INDEX_NAME, error=SourceUnreadable)
     return None
 

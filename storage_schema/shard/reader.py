@@ -29,7 +29,7 @@ from coldstill.storage_schema.rows import (
     span_positions,
 )
 
-from .layout import MAX_METADATA_BYTES, MAX_METADATA_DEPTH, footer_header, is_too_deep, open_parquet
+from .layout import FOOTER_KEY, MAX_METADATA_BYTES, MAX_METADATA_DEPTH, footer_header, is_too_deep, open_parquet
 
 _CACHED_GROUPS = 2
 _ENTRIES_TOGETHER = 1 << 15
@@ -61,6 +61,11 @@ class ShardFile:
     def __len__(self) -> int:
         """Number of rows."""
         return sum(self.group_rows)
+
+    @property
+    def header_bytes(self) -> bytes:
+        """The header as the footer holds it: the bytes of `dataset.json`."""
+        return self._facts.key_values[FOOTER_KEY]
 
     def batch(self, group: int) -> pa.RecordBatch:
         """A row group as stored, with its frames not decompressed. Raises `ShardDamaged`."""

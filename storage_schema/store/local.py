@@ -43,6 +43,14 @@ def local_file(root: str, name: str) -> Path:
     return real
 
 
+def size_of(entry: os.DirEntry[str]) -> int:
+    """Bytes of a listed file; -1 if another process deleted it meanwhile."""
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
 @contextmanager
 def temporary_file(folder: Path, *, final: Path) -> Iterator[Path]:
     """A unique path in `folder` to write to, removed at the end of the block. Creates the folder of `final` too.

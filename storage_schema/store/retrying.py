@@ -39,6 +39,10 @@ class RetryingStore(Store):
         """See `Store`."""
         return self._retry(super().names, folder)
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """See `Store`."""
+        return self._retry(super().sizes, folder)
+
     def delete(self, name: str) -> None:
         """See `Store`."""
         self._retry(super().delete, name)

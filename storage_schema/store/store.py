@@ -166,6 +166,21 @@ class Store:
         # Web consoles of object stores make a "folder" as an empty object with the folder's own name.
         return sorted(str(path).rsplit("/", 1)[-1] for path in listed if str(path).rstrip("/") != self.path(folder))
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file directly in `folder`, by name, from one listing; empty if there is no such folder."""
+        try:
+            with self._named_errors(f"listing {folder}"):
+                if self.is_local:
+                    with os.scandir(self.path(folder)) as entries:
+                        return {entry.name: local.size_of(entry) for entry in entries if entry.is_file()}
+                self.fs.invalidate_cache(self.path(folder))
+                listed = self.fs.ls(self.path(folder), detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {
+            str(facts["name"]).rsplit("/", 1)[-1]: int(facts["size"]) for facts in listed if facts["type"] == "file"
+        }
+
     def delete(self, name: str) -> None:
         """Removes the file if it exists. Raises `StorageFailed`."""
         with suppress(FileNotFoundError), self._named_errors(f"deleting {name}"):

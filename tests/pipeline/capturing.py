@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from coldstill.pipeline.calibration import rank_ids
+from coldstill.pipeline.cluster.pool import WorkerPool
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.worker import CaptureWorker
-from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
+from coldstill.pipeline.worker import CaptureWorker, UnitReport, load_for
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
 from tests import making
 
 
@@ -41,6 +45,19 @@ def write_config(path: Path, config: CaptureConfig) -> Path:
 def contents(root: Path | str, folder: str = "shards") -> dict[str, str]:
     """Digest of each file in a folder of a dataset."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(root, folder).iterdir())}
+
+
+class OneWorkerPool(WorkerPool):
+    """The pool of a capture with one worker in this process instead of Ray's."""
+
+    def rank_ids(self, header: DatasetHeader, unit: Unit) -> list[int]:
+        """The calibration pass by a teacher that is loaded for it."""
+        return list(rank_ids(self._config, load_for(self._config, header), header, unit))
+
+    def run_units(self, todo: list[int]) -> Iterator[UnitReport]:
+        """Run the units one after the other."""
+        worker = CaptureWorker(self._config)
+        yield from map(worker.run, todo)
 
 
 def do_units(config: CaptureConfig) -> None:

@@ -202,7 +202,11 @@ def _sealed_request(store: Store) -> Request | None:
 
 def _started_request(store: Store) -> Request:
     """The request of an unfinished output. Raises `CommitDamaged`."""
-    return parse_document(store.read(REQUEST_NAME), model=Request, where=REQUEST_NAME, error=CommitDamaged)
+    try:
+        return parse_document(store.read(REQUEST_NAME), model=Request, where=REQUEST_NAME, error=CommitDamaged)
+    except CommitDamaged as error:
+        fix = f"delete {store.url}, which is unfinished, and re-run the command"
+        raise CommitDamaged(f"{store.url}/{error.what}", found=error.found, wanted=error.wanted, fix=fix) from None
 
 
 def _require_same(store: Store, found: Request | None, wanted: Request) -> None:

@@ -19,7 +19,6 @@ from coldstill.pipeline.cluster.attempts import (
 )
 from coldstill.pipeline.cluster.poison_search import MAX_DEATHS, next_task
 from coldstill.pipeline.worker import UnitTask
-from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.store import Store
 
 FIRST = 1000
@@ -126,7 +125,7 @@ def test_deaths_beside_another_unit_prove_nothing() -> None:
     assert task.kind == "whole"
 
 
-def test_attempts_and_crash_reports_are_read_back_and_damage_is_named(tmp_path: Path) -> None:
+def test_attempts_and_crash_reports_are_read_back_and_damaged_ones_begin_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
     all_attempts = AttemptStore(store)
     attempts, _ = _play(8, _poisoned_by({FIRST + 3}))
@@ -139,5 +138,8 @@ def test_attempts_and_crash_reports_are_read_back_and_damage_is_named(tmp_path: 
     assert read_crash_report(store, "abc-worker-0") == MEMORY
     assert read_crash_report(store, "abc-worker-1") is None
     store.put("attempts/000000.json", b"{")
-    with pytest.raises(CommitDamaged, match=r"attempts/000000\.json"):
-        all_attempts.read(0)
+    assert all_attempts.units() == {0}, "the unit stays a suspect"
+    assert all_attempts.read(0) == Attempts(unit=0)
+    write_crash_report(store, "abc-worker-2", MEMORY)
+    store.put("_run/last_words/abc-worker-2.json", b"\xff")
+    assert read_crash_report(store, "abc-worker-2") is None
