@@ -74,7 +74,8 @@ def prepare(
     stored.require_equal(
         header.model_copy(update={"id_ranks": stored.id_ranks}),
         where="the configuration",
-        fix=f"{store.url} was started with another value: restore it, or choose another output",
+        fix=f"{store.url} was started with another value: {_restore(config.teacher, header, stored)}, or choose "
+        "another output",
     )
     # With these files a reader of the dataset can decode its tokens without the teacher.
     for name, data in files.items():
@@ -82,6 +83,15 @@ def prepare(
     if not is_planned and not store.create(PLAN_NAME, plan_to_bytes(units)):
         units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)  # another driver created it first
     return Prepared(store, stored, units)
+
+
+def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader) -> str:
+    """How to get the stored values back. The defaults of some keys have changed between releases."""
+    names = [name for name in type(teacher).model_fields if getattr(found, name, None) != getattr(stored, name, None)]
+    if "draws" in names:  # the header's `kept_draws` is at most `draws`
+        names = [name for name in names if name != "kept_draws"]
+    keys = ", ".join(f"teacher.{name}: {getattr(stored, name)}" for name in names)
+    return f"set {keys}" if keys else "restore it"
 
 
 def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Source, SequenceMaker]:

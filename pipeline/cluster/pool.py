@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.calibration import Calibration
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import UnitFailed
 from coldstill.pipeline.teachers.protocol import TokenSequence
@@ -113,19 +114,19 @@ class WorkerPool:
         """Units in progress, and the names of their workers."""
         return names_by_unit(self._workers)
 
-    def rank_ids(self, header: DatasetHeader, unit: Unit) -> list[int]:
-        """The id rank table from the calibration pass (`calibration.py`). The worker and its engine are kept.
+    def calibrate(self, header: DatasetHeader, unit: Unit) -> Calibration:
+        """The result of the calibration pass (`calibration.py`). The worker and its engine are kept.
 
         Raises what `run_units` raises.
         """
 
         def call(actor: Any) -> Any:
-            return actor.rank_ids.remote(header.to_bytes(), astuple(unit))
+            return actor.calibrate.remote(header.to_bytes(), astuple(unit))
 
-        ranks: list[int] = self._call_one(
+        ranks, tail_mass = self._call_one(
             call, header, what="the calibration pass", fix="set calibration_targets: 0 to skip it"
         )
-        return ranks
+        return Calibration(tuple(ranks), tail_mass)
 
     def measure(self, header: DatasetHeader, sequences: list[TokenSequence], *, seconds: float) -> SpeedReport:
         """The speed of one worker on these sequences: `worker.measure_speed` for `seconds`.
