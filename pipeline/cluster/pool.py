@@ -28,11 +28,10 @@ from coldstill.storage_schema.store.retrying import RetryingStore
 from .actor import new_actor
 from .attempts import AttemptStore, CrashReport, read_crash_report
 from .dispatcher import TASKS_PER_WORKER, Dispatcher, FailedUnit, WorkerHandle, names_by_unit
-from .ray_cluster import DriverMetrics, join_cluster
+from .ray_cluster import DriverMetrics, PlacementReport, join_cluster, plain_reason, without_codes
 
 _MAX_START_DEATHS = 3
 """If this many consecutive starts end in a death, the set-up is wrong."""
-_MAX_REASON_CHARS = 400
 _WAIT_S = 1.0
 
 
@@ -152,6 +151,7 @@ class WorkerPool:
         for worker in self._workers:
             self._prepare(worker)
         start_deaths, is_open = 0, False
+        placement = PlacementReport(self._config, gpus=self.gpus_per_worker)
         while dispatcher.unfinished:
             wanted = min(self._config.cluster.max_workers, dispatcher.unfinished)
             for _ in range(len(self._workers), wanted):
@@ -159,7 +159,9 @@ class WorkerPool:
             self._release_to(wanted)
             ready = self._ready
             metrics.show(ready=len(ready), starting=len(self._workers) - len(ready))
-            is_open = is_open or len(ready) >= min(self._config.cluster.min_workers, wanted)
+            least = 1 if is_open else min(self._config.cluster.min_workers, wanted)
+            placement.update(ready=len(ready), wanted=least)
+            is_open = is_open or len(ready) >= least
             for worker, task in dispatcher.assign(ready) if is_open else ():
                 self._give(worker, task)
             for event in self._events():
@@ -186,8 +188,11 @@ class WorkerPool:
         self._join()
         for _ in range(_MAX_START_DEATHS):
             worker = self._add(header.to_bytes())
+            reference, placement = call(worker.actor), PlacementReport(self._config, gpus=self.gpus_per_worker)
+            while not ray.wait([reference], timeout=_WAIT_S)[0]:
+                placement.update(ready=0, wanted=1)
             try:
-                return ray.get(call(worker.actor))
+                return ray.get(reference)
             except RayTaskError as error:
                 raise _named(what, error) from None
             except RayError as error:
@@ -287,7 +292,7 @@ class WorkerPool:
         if found := read_crash_report(self._store, worker.crash_key):
             return found
         text = str(error).partition("The actor is dead because ")[2] or str(error)
-        return CrashReport(cause="its worker died", reason=" ".join(text.split())[:_MAX_REASON_CHARS])
+        return CrashReport(cause="its worker died", reason=plain_reason(text))
 
 
 def _named(what: str, error: RayTaskError) -> ColdstillError:
@@ -296,7 +301,10 @@ def _named(what: str, error: RayTaskError) -> ColdstillError:
     if isinstance(cause, ColdstillError):
         return cause
     return UnitFailed(
-        what, found=str(error), wanted="no exception", fix="see the traceback above; all committed units are kept"
+        what,
+        found=without_codes(str(error)),
+        wanted="no exception",
+        fix="see the traceback above; all committed units are kept",
     )
 
 
