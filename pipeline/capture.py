@@ -21,6 +21,7 @@ from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.repair import Reopened, reopen_damaged
 from coldstill.storage_schema.store import Store
 
+from .calibration import warn_if_flat
 from .config import CaptureConfig
 from .driver.lease import Lease
 from .driver.progress import Progress, ProgressBar
@@ -93,12 +94,13 @@ def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
 
 
 def _prepare(config: CaptureConfig, pool: WorkerPool) -> Prepared:
-    def rank_ids(header: DatasetHeader, unit: Unit) -> list[int]:
+    def rank_ids(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
         with tqdm(total=config.calibration_targets, desc="calibration", unit=" targets") as bar:
             bar.set_postfix_str("starting a worker")
-            ranks = pool.rank_ids(header, unit)
+            ranks, tail_mass = pool.calibrate(header, unit)
             bar.set_postfix_str(f"{len(ranks):,} frequent ids")
             bar.update(config.calibration_targets)
+        warn_if_flat(config.teacher, tail_mass)
         return ranks
 
     prepared = prepare(config, rank_ids=rank_ids if config.calibration_targets else None)

@@ -96,15 +96,16 @@ class TeacherConfig(FrozenModel):
         description="Data type of the logits. auto: float32 if the engine can, because bfloat16 rounding changes half "
         "of the ranks; model: that of the weights.",
     )
-    top_k: int = Field(default=64, ge=1, le=MAX_TOP_K, description="K: maximum number of token ids kept per position.")
+    top_k: int = Field(default=16, ge=1, le=MAX_TOP_K, description="K: maximum number of token ids kept per position.")
     min_prob: float = Field(
         default=1e-4, ge=0, lt=1, description="Token ids of the top K with a lower probability are not kept."
     )
     draws: int = Field(
-        default=0,
+        default=64,
         ge=0,
         le=MAX_DRAWS,
-        description="D: number of independent draws from the full softmax at each position.",
+        description="D: number of independent draws from the full softmax at each position; by default 0 if the engine "
+        "cannot draw.",
     )
     kept_draws: int = Field(
         default=32,
@@ -142,6 +143,8 @@ class TeacherConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _fits_the_engine(self) -> TeacherConfig:
+        if self.draws and not self.can_draw and "draws" not in self.model_fields_set:
+            object.__setattr__(self, "draws", 0)  # the model is frozen
         if self.draws and not self.can_draw:
             way = "tap public" if self.engine == "vllm" else f"engine {self.engine}"
             raise ValueError(f"draws 0, not {self.draws}: {way} cannot draw; tap worker and engine transformers can")

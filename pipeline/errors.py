@@ -41,6 +41,10 @@ class ClusterTooSmall(ColdstillError):
     """A worker needs more resources than this machine has, so it can never start."""
 
 
+class ClusterUnreachable(ColdstillError):
+    """Ray did not start on this machine, or the cluster to join did not answer."""
+
+
 class UnitFailed(ColdstillError):
     """A work unit failed; all others stay committed."""
 

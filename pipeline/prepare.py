@@ -78,7 +78,8 @@ def prepare(
     stored.require_equal(
         header.model_copy(update={"id_ranks": stored.id_ranks}),
         where="the configuration",
-        fix=f"{store.url} was started with another value: restore it, or choose another output",
+        fix=f"{store.url} was started with another value: {_restore(config.teacher, header, stored)}, or choose "
+        "another output",
     )
     # With these files a reader of the dataset can decode its tokens without the teacher.
     for name, data in files.items():
@@ -97,6 +98,15 @@ def _stored_plan(store: Store) -> Plan | None:
     except CommitDamaged:
         store.delete(PLAN_NAME)
         return None
+
+
+def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader) -> str:
+    """How to get the stored values back. The defaults of some keys have changed between releases."""
+    names = [name for name in type(teacher).model_fields if getattr(found, name, None) != getattr(stored, name, None)]
+    if "draws" in names:  # the header's `kept_draws` is at most `draws`
+        names = [name for name in names if name != "kept_draws"]
+    keys = ", ".join(f"teacher.{name}: {getattr(stored, name)}" for name in names)
+    return f"set {keys}" if keys else "restore it"
 
 
 def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Source, SequenceMaker]:

@@ -15,6 +15,7 @@ Shape letters: `N` blocks, `B` blocks of a step, `T` tokens of a block (`MAX_TOK
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -194,16 +195,41 @@ def pretrain(model: Any, blocks: torch.Tensor, *, checkpoint: Path, label: str) 
 
 def _loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of `tokens int64 [B, T]`, each given the tokens before it."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=_fast_bfloat16()):
-        hidden = model.model(tokens).last_hidden_state[:, :-1]
-        logits = model.lm_head(hidden)
-    return functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    hidden = model.model(tokens).last_hidden_state[:, :-1]
+    return functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware: twice as fast with it, many times slower without."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+class _Muon(torch.optim.Muon):
+    """torch's Muon, with its products in float32 instead of bfloat16.
+
+    On AVX2 alone a step of the teacher takes 0.5 s in float32 and 9 s in bfloat16, at the same loss.
+    Arguments and state are torch's own.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update all matrices by their gradients. `closure` is not used."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                average = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                update = _orthogonalize(matrix.grad.lerp(average, group["momentum"]), group)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1])))
+
+
+def _orthogonalize(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """`matrix` with all singular values near 1, by the Newton-Schulz iteration of torch's Muon."""
+    a, b, c = group["ns_coefficients"]
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if is_tall else matrix
+    wide = wide / wide.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if is_tall else wide
 
 
 def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
@@ -213,7 +239,7 @@ def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
         inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if inside else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1),
+        _Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1),
         torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 

@@ -62,15 +62,16 @@ class _RayWorker:
         self._teacher = WatchedTeacher(teacher, on_exit=self._exit)
         Watchdog(self._teacher, hung_after_s=self._config.cluster.hung_after_s, on_exit=self._exit).start()
 
-    def rank_ids(self, header: bytes, unit: tuple[int, ...]) -> list[int]:
-        """See `calibration.rank_ids`."""
-        from coldstill.pipeline.calibration import rank_ids
+    def calibrate(self, header: bytes, unit: tuple[int, ...]) -> tuple[list[int], float]:
+        """See `calibration.calibrate`."""
+        from coldstill.pipeline.calibration import calibrate
         from coldstill.storage_schema.header import DatasetHeader
         from coldstill.storage_schema.plan import Unit
 
         teacher = self._loaded()
         facts = DatasetHeader.from_bytes(header, where="the header of the calibration pass")
-        return list(rank_ids(self._config, teacher, facts, Unit(*unit)))
+        found = calibrate(self._config, teacher, facts, Unit(*unit))
+        return list(found.id_ranks), found.tail_mass
 
     def measure(self, header: bytes, sequences: list[TokenSequence], seconds: float) -> tuple[float, ...]:
         """See `worker.measure_speed`."""

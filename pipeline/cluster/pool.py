@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.calibration import Calibration
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import UnitFailed
 from coldstill.pipeline.teachers.protocol import TokenSequence
@@ -27,11 +28,10 @@ from coldstill.storage_schema.store.retrying import RetryingStore
 from .actor import new_actor
 from .attempts import AttemptStore, CrashReport, read_crash_report
 from .dispatcher import TASKS_PER_WORKER, Dispatcher, FailedUnit, WorkerHandle, names_by_unit
-from .ray_cluster import DriverMetrics, join_cluster
+from .ray_cluster import DriverMetrics, PlacementReport, join_cluster, plain_reason, without_codes
 
 _MAX_START_DEATHS = 3
 """If this many consecutive starts end in a death, the set-up is wrong."""
-_MAX_REASON_CHARS = 400
 _WAIT_S = 1.0
 
 
@@ -114,19 +114,19 @@ class WorkerPool:
         """Units in progress, and the names of their workers."""
         return names_by_unit(self._workers)
 
-    def rank_ids(self, header: DatasetHeader, unit: Unit) -> list[int]:
-        """The id rank table from the calibration pass (`calibration.py`). The worker and its engine are kept.
+    def calibrate(self, header: DatasetHeader, unit: Unit) -> Calibration:
+        """The result of the calibration pass (`calibration.py`). The worker and its engine are kept.
 
         Raises what `run_units` raises.
         """
 
         def call(actor: Any) -> Any:
-            return actor.rank_ids.remote(header.to_bytes(), astuple(unit))
+            return actor.calibrate.remote(header.to_bytes(), astuple(unit))
 
-        ranks: list[int] = self._call_one(
+        ranks, tail_mass = self._call_one(
             call, header, what="the calibration pass", fix="set calibration_targets: 0 to skip it"
         )
-        return ranks
+        return Calibration(tuple(ranks), tail_mass)
 
     def measure(self, header: DatasetHeader, sequences: list[TokenSequence], *, seconds: float) -> SpeedReport:
         """The speed of one worker on these sequences: `worker.measure_speed` for `seconds`.
@@ -152,6 +152,7 @@ class WorkerPool:
         for worker in self._workers:
             self._prepare(worker)
         start_deaths, is_open = 0, False
+        placement = PlacementReport(self._config, gpus=self.gpus_per_worker)
         while dispatcher.unfinished:
             wanted = min(self._config.cluster.max_workers, dispatcher.unfinished)
             for _ in range(len(self._workers), wanted):
@@ -159,7 +160,9 @@ class WorkerPool:
             self._release_to(wanted)
             ready = self._ready
             metrics.show(ready=len(ready), starting=len(self._workers) - len(ready))
-            is_open = is_open or len(ready) >= min(self._config.cluster.min_workers, wanted)
+            least = 1 if is_open else min(self._config.cluster.min_workers, wanted)
+            placement.update(ready=len(ready), wanted=least)
+            is_open = is_open or len(ready) >= least
             for worker, task in dispatcher.assign(ready) if is_open else ():
                 self._give(worker, task)
             for event in self._events():
@@ -186,8 +189,11 @@ class WorkerPool:
         self._join()
         for _ in range(_MAX_START_DEATHS):
             worker = self._add(header.to_bytes())
+            reference, placement = call(worker.actor), PlacementReport(self._config, gpus=self.gpus_per_worker)
+            while not ray.wait([reference], timeout=_WAIT_S)[0]:
+                placement.update(ready=0, wanted=1)
             try:
-                return ray.get(call(worker.actor))
+                return ray.get(reference)
             except RayTaskError as error:
                 raise _named(what, error) from None
             except RayError as error:
@@ -287,7 +293,7 @@ class WorkerPool:
         if found := read_crash_report(self._store, worker.crash_key):
             return found
         text = str(error).partition("The actor is dead because ")[2] or str(error)
-        return CrashReport(cause="its worker died", reason=" ".join(text.split())[:_MAX_REASON_CHARS])
+        return CrashReport(cause="its worker died", reason=plain_reason(text))
 
 
 def _named(what: str, error: RayTaskError) -> ColdstillError:
@@ -296,7 +302,10 @@ def _named(what: str, error: RayTaskError) -> ColdstillError:
     if isinstance(cause, ColdstillError):
         return cause
     return UnitFailed(
-        what, found=str(error), wanted="no exception", fix="see the traceback above; all committed units are kept"
+        what,
+        found=without_codes(str(error)),
+        wanted="no exception",
+        fix="see the traceback above; all committed units are kept",
     )
 
 

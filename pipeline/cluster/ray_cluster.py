@@ -1,4 +1,4 @@
-"""The Ray cluster of a capture: join or start it, size its workers, show metrics.
+"""The Ray cluster of a capture: join or start it, size its workers, report a missing node, show metrics.
 
 The counters and gauges are for Ray's dashboard and Prometheus.
 """
@@ -7,27 +7,37 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ray
 from ray.util.metrics import Counter, Gauge
 
 from coldstill.common.interrupts import Interrupted, keeping_handlers
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.errors import ClusterTooSmall
+from coldstill.pipeline.errors import ClusterTooSmall, ClusterUnreachable
 from coldstill.pipeline.worker import UnitReport
 
 _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+START_LIMITS = ("RAY_gcs_server_port_wait_time_s", "RAY_raylet_start_wait_time_s")
+"""Ray's own environment variables for how long the parts of a new node may take to start."""
+_FIRST_REPORT_S = 60.0
+_MAX_NODES = 8
+_MAX_REASON_CHARS = 400
+_MAX_REASON_HEAD = 150
+_ANSI_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 _COUNTED = ("rows", "rejected", "tokens", "targets", "bytes")
+
+log = logging.getLogger(__name__)
 
 
 def join_cluster(config: CaptureConfig) -> float:
     """Join the cluster that the settings or RAY_ADDRESS name, or start one on this machine. The GPUs per worker.
 
-    Raises `ClusterTooSmall` if this machine alone could never run `cluster.min_workers`.
+    Raises `ClusterUnreachable`, and `ClusterTooSmall` if this machine alone could never run `cluster.min_workers`.
     """
     is_local = config.cluster.address is None and "RAY_ADDRESS" not in os.environ
     with keeping_handlers():  # Ray sets one that ends the driver with the native stacks of all threads
@@ -42,6 +52,9 @@ def join_cluster(config: CaptureConfig) -> float:
             )
         except SystemExit:  # Ray's own handler of SIGTERM, while it starts
             raise Interrupted(signal.SIGTERM) from None
+        except Exception as error:  # Ray raises plain RuntimeError and Exception, among others
+            ray.shutdown()
+            raise _unreachable(config.cluster.address, error, is_local=is_local) from error
     resources = ray.cluster_resources()
     gpus = gpus_per_worker(config, resources)
     if is_local:
@@ -51,6 +64,38 @@ def join_cluster(config: CaptureConfig) -> float:
             ray.shutdown()
             raise
     return gpus
+
+
+def _unreachable(address: str | None, error: Exception, *, is_local: bool) -> ClusterUnreachable:
+    found = f"{type(error).__name__}: {plain_reason(str(error))}"
+    if is_local:
+        limits = " ".join(f"{name}=600" for name in START_LIMITS)
+        return ClusterUnreachable(
+            "Ray on this machine",
+            found=found,
+            wanted="a Ray node that starts within Ray's time limits",
+            fix=f"run again while the machine is less busy, or with longer limits: {limits} coldstill ...",
+        )
+    return ClusterUnreachable(
+        "cluster.address" if address else "RAY_ADDRESS",
+        found=f"{address or os.environ['RAY_ADDRESS']}: {found}",
+        wanted="the address of a running Ray cluster",
+        fix="correct the address, or leave both out to start Ray on this machine",
+    )
+
+
+def plain_reason(text: str) -> str:
+    """`text` on one line of at most 400 characters, without terminal codes. The end stays: it names the cause."""
+    line = " ".join(_ANSI_CODE.sub("", text).split())
+    if len(line) <= _MAX_REASON_CHARS:
+        return line
+    head = line[:_MAX_REASON_HEAD] + " ... "
+    return head + line[len(head) - _MAX_REASON_CHARS :]
+
+
+def without_codes(text: str) -> str:
+    """`text` without terminal codes. Ray colors the first line of a traceback."""
+    return _ANSI_CODE.sub("", text)
 
 
 def gpus_per_worker(config: CaptureConfig, resources: Mapping[str, float]) -> float:
@@ -81,6 +126,47 @@ def require_room(config: CaptureConfig, resources: Mapping[str, float], *, gpus:
                 wanted=f"{wanted:g} for each of {workers} workers",
                 fix=f"lower cluster.{key}, or join a cluster with cluster.address or RAY_ADDRESS",
             )
+
+
+class PlacementReport:
+    """Reports workers that the nodes of the cluster cannot hold: after a minute, then at doubling intervals.
+
+    Raises nothing, because an autoscaler may still add nodes.
+    """
+
+    def __init__(self, config: CaptureConfig, *, gpus: float):
+        self._config, self._gpus = config, gpus
+        self.begin()
+
+    def begin(self) -> None:
+        """Start to count from now."""
+        self._since, self._interval = time.monotonic(), _FIRST_REPORT_S
+
+    def update(self, *, ready: int, wanted: int) -> None:
+        """Log a report if it is due. `ready`: workers that run; `wanted`: those without which no unit is assigned."""
+        if ready >= wanted:
+            self.begin()
+        elif time.monotonic() - self._since >= self._interval:
+            self._interval *= 2
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            if text := missing_room(self._config, nodes, gpus=self._gpus, wanted=wanted):
+                log.warning("%s", text)
+
+
+def missing_room(config: CaptureConfig, nodes: Sequence[Mapping[str, float]], *, gpus: float, wanted: int) -> str:
+    """Why nodes with these resources in total cannot hold `wanted` workers; empty if they can."""
+    needs = {"CPU": config.cluster.cpus_per_worker, "GPU": gpus}
+    room = [min(int(node.get(name, 0) / need + 1e-9) for name, need in needs.items() if need) for node in nodes]
+    if sum(room) >= wanted:
+        return ""
+    has = "; ".join(", ".join(f"{node.get(name, 0):g} {name}s" for name in needs) for node in nodes[:_MAX_NODES])
+    more = f"; and {len(nodes) - _MAX_NODES} more nodes" if len(nodes) > _MAX_NODES else ""
+    keys = "cluster.cpus_per_worker, cluster.gpus_per_worker" + (" or cluster.min_workers" if sum(room) else "")
+    return (
+        f"waiting for Ray: the capture needs {wanted} worker{'s' if wanted > 1 else ''} with {needs['CPU']:g} CPUs and "
+        f"{gpus:g} GPUs each, and the cluster has room for {sum(room)}: {has or 'no node'}{more}. Unless an autoscaler "
+        f"adds nodes, this will not end: lower {keys}, or add nodes"
+    )
 
 
 class WorkerMetrics:

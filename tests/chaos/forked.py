@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from coldstill.pipeline.calibration import rank_ids
+from coldstill.pipeline.calibration import calibrate
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.teachers.protocol import Teacher
@@ -140,7 +140,7 @@ def _live(
 
     begin("start")
     if is_driver:
-        prepare(config, rank_ids=lambda header, unit: rank_ids(config, fake(header), header, unit))
+        prepare(config, rank_ids=lambda header, unit: calibrate(config, fake(header), header, unit).id_ranks)
     store = Store(config.output)
     if not store.exists(MANIFEST_NAME):
         header = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -11,6 +11,8 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from coldstill.demo import models
 from coldstill.demo.models import (
@@ -127,3 +129,46 @@ def test_a_killed_training_run_resumes_with_equal_weights(tmp_path: Path, monkey
     assert pretrain(resumed, blocks, checkpoint=tmp_path / "broken.pt", label="resumed") == loss
     for name, weight in unbroken.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+class _Dtypes(TorchDispatchMode):
+    """Records the dtypes of all tensors that operations read or return, and the number of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.found |= {leaf.dtype for leaf in tree_leaves([args, kwargs, result]) if isinstance(leaf, torch.Tensor)}
+        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm")
+        return result
+
+
+def test_a_training_step_on_a_cpu_multiplies_no_half_precision_numbers(tmp_path: Path) -> None:
+    """A CPU without AVX512-BF16 multiplies bfloat16 70 times slower than float32: the demo took an hour there."""
+    blocks = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    with _Dtypes() as dtypes:
+        pretrain(new_model(TINY, vocabulary=64), blocks, checkpoint=tmp_path / "c.pt", label="step")
+    assert dtypes.products > 30, "forward, backward and the optimizer's products were recorded"
+    assert dtypes.found <= {torch.float32, torch.float64, torch.int64, torch.bool}
+
+
+def test_the_optimizer_is_torchs_muon_but_for_the_rounding_of_its_products() -> None:
+    """So the measured learning rates hold, and a checkpoint of an earlier release resumes."""
+    start = torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0))
+    shapes = [start[0], start[1].T.contiguous(), start[2]]
+    ours, torchs = ([torch.nn.Parameter(matrix.clone()) for matrix in shapes] for _ in range(2))
+    optimizers = [models._Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(torchs, lr=0.02, weight_decay=0.1)]
+    for step in range(3):
+        for matrix, other in zip(ours, torchs, strict=True):
+            matrix.grad = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(step))
+            other.grad = matrix.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for matrix, other, first in zip(ours, torchs, shapes, strict=True):
+        assert (matrix - other).norm() < 0.02 * (other - first).norm()
+    mine, theirs = (optimizer.state_dict() for optimizer in optimizers)
+    assert mine["param_groups"] == theirs["param_groups"]
+    assert [set(state) for state in mine["state"].values()] == [set(state) for state in theirs["state"].values()]

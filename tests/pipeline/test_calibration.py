@@ -10,7 +10,8 @@ from typing import cast
 import numpy as np
 import pytest
 
-from coldstill.pipeline.calibration import rank_ids
+from coldstill.pipeline.calibration import FLAT_TAIL_MASS, calibrate, warn_if_flat
+from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
 from coldstill.pipeline.worker import load_teacher
@@ -27,10 +28,10 @@ def _ranked(folder: Path, **changes: object) -> tuple[Path, DatasetHeader]:
     """A whole capture with a table, by the driver's own steps."""
     config = capture_config(folder, **changes)
 
-    def calibrate(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
-        return rank_ids(config, load_teacher(config.teacher, header), header, unit)
+    def rank_ids(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
+        return calibrate(config, load_teacher(config.teacher, header), header, unit).id_ranks
 
-    prepared = prepare(config, rank_ids=calibrate)
+    prepared = prepare(config, rank_ids=rank_ids)
     do_units(config)
     seal(prepared.store)
     return Path(config.output), prepared.header
@@ -84,7 +85,7 @@ def test_the_calibration_pass_of_mode_generate_asks_for_a_few_answers_until_it_h
     config = capture_config(tmp_path, mode="generate", calibration_targets=10, sampling={"max_tokens": 5})
     prepared = prepare(config)
     teacher = _Answering()
-    ranks = rank_ids(config, cast(Teacher, teacher), prepared.header, prepared.units[0])
+    ranks = calibrate(config, cast(Teacher, teacher), prepared.header, prepared.units[0]).id_ranks
     # Two prompts would do, were the answers as long as they may be; one more for what is missing, and another.
     assert teacher.calls == [["chat-0", "chat-1"], ["chat-2"], ["chat-3"]]
     assert ranks
@@ -94,7 +95,7 @@ def test_a_first_unit_of_rejects_alone_gives_no_table(tmp_path: Path) -> None:
     config = capture_config(tmp_path)
     making.write_jsonl(tmp_path / "rows.jsonl", [{"id": "useless"}, *making.chat_rows(3)])
     prepared = prepare(capture_config(tmp_path, rows_per_unit=1))
-    assert rank_ids(config, cast(Teacher, None), prepared.header, prepared.units[0]) == ()
+    assert calibrate(config, cast(Teacher, None), prepared.header, prepared.units[0]) == ((), 0.0)
 
 
 def test_a_dataset_keeps_the_table_that_it_was_started_with(tmp_path: Path) -> None:
@@ -103,3 +104,34 @@ def test_a_dataset_keeps_the_table_that_it_was_started_with(tmp_path: Path) -> N
     again = prepare(config, rank_ids=lambda header, unit: pytest.fail("a second calibration pass"))
     assert first.header == again.header
     assert again.header.id_ranks == (5, 3, 8)
+
+
+def test_the_tail_mass_is_the_mean_over_the_scored_targets(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, calibration_targets=10**6)
+    prepared = prepare(config)
+    found = calibrate(config, load_teacher(config.teacher, prepared.header), prepared.header, prepared.units[0])
+    do_units(config)
+    seal(prepared.store)
+    logs = [row.targets.log_tail for row in open_dataset(config.output).read_shard(0)]
+    assert found.tail_mass == pytest.approx(np.exp(np.concatenate(logs)).mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({"draws": 0}, "set teacher.draws: 64"),
+        ({"tap": "public"}, "use tap worker or engine transformers"),
+        ({"draws": 64}, None),
+    ],
+)
+def test_a_capture_without_draws_of_a_flat_teacher_warns_with_the_setting(
+    caplog: pytest.LogCaptureFixture, settings: dict, way: str | None
+) -> None:
+    teacher = TeacherConfig.model_validate({"model": "m", **settings})
+    warn_if_flat(teacher, FLAT_TAIL_MASS)
+    assert caplog.messages == []
+    warn_if_flat(teacher, 0.051)
+    assert len(caplog.messages) == (way is not None)
+    if way:
+        assert way in caplog.text
+        assert "0.051 of the teacher's mass" in caplog.text

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
-from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 
+REPOSITORY = Path(__file__).parents[2]
 PLAIN: dict[str, Any] = {"output": "o", "source": {"path": "x.jsonl"}, "teacher": {"model": "m"}}
 RENAMED = [
     ("calibration_targets", "pilot_targets", 5),
@@ -85,3 +86,34 @@ def test_a_wrong_value_is_found_under_the_name_that_the_file_uses() -> None:
     for key in ("calibration_targets", "pilot_targets"):
         with pytest.raises(ConfigInvalid, match=f"here: {key}"):
             check_config(_with(key, -1), model=CaptureConfig, where="here")
+
+
+CANNOT_DRAW: list[dict[str, Any]] = [
+    {"engine": "endpoint", "endpoint": "http://host/v1"},
+    {"tap": "public"},
+    {"engine": "tests.pipeline.teachers.test_custom_teacher:Uniform"},
+]
+
+
+def test_a_capture_keeps_the_top_16_and_64_draws_by_default() -> None:
+    for settings in ({}, {"engine": "transformers"}):
+        teacher = TeacherConfig.model_validate({"model": "m", **settings})
+        assert (teacher.top_k, teacher.draws) == (16, 64)
+
+
+@pytest.mark.parametrize("settings", CANNOT_DRAW, ids=lambda settings: "-".join(settings))
+def test_an_engine_that_cannot_draw_has_no_draws_by_default_and_refuses_them_if_set(settings: dict[str, Any]) -> None:
+    teacher = TeacherConfig.model_validate({"model": "m", **settings})
+    assert (teacher.top_k, teacher.draws) == (16, 0)
+    assert TeacherConfig.model_validate(teacher.model_dump()) == teacher, "as a worker gets it"
+    for draws in (1, 64):
+        with pytest.raises(ConfigInvalid, match=f"draws 0, not {draws}"):
+            check_config({"model": "m", "draws": draws, **settings}, model=TeacherConfig, where="here")
+
+
+@pytest.mark.parametrize("name", ["qwen2.5_7b_capture.yaml", "qwen2_72b_capture.yaml"])
+def test_the_shipped_examples_show_the_defaults(name: str) -> None:
+    teacher = load_config(str(REPOSITORY / "examples" / name), model=CaptureConfig).teacher
+    assert {"top_k", "draws"} <= teacher.model_fields_set
+    assert (teacher.top_k, teacher.draws) == (16, 64)
+    assert teacher.engine_args["max_num_batched_tokens"] > 2048, "the tap needs no memory for the logits of a batch"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import SourceChanged, TemplateCannotMark
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.staging import remove_staging
@@ -188,3 +188,17 @@ def test_a_capture_that_was_begun_in_format_1_ends_in_format_1(tmp_path: Path) -
     assert dataset.header == old
     assert len(dataset.faithfulness_sample()) > 0
     assert verify(config.output, deep=True, progress=False) == []
+
+
+def test_a_capture_started_with_older_defaults_resumes_with_the_keys_that_the_error_names(tmp_path: Path) -> None:
+    """Earlier releases had other defaults: `teacher.top_k` 64 and `teacher.draws` 0."""
+    first = prepare(capture_config(tmp_path, teacher={"top_k": 64, "draws": 0, "max_length": 200}))
+    document = capture_config(tmp_path).model_dump(exclude_unset=True)
+    for key in ("top_k", "draws"):
+        del document["teacher"][key]
+    with pytest.raises(HeaderMismatch) as raised:
+        prepare(CaptureConfig.model_validate(document))
+    advice = raised.value.fix
+    assert "set teacher.top_k: 64, teacher.draws: 0, teacher.max_length: 200, or choose another output" in advice
+    document["teacher"] |= {"top_k": 64, "draws": 0, "max_length": 200}
+    assert prepare(CaptureConfig.model_validate(document)).header == first.header
