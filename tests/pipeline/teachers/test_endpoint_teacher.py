@@ -15,14 +15,29 @@ import tenacity.nap
 from coldstill.common import retry
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers import endpoint_client
-from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence, UnscoredSequence
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 from tests import making
 
-from .serving import Fault, ModelServer, cut, deep, dripping, garbage, hang_up, huge, no_http, refused, served, stalled
+from .serving import (
+    Fault,
+    ModelServer,
+    cut,
+    deep,
+    dripping,
+    garbage,
+    hang_up,
+    huge,
+    no_http,
+    refused,
+    send,
+    served,
+    stalled,
+)
 
 TOP_K, TOLERANCE = 12, 1e-4
 KEY = "sk-a-secret"
@@ -271,6 +286,34 @@ def test_what_is_no_list_of_distributions_is_named_never_guessed(
     with pytest.raises(TeacherOutputInvalid, match=what) as caught:
         teacher.score(_sequences(1))
     assert "'s0'" in str(caught.value)
+
+
+def _all_nan(document: dict[str, Any]) -> None:
+    for entry in _row(document)[2].values():
+        entry.update(logprob=math.nan)
+
+
+def test_a_row_of_nan_is_unscored_and_the_others_are_kept(server: ModelServer) -> None:
+    """Some servers write NaN. Others fail to: what vLLM answers then is status 400 with Python's message."""
+    teacher = _teacher(server)
+    whole = teacher.score(_sequences(2))
+    server.change = _all_nan
+    assert teacher.score(_sequences(1)) == [UnscoredSequence("s0", 0, RejectReason.NON_FINITE_LOGITS, "position 1")]
+    server.change = lambda document: None
+    message = b'{"error": {"message": "Out of range float values are not JSON compliant: nan"}}'
+    for status in (400, 500):
+        server.faults = [lambda handler, _, status=status: send(handler, message, status=status)]  # type: ignore[misc]
+        results = teacher.score(_sequences(1))
+        assert [result.reason for result in results] == [RejectReason.NON_FINITE_LOGITS]  # type: ignore[union-attr]
+    again = teacher.score(_sequences(2))
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(one.targets.logprobs, other.targets.logprobs)
+
+
+def test_a_server_of_broken_weights_is_named_at_the_start(server: ModelServer) -> None:
+    server.change = lambda document: [entry.update(logprob=math.nan) for entry in _row(document)[1].values()]  # type: ignore[assignment,return-value]
+    with pytest.raises(TeacherUnusable, match="NaN or infinite logits"):
+        _teacher(server)
 
 
 def _replace_last_id(entries: dict[str, Any]) -> None:

@@ -120,8 +120,11 @@ def test_a_logit_that_is_no_number_is_named_by_position() -> None:
     request, healthy, scorer = _request(prompt, [[4, 29]]), _request(prompt, [[4, 17]]), _scorer()
     scorer.score([_piece(request, 0, 30), _piece(healthy, 0, 30)], hidden, lambda rows: rows @ HEAD)
     scorer.settle()
-    assert request.problem(25) == "a logit at position 17 is not a number"
-    assert healthy.problem(13) == ""
+    assert request.first_non_finite(25) == 17
+    assert request.first_non_finite(13) is None  # an answer that ended before it
+    assert healthy.first_non_finite(13) is None
+    assert request.problem(25) == healthy.problem(13) == ""
+    _assert_same(_taken(healthy), _expected(prompt, hidden, healthy.positions, "a"))
 
 
 @pytest.mark.parametrize("keeps", [True, False])
