@@ -14,9 +14,11 @@ import pyarrow as pa
 from cachetools import LRUCache
 
 from .codec import RowCodec
-from .errors import CommitDamaged, ShardDamaged
-from .header import HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
+from .errors import CommitDamaged, FileDamaged, ShardDamaged
+from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes
+from .header import FORMAT_VERSION, HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
 from .manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
+from .parquet import MAX_TABLE_BYTES
 from .rows import CachedRow
 from .shard import ShardFile
 from .store import Store
@@ -45,6 +47,12 @@ class Dataset:
         self.manifest: Manifest
         self.manifest, self.dataset_id = read_manifest(store)
         self.header = DatasetHeader.from_bytes(self._header_bytes(), where=f"{store.url}/{HEADER_NAME}")
+        if self.header.format_version != self.manifest.format_version:
+            raise CommitDamaged(
+                f"{store.url}/{MANIFEST_NAME}: format_version",
+                found=self.manifest.format_version,
+                wanted=f"{self.header.format_version}, as in {HEADER_NAME}",
+            )
         self.codec = RowCodec(self.header)
         self._first_rows = [0, *itertools.accumulate(shard.rows for shard in self.manifest.shards)]
         # Not `cachedmethod`: its reference to `self` would keep open shards until Python collects cycles.
@@ -115,6 +123,24 @@ class Dataset:
         """The content of a file that the manifest names, verified. Raises what `verified_files.read_file` raises."""
         return read_file(self.store, file, at_most=at_most)
 
+    def faithfulness_bytes(self) -> bytes | None:
+        """The file of the faithfulness sample, None if there is none. Format 2 has no digest of it, but checksums.
+
+        Raises what `read_file` raises.
+        """
+        if self.manifest.format_version == 1:
+            record = next((file for file in self.manifest.files if file.name == FAITHFULNESS_NAME), None)
+            return self.read_file(record) if record else None
+        try:
+            return self.store.read(FAITHFULNESS_NAME, at_most=MAX_TABLE_BYTES)
+        except FileNotFoundError:
+            return None
+
+    def faithfulness_sample(self) -> list[ExactPosition]:
+        """The faithfulness sample, empty if there is none. Raises what `read_file` raises."""
+        data = self.faithfulness_bytes()
+        return sample_from_bytes(data, where=f"{self.store.url}/{FAITHFULNESS_NAME}") if data else []
+
     def check_file(self, file: FileRecord) -> None:
         """Verifies a file of any size, one block in memory at a time. Raises what `check_file` raises."""
         check_file(self.store, file)
@@ -122,5 +148,11 @@ class Dataset:
     def _header_bytes(self) -> bytes:
         for file in self.manifest.files:
             if file.name == HEADER_NAME:
-                return self.read_file(file, at_most=MAX_HEADER_BYTES)
+                try:
+                    return self.read_file(file, at_most=MAX_HEADER_BYTES)
+                except FileDamaged as damage:
+                    if self.manifest.format_version < FORMAT_VERSION:
+                        fix = f"re-run `coldstill upgrade` if it was interrupted; otherwise {damage.fix}"
+                        damage = FileDamaged(damage.what, found=damage.found, wanted=damage.wanted, fix=fix)
+                    raise damage from None
         raise CommitDamaged(f"{self.store.url}/{MANIFEST_NAME}: files", found=f"no {HEADER_NAME}", wanted="the header")

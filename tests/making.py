@@ -113,6 +113,12 @@ def random_row(
     )
 
 
+def random_rows(count: int, *, seed: int = 0) -> list[CachedRow]:
+    """Random rows, `row-0` and so on."""
+    rng = np.random.default_rng(seed)
+    return [random_row(rng, f"row-{number}") for number in range(count)]
+
+
 def tiny_tokenizer(folder: Path, *, vocabulary: int = VOCABULARY) -> Path:
     """A byte-level `tokenizer.json` with `vocabulary` ids, loadable by transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -146,7 +152,7 @@ def tiny_header(tokenizer: Path, *, top_k: int = 8, draws: int = 4, **changes: o
         "over_long": "reject",
         "rows_per_unit": 8,
         "source_sha256": "0" * 64,
-        "licence": "CC0-1.0",
+        "about": {"license": "CC0-1.0"},
     }
     return DatasetHeader.model_validate({**fields, **changes})
 

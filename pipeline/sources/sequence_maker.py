@@ -23,8 +23,10 @@ from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import spans_from_mask
 from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES
 
-from .chat_template import ChatTemplate, RowUnusable, conversation_of
+from .chat_template import ChatTemplate
+from .conversation import RowUnusable, conversation_of
 from .files import SourceRow
+from .loss_mask import LossMask
 
 Mode = Literal["score", "generate", "pretrain"]
 OverLong = Literal["reject", "cut", "split"]
@@ -50,6 +52,7 @@ class SequenceMaker:
     ):
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
         self.template = ChatTemplate(tokenizer, source)
+        self._loss_mask = LossMask(self.template, source.loss_on)
         self._mode, self._documents = mode, documents
         self._made: Callable[[int, Columns], Iterator[TokenSequence | Reject]] = {
             "score": self._scored,
@@ -131,7 +134,7 @@ class SequenceMaker:
             loss_mask = [True] * len(token_ids)
         else:
             used = chat.columns
-            token_ids, loss_mask = self.template.ids_and_loss_mask(chat)
+            token_ids, loss_mask = self._loss_mask.ids_and_loss_mask(chat)
         facts = _facts_of(number, columns, id_column=self.source.id, used=used)
         yield from _split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
 
