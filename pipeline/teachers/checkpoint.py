@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.utils import cached_file
 
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILES, TokenizerFacts
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, TokenizerFacts, load_faithfully
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SAMPLES = 64
@@ -25,10 +26,18 @@ _PLAIN = {"float32", "bfloat16", "float16"}
 
 
 def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBase:
-    """The teacher's tokenizer. Raises `TeacherUnusable`."""
+    """The teacher's tokenizer. Raises `TeacherUnusable`, and `TokenizerUnfaithful` for one that loses text."""
+    loaders = [
+        lambda kind=kind: kind.from_pretrained(config.model, revision=config.revision)
+        for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)
+    ]
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, revision=config.revision)
-    except (ValueError, OSError) as error:
+        stored = cached_file(
+            config.model, TOKENIZER_FILE, revision=config.revision, _raise_exceptions_for_missing_entries=False
+        )
+        data = Path(stored).read_bytes() if stored else None
+        tokenizer = load_faithfully(loaders, data, where=config.model)
+    except (ValueError, OSError, ImportError) as error:
         raise _cannot_load(config, "tokenizer", error) from None
     if not tokenizer.is_fast:
         raise TeacherUnusable(config.model, found="a slow tokenizer", wanted="one with a tokenizer.json")

@@ -130,7 +130,12 @@ class VllmTeacher:
         self._settings = settings
         self._engine.call_workers("coldstill_configure", asdict(settings))
         self._facts |= {name: value for name, value in facts.items() if name != "problems"}
-        self._facts |= {"canary_difference": found.logprob, "canary_kl": found.kl, "canary_kl_limit": found.kl_limit}
+        self._facts |= {
+            "canary_difference": found.logprob,
+            "canary_difference_limit": found.logprob_limit,
+            "canary_kl": found.kl,
+            "canary_kl_limit": found.kl_limit,
+        }
 
     def _arithmetic(self) -> Arithmetic:
         """What the self-check's limits depend on, of the scoring so far."""
