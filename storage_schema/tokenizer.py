@@ -41,6 +41,8 @@ _SAMPLE_TEXTS = (
 )
 """Spaces, digits, newlines, scripts, emoji and code: each class of pre-tokenizer treats some of these differently."""
 
+_DEFAULTS = {"use_regex": True, "split": True, "ignore_merges": False, "byte_fallback": False, "fuse_unk": False}
+
 logger = logging.getLogger(__name__)
 
 
@@ -112,8 +114,8 @@ def _pipeline_sha256(document: dict[str, Any]) -> str:
 
 
 def _canonical(value: Any) -> Any:
-    """Without what releases of the tokenizers library leave out or add, at no change of ids and texts: fields that are
-    null or false, a true `use_regex`, and `trim_offsets`, which changes character offsets alone."""
+    """Without what some releases of the tokenizers library leave out, at no change of ids and texts: fields that are
+    null or have their default, and `trim_offsets`, which changes character offsets alone."""
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     if not isinstance(value, dict):
@@ -121,7 +123,7 @@ def _canonical(value: Any) -> Any:
     return {
         name: _canonical(item)
         for name, item in value.items()
-        if item not in (None, False) and name != "trim_offsets" and (name, item) != ("use_regex", True)
+        if item is not None and name != "trim_offsets" and item is not _DEFAULTS.get(name)
     }
 
 
