@@ -7,6 +7,8 @@ Only this file chooses the data type of the logits, so that header and engine ag
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,21 +29,55 @@ _PLAIN = {"float32", "bfloat16", "float16"}
 
 def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBase:
     """The teacher's tokenizer. Raises `TeacherUnusable`, and `TokenizerUnfaithful` for one that loses text."""
+    _require_whole_model(config)
     loaders = [
-        lambda kind=kind: kind.from_pretrained(config.model, revision=config.revision)
-        for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=_trusts_code(config)
+        ),
+        lambda: transformers.PreTrainedTokenizerFast.from_pretrained(config.model, revision=config.revision),
     ]
     try:
-        stored = cached_file(
-            config.model, TOKENIZER_FILE, revision=config.revision, _raise_exceptions_for_missing_entries=False
-        )
-        data = Path(stored).read_bytes() if stored else None
-        tokenizer = load_faithfully(loaders, data, where=config.model)
+        stored = _file(config, TOKENIZER_FILE)
+        tokenizer = load_faithfully(loaders, stored.read_bytes() if stored else None, where=config.model)
     except (ValueError, OSError, ImportError) as error:
         raise _cannot_load(config, "tokenizer", error) from None
     if not tokenizer.is_fast:
         raise TeacherUnusable(config.model, found="a slow tokenizer", wanted="one with a tokenizer.json")
     return tokenizer
+
+
+def _require_whole_model(config: TeacherConfig) -> None:
+    """Raise `TeacherUnusable` for the folder of an adapter, which transformers and vLLM read in different ways."""
+    try:
+        adapter, whole = _file(config, "adapter_config.json"), _file(config, "config.json")
+    except (OSError, ValueError):
+        return  # what is wrong with the name is told where it is loaded
+    if adapter is None:
+        return
+    try:
+        base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = "its base model"
+    merge = (
+        f"merge it into {base} first: AutoPeftModelForCausalLM.from_pretrained({config.model!r}).merge_and_unload()"
+        ".save_pretrained(FOLDER), with the tokenizer beside it"
+    )
+    raise TeacherUnusable(
+        f"teacher.model {config.model}",
+        found="an adapter (adapter_config.json) " + ("beside a config.json" if whole else "without a config.json"),
+        wanted="a whole model",
+        fix=merge + ("; if these weights are merged already, remove adapter_config.json" if whole else ""),
+    )
+
+
+def _file(config: TeacherConfig, name: str) -> Path | None:
+    """A file of the teacher's folder or of its repository on the Hub."""
+    path = cached_file(config.model, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+    return Path(path) if path else None
+
+
+def _trusts_code(config: TeacherConfig) -> bool:
+    return bool(config.engine_args.get("trust_remote_code", False))
 
 
 def tokenizer_files(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -54,8 +90,10 @@ def tokenizer_files(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str
 def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
     """The teacher's `config.json`. Raises `TeacherUnusable` if the settings do not fit it."""
     try:
-        model_config = transformers.AutoConfig.from_pretrained(config.model, revision=config.revision)
-    except (ValueError, OSError) as error:
+        model_config = transformers.AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=_trusts_code(config)
+        )
+    except (ValueError, OSError, ImportError) as error:
         raise _cannot_load(config, "config.json", error) from None
     text_config = model_config.get_text_config()
     if text_config.vocab_size < facts.token_count or config.top_k > facts.token_count:
@@ -135,5 +173,30 @@ def _cannot_load(teacher: TeacherConfig, what: str, error: Exception) -> Coldsti
         f"teacher.model {teacher.model}: {what}",
         found=first_line(error),
         wanted="a folder or Hub name of a causal language model",
-        fix="check teacher.model and teacher.revision",
+        fix=way_out(error) or "check teacher.model and teacher.revision",
     )
+
+
+def way_out(error: Exception) -> str:
+    """What to do about an error of transformers or vLLM that names a missing package or code to trust, else nothing."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "read the model's own code, then set teacher.engine_args: {trust_remote_code: true}"
+    for pattern in _MISSING:
+        if match := pattern.search(text):
+            names = re.split(r"[ ,]+(?:or )?", match[1].strip(" .").lower())
+            return f"pip install {' '.join(_PACKAGES.get(name, name) for name in names)}, on each node"
+    return ""
+
+
+_MISSING = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"requires the ([\w-]+) library",
+        r"not found in your environment: ([\w, -]+)",
+        r"No module named '([\w-]+)",
+        r"`?pip install ([\w-]+(?: [\w-]+)*)`",
+        r"need to have ([\w-]+ or [\w-]+) installed",
+    )
+)
+_PACKAGES = {"pil": "pillow", "cv2": "opencv-python-headless", "google": "protobuf", "sklearn": "scikit-learn"}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.teachers.checkpoint import load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import load_tokenizer, way_out
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, answer_name, non_finite
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
@@ -171,9 +171,9 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, revision=config.revision, dtype=config.dtype, **config.engine_args
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise TeacherUnusable(
-            config.model, found=first_line(error), wanted="a model that transformers loads"
+            config.model, found=first_line(error), wanted="a model that transformers loads", fix=way_out(error)
         ) from error
     if "device_map" not in config.engine_args:  # with one, accelerate has placed the model and moves tensors itself
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ import numpy as np
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
+from coldstill.pipeline.teachers.checkpoint import load_tokenizer
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     ScoreResult,
@@ -57,6 +59,11 @@ class VllmTeacher:
             ) from error
         self._vllm, self._config, self._header, self._sampling = vllm, config, header, sampling
         self._numbers = itertools.count()
+        if sampling is not None and sampling.stop:
+            # vLLM finds stop texts by its own tokenizer, which may be of a class that loses text.
+            self._tokenizer_folder = tempfile.TemporaryDirectory()
+            load_tokenizer(config).save_pretrained(self._tokenizer_folder.name)
+            arguments.setdefault("tokenizer", self._tokenizer_folder.name)
         self._engine = Engine(config, arguments)
         self._settings = TapSettings(
             top_k=header.top_k,
