@@ -8,7 +8,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.storage_schema.header import DatasetHeader
@@ -96,8 +95,8 @@ def warn_if_unfaithful(folder: Path) -> None:
     """Log a warning if transformers rebuilds the tokenizer in a finished student's folder as a wrong class."""
     try:
         load_tokenizer(str(folder))
-    except ColdstillError as error:
-        logger.warning("%s", error)
+    except Exception as error:  # of any class: the run is over, and must not be lost to its last check
+        logger.warning("The tokenizer in %s: %s", folder, error)
 
 
 def _folder(name: str) -> Path:

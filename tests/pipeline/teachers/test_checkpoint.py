@@ -75,13 +75,13 @@ def test_arguments_for_adapters_are_refused_by_name(tmp_path: Path, arguments: d
 
 
 MESSAGES = {
-    "\nLlavaProcessor requires the Torchvision library but it was not found in your environment. Checkout\n": "torchvision",
+    "\nLlavaProcessor requires the Torchvision library but it was not found in your environment.\n": "torchvision",
     "This modeling file requires the following packages that were not found in your environment: timm, einops. Run "
     "`pip install timm einops`": "timm einops",
     "No module named 'sentencepiece'": "sentencepiece",
     "No module named 'google.protobuf'": "protobuf",
     "LlamaConverter requires the protobuf library but it was not found in your environment.": "protobuf",
-    "You need to have sentencepiece or tiktoken installed to convert a slow tokenizer to a fast one.": "sentencepiece tiktoken",
+    "You need to have sentencepiece or tiktoken installed to convert a tokenizer.": "sentencepiece tiktoken",
     "Please run `pip install mamba-ssm` first.": "mamba-ssm",
 }
 
