@@ -110,9 +110,8 @@ class CheckedTeacher:
         else:
             self._check_answer(where, item.sequence, given, number=number, answers=self._sampling.n)
         self._check_arrays(where, item)
-        position = _first_nan(item)
-        if position is not None:
-            return non_finite(item.sequence.sample_id, item.sequence.source_row, position)
+        if _is_nan(item.targets):
+            return non_finite(item.sequence.sample_id, item.sequence.source_row)
         try:
             item.row.check(token_count=self._header.token_count)
         except (InvalidRow, InvalidTargets) as error:
@@ -187,9 +186,8 @@ class CheckedTeacher:
         )
 
 
-def _first_nan(item: ScoredSequence) -> int | None:
-    """The first target position whose best id, tail and label are all NaN, as in a softmax with a NaN or infinite
-    logit. A NaN in one of them is an error of the class."""
-    targets = item.targets
+def _is_nan(targets: TeacherTargets) -> bool:
+    """Whether best id, tail and label of a position are all NaN, as in a softmax with a NaN or infinite logit. A NaN in
+    one of them is an error of the class."""
     bad = np.isnan(targets.logprobs[:, 0]) & np.isnan(targets.log_tail) & np.isnan(targets.label_logprob)
-    return int(span_positions(item.sequence.target_spans)[bad.argmax()]) if bad.any() else None
+    return bool(bad.any())

@@ -117,7 +117,7 @@ class PayloadReader:
         label_logprobs = np.empty(len(entries))
         for n, (entry, label, position) in enumerate(zip(entries, labels.tolist(), positions.tolist(), strict=True)):
             if entry is _ALL_NAN:
-                return non_finite(sequence.sample_id, sequence.source_row, position)
+                return non_finite(sequence.sample_id, sequence.source_row)
             if entry is None:
                 self._fail(
                     where, f"position {position} is missing, or is not ids and log-probs", "one of each position"

@@ -17,13 +17,12 @@ from pydantic import Field, ValidationError
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     ScoreResult,
     TokenSequence,
-    UnscoredSequence,
     answer_name,
+    non_finite,
 )
 from coldstill.storage_schema.header import DatasetHeader
 
@@ -147,8 +146,7 @@ class EndpointTeacher:
             )
         except EndpointFailed as error:
             if isinstance(error, EndpointRefused) and NAN_MESSAGE in str(error.found):
-                detail = "the server cannot write NaN"
-                return UnscoredSequence(name, prompt.source_row, RejectReason.NON_FINITE_LOGITS, detail)
+                return non_finite(name, prompt.source_row)
             raise error.at(f"row {prompt.sample_id!r}") from error
 
     def _card(self, document: object) -> dict[str, Any]:

@@ -60,9 +60,13 @@ class UnscoredSequence(NamedTuple):
     detail: str
 
 
-def non_finite(sample_id: str, source_row: int, position: int) -> UnscoredSequence:
-    """A sequence whose first NaN or infinite logit is at target position `position`."""
-    return UnscoredSequence(sample_id, source_row, RejectReason.NON_FINITE_LOGITS, f"position {position}")
+def non_finite(sample_id: str, source_row: int) -> UnscoredSequence:
+    """A sequence with NaN or infinite logits.
+
+    The detail names no position: a NaN spreads to other positions of its row by the blocks of the attention, which
+    depend on the schedule.
+    """
+    return UnscoredSequence(sample_id, source_row, RejectReason.NON_FINITE_LOGITS, "NaN or infinity")
 
 
 ScoreResult = ScoredSequence | UnscoredSequence

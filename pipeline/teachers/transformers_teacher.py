@@ -119,7 +119,7 @@ class TransformersTeacher:
             here = positions[len(answer) : len(answer) + 1]
             scores: np.ndarray = logits[0, : self._header.token_count].float().cpu().numpy()
             if not np.isfinite(scores.max()):  # of NaN too
-                return non_finite(name, prompt.source_row, int(here[0]))
+                return non_finite(name, prompt.source_row)
             uniform = uniforms[len(answer)]
             answer.append(next_token(scores, temperature=sampling.temperature, top_p=sampling.top_p, uniform=uniform))
             newest = torch.tensor(answer[-1:], device=self._model.device)
@@ -150,9 +150,8 @@ class TransformersTeacher:
         return self._extract(logits, labels.to(logits.device), torch.from_numpy(uniforms).to(logits.device))
 
     def _result(self, sequence: TokenSequence, summary: Summary, positions: np.ndarray) -> ScoreResult:
-        finite = summary.finite.cpu().numpy()
-        if not finite.all():
-            return non_finite(sequence.sample_id, sequence.source_row, int(positions[finite.argmin()]))
+        if not bool(summary.finite.all()):
+            return non_finite(sequence.sample_id, sequence.source_row)
         return ScoredSequence(sequence, targets_of(summary, draw_logprobs=self._header.draw_logprobs))
 
     def _on_device(self, token_ids: np.ndarray) -> Tensor:

@@ -293,7 +293,7 @@ class _Poisoned:
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
         results = self._teacher.score(sequences)
         return [
-            non_finite(sequence.sample_id, sequence.source_row, 5) if sequence.source_row in self._poison else result
+            non_finite(sequence.sample_id, sequence.source_row) if sequence.source_row in self._poison else result
             for sequence, result in zip(sequences, results, strict=True)
         ]
 
@@ -313,7 +313,7 @@ def test_a_row_without_finite_logits_is_one_reject_and_every_other_row_is_stored
     record = read_commit(worker.store, 1).rejects
     assert record is not None
     assert json.loads(worker.store.read(record.name)) == {
-        "source_row": 13, "sample_id": "chat-13", "reason": "non_finite_logits", "detail": "position 5",
+        "source_row": 13, "sample_id": "chat-13", "reason": "non_finite_logits", "detail": "NaN or infinity",
     }  # fmt: skip
     seal(whole), seal(worker.store)
     shards, poisoned = contents(whole.url), contents(worker.store.url)

@@ -53,9 +53,8 @@ def read_prompt_logprobs(
     all_logprobs = np.asarray(flat.logprobs, np.float64)[entries]
     if (all_ids[:, 0] != labels).any():
         raise _invalid(sequence, "log-probs of other tokens", "those of the prompt's own tokens")
-    bad = np.isnan(all_logprobs).all(1)  # a softmax with a NaN or infinite logit is NaN everywhere
-    if bad.any():
-        return non_finite(sequence.sample_id, sequence.source_row, int(positions[bad.argmax()]))
+    if np.isnan(all_logprobs).all(1).any():  # a softmax with a NaN or infinite logit is NaN everywhere
+        return non_finite(sequence.sample_id, sequence.source_row)
     targets = targets_of_entries(
         labels,
         all_logprobs[:, 0],

@@ -176,9 +176,9 @@ class TappedRequest:
         """Record a failure of this request; the first one stays."""
         self.failure = self.failure or reason
 
-    def first_non_finite(self, positions: int) -> int | None:
-        """The first of the first `positions` with a NaN or infinite logit."""
-        return None if self.finite[:positions].all() else int(self.positions[self.finite[:positions].argmin()])
+    def is_finite(self, positions: int) -> bool:
+        """Whether none of the first `positions` has a NaN or infinite logit."""
+        return bool(self.finite[:positions].all())
 
     def problem(self, positions: int) -> str:
         """The problem of the first `positions`, as text; empty if all of them were computed."""

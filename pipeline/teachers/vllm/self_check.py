@@ -135,7 +135,7 @@ def _finite(results: Sequence[ScoreResult]) -> list[TeacherTargets]:
         if isinstance(result, UnscoredSequence):
             raise TeacherOutputInvalid(
                 f"self-check of the tap, sequence {result.sample_id}",
-                found=f"NaN or infinite logits, {result.detail}, where an earlier run gave finite ones",
+                found="NaN or infinite logits where an earlier run gave finite ones",
                 wanted="the same results from each run",
                 fix="set teacher.tap: public, and report the versions of vLLM and torch",
             )

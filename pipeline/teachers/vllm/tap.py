@@ -63,7 +63,7 @@ class TapExtension:
 
     def coldstill_take(self, numbers: list[int], positions: list[int]) -> list[list[Any]] | None:
         """Remove these finished requests and return the first `positions` of each one's wanted positions, as
-        `[problem, first position with a NaN or infinite logit, recomputed positions, padding mass, *arrays as bytes]`.
+        `[problem, whether all logits are finite, recomputed positions, padding mass, *arrays as bytes]`.
         """
         return self._coldstill.take(numbers, positions)
 
@@ -121,7 +121,7 @@ class Tap:
         if not self._keeps:
             return None
         return [
-            _result(request, count) if request else ["vLLM never scheduled it", None, 0, 0.0]
+            _result(request, count) if request else ["vLLM never scheduled it", True, 0, 0.0]
             for request, count in taken
         ]
 
@@ -141,9 +141,9 @@ class Tap:
 
 def _result(request: TappedRequest, count: int) -> list[Any]:
     """See `TapExtension.coldstill_take`. Of a request that cannot be stored no arrays are sent."""
-    problem, non_finite = request.problem(count), request.first_non_finite(count)
-    arrays = request.arrays.to_wire(count) if not problem and non_finite is None else []
-    return [problem, non_finite, request.recomputed, request.padding_mass, *arrays]
+    problem, is_finite = request.problem(count), request.is_finite(count)
+    arrays = request.arrays.to_wire(count) if not problem and is_finite else []
+    return [problem, is_finite, request.recomputed, request.padding_mass, *arrays]
 
 
 def _wrap_v1(runner: Any, tap: Tap) -> None:

@@ -257,9 +257,9 @@ class VllmTeacher:
         return results
 
     def _result(self, sequence: TokenSequence, taken: Sequence[Any]) -> ScoreResult:
-        problem, first_non_finite, recomputed, padding_mass, *parts = taken
-        if not problem and first_non_finite is not None:
-            return non_finite(sequence.sample_id, sequence.source_row, first_non_finite)
+        problem, is_finite, recomputed, padding_mass, *parts = taken
+        if not problem and not is_finite:
+            return non_finite(sequence.sample_id, sequence.source_row)
         labels = sequence.token_ids[span_positions(sequence.target_spans) + 1]
         arrays = None if problem else Arrays.from_wire(parts, positions=labels.size, settings=self._settings)
         if arrays is not None and not np.array_equal(arrays.labels, labels):

@@ -19,7 +19,6 @@ from coldstill.pipeline.capture import capture
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.answer_sampling import answer_sequence
 from coldstill.pipeline.teachers.checkpoint import head_dtype_of
 from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, UnscoredSequence, non_finite
@@ -123,8 +122,8 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "an id twice": _last(ids=lambda ids: ids * 0),
     "mass above 1": _last(log_tail=lambda log_tail: log_tail * 0),
     "NaN": _last(label_logprob=lambda values: values * np.float32("nan")),
-    "no finite logits": lambda scored: [non_finite(scored[0].sequence.sample_id, 0, 1), *scored[1:]],
-    "no finite logits of another row": lambda scored: [non_finite("b", 1, 1), *scored[1:]],
+    "no finite logits": lambda scored: [non_finite(scored[0].sequence.sample_id, 0), *scored[1:]],
+    "no finite logits of another row": lambda scored: [non_finite("b", 1), *scored[1:]],
     "no reason": lambda scored: [UnscoredSequence("a", 0, "because", ""), *scored[1:]],  # type: ignore[arg-type]
     "logits of NaN": lambda scored: [*scored[:-1], ScoredSequence(scored[-1].sequence, _of_logits(torch.nan))],
     "an infinite logit": lambda scored: [*scored[:-1], ScoredSequence(scored[-1].sequence, _of_logits(torch.inf))],
@@ -192,7 +191,7 @@ def test_a_row_without_finite_logits_is_unscored_and_the_others_are_kept(
     header: DatasetHeader, fault: str, row: int
 ) -> None:
     results = _load(header, fault).score(_sequences())
-    assert results[row] == UnscoredSequence("ab"[row], row, RejectReason.NON_FINITE_LOGITS, "position 1")
+    assert results[row] == non_finite("ab"[row], row)
     assert isinstance(results[1 - row], ScoredSequence)
 
 

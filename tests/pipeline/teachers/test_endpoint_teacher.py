@@ -15,9 +15,8 @@ import tenacity.nap
 from coldstill.common import retry
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers import endpoint_client
-from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence, UnscoredSequence
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence, non_finite
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
@@ -298,13 +297,13 @@ def test_a_row_of_nan_is_unscored_and_the_others_are_kept(server: ModelServer) -
     teacher = _teacher(server)
     whole = teacher.score(_sequences(2))
     server.change = _all_nan
-    assert teacher.score(_sequences(1)) == [UnscoredSequence("s0", 0, RejectReason.NON_FINITE_LOGITS, "position 1")]
+    assert teacher.score(_sequences(1)) == [non_finite("s0", 0)]
     server.change = lambda document: None
     message = b'{"error": {"message": "Out of range float values are not JSON compliant: nan"}}'
     for status in (400, 500):
         server.faults = [lambda handler, _, status=status: send(handler, message, status=status)]  # type: ignore[misc]
         results = teacher.score(_sequences(1))
-        assert [result.reason for result in results] == [RejectReason.NON_FINITE_LOGITS]  # type: ignore[union-attr]
+        assert results == [non_finite("s0", 0)]
     again = teacher.score(_sequences(2))
     for one, other in zip(whole, again, strict=True):
         np.testing.assert_array_equal(one.targets.logprobs, other.targets.logprobs)

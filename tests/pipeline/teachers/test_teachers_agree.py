@@ -17,11 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coldstill.pipeline.config import SamplingConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.checkpoint import load_tokenizer
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, UnscoredSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, non_finite
 from coldstill.pipeline.teachers.vllm import teacher as teacher_module
 from coldstill.pipeline.teachers.vllm.scoring import StepScorer
 from coldstill.pipeline.worker import load_teacher
@@ -319,8 +318,7 @@ def test_a_row_without_finite_logits_is_unscored_and_changes_no_bit_of_any_other
     with _poisoned(tap):
         results = tap.score(batch)
     again = tap.score(batch)  # the cache blocks of the poisoned row are used again
-    wanted = UnscoredSequence(sequences[3].sample_id, 3, RejectReason.NON_FINITE_LOGITS, f"position {position}")
-    assert results.pop(3) == wanted
+    assert results.pop(3) == non_finite(sequences[3].sample_id, 3)
     for one, other in zip(results, [*healthy[:3], *healthy[4:]], strict=True):
         np.testing.assert_array_equal(one.targets.logprobs, other.targets.logprobs)
         np.testing.assert_array_equal(one.targets.draw_ids, other.targets.draw_ids)
@@ -333,13 +331,12 @@ def _fails(*_: object) -> Any:
     raise TeacherOutputInvalid("a test")
 
 
-@pytest.mark.parametrize("kind", ["result", "take", "long row", "step"])
+@pytest.mark.parametrize("kind", ["result", "take", "engine", "step"])
 def test_after_an_error_the_worker_keeps_nothing_of_the_call(
     tap: Any, sequences: list[TokenSequence], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """In a row's result, in the transfer of the results, in the engine before its first step, and in the tap's step."""
+    """In a row's result, in the transfer of the results, in the engine after its steps, and in the tap's step."""
     monkeypatch.setattr(teacher_module, "_TAKEN_BYTES", 1)  # one row a message
-    batch = list(sequences)
     with monkeypatch.context() as patch:
         if kind == "result":
             patch.setattr(tap, "_result", _fails)
@@ -347,12 +344,13 @@ def test_after_an_error_the_worker_keeps_nothing_of_the_call(
             original = tap._engine.call_workers
             broken = lambda method, *words: _fails() if method == "coldstill_take" else original(method, *words)  # noqa: E731
             patch.setattr(tap._engine, "call_workers", broken)
-        elif kind == "long row":
-            batch.append(replace(sequences[0], token_ids=np.ones(2 * CONTEXT, np.int32)))
+        elif kind == "engine":
+            run = tap._engine.run
+            patch.setattr(tap._engine, "run", lambda requests: _fails(run(requests)))
         else:
             patch.setattr(StepScorer, "_summary", _fails)
-        with pytest.raises((TeacherOutputInvalid, ValueError)):
-            tap.score(batch)
+        with pytest.raises(TeacherOutputInvalid):
+            tap.score(sequences)
     assert tap._engine.call_workers("coldstill_drop", []) == [0]
     tap.score(sequences[:2])
     assert tap._engine.call_workers("coldstill_drop", []) == [0]

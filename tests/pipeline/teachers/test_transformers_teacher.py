@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.teachers.protocol import TokenSequence, UnscoredSequence
+from coldstill.pipeline.teachers.protocol import TokenSequence, non_finite
 from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
 from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.header import DatasetHeader
@@ -211,7 +210,7 @@ def test_a_head_that_has_no_float32_copy_is_refused(folder: Path, monkeypatch: p
         _bfloat16(folder, "float32")
 
 
-def test_logits_that_are_no_numbers_are_named_by_their_position(folder: Path) -> None:
+def test_a_row_of_logits_that_are_no_numbers_is_unscored(folder: Path) -> None:
     teacher, answering = TransformersTeacher(_config(folder), _header(folder)), _teacher(folder)
     for head in (teacher._model.get_output_embeddings(), answering._model.get_output_embeddings()):
         head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([5]), torch.nan))
@@ -221,8 +220,8 @@ def test_logits_that_are_no_numbers_are_named_by_their_position(folder: Path) ->
         token_ids=np.arange(9, dtype=np.int32),
         target_spans=np.array([[3, 5]], np.int32),
     )
-    assert teacher.score([sequence]) == [UnscoredSequence("a", 0, RejectReason.NON_FINITE_LOGITS, "position 3")]
-    assert answering.score(_prompts(1))[0] == UnscoredSequence("p0", 0, RejectReason.NON_FINITE_LOGITS, "position 2")
+    assert teacher.score([sequence]) == [non_finite("a", 0)]
+    assert answering.score(_prompts(1))[0] == non_finite("p0", 0)
 
 
 def test_weights_without_finite_logits_are_named_at_the_start(folder: Path, tmp_path: Path) -> None:

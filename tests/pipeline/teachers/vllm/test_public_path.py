@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, UnscoredSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, non_finite
 from coldstill.pipeline.teachers.topk_entries import DERIVED_TAIL_FLOOR
 from coldstill.pipeline.teachers.vllm.public_path import read_prompt_logprobs
 from coldstill.storage_schema.rows import TeacherTargets, spans_from_mask
@@ -121,4 +120,4 @@ def test_a_position_of_nothing_but_nan_is_a_row_without_finite_logits(probs: np.
     flat = _payload(_sequence(), probs)
     flat.logprobs[flat.start_indices[4] : flat.end_indices[4]] = [float("nan")] * (TOP_K + 1)
     read = read_prompt_logprobs(flat, _sequence(), top_k=TOP_K, min_prob=0, token_count=VOCABULARY)
-    assert read == UnscoredSequence("a", 0, RejectReason.NON_FINITE_LOGITS, "position 3")
+    assert read == non_finite("a", 0)

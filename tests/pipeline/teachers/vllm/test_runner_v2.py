@@ -90,10 +90,8 @@ def test_padded_and_chunked_batches_of_runner_v2_give_what_the_formulas_give() -
     run({"b-x2": (0, 25)})
     run({"b-x2": (25, 8)})
     sizes = [19, 18]
-    for name, size, (problem, non_finite, again, _, *parts) in zip(
-        prompts, sizes, tap.take([0, 2], sizes), strict=True
-    ):
-        assert (problem, non_finite) == ("", None)
+    for name, size, (problem, is_finite, again, _, *parts) in zip(prompts, sizes, tap.take([0, 2], sizes), strict=True):
+        assert (problem, is_finite) == ("", True)
         assert again == (2 if name == "b-x2" else 0)
         prompt, hidden = prompts[name]
         positions = np.concatenate([np.arange(*span) for span in spans[name]])
@@ -120,7 +118,7 @@ def test_a_step_that_fails_is_a_failure_of_its_requests_and_ends_nothing() -> No
 
 def test_a_request_that_was_never_scheduled_is_named() -> None:
     _, tap = _installed(SETTINGS)
-    assert tap.take([7], [3]) == [["vLLM never scheduled it", None, 0, 0.0]]
+    assert tap.take([7], [3]) == [["vLLM never scheduled it", True, 0, 0.0]]
 
 
 def test_dropped_requests_leave_nothing_behind() -> None:

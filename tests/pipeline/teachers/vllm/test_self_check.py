@@ -222,7 +222,7 @@ def test_a_value_that_is_no_number_is_refused(header: DatasetHeader) -> None:
 
 def test_a_tap_that_gives_no_numbers_where_the_public_path_does_is_refused(header: DatasetHeader) -> None:
     def tap(sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
-        return [non_finite(sequence.sample_id, sequence.source_row, 0) for sequence in sequences]
+        return [non_finite(sequence.sample_id, sequence.source_row) for sequence in sequences]
 
     with pytest.raises(TeacherOutputInvalid, match="NaN or infinite logits"):
         check_agreement(tap, Side(), header, lambda: pytest.fail("not reached"))
@@ -231,7 +231,7 @@ def test_a_tap_that_gives_no_numbers_where_the_public_path_does_is_refused(heade
 def test_weights_without_finite_logits_are_named_and_a_single_such_token_is_passed_over(header: DatasetHeader) -> None:
     def public(sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
         return [
-            non_finite(sequence.sample_id, sequence.source_row, 0) if poison in sequence.token_ids else scored
+            non_finite(sequence.sample_id, sequence.source_row) if poison in sequence.token_ids else scored
             for sequence, scored in zip(sequences, Side()(sequences), strict=True)
         ]
 
