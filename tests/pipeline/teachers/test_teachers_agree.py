@@ -327,6 +327,18 @@ def test_a_row_without_finite_logits_is_unscored_and_changes_no_bit_of_any_other
     assert tap._engine.call_workers("coldstill_drop", []) == [0]
 
 
+def test_a_prompt_without_finite_logits_gives_no_answers_and_the_others_get_theirs(
+    generating: Any, prompts: list[TokenSequence], answers: list[ScoredSequence]
+) -> None:
+    spoiled = replace(prompts[2], token_ids=np.append(prompts[2].token_ids[:-1], np.int32(POISON)))
+    with _poisoned(generating):
+        results = generating.score([*prompts[:2], spoiled])
+    assert results[4:] == [non_finite(f"{spoiled.sample_id}#{number}", 2) for number in range(2)]
+    for one, other in zip(results[:4], answers[:4], strict=True):
+        assert one.sequence.token_ids.tolist() == other.sequence.token_ids.tolist()
+    assert generating._engine.call_workers("coldstill_drop", []) == [0]
+
+
 def _fails(*_: object) -> Any:
     raise TeacherOutputInvalid("a test")
 
