@@ -190,6 +190,7 @@ def test_a_row_whose_logits_a_server_cannot_write_is_unscored_and_the_others_are
     tokens = [np.arange(10, 20, dtype=np.int32) for _ in range(3)]
     tokens[1][4] = 200
     spans = np.array([[2, 9]], np.int32)
+    spans = np.array([[2, 9]], np.int32)
     rows = [
         TokenSequence(sample_id=f"r{i}", source_row=i, token_ids=ids, target_spans=spans)
         for i, ids in enumerate(tokens)
