@@ -1,7 +1,7 @@
 """The teacher's checkpoint: tokenizer, `config.json`, and facts about the weights for the header and the engines.
 
 Only this file chooses the data type of the logits, so that header and engine agree. Data types are names such as
-`bfloat16`. No weights are loaded.
+`bfloat16`. No weights are loaded here; an engine that has loaded them calls `check_weights`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,31 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from transformers.utils import cached_file
 
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, scored_of
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, TokenizerFacts, load_faithfully
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 << 10
 _PLAIN = {"float32", "bfloat16", "float16"}
+
+TRIES = 3
+"""Sets of random tokens. In one set a healthy teacher may meet a token whose embedding was never trained."""
+_PROBE_LENGTHS = (2, 16, 17)
+
+Score = Callable[[Sequence[TokenSequence]], Sequence[ScoreResult]]
 
 
 def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBase:
@@ -48,10 +58,7 @@ def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBas
 
 def _require_whole_model(config: TeacherConfig) -> None:
     """Raise `TeacherUnusable` for the folder of an adapter, which transformers and vLLM read in different ways."""
-    try:
-        adapter, whole = _file(config, "adapter_config.json"), _file(config, "config.json")
-    except (OSError, ValueError):
-        return  # what is wrong with the name is told where it is loaded
+    adapter, whole = _file(config, "adapter_config.json"), _file(config, "config.json")
     if adapter is None:
         return
     try:
@@ -71,8 +78,18 @@ def _require_whole_model(config: TeacherConfig) -> None:
 
 
 def _file(config: TeacherConfig, name: str) -> Path | None:
-    """A file of the teacher's folder or of its repository on the Hub."""
-    path = cached_file(config.model, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+    """A file of the teacher's folder or of its repository on the Hub; None too if the Hub cannot be reached, or if the
+    name is wrong, which is told where the whole is loaded."""
+    try:
+        path = cached_file(
+            config.model,
+            name,
+            revision=config.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        return None
     return Path(path) if path else None
 
 
@@ -165,6 +182,41 @@ def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:
     if config.head_dtype == "auto" and (dtype == "float32" or has_float32_head):
         return "float32"
     return dtype
+
+
+def random_sequences(lengths: Sequence[int], header: DatasetHeader, *, seed: int) -> list[TokenSequence]:
+    """Sequences of random tokens of at most these lengths; all positions are targets."""
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for number, length in enumerate(min(length, header.max_length) for length in lengths):
+        token_ids = generator.integers(0, header.token_count, length).astype(np.int32)
+        spans = np.array([[0, length - 1]], np.int32)
+        name = f"self-check-{number}"
+        sequences.append(TokenSequence(sample_id=name, source_row=number, token_ids=token_ids, target_spans=spans))
+    return sequences
+
+
+def require_finite(score: Score, sets: Iterator[Sequence[TokenSequence]], *, model: str) -> list[ScoredSequence]:
+    """The results of the first set of sequences that all have finite logits. Raises `TeacherUnusable` if none has."""
+    found = ""
+    for sequences in sets:
+        results = score(sequences)
+        scored = scored_of(results)
+        if len(scored) == len(sequences):
+            return scored
+        found = f"NaN or infinite logits in {len(sequences) - len(scored)} of {len(sequences)} short random sequences"
+    raise TeacherUnusable(
+        f"weights of {model}",
+        found=found,
+        wanted="finite logits",
+        fix="check the model's files for NaN, or set another teacher.dtype: the model may overflow in this one",
+    )
+
+
+def check_weights(score: Score, header: DatasetHeader, *, model: str) -> None:
+    """Score a few short sequences. Raises `TeacherUnusable` for weights that give NaN or infinite logits, which would
+    otherwise show as rejected rows."""
+    require_finite(score, (random_sequences(_PROBE_LENGTHS, header, seed=seed) for seed in range(TRIES)), model=model)
 
 
 def _cannot_load(teacher: TeacherConfig, what: str, error: Exception) -> ColdstillError:

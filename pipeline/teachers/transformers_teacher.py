@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.teachers.checkpoint import load_tokenizer, way_out
+from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer, way_out
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, answer_name, non_finite
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 
 from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
-from .start_check import check_weights
 from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
 
 

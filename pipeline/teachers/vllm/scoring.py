@@ -22,9 +22,10 @@ from torch import Tensor
 from coldstill.pipeline.teachers.target_extractor import Summary, TargetExtractor, draw_uniforms
 from coldstill.storage_schema.rows import TeacherTargets
 
-from .self_check import NEGLIGIBLE_NATS
-
 _LEAST_ROWS, _MOST_ROWS = 16, 4096
+
+NEGLIGIBLE_NATS = 50.0
+"""Logits further below their row's best have no mass, and may be masks of any size."""
 
 SPEC_KEY = "coldstill"
 """The key of a request's `RequestSpec` in vLLM's `SamplingParams.extra_args`."""

@@ -31,10 +31,12 @@ from typing import NamedTuple
 import numpy as np
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.teachers.checkpoint import TRIES, Score, random_sequences, require_finite
 from coldstill.pipeline.teachers.protocol import ScoreResult, TokenSequence, UnscoredSequence, scored_of
-from coldstill.pipeline.teachers.start_check import TRIES, Score, random_sequences, require_finite
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
+
+from .scoring import NEGLIGIBLE_NATS
 
 _LENGTHS = (2, 16, 17, 96, 64, 200)
 """Tokens of each sequence."""
@@ -44,8 +46,6 @@ _SHARED_TOKENS = 64
 _UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _STANDARD_DEVIATIONS = 6
 _PARTIAL_SUMS = 4
-NEGLIGIBLE_NATS = 50.0
-"""Logits further below their row's best have no mass, and may be masks of any size."""
 
 
 class Arithmetic(NamedTuple):
@@ -111,7 +111,7 @@ def check_agreement(
         "alone": [_finite(tap([sequence]))[0] for sequence in sequences],
     }
     expected = arithmetic()
-    kl_limit = (expected.logit / math.sqrt(2) + 2 * math.sqrt(own.kl)) ** 2
+    kl_limit = (expected.logit / math.sqrt(2) + 2 * math.sqrt(max(own.kl, 0.0))) ** 2
     found = Agreement(0.0, 0.0, 0.0, kl_limit)
     for way, answers in ways.items():
         for sequence, ours, theirs in zip(sequences, answers, together, strict=True):

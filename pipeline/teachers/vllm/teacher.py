@@ -14,7 +14,7 @@ import numpy as np
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
-from coldstill.pipeline.teachers.checkpoint import load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     ScoreResult,
@@ -22,7 +22,6 @@ from coldstill.pipeline.teachers.protocol import (
     answer_name,
     non_finite,
 )
-from coldstill.pipeline.teachers.start_check import check_weights
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 

@@ -119,3 +119,10 @@ def test_a_models_own_code_is_run_only_if_the_user_trusts_it(tmp_path: Path) -> 
     assert type(load_tokenizer(_config(folder, engine_args={"trust_remote_code": True}))).__name__ == "Own"
     with pytest.raises(TeacherUnusable, match="trust_remote_code: true"):
         load_tokenizer(_config(folder))
+
+
+def test_a_name_that_nothing_has_is_named_once(tmp_path: Path) -> None:
+    """Offline here: a file that is not in the cache is no reason to stop, the missing model is."""
+    for name in (tmp_path / "nothing", "my-org/no-such-model"):
+        with pytest.raises(TeacherUnusable, match=r"(?s)teacher\.model .*tokenizer.*check teacher\.model"):
+            load_tokenizer(_config(name))
