@@ -8,10 +8,17 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from coldstill.common.errors import first_line
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes, load_faithfully
+from coldstill.storage_schema.tokenizer import (
+    TOKENIZER_FILE,
+    TOKENIZER_FOLDER,
+    fingerprint_bytes,
+    first_difference,
+    load_faithfully,
+)
 from coldstill.trainer.config import StudentConfig
 
 from .load import student_not_found
@@ -92,11 +99,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def warn_if_unfaithful(folder: Path) -> None:
-    """Log a warning if transformers rebuilds the tokenizer in a finished student's folder as a wrong class."""
+    """Log a warning if transformers rebuilds the tokenizer in a finished student's folder as a class that differs from
+    its file: the class follows from the model's type too, which may be another one than the teacher's."""
     try:
-        load_tokenizer(str(folder))
+        found = first_difference(AutoTokenizer.from_pretrained(folder), (folder / TOKENIZER_FILE).read_bytes())
     except Exception as error:  # of any class: the run is over, and must not be lost to its last check
-        logger.warning("The tokenizer in %s: %s", folder, error)
+        found = first_line(error)
+    if found:
+        logger.warning(
+            "AutoTokenizer loads the tokenizer in %s wrongly (%s): load it with PreTrainedTokenizerFast", folder, found
+        )
 
 
 def _folder(name: str) -> Path:

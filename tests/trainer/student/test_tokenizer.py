@@ -47,8 +47,9 @@ def test_other_ids_are_refused_whatever_the_steps(tokenizer_folder: Path) -> Non
 def test_a_students_tokenizer_is_loaded_as_its_file_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = load_tokenizer(str(making.misnamed_tokenizer(tmp_path)))
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
-    warn_if_unfaithful(tmp_path)
     assert "The file decides" in caplog.text
+    warn_if_unfaithful(tmp_path)
+    assert "load it with PreTrainedTokenizerFast" in caplog.text
     with pytest.raises(StudentNotFound):
         load_tokenizer(str(tmp_path / "nothing"))
 
@@ -58,6 +59,8 @@ def test_a_finished_student_whose_tokenizer_no_class_loads_rightly_is_told(
 ) -> None:
     """The weights are right; a warning does not cost the run."""
     making.chat_model(tmp_path)
+    warn_if_unfaithful(tmp_path)
+    assert caplog.text == ""
     (tmp_path / TOKENIZER_FILE).write_text(json.dumps({"model": {}}))
     warn_if_unfaithful(tmp_path)
     assert "tokenizer" in caplog.text
