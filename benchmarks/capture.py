@@ -39,7 +39,7 @@ from benchmarks.capture_floor import install_floor, run_requests
 from benchmarks.capture_occupancy import occupancy
 from benchmarks.capture_teachers import config_of, header_of, tiny_teacher, units_of_rows
 from benchmarks.report import finish
-from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence, scored_of
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.header import DatasetHeader
@@ -70,7 +70,7 @@ def commit_all(teacher: Teacher, header: DatasetHeader, units: Units, *, overlap
         def do(index: int) -> None:
             with one_at_a_time:
                 scored = teacher.score(units[index])
-            rows = [one.row for one in scored]
+            rows = [one.row for one in scored_of(scored)]
             commit_unit(store, index, rows=rows, rejects=[], header=header, environment={})
 
         for done in [threads.submit(do, index) for index in range(len(units))]:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from transformers.trainer_callback import TrainerCallback
 
 from benchmarks.capture_teachers import config_of, header_of, units_of_rows
+from coldstill.pipeline.teachers.protocol import scored_of
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.dataset import open_dataset
@@ -44,7 +45,7 @@ def make_models_and_dataset(folder: Path, *, row_count: int) -> None:
     store = Store(folder / "dataset")
     store.create(HEADER_NAME, header.to_bytes())
     store.create(PLAN_NAME, plan_to_bytes([Unit(0, 0, 0, row_count)]))
-    scored = [one.row for one in teacher.score(rows)]
+    scored = [one.row for one in scored_of(teacher.score(rows))]
     commit_unit(store, 0, rows=scored, rejects=[], header=header, environment={})
     seal(store)
 

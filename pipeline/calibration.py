@@ -22,7 +22,7 @@ from coldstill.storage_schema.store import Store
 from .config import CaptureConfig, TeacherConfig
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import open_source
-from .teachers.protocol import Teacher, TokenSequence
+from .teachers.protocol import Teacher, TokenSequence, scored_of
 
 _MOST_LISTED = 4096
 """The header is part of every shard, so the table is short. A table of the whole vocabulary would not save more."""
@@ -85,7 +85,7 @@ def _scored(config: CaptureConfig, teacher: Teacher, sequences: Iterable[TokenSe
         targets += span_positions(sequence.target_spans).size
         if targets >= config.calibration_targets:
             break
-    return (scored.targets for scored in teacher.score(chosen)) if chosen else ()
+    return (scored.targets for scored in scored_of(teacher.score(chosen))) if chosen else ()
 
 
 def _answered(config: CaptureConfig, teacher: Teacher, prompts: Iterator[TokenSequence]) -> Iterator[TeacherTargets]:
@@ -96,6 +96,6 @@ def _answered(config: CaptureConfig, teacher: Teacher, prompts: Iterator[TokenSe
     wanted = config.calibration_targets
     most = config.sampling.n * min(config.sampling.max_tokens, config.teacher.max_length)
     while wanted > 0 and (chosen := list(islice(prompts, -(-wanted // most)))):
-        for answer in teacher.score(chosen):
+        for answer in scored_of(teacher.score(chosen)):
             wanted -= answer.targets.positions
             yield answer.targets

@@ -25,13 +25,13 @@ from .sources.source import Source, open_source
 from .sources.staging import remove_staging
 from .teachers.checkpoint import (
     dtype_of,
-    engine_args_that_change_values,
     head_dtype_of,
     load_model_config,
     quantization_of,
     tokenizer_files,
     weights_fingerprint,
 )
+from .teachers.engine_args import engine_args_that_change_values
 
 _CHECKED_ROWS = 32
 """Number of rows that are tested before the slow steps: reading the whole source, and loading an engine."""
@@ -148,7 +148,7 @@ def make_header(
         over_long=maker.over_long,
         rows_per_unit=config.rows_per_unit,
         source_sha256=source_sha256,
-        about=About(license=config.license),
+        about=About(license=config.license, tokenizer_pipeline_sha256=facts.pipeline_sha256),
     )
 
 

@@ -31,4 +31,5 @@ class RejectReason(StrEnum):
     OVER_LONG = "over_long", "The row has more than teacher.max_length tokens, and source.over_long is reject."
     NO_ROOM = "no_room", "The prompt has teacher.max_length tokens or more, which leaves no room for an answer."
     NO_TARGETS = "no_targets", "No token of the row or part is a target."
+    NON_FINITE_LOGITS = "non_finite_logits", "The teacher gave NaN or infinite logits for the row."
     KILLS_THE_ENGINE = "kills_the_engine", "Each worker that scored the row crashed."

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,15 +21,21 @@ from typing import Literal, NamedTuple
 
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherOutputInvalid
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
+from coldstill.pipeline.teachers.protocol import (
+    ScoreResult,
+    Teacher,
+    TokenSequence,
+    UnscoredSequence,
+    scored_of,
+)
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
-from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.shard import write_shard
 from coldstill.storage_schema.store.retrying import RetryingStore
 
@@ -37,6 +44,8 @@ TaskKind = Literal["whole", "probe", "rest", "parts"]
 
 _FIRST_SLICE = 8
 _GROWTH = 2
+_JUDGED_ROWS = 16
+"""At least as many rows are judged together: of a unit of one row, that row alone would stand for the teacher."""
 
 
 class ExcludedRow(FrozenModel):
@@ -91,6 +100,7 @@ class CaptureWorker:
         self._source = open_source(config.source, self.store)
         self._maker = SequenceMaker.of(config)
         self._teacher = teacher or load_for(config, self.header)
+        self._unscored: deque[bool] = deque(maxlen=_JUDGED_ROWS)
         self._maker_lock = threading.Lock()  # a tokenizer that two threads use raises "Already borrowed"
         self._teacher_lock: AbstractContextManager[object] = (
             threading.Lock() if self.header.order == "exact" else nullcontext()
@@ -109,12 +119,14 @@ class CaptureWorker:
             sequences, poison = _without(sequences, task.excluded)
             rejects = sorted([*rejects, *poison], key=lambda reject: reject.source_row)
         parts = _parts_of(sequences, task.parts) if task and task.parts else [sequences]
-        rows: list[CachedRow] = []
+        results: list[ScoreResult] = []
         seconds = 0.0
         for part in parts:
             scored, took = self._score(part)
-            rows += [answer.row for answer in scored]
+            results += scored
             seconds += took
+        self._require_working_teacher(index, results)
+        rejects = sorted([*rejects, *_rejects_of(results)], key=lambda reject: reject.source_row)
         environment = {**self._teacher.environment, "score_seconds": round(seconds, 3)}
         if len(parts) > 1:
             environment["parts"] = len(parts)
@@ -122,7 +134,7 @@ class CaptureWorker:
             commit_unit(
                 self.store,
                 index,
-                rows=rows,
+                rows=[one.row for one in scored_of(results)],
                 rejects=rejects,
                 header=self.header,
                 environment=environment,
@@ -141,8 +153,22 @@ class CaptureWorker:
         sequences = [result for result in made if isinstance(result, TokenSequence)]
         return sequences, [result for result in made if isinstance(result, Reject)]
 
-    def _score(self, sequences: Sequence[TokenSequence]) -> tuple[list[ScoredSequence], float]:
-        """The scored sequences, and the seconds that the teacher took. Without sequences the teacher is not called."""
+    def _require_working_teacher(self, index: int, results: Sequence[ScoreResult]) -> None:
+        """Raise `TeacherOutputInvalid` if the teacher gave no finite logits for most rows of the unit, or for most of
+        the last rows if the unit is small. The rows themselves are at fault if only some are."""
+        unscored = [isinstance(result, UnscoredSequence) for result in results]
+        self._unscored.extend(unscored)
+        judged = unscored if len(unscored) >= _JUDGED_ROWS else list(self._unscored)
+        if any(unscored) and 2 * sum(judged) > max(len(judged), _JUDGED_ROWS):
+            raise TeacherOutputInvalid(
+                f"rows of unit {index}",
+                found=f"NaN or infinite logits for {sum(judged)} of {len(judged)}",
+                wanted="finite logits for most rows; a single row without them is rejected",
+                fix="check the teacher's weights, or set another teacher.dtype: the model may overflow in this one",
+            )
+
+    def _score(self, sequences: Sequence[TokenSequence]) -> tuple[Sequence[ScoreResult], float]:
+        """The teacher's results, and the seconds that the teacher took. Without sequences the teacher is not called."""
         if not sequences:
             return [], 0.0
         with self._teacher_lock:
@@ -195,7 +221,7 @@ def _measure_slice(teacher: Teacher, header: DatasetHeader, sequences: Sequence[
     started = time.monotonic()
     scored = teacher.score(sequences)
     seconds = time.monotonic() - started
-    rows = [answer.row for answer in scored]
+    rows = [one.row for one in scored_of(scored)]
     return SpeedReport(
         sequences=len(sequences),
         tokens=sum(row.token_ids.size for row in rows),
@@ -216,6 +242,11 @@ def _without(
         if sequence.source_row in details
     ]
     return [sequence for sequence in sequences if sequence.source_row not in details], rejects
+
+
+def _rejects_of(results: Sequence[ScoreResult]) -> list[Reject]:
+    unscored = [result for result in results if isinstance(result, UnscoredSequence)]
+    return [Reject(source_row, sample_id, reason, detail) for sample_id, source_row, reason, detail in unscored]
 
 
 def _parts_of(sequences: Sequence[TokenSequence], parts: Sequence[tuple[int, int]]) -> list[list[TokenSequence]]:

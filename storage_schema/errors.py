@@ -80,6 +80,10 @@ class TokenizerNotFound(ColdstillError):
     """A folder has no readable `tokenizer.json`."""
 
 
+class TokenizerUnfaithful(ColdstillError):
+    """A tokenizer, as transformers loads it, gives other ids or texts than its own `tokenizer.json`."""
+
+
 class TokenizerMismatch(ColdstillError):
     """Two tokenizers that must give every id the same meaning do not."""
 

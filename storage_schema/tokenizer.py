@@ -1,18 +1,25 @@
-"""Fingerprint of a tokenizer: a digest of the meaning of its ids.
+"""Digests of a tokenizer, and the check that a loaded tokenizer does what its `tokenizer.json` says.
 
-A student can train from a dataset only if its tokenizer has the fingerprint of the teacher's. The digest covers the
-token of each id, which ids are special, and the merges; not file layout, chat template and padding settings.
+A student can train from a dataset only if its tokenizer has the fingerprint of the teacher's: a digest of the meaning
+of the ids. It covers the token of each id, which ids are special, and the merges; not file layout, chat template and
+padding settings.
+
+A second digest covers the steps between text and tokens. Stored ids keep their meaning if these differ, and new text
+gets other ids. It leaves out the post-processor, which adds `<bos>`: the ids of a dataset hold it already, and
+transformers writes it anew from flags that each user sets.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TokenizerNotFound
+from .errors import TokenizerNotFound, TokenizerUnfaithful
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -22,13 +29,33 @@ MAX_TOKENIZER_BYTES = 64 << 20
 _MAX_VALUES = 6_000_000
 """Enough for the largest vocabulary that the format allows, with as many merges."""
 
+_SAMPLE_TEXTS = (
+    "Hello world, so it is.",
+    "  two leading spaces,  two inside, a trailing one ",
+    "12345 3.14159 0x1F 1,000,000",
+    "line one\nline two\n\n\tindented\r\n",
+    "你好，世界。 こんにちは 안녕하세요",
+    "Привет, naïve café Straße مرحبا",
+    "smile 🙂 👩‍💻 🇫🇷",
+    "def f(x):\n    return {'a': [x ** 2, \"b\"]}  # it's code\n",
+)
+"""Spaces, digits, newlines, scripts, emoji and code: each class of pre-tokenizer treats some of these differently."""
+
+_DEFAULTS = {"use_regex": True, "split": True, "ignore_merges": False, "byte_fallback": False, "fuse_unk": False}
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """`fingerprint`: sha256 in hex. `token_count`: the highest id that the tokenizer can produce, plus one."""
+    """`fingerprint`: sha256 in hex. `token_count`: the highest id that the tokenizer can produce, plus one.
+
+    `pipeline_sha256`: of normalizer, pre-tokenizer, decoder and the model's flags, in hex.
+    """
 
     fingerprint: str
     token_count: int
+    pipeline_sha256: str
 
 
 def fingerprint(folder: str | Path) -> TokenizerFacts:
@@ -76,4 +103,73 @@ def _facts(document: dict[str, Any]) -> TokenizerFacts:
     merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.get("merges") or ()]
     canonical = [[token_id, tokens[token_id], token_id in special] for token_id in sorted(tokens)]
     text = json.dumps({"merges": merges, "tokens": canonical}, ensure_ascii=True, separators=(",", ":"))
-    return TokenizerFacts(hashlib.sha256(text.encode()).hexdigest(), max(tokens) + 1)
+    return TokenizerFacts(hashlib.sha256(text.encode()).hexdigest(), max(tokens) + 1, _pipeline_sha256(document))
+
+
+def _pipeline_sha256(document: dict[str, Any]) -> str:
+    flags = {name: value for name, value in document["model"].items() if name not in ("vocab", "merges")}
+    steps = {name: document.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    text = json.dumps(_canonical({**steps, "model": flags}), ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    """Without what some releases of the tokenizers library leave out, at no change of ids and texts: fields that are
+    null or have their default, and `trim_offsets`, which changes character offsets alone."""
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _canonical(item)
+        for name, item in value.items()
+        if item is not None and name != "trim_offsets" and item is not _DEFAULTS.get(name)
+    }
+
+
+def load_faithfully(loaders: Sequence[Callable[[], Any]], tokenizer_json: bytes | None, *, where: str) -> Any:
+    """The first loaded tokenizer of transformers that does on a sample text what `tokenizer_json` says.
+
+    transformers rebuilds a tokenizer as the class that `config.json` or `tokenizer_config.json` names. If that is the
+    wrong one, spaces or whole scripts can disappear. Raises `TokenizerUnfaithful` if each of the `loaders` does that.
+    Without a `tokenizer_json` there is nothing to compare with.
+    """
+    first = ""
+    for load in loaders:
+        tokenizer = load()
+        found = first_difference(tokenizer, tokenizer_json) if tokenizer_json is not None else ""
+        if not found:
+            if first:
+                logger.warning(
+                    "%s: its %s says another thing than the class that transformers loads (%s). The file decides.",
+                    where, TOKENIZER_FILE, first,
+                )  # fmt: skip
+            return tokenizer
+        first = first or found
+    raise TokenizerUnfaithful(
+        f"tokenizer of {where}",
+        found=first,
+        wanted=f"the ids and texts of its {TOKENIZER_FILE}",
+        fix="save the tokenizer again with `save_pretrained` of transformers' PreTrainedTokenizerFast",
+    )
+
+
+def first_difference(tokenizer: Any, tokenizer_json: bytes) -> str:
+    """Where a tokenizer of transformers first differs from `tokenizer_json` on the sample texts; empty if nowhere.
+
+    Special tokens are not added: transformers adds them by its own settings.
+    """
+    from tokenizers import Tokenizer
+
+    stored = Tokenizer.from_str(tokenizer_json.decode())
+    stored.no_truncation()
+    stored.no_padding()
+    for text in _SAMPLE_TEXTS:
+        wanted = stored.encode(text, add_special_tokens=False).ids
+        found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if found != wanted:
+            return f"{text!r} becomes {len(found)} ids, with the file {len(wanted)}, of which others differ"
+        written = tokenizer.decode(wanted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if written != stored.decode(wanted, skip_special_tokens=False):
+            return f"the ids of {text!r} become {written!r}"
+    return ""

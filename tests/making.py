@@ -225,6 +225,14 @@ def chat_model(
     return folder
 
 
+def misnamed_tokenizer(folder: Path) -> Path:
+    """A `chat_model` whose tokenizer is byte-level, and whose `tokenizer_config.json` names Llama's class."""
+    chat_model(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizer"}))
+    return folder
+
+
 def chat_rows(count: int) -> list[object]:
     """Short chats of different lengths with one assistant turn each."""
     return [

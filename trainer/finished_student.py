@@ -21,7 +21,7 @@ from .data.logit_dataset import LogitDataset
 from .losses import read_loss
 from .losses.base import Loss
 from .student.lora import merged
-from .student.tokenizer import tokenizer_files
+from .student.tokenizer import tokenizer_files, warn_if_unfaithful
 
 MOST_ROWS = 40
 """Most rows of a table. Of longer logs, evenly spaced lines are shown, with the first and the last."""
@@ -58,6 +58,7 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
         _copy(chosen.folder, student)
     for name, data in tokenizer_files(config.student, dataset.sources.datasets[0]).items():
         (student / name).write_bytes(data)
+    warn_if_unfaithful(student)
     card = model_card(
         student=config.student.model or "",
         headers=[source.header for source in dataset.sources.datasets],

@@ -26,6 +26,7 @@ from coldstill.trainer.evaluation.lm_eval_tasks import evaluate_tasks, require_t
 from coldstill.trainer.evaluation.measured_model import Weights, load_measured
 from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
 from coldstill.trainer.evaluation.token_records import TOP, Choice, TokenRecord, token_records, write_records
+from coldstill.trainer.student.tokenizer import load_tokenizer
 
 from .output import show_result, show_warning
 
@@ -70,9 +71,9 @@ def evaluate(
     found: dict[str, Any] = {"student": student, "dataset_id": dataset.dataset_id, "teacher": name}
     found |= _metrics(model, resident, root, batch_size)
     if rouge:
-        found["rougeL"] = rouge_l(model, _tokenizer(student), dataset, rows=rouge, batch_size=batch_size)
+        found["rougeL"] = rouge_l(model, load_tokenizer(student), dataset, rows=rouge, batch_size=batch_size)
     if tasks:
-        found |= evaluate_tasks(model, _tokenizer(student), tasks, batch_size=batch_size)
+        found |= evaluate_tasks(model, load_tokenizer(student), tasks, batch_size=batch_size)
     if as_json:
         print(json.dumps(found))
     else:
@@ -108,12 +109,6 @@ def _show_tokens(
         write_records(found, file)
     elif not quiet:
         show_records(found, console=Console())
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
 
 
 def show_records(records: Iterable[TokenRecord], *, console: Console) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import psutil
 
 from coldstill.common.errors import ColdstillError
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoreResult, Teacher, TokenSequence
 
 from .attempts import CrashReport
 
@@ -71,7 +71,7 @@ class WatchedTeacher:
         """Numbers that change while the engine makes progress."""
         return self._teacher.progress, self._begun, self._ended
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
+    def score(self, sequences: Sequence[TokenSequence]) -> Sequence[ScoreResult]:
         """See `protocol.Teacher`."""
         with self._counted():
             return self._teacher.score(sequences)

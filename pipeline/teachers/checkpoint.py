@@ -1,43 +1,100 @@
 """The teacher's checkpoint: tokenizer, `config.json`, and facts about the weights for the header and the engines.
 
 Only this file chooses the data type of the logits, so that header and engine agree. Data types are names such as
-`bfloat16`. No weights are loaded.
+`bfloat16`. No weights are loaded here; an engine that has loaded them calls `check_weights`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
-from pydantic import JsonValue
+from transformers.utils import cached_file
 
 from coldstill.common.errors import ColdstillError, first_line
-from coldstill.common.plugins import is_plugin
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILES, TokenizerFacts
+from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, scored_of
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, TokenizerFacts, load_faithfully
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 << 10
 _PLAIN = {"float32", "bfloat16", "float16"}
 
+TRIES = 3
+"""Sets of random tokens. In one set a healthy teacher may meet a token whose embedding was never trained."""
+_PROBE_LENGTHS = (2, 16, 17)
+
+Score = Callable[[Sequence[TokenSequence]], Sequence[ScoreResult]]
+
 
 def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBase:
-    """The teacher's tokenizer. Raises `TeacherUnusable`."""
+    """The teacher's tokenizer. Raises `TeacherUnusable`, and `TokenizerUnfaithful` for one that loses text."""
+    _require_whole_model(config)
+    loaders = [
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=_trusts_code(config)
+        ),
+        lambda: transformers.PreTrainedTokenizerFast.from_pretrained(config.model, revision=config.revision),
+    ]
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, revision=config.revision)
-    except (ValueError, OSError) as error:
+        stored = _file(config, TOKENIZER_FILE)
+        tokenizer = load_faithfully(loaders, stored.read_bytes() if stored else None, where=config.model)
+    except (ValueError, OSError, ImportError) as error:
         raise _cannot_load(config, "tokenizer", error) from None
     if not tokenizer.is_fast:
         raise TeacherUnusable(config.model, found="a slow tokenizer", wanted="one with a tokenizer.json")
     return tokenizer
+
+
+def _require_whole_model(config: TeacherConfig) -> None:
+    """Raise `TeacherUnusable` for the folder of an adapter, which transformers and vLLM read in different ways."""
+    adapter, whole = _file(config, "adapter_config.json"), _file(config, "config.json")
+    if adapter is None:
+        return
+    try:
+        base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = "its base model"
+    merge = (
+        f"merge it into {base} first: AutoPeftModelForCausalLM.from_pretrained({config.model!r}).merge_and_unload()"
+        ".save_pretrained(FOLDER), with the tokenizer beside it"
+    )
+    raise TeacherUnusable(
+        f"teacher.model {config.model}",
+        found="an adapter (adapter_config.json) " + ("beside a config.json" if whole else "without a config.json"),
+        wanted="a whole model",
+        fix=merge + ("; if these weights are merged already, remove adapter_config.json" if whole else ""),
+    )
+
+
+def _file(config: TeacherConfig, name: str) -> Path | None:
+    """A file of the teacher's folder or of its repository on the Hub; None too if the Hub cannot be reached, or if the
+    name is wrong, which is told where the whole is loaded."""
+    try:
+        path = cached_file(
+            config.model,
+            name,
+            revision=config.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(path) if path else None
+
+
+def _trusts_code(config: TeacherConfig) -> bool:
+    return bool(config.engine_args.get("trust_remote_code", False))
 
 
 def tokenizer_files(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -50,8 +107,10 @@ def tokenizer_files(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str
 def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
     """The teacher's `config.json`. Raises `TeacherUnusable` if the settings do not fit it."""
     try:
-        model_config = transformers.AutoConfig.from_pretrained(config.model, revision=config.revision)
-    except (ValueError, OSError) as error:
+        model_config = transformers.AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=_trusts_code(config)
+        )
+    except (ValueError, OSError, ImportError) as error:
         raise _cannot_load(config, "config.json", error) from None
     text_config = model_config.get_text_config()
     if text_config.vocab_size < facts.token_count or config.top_k > facts.token_count:
@@ -125,92 +184,71 @@ def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:
     return dtype
 
 
+def random_sequences(lengths: Sequence[int], header: DatasetHeader, *, seed: int) -> list[TokenSequence]:
+    """Sequences of random tokens of at most these lengths; all positions are targets."""
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for number, length in enumerate(min(length, header.max_length) for length in lengths):
+        token_ids = generator.integers(0, header.token_count, length).astype(np.int32)
+        spans = np.array([[0, length - 1]], np.int32)
+        name = f"self-check-{number}"
+        sequences.append(TokenSequence(sample_id=name, source_row=number, token_ids=token_ids, target_spans=spans))
+    return sequences
+
+
+def require_finite(score: Score, sets: Iterator[Sequence[TokenSequence]], *, model: str) -> list[ScoredSequence]:
+    """The results of the first set of sequences that all have finite logits. Raises `TeacherUnusable` if none has."""
+    found = ""
+    for sequences in sets:
+        results = score(sequences)
+        scored = scored_of(results)
+        if len(scored) == len(sequences):
+            return scored
+        found = f"NaN or infinite logits in {len(sequences) - len(scored)} of {len(sequences)} short random sequences"
+    raise TeacherUnusable(
+        f"weights of {model}",
+        found=found,
+        wanted="finite logits",
+        fix="check the model's files for NaN, or set another teacher.dtype: the model may overflow in this one",
+    )
+
+
+def check_weights(score: Score, header: DatasetHeader, *, model: str) -> None:
+    """Score a few short sequences. Raises `TeacherUnusable` for weights that give NaN or infinite logits, which would
+    otherwise show as rejected rows."""
+    require_finite(score, (random_sequences(_PROBE_LENGTHS, header, seed=seed) for seed in range(TRIES)), model=model)
+
+
 def _cannot_load(teacher: TeacherConfig, what: str, error: Exception) -> ColdstillError:
     """The error for a part of the teacher, such as its `config.json`, that failed to load."""
     return TeacherUnusable(
         f"teacher.model {teacher.model}: {what}",
         found=first_line(error),
         wanted="a folder or Hub name of a causal language model",
-        fix="check teacher.model and teacher.revision",
+        fix=way_out(error) or "check teacher.model and teacher.revision",
     )
 
 
-_FREE = {
-    "vllm": """
-        tensor_parallel_size pipeline_parallel_size data_parallel_size prefill_context_parallel_size
-        decode_context_parallel_size enable_expert_parallel distributed_executor_backend nnodes node_rank master_addr
-        master_port device_ids numa_bind numa_bind_nodes numa_bind_cpus distributed_timeout_seconds
-        cpu_distributed_timeout_seconds disable_custom_all_reduce ray_workers_use_nsight
-        gpu_memory_utilization kv_cache_memory_bytes swap_space cpu_offload_gb cpu_offload_params offload_group_size
-        num_gpu_blocks_override block_size enable_sleep_mode enable_cumem_allocator
-        max_num_seqs max_num_batched_tokens max_num_scheduled_tokens max_num_partial_prefills
-        max_long_partial_prefills long_prefill_token_threshold enable_chunked_prefill enable_prefix_caching
-        prefix_caching_hash_algo scheduling_policy async_scheduling stream_interval
-        enforce_eager compilation_config cudagraph_capture_sizes max_cudagraph_capture_size
-        disable_log_stats disable_log_requests log_level logging_config aggregate_engine_logging
-        show_hidden_metrics_for_version collect_detailed_traces otlp_traces_endpoint kv_cache_metrics kv_events_config
-        profiler_config use_tqdm_on_load served_model_name shutdown_timeout
-        download_dir max_parallel_loading_workers safetensors_load_strategy safetensors_prefetch_num_threads
-        safetensors_prefetch_block_size skip_tokenizer_init tokenizer_mode
-    """,
-    "transformers": """
-        device_map max_memory offload_folder offload_state_dict offload_buffers low_cpu_mem_usage tp_plan tp_size
-        cache_dir force_download proxies local_files_only use_safetensors weights_only
-    """,
-    "endpoint": "concurrency timeout_s attempts",
-}
-"""Arguments of `teacher.engine_args` that change no value beyond an engine's tolerance, such as how weights are loaded
-and placed, how much memory is used and what is scheduled together. All others count as changing values."""
-_SECRET = re.compile(
-    r"^(hf_|(use_)?auth_|access_|api_|bearer_)?token$|secret|passw|api_?key|credential|authorization", re.IGNORECASE
+def way_out(error: Exception) -> str:
+    """What to do about an error of transformers or vLLM that names a missing package or code to trust, else nothing."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "read the model's own code, then set teacher.engine_args: {trust_remote_code: true}"
+    for pattern in _MISSING:
+        if match := pattern.search(text):
+            names = re.split(r"[ ,]+(?:or )?", match[1].strip(" .").lower())
+            return f"pip install {' '.join(_PACKAGES.get(name, name) for name in names)}, on each node"
+    return ""
+
+
+_MISSING = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"requires the ([\w-]+) library",
+        r"not found in your environment: ([\w, -]+)",
+        r"No module named '([\w-]+)",
+        r"`?pip install ([\w-]+(?: [\w-]+)*)`",
+        r"need to have ([\w-]+ or [\w-]+) installed",
+    )
 )
-_SECRET_TEXT = re.compile(r"\b(hf_\w{20,}|sk-[\w-]{20,})|(?<=://)[^/@\s]+@")
-"""Tokens of the Hub and of endpoints, and the user and password of an address."""
-_MAX_TEXT = 1000
-
-
-def engine_args_that_change_values(engine: str, engine_args: Mapping[str, Any]) -> dict[str, JsonValue]:
-    """The part of `teacher.engine_args` that decides the values of a dataset, for its header: canonical JSON.
-
-    An argument that is not listed as free counts, so that a new one cannot be missed. The user's own class counts too,
-    by its name. Of a local path only the last part is kept, and a secret never enters. Raises `TeacherUnusable` for a
-    value that is not JSON.
-    """
-    free = set(_FREE.get(engine, "").split())
-    changing = {
-        name: _canonical(engine_args[name], name)
-        for name in sorted(engine_args)
-        if name not in free and not _SECRET.search(name)
-    }
-    return {"engine": engine, **changing} if is_plugin(engine) else changing
-
-
-def _canonical(value: Any, name: str) -> JsonValue:
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
-    if isinstance(value, str):
-        return _portable(value)
-    if isinstance(value, Mapping):
-        keys = sorted(str(key) for key in value if not _SECRET.search(str(key)))
-        inner = {str(key): item for key, item in value.items()}
-        return {key: _canonical(inner[key], f"{name}.{key}") for key in keys}
-    if isinstance(value, list | tuple):
-        return [_canonical(item, name) for item in value]
-    raise TeacherUnusable(
-        f"teacher.engine_args.{name}",
-        found=repr(value)[:200],
-        wanted="a value that JSON can hold: text, a finite number, true, false, null, a list or a mapping",
-        fix="write it as one of these",
-    )
-
-
-def _portable(text: str) -> str:
-    """`text`, or for a local path its last part: the folder of one machine is no fact of the dataset."""
-    text = _SECRET_TEXT.sub("", text)
-    if text.startswith(("/", "~", "./", "../", "file://")):
-        text = f"{Path(text.rstrip('/')).name} (a local path)"
-    if len(text) > _MAX_TEXT:
-        text = f"sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
-    return text
+_PACKAGES = {"pil": "pillow", "cv2": "opencv-python-headless", "google": "protobuf", "sklearn": "scikit-learn"}

@@ -15,7 +15,16 @@ from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.plugins import load_plugin
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, answer_name
+from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.teachers.protocol import (
+    ScoredSequence,
+    ScoreResult,
+    Teacher,
+    TokenSequence,
+    UnscoredSequence,
+    answer_name,
+    non_finite,
+)
 from coldstill.storage_schema.errors import InvalidRow, InvalidTargets
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
@@ -66,19 +75,32 @@ class CheckedTeacher:
         """See `Teacher`."""
         return self._teacher.processes
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """See `Teacher`. Raises `TeacherOutputInvalid` for output that violates the protocol or the format."""
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
+        """See `Teacher`. Targets of NaN become an `UnscoredSequence`, as with the other engines.
+
+        Raises `TeacherOutputInvalid` for output that violates the protocol or the format.
+        """
         answers = self._sampling.n if self._sampling else 1
         scored = self._teacher.score(sequences)
         if not isinstance(scored, list) or len(scored) != len(sequences) * answers:
             found = f"a list of {len(scored)}" if isinstance(scored, list) else type(scored).__name__
             raise self._invalid("score", found, f"a list of {len(sequences) * answers}")
-        for index, item in enumerate(scored):
-            self._check(item, sequences[index // answers], number=index % answers)
-        return scored
+        return [
+            self._checked(item, sequences[index // answers], number=index % answers)
+            for index, item in enumerate(scored)
+        ]
 
-    def _check(self, item: ScoredSequence, given: TokenSequence, *, number: int) -> None:
+    def _checked(self, item: ScoreResult, given: TokenSequence, *, number: int) -> ScoreResult:
         where = f"row {given.sample_id!r}"
+        if isinstance(item, UnscoredSequence):
+            answers = self._sampling.n if self._sampling else 1
+            wanted = (answer_name(given.sample_id, number, answers=answers), given.source_row)
+            if (item.sample_id, item.source_row) != wanted:
+                found = f"{item.sample_id!r} of source row {item.source_row}"
+                raise self._invalid(where, found, f"{wanted[0]!r} of source row {wanted[1]}")
+            if not isinstance(item.reason, RejectReason) or not isinstance(item.detail, str):
+                raise self._invalid(where, f"reason {item.reason!r}", "a RejectReason, and a text as detail")
+            return item
         if not isinstance(item, ScoredSequence):
             raise self._invalid(where, type(item).__name__, "a ScoredSequence")
         if not isinstance(item.sequence, TokenSequence):
@@ -88,10 +110,13 @@ class CheckedTeacher:
         else:
             self._check_answer(where, item.sequence, given, number=number, answers=self._sampling.n)
         self._check_arrays(where, item)
+        if _is_nan(item.targets):
+            return non_finite(item.sequence.sample_id, item.sequence.source_row)
         try:
             item.row.check(token_count=self._header.token_count)
         except (InvalidRow, InvalidTargets) as error:
             raise self._invalid(f"{where}: {error.what}", error.found, error.wanted) from error
+        return item
 
     def _check_given(self, where: str, sequence: TokenSequence, given: TokenSequence) -> None:
         is_same = sequence is given or (
@@ -159,3 +184,10 @@ class CheckedTeacher:
             wanted=wanted,
             fix="compare with the docstring of `Teacher.score` in coldstill/pipeline/teachers/protocol.py",
         )
+
+
+def _is_nan(targets: TeacherTargets) -> bool:
+    """Whether best id, tail and label of a position are all NaN, as in a softmax with a NaN or infinite logit. A NaN in
+    one of them is an error of the class."""
+    bad = np.isnan(targets.logprobs[:, 0]) & np.isnan(targets.log_tail) & np.isnan(targets.label_logprob)
+    return bool(bad.any())

@@ -22,6 +22,8 @@ from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOu
 KEY_VARIABLE = "OPENAI_API_KEY"
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses of a server that is busy or starting, or of a proxy in front of it."""
+NAN_MESSAGE = "not JSON compliant"
+"""Part of the message of a Python server that fails to write NaN as JSON; vLLM passes it on with status 400."""
 _CONNECT_S = 10.0
 _CHUNK = 1 << 20
 _MOST_SHOWN = 400
@@ -82,7 +84,7 @@ class EndpointClient:
                 with self._parsing:
                     return read(_parsed(data))
             problem = f"status {status}: {self._shown(data)}"
-            if status not in _TRANSIENT:
+            if status not in _TRANSIENT or NAN_MESSAGE in problem:
                 raise EndpointRefused(
                     f"{method} {self.url}{path}",
                     found=problem,

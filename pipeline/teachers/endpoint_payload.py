@@ -7,6 +7,7 @@ teacher top-k.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -15,9 +16,9 @@ import numpy as np
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, non_finite
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets, span_positions
+from coldstill.storage_schema.rows import MASS_TOLERANCE, span_positions
 
 from .answer_sampling import answer_sequence
 from .topk_entries import targets_of_entries
@@ -27,6 +28,8 @@ _ANSWER_KEY = "token_id:"
 _MINUS_INFINITY = -9999.0
 """JSON has no -inf: vLLM writes this."""
 _MAX_NUMBER = 1e9
+_ALL_NAN: Mapping[int, float] = {-1: math.nan}
+"""The entries of a position whose values are all NaN."""
 
 
 def serve_command(config: TeacherConfig) -> str:
@@ -69,7 +72,7 @@ class PayloadReader:
     def __init__(self, config: TeacherConfig, header: DatasetHeader):
         self._config, self._header = config, header
 
-    def prompt(self, document: object, sequence: TokenSequence) -> TeacherTargets:
+    def prompt(self, document: object, sequence: TokenSequence) -> ScoreResult:
         """Targets from `prompt_logprobs`: a list with an object for each token and null for the first.
 
         The object of token `j`, ids to log-probs, is the distribution of target position `j - 1`.
@@ -80,11 +83,9 @@ class PayloadReader:
             self._fail(where, _shape(found), f"a list of {sequence.token_ids.size}, one for each token")
         positions = span_positions(sequence.target_spans)
         entries = [_prompt_entries(found[position + 1]) for position in positions]
-        return self._targets(entries, sequence.token_ids[positions + 1], positions, where)
+        return self._result(sequence, entries, where)
 
-    def answer(
-        self, document: object, prompt: TokenSequence, *, number: int, answers: int, room: int
-    ) -> ScoredSequence:
+    def answer(self, document: object, prompt: TokenSequence, *, number: int, answers: int, room: int) -> ScoreResult:
         """An answer of at most `room` tokens, with targets from `logprobs.top_logprobs` (keys `token_id:ID`)."""
         where = f"the server's answer {number} to row {prompt.sample_id!r}"
         choice = self._choice(document, where)
@@ -103,18 +104,20 @@ class PayloadReader:
         if reason not in ("stop", "length"):
             self._fail(where, f"finish_reason {reason!r:.40}", "stop or length")
         sequence = answer_sequence(prompt, tokens, number=number, answers=answers, finish_reason=reason)
-        positions = span_positions(sequence.target_spans)
-        entries = [_answer_entries(top) for top in tops]
-        return ScoredSequence(sequence, self._targets(entries, np.array(tokens, np.int32), positions, where))
+        return self._result(sequence, [_answer_entries(top) for top in tops], where)
 
-    def _targets(
-        self, entries: Sequence[Mapping[int, float] | None], labels: np.ndarray, positions: np.ndarray, where: str
-    ) -> TeacherTargets:
-        """Targets from entries that hold the K best ids of a position, or these and the label."""
+    def _result(
+        self, sequence: TokenSequence, entries: Sequence[Mapping[int, float] | None], where: str
+    ) -> ScoreResult:
+        """The sequence with targets from entries that hold the K best ids of a position, or these and the label."""
+        positions = span_positions(sequence.target_spans)
+        labels = sequence.token_ids[positions + 1]
         top_k, header = self._config.top_k, self._header
         ids, logprobs = np.empty((len(entries), top_k), np.int32), np.empty((len(entries), top_k))
         label_logprobs = np.empty(len(entries))
         for n, (entry, label, position) in enumerate(zip(entries, labels.tolist(), positions.tolist(), strict=True)):
+            if entry is _ALL_NAN:
+                return non_finite(sequence.sample_id, sequence.source_row)
             if entry is None:
                 self._fail(
                     where, f"position {position} is missing, or is not ids and log-probs", "one of each position"
@@ -147,7 +150,7 @@ class PayloadReader:
         mass = np.exp(logprobs).sum(1)
         if mass.size and mass.min() < least:
             self._fail(where, f"{top_k} best entries of mass {mass.min():.3g}", f"log-probs: at least {least:.3g}")
-        return targets
+        return ScoredSequence(sequence, targets)
 
     def _choice(self, document: object, where: str) -> Mapping[str, Any]:
         choices = document.get("choices") if isinstance(document, dict) else None
@@ -160,25 +163,32 @@ class PayloadReader:
         raise TeacherOutputInvalid(where, found=found, wanted=wanted, fix=serve_command(self._config))
 
 
-def _prompt_entries(value: object) -> dict[int, float] | None:
+def _prompt_entries(value: object) -> Mapping[int, float] | None:
     """From `{"ID": {"logprob": ...}}`; None for anything else."""
-    entries: dict[int, float] = {}
+    found: dict[int, object] = {}
     for key, entry in value.items() if isinstance(value, dict) else ():
         if not _ID.fullmatch(key) or not isinstance(entry, dict):
             return None
-        entries[int(key)] = _logprob(entry.get("logprob"))
-    return entries or None
+        found[int(key)] = entry.get("logprob")
+    return _entries(found)
 
 
-def _answer_entries(value: object) -> dict[int, float] | None:
+def _answer_entries(value: object) -> Mapping[int, float] | None:
     """From `{"token_id:ID": ...}`; None for anything else."""
-    entries: dict[int, float] = {}
+    found: dict[int, object] = {}
     for key, logprob in value.items() if isinstance(value, dict) else ():
         id_ = key.removeprefix(_ANSWER_KEY)
         if id_ == key or not _ID.fullmatch(id_):
             return None
-        entries[int(id_)] = _logprob(logprob)
-    return entries or None
+        found[int(id_)] = logprob
+    return _entries(found)
+
+
+def _entries(found: Mapping[int, object]) -> Mapping[int, float] | None:
+    # A softmax with a NaN or infinite logit is NaN everywhere; a single NaN is an error of the server.
+    if found and all(isinstance(value, float) and math.isnan(value) for value in found.values()):
+        return _ALL_NAN
+    return {id_: _logprob(value) for id_, value in found.items()} or None
 
 
 def _logprob(value: object) -> float:

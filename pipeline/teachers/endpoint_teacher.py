@@ -17,12 +17,17 @@ from pydantic import Field, ValidationError
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence
+from coldstill.pipeline.teachers.protocol import (
+    ScoredSequence,
+    ScoreResult,
+    TokenSequence,
+    answer_name,
+    non_finite,
+)
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.rows import TeacherTargets
 
 from .answer_sampling import answer_room, answer_seed
-from .endpoint_client import EndpointClient
+from .endpoint_client import NAN_MESSAGE, EndpointClient
 from .endpoint_payload import PayloadReader, answer_fields, score_fields, serve_command
 
 _ENTRY_BYTES = 512
@@ -85,11 +90,11 @@ class EndpointTeacher:
         """See `protocol.Teacher`: none, because the server is remote."""
         return ()
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
         """See `protocol.Teacher`. Raises `EndpointFailed` too. Each answer is a separate request with its own seed."""
         sampling = self._sampling
         if sampling is None:
-            return list(map(ScoredSequence, sequences, self._each(self._score_one, sequences)))
+            return self._each(self._score_one, sequences)
         wanted = [(prompt, number) for prompt in sequences for number in range(sampling.n)]
         return self._each(lambda item: self._answer(*item, sampling), wanted)
 
@@ -101,26 +106,37 @@ class EndpointTeacher:
             for future in futures:
                 future.cancel()
 
-    def _score_one(self, sequence: TokenSequence) -> TeacherTargets:
+    def _score_one(self, sequence: TokenSequence) -> ScoreResult:
         body = score_fields(self._config.top_k)
         return self._complete(
-            sequence, body, tokens=sequence.token_ids.size, read=lambda document: self._read.prompt(document, sequence)
+            sequence,
+            sequence.sample_id,
+            body,
+            tokens=sequence.token_ids.size,
+            read=lambda document: self._read.prompt(document, sequence),
         )
 
-    def _answer(self, prompt: TokenSequence, number: int, sampling: SamplingConfig) -> ScoredSequence:
+    def _answer(self, prompt: TokenSequence, number: int, sampling: SamplingConfig) -> ScoreResult:
         room = answer_room(prompt, sampling=sampling, header=self._header)
         seed = answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number)
         body = answer_fields(self._config.top_k, sampling=sampling, room=room, seed=seed)
         return self._complete(
             prompt,
+            answer_name(prompt.sample_id, number, answers=sampling.n),
             body,
             tokens=prompt.token_ids.size + room,
             read=lambda document: self._read.answer(document, prompt, number=number, answers=sampling.n, room=room),
         )
 
     def _complete(
-        self, prompt: TokenSequence, body: dict[str, Any], *, tokens: int, read: Callable[[object], Result]
-    ) -> Result:
+        self,
+        prompt: TokenSequence,
+        name: str,
+        body: dict[str, Any],
+        *,
+        tokens: int,
+        read: Callable[[object], ScoreResult],
+    ) -> ScoreResult:
         try:
             return self._client.post(
                 "/completions",
@@ -129,6 +145,8 @@ class EndpointTeacher:
                 read=read,
             )
         except EndpointFailed as error:
+            if isinstance(error, EndpointRefused) and NAN_MESSAGE in str(error.found):
+                return non_finite(name, prompt.source_row)
             raise error.at(f"row {prompt.sample_id!r}") from error
 
     def _card(self, document: object) -> dict[str, Any]:
@@ -162,7 +180,7 @@ class EndpointTeacher:
         reader = self._read
         self._read = PayloadReader(self._config.model_copy(update={"min_prob": 0.0}), self._header)
         try:
-            self._score_one(row)
+            self._require_finite(self._score_one(row))
             if self._sampling is not None:
                 self._probe_answer(replace(row, token_ids=tokens[:1]))
         except (EndpointRefused, TeacherOutputInvalid) as error:
@@ -174,12 +192,20 @@ class EndpointTeacher:
             ) from error
         self._read = reader
 
+    def _require_finite(self, result: ScoreResult) -> ScoredSequence:
+        if isinstance(result, ScoredSequence):
+            return result
+        raise TeacherOutputInvalid(
+            "log-probs of a probe", found="NaN or infinite logits", wanted="finite ones; check the server's weights"
+        )
+
     def _probe_answer(self, prompt: TokenSequence) -> None:
         """Check that log-probs of sampled tokens are raw. A server may apply temperature and top-p to these, but never
         to those of a prompt."""
         tokens = min(_PROBE_TOKENS, self._header.max_length - 1)
-        answer, sampled = self._answer(prompt, 0, SamplingConfig(temperature=_PROBE_TEMPERATURE, max_tokens=tokens))
-        scored = self._score_one(answer)
+        sampling = SamplingConfig(temperature=_PROBE_TEMPERATURE, max_tokens=tokens)
+        answer, sampled = self._require_finite(self._answer(prompt, 0, sampling))
+        _, scored = self._require_finite(self._score_one(answer))
         if not np.allclose(sampled.logprobs, scored.logprobs, atol=_PROBE_NATS, rtol=_PROBE_SHARE):
             raise TeacherOutputInvalid(
                 "log-probs of an answer",

@@ -6,12 +6,13 @@ Shape letters: `T` tokens, `n` spans.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 
 
@@ -45,6 +46,35 @@ class ScoredSequence(NamedTuple):
             targets=self.targets,
             metadata=self.sequence.metadata,
         )
+
+
+class UnscoredSequence(NamedTuple):
+    """A sequence (in mode generate, an answer's prompt) without distributions: the capture rejects its row.
+
+    `sample_id` is that of the sequence or answer. `detail` becomes part of the dataset: equal rows have equal details.
+    """
+
+    sample_id: str
+    source_row: int
+    reason: RejectReason
+    detail: str
+
+
+def non_finite(sample_id: str, source_row: int) -> UnscoredSequence:
+    """A sequence with NaN or infinite logits.
+
+    The detail names no position: a NaN spreads to other positions of its row by the blocks of the attention, which
+    depend on the schedule.
+    """
+    return UnscoredSequence(sample_id, source_row, RejectReason.NON_FINITE_LOGITS, "NaN or infinity")
+
+
+ScoreResult = ScoredSequence | UnscoredSequence
+
+
+def scored_of(results: Iterable[ScoreResult]) -> list[ScoredSequence]:
+    """The results that have distributions."""
+    return [result for result in results if isinstance(result, ScoredSequence)]
 
 
 class Teacher(Protocol):
@@ -87,8 +117,8 @@ class Teacher(Protocol):
         """Ids of processes that calls depend on, besides the caller's own. They are ended with the worker."""
         return ()
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
-        """Sequences with the teacher's distributions at their target positions, in the order given.
+    def score(self, sequences: Sequence[TokenSequence]) -> Sequence[ScoreResult]:
+        """A list: sequences with the teacher's distributions at their target positions, in the order given.
 
         Made without sampling: the given sequences themselves, teacher-forced.
 
@@ -99,6 +129,10 @@ class Teacher(Protocol):
 
         Target position `t` holds the distribution of token `t + 1` given tokens `0..t`. `TeacherTargets`
         (storage_schema/rows.py) documents the arrays; `target_extractor.summarize` makes them from logits.
+
+        A sequence that gives NaN or infinite logits has an `UnscoredSequence` in its place, as `non_finite` makes it;
+        its row is rejected, and the others are stored. The same is done with the targets that `summarize` makes of such
+        logits.
 
         All sequences are queued before the first is computed: equal calls give equal bits on equal hardware.
         Raises `TeacherOutputInvalid`.

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
-from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.teachers.checkpoint import load_tokenizer
-from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, answer_name
+from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer, way_out
+from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, answer_name, non_finite
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.rows import TeacherTargets, span_positions
+from coldstill.storage_schema.rows import span_positions
 
 from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
 from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
@@ -50,6 +50,7 @@ class TransformersTeacher:
             tokenizer = load_tokenizer(config)
             self._end_ids = _end_ids(self._model, tokenizer)
             self._stops = StopTexts(sampling.stop, tokenizer)
+        check_weights(self._score_given, header, model=config.model)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -71,14 +72,17 @@ class TransformersTeacher:
         """See `protocol.Teacher`: none, it runs in the caller's own process."""
         return ()
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
         """See `protocol.Teacher`. An answer is a function of its prompt and (seed, sample id, number)."""
         if self._sampling is None:
-            return [ScoredSequence(sequence, self._score_one(sequence)) for sequence in sequences]
+            return self._score_given(sequences)
         return [answer for prompt in sequences for answer in self._answers(prompt, self._sampling)]
 
+    def _score_given(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
+        return [self._score_one(sequence) for sequence in sequences]
+
     @torch.inference_mode()
-    def _score_one(self, sequence: TokenSequence) -> TeacherTargets:
+    def _score_one(self, sequence: TokenSequence) -> ScoreResult:
         positions = span_positions(sequence.target_spans)
         tokens = self._on_device(sequence.token_ids)
         wanted = torch.from_numpy(positions).to(tokens.device)
@@ -86,10 +90,10 @@ class TransformersTeacher:
             # The head is applied at the wanted positions only: [1, N, V].
             logits = self._model(input_ids=tokens[None], logits_to_keep=wanted, use_cache=False).logits[0]
             summary = self._summary(logits, tokens[wanted + 1], positions, sample_id=sequence.sample_id)
-        return self._targets(summary, positions, sample_id=sequence.sample_id)
+        return self._result(sequence, summary, positions)
 
     @torch.inference_mode()
-    def _answers(self, prompt: TokenSequence, sampling: SamplingConfig) -> list[ScoredSequence]:
+    def _answers(self, prompt: TokenSequence, sampling: SamplingConfig) -> list[ScoreResult]:
         room = answer_room(prompt, sampling=sampling, header=self._header)
         with self._one_at_a_time:
             logits, cache = self._forward(self._on_device(prompt.token_ids))
@@ -103,7 +107,7 @@ class TransformersTeacher:
 
     def _answer(
         self, prompt: TokenSequence, number: int, sampling: SamplingConfig, *, room: int, logits: Tensor, cache: object
-    ) -> ScoredSequence:
+    ) -> ScoreResult:
         """One answer of at most `room` tokens. `logits [1, V]` and `cache`, of keys and values: the prompt's."""
         name = answer_name(prompt.sample_id, number, answers=sampling.n)
         uniforms = answer_uniforms(seed=sampling.seed, sample_id=prompt.sample_id, number=number, count=room)
@@ -112,7 +116,9 @@ class TransformersTeacher:
         summaries: list[Summary] = []
         while True:
             here = positions[len(answer) : len(answer) + 1]
-            scores = self._scores(logits, sample_id=name, position=int(here[0]))
+            scores: np.ndarray = logits[0, : self._header.token_count].float().cpu().numpy()
+            if not np.isfinite(scores.max()):  # of NaN too
+                return non_finite(name, prompt.source_row)
             uniform = uniforms[len(answer)]
             answer.append(next_token(scores, temperature=sampling.temperature, top_p=sampling.top_p, uniform=uniform))
             newest = torch.tensor(answer[-1:], device=self._model.device)
@@ -125,7 +131,7 @@ class TransformersTeacher:
             prompt, answer, number=number, answers=sampling.n, finish_reason="stop" if is_stopped else "length"
         )
         whole = Summary(*map(torch.cat, zip(*summaries, strict=True)))
-        return ScoredSequence(sequence, self._targets(whole, positions[: len(answer)], sample_id=name))
+        return self._result(sequence, whole, positions[: len(answer)])
 
     def _forward(self, tokens: Tensor, cache: object = None) -> tuple[Tensor, object]:
         """Logits `[1, V]` after `tokens int64 [T]` that follow those in the cache, and the cache with them."""
@@ -137,23 +143,15 @@ class TransformersTeacher:
             )
         return output.logits[0], grown
 
-    def _scores(self, logits: Tensor, *, sample_id: str, position: int) -> np.ndarray:
-        """`float32 [token_count]` on the host, to sample from."""
-        scores: np.ndarray = logits[0, : self._header.token_count].float().cpu().numpy()
-        if not np.isfinite(scores.max()):  # of NaN too
-            raise _invalid(sample_id, position)
-        return scores
-
     def _summary(self, logits: Tensor, labels: Tensor, positions: np.ndarray, *, sample_id: str) -> Summary:
         config = self._config
         uniforms = draw_uniforms(positions, draws=config.draws, seed=config.draw_seed, sample_id=sample_id)
         return self._extract(logits, labels.to(logits.device), torch.from_numpy(uniforms).to(logits.device))
 
-    def _targets(self, summary: Summary, positions: np.ndarray, *, sample_id: str) -> TeacherTargets:
-        finite = summary.finite.cpu().numpy()
-        if not finite.all():
-            raise _invalid(sample_id, int(positions[finite.argmin()]))
-        return targets_of(summary, draw_logprobs=self._header.draw_logprobs)
+    def _result(self, sequence: TokenSequence, summary: Summary, positions: np.ndarray) -> ScoreResult:
+        if not bool(summary.finite.all()):
+            return non_finite(sequence.sample_id, sequence.source_row)
+        return ScoredSequence(sequence, targets_of(summary, draw_logprobs=self._header.draw_logprobs))
 
     def _on_device(self, token_ids: np.ndarray) -> Tensor:
         return torch.from_numpy(token_ids.astype(np.int64)).to(self._model.device)
@@ -171,9 +169,9 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, revision=config.revision, dtype=config.dtype, **config.engine_args
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise TeacherUnusable(
-            config.model, found=first_line(error), wanted="a model that transformers loads"
+            config.model, found=first_line(error), wanted="a model that transformers loads", fix=way_out(error)
         ) from error
     if "device_map" not in config.engine_args:  # with one, accelerate has placed the model and moves tensors itself
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -211,12 +209,3 @@ def _float32_head(config: TeacherConfig, head: object) -> nn.Module:
             fix="teacher.head_dtype: model",
         )
     return _Float32Head(head)
-
-
-def _invalid(sample_id: str, position: int) -> TeacherOutputInvalid:
-    return TeacherOutputInvalid(
-        f"logits of row {sample_id!r}, position {position}",
-        found="NaN or infinity",
-        wanted="finite numbers",
-        fix="the model may overflow in this data type: try another teacher.dtype",
-    )

@@ -14,7 +14,7 @@ PLACE = {"Reject": 2, "RowUnusable": 0, "reject": 0}
 FIRST_RELEASE = {
     "not_json", "no_messages", "no_text", "bad_messages", "bad_tools", "no_prompt", "no_response", "template_failed",
     "template_cannot_mark", "cannot_mark", "metadata_too_large", "over_long", "no_room", "no_targets",
-    "kills_the_engine",
+    "kills_the_engine", "non_finite_logits",
 }  # fmt: skip
 
 

@@ -12,11 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from coldstill.pipeline.calibration import rank_ids
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.errors import SourceChanged, SourceEmpty, TeacherUnusable, TemplateCannotMark
+from coldstill.pipeline.errors import (
+    SourceChanged,
+    SourceEmpty,
+    TeacherOutputInvalid,
+    TeacherUnusable,
+    TemplateCannotMark,
+)
 from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
-from coldstill.pipeline.worker import CaptureWorker, ExcludedRow, UnitTask, load_for
+from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, Teacher, TokenSequence, non_finite
+from coldstill.pipeline.worker import CaptureWorker, ExcludedRow, UnitTask, load_for, measure_speed
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch, StorageFull, UnsupportedStore
@@ -272,3 +279,77 @@ def test_a_worker_killed_at_any_moment_leaves_nothing_half_written(tmp_path: Pat
     seal(store), seal(unbroken)
     assert contents(config.output) == contents(unbroken.url)
     assert open_dataset(config.output).dataset_id == open_dataset(unbroken.url).dataset_id
+
+
+class _Poisoned:
+    """A teacher that gives no finite logits for some rows."""
+
+    def __init__(self, teacher: Teacher, *poison: int):
+        self._teacher, self._poison = teacher, poison
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._teacher, name)
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
+        results = self._teacher.score(sequences)
+        return [
+            non_finite(sequence.sample_id, sequence.source_row) if sequence.source_row in self._poison else result
+            for sequence, result in zip(sequences, results, strict=True)
+        ]
+
+
+def _poisoned(config: CaptureConfig, *poison: int) -> CaptureWorker:
+    teacher = load_for(config, prepare(config).header)
+    return CaptureWorker(config, _Poisoned(teacher, *poison))  # type: ignore[arg-type]
+
+
+def test_a_row_without_finite_logits_is_one_reject_and_every_other_row_is_stored_as_without_it(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    whole = _do(config)
+    other = capture_config(tmp_path, output="other")
+    worker = _poisoned(other, 13)
+    reports = [worker.run(unit) for unit in range(5)]
+    assert [report.rejected for report in reports] == [0, 1, 0, 0, 1]
+    record = read_commit(worker.store, 1).rejects
+    assert record is not None
+    assert json.loads(worker.store.read(record.name)) == {
+        "source_row": 13, "sample_id": "chat-13", "reason": "non_finite_logits", "detail": "NaN or infinity",
+    }  # fmt: skip
+    seal(whole), seal(worker.store)
+    shards, poisoned = contents(whole.url), contents(worker.store.url)
+    assert [a == b for a, b in zip(shards.items(), poisoned.items(), strict=True)] == [True, False, True, True, True]
+    kept = {row.sample_id: row for row in open_dataset(worker.store.url).rows()}
+    assert set(kept) == {f"chat-{i}" for i in range(40) if i != 13}
+    for row in open_dataset(whole.url).rows():
+        if row.sample_id in kept:
+            assert row.targets.ids.tobytes() == kept[row.sample_id].targets.ids.tobytes()
+            assert row.targets.logprobs.tobytes() == kept[row.sample_id].targets.logprobs.tobytes()
+
+
+def test_a_teacher_without_finite_logits_for_most_rows_is_an_error_and_commits_nothing(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    worker = _poisoned(config, *range(9))
+    with pytest.raises(TeacherOutputInvalid, match=r"(?s)unit 0.*9 of 10.*a single row without them is rejected"):
+        worker.run(0)
+    assert committed_units(worker.store) == set()
+    assert [worker.run(unit).rejected for unit in (1, 2, 3)] == [0, 0, 0]
+
+
+def test_small_units_are_judged_together(tmp_path: Path) -> None:
+    """Of a unit of two rows, one poison row is half: the teacher is broken only if this goes on."""
+    config = capture_config(tmp_path, rows_per_unit=2)
+    worker = _poisoned(config, 0, 1, *range(20, 40))
+    assert [worker.run(unit).rejected for unit in range(10)] == [2, *[0] * 9]
+    done = []
+    with pytest.raises(TeacherOutputInvalid, match="of 16"):
+        done += [worker.run(unit).rejected for unit in range(10, 20)]
+    assert committed_units(worker.store) == set(range(14))
+
+
+def test_the_measurement_of_speed_and_the_calibration_pass_over_a_row_without_finite_logits(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    prepared = prepare(config)
+    teacher = _Poisoned(load_for(config, prepared.header), 0)
+    assert rank_ids(config, teacher, prepared.header, prepared.units[0])  # type: ignore[arg-type]
+    sequences = CaptureWorker(config, teacher)._sequences(0)[0]  # type: ignore[arg-type]
+    assert measure_speed(teacher, prepared.header, sequences, seconds=0).targets > 0  # type: ignore[arg-type]

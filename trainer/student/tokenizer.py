@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from coldstill.common.errors import first_line
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+from coldstill.storage_schema.tokenizer import (
+    TOKENIZER_FILE,
+    TOKENIZER_FOLDER,
+    fingerprint_bytes,
+    first_difference,
+    load_faithfully,
+)
 from coldstill.trainer.config import StudentConfig
 
 from .load import student_not_found
+
+logger = logging.getLogger(__name__)
 
 STUDENT_TOKENIZER_FILES = (
     TOKENIZER_FILE,
@@ -60,6 +71,43 @@ def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) 
             found=f"{facts.token_count} ids, fingerprint {facts.fingerprint[:12]}",
             wanted=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]} ({header.teacher.name})",
             fix="choose a student of the teacher's family, or capture with a teacher of the student's family",
+        )
+    stored = header.about.tokenizer_pipeline_sha256
+    if stored is not None and stored != facts.pipeline_sha256:
+        logger.warning(
+            "The tokenizer of the student %s splits text in another way than the teacher's (%s), though equal ids mean "
+            "equal tokens. The dataset's targets can be used; the student will see other ids for the same new text.",
+            name,
+            header.teacher.name,
+        )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the student `name`, a folder or Hub name.
+
+    Raises `StudentNotFound`, and `TokenizerUnfaithful` for one that transformers rebuilds wrongly.
+    """
+    loaders = [lambda kind=kind: kind.from_pretrained(name) for kind in (AutoTokenizer, PreTrainedTokenizerFast)]
+    path = _folder(name) / TOKENIZER_FILE
+    try:
+        tokenizer: PreTrainedTokenizerBase = load_faithfully(
+            loaders, path.read_bytes() if path.is_file() else None, where=name
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise student_not_found(name, error) from error
+    return tokenizer
+
+
+def warn_if_unfaithful(folder: Path) -> None:
+    """Log a warning if transformers rebuilds the tokenizer in a finished student's folder as a class that differs from
+    its file: the class follows from the model's type too, which may be another one than the teacher's."""
+    try:
+        found = first_difference(AutoTokenizer.from_pretrained(folder), (folder / TOKENIZER_FILE).read_bytes())
+    except Exception as error:  # of any class: the run is over, and must not be lost to its last check
+        found = first_line(error)
+    if found:
+        logger.warning(
+            "AutoTokenizer loads the tokenizer in %s wrongly (%s): load it with PreTrainedTokenizerFast", folder, found
         )
 
 

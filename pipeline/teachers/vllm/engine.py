@@ -21,6 +21,7 @@ import torch
 
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.teachers.checkpoint import way_out
 from coldstill.storage_schema.header import DatasetHeader
 
 _REFUSED = {
@@ -32,12 +33,15 @@ _REFUSED = {
     "dtype": "teacher.dtype sets it",
 }
 
+_NO_ADAPTERS = "requests would run without the adapter; merge it into the model, and name the merged folder"
+
 
 def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, Any]:
     """Arguments of vLLM's LLM class: ours, then `teacher.engine_args`. Raises `TeacherUnusable` for refused ones."""
     refused = dict(_REFUSED)
     if config.tap == "public" or header.order == "exact":
         refused["enable_prefix_caching"] = "positions in a cached prefix are never computed"
+    refused |= {name: _NO_ADAPTERS for name, value in config.engine_args.items() if "lora" in name and value}
     for name, reason in refused.items():
         if name in config.engine_args:
             raise TeacherUnusable(
@@ -122,11 +126,12 @@ class Engine:
         threading.Thread(target=self._run, args=(arguments, started), name="engine", daemon=True).start()
         try:
             started.result()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             raise TeacherUnusable(
                 f"teacher.model {config.model}",
                 found=" ".join(str(error).split())[:600],
                 wanted="a model and engine_args that vLLM accepts",
+                fix=way_out(error),
             ) from error
 
     def run(self, requests: Sequence[Request]) -> list[Any]:

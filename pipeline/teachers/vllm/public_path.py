@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, non_finite
 from coldstill.pipeline.teachers.topk_entries import targets_of_entries
-from coldstill.storage_schema.rows import TeacherTargets, span_positions
+from coldstill.storage_schema.rows import span_positions
 
 _FIX = "this vLLM release may return another layout: install the pinned one, or set teacher.engine: transformers"
 
@@ -32,8 +32,8 @@ class FlatLogprobs(Protocol):
 
 def read_prompt_logprobs(
     flat: FlatLogprobs, sequence: TokenSequence, *, top_k: int, min_prob: float, token_count: int
-) -> TeacherTargets:
-    """Targets of one sequence, as `topk_entries.targets_of_entries` makes them: derived tail, no draws.
+) -> ScoreResult:
+    """The sequence with targets as `topk_entries.targets_of_entries` makes them: derived tail, no draws.
 
     Raises `TeacherOutputInvalid` unless vLLM returned K + 1 entries for each target position.
     """
@@ -53,7 +53,9 @@ def read_prompt_logprobs(
     all_logprobs = np.asarray(flat.logprobs, np.float64)[entries]
     if (all_ids[:, 0] != labels).any():
         raise _invalid(sequence, "log-probs of other tokens", "those of the prompt's own tokens")
-    return targets_of_entries(
+    if np.isnan(all_logprobs).all(1).any():  # a softmax with a NaN or infinite logit is NaN everywhere
+        return non_finite(sequence.sample_id, sequence.source_row)
+    targets = targets_of_entries(
         labels,
         all_logprobs[:, 0],
         all_ids[:, 1:],
@@ -63,6 +65,7 @@ def read_prompt_logprobs(
         where=_where(sequence),
         fix=_FIX,
     )
+    return ScoredSequence(sequence, targets)
 
 
 def _invalid(sequence: TokenSequence, found: str, wanted: str) -> TeacherOutputInvalid:

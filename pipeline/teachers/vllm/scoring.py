@@ -24,6 +24,9 @@ from coldstill.storage_schema.rows import TeacherTargets
 
 _LEAST_ROWS, _MOST_ROWS = 16, 4096
 
+NEGLIGIBLE_NATS = 50.0
+"""Logits further below their row's best have no mass, and may be masks of any size."""
+
 SPEC_KEY = "coldstill"
 """The key of a request's `RequestSpec` in vLLM's `SamplingParams.extra_args`."""
 
@@ -52,6 +55,8 @@ class TapSettings:
     draw_logprobs: bool
     draw_seed: int
     token_count: int
+    is_self_check: bool = False
+    """Whether to record what the self-check's limits depend on."""
 
     def row_bytes(self) -> int:
         """Bytes of one position in a message to the engine's process, at most."""
@@ -134,6 +139,7 @@ class TappedRequest:
             self.positions = np.concatenate([np.arange(a, b) for a, b in spec["spans"]] or [np.empty(0, np.int64)])
         self.arrays = Arrays.empty(self.positions.size, settings)
         self.done = np.zeros(self.positions.size, bool)
+        self.finite = np.ones(self.positions.size, bool)
         self.failure = ""
         self.recomputed = 0
         self.padding_mass = 0.0
@@ -160,10 +166,7 @@ class TappedRequest:
 
     def store(self, part: slice, arrays: Arrays, rows: slice, *, finite: np.ndarray, padding_mass: np.ndarray) -> None:
         """Copy `rows` of a step's arrays to these positions."""
-        if not finite[rows].all():
-            position = self.positions[part][int(finite[rows].argmin())]
-            self.fail(f"a logit at position {position} is not a number")
-            return
+        self.finite[part] = finite[rows]
         for field in fields(Arrays):
             getattr(self.arrays, field.name)[part] = getattr(arrays, field.name)[rows]
         self.recomputed += int(self.done[part].sum())
@@ -173,6 +176,10 @@ class TappedRequest:
     def fail(self, reason: str) -> None:
         """Record a failure of this request; the first one stays."""
         self.failure = self.failure or reason
+
+    def is_finite(self, positions: int) -> bool:
+        """Whether none of the first `positions` has a NaN or infinite logit."""
+        return bool(self.finite[:positions].all())
 
     def problem(self, positions: int) -> str:
         """The problem of the first `positions`, as text; empty if all of them were computed."""
@@ -222,6 +229,8 @@ class StepScorer:
             token_count=settings.token_count,
         )
         self._pending: list[_Pending] = []
+        self.largest_logit, self.width = 0.0, 0
+        """For the self-check: of the logits that are not negligible, and of the hidden states."""
 
     def score(self, pieces: Sequence[Piece], hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         """Score a step: `hidden [H, width]`, `head` from hidden states `[n, width]` to logits `[n, V]`.
@@ -244,6 +253,9 @@ class StepScorer:
             try:
                 logits = head(hidden[rows[block]])
                 start = block.stop
+                if self._settings.is_self_check:
+                    self.width = hidden.shape[1]
+                    self.largest_logit = max(self.largest_logit, _largest(logits))
                 if self._keeps and not failure:
                     parts.append(self._summary(logits, labels[block], uniforms[block]))
             except torch.OutOfMemoryError as error:
@@ -296,6 +308,13 @@ class StepScorer:
             arrived = torch.cuda.Event()
             arrived.record()
         self._pending.append(_Pending(pieces, summary, labels, arrived))
+
+
+def _largest(logits: Tensor) -> float:
+    """The largest size of a finite logit, among those within `NEGLIGIBLE_NATS` of their row's best."""
+    values = logits.float().masked_fill(~logits.isfinite(), -torch.inf)
+    near = values >= values.amax(-1, keepdim=True) - NEGLIGIBLE_NATS
+    return float(values.masked_fill(~(near & values.isfinite()), 0.0).abs().amax())
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

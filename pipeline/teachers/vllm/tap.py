@@ -63,8 +63,17 @@ class TapExtension:
 
     def coldstill_take(self, numbers: list[int], positions: list[int]) -> list[list[Any]] | None:
         """Remove these finished requests and return the first `positions` of each one's wanted positions, as
-        `[problem, recomputed positions, padding mass, *arrays as bytes]`."""
+        `[problem, whether all logits are finite, recomputed positions, padding mass, *arrays as bytes]`.
+        """
         return self._coldstill.take(numbers, positions)
+
+    def coldstill_drop(self, numbers: list[int]) -> int:
+        """Remove these requests, whose results nobody will take. Returns how many requests the tap still holds."""
+        return self._coldstill.drop(numbers)
+
+    def coldstill_arithmetic(self) -> dict[str, Any]:
+        """What the self-check's limits depend on; see `self_check.Arithmetic`."""
+        return self._coldstill.arithmetic()
 
 
 class Tap:
@@ -112,11 +121,29 @@ class Tap:
         if not self._keeps:
             return None
         return [
-            [request.problem(count), request.recomputed, request.padding_mass, *request.arrays.to_wire(count)]
-            if request
-            else ["vLLM never scheduled it", 0, 0.0]
+            _result(request, count) if request else ["vLLM never scheduled it", True, 0, 0.0]
             for request, count in taken
         ]
+
+    def drop(self, numbers: Sequence[int]) -> int:
+        """See `TapExtension.coldstill_drop`."""
+        try:
+            self._scorer.settle()
+        finally:
+            for number in numbers:
+                self.requests.pop(number, None)
+        return len(self.requests)
+
+    def arithmetic(self) -> dict[str, Any]:
+        """See `TapExtension.coldstill_arithmetic`."""
+        return {"largest_logit": self._scorer.largest_logit, "width": self._scorer.width}
+
+
+def _result(request: TappedRequest, count: int) -> list[Any]:
+    """See `TapExtension.coldstill_take`. Of a request that cannot be stored no arrays are sent."""
+    problem, is_finite = request.problem(count), request.is_finite(count)
+    arrays = request.arrays.to_wire(count) if not problem and is_finite else []
+    return [problem, is_finite, request.recomputed, request.padding_mass, *arrays]
 
 
 def _wrap_v1(runner: Any, tap: Tap) -> None:

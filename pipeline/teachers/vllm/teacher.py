@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,14 +14,21 @@ import numpy as np
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
-from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, answer_name
+from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer
+from coldstill.pipeline.teachers.protocol import (
+    ScoredSequence,
+    ScoreResult,
+    TokenSequence,
+    answer_name,
+    non_finite,
+)
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.rows import TeacherTargets, span_positions
+from coldstill.storage_schema.rows import span_positions
 
 from .engine import Engine, Request, engine_arguments, set_environment
 from .public_path import read_prompt_logprobs
 from .scoring import SPEC_KEY, Arrays, RequestSpec, TapSettings
-from .self_check import largest_difference, self_check_sequences
+from .self_check import Arithmetic, check_agreement
 
 _TAKEN_BYTES = 8 << 20
 """Maximum bytes of one message from the worker's process: vLLM sends larger ones outside its shared memory."""
@@ -49,6 +58,11 @@ class VllmTeacher:
             ) from error
         self._vllm, self._config, self._header, self._sampling = vllm, config, header, sampling
         self._numbers = itertools.count()
+        if sampling is not None and sampling.stop:
+            # vLLM finds stop texts by its own tokenizer, which may be of a class that loses text.
+            self._tokenizer_folder = tempfile.TemporaryDirectory()
+            load_tokenizer(config).save_pretrained(self._tokenizer_folder.name)
+            arguments.setdefault("tokenizer", self._tokenizer_folder.name)
         self._engine = Engine(config, arguments)
         self._settings = TapSettings(
             top_k=header.top_k,
@@ -63,6 +77,8 @@ class VllmTeacher:
         if config.tap == "worker":
             self._facts |= {"recomputed_positions": 0, "mass_beyond_tokens": 0.0}
             self._install_tap()
+        else:
+            check_weights(self._by_public_path, header, model=config.model)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -87,18 +103,19 @@ class VllmTeacher:
         """See `protocol.Teacher`."""
         return self._engine.processes
 
-    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoredSequence]:
+    def score(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
         """See `protocol.Teacher`."""
         if self._sampling is not None:
             return self._answers(sequences, self._sampling)
-        targets = self._by_tap(sequences) if self._config.tap == "worker" else self._by_public_path(sequences)
-        return list(map(ScoredSequence, sequences, targets))
+        return self._by_tap(sequences) if self._config.tap == "worker" else self._by_public_path(sequences)
 
     def _install_tap(self) -> None:
         """Install the tap in each worker, and compare it with the public path."""
         # The public path counts padding columns as tokens; for the comparison, the tap must do so too.
         settings = self._settings
-        self._settings = replace(settings, token_count=self._header.vocab_size, draws=0, min_prob=0.0)
+        self._settings = replace(
+            settings, token_count=self._header.vocab_size, draws=0, min_prob=0.0, is_self_check=True
+        )
         answers = self._engine.call_workers("coldstill_install", asdict(self._settings), self._config.runner)
         problems = [problem for answer in answers for problem in answer["problems"]]
         if problems:
@@ -115,18 +132,28 @@ class VllmTeacher:
                 found=facts["vocab_size"],
                 wanted=f"{self._header.vocab_size}, the vocab_size of its config.json",
             )
-        difference = largest_difference(
-            self._by_tap,
-            self._by_public_path,
-            self_check_sequences(token_count=self._header.token_count, max_length=self._header.max_length),
-            is_float32=self._header.teacher.head_dtype == "float32",
-        )
+        found = check_agreement(self._by_tap, self._by_public_path, self._header, self._arithmetic)
         self._settings = settings
         self._engine.call_workers("coldstill_configure", asdict(settings))
         self._facts |= {name: value for name, value in facts.items() if name != "problems"}
-        self._facts["canary_difference"] = difference
+        self._facts |= {
+            "canary_difference": found.logprob,
+            "canary_difference_limit": found.logprob_limit,
+            "canary_kl": found.kl,
+            "canary_kl_limit": found.kl_limit,
+        }
 
-    def _by_tap(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+    def _arithmetic(self) -> Arithmetic:
+        """What the self-check's limits depend on, of the scoring so far."""
+        answers = self._engine.call_workers("coldstill_arithmetic")
+        return Arithmetic(
+            width=max(answer["width"] for answer in answers),
+            vocab_size=self._header.vocab_size,
+            largest_logit=max(answer["largest_logit"] for answer in answers),
+            head_dtype=self._header.teacher.head_dtype,
+        )
+
+    def _by_tap(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
         specs: list[RequestSpec] = [
             {
                 "number": next(self._numbers),
@@ -139,10 +166,11 @@ class VllmTeacher:
             Request(sequence.token_ids.tolist(), self._parameters(spec, max_tokens=1, temperature=0))
             for sequence, spec in zip(sequences, specs, strict=True)
         ]
-        self._engine.run(requests)
-        return self._take(sequences, specs)
+        with self._dropped_after_errors(specs):
+            self._engine.run(requests)
+            return self._take(sequences, specs)
 
-    def _by_public_path(self, sequences: Sequence[TokenSequence]) -> list[TeacherTargets]:
+    def _by_public_path(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
         parameters = self._vllm.SamplingParams(
             prompt_logprobs=self._header.top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
         )
@@ -158,35 +186,34 @@ class VllmTeacher:
             for output, sequence in zip(outputs, sequences, strict=True)
         ]
 
-    def _answers(self, prompts: Sequence[TokenSequence], sampling: SamplingConfig) -> list[ScoredSequence]:
+    def _answers(self, prompts: Sequence[TokenSequence], sampling: SamplingConfig) -> list[ScoreResult]:
         numbered = [(prompt, number) for prompt in prompts for number in range(sampling.n)]
         specs = [self._answer_spec(prompt, number, sampling) for prompt, number in numbered]
-        outputs = self._engine.run(
-            [
-                Request(
-                    prompt.token_ids.tolist(),
-                    self._parameters(
-                        spec,
-                        max_tokens=spec["max_answer_tokens"],
-                        temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                        seed=answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number),
-                        stop=list(sampling.stop),
-                        detokenize=bool(sampling.stop),
-                        skip_special_tokens=False,  # a stop text may hold one, as with the other engines
-                    ),
-                )
-                for (prompt, number), spec in zip(numbered, specs, strict=True)
-            ]
-        )
-        sequences = []
-        for (prompt, number), output in zip(numbered, outputs, strict=True):
-            answer = output.outputs[0]
-            reason = "length" if answer.finish_reason == "length" else "stop"
-            sequences.append(
-                answer_sequence(prompt, answer.token_ids, number=number, answers=sampling.n, finish_reason=reason)
+        requests = [
+            Request(
+                prompt.token_ids.tolist(),
+                self._parameters(
+                    spec,
+                    max_tokens=spec["max_answer_tokens"],
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number),
+                    stop=list(sampling.stop),
+                    detokenize=bool(sampling.stop),
+                    skip_special_tokens=False,  # a stop text may hold one, as with the other engines
+                ),
             )
-        return list(map(ScoredSequence, sequences, self._take(sequences, specs)))
+            for (prompt, number), spec in zip(numbered, specs, strict=True)
+        ]
+        sequences = []
+        with self._dropped_after_errors(specs):
+            for (prompt, number), output in zip(numbered, self._engine.run(requests), strict=True):
+                answer = output.outputs[0]
+                reason = "length" if answer.finish_reason == "length" else "stop"
+                sequences.append(
+                    answer_sequence(prompt, answer.token_ids, number=number, answers=sampling.n, finish_reason=reason)
+                )
+            return self._take(sequences, specs)
 
     def _answer_spec(self, prompt: TokenSequence, number: int, sampling: SamplingConfig) -> RequestSpec:
         return {
@@ -201,11 +228,21 @@ class VllmTeacher:
             detokenize=detokenize, extra_args={SPEC_KEY: spec}, skip_reading_prefix_cache=True, **parameters
         )
 
-    def _take(self, sequences: Sequence[TokenSequence], specs: Sequence[RequestSpec]) -> list[TeacherTargets]:
+    @contextmanager
+    def _dropped_after_errors(self, specs: Sequence[RequestSpec]) -> Iterator[None]:
+        """After an error nobody takes the results of the call's other requests: the worker must not keep them."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # the worker may be the one that failed; the first error is the one to raise
+                self._engine.call_workers("coldstill_drop", [spec["number"] for spec in specs])
+            raise
+
+    def _take(self, sequences: Sequence[TokenSequence], specs: Sequence[RequestSpec]) -> list[ScoreResult]:
         """Take what the tap kept of these finished requests. Raises `TeacherOutputInvalid`."""
         numbers = [spec["number"] for spec in specs]
         sizes = [span_positions(sequence.target_spans).size for sequence in sequences]
-        targets: list[TeacherTargets] = []
+        results: list[ScoreResult] = []
         start = 0
         while start < len(sequences):
             stop, size = start + 1, sizes[start]
@@ -214,12 +251,14 @@ class VllmTeacher:
                 stop += 1
             answers = self._engine.call_workers("coldstill_take", numbers[start:stop], sizes[start:stop])
             kept = next(answer for answer in answers if answer is not None)
-            targets += map(self._targets, sequences[start:stop], kept)
+            results += map(self._result, sequences[start:stop], kept)
             start = stop
-        return targets
+        return results
 
-    def _targets(self, sequence: TokenSequence, taken: Sequence[Any]) -> TeacherTargets:
-        problem, recomputed, padding_mass, *parts = taken
+    def _result(self, sequence: TokenSequence, taken: Sequence[Any]) -> ScoreResult:
+        problem, is_finite, recomputed, padding_mass, *parts = taken
+        if not problem and not is_finite:
+            return non_finite(sequence.sample_id, sequence.source_row)
         labels = sequence.token_ids[span_positions(sequence.target_spans) + 1]
         arrays = None if problem else Arrays.from_wire(parts, positions=labels.size, settings=self._settings)
         if arrays is not None and not np.array_equal(arrays.labels, labels):
@@ -234,4 +273,4 @@ class VllmTeacher:
         self._facts["recomputed_positions"] += recomputed
         mean_padding_mass = padding_mass / max(1, labels.size)
         self._facts["mass_beyond_tokens"] = max(self._facts["mass_beyond_tokens"], mean_padding_mass)
-        return arrays.targets(draw_logprobs=self._header.draw_logprobs)
+        return ScoredSequence(sequence, arrays.targets(draw_logprobs=self._header.draw_logprobs))

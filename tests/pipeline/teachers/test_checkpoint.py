@@ -1,113 +1,128 @@
-"""Laws of engine arguments: what changes values is part of a dataset's identity, and nothing else of them is."""
+"""Laws of what is read of a teacher's folder before an engine is loaded."""
 
 from __future__ import annotations
 
-import datetime
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+import transformers
+from transformers import AutoTokenizer
 
+from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.teachers.checkpoint import engine_args_that_change_values
-from coldstill.pipeline.teachers.endpoint_teacher import EndpointArguments
-from coldstill.storage_schema.errors import HeaderMismatch
-from coldstill.storage_schema.header import HEADER_NAME
-from tests.pipeline.capturing import capture_config
+from coldstill.pipeline.teachers.checkpoint import load_tokenizer, way_out
+from coldstill.pipeline.teachers.transformers_teacher import load_model
+from coldstill.pipeline.teachers.vllm.engine import engine_arguments
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
+from tests import making
 
-CHANGING = {
-    "vllm": {
-        "hf_overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rms_norm_eps": 1e-5},
-        "kv_cache_dtype": "fp8",
-        "attention_backend": "TRITON_ATTN",
-        "quantization": "fp8",
-        "load_format": "dummy",
-        "seed": 1,
-        "an_argument_of_a_later_release": True,
-    },
-    "transformers": {"attn_implementation": "eager", "torch_dtype": "bfloat16", "rope_parameters": {"factor": 2.0}},
-    "endpoint": {"served_model": "another"},
-    "my_module:MyTeacher": {"temperature": 2.0},
+TEXT = "Hello world, so it is. 你好"
+
+
+def _config(folder: Path | str, **changes: object) -> TeacherConfig:
+    return TeacherConfig.model_validate({"model": str(folder), "top_k": 4, "max_length": 64, **changes})
+
+
+def test_a_tokenizer_that_transformers_rebuilds_wrongly_is_loaded_as_its_file_says(tmp_path: Path) -> None:
+    folder = making.misnamed_tokenizer(tmp_path / "teacher")
+    lossy = AutoTokenizer.from_pretrained(folder)
+    assert lossy.decode(lossy(TEXT).input_ids) != TEXT, "transformers does it right: the test proves nothing"
+    tokenizer = load_tokenizer(_config(folder))
+    assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("</s>", making.CHAT_TEMPLATE)
+    # The dataset's copy says it rightly to everybody.
+    tokenizer.save_pretrained(tmp_path / "copy")
+    copy = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert copy.decode(copy(TEXT).input_ids) == TEXT
+
+
+def test_a_tokenizer_without_a_file_of_its_own_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    folder = making.chat_model(tmp_path)
+    (folder / TOKENIZER_FILE).unlink()
+    with pytest.raises(TeacherUnusable, match="tokenizer"):
+        load_tokenizer(_config(folder))
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_the_folder_of_an_adapter_is_named_with_the_way_out(tmp_path: Path, is_whole: bool) -> None:
+    folder = making.chat_model(tmp_path)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "my-org/base"}))
+    if not is_whole:
+        (folder / "config.json").unlink()
+    with pytest.raises(
+        TeacherUnusable, match=r"(?s)an adapter.*a whole model.*into my-org/base.*merge_and_unload"
+    ) as e:
+        load_tokenizer(_config(folder))
+    assert ("remove adapter_config.json" in str(e.value)) == is_whole
+
+
+def test_a_damaged_adapter_config_is_named_too(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(TeacherUnusable, match="into its base model"):
+        load_tokenizer(_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"enable_lora": True}, {"lora_modules": ["a=b"]}, {"max_loras": 2}, {"max_lora_rank": 8}]
+)
+def test_arguments_for_adapters_are_refused_by_name(tmp_path: Path, arguments: dict[str, object]) -> None:
+    (name,) = arguments
+    header = making.tiny_header(making.tiny_tokenizer(tmp_path))
+    with pytest.raises(TeacherUnusable, match=rf"(?s)engine_args\.{name}.*merge it into the model"):
+        engine_arguments(_config(tmp_path, engine_args=arguments), header)
+    engine_arguments(_config(tmp_path, engine_args={name: False}), header)
+
+
+MESSAGES = {
+    "\nLlavaProcessor requires the Torchvision library but it was not found in your environment.\n": "torchvision",
+    "This modeling file requires the following packages that were not found in your environment: timm, einops. Run "
+    "`pip install timm einops`": "timm einops",
+    "No module named 'sentencepiece'": "sentencepiece",
+    "No module named 'google.protobuf'": "protobuf",
+    "LlamaConverter requires the protobuf library but it was not found in your environment.": "protobuf",
+    "You need to have sentencepiece or tiktoken installed to convert a tokenizer.": "sentencepiece tiktoken",
+    "Please run `pip install mamba-ssm` first.": "mamba-ssm",
 }
-FREE = {
-    "vllm": {"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "max_num_seqs": 8, "enforce_eager": True},
-    "transformers": {"device_map": "auto", "low_cpu_mem_usage": True},
-    "endpoint": {"concurrency": 2, "timeout_s": 10.0, "attempts": 1},
-}
 
 
-@pytest.mark.parametrize(("engine", "name"), [(engine, name) for engine in CHANGING for name in CHANGING[engine]])
-def test_an_argument_that_changes_values_or_is_unknown_counts(engine: str, name: str) -> None:
-    found = engine_args_that_change_values(engine, {name: CHANGING[engine][name], **FREE.get(engine, {})})
-    assert found.pop("engine", engine) == engine
-    assert found == {name: CHANGING[engine][name]}
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(message: str) -> None:
+    assert way_out(ImportError(message)) == f"pip install {MESSAGES[message]}, on each node"
 
 
-@pytest.mark.parametrize("engine", FREE)
-def test_memory_placement_and_concurrency_do_not_count(engine: str) -> None:
-    assert engine_args_that_change_values(engine, FREE[engine]) == {}
+def test_code_that_must_be_trusted_is_named_and_other_errors_give_no_advice() -> None:
+    assert "trust_remote_code: true" in way_out(ValueError("set the option `trust_remote_code=True` to remove this"))
+    assert way_out(ValueError("no file named config.json")) == ""
 
 
-def test_every_argument_of_an_endpoint_but_the_served_model_is_free() -> None:
-    every = EndpointArguments(served_model="m").model_dump()
-    assert engine_args_that_change_values("endpoint", every) == {"served_model": "m"}
+def test_an_import_error_of_a_model_class_is_an_error_for_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ImportError("\nLlavaImageProcessor requires the Torchvision library but it was not found. Checkout")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    header = making.tiny_header(making.tiny_tokenizer(tmp_path))
+    with pytest.raises(TeacherUnusable, match=r"(?s)Torchvision library.*pip install torchvision"):
+        load_model(_config(tmp_path, engine="transformers"), header)
 
 
-def test_the_users_own_class_counts_by_its_name() -> None:
-    assert engine_args_that_change_values("mine:A", {}) != engine_args_that_change_values("mine:B", {})
+def test_a_models_own_code_is_run_only_if_the_user_trusts_it(tmp_path: Path) -> None:
+    folder = making.chat_model(tmp_path)
+    path = folder / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": [None, "own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    assert type(load_tokenizer(_config(folder, engine_args={"trust_remote_code": True}))).__name__ == "Own"
+    with pytest.raises(TeacherUnusable, match="trust_remote_code: true"):
+        load_tokenizer(_config(folder))
 
 
-def test_equal_arguments_are_equal_json_in_any_order_and_spelling_of_numbers() -> None:
-    first = {"hf_overrides": {"b": (1, 2), "a": 1.0}, "seed": 3}
-    second = {"seed": 3.0, "hf_overrides": {"a": 1, "b": [1, 2]}}
-    texts = {json.dumps(engine_args_that_change_values("vllm", arguments)) for arguments in (first, second)}
-    assert len(texts) == 1
-
-
-SECRETS: list[dict[str, Any]] = [
-    {"hf_token": "hf_abcdefghijklmnopqrstuvwx"},
-    {"token": "s3cret"},
-    {"api_key": "s3cret"},
-    {"hf_overrides": {"password": "s3cret"}},
-    {"additional_config": {"url": "https://user:s3cret@host/x"}},
-    {"additional_config": {"note": "hf_abcdefghijklmnopqrstuvwx"}},
-]
-
-
-@pytest.mark.parametrize("arguments", SECRETS)
-@pytest.mark.parametrize("engine", ["vllm", "transformers", "mine:Teacher"])
-def test_a_secret_never_enters(engine: str, arguments: dict[str, Any]) -> None:
-    text = json.dumps(engine_args_that_change_values(engine, arguments))
-    assert "s3cret" not in text
-    assert "hf_abcdefghijkl" not in text
-
-
-def test_ids_of_tokens_are_no_secrets() -> None:
-    arguments = {"hf_overrides": {"eos_token_id": 3, "max_tokens": 9}}
-    assert engine_args_that_change_values("vllm", arguments) == arguments
-
-
-@pytest.mark.parametrize("path", ["/home/someone/models/draft", "~/models/draft", "./models/draft/"])
-def test_of_a_local_path_only_the_last_part_is_kept(path: str) -> None:
-    assert engine_args_that_change_values("vllm", {"speculator": path}) == {"speculator": "draft (a local path)"}
-
-
-@pytest.mark.parametrize("value", [datetime.date(2026, 1, 1), float("nan"), b"bytes", {1, 2}])
-def test_a_value_that_is_not_json_is_named(value: object) -> None:
-    with pytest.raises(TeacherUnusable, match=r"teacher\.engine_args\.x\.y") as refused:
-        engine_args_that_change_values("vllm", {"x": {"y": value}})
-    assert "do:" in str(refused.value)
-
-
-def test_a_restart_with_another_value_is_refused_and_with_another_free_argument_is_not(tmp_path: Path) -> None:
-    started = capture_config(tmp_path, teacher={"engine_args": {"attn_implementation": "eager"}})
-    prepared = prepare(started)
-    assert prepared.header.teacher.engine_args == {"attn_implementation": "eager"}
-    prepare(capture_config(tmp_path, teacher={"engine_args": {"attn_implementation": "eager", "device_map": "cpu"}}))
-    for others in ({}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager", "rope_scaling": None}):
-        with pytest.raises(HeaderMismatch, match=r"the configuration: teacher\.engine_args\.") as refused:
-            prepare(capture_config(tmp_path, teacher={"engine_args": others}))
-        assert "restore it" in refused.value.fix
-    assert str(tmp_path) not in Path(started.output, HEADER_NAME).read_text()
+def test_a_name_that_nothing_has_is_named_once(tmp_path: Path) -> None:
+    """Offline here: a file that is not in the cache is no reason to stop, the missing model is."""
+    for name in (tmp_path / "nothing", "my-org/no-such-model"):
+        with pytest.raises(TeacherUnusable, match=r"(?s)teacher\.model .*tokenizer.*check teacher\.model"):
+            load_tokenizer(_config(name))

@@ -21,7 +21,8 @@ from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.teachers.answer_sampling import answer_sequence
 from coldstill.pipeline.teachers.checkpoint import head_dtype_of
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, UnscoredSequence, non_finite
+from coldstill.pipeline.teachers.target_extractor import summarize
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import read_commit
 from coldstill.storage_schema.dataset import open_dataset
@@ -121,6 +122,11 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "an id twice": _last(ids=lambda ids: ids * 0),
     "mass above 1": _last(log_tail=lambda log_tail: log_tail * 0),
     "NaN": _last(label_logprob=lambda values: values * np.float32("nan")),
+    "no finite logits": lambda scored: [non_finite(scored[0].sequence.sample_id, 0), *scored[1:]],
+    "no finite logits of another row": lambda scored: [non_finite("b", 1), *scored[1:]],
+    "no reason": lambda scored: [UnscoredSequence("a", 0, "because", ""), *scored[1:]],  # type: ignore[arg-type]
+    "logits of NaN": lambda scored: [*scored[:-1], ScoredSequence(scored[-1].sequence, _of_logits(torch.nan))],
+    "an infinite logit": lambda scored: [*scored[:-1], ScoredSequence(scored[-1].sequence, _of_logits(torch.inf))],
     "a label above the tail": _last(label_logprob=lambda values: values * 0),
     "a kept draw": _last(draw_ids=np.zeros(1, np.int32), draw_counts=np.array([1, 0, 0], np.int32)),
     "draws that were not wanted": _last(
@@ -128,6 +134,16 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     ),
     "log-probs of draws": _last(draw_logprobs=np.empty(0, np.float32)),
 }
+
+
+def _of_logits(value: float) -> TeacherTargets:
+    """Of three positions, the logits of the second hold `value`."""
+    logits = torch.zeros(3, 258)
+    logits[1, 9] = value
+    return summarize(
+        logits, torch.zeros(3, dtype=torch.int64), np.empty((3, 0)),
+        top_k=TOP_K, min_prob=0.0, kept_draws=0, token_count=258,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +186,20 @@ def test_output_that_keeps_the_laws_comes_back_as_it_is(header: DatasetHeader) -
     assert (teacher.environment, teacher.progress, teacher.processes) == ({"engine": f"{HERE}:Uniform"}, 0, ())
 
 
+@pytest.mark.parametrize(("fault", "row"), [("no finite logits", 0), ("logits of NaN", 1), ("an infinite logit", 1)])
+def test_a_row_without_finite_logits_is_unscored_and_the_others_are_kept(
+    header: DatasetHeader, fault: str, row: int
+) -> None:
+    results = _load(header, fault).score(_sequences())
+    assert results[row] == non_finite("ab"[row], row)
+    assert isinstance(results[1 - row], ScoredSequence)
+
+
 @pytest.mark.parametrize(
     ("fault", "what"),
     [
+        ("no finite logits of another row", "'b' of source row 1"),
+        ("no reason", "because"),
         ("a tuple", "tuple"),
         ("one too few", "a list of 1"),
         ("targets alone", "TeacherTargets"),

@@ -16,13 +16,27 @@ from coldstill.common import retry
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers import endpoint_client
-from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence, non_finite
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 from tests import making
 
-from .serving import Fault, ModelServer, cut, deep, dripping, garbage, hang_up, huge, no_http, refused, served, stalled
+from .serving import (
+    Fault,
+    ModelServer,
+    cut,
+    deep,
+    dripping,
+    garbage,
+    hang_up,
+    huge,
+    no_http,
+    refused,
+    send,
+    served,
+    stalled,
+)
 
 TOP_K, TOLERANCE = 12, 1e-4
 KEY = "sk-a-secret"
@@ -271,6 +285,22 @@ def test_what_is_no_list_of_distributions_is_named_never_guessed(
     with pytest.raises(TeacherOutputInvalid, match=what) as caught:
         teacher.score(_sequences(1))
     assert "'s0'" in str(caught.value)
+
+
+def _all_nan(document: dict[str, Any]) -> None:
+    _row(document)[1:] = [{id_: {"logprob": math.nan} for id_ in entries} for entries in _row(document)[1:]]
+
+
+def test_a_row_of_nan_is_unscored_and_a_server_of_nothing_else_is_refused(server: ModelServer) -> None:
+    """Some servers write NaN. vLLM fails to, and passes Python's message on."""
+    teacher = _teacher(server)
+    message = b'{"error": {"message": "Out of range float values are not JSON compliant: nan"}}'
+    server.faults = [lambda handler, _: send(handler, message, status=400)]
+    assert teacher.score(_sequences(1)) == [non_finite("s0", 0)]
+    server.change = _all_nan
+    assert teacher.score(_sequences(1)) == [non_finite("s0", 0)]
+    with pytest.raises(TeacherUnusable, match="NaN or infinite logits"):
+        _teacher(server)
 
 
 def _replace_last_id(entries: dict[str, Any]) -> None:

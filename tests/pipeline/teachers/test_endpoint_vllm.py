@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import urllib3
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, non_finite
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
@@ -42,6 +45,12 @@ def header(folder: Path) -> DatasetHeader:
 
 @pytest.fixture(scope="module")
 def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with _server(folder, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
+@contextmanager
+def _server(folder: Path, log: Path) -> Iterator[str]:
     """Started as the engine's own message says, with more log-probs than vLLM allows by default."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,7 +68,6 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": "1",
     }
-    log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -168,3 +176,28 @@ def test_a_wrong_key_is_named_and_not_shown(
     with pytest.raises(Exception, match="401") as caught:
         _teacher(folder, header, url)
     assert "sk-wrong" not in str(caught.value)
+
+
+def test_a_row_whose_logits_a_server_cannot_write_is_unscored_and_the_others_are_kept(
+    folder: Path, header: DatasetHeader, tmp_path: Path
+) -> None:
+    """The embedding of one token is not a number. vLLM fails to write NaN as JSON, and answers with an error."""
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[200] = float("nan")
+    model.save_pretrained(broken)
+    tokens = [np.arange(10, 20, dtype=np.int32) for _ in range(3)]
+    tokens[1][4] = 200
+    spans = np.array([[2, 9]], np.int32)
+    spans = np.array([[2, 9]], np.int32)
+    rows = [
+        TokenSequence(sample_id=f"r{i}", source_row=i, token_ids=ids, target_spans=spans)
+        for i, ids in enumerate(tokens)
+    ]
+    with _server(broken, tmp_path / "log") as url:
+        results = _teacher(broken, header, url).score(rows)
+    assert results[1] == non_finite("r1", 1)
+    for result in (results[0], results[2]):
+        assert isinstance(result, ScoredSequence)
+        result.targets.check(token_count=header.token_count)

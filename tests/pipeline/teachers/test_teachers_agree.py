@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.checkpoint import load_tokenizer
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, non_finite
+from coldstill.pipeline.teachers.vllm import teacher as teacher_module
+from coldstill.pipeline.teachers.vllm.scoring import StepScorer
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
@@ -275,17 +279,93 @@ def test_a_float32_head_keeps_the_order_that_a_bfloat16_head_rounds_away(
     assert (np.mean(distinct) > TOP_K - 0.05) == is_whole
 
 
-def test_a_distribution_that_is_no_number_is_named_by_row_and_position(
-    folder: Path, header: DatasetHeader, sequences: list[TokenSequence], tmp_path: Path
+@pytest.mark.parametrize("way", ["worker", "public"])
+def test_weights_that_give_no_finite_logits_are_named_before_any_row(
+    folder: Path, header: DatasetHeader, tmp_path: Path, way: str
 ) -> None:
-    """A weight of one token is not a number; of the public path nothing is asked, for it would be refused there."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
     model.save_pretrained(tmp_path / "broken")
     load_tokenizer(_config(folder)).save_pretrained(tmp_path / "broken")
-    with pytest.raises(TeacherOutputInvalid, match="not a number"):
-        _load(_config(tmp_path / "broken"), header).score(sequences[:2])
+    no_draws = header.model_copy(update={"draws": 0, "kept_draws": 0, "draw_logprobs": False, "tail": "derived"})
+    with pytest.raises(TeacherUnusable, match=r"(?s)weights of .*NaN or infinite logits"):
+        _load(_config(tmp_path / "broken", tap=way), header if way == "worker" else no_draws)
+
+
+POISON = 250  # a token that no row has
+
+
+@contextmanager
+def _poisoned(teacher: Any) -> Iterator[None]:
+    """While it lasts, the engine's embedding of one token is not a number."""
+    (weight,) = teacher._engine._llm.apply_model(lambda model: model.model.embed_tokens.weight)
+    before = weight[POISON].clone()
+    with torch.no_grad():
+        weight[POISON] = float("nan")
+        yield
+        weight[POISON] = before
+
+
+def test_a_row_without_finite_logits_is_unscored_and_changes_no_bit_of_any_other(
+    tap: Any, sequences: list[TokenSequence]
+) -> None:
+    tokens = sequences[3].token_ids.copy()
+    position = int(sequences[3].target_spans[0, 0]) + 2
+    tokens[position] = POISON
+    batch = [*sequences[:3], replace(sequences[3], token_ids=tokens), *sequences[4:]]
+    healthy = tap.score(batch)
+    with _poisoned(tap):
+        results = tap.score(batch)
+    again = tap.score(batch)  # the cache blocks of the poisoned row are used again
+    assert results.pop(3) == non_finite(sequences[3].sample_id, 3)
+    for one, other in zip(results, [*healthy[:3], *healthy[4:]], strict=True):
+        np.testing.assert_array_equal(one.targets.logprobs, other.targets.logprobs)
+        np.testing.assert_array_equal(one.targets.draw_ids, other.targets.draw_ids)
+    for one, other in zip(again, healthy, strict=True):
+        np.testing.assert_array_equal(one.targets.logprobs, other.targets.logprobs)
+    assert tap._engine.call_workers("coldstill_drop", []) == [0]
+
+
+def test_a_prompt_without_finite_logits_gives_no_answers_and_the_others_get_theirs(
+    generating: Any, prompts: list[TokenSequence], answers: list[ScoredSequence]
+) -> None:
+    spoiled = replace(prompts[2], token_ids=np.append(prompts[2].token_ids[:-1], np.int32(POISON)))
+    with _poisoned(generating):
+        results = generating.score([*prompts[:2], spoiled])
+    assert results[4:] == [non_finite(f"{spoiled.sample_id}#{number}", 2) for number in range(2)]
+    for one, other in zip(results[:4], answers[:4], strict=True):
+        assert one.sequence.token_ids.tolist() == other.sequence.token_ids.tolist()
+    assert generating._engine.call_workers("coldstill_drop", []) == [0]
+
+
+def _fails(*_: object) -> Any:
+    raise TeacherOutputInvalid("a test")
+
+
+@pytest.mark.parametrize("kind", ["result", "take", "engine", "step"])
+def test_after_an_error_the_worker_keeps_nothing_of_the_call(
+    tap: Any, sequences: list[TokenSequence], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """In a row's result, in the transfer of the results, in the engine after its steps, and in the tap's step."""
+    monkeypatch.setattr(teacher_module, "_TAKEN_BYTES", 1)  # one row a message
+    with monkeypatch.context() as patch:
+        if kind == "result":
+            patch.setattr(tap, "_result", _fails)
+        elif kind == "take":
+            original = tap._engine.call_workers
+            broken = lambda method, *words: _fails() if method == "coldstill_take" else original(method, *words)  # noqa: E731
+            patch.setattr(tap._engine, "call_workers", broken)
+        elif kind == "engine":
+            run = tap._engine.run
+            patch.setattr(tap._engine, "run", lambda requests: _fails(run(requests)))
+        else:
+            patch.setattr(StepScorer, "_summary", _fails)
+        with pytest.raises(TeacherOutputInvalid):
+            tap.score(sequences)
+    assert tap._engine.call_workers("coldstill_drop", []) == [0]
+    tap.score(sequences[:2])
+    assert tap._engine.call_workers("coldstill_drop", []) == [0]
 
 
 @pytest.mark.parametrize("name", ["speculative_config", "max_logprobs", "worker_extension_cls"])

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
-from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
-from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.teachers.protocol import TokenSequence, non_finite
 from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
 from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.header import DatasetHeader
@@ -210,7 +210,7 @@ def test_a_head_that_has_no_float32_copy_is_refused(folder: Path, monkeypatch: p
         _bfloat16(folder, "float32")
 
 
-def test_logits_that_are_no_numbers_are_named_by_their_position(folder: Path) -> None:
+def test_a_row_of_logits_that_are_no_numbers_is_unscored(folder: Path) -> None:
     teacher, answering = TransformersTeacher(_config(folder), _header(folder)), _teacher(folder)
     for head in (teacher._model.get_output_embeddings(), answering._model.get_output_embeddings()):
         head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([5]), torch.nan))
@@ -220,10 +220,17 @@ def test_logits_that_are_no_numbers_are_named_by_their_position(folder: Path) ->
         token_ids=np.arange(9, dtype=np.int32),
         target_spans=np.array([[3, 5]], np.int32),
     )
-    with pytest.raises(TeacherOutputInvalid, match="'a', position 3"):
-        teacher.score([sequence])
-    with pytest.raises(TeacherOutputInvalid, match="'p0', position 2"):
-        answering.score(_prompts(1))
+    assert teacher.score([sequence]) == [non_finite("a", 0)]
+    assert answering.score(_prompts(1))[0] == non_finite("p0", 0)
+
+
+def test_weights_without_finite_logits_are_named_at_the_start(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TeacherUnusable, match=r"(?s)weights of .*NaN or infinite logits in 3 of 3.*finite logits"):
+        TransformersTeacher(_config(tmp_path), _header(folder))
 
 
 def test_progress_grows_within_a_call(folder: Path) -> None:

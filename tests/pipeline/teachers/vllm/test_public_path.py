@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, non_finite
 from coldstill.pipeline.teachers.topk_entries import DERIVED_TAIL_FLOOR
 from coldstill.pipeline.teachers.vllm.public_path import read_prompt_logprobs
-from coldstill.storage_schema.rows import spans_from_mask
+from coldstill.storage_schema.rows import TeacherTargets, spans_from_mask
 from tests import making
 
 VOCABULARY, TOP_K, LENGTH = 20, 5, 9
@@ -37,6 +37,13 @@ def _payload(sequence: TokenSequence, probs: np.ndarray) -> SimpleNamespace:
     return flat
 
 
+def _read(flat: SimpleNamespace, sequence: TokenSequence, *, min_prob: float, token_count: int) -> TeacherTargets:
+    result = read_prompt_logprobs(flat, sequence, top_k=TOP_K, min_prob=min_prob, token_count=token_count)
+    assert isinstance(result, ScoredSequence)
+    assert result.sequence is sequence
+    return result.targets
+
+
 @pytest.fixture
 def probs() -> np.ndarray:
     return making.random_probs(np.random.default_rng(1), LENGTH - 1, VOCABULARY)
@@ -44,7 +51,7 @@ def probs() -> np.ndarray:
 
 def test_run_of_token_j_is_target_position_j_minus_1(probs: np.ndarray) -> None:
     sequence = _sequence()
-    targets = read_prompt_logprobs(_payload(sequence, probs), sequence, top_k=TOP_K, min_prob=0, token_count=VOCABULARY)
+    targets = _read(_payload(sequence, probs), sequence, min_prob=0, token_count=VOCABULARY)
     targets.check(token_count=VOCABULARY)
     wanted = making.targets_of(probs[[0, 2, 3, 6, 7]], sequence.token_ids[[1, 3, 4, 7, 8]], top_k=TOP_K)
     np.testing.assert_array_equal(targets.ids, wanted.ids)
@@ -60,7 +67,7 @@ def test_padding_ids_and_ids_under_the_floor_go_to_the_tail(probs: np.ndarray) -
         token_ids=np.minimum(sequence.token_ids, 14),
         target_spans=sequence.target_spans,
     )
-    targets = read_prompt_logprobs(_payload(sequence, probs), sequence, top_k=TOP_K, min_prob=0.1, token_count=15)
+    targets = _read(_payload(sequence, probs), sequence, min_prob=0.1, token_count=15)
     targets.check(token_count=15)
     for n, position in enumerate([0, 2, 3, 6, 7]):
         p = probs[position]
@@ -74,9 +81,7 @@ def test_the_derived_tail_has_a_floor() -> None:
     probs = np.full((LENGTH - 1, VOCABULARY), 1e-12)
     probs[:, 3] = 1 - 1e-12 * (VOCABULARY - 1)
     sequence = _sequence()
-    targets = read_prompt_logprobs(
-        _payload(sequence, probs), sequence, top_k=TOP_K, min_prob=1e-4, token_count=VOCABULARY
-    )
+    targets = _read(_payload(sequence, probs), sequence, min_prob=1e-4, token_count=VOCABULARY)
     np.testing.assert_allclose(targets.log_tail, np.log(DERIVED_TAIL_FLOOR), rtol=1e-5)
     outside = sequence.token_ids[[1, 3, 4, 7, 8]] != 3
     assert (targets.label_logprob[outside] <= targets.log_tail[outside]).all()
@@ -108,3 +113,11 @@ def test_a_log_prob_that_is_no_number_is_an_error(probs: np.ndarray) -> None:
     flat.logprobs[flat.start_indices[1] + 2] = float("nan")
     with pytest.raises(TeacherOutputInvalid, match="not a number"):
         read_prompt_logprobs(flat, _sequence(), top_k=TOP_K, min_prob=0, token_count=VOCABULARY)
+
+
+def test_a_position_of_nothing_but_nan_is_a_row_without_finite_logits(probs: np.ndarray) -> None:
+    """A softmax with a NaN or infinite logit is NaN everywhere."""
+    flat = _payload(_sequence(), probs)
+    flat.logprobs[flat.start_indices[4] : flat.end_indices[4]] = [float("nan")] * (TOP_K + 1)
+    read = read_prompt_logprobs(flat, _sequence(), top_k=TOP_K, min_prob=0, token_count=VOCABULARY)
+    assert read == non_finite("a", 0)

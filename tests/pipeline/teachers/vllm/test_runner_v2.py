@@ -90,8 +90,8 @@ def test_padded_and_chunked_batches_of_runner_v2_give_what_the_formulas_give() -
     run({"b-x2": (0, 25)})
     run({"b-x2": (25, 8)})
     sizes = [19, 18]
-    for name, size, (problem, again, _, *parts) in zip(prompts, sizes, tap.take([0, 2], sizes), strict=True):
-        assert problem == ""
+    for name, size, (problem, is_finite, again, _, *parts) in zip(prompts, sizes, tap.take([0, 2], sizes), strict=True):
+        assert (problem, is_finite) == ("", True)
         assert again == (2 if name == "b-x2" else 0)
         prompt, hidden = prompts[name]
         positions = np.concatenate([np.arange(*span) for span in spans[name]])
@@ -118,4 +118,25 @@ def test_a_step_that_fails_is_a_failure_of_its_requests_and_ends_nothing() -> No
 
 def test_a_request_that_was_never_scheduled_is_named() -> None:
     _, tap = _installed(SETTINGS)
-    assert tap.take([7], [3]) == [["vLLM never scheduled it", 0, 0.0]]
+    assert tap.take([7], [3]) == [["vLLM never scheduled it", True, 0, 0.0]]
+
+
+def test_dropped_requests_leave_nothing_behind() -> None:
+    """After a failed call nobody takes its results: of each kind, in runner V2."""
+    from vllm import SamplingParams
+
+    runner, tap = _installed(SETTINGS)
+    tokens, lengths = torch.zeros(4, 64, dtype=torch.int32), np.array([10, 10, 0, 0], np.int32)
+    for number, name in enumerate("ab"):
+        spec = {"number": number, "sample_id": name, "spans": [[0, 9]]}
+        runner.prompt_logprobs_worker.add_request(
+            name, number, SamplingParams(max_tokens=1, extra_args={SPEC_KEY: spec})
+        )
+    batch = _batch({"a": (0, 0, 10), "b": (1, 0, 10)}, {"a": 10, "b": 10})
+    compute = runner.prompt_logprobs_worker.compute_prompt_logprobs
+    compute(runner.model.compute_logits, torch.zeros(20, 16), batch, tokens, None, lengths)
+    assert len(tap.requests) == 2
+    assert tap.drop([0, 7]) == 1  # its results were on the way
+    assert tap.drop([1]) == 0
+    compute(lambda rows: rows[:0], torch.zeros(20, 16), batch, tokens, None, lengths)  # this step fails
+    assert tap.drop([0, 1]) == 0

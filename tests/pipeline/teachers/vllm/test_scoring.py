@@ -114,14 +114,17 @@ def test_a_missing_position_is_named_and_never_zeros() -> None:
     assert request.problem(25) == "6 of 25 positions were never computed, the first is 4"
 
 
-def test_a_logit_that_is_no_number_is_named_by_position() -> None:
+def test_a_request_with_a_logit_that_is_no_number_is_known_and_no_other() -> None:
     prompt, hidden = _prompt(30)
     hidden[17] = float("nan")
     request, healthy, scorer = _request(prompt, [[4, 29]]), _request(prompt, [[4, 17]]), _scorer()
     scorer.score([_piece(request, 0, 30), _piece(healthy, 0, 30)], hidden, lambda rows: rows @ HEAD)
     scorer.settle()
-    assert request.problem(25) == "a logit at position 17 is not a number"
-    assert healthy.problem(13) == ""
+    assert not request.is_finite(25)
+    assert request.is_finite(13)  # an answer that ended before it
+    assert healthy.is_finite(13)
+    assert request.problem(25) == healthy.problem(13) == ""
+    _assert_same(_taken(healthy), _expected(prompt, hidden, healthy.positions, "a"))
 
 
 @pytest.mark.parametrize("keeps", [True, False])
