@@ -5,6 +5,7 @@ Shape letters: `T` tokens. Token ids are lists of length T.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -47,6 +48,14 @@ class ChatTemplate:
             raise TemplateCannotMark(
                 self.name, found="no chat template", wanted="one", fix="set source.chat_template to a Jinja file"
             )
+
+    def changed(self, *, text: str | None = None, arguments: dict[str, Any] | None = None) -> ChatTemplate:
+        """A copy with another text, or with some other template arguments."""
+        other = copy.copy(self)
+        other.text = text or self.text
+        merged = {**self._source.template_arguments, **(arguments or {})}
+        other._source = self._source.model_copy(update={"template_arguments": merged})
+        return other
 
     def prompt(self, chat: Conversation) -> list[int]:
         """Token ids of a chat up to the start of the assistant's next turn. Raises `RowUnusable`."""
