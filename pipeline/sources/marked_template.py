@@ -6,10 +6,8 @@ tokens. Here the marks are characters in the rendered text, put there by the tem
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import NamedTuple
 
 from coldstill.pipeline.errors import TemplateCannotMark
@@ -20,7 +18,6 @@ from .conversation import Conversation
 _OPEN, _CLOSE = "\U000f1de0", "\U000f1de1"
 """Private characters that stand for the two tags in the rendered text."""
 _TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-_COPIES = "marked_templates"
 
 
 class Mark(NamedTuple):
@@ -33,9 +30,9 @@ class Mark(NamedTuple):
 class MarkedTemplate:
     """A template with {% generation %} marks around the assistant's text."""
 
-    def __init__(self, template: ChatTemplate, text: str):
+    def __init__(self, template: ChatTemplate):
         # Whether a tag removes the spaces and the line end beside it depends on its kind: these are block tags as well.
-        self._template = template.changed(text=_TAG.sub(_visible_tag, text))
+        self._template = template.changed(text=_TAG.sub(_visible_tag, template.text or ""))
 
     def render(self, chat: Conversation) -> tuple[str, list[Mark]]:
         """The text of a chat, and its marks in their order; empty ones are left out.
@@ -56,16 +53,6 @@ class MarkedTemplate:
                 marks.append(Mark(length, length + len(part)))
             length += len(part)
         return "".join(parts[::2]), marks
-
-
-def marked_copy(text: str) -> str | None:
-    """The package's copy with marks of a well-known template `text`, None if it has none.
-
-    The copies are in `marked_templates/`, named by the sha256 of the template. Each chat is rendered by both, and the
-    marks count only if the texts are equal.
-    """
-    copy = files(__package__).joinpath(_COPIES, f"{hashlib.sha256(text.encode()).hexdigest()}.jinja")
-    return copy.read_text(encoding="utf-8") if copy.is_file() else None
 
 
 def without_opening(text: str, mark: Mark, openings: Sequence[str]) -> Mark:

@@ -152,6 +152,16 @@ def test_thinking_of_the_last_turn_is_a_target_and_history_is_one_as_it_is_shown
     ]
 
 
+def test_thinking_between_tool_calls_may_be_gone_once_a_question_follows() -> None:
+    """What the teacher is shown before the second turn has the thinking of the first; the whole chat has not."""
+    messages = [*_chat(("u", "q"), ("a", "<think>\nx\n</think>\n\nr"), ("t", "3")), *THINKING[1:]]
+    assert _target_text(_maker(QWEN3), {"messages": messages}) == [
+        "r<|im_end|>",
+        "3<|im_end|>",
+        "<think>\nhm\n</think>\n\n7<|im_end|>",
+    ]
+
+
 def test_thinking_in_a_field_of_its_own_reaches_the_template() -> None:
     messages = [*_chat(("u", "1 + 2?")), {"role": "assistant", "reasoning_content": "easy", "content": "3"}]
     assert _target_text(_maker(QWEN3), {"messages": messages}) == ["<think>\neasy\n</think>\n\n3<|im_end|>"]
@@ -169,10 +179,6 @@ REWRITTEN = {
     "tools stand before the last question only": (
         MISTRAL,
         {"messages": _chat(("u", "hi"), ("a", "hello"), ("u", "and?"), ("a", "bye")), "tools": TOOLS},
-    ),
-    "thinking between tool calls is gone once a question follows": (
-        QWEN3,
-        {"messages": [*_chat(("u", "q"), ("a", "<think>\nx\n</think>\n\nr"), ("t", "3")), *THINKING[1:]]},
     ),
     "a turn that changes its words": (
         "{% for m in messages %}{{ m.content if loop.last else m.content|upper }}</s>{% endfor %}",
