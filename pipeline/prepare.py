@@ -123,7 +123,7 @@ def make_header(
         over_long=maker.over_long,
         rows_per_unit=config.rows_per_unit,
         source_sha256=source_sha256,
-        about=About(license=config.license),
+        about=About(license=config.license, end_token_ids=maker.end_token_ids),
     )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from coldstill.pipeline.config import CaptureConfig, SourceConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.teachers.checkpoint import load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import end_token_ids, load_tokenizer
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import spans_from_mask
@@ -49,10 +49,12 @@ class SequenceMaker:
         max_length: int,
         mode: Mode = "score",
         documents: Literal["isolate", "concat"] = "isolate",
+        stops: Iterable[int] = (),
     ):
+        """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence."""
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
         self.template = ChatTemplate(tokenizer, source)
-        self._loss_mask = LossMask(self.template, source.loss_on)
+        self._loss_mask = LossMask(self.template, source.loss_on, stops)
         self._mode, self._documents = mode, documents
         self._made: Callable[[int, Columns], Iterator[TokenSequence | Reject]] = {
             "score": self._scored,
@@ -70,18 +72,25 @@ class SequenceMaker:
     @classmethod
     def of(cls, config: CaptureConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> SequenceMaker:
         """The maker of a capture. Raises `TeacherUnusable` for a tokenizer that cannot be loaded."""
+        tokenizer = tokenizer or load_tokenizer(config.teacher)
         return cls(
-            tokenizer or load_tokenizer(config.teacher),
+            tokenizer,
             source=config.source,
             max_length=config.teacher.max_length,
             mode=config.mode,
             documents=config.documents,
+            stops=end_token_ids(config.teacher, tokenizer),
         )
 
     @property
     def template_sha256(self) -> str | None:
         """Digest of the chat template and its arguments; None in mode pretrain."""
         return None if self._mode == "pretrain" else self.template.sha256
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...] | None:
+        """Tokens that end an answer of the teacher, in every mode and engine; None in mode pretrain."""
+        return None if self._mode == "pretrain" else self._loss_mask.end_token_ids
 
     @property
     def over_long(self) -> OverLong:
@@ -95,8 +104,8 @@ class SequenceMaker:
     def sequences(self, rows: Iterable[SourceRow]) -> Iterator[TokenSequence | Reject]:
         """The sequences and rejects of the rows of one unit, in their order.
 
-        A row that the template cannot mark is a reject here; `check` has already stopped the capture if the template
-        cannot mark the first rows.
+        A row that the template cannot mark is a reject here; `check` has already stopped the capture if it can mark
+        none of the first rows.
         """
         if self._mode == "pretrain" and self._documents == "concat":
             yield from _joined(map(self._document_or_reject, rows), max_length=self.max_length)
@@ -114,11 +123,18 @@ class SequenceMaker:
     def check(self, rows: Iterable[SourceRow]) -> None:
         """Make the sequences of the first rows of a source, before anything is started.
 
-        Raises `TemplateCannotMark` if the template is missing or cannot mark the assistant's tokens of a row.
+        Raises `TemplateCannotMark` if the template is missing, or cannot mark the assistant's tokens of a row and no
+        other row has a target either.
         """
+        problem: TemplateCannotMark | None = None
         for row in rows:
-            for _ in self._of_row(row):
-                pass
+            try:
+                if any(isinstance(made, TokenSequence) for made in self._of_row(row)):
+                    return
+            except TemplateCannotMark as error:
+                problem = problem or error
+        if problem:
+            raise problem
 
     def _of_row(self, row: SourceRow) -> Iterator[TokenSequence | Reject]:
         try:

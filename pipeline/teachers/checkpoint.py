@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,25 @@ def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBas
     if not tokenizer.is_fast:
         raise TeacherUnusable(config.model, found="a slow tokenizer", wanted="one with a tokenizer.json")
     return tokenizer
+
+
+def end_token_ids(config: TeacherConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end the teacher's answers, in ascending order: those of its generation config, and the tokenizer's end
+    of sequence.
+
+    Without a generation config they are those of `config.json`, if they are special tokens: many a class of
+    transformers has a default that belongs to another tokenizer.
+    """
+    ids: object = None
+    try:
+        ids = transformers.GenerationConfig.from_pretrained(config.model, revision=config.revision).eos_token_id
+    except (ValueError, OSError):
+        with suppress(ValueError, OSError):
+            stored = transformers.AutoConfig.from_pretrained(config.model, revision=config.revision)
+            special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+            ids = [id_ for id_ in _listed(stored.get_text_config().eos_token_id) if id_ in special]
+    found = {*_listed(ids), *_listed(tokenizer.eos_token_id)}
+    return tuple(sorted(id_ for id_ in found if 0 <= id_ < len(tokenizer)))
 
 
 def tokenizer_files(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -118,6 +138,11 @@ def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:
     if config.head_dtype == "auto" and (dtype == "float32" or has_float32_head):
         return "float32"
     return dtype
+
+
+def _listed(ids: object) -> list[int]:
+    """`eos_token_id` of any configuration as a list: it may be one id, several, or None."""
+    return [int(id_) for id_ in (ids if isinstance(ids, list | tuple) else [ids]) if isinstance(id_, int)]
 
 
 def _cannot_load(teacher: TeacherConfig, what: str, error: Exception) -> ColdstillError:
