@@ -91,7 +91,11 @@ def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Sou
     """
     source = open_source(config.source, store)
     maker = SequenceMaker.of(config)
-    maker.check(source.head(_CHECKED_ROWS))
+    rows = source.head(_CHECKED_ROWS)
+    if store is not None and store.exists(HEADER_NAME):
+        maker.check(rows)  # if no row is usable now, then a setting has changed, which the header shows
+    else:
+        maker.require_usable(rows)
     return source, maker
 
 

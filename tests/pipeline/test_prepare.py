@@ -165,7 +165,7 @@ def test_a_template_that_fails_on_one_of_the_first_rows_is_refused_before_anythi
     rows.append({"messages": [*rows[0]["messages"], *rows[1]["messages"]]})  # type: ignore[index]
     making.write_jsonl(tmp_path / "rows.jsonl", rows)
     template = tmp_path / "rewrites.jinja"
-    template.write_text("{% for m in messages %}{{ m.content if loop.last else m.content|upper }}</s>{% endfor %}")
+    template.write_text("{% for m in messages %}{{ m.content if loop.last else '~' ~ m.content }}</s>{% endfor %}")
     with pytest.raises(TemplateCannotMark, match="rewritten"):
         prepare(capture_config(tmp_path, source={"chat_template": str(template)}))
     assert not Path(config.output).exists()
