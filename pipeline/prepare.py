@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.header import HEADER_NAME, About, Codec, DatasetHeader, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.store import Store
@@ -127,7 +127,7 @@ def make_header(
         over_long=maker.over_long,
         rows_per_unit=config.rows_per_unit,
         source_sha256=source_sha256,
-        licence=config.license,
+        about=About(license=config.license),
     )
 
 

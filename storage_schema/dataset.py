@@ -15,8 +15,10 @@ from cachetools import LRUCache
 
 from .codec import RowCodec
 from .errors import CommitDamaged, ShardDamaged
+from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes
 from .header import HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
 from .manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
+from .parquet import MAX_TABLE_BYTES
 from .rows import CachedRow
 from .shard import ShardFile
 from .store import Store
@@ -45,6 +47,13 @@ class Dataset:
         self.manifest: Manifest
         self.manifest, self.dataset_id = read_manifest(store)
         self.header = DatasetHeader.from_bytes(self._header_bytes(), where=f"{store.url}/{HEADER_NAME}")
+        if self.header.format_version != self.manifest.format_version:
+            raise CommitDamaged(
+                f"{store.url}/{MANIFEST_NAME}: format_version",
+                found=self.manifest.format_version,
+                wanted=f"{self.header.format_version}, as in {HEADER_NAME}",
+                fix="if `coldstill upgrade` was interrupted, re-run it",
+            )
         self.codec = RowCodec(self.header)
         self._first_rows = [0, *itertools.accumulate(shard.rows for shard in self.manifest.shards)]
         # Not `cachedmethod`: its reference to `self` would keep open shards until Python collects cycles.
@@ -114,6 +123,24 @@ class Dataset:
     def read_file(self, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) -> bytes:
         """The content of a file that the manifest names, verified. Raises what `verified_files.read_file` raises."""
         return read_file(self.store, file, at_most=at_most)
+
+    def faithfulness_bytes(self) -> bytes | None:
+        """The file of the faithfulness sample, None if there is none. Format 2 has no digest of it, but checksums.
+
+        Raises what `read_file` raises.
+        """
+        if self.manifest.format_version == 1:
+            record = next((file for file in self.manifest.files if file.name == FAITHFULNESS_NAME), None)
+            return self.read_file(record) if record else None
+        try:
+            return self.store.read(FAITHFULNESS_NAME, at_most=MAX_TABLE_BYTES)
+        except FileNotFoundError:
+            return None
+
+    def faithfulness_sample(self) -> list[ExactPosition]:
+        """The faithfulness sample, empty if there is none. Raises what `read_file` raises."""
+        data = self.faithfulness_bytes()
+        return sample_from_bytes(data, where=f"{self.store.url}/{FAITHFULNESS_NAME}") if data else []
 
     def check_file(self, file: FileRecord) -> None:
         """Verifies a file of any size, one block in memory at a time. Raises what `check_file` raises."""

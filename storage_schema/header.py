@@ -2,6 +2,10 @@
 
 The header is the file `dataset.json`, and is repeated in the footer of every shard. It is created before any unit of
 work is dispatched and never changes. It holds no time, host or path, so that equal captures have equal headers.
+
+How fields are added: a fact that changes how targets are used is a field of `DatasetHeader`, which a reader must know;
+any other fact is a field of `About`, which a reader may ignore. A release writes a field that it added later only where
+its value is not the default, so that earlier releases refuse no dataset but those that need the field.
 """
 
 from __future__ import annotations
@@ -9,16 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from coldstill.common.models import FrozenModel, parse_document
+from coldstill.common.visible import visible
 
 from .errors import HeaderMismatch, InvalidHeader, UnsupportedFormat
+from .header_format_1 import TEACHER_FIELDS, format_1_fields, from_format_1
 
-FORMAT_VERSION = 1
-"""Every later release reads version 1. No release reads version 0, the draft before it."""
+FORMAT_VERSION = 2
+"""The version that is written."""
+READ_VERSIONS = (1, 2)
+"""Every later release reads these. No release reads version 0, the draft before them."""
 
 MAX_TOP_K = 4096
 MAX_VOCAB_SIZE = 1 << 20
@@ -28,6 +36,8 @@ MAX_ID_RANKS = 1 << 16
 MAX_HEADER_BYTES = 1 << 20
 HEADER_NAME = "dataset.json"
 
+_MAX_LISTED = 32
+_SHA256 = "^[0-9a-f]{64}$"
 _MEAN_KL = {"fine": 1e-5, "coarse": 1e-4, "exact": 1e-6}
 _GRID_SCALE = {"fine": 130, "coarse": 41}
 """Rounding to a grid with step s costs a KL of sum p s^2 / 24 over the K + 1 buckets, and s <= 2 / (a sqrt(p)): with
@@ -68,6 +78,13 @@ class Codec(FrozenModel):
         return self
 
 
+class AdapterFacts(FrozenModel):
+    """An adapter on top of the teacher's weights."""
+
+    name: str = Field(description="Hub name, or the last folder of a local path.")
+    weights_fingerprint: str = Field(description="Digest like that of the teacher's weights.")
+
+
 class TeacherFacts(FrozenModel):
     """The teacher model and the numeric types of its engine."""
 
@@ -77,6 +94,70 @@ class TeacherFacts(FrozenModel):
     dtype: str = Field(description="Data type of the weights in the engine.")
     head_dtype: str = Field(description="Data type of the logits that the log-probs were computed from.")
     quantization: str | None = Field(default=None, description="Quantization of the weights, if any.")
+    adapter: AdapterFacts | None = Field(default=None, description="Adapter on top of the weights, such as LoRA.")
+    engine_args: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Arguments of the engine that change values, such as a RoPE scale."
+    )
+
+
+class TeacherPrompt(FrozenModel):
+    """The prompt of the teacher where it is not that of the row."""
+
+    kind: str = Field(max_length=64, description="What made it, such as `system` or `column`.")
+    sha256: str = Field(pattern=_SHA256, description="Digest of the text, or of the rule, that made it.")
+
+
+class ProcessorFacts(FrozenModel):
+    """The processor that turned images into the teacher's inputs."""
+
+    name: str = Field(description="Class name.")
+    settings_sha256: str = Field(pattern=_SHA256, description="Digest of its settings.")
+    settings: dict[str, JsonValue] = Field(
+        default_factory=dict, description="The settings that decide how many patches an image becomes."
+    )
+
+
+class RowWriter(FrozenModel):
+    """The model that wrote the answers of the rows, where it was not the source or the teacher."""
+
+    name: str = Field(description="Hub name, or the last folder of a local path.")
+    revision: str | None = Field(default=None, description="Commit of the Hub repository, for a model of the Hub.")
+    weights_fingerprint: str = Field(description="Digest like that of the teacher's weights.")
+    round: int = Field(ge=0, description="Number of the round of captures, from 0.")
+
+
+class About(BaseModel):
+    """Facts that a reader may ignore. Unknown ones are kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    license: str | None = Field(default=None, description="License of the dataset.")
+    source_adapter: str | None = Field(
+        default=None, description="Function that turned rows of the source into chats or text, `module:name`."
+    )
+    template_arguments: dict[str, JsonValue] | None = Field(default=None, description="Arguments of the chat template.")
+    template_date: str | None = Field(
+        default=None, pattern=r"^\d{4}-\d\d-\d\d$", description="The date given to a chat template that shows today's."
+    )
+    end_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, max_length=1024, description="Token ids at which the teacher stops."
+    )
+    tokenizer_pipeline_sha256: str | None = Field(
+        default=None, pattern=_SHA256, description="Digest of the tokenizer's steps between text and tokens."
+    )
+    processor: ProcessorFacts | None = None
+    writer: RowWriter | None = None
+
+    @property
+    def stated(self) -> dict[str, JsonValue]:
+        """The facts that are known, as JSON; those of later releases too."""
+        return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
+
+    def shared(self, other: About) -> About:
+        """The facts that are equal in both."""
+        theirs = other.stated
+        equal = {name: value for name, value in self.stated.items() if name in theirs and theirs[name] == value}
+        return About.model_validate_json(json.dumps(equal))
 
 
 class DatasetHeader(FrozenModel):
@@ -85,7 +166,7 @@ class DatasetHeader(FrozenModel):
     format_version: int = FORMAT_VERSION
     teacher: TeacherFacts
     tokenizer_fingerprint: str = Field(
-        pattern="^[0-9a-f]{64}$",
+        pattern=_SHA256,
         description="Digest of the meaning of all ids.",
     )
     chat_template_sha256: str | None = Field(
@@ -99,13 +180,30 @@ class DatasetHeader(FrozenModel):
     min_prob: float = Field(
         ge=0, lt=1, description="Ids with a lower probability are not kept, except the most probable one."
     )
-    draws: int = Field(
-        ge=0, le=MAX_DRAWS, description="D: number of independent draws from the full softmax at each position."
+    draws: int = Field(ge=0, le=MAX_DRAWS, description="D: maximum number of draws at each position.")
+    draw_method: Literal["iid", "systematic"] = Field(
+        default="iid",
+        description="`iid`: independent draws; `systematic`: equally spaced points of it, shifted at random.",
+    )
+    draw_from: Literal["softmax", "tail"] = Field(
+        default="softmax",
+        description="`softmax`: from all ids, of which those outside the kept ids count; `tail`: from those outside "
+        "the kept ids.",
+    )
+    draw_number: Literal["fixed", "by_tail_mass"] = Field(
+        default="fixed", description="`fixed`: D draws at each position; `by_tail_mass`: fewer where the tail is small."
+    )
+    draw_weights: Literal["equal"] = Field(
+        default="equal", description="`equal`: the draws of a position share its tail mass equally."
     )
     kept_draws: int = Field(
         ge=0, le=MAX_DRAWS, description="Maximum number of tail draws kept per position: the first ones in draw order."
     )
     draw_logprobs: bool = Field(default=False, description="Whether the log-prob of each kept draw is stored.")
+    kept_ids: Literal["top_k", "top_k_and_named"] = Field(
+        default="top_k",
+        description="`top_k`: the most probable ids; `top_k_and_named`: those, and ids that the source named.",
+    )
     draw_seed: int = Field(ge=0, lt=1 << 63, description="Seed of the draws.")
     codec: Codec
     id_ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -138,8 +236,11 @@ class DatasetHeader(FrozenModel):
     max_length: int = Field(ge=2, le=MAX_TOKENS, description="Maximum length of a row, in tokens.")
     over_long: Literal["reject", "cut", "split"] = Field(description="What was done with longer rows.")
     rows_per_unit: int = Field(ge=1, description="Source rows of one work unit, which is one shard.")
-    source_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Digest of the source's content.")
-    licence: str | None = Field(default=None, description="License of the dataset.")
+    source_sha256: str = Field(pattern=_SHA256, description="Digest of the source's content.")
+    teacher_prompt: TeacherPrompt | None = Field(
+        default=None, description="How the teacher's prompt was made, where the teacher saw another one than the row's."
+    )
+    about: About = Field(default_factory=About, description="Facts that a reader may ignore.")
 
     @model_validator(mode="after")
     def _fits(self) -> DatasetHeader:
@@ -154,9 +255,12 @@ class DatasetHeader(FrozenModel):
         return self
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON, one field per line: equal headers give equal bytes."""
-        fields = self.model_dump(mode="json").items()
-        lines = (f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields)
+        """Canonical JSON, one field per line: equal headers give equal bytes. A header of format 1 keeps its form."""
+        fields = self.model_dump(mode="json")
+        fields["about"] = self.about.stated
+        if self.format_version == 1:
+            fields = format_1_fields(fields)
+        lines = (f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
     @property
@@ -166,28 +270,99 @@ class DatasetHeader(FrozenModel):
 
     @classmethod
     def from_bytes(cls, data: bytes, *, where: str) -> DatasetHeader:
-        """The header in `data`. Raises `InvalidHeader`, or `UnsupportedFormat` for another format version."""
+        """The header in `data`, of any format version that is read.
+
+        Raises `InvalidHeader`, or `UnsupportedFormat` for another version, an unknown field, or an unknown value of a
+        field that is known.
+        """
         if len(data) > MAX_HEADER_BYTES:
             raise InvalidHeader(f"{where}: size", found=f"{len(data)} bytes", wanted=f"at most {MAX_HEADER_BYTES}")
-        version = parse_document(data, model=_VersionOnly, where=where, error=InvalidHeader).format_version
-        if version != FORMAT_VERSION:
+        document = parse_document(data, model=_AnyHeader, where=where, error=InvalidHeader)
+        if document.format_version not in READ_VERSIONS:
             raise UnsupportedFormat(
                 f"{where}: format_version",
-                found=version,
-                wanted=FORMAT_VERSION,
+                found=document.format_version,
+                wanted=" or ".join(map(str, READ_VERSIONS)),
                 fix="read it with the coldstill release that wrote it, or capture it again",
             )
+        if document.format_version == 1:
+            data = from_format_1(data, where=where)
+        else:
+            _require_known(document.model_extra or {}, where)
         return parse_document(data, model=cls, where=where, error=InvalidHeader)
 
     def require_equal(self, other: DatasetHeader, *, where: str, fix: str) -> None:
-        """Raises `HeaderMismatch` with the name of the first field in which `other`, found at `where`, differs."""
-        mine, theirs = self.model_dump(), other.model_dump()
+        """Raises `HeaderMismatch` with the name of the first field in which `other`, found at `where`, differs.
+
+        Of `about`, the license is compared, and the facts that both state. A header of format 1 states less about the
+        teacher: what it cannot state is not compared.
+        """
+        mine, theirs = self._comparable(other), other._comparable(self)
         for name, value in mine.items():
             if theirs[name] != value:
                 raise HeaderMismatch(f"{where}: {name}", found=theirs[name], wanted=value, fix=fix)
 
+    @property
+    def has_plain_draws(self) -> bool:
+        """Whether each position has D independent draws from the full softmax."""
+        return (self.draw_method, self.draw_from, self.draw_number) == ("iid", "softmax", "fixed")
 
-class _VersionOnly(BaseModel):
-    """The one field that a header of any version has: the version is compared before other fields are validated."""
+    @property
+    def draws_in_words(self) -> str:
+        """How the draws were made, for people."""
+        if not self.draws:
+            return "none"
+        number = f"D = {self.draws:,}" if self.draw_number == "fixed" else f"at most D = {self.draws:,}"
+        made = {"iid": "independent", "systematic": "systematic"}[self.draw_method]
+        if self.draw_from == "tail":
+            return f"{number} {made} draws from the tail, at most {self.kept_draws:,} of them stored"
+        kept = f"those outside the kept ids are stored, at most {self.kept_draws:,}"
+        return f"{number} {made} draws from the full softmax; {kept}"
+
+    @property
+    def about_in_words(self) -> dict[str, str]:
+        """The facts in `about` but the license, known and unknown, as JSON; at most `_MAX_LISTED` of them."""
+        facts = [(name, value) for name, value in self.about.stated.items() if name != "license"]
+        return {name: json.dumps(value, ensure_ascii=False) for name, value in facts[:_MAX_LISTED]}
+
+    def newest(self) -> DatasetHeader:
+        """The same facts in the format that is written."""
+        return self.model_copy(update={"format_version": FORMAT_VERSION})
+
+    def stands_for(self, copy: DatasetHeader) -> bool:
+        """Whether `copy`, in the footer of a shard, is a copy of this header: equal, or its form in format 1."""
+        if copy.format_version == self.format_version:
+            return copy == self
+        return copy.format_version == 1 and copy._comparable(self) == self._comparable(copy)
+
+    def _comparable(self, other: DatasetHeader) -> dict[str, JsonValue]:
+        fields: dict[str, Any] = self.model_dump(mode="json", exclude={"about"})
+        theirs = other.about.stated
+        fields |= {f"about.{name}": value for name, value in self.about.stated.items() if name in theirs}
+        fields["about.license"] = self.about.license
+        if 1 in (self.format_version, other.format_version):
+            del fields["format_version"]
+            fields["teacher"] = {name: fields["teacher"][name] for name in TEACHER_FIELDS}
+        return fields
+
+
+class _AnyHeader(BaseModel):
+    """A header of any version: its version and the names of its fields are compared before its values are validated."""
+
+    model_config = ConfigDict(extra="allow")
 
     format_version: int
+
+
+def _require_known(fields: dict[str, object], where: str) -> None:
+    """Raise `UnsupportedFormat` for a field, or the value of a choice, that a later release added."""
+    fix = "install a newer coldstill: this dataset needs it to be read rightly"
+    for name, value in fields.items():
+        if name not in DatasetHeader.model_fields:
+            raise UnsupportedFormat(
+                f"{where}: {visible(name)[:80]}", found="an unknown field", wanted="the fields of FORMAT.md", fix=fix
+            )
+        choices = get_args(DatasetHeader.model_fields[name].annotation)
+        is_choice = get_origin(DatasetHeader.model_fields[name].annotation) is Literal
+        if is_choice and isinstance(value, str) and value not in choices:
+            raise UnsupportedFormat(f"{where}: {name}", found=repr(value)[:80], wanted=" or ".join(choices), fix=fix)

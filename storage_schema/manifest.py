@@ -25,7 +25,7 @@ from .commits import (
 )
 from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, UnitsMissing
 from .faithfulness import FAITHFULNESS_NAME, sample_from_bytes, sample_to_bytes
-from .header import FORMAT_VERSION, HEADER_NAME
+from .header import FORMAT_VERSION, HEADER_NAME, READ_VERSIONS, DatasetHeader
 from .plan import PLAN_NAME, plan_from_bytes
 from .rows import MEDIA_FOLDER
 from .store import RUN_FOLDER, Store
@@ -59,15 +59,18 @@ class Manifest(FrozenModel):
     targets: int = Field(ge=0, le=MAX_COUNT)
     rejected: int = Field(ge=0, le=MAX_COUNT)
     shards: tuple[ShardRecord, ...] = Field(description="By unit number.")
-    files: tuple[FileRecord, ...] = Field(description="Header, plan, tokenizer, rejects, faithfulness sample, media.")
+    files: tuple[FileRecord, ...] = Field(
+        description="Header, plan, tokenizer, rejects, media; in format 1 the faithfulness sample too."
+    )
     derived_from: tuple[str, ...] = Field(
-        default=(), description="Ids of the datasets that this one was derived from by merge, split or subset."
+        default=(), description="Ids of the datasets that this one was derived from by merge, split, subset or upgrade."
     )
 
     @model_validator(mode="after")
     def _adds_up(self) -> Manifest:
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(f"format_version {self.format_version}, this release reads {FORMAT_VERSION}")
+        if self.format_version not in READ_VERSIONS:
+            wanted = " and ".join(map(str, READ_VERSIONS))
+            raise ValueError(f"format_version {self.format_version}, this release reads {wanted}")
         for name in ("rows", "tokens", "targets", "rejected"):
             total = sum(getattr(shard, name) for shard in self.shards)
             if getattr(self, name) != total:
@@ -123,9 +126,13 @@ def seal(
             if f"{folder}/{name}" not in named:
                 store.delete(f"{folder}/{name}")
     _join_samples(store, commits)
-    single = (HEADER_NAME, PLAN_NAME, *(name for name in (FAITHFULNESS_NAME,) if store.exists(name)))
+    # Equal shards of two machines can have samples that differ in the last bits, so format 2 does not list the sample.
+    header = DatasetHeader.from_bytes(_require(store, HEADER_NAME), where=HEADER_NAME)
+    has_listed_sample = header.format_version == 1 and store.exists(FAITHFULNESS_NAME)
+    single = (HEADER_NAME, PLAN_NAME, *([FAITHFULNESS_NAME] if has_listed_sample else []))
     listed = [f"{folder}/{name}" for folder in (TOKENIZER_FOLDER, MEDIA_FOLDER) for name in store.names(folder)]
     manifest = Manifest(
+        format_version=header.format_version,
         rows=sum(commit.rows for commit in commits),
         tokens=sum(commit.tokens for commit in commits),
         targets=sum(commit.targets for commit in commits),

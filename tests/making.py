@@ -146,7 +146,7 @@ def tiny_header(tokenizer: Path, *, top_k: int = 8, draws: int = 4, **changes: o
         "over_long": "reject",
         "rows_per_unit": 8,
         "source_sha256": "0" * 64,
-        "licence": "CC0-1.0",
+        "about": {"license": "CC0-1.0"},
     }
     return DatasetHeader.model_validate({**fields, **changes})
 

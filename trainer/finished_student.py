@@ -111,7 +111,7 @@ def model_card(
         "initial student": base or "random weights",
         "teacher": ", ".join(_teacher(header) for header in headers),
         "dataset id": ", ".join(dataset_ids),
-        "dataset license": ", ".join(header.licence or "not stated" for header in headers),
+        "dataset license": ", ".join(header.about.license or "not stated" for header in headers),
         "loss": loss.heading,
         "share of cross-entropy in the loss": f"{loss.label_share:g}",
         "optimizer steps": f"{steps:,}",

@@ -246,6 +246,15 @@ def subset(
     _show_dataset(run_subset(root, output, filters=filter or (), rows=rows, limit=limit), title="subset")
 
 
+@dataset_commands.command(rich_help_panel=DERIVE)
+def upgrade(root: Root) -> None:
+    """Give a dataset of an earlier format a header of the newest one, in place. Its shards stay; it gets a new id."""
+    from coldstill.tools.upgrade import upgrade as run_upgrade
+
+    dataset = run_upgrade(root)
+    _show_dataset(dataset, title=f"format {dataset.header.format_version}")
+
+
 @imports.command("distillkit")
 @takes_settings(DistillKitSettings)
 def import_distillkit(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from coldstill.storage_schema.commits import COMMITS_FOLDER
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, StorageFull, UnsupportedStore
+from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME, dataset_id
 from coldstill.storage_schema.store import RUN_FOLDER, Store
@@ -73,7 +74,7 @@ def copy_dataset(dataset: Dataset, destination: Store, *, progress: bool) -> Tra
         total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="copy", disable=not progress
     ) as bar:
         copied = _in_threads(files, lambda file, on_block: copy_file(dataset.store, file, destination, on_block), bar)
-    for name, data in read_card(dataset.store).items():
+    for name, data in read_unlisted(dataset).items():
         destination.put(name, data)
     destination.put(MANIFEST_NAME, manifest_bytes(dataset))
     if destination.is_local:  # other stores have no such folder
@@ -134,6 +135,18 @@ def read_card(store: Store) -> dict[str, bytes]:
         except FileNotFoundError:
             continue
     return card
+
+
+def read_unlisted(dataset: Dataset) -> dict[str, bytes]:
+    """The files of a dataset that its manifest does not list: its card, and in format 2 the faithfulness sample.
+
+    Raises `FileDamaged`, for a sample after it was checked.
+    """
+    unlisted = read_card(dataset.store)
+    if dataset.manifest.format_version > 1 and (sample := dataset.faithfulness_bytes()):
+        sample_from_bytes(sample, where=f"{dataset.store.url}/{FAITHFULNESS_NAME}")
+        unlisted[FAITHFULNESS_NAME] = sample
+    return unlisted
 
 
 def _in_threads(

@@ -32,7 +32,7 @@ from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.verified_files import FileRecord, file_record
 
 from .errors import AnotherDataset, CardRefused
-from .pull import CARD_NAME, THREADS, TransferResult, copy_dataset, dataset_files, manifest_bytes, read_card
+from .pull import CARD_NAME, THREADS, TransferResult, copy_dataset, dataset_files, manifest_bytes, read_unlisted
 from .verify import verify
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def upload(dataset: Dataset, repo: HubRepo, *, private: bool, progress: bool) ->
                 bar.update(sum(file.bytes for file in batch))
         if missing:
             _require_all_uploaded(dataset, files, repo, _remote_files(api, repo))
-        last = {MANIFEST_NAME: manifest_bytes(dataset), **read_card(dataset.store)}
+        last = {MANIFEST_NAME: manifest_bytes(dataset), **read_unlisted(dataset)}
         changed: dict[str, str | bytes] = {
             name: data for name, data in last.items() if not _is_uploaded(dataset, file_record(name, data), remote)
         }

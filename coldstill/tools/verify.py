@@ -18,7 +18,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged, TokenizerMismatch
-from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes, storage_kl
+from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, storage_kl
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
@@ -27,7 +27,7 @@ from coldstill.storage_schema.verified_files import FileRecord
 
 _FINDINGS_PER_SHARD = 20
 _TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
-_READ = {_TOKENIZER, PLAN_NAME, FAITHFULNESS_NAME}
+_READ = {_TOKENIZER, PLAN_NAME}
 
 
 class Finding(NamedTuple):
@@ -50,29 +50,34 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
     """
     dataset = open_dataset(root)
     media = {file.name: file.sha256 for file in dataset.manifest.files}
-    checks: list[tuple[FileRecord, Callable[[], Iterator[ColdstillError]]]] = [
-        *((file, partial(_check_file, dataset, file, deep)) for file in dataset.manifest.files),
+    checks: list[tuple[str, int, Callable[[], Iterator[ColdstillError]]]] = [
         *(
-            (shard.file, partial(_check_shard, dataset, index, media, deep))
+            (file.name, file.bytes, partial(_check_file, dataset, file))
+            for file in dataset.manifest.files
+            if file.name != FAITHFULNESS_NAME
+        ),
+        (FAITHFULNESS_NAME, 0, partial(_check_sample, dataset, deep)),
+        *(
+            (shard.file.name, shard.file.bytes, partial(_check_shard, dataset, index, media, deep))
             for index, shard in enumerate(dataset.shards)
         ),
     ]
-    findings = []
-    total = sum(file.bytes for file, _ in checks)
+    findings: list[Finding] = []
+    total = sum(size for _, size, _ in checks)
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
-        for file, run_check in checks:
+        for name, size, run_check in checks:
             try:
-                findings += [_finding(file, error) for error in run_check()]
+                findings += [_finding(name, error) for error in run_check()]
             except ColdstillError as error:
-                findings.append(_finding(file, error))
-            bar.update(file.bytes)
+                findings.append(_finding(name, error))
+            bar.update(size)
             if findings:
                 bar.set_postfix_str(f"{len(findings)} findings")
     return findings
 
 
-def _finding(file: FileRecord, error: ColdstillError) -> Finding:
-    return Finding(file.name, type(error).__name__, str(error))
+def _finding(name: str, error: ColdstillError) -> Finding:
+    return Finding(name, type(error).__name__, str(error))
 
 
 def _is_row_for_row(header: DatasetHeader) -> bool:
@@ -81,7 +86,7 @@ def _is_row_for_row(header: DatasetHeader) -> bool:
     return answers == 1 and header.over_long != "split" and header.documents != "concat"
 
 
-def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[ColdstillError]:
+def _check_file(dataset: Dataset, file: FileRecord) -> Iterator[ColdstillError]:
     """Check a file other than a shard: its digest, and its content if the format defines it."""
     if file.name not in _READ:
         dataset.check_file(file)
@@ -100,23 +105,26 @@ def _check_file(dataset: Dataset, file: FileRecord, deep: bool) -> Iterator[Cold
                 found=f"{sum(planned)} in {len(planned)} units",
                 wanted=f"{sum(found)} in {len(found)}",
             )
-    elif file.name == FAITHFULNESS_NAME:
-        sample = sorted(sample_from_bytes(data, where=file.name), key=lambda exact: exact[:2])
-        row, place = None, (-1, -1)
-        for exact in sample if deep else ():
-            if exact.unit >= len(dataset.shards) or exact.row >= dataset.shards[exact.unit].rows:
-                yield FileDamaged(
-                    file.name, found=f"row {exact.row} of unit {exact.unit}", wanted="a row of the dataset"
-                )
-                return
-            if row is None or place != exact[:2]:  # the positions of a row are adjacent: decode it once
-                row, place = dataset.row(dataset.first_row(exact.unit) + exact.row), exact[:2]
-            if exact.target >= row.targets.positions:
-                yield FileDamaged(
-                    file.name, found=f"target {exact.target} of {row.sample_id!r}", wanted="a target of that row"
-                )
-                return
-            storage_kl(exact, row.targets)
+
+
+def _check_sample(dataset: Dataset, deep: bool) -> Iterator[ColdstillError]:
+    """Check the faithfulness sample, if there is one: its checksums, and deep, that its positions fit their rows."""
+    sample = sorted(dataset.faithfulness_sample(), key=lambda exact: exact[:2])
+    row, place = None, (-1, -1)
+    for exact in sample if deep else ():
+        if exact.unit >= len(dataset.shards) or exact.row >= dataset.shards[exact.unit].rows:
+            yield FileDamaged(
+                FAITHFULNESS_NAME, found=f"row {exact.row} of unit {exact.unit}", wanted="a row of the dataset"
+            )
+            return
+        if row is None or place != exact[:2]:  # the positions of a row are adjacent: decode it once
+            row, place = dataset.row(dataset.first_row(exact.unit) + exact.row), exact[:2]
+        if exact.target >= row.targets.positions:
+            yield FileDamaged(
+                FAITHFULNESS_NAME, found=f"target {exact.target} of {row.sample_id!r}", wanted="a target of that row"
+            )
+            return
+        storage_kl(exact, row.targets)
 
 
 def _check_shard(dataset: Dataset, index: int, media: dict[str, str], deep: bool) -> Iterator[ColdstillError]:

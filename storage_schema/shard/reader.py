@@ -16,8 +16,8 @@ from cachetools import LRUCache
 
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.codec import STREAMS, RowCodec
-from coldstill.storage_schema.errors import InvalidRow, ShardDamaged
-from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.errors import HeaderMismatch, InvalidRow, ShardDamaged
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.parquet import GroupFacts, check_pages, values_of
 from coldstill.storage_schema.rows import (
     MAX_MEDIA,
@@ -47,9 +47,11 @@ class ShardFile:
         self._source, self._where = source, where
         self._file, self._facts = open_parquet(source, size=size, where=where)
         self.header: DatasetHeader = footer_header(self._facts, where=where)
-        if codec is not None:
-            codec.header.require_equal(
-                self.header, where=f"{where}: footer", fix="this shard belongs to another dataset"
+        if codec is not None and not codec.header.stands_for(self.header):
+            fix = "this shard belongs to another dataset"
+            codec.header.require_equal(self.header, where=f"{where}: footer", fix=fix)
+            raise HeaderMismatch(
+                f"{where}: footer", found="other facts in `about`", wanted=f"those of {HEADER_NAME}", fix=fix
             )
         self._codec = codec or RowCodec(self.header)
         self.group_rows = tuple(group.rows for group in self._facts.groups)

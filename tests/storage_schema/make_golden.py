@@ -1,6 +1,6 @@
-"""Made the golden datasets of format 1, once: `python -m tests.storage_schema.make_golden FOLDER`.
+"""Made the golden datasets, those of each format once: `python -m tests.storage_schema.make_golden FOLDER`.
 
-They pin reading: what stands in `golden/format_v1` is never made again, and every later release must read it. The
+They pin reading: what is in `golden/` is never made again, and every later release must read it. The
 expected values beside each dataset come from `plain_decoder.py`.
 """
 
@@ -26,6 +26,33 @@ from coldstill.storage_schema.store import Store
 from tests import making
 from tests.storage_schema.plain_decoder import decode_row
 
+ALL_FIELDS = {
+    "teacher": {
+        "name": "tiny",
+        "weights_fingerprint": "0" * 64,
+        "dtype": "float32",
+        "head_dtype": "float32",
+        "adapter": {"name": "tiny-lora", "weights_fingerprint": "2" * 64},
+        "engine_args": {"hf_overrides": {"rope_theta": 1e5}},
+    },
+    "draw_method": "systematic",
+    "draw_from": "tail",
+    "draw_number": "by_tail_mass",
+    "kept_ids": "top_k_and_named",
+    "teacher_prompt": {"kind": "system", "sha256": "3" * 64},
+    "about": {
+        "license": "MIT",
+        "source_adapter": "my_module:chats",
+        "template_arguments": {"enable_thinking": False},
+        "template_date": "2026-11-28",
+        "end_token_ids": [1, 5],
+        "tokenizer_pipeline_sha256": "4" * 64,
+        "processor": {"name": "TinyProcessor", "settings_sha256": "5" * 64, "settings": {"max_patches": 12}},
+        "writer": {"name": "student", "weights_fingerprint": "6" * 64, "round": 1},
+        "weather": "a fact that no release knows yet",
+    },
+}
+
 
 def main(folder: Path) -> None:
     """All golden datasets with their expected values."""
@@ -39,6 +66,8 @@ def main(folder: Path) -> None:
         },
         "coarse_wide": {"top_k": 300, "token_count": 4096, "codec": Codec.preset("coarse", top_k=300)},
         "exact_draws": {"top_k": 6, "token_count": 500, "draws": 300, "codec": Codec.preset("exact", top_k=6)},
+        # Format 2 only: every field that format 1 does not have, and one that no release knows.
+        "all_fields": {"top_k": 4, "token_count": 300, "draws": 4, **ALL_FIELDS},
     }.items():
         _make(folder / name, **changes)
 

@@ -175,7 +175,7 @@ def test_a_later_format_is_refused_by_its_number(tokenizer_folder: Path) -> None
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("top_k", 0), ("top_k", 65), ("vocab_size", 3), ("token_count", 1 << 21), ("codec", "pickle"), ("surprise", 1)],
+    [("top_k", 0), ("top_k", 65), ("vocab_size", 3), ("token_count", 1 << 21), ("codec", "pickle"), ("about", [])],
 )
 def test_a_header_field_out_of_bounds_is_named(tokenizer_folder: Path, field: str, value: object) -> None:
     document = json.loads(making.tiny_header(tokenizer_folder).to_bytes())

@@ -1,4 +1,4 @@
-"""Golden datasets of format 1 read unchanged: ids, counts and levels exactly, log-probs to 1e-6."""
+"""Golden datasets of all formats read unchanged: ids, counts and levels exactly, log-probs to 1e-6."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from coldstill.storage_schema.rows import MediaReference
 from coldstill.tools.verify import verify
 from tests.storage_schema.plain_decoder import decode_row
 
-GOLDEN = Path(__file__).parent / "golden" / "format_v1"
-NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("format_v*/*") if path.is_dir())
 IDS = {
-    "coarse_wide": "74259e99bc1e",
-    "exact_draws": "bd083757e385",
-    "fine_ranks_draws_media": "59d8e98a0119",
+    "format_v1/coarse_wide": "74259e99bc1e",
+    "format_v1/exact_draws": "bd083757e385",
+    "format_v1/fine_ranks_draws_media": "59d8e98a0119",
+    "format_v2/all_fields": "bb82b5c76db0",
+    "format_v2/coarse_wide": "1f66615b0320",
+    "format_v2/exact_draws": "c2f6d6acf427",
+    "format_v2/fine_ranks_draws_media": "763075ca8b0b",
 }
 
 
@@ -28,9 +32,11 @@ def _expected(name: str) -> list[dict]:
     return json.loads((GOLDEN / f"{name}.expected.json").read_text(encoding="utf-8"))
 
 
-def test_there_is_one_of_each_kind() -> None:
-    codecs = {open_dataset(GOLDEN / name).header.codec.fidelity for name in NAMES}
-    assert codecs == {"fine", "coarse", "exact"}
+@pytest.mark.parametrize("version", [1, 2])
+def test_there_is_one_of_each_kind(version: int) -> None:
+    headers = [open_dataset(GOLDEN / name).header for name in NAMES if name.startswith(f"format_v{version}/")]
+    assert {header.codec.fidelity for header in headers} == {"fine", "coarse", "exact"}
+    assert {header.format_version for header in headers} == {version}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,7 +79,7 @@ def test_the_plain_decoder_reads_them_too(name: str) -> None:
         assert [position["ids"] for position in decoded] == [position["ids"] for position in wanted["positions"]]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "exact_draws"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("exact_draws")])
 def test_levels_of_the_grid_are_those_of_the_golden_rows(name: str) -> None:
     """Putting a level's own log-prob on the grid gives the level: reader and writer mean the same grid."""
     codec = open_dataset(GOLDEN / name).header.codec
@@ -84,8 +90,9 @@ def test_levels_of_the_grid_are_those_of_the_golden_rows(name: str) -> None:
     np.testing.assert_array_equal(grid.levels(grid.logprobs[levels]), levels)
 
 
-def test_golden_media_are_read() -> None:
-    first = next(iter(open_dataset(GOLDEN / "fine_ranks_draws_media").rows()))
+@pytest.mark.parametrize("version", [1, 2])
+def test_golden_media_are_read(version: int) -> None:
+    first = next(iter(open_dataset(GOLDEN / f"format_v{version}" / "fine_ranks_draws_media").rows()))
     inline, path = first.media
     assert inline.data == b"\x89PNG, nearly"
     assert path == MediaReference(position=3, type="image/png", sha256=inline.sha256, path="media/cat.png")

@@ -45,11 +45,13 @@ def draws_per_position(dataset: LogitDataset) -> int:
     """D of `dataset`; 0 if it allows no unbiased estimate.
 
     It allows none without draws, with datasets of several D, or with fewer draws or kept ids than stored: a cut id
-    becomes a draw of known weight, and a subset of a capped list of draws has another distribution.
+    becomes a draw of known weight, and a subset of a capped list of draws has another distribution. The weights hold
+    for D independent draws from the softmax only.
     """
     sources = dataset.sources
     found = {one.header.draws if one.header.kept_draws else 0 for one in sources.datasets}
-    whole = sources.top_k is None and sources.draws is None
+    iid = all(one.header.has_plain_draws for one in sources.datasets)
+    whole = sources.top_k is None and sources.draws is None and iid
     return found.pop() if whole and len(found) == 1 else 0
 
 

@@ -83,7 +83,7 @@ def front_matter(header: DatasetHeader, *, rows: int) -> str:
     The YAML library quotes text that comes from the dataset.
     """
     fields = {
-        **license_fields(header.licence),
+        **license_fields(header.about.license),
         "pretty_name": shortened(visible(f"Log-probs of {header.teacher.name[:200]}")),
         "task_categories": ["text-generation"],
         "size_categories": [size_category(rows)],

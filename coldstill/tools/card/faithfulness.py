@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import FileDamaged
-from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes, storage_kl
+from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition, storage_kl
 from coldstill.storage_schema.rows import MASS_TOLERANCE, TeacherTargets
 
 
@@ -47,10 +47,7 @@ def measure_faithfulness(dataset: Dataset) -> Faithfulness | None:
 
     Raises `FileMissing`, `FileDamaged` if the sample does not fit the dataset, and what `Dataset.row` raises.
     """
-    record = next((file for file in dataset.manifest.files if file.name == FAITHFULNESS_NAME), None)
-    if record is None:
-        return None
-    sample = sample_from_bytes(dataset.read_file(record), where=FAITHFULNESS_NAME)
+    sample = dataset.faithfulness_sample()
     if not sample:
         return None
     kl, agrees, errors = np.array(list(_compare(dataset, sample)), np.float64).T

@@ -95,7 +95,7 @@ def card_sections(
         _contents(stats, plot),
         _rejected(stats, reasons),
         _origin(dataset),
-        _license(header.licence),
+        _license(header.about.license),
     ]
     return "\n".join(sections)
 
@@ -123,19 +123,31 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         "Targets": f"mode {header.mode}, loss on {header.loss_on}",
         "Kept per target": f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}",
         "Tail mass": "computed by the teacher" if header.tail == "exact" else "1 minus the kept mass",
-        "Tail draws": f"D = {header.draws:,} draws from the full softmax; those outside the kept ids are stored, at "
-        f"most {header.kept_draws:,}"
-        if header.draws
-        else "none",
+        "Tail draws": header.draws_in_words,
         "Storage": f"format {header.format_version}, codec {codec.name}{grid}, fidelity {codec.fidelity}: "
         f"mean KL of the stored values below {codec.mean_kl:g} nats",
         "Rows": f"{stats.rows:,} of at most {header.max_length:,} tokens (longer ones {over_long}); "
         f"{stats.tokens:,} tokens, {stats.targets:,} targets",
         "Size": f"{stats.bytes:,} bytes in {stats.shards:,} shards, {figure(stats.bytes_per_target)} per target",
         "Tokenizer": f"{header.token_count:,} ids, {included}; fingerprint {header.tokenizer_fingerprint}",
-        "License": plain(header.licence) if header.licence else "not given",
+        "License": plain(header.about.license) if header.about.license else "not given",
+        **_optional_facts(header),
         "Dataset id": dataset.dataset_id,
     }
+
+
+def _optional_facts(header: DatasetHeader) -> dict[str, str]:
+    """Facts that few datasets have, and all those that a reader may ignore."""
+    teacher, facts = header.teacher, {}
+    if teacher.adapter:
+        facts["Adapter"] = f"{plain(teacher.adapter.name)}; fingerprint {plain(teacher.adapter.weights_fingerprint)}"
+    if teacher.engine_args:
+        facts["Engine arguments"] = plain(json.dumps(teacher.engine_args, ensure_ascii=False))
+    if header.teacher_prompt:
+        facts["Prompt"] = f"the teacher saw another one than the row's, made by {plain(header.teacher_prompt.kind)}"
+    if header.kept_ids != "top_k":
+        facts["Kept ids"] = "the most probable ones, and those that the source named"
+    return facts | {f"`{plain(name)}`": plain(value) for name, value in header.about_in_words.items()}
 
 
 def _verify(dataset: Dataset) -> str:

@@ -87,7 +87,6 @@ def _begin(store: Store, derivation: Derivation, progress: bool) -> None:
     else:
         _require_same(store, _started_request(store), derivation.request)
         if store.exists(PLAN_NAME):
-            _pin_header(store, derivation.header)
             return
     units = derivation.make_plan()
     if not units or not derivation.sources.rows:
@@ -96,7 +95,7 @@ def _begin(store: Store, derivation: Derivation, progress: bool) -> None:
     request = (derivation.request.model_dump_json(indent=2) + "\n").encode()
     if not store.create(REQUEST_NAME, request):
         _require_same(store, _started_request(store), derivation.request)
-    _pin_header(store, derivation.header)
+    _pinned_header(store, derivation.header)
     for name, data in tokenizer.items():
         store.put(name, data)
     if derivation.select is None:
@@ -104,10 +103,16 @@ def _begin(store: Store, derivation: Derivation, progress: bool) -> None:
     store.create(PLAN_NAME, plan_to_bytes(units))
 
 
-def _pin_header(store: Store, header: DatasetHeader) -> None:
-    if not store.create(HEADER_NAME, header.to_bytes()):
-        found = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
-        header.require_equal(found, where=f"{store.url}/{HEADER_NAME}", fix="choose another output")
+def _pinned_header(store: Store, header: DatasetHeader) -> DatasetHeader:
+    """The header of the output, created if it is not there: an earlier release may have started it in another format.
+
+    Raises `HeaderMismatch`.
+    """
+    if store.create(HEADER_NAME, header.to_bytes()):
+        return header
+    found = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
+    header.require_equal(found, where=f"{store.url}/{HEADER_NAME}", fix="choose another output")
+    return found
 
 
 def _put_media(store: Store, sources: Sources, progress: bool) -> None:
@@ -117,6 +122,7 @@ def _put_media(store: Store, sources: Sources, progress: bool) -> None:
 
 
 def _make_units(store: Store, derivation: Derivation, progress: bool) -> None:
+    header = _pinned_header(store, derivation.header)
     units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)
     done = committed_units(store)
     environment = {"derivation": derivation.request.model_dump(exclude={"sources"}), "pyarrow": pa.__version__}
@@ -124,7 +130,7 @@ def _make_units(store: Store, derivation: Derivation, progress: bool) -> None:
     with tqdm(total=len(units), desc=derivation.request.command, unit=" shards", disable=not progress) as bar:
         for unit in units:
             if unit.index not in done:
-                made = make_unit(sources, unit, header=derivation.header, select=derivation.select)
+                made = make_unit(sources, unit, header=header, select=derivation.select)
                 whole = sources.shards[unit.start] if derivation.select is None else None
                 for source, name in sorted(made.media):
                     if derivation.select is not None and name not in media:

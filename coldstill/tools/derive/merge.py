@@ -48,15 +48,19 @@ def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = T
 
 
 def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
-    """The header of the first dataset, with the largest `rows_per_unit`.
+    """The header of the first dataset, with the largest `rows_per_unit` and what all say in `about`.
 
     If the `source_sha256` differ, the new one is the sha256 of all of them in order, in hex, each with a line feed.
 
     Raises `HeaderMismatch`, which names the field, if two headers differ in any other field.
     """
-    first = datasets[0].header
-    for dataset in datasets[1:]:
+    # What format 1 does not state is unknown of the merged rows, so a header that states less comes first.
+    first = min((dataset.header for dataset in datasets), key=lambda header: header.format_version)
+    about = first.about
+    for dataset in datasets:
+        about = about.shared(dataset.header.about)
         own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit")}
+        own["about"] = first.about.model_copy(update={"license": dataset.header.about.license})
         first.require_equal(
             dataset.header.model_copy(update=own),
             where=f"{dataset.store.url}/{HEADER_NAME}",
@@ -64,9 +68,10 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
         )
     digests = [dataset.header.source_sha256 for dataset in datasets]
     together = hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
-    return first.model_copy(
+    return first.newest().model_copy(
         update={
             "source_sha256": digests[0] if len(set(digests)) == 1 else together,
+            "about": about,
             "rows_per_unit": max(dataset.header.rows_per_unit for dataset in datasets),
         }
     )

@@ -12,8 +12,7 @@ import numpy as np
 from coldstill.storage_schema.commits import REJECTS_FOLDER
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, TokenizerMismatch
-from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes
-from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition
 from coldstill.storage_schema.manifest import ShardRecord
 from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.shard import ShardFile
@@ -47,10 +46,6 @@ class Sources:
                 self.shards.append(SourceShard(source, record, rows))
                 rows += record.rows
         self.rows = rows
-        self._header_digests = [
-            next(file.sha256 for file in dataset.manifest.files if file.name == HEADER_NAME)
-            for dataset in self.datasets
-        ]
         # Cached: needed for each shard and each media file, and a manifest can list very many files.
         self.folder = lru_cache(maxsize=_CACHED_FOLDERS)(self._folder)
         self._sample = lru_cache(maxsize=1)(self._read_sample)
@@ -60,10 +55,6 @@ class Sources:
     def ids(self) -> tuple[str, ...]:
         """The ids of the datasets, in order."""
         return tuple(dataset.dataset_id for dataset in self.datasets)
-
-    def has_header(self, source: int, header: DatasetHeader) -> bool:
-        """Whether dataset number `source` has this header, byte for byte."""
-        return self._header_digests[source] == header.sha256
 
     def open(self, shard: SourceShard) -> tuple[bytes, ShardFile]:
         """The bytes of a shard, verified against its digest, and a reader of them.
@@ -128,9 +119,7 @@ class Sources:
 
     def _read_sample(self, source: int) -> dict[int, list[ExactPosition]]:
         dataset = self.datasets[source]
-        file = next((file for file in dataset.manifest.files if file.name == FAITHFULNESS_NAME), None)
-        where = f"{dataset.store.url}/{FAITHFULNESS_NAME}"
-        sample = sample_from_bytes(dataset.read_file(file), where=where) if file else []
+        where, sample = f"{dataset.store.url}/{FAITHFULNESS_NAME}", dataset.faithfulness_sample()
         rows = {record.unit: record.rows for record in dataset.shards}
         by_unit: dict[int, list[ExactPosition]] = {}
         for position in self._subsampled(sample):

@@ -39,7 +39,7 @@ def split(
     """
     _check_parts(parts)
     sources = Sources([open_dataset(root)])
-    header = sources.datasets[0].header
+    header = sources.datasets[0].header.newest()
     names = sorted(parts)
     selections = [_part_selection(parts, name, seed) for name in names]
     outputs = {name: f"{str(output).rstrip('/')}/{name}" for name in names}

@@ -67,7 +67,7 @@ def subset(
     numbers = parse_rows(rows, count=sources.rows) if rows is not None else range(sources.rows)
     if limit is not None and limit < 1:
         raise InvalidRequest("limit", found=limit, wanted="at least 1")
-    header = sources.datasets[0].header
+    header = sources.datasets[0].header.newest()
     derivation = Derivation(
         request=Request(
             command="subset",

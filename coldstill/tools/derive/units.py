@@ -231,9 +231,9 @@ def _whole_shard(
     shard = sources.shards[unit.start]
     if (unit.first_row, unit.rows) != (shard.first_row, shard.record.rows):
         return None
-    if not sources.has_header(shard.source, header):
-        return None
     data, file = sources.open(shard)
+    if not header.stands_for(file.header):
+        return None
     if select is not None and not all(taken.mask.all() for taken in masked_batches(shard, file, select)):
         return None
     sample = sources.sample(shard)

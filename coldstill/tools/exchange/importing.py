@@ -98,7 +98,7 @@ def imported_header(settings: ImportSettings, *, columns: int = 0, top_k: int, s
         "over_long": "reject",
         "rows_per_unit": settings.rows_per_unit,
         "source_sha256": source_sha256,
-        "licence": settings.license,  # the field's spelling in format 1
+        "about": {"license": settings.license},
     }
     try:
         return DatasetHeader.model_validate(fields)
@@ -150,7 +150,7 @@ def import_rows(
     if len(rows) == 0:
         raise SourceUnreadable("source", found="no row", wanted="at least one")
     store = Store(output)
-    units = _begin(store, rows, header, Path(tokenizer))
+    header, units = _begin(store, rows, header, Path(tokenizer))
     if store.exists(MANIFEST_NAME):
         return read_manifest(store)[0]
     done = committed_units(store)
@@ -168,15 +168,17 @@ def import_rows(
     return seal(store)
 
 
-def _begin(store: Store, rows: RowSource, header: DatasetHeader, tokenizer: Path) -> Plan:
-    """Write header, tokenizer files and plan, or check that those of an earlier start are the same; the plan."""
+def _begin(store: Store, rows: RowSource, header: DatasetHeader, tokenizer: Path) -> tuple[DatasetHeader, Plan]:
+    """Write header, tokenizer files and plan, or check that those of an earlier start are the same; header and plan."""
     store.require_writable()
     if not store.create(HEADER_NAME, header.to_bytes()):
-        DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME).require_equal(
+        stored = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
+        stored.require_equal(
             header,
             where="the import",
             fix=f"{store.url} was started with another value: use that value, or choose another output",
         )
+        header = stored  # an earlier release may have started it in another format
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             store.create(f"{TOKENIZER_FOLDER}/{name}", (tokenizer / name).read_bytes())
@@ -185,7 +187,7 @@ def _begin(store: Store, rows: RowSource, header: DatasetHeader, tokenizer: Path
         starts = range(0, len(rows), size)
         plan = [Unit(i, start, start, min(size, len(rows) - start)) for i, start in enumerate(starts)]
         store.create(PLAN_NAME, plan_to_bytes(plan))
-    return plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)
+    return header, plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)
 
 
 def _split_bad_rows(

@@ -120,7 +120,7 @@ def page_data(one: InspectedRow) -> dict[str, Any]:
         "dataset": {
             "teacher": visible(header.teacher.name),
             "id": one.dataset.dataset_id,
-            "license": visible(header.licence or "not given"),
+            "license": visible(header.about.license or "not given"),
             "top_k": header.top_k,
             "draws": header.draws,
             "kept_draws": header.kept_draws,

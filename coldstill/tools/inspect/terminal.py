@@ -35,6 +35,8 @@ _ENTRY_WIDE, _ENTRY_NARROW = 6, 3
 """Entries per line of the table: the top five and the actual token take one line or two."""
 
 _ROWS_PER_TABLE = 256
+_MAX_NAME, _MAX_VALUE = 40, 300
+"""Characters of a fact that only a later release knows."""
 
 
 def show_dataset(root: str | Path, *, console: Console) -> None:
@@ -51,9 +53,7 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
         "weights": f"{teacher.dtype}{', ' + teacher.quantization if teacher.quantization else ''}, "
         f"head in {teacher.head_dtype}",
         "kept": f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}; tail mass {header.tail}",
-        "draws": f"D = {header.draws:,} per target; those in the tail are stored, at most {header.kept_draws:,}"
-        if header.draws
-        else "none",
+        "draws": header.draws_in_words,
         "targets on": f"loss on {header.loss_on}, mode {header.mode}",
         "rows": f"{manifest.rows:,} in {len(dataset.shards):,} shards; {manifest.rejected:,} rejected",
         "tokens": f"{manifest.tokens:,}, at most {header.max_length:,} per row",
@@ -61,16 +61,17 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
         "size": f"{size:,} bytes" + (f", {size / manifest.targets:.1f} per target" if manifest.targets else ""),
         "tokenizer": f"{header.token_count:,} ids, {'included' if has_tokenizer else 'not included'}; "
         f"fingerprint {header.tokenizer_fingerprint[:16]}",
-        "license": header.licence or "not given",
+        "license": header.about.license or "not given",
         "format": f"version {header.format_version}, fidelity {header.codec.fidelity}: "
         f"mean KL of the stored values below {header.codec.mean_kl:g} nats",
         "id": dataset.dataset_id,
+        **{f"about.{name[:_MAX_NAME]}": value[:_MAX_VALUE] for name, value in header.about_in_words.items()},
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, Text(visible(value)))
+        table.add_row(visible(name), Text(visible(value)))
     console.print(Text(visible(str(root)), style="bold"))
     console.print(table)
 

@@ -29,7 +29,14 @@ from tests.storage_schema.hostile.changes import (
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("top_k", 9), ("token_count", 300), ("source_sha256", "1" * 64), ("licence", "other")]
+    ("field", "value"),
+    [
+        ("top_k", 9),
+        ("token_count", 300),
+        ("source_sha256", "1" * 64),
+        ("about", {"license": "other"}),
+        ("about", {"license": "CC0-1.0", "weather": "fine"}),
+    ],
 )
 def test_a_header_that_differs_from_the_footer_s_is_named(tree: Tree, read: Read, field: str, value: object) -> None:
     change_document(tree, HEADER_NAME, lambda header: header.update({field: value}))

@@ -139,7 +139,7 @@ def test_the_card_describes_the_dataset(carded: Path) -> None:
     for part in (
         dataset.dataset_id,
         "K = 8 of 64 ids",
-        "D = 4 draws from the full softmax",
+        "D = 4 independent draws from the full softmax",
         "fidelity fine: mean KL of the stored values below 1e-05 nats",
         "At 40 positions",
         "The guarantee, a mean below 1e-05 nats, holds on this sample.",
@@ -176,7 +176,8 @@ def test_no_text_of_the_dataset_is_markup_or_yaml(
     teacher = TeacherFacts(
         name=text, revision=text, weights_fingerprint=text, dtype=text, head_dtype=text, quantization=text
     )
-    changes = {"teacher": teacher, "licence": text, "sampling": {text: text}, "chat_template_sha256": text}
+    about = {"license": text, text: text}
+    changes = {"teacher": teacher, "about": about, "sampling": {text: text}, "chat_template_sha256": text}
     captured(tmp_path / "d", tokenizer_folder, reasons=(text,), **changes)
 
     write_card(tmp_path / "d", progress=False)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from coldstill.storage_schema.codec import STREAMS
 from coldstill.storage_schema.commits import Reject, commit_unit
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes, storage_kl
+from coldstill.storage_schema.faithfulness import storage_kl
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.rows import CachedRow, MediaReference
@@ -98,9 +98,8 @@ def frames(dataset: Dataset) -> dict[str, tuple[bytes, ...]]:
 
 def storage_kls(dataset: Dataset) -> dict[tuple[str, int], float]:
     """What storage cost at each position of the faithfulness sample, by sample id and target."""
-    where = [file for file in dataset.manifest.files if file.name == FAITHFULNESS_NAME]
     kls = {}
-    for exact in sample_from_bytes(dataset.read_file(where[0]), where="sample") if where else []:
+    for exact in dataset.faithfulness_sample():
         row = dataset.read_shard(exact.unit)[exact.row]
         kls[row.sample_id, exact.target] = storage_kl(exact, row.targets)
     return kls

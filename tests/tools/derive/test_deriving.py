@@ -16,7 +16,7 @@ import pytest
 from coldstill.storage_schema.commits import commit_name, committed_units
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import CommitDamaged, HeaderMismatch, UnsupportedStore
-from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header import About, DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
 from coldstill.storage_schema.store import Store
 from coldstill.tools.derive import deriving
@@ -176,9 +176,9 @@ def test_another_header_on_a_begun_output_names_the_field(
     with pytest.raises(_Killed):
         subset(source.store.url, tmp_path / "out", filters=LAW, progress=False)
     monkeypatch.setattr(_DyingStore, "left", -1)
-    changed = source.header.model_copy(update={"licence": "MIT"})
+    changed = source.header.model_copy(update={"about": About(license="MIT")})
     (tmp_path / "out" / "dataset.json").write_bytes(changed.to_bytes())
-    with pytest.raises(HeaderMismatch, match="licence"):
+    with pytest.raises(HeaderMismatch, match=r"about\.license"):
         subset(source.store.url, tmp_path / "out", filters=LAW, progress=False)
 
 

@@ -134,7 +134,7 @@ def test_a_merge_reads_and_writes_object_stores(header: DatasetHeader, tokenizer
     [
         ("teacher", {"teacher": {"name": "x", "weights_fingerprint": "2" * 64, "dtype": "a", "head_dtype": "b"}}),
         ("draw_seed", {"draw_seed": 5}),
-        ("licence", {"licence": "MIT"}),
+        (r"about\.license", {"about": {"license": "MIT"}}),
         ("codec", {"codec": {"name": "float16", "fidelity": "exact", "mean_kl": 1e-6}}),
     ],
 )

@@ -95,7 +95,7 @@ def test_a_changed_setting_on_an_existing_output_is_named(
     header = header_of(tokenizer_folder)
     import_rows(Rows(), tmp_path / "a", header=header, tokenizer=tokenizer_folder, progress=False)
     changed = header_of(tokenizer_folder, **{field: value})
-    named = {"fidelity": "codec", "license": "licence"}.get(field, field)
+    named = {"fidelity": "codec", "license": r"about\.license"}.get(field, field)
     with pytest.raises(HeaderMismatch, match=named):
         import_rows(Rows(), tmp_path / "a", header=changed, tokenizer=tokenizer_folder, progress=False)
 

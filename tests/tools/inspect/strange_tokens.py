@@ -82,7 +82,8 @@ def hostile_dataset(root: Path, folder: Path) -> Path:
     """One row that holds each of `HOSTILE` once; id, metadata, teacher and license are hostile too."""
     tokens = (*HOSTILE, *(f"w{i}" for i in range(40)))
     tokenizer = plain_tokenizer(tokens, folder)
-    header = making.tiny_header(tokenizer, top_k=24, licence=f"{SCRIPT}\x1b[33m", draw_logprobs=True)
+    about = {"license": f"{SCRIPT}\x1b[33m", SCRIPT: SCRIPT}
+    header = making.tiny_header(tokenizer, top_k=24, about=about, draw_logprobs=True)
     teacher = header.teacher.model_copy(update={"name": f"{SCRIPT}\x1b[34m\u202e"})
     row = row_of(np.arange(len(tokens)), vocabulary=len(tokens), top_k=24)
     making.write_dataset(root, [[row]], header=header.model_copy(update={"teacher": teacher}), tokenizer=tokenizer)
