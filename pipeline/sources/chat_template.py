@@ -118,7 +118,7 @@ class ChatTemplate:
             messages = _developer_as_system(messages)
         has_parts = any(isinstance(message["content"], list) for message in messages)
         has_calls = any(message.get("tool_calls") for message in messages)
-        has_null = any(message["content"] is None for message in messages)
+        has_null = any(map(_is_empty, messages))
         for as_text, null, joined in itertools.product(
             (False, True) if has_calls else (False,),
             ("", None) if has_null else (None,),
@@ -186,10 +186,15 @@ def _text(tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> str | Non
         ) from None
 
 
+def _is_empty(message: dict[str, Any]) -> bool:
+    """Whether calls stand without text, which some templates want as null and others as empty text."""
+    return message["content"] is None or (message["content"] == "" and bool(message.get("tool_calls")))
+
+
 def _in_form(message: dict[str, Any], *, as_text: bool, null: str | None, joined: bool) -> dict[str, Any]:
     """A message with its arguments as JSON text or as values, `null` for null content, and its parts joined."""
     content = message["content"]
-    if content is None:
+    if _is_empty(message):
         content = null
     elif joined and isinstance(content, list):
         # Joined as by vLLM's server.

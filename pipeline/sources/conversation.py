@@ -267,7 +267,9 @@ def _calls(number: int, calls: object, tools: list[Any] | None) -> list[dict[str
         if isinstance(arguments, dict):
             arguments = _declared(arguments, function["name"], tools)
         function = {**function, "arguments": arguments}
-        checked.append({**call, "function": function} if "function" in call else {"type": "function", "function": function})
+        checked.append(
+            {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+        )
     return checked
 
 

@@ -22,6 +22,7 @@ from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.checkpoint import load_tokenizer
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import spans_from_mask
 from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES
 
@@ -174,7 +175,9 @@ class SequenceMaker:
             self.template.name,
             found=f"each of the first {len(problems)} rows loses {kinds}, such as {problems[0].detail}",
             wanted="all parts of a chat in its rendered text",
-            fix=another if "text" in lost else f"{another}, or accept the loss: source.may_drop: [{', '.join(allowed)}]",
+            fix=another
+            if "text" in lost
+            else f"{another}, or accept the loss: source.may_drop: [{', '.join(allowed)}]",
         )
 
     @property
@@ -276,6 +279,12 @@ class _Document(NamedTuple):
 
     facts: _RowFacts
     token_ids: list[int]
+
+
+def template_date_of(header: DatasetHeader) -> date | None:
+    """The date that a dataset's chat template gets. Datasets of format 1 have none: their templates read the clock."""
+    stored = header.about.template_date
+    return date.fromisoformat(stored) if stored else None
 
 
 def _columns_of(row: SourceRow) -> Columns:
