@@ -18,7 +18,7 @@ from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from coldstill.storage_schema.store import Store
 
 from .config import CaptureConfig
-from .sources.sequence_maker import SequenceMaker
+from .sources.sequence_maker import SequenceMaker, template_date_of
 from .sources.source import open_source
 from .teachers.protocol import Teacher, TokenSequence
 
@@ -32,7 +32,8 @@ def rank_ids(config: CaptureConfig, teacher: Teacher, header: DatasetHeader, uni
 
     At most 4,096, in descending order of frequency, then by id. Raises the named errors of sources and teachers.
     """
-    made = SequenceMaker.of(config).sequences(open_source(config.source, Store(config.output)).read(unit))
+    maker = SequenceMaker.of(config, today=template_date_of(header))
+    made = maker.sequences(open_source(config.source, Store(config.output)).read(unit))
     sequences = (sequence for sequence in made if isinstance(sequence, TokenSequence))
     counts = np.zeros(header.token_count, np.int64)
     for targets in (_answered if config.mode == "generate" else _scored)(config, teacher, sequences):

@@ -61,7 +61,7 @@ class LossMask:
         turns = _assistant_turns(chat)
         marks = self._marks(chat, whole)
         for turn in turns[-1:] if self._loss_on == "last_turn" else turns:
-            if chat.messages[turn].get("weight", 1) == 0:
+            if not chat.is_learned(turn):
                 continue
             try:
                 span = self._turns.span(chat, turn, whole)

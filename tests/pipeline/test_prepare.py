@@ -168,7 +168,7 @@ def test_a_template_that_can_mark_none_of_the_first_rows_is_refused_before_anyth
     rows = [{"messages": [*one["messages"], *other["messages"]]} for one, other in itertools.pairwise(chats)]  # type: ignore[misc]
     making.write_jsonl(tmp_path / "rows.jsonl", rows)
     template = tmp_path / "rewrites.jinja"
-    template.write_text("{% for m in messages %}{{ m.content if loop.last else m.content|upper }}</s>{% endfor %}")
+    template.write_text("{% for m in messages %}{{ m.content if loop.last else '~' ~ m.content }}</s>{% endfor %}")
     changed = capture_config(tmp_path, source={"chat_template": str(template)})
     with pytest.raises(TemplateCannotMark, match="rewritten"):
         prepare(changed)
@@ -181,7 +181,7 @@ def test_one_row_that_cannot_be_marked_is_a_reject_wherever_it_is(tmp_path: Path
     rows.insert(0, {"messages": [*rows[0]["messages"], *rows[1]["messages"]]})  # type: ignore[index]
     template = tmp_path / "rewrites.jinja"
     template.write_text(
-        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else m.content|upper }}</s>{% endfor %}"
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '~' ~ m.content }}</s>{% endfor %}"
     )
     config = capture_config(tmp_path, source={"chat_template": str(template)})
     making.write_jsonl(tmp_path / "rows.jsonl", rows)
