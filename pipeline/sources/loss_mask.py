@@ -3,12 +3,16 @@
 `turn_borders.py` proves the tokens of each turn that the teacher would write. Marks in the template ({% generation %})
 select among them, and stand in for the proof where the template rewrites what precedes a turn.
 
+transformers' own masks of marked templates lose tokens where a mark ends in token 0, in white space, or inside a
+character of several tokens. Here the marks are characters in the rendered text, put there by the template itself.
+
 Shape letters: `T` tokens. Token ids and loss masks are lists of length T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from coldstill.pipeline.errors import TemplateCannotMark
@@ -16,15 +20,53 @@ from coldstill.pipeline.reject_reasons import RejectReason
 
 from .chat_template import ChatTemplate
 from .conversation import Conversation, RowUnusable
-from .marked_template import Mark, MarkedTemplate, without_opening
 from .turn_borders import Rendered, Span, TurnBorders, common, excerpt, parting
+
+_OPEN, _CLOSE = "\U000f1de0", "\U000f1de1"
+"""Private characters that stand for the two tags in the rendered text."""
+_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+
+class _Mark(NamedTuple):
+    """Characters `[first, last)` of a rendered chat."""
+
+    first: int
+    last: int
+
+
+class _MarkedTemplate:
+    """A template with {% generation %} marks around the assistant's text."""
+
+    def __init__(self, template: ChatTemplate):
+        # Whether a tag removes the spaces and the line end beside it depends on its kind: these are block tags as well.
+        self._template = template.changed(text=_TAG.sub(_visible_tag, template.text or ""))
+
+    def render(self, chat: Conversation) -> tuple[str, list[_Mark]]:
+        """The text of a chat, and its marks in their order; empty ones are left out.
+
+        Raises `TemplateCannotMark` for marks that are not closed, and `RowUnusable` as `ChatTemplate.render`.
+        """
+        parts = re.split(f"([{_OPEN}{_CLOSE}])", self._template.render(chat.messages, chat))
+        if parts[1::2] != [_OPEN, _CLOSE] * (len(parts) // 4):
+            raise TemplateCannotMark(
+                self._template.name,
+                found="marks inside of marks, or private characters in the text",
+                wanted="{% generation %} and {% endgeneration %} in turn",
+                fix="correct the template that source.chat_template names",
+            )
+        marks, length = [], 0
+        for index, part in enumerate(parts[::2]):
+            if index % 2 and part:
+                marks.append(_Mark(length, length + len(part)))
+            length += len(part)
+        return "".join(parts[::2]), marks
 
 
 class _Marks(NamedTuple):
     """The marks of a chat, and the characters of each of its tokens."""
 
-    marks: list[Mark]
-    borders: list[Mark]
+    marks: list[_Mark]
+    borders: list[_Mark]
 
 
 class LossMask:
@@ -36,7 +78,7 @@ class LossMask:
     def __init__(self, template: ChatTemplate, loss_on: str, stops: Iterable[int] = ()):
         self._template, self._loss_on = template, loss_on
         self._turns = TurnBorders(template, stops, self._cannot_mark)
-        self._marked = MarkedTemplate(template) if template.has_marks else None
+        self._marked = _MarkedTemplate(template) if template.has_marks else None
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -80,14 +122,14 @@ class LossMask:
             raise self._cannot_mark(f"marks that change the text: {parting(text, whole.text)}")
         return _Marks(marks, self._borders(whole.text))
 
-    def _borders(self, text: str) -> list[Mark]:
+    def _borders(self, text: str) -> list[_Mark]:
         """The characters of each token. Tokens lie end to end: spaces before a token belong to it, and each token of a
         character that is several tokens has all of it."""
         encoded = self._template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        borders: list[Mark] = []
+        borders: list[_Mark] = []
         reached = 0
         for first, last in encoded["offset_mapping"]:
-            borders.append(Mark(min(first, reached), max(last, reached)))
+            borders.append(_Mark(min(first, reached), max(last, reached)))
             reached = borders[-1].last
         return borders
 
@@ -98,7 +140,7 @@ class LossMask:
             if start < stop:
                 yield Span(start, self._with_end(stop, proven.stop, whole.ids))
 
-    def _tokens_of(self, mark: Mark, among: Span, whole: Rendered, marks: _Marks, opening: str = "") -> Span:
+    def _tokens_of(self, mark: _Mark, among: Span, whole: Rendered, marks: _Marks, opening: str = "") -> Span:
         """The tokens of a mark. A token that also holds unmarked text rejects the row, unless that is space which the
         assistant writes."""
         inside = [
@@ -137,18 +179,18 @@ class LossMask:
             ends = (index + 1 for index in range(start, stop) if whole.ids[index] in self.end_token_ids)
             yield Span(start, self._with_end(next(ends, stop), len(whole.ids), whole.ids))
 
-    def _owned(self, chat: Conversation, text: str, marks: list[Mark]) -> Iterator[tuple[int, Mark]]:
+    def _owned(self, chat: Conversation, text: str, marks: list[_Mark]) -> Iterator[tuple[int, _Mark]]:
         """Each mark with its turn, without what the prompt already holds.
 
         Marks belong to turns in their order. Each must be text of its turn as the template renders it before the later
         messages are there, so that it holds no word of them.
         """
         owners = iter(_assistant_turns(chat))
-        owner, reached = -1, 0
-        own, openings = "", ("",)
+        owner, reached, own = -1, 0, ""
+        openings: tuple[str, ...] = ()
         for whole_mark in marks:
             while True:
-                mark = without_opening(text, whole_mark, openings)
+                mark = _without_opening(text, whole_mark, openings)
                 place = own.find(text[mark.first : mark.last], reached)
                 if owner >= 0 and place >= 0:
                     break
@@ -184,3 +226,21 @@ class LossMask:
 
 def _assistant_turns(chat: Conversation) -> list[int]:
     return [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+
+
+def _without_opening(text: str, mark: _Mark, openings: Sequence[str]) -> _Mark:
+    """A mark without the part of it that the generation prompt already holds.
+
+    `openings`: what the prompt may add to the history, longest first.
+    """
+    for opening in filter(None, openings):
+        for start in range(mark.first, max(-1, mark.first - len(opening)), -1):
+            if text.startswith(opening, start) and start + len(opening) > mark.first:
+                return _Mark(min(mark.last, start + len(opening)), mark.last)
+    return mark
+
+
+def _visible_tag(tag: re.Match[str]) -> str:
+    """A block that writes the private character of a tag, and removes the same white space beside it."""
+    before, is_end, after = tag.groups()
+    return f"{{%{before} if true %}}{_CLOSE if is_end else _OPEN}{{% endif {after}%}}"
