@@ -81,12 +81,12 @@ class TurnBorders:
         prompt = self.rendered(chat.messages[:turn], chat, prompted=True)
         alone = whole if turn + 1 == len(chat.messages) else self.rendered(chat.messages[: turn + 1], chat)
         for start in self._starts(chat, turn, prompt, whole):
-            if whole.ids[start : start + len(self._opening)] == self._opening:
-                start += len(self._opening)  # some prompts after a tool's result leave it out
-            for first in self._with_and_without_thinking(start, whole.ids):
+            is_shown = prompt.ids == whole.ids[:start]
+            opened = self._after_opening(start, whole.ids[: len(alone.ids)], skip_space=not is_shown)
+            for first in self._with_and_without_thinking(opened, whole.ids):
                 stop = self._stop(chat.messages[turn], turn, first, prompt, alone, whole)
                 if stop is not None:
-                    if prompt.ids != whole.ids[: len(prompt.ids)]:
+                    if not is_shown:
                         self._require_own_text(chat.messages[turn], turn, whole.ids[first:stop])
                     return Span(first, stop)
         found = f"message {turn}, an assistant's, is rewritten once more messages follow"
@@ -110,8 +110,8 @@ class TurnBorders:
         is_split = shared >= begin - 1 and self._is_one_token_split(prompt.ids[shared:], whole.ids[shared:])
         if is_split or whole.text.startswith(prompt.text):
             raise _crossed(turn)
-        if shared >= begin:
-            # All of the history is there, and the prompt's last words are not: <think>\n, which history does not keep.
+        # All of the history may be there, and the prompt's last words not: <think>\n, which history does not keep.
+        if shared > begin or (shared == begin and self._after_opening(shared, whole.ids, skip_space=True) > shared):
             yield shared
             return
         start = self._start_without_thinking(prompt.text, history.text, whole.text)
@@ -142,6 +142,15 @@ class TurnBorders:
             if start and whole.startswith(start, end):
                 return end + len(start)
         return None
+
+    def _after_opening(self, start: int, ids: list[int], *, skip_space: bool) -> int:
+        """`start`, or the index after an opening there, which prompts after a tool's result or an answer may lack."""
+        for index in range(start, len(ids)) if self._opening else ():
+            if ids[index : index + len(self._opening)] == self._opening:
+                return index + len(self._opening)
+            if not skip_space or self.decoded(ids[index : index + 1]).strip():
+                break
+        return start
 
     def _with_and_without_thinking(self, start: int, ids: list[int]) -> Iterator[int]:
         """`start`, and the index after the empty thinking that a template leaves in earlier turns."""
@@ -184,13 +193,24 @@ class TurnBorders:
         # The template changes the turn once more messages follow: it takes out thinking, or writes another end. What is
         # left must be the end of the turn as it is without those messages, so it holds no word of them.
         begin, ends = common(prompt.ids, alone.ids), frozenset(self.end_token_ids)
-        own = alone.ids[begin : next((i for i in range(begin, len(alone.ids)) if alone.ids[i] in ends), None)]
-        for index in range(start, min(len(ids), start + len(own) + 1)):
-            length = index - start
-            is_own = ids[start:index] == own[len(own) - length :] and (length or not own)
-            if is_own and (ids[index] in ends or ids[index] in self._after_answers[0][:1]):
-                return index + (ids[index] in ends)
+        for own in self._own_tokens(begin, alone.ids):
+            for index in range(start, min(len(ids), start + len(own) + 1)):
+                length = index - start
+                is_own = ids[start:index] == own[len(own) - length :] and (length or not own)
+                if is_own and (ids[index] in ends or ids[index] in self._after_answers[0][:1]):
+                    return index + (ids[index] in ends)
+                if ids[index] in ends:
+                    break
         return None
+
+    def _own_tokens(self, begin: int, ids: list[int]) -> Iterator[list[int]]:
+        """The tokens of the last turn of a chat without its end: to the first end token after `begin`, or to one that
+        no text follows, for chats that differ from their prompt before that turn."""
+        ends = [index for index in range(begin, len(ids)) if ids[index] in self.end_token_ids]
+        yield ids[begin : ends[0] if ends else None]
+        for end in ends[1:]:
+            if not self.decoded([id_ for id_ in ids[end:] if id_ not in self._special]).strip():
+                yield ids[begin:end]
 
     def _stop_in_prefix(self, message: dict[str, Any], turn: int, start: int, length: int, ids: list[int]) -> int:
         """`length`: number of tokens up to the end of the turn."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from coldstill.pipeline.errors import TemplateCannotMark
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.teachers.protocol import TokenSequence
 
@@ -71,3 +74,56 @@ def test_the_page_of_chat_templates_is_up_to_date_and_no_cell_is_wrong() -> None
 @pytest.mark.skipif(not real.folders(), reason=f"{real.VARIABLE} names no folder with tokenizers")
 def test_the_pages_part_over_real_tokenizers_is_up_to_date() -> None:
     assert table.PAGE.read_text(encoding="utf-8").endswith(table.real_part())
+
+
+def test_the_opening_between_two_answers_in_a_row_is_no_target() -> None:
+    """OLMo's prompt after an answer lacks the line end that the whole chat has there."""
+    family = next(family for family in FAMILIES if family.name == "OLMo 2")
+    maker = maker_of(family)
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "one"},
+        {"role": "assistant", "content": "two"},
+    ]
+    made = maker.make(SourceRow(0, {"messages": messages}))
+    assert isinstance(made, TokenSequence)
+    runs = [maker.tokenizer.decode(made.token_ids[start + 1 : stop + 1]) for start, stop in made.target_spans]
+    assert runs == ["one<|endoftext|>", "two<|endoftext|>"]
+
+
+_STRANGE = (
+    "",
+    "yes",
+    " yes",
+    "yes ",
+    "\nyes",
+    "yes\n",
+    "<think>",
+    "</think>",
+    "<think>x</think> yes",
+    "<|im_end|>",
+    "</s>",
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=_IDS)
+def test_no_run_of_targets_continues_after_an_end_token(family: Family) -> None:
+    """Equal texts of user and assistant, empty ones, marks of the template as text: right, or refused by name."""
+    maker, rng = maker_of(family), random.Random(7)
+    ends = set(maker.end_token_ids or ())
+    for _ in range(40):
+        roles = ["user", "assistant"] * rng.randint(1, 3)
+        messages = [
+            {"role": role, "content": rng.choice(_STRANGE[1:] if role == "user" else _STRANGE)} for role in roles
+        ]
+        try:
+            made = maker.make(SourceRow(0, {"messages": messages}))
+        except TemplateCannotMark:
+            continue
+        if not isinstance(made, TokenSequence):
+            assert made.reason in ("cannot_mark", "template_drops", "template_failed")
+            continue
+        assert len(made.target_spans) <= len(roles) // 2
+        for start, stop in made.target_spans:
+            run = made.token_ids[start + 1 : stop + 1].tolist()
+            assert not ends.intersection(run[:-1])
