@@ -14,9 +14,9 @@ import pyarrow as pa
 from cachetools import LRUCache
 
 from .codec import RowCodec
-from .errors import CommitDamaged, ShardDamaged
+from .errors import CommitDamaged, FileDamaged, ShardDamaged
 from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes
-from .header import HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
+from .header import FORMAT_VERSION, HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
 from .manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
 from .parquet import MAX_TABLE_BYTES
 from .rows import CachedRow
@@ -52,7 +52,6 @@ class Dataset:
                 f"{store.url}/{MANIFEST_NAME}: format_version",
                 found=self.manifest.format_version,
                 wanted=f"{self.header.format_version}, as in {HEADER_NAME}",
-                fix="if `coldstill upgrade` was interrupted, re-run it",
             )
         self.codec = RowCodec(self.header)
         self._first_rows = [0, *itertools.accumulate(shard.rows for shard in self.manifest.shards)]
@@ -149,5 +148,11 @@ class Dataset:
     def _header_bytes(self) -> bytes:
         for file in self.manifest.files:
             if file.name == HEADER_NAME:
-                return self.read_file(file, at_most=MAX_HEADER_BYTES)
+                try:
+                    return self.read_file(file, at_most=MAX_HEADER_BYTES)
+                except FileDamaged as damage:
+                    if self.manifest.format_version < FORMAT_VERSION:
+                        fix = f"re-run `coldstill upgrade` if it was interrupted; otherwise {damage.fix}"
+                        damage = FileDamaged(damage.what, found=damage.found, wanted=damage.wanted, fix=fix)
+                    raise damage from None
         raise CommitDamaged(f"{self.store.url}/{MANIFEST_NAME}: files", found=f"no {HEADER_NAME}", wanted="the header")

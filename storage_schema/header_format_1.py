@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import InvalidHeader
 
-_FIELDS = (
+FIELDS = (
     "format_version",
     "teacher",
     "tokenizer_fingerprint",
@@ -42,7 +42,7 @@ def format_1_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of format 1 among the JSON `fields` of a header; the license is `licence`."""
     teacher = {name: fields["teacher"][name] for name in TEACHER_FIELDS}
     found = {**fields, "teacher": teacher, "licence": fields["about"].get("license")}
-    return {name: found[name] for name in _FIELDS}
+    return {name: found[name] for name in FIELDS}
 
 
 def from_format_1(data: bytes, *, where: str) -> bytes:
@@ -52,7 +52,7 @@ def from_format_1(data: bytes, *, where: str) -> bytes:
     """
     fields: dict[str, Any] = json.loads(data)
     teacher = fields.get("teacher")
-    unknown = [name for name in fields if name not in _FIELDS]
+    unknown = [name for name in fields if name not in FIELDS]
     if isinstance(teacher, dict):
         unknown += [f"teacher.{name}" for name in teacher if name not in TEACHER_FIELDS]
     if unknown:

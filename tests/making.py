@@ -113,6 +113,12 @@ def random_row(
     )
 
 
+def random_rows(count: int, *, seed: int = 0) -> list[CachedRow]:
+    """Random rows, `row-0` and so on."""
+    rng = np.random.default_rng(seed)
+    return [random_row(rng, f"row-{number}") for number in range(count)]
+
+
 def tiny_tokenizer(folder: Path, *, vocabulary: int = VOCABULARY) -> Path:
     """A byte-level `tokenizer.json` with `vocabulary` ids, loadable by transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -10,12 +10,12 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME
-from coldstill.storage_schema.header import FORMAT_VERSION, HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.header import FORMAT_VERSION, HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, Manifest, read_manifest
 from coldstill.storage_schema.shard import ShardFile
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
-from coldstill.storage_schema.verified_files import file_record, read_file
+from coldstill.storage_schema.verified_files import file_record, read_file, require_size
 
 
 def upgrade(root: str | Path) -> Dataset:
@@ -60,17 +60,14 @@ def _old_header(store: Store, manifest: Manifest) -> DatasetHeader:
     where = f"{store.url}/{HEADER_NAME}"
     try:
         return DatasetHeader.from_bytes(read_file(store, record), where=where)
-    except FileDamaged as damage:
-        for shard in manifest.shards[:1]:
-            copy = _footer_header(store, shard.file.name)
-            if copy is not None and file_record(HEADER_NAME, copy.to_bytes()) == record:
-                return copy
-        raise damage
-
-
-def _footer_header(store: Store, name: str) -> DatasetHeader | None:
-    try:
-        source = pa.PythonFile(store.open(name), mode="r")
-        return ShardFile(source, size=store.size(name), codec=None, where=name).header
-    except (ColdstillError, FileNotFoundError):
-        return None
+    except FileDamaged:
+        try:
+            replaced = DatasetHeader.from_bytes(store.read(HEADER_NAME, at_most=MAX_HEADER_BYTES), where=where)
+            first = manifest.shards[0].file
+            source = pa.PythonFile(store.open(first.name), mode="r")
+            copy = ShardFile(source, size=require_size(store, first), codec=None, where=first.name).header
+        except (ColdstillError, FileNotFoundError, IndexError):
+            copy = None
+        if copy is None or replaced.format_version == copy.format_version or not replaced.stands_for(copy):
+            raise
+        return copy

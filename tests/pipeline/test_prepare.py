@@ -19,9 +19,12 @@ from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.sources.staging import remove_staging
 from coldstill.pipeline.teachers.checkpoint import dtype_of, head_dtype_of, quantization_of
 from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch
+from coldstill.storage_schema.header import HEADER_NAME, About
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.store import Store
+from coldstill.tools.verify import verify
 from tests import making
 from tests.pipeline.capturing import capture_config, do_units
 
@@ -188,3 +191,19 @@ def test_one_row_that_cannot_be_marked_is_a_reject_wherever_it_is(tmp_path: Path
     prepare(config)
     made = list(SequenceMaker.of(config).sequences(open_source(config.source).rows()))
     assert [made[0].reason, *map(type, made[1:])] == ["template_cannot_mark", *[TokenSequence] * 4]  # type: ignore[union-attr]
+
+
+def test_a_capture_that_was_begun_in_format_1_ends_in_format_1(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, license="MIT")
+    begun = prepare(config)
+    old = begun.header.model_copy(update={"format_version": 1, "about": About(license="MIT")})
+    begun.store.put(HEADER_NAME, old.to_bytes())
+
+    assert prepare(config).header == old
+    do_units(config)
+    assert seal(Store(config.output)).format_version == 1
+
+    dataset = open_dataset(config.output)
+    assert dataset.header == old
+    assert len(dataset.faithfulness_sample()) > 0
+    assert verify(config.output, deep=True, progress=False) == []

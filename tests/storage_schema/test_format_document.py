@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import zstandard
@@ -19,6 +20,7 @@ from coldstill.storage_schema.header import (
     Codec,
     DatasetHeader,
 )
+from coldstill.storage_schema.header_format_1 import FIELDS
 from coldstill.storage_schema.rows import TeacherTargets
 from coldstill.storage_schema.shard import MAX_SHARD_BYTES, SCHEMA
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES
@@ -67,6 +69,14 @@ def test_the_frame_of_the_example_reads_as_described(tokenizer_folder: Path) -> 
 
 def test_every_column_is_in_the_document() -> None:
     assert [name for name in SCHEMA.names if f"`{name}`" not in DOCUMENT] == []
+
+
+def test_every_field_of_format_2_and_each_of_its_values_are_in_the_document() -> None:
+    names = set(DatasetHeader.model_fields) - set(FIELDS) | {"about", "adapter", "engine_args", "license", "licence"}
+    values = [get_args(DatasetHeader.model_fields[name].annotation) for name in names & set(DatasetHeader.model_fields)]
+    names |= {value for choices in values for value in choices if isinstance(value, str)}
+    assert {"draw_method", "systematic", "top_k_and_named"} <= names
+    assert [name for name in sorted(names) if f"`{name}`" not in DOCUMENT] == []
 
 
 def test_the_bounds_are_the_code_s() -> None:
