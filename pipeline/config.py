@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,9 @@ from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
 
 ENGINES = ("vllm", "transformers", "endpoint")
 """Built-in engines; others are the user's classes, named as `module:name`."""
+
+Part = Literal["system", "developer", "text_beside_calls", "reasoning", "tool_calls", "tool_results", "tools"]
+"""Parts of a chat that a chat template may leave out, if the settings accept it; never the text of a turn."""
 
 
 class SourceConfig(FrozenModel):
@@ -52,6 +56,16 @@ class SourceConfig(FrozenModel):
     )
     template_arguments: dict[str, Any] = Field(
         default_factory=dict, description="Extra variables for the chat template, such as enable_thinking."
+    )
+    template_date: date | None = Field(
+        default=None,
+        description="Date for a chat template that asks for today's, such as 2026-11-28; by default the day on which "
+        "the capture was started.",
+    )
+    may_drop: tuple[Part, ...] = Field(
+        default=(),
+        description="Parts of a chat that the chat template may leave out, of system, developer, text_beside_calls, "
+        "reasoning, tool_calls, tool_results and tools. A row that loses another part is rejected.",
     )
     over_long: Literal["reject", "cut", "split"] = Field(
         default="reject",

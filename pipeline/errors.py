@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from coldstill.common.errors import ColdstillError
 
 
@@ -27,6 +29,14 @@ class SourceAdapterFailed(ColdstillError):
 
 class TemplateCannotMark(ColdstillError):
     """The chat template is missing, or does not show which tokens are the assistant's."""
+
+
+class TemplateDrops(ColdstillError):
+    """The chat template leaves out the same part of each of the first chats."""
+
+
+class AllRowsRejected(ColdstillError):
+    """No row of the source, or none of its first rows, is usable."""
 
 
 class TeacherUnusable(ColdstillError):
@@ -71,3 +81,21 @@ class EndpointFailed(ColdstillError):
 
 class EndpointRefused(EndpointFailed):
     """The teacher's server rejects a request, and would reject it again."""
+
+
+_COLUMNS = "the columns of messages, prompt and response, or text"
+_MAX_COLUMNS = 20
+
+
+def all_rejected(
+    reasons: Mapping[str, int], *, what: str, example: str, columns: Sequence[str] | Mapping[str, object] | None = None
+) -> AllRowsRejected:
+    """The error for rows of which each is rejected: `reasons` counted, one `example`, and their `columns` if known."""
+    counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    found = f"all are rejected ({counted}), such as {example}"
+    fix = "correct the rows, or the settings that select and render them"
+    if "no_messages" in reasons or "no_text" in reasons:
+        listed = ", ".join([*(columns or ())][:_MAX_COLUMNS]) or "none"
+        found += f"\n          columns found: {listed}"
+        fix = "name the column in source.messages, or in source.prompt and source.response, or in source.text"
+    return AllRowsRejected(what, found=found, wanted="at least one usable row", fix=fix)

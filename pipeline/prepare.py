@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
 
 from .config import CaptureConfig, TeacherConfig
-from .sources.sequence_maker import SequenceMaker
+from .sources.sequence_maker import SequenceMaker, template_date_of
 from .sources.source import Source, open_source
 from .sources.staging import remove_staging
 from .teachers.checkpoint import (
@@ -72,7 +73,7 @@ def prepare(
     if not store.exists(HEADER_NAME):
         ranks = tuple(rank_ids(header, units[0])) if rank_ids and units else ()
         store.create(HEADER_NAME, header.model_copy(update={"id_ranks": ranks}).to_bytes())
-    stored = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
+    stored = _stored_header(store)
     if planned is not None and stored.source_sha256 != header.source_sha256 and not was_surveyed:
         remove_staging(store)  # it was made just now, from another source than the plan's
     stored.require_equal(
@@ -115,9 +116,19 @@ def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Sou
     Raises the errors of sources, templates and tokenizers.
     """
     source = open_source(config.source, store)
-    maker = SequenceMaker.of(config)
-    maker.check(source.head(_CHECKED_ROWS))
+    is_started = store is not None and store.exists(HEADER_NAME)
+    today = template_date_of(_stored_header(store)) if store is not None and is_started else date.today()
+    maker = SequenceMaker.of(config, today=today)
+    rows = source.head(_CHECKED_ROWS)
+    if is_started:
+        maker.check(rows)  # if no row is usable now, then a setting has changed, which the header shows
+    else:
+        maker.require_usable(rows)
     return source, maker
+
+
+def _stored_header(store: Store) -> DatasetHeader:
+    return DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
 
 
 def make_header(
@@ -148,7 +159,19 @@ def make_header(
         over_long=maker.over_long,
         rows_per_unit=config.rows_per_unit,
         source_sha256=source_sha256,
-        about=About(license=config.license, tokenizer_pipeline_sha256=facts.pipeline_sha256),
+        about=_about(config, maker, facts),
+    )
+
+
+def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -> About:
+    source = config.source.model_dump(mode="json")
+    return About(
+        license=config.license,
+        template_arguments=source["template_arguments"] if maker.template_sha256 else None,
+        template_date=str(maker.template_date) if maker.template_date else None,
+        source_adapter=source["adapter"],
+        end_token_ids=maker.end_token_ids,
+        tokenizer_pipeline_sha256=facts.pipeline_sha256,
     )
 
 

@@ -16,6 +16,8 @@ class RejectReason(StrEnum):
         member._value_, member.sentence = value, sentence
         return member
 
+    NOT_UTF8 = "not_utf8", "The line is not UTF-8."
+    LONE_SURROGATE = "lone_surrogate", "A \\u escape of the line is half of a surrogate pair, which is not text."
     NOT_JSON = "not_json", "The line is not a JSON object."
     ADAPTER_DROPPED = "adapter_dropped", "The function source.adapter returned nothing for the row."
     NO_MESSAGES = "no_messages", "The columns for messages, prompt and text are empty."
@@ -25,6 +27,10 @@ class RejectReason(StrEnum):
     NO_PROMPT = "no_prompt", "Nothing precedes the assistant's answer."
     NO_RESPONSE = "no_response", "The prompt has no response."
     TEMPLATE_FAILED = "template_failed", "The chat template raised an exception for the row."
+    TEMPLATE_DROPS = (
+        "template_drops",
+        "The chat template leaves out a part of the chat that source.may_drop does not list.",
+    )
     TEMPLATE_CANNOT_MARK = "template_cannot_mark", "The chat template rewrites an assistant turn of this chat."
     CANNOT_MARK = "cannot_mark", "A token spans the border between an assistant turn and the text before it."
     METADATA_TOO_LARGE = "metadata_too_large", "The columns besides the text are larger than a shard may store."

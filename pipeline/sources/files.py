@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.errors import SourceChanged, SourceNotFound, SourceUnreadable
+from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.storage_schema.errors import named_errors
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.shard.layout import MAX_METADATA_DEPTH, is_too_deep
@@ -29,14 +30,15 @@ _STAMPS = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
 class SourceRow(NamedTuple):
     """Row number `number` of the source.
 
-    `columns` are None if the text of the row is not a JSON object; `problem` says why. `is_dropped`: the user's adapter
-    returned nothing for the row, whose columns are those before the adapter.
+    `columns` are None if the text of the row is not a JSON object; `problem` and `reason` say why. `is_dropped`: the
+    user's adapter returned nothing for the row, whose columns are those before the adapter.
     """
 
     number: int
     columns: dict[str, Any] | None
     problem: str = ""
     is_dropped: bool = False
+    reason: RejectReason = RejectReason.NOT_JSON
 
 
 class SourceFile(FrozenModel):
@@ -105,17 +107,24 @@ class Stream(ABC):
 
 
 def parse_row(number: int, text: bytes) -> SourceRow:
-    """The row of a JSON text, or a row with a problem."""
+    """The row of a JSON text in UTF-8, or a row with a problem."""
     if is_too_deep(text):
         return SourceRow(number, None, f"not JSON: nested deeper than {MAX_METADATA_DEPTH:,} levels")
     try:
-        columns = json.loads(text)
-        if b"\\u" in text:
-            json.dumps(columns, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON, but not text
+        # json.loads would guess the encoding of bytes, and read a line of UTF-16 as other text.
+        columns = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return SourceRow(number, None, f"not UTF-8: {error}", reason=RejectReason.NOT_UTF8)
     except (ValueError, RecursionError) as error:
         return SourceRow(number, None, f"not JSON: {error}")
     if not isinstance(columns, dict):
         return SourceRow(number, None, f"not a JSON object but {type(columns).__name__}")
+    if b"\\u" in text:
+        try:
+            json.dumps(columns, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON, but not text
+        except UnicodeEncodeError as error:
+            problem = f"surrogates are not text: half of a pair, \\u{ord(error.object[error.start]):04x}"
+            return SourceRow(number, None, problem, reason=RejectReason.LONE_SURROGATE)
     return SourceRow(number, columns)
 
 

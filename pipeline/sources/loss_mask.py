@@ -1,26 +1,89 @@
 """Loss mask of a chat: which of its token ids are the assistant's.
 
-If the template marks the assistant's tokens ({% generation %}), one call gives ids and mask. Otherwise the mask is
-derived and verified token by token: the ids that the teacher would be shown before an assistant turn must be a prefix
-of the ids of the whole chat.
+`turn_borders.py` proves the tokens of each turn that the teacher would write. Marks in the template ({% generation %})
+select among them, and stand in for the proof where the template rewrites what precedes a turn.
+
+transformers' own masks of marked templates lose tokens where a mark ends in token 0, in white space, or inside a
+character of several tokens. Here the marks are characters in the rendered text, put there by the template itself.
 
 Shape letters: `T` tokens. Token ids and loss masks are lists of length T.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
 from coldstill.pipeline.errors import TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
 
 from .chat_template import ChatTemplate
 from .conversation import Conversation, RowUnusable
+from .turn_borders import Rendered, Span, TurnBorders, common, excerpt, parting
+
+_OPEN, _CLOSE = "\U000f1de0", "\U000f1de1"
+"""Private characters that stand for the two tags in the rendered text."""
+_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+
+class _Mark(NamedTuple):
+    """Characters `[first, last)` of a rendered chat."""
+
+    first: int
+    last: int
+
+
+class _MarkedTemplate:
+    """A template with {% generation %} marks around the assistant's text."""
+
+    def __init__(self, template: ChatTemplate):
+        # Whether a tag removes the spaces and the line end beside it depends on its kind: these are block tags as well.
+        self._template = template.changed(text=_TAG.sub(_visible_tag, template.text or ""))
+
+    def render(self, chat: Conversation) -> tuple[str, list[_Mark]]:
+        """The text of a chat, and its marks in their order; empty ones are left out.
+
+        Raises `TemplateCannotMark` for marks that are not closed, and `RowUnusable` as `ChatTemplate.render`.
+        """
+        parts = re.split(f"([{_OPEN}{_CLOSE}])", self._template.render(chat.messages, chat))
+        if parts[1::2] != [_OPEN, _CLOSE] * (len(parts) // 4):
+            raise TemplateCannotMark(
+                self._template.name,
+                found="marks inside of marks, or private characters in the text",
+                wanted="{% generation %} and {% endgeneration %} in turn",
+                fix="correct the template that source.chat_template names",
+            )
+        marks, length = [], 0
+        for index, part in enumerate(parts[::2]):
+            if index % 2 and part:
+                marks.append(_Mark(length, length + len(part)))
+            length += len(part)
+        return "".join(parts[::2]), marks
+
+
+class _Marks(NamedTuple):
+    """The marks of a chat, and the characters of each of its tokens."""
+
+    marks: list[_Mark]
+    borders: list[_Mark]
 
 
 class LossMask:
-    """Marks the target tokens of chats that one template renders."""
+    """Marks the target tokens of chats that one template renders.
 
-    def __init__(self, template: ChatTemplate, loss_on: str):
+    `stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence.
+    """
+
+    def __init__(self, template: ChatTemplate, loss_on: str, stops: Iterable[int] = ()):
         self._template, self._loss_on = template, loss_on
+        self._turns = TurnBorders(template, stops, self._cannot_mark)
+        self._marked = _MarkedTemplate(template) if template.has_marks else None
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an assistant turn; the first of them is a turn's last target."""
+        return self._turns.end_token_ids
 
     def ids_and_loss_mask(self, chat: Conversation) -> tuple[list[int], list[bool]]:
         """Token ids of a whole chat, and which of them are target tokens.
@@ -28,78 +91,156 @@ class LossMask:
         Raises `TemplateCannotMark` if the template does not determine the mask, `RowUnusable` if it does but this row
         cannot be masked.
         """
+        whole = self._turns.rendered(chat.messages, chat)
         if self._loss_on == "all":
-            token_ids = self._template.ids(chat.messages, chat)
-            return token_ids, [True] * len(token_ids)
-        if not self._template.has_marks:
-            token_ids = self._template.ids(chat.messages, chat)
-            return token_ids, self._derived_mask(chat, token_ids)
-        encoded = self._template.apply(
-            chat.messages, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        loss_mask = [bool(bit) for bit in encoded["assistant_masks"]]
-        return list(encoded["input_ids"]), _last_run(loss_mask) if self._loss_on == "last_turn" else loss_mask
+            return whole.ids, [True] * len(whole.ids)
+        loss_mask = [False] * len(whole.ids)
+        for start, stop in self._spans(chat, whole):
+            loss_mask[start:stop] = [True] * (stop - start)
+        return whole.ids, loss_mask
 
-    def _derived_mask(self, chat: Conversation, token_ids: list[int]) -> list[bool]:
-        turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        if self._loss_on == "last_turn":
-            turns = turns[-1:]
-        loss_mask = [False] * len(token_ids)
-        for turn in turns:
-            shown = self._template.ids(chat.messages[:turn], chat, prompted=True)
-            self._require_prefix(chat, turn, shown, token_ids)
-            stop = self._end_of(chat, turn, len(shown), token_ids)
-            loss_mask[len(shown) : stop] = [True] * (stop - len(shown))
-        return loss_mask
+    def _spans(self, chat: Conversation, whole: Rendered) -> Iterator[Span]:
+        turns = _assistant_turns(chat)
+        marks = self._marks(chat, whole)
+        for turn in turns[-1:] if self._loss_on == "last_turn" else turns:
+            if not chat.is_learned(turn):
+                continue
+            try:
+                span = self._turns.span(chat, turn, whole)
+            except TemplateCannotMark as error:
+                if marks is None:
+                    raise
+                yield from self._marked_spans(chat, turn, whole, marks, error)
+            else:
+                yield from [span] if marks is None else self._selected(span, whole, marks)
 
-    def _require_prefix(self, chat: Conversation, turn: int, shown: list[int], token_ids: list[int]) -> None:
-        """The ids that the teacher is shown before a turn must be a prefix of the whole chat's."""
-        if shown == token_ids[: len(shown)]:
-            return
-        before, whole = (
-            self._template.render(chat.messages[:turn], chat, prompted=True),
-            self._template.render(chat.messages, chat),
-        )
-        if whole.startswith(before):
-            detail = f"a token crosses the border between message {turn} and what precedes it"
+    def _marks(self, chat: Conversation, whole: Rendered) -> _Marks | None:
+        if self._marked is None:
+            return None
+        text, marks = self._marked.render(chat)
+        if text != whole.text:
+            raise self._cannot_mark(f"marks that change the text: {parting(text, whole.text)}")
+        return _Marks(marks, self._borders(whole.text))
+
+    def _borders(self, text: str) -> list[_Mark]:
+        """The characters of each token. Tokens lie end to end: spaces before a token belong to it, and each token of a
+        character that is several tokens has all of it."""
+        encoded = self._template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        borders: list[_Mark] = []
+        reached = 0
+        for first, last in encoded["offset_mapping"]:
+            borders.append(_Mark(min(first, reached), max(last, reached)))
+            reached = borders[-1].last
+        return borders
+
+    def _selected(self, proven: Span, whole: Rendered, marks: _Marks) -> Iterator[Span]:
+        """What the marks select of a proven span, with the end token that follows."""
+        for mark in marks.marks:
+            start, stop = self._tokens_of(mark, proven, whole, marks)
+            if start < stop:
+                yield Span(start, self._with_end(stop, proven.stop, whole.ids))
+
+    def _tokens_of(self, mark: _Mark, among: Span, whole: Rendered, marks: _Marks, opening: str = "") -> Span:
+        """The tokens of a mark. A token that also holds unmarked text rejects the row, unless that is space which the
+        assistant writes."""
+        inside = [
+            index
+            for index in range(among.start, among.stop)
+            if marks.borders[index].first < mark.last and marks.borders[index].last > mark.first
+        ]
+        if not inside:
+            return Span(0, 0)
+        before = whole.text[marks.borders[inside[0]].first : mark.first]
+        after = whole.text[mark.last : marks.borders[inside[-1]].last]
+        if before.strip() or after.strip() or (before and opening.endswith(before)):
+            detail = f"a token crosses a mark: it also holds {excerpt(before or after)}"
             raise RowUnusable(RejectReason.CANNOT_MARK, detail)
-        raise self._cannot_mark(f"what precedes message {turn}, an assistant's, is rewritten once more messages follow")
+        return Span(inside[0], inside[-1] + 1)
 
-    def _end_of(self, chat: Conversation, turn: int, start: int, token_ids: list[int]) -> int:
-        """Index after the tokens of a turn that begins at `start`.
+    def _with_end(self, end: int, stop: int, ids: list[int]) -> int:
+        """`end`, or the index after the end token that follows with at most spaces between."""
+        for index in range(end, stop):
+            if ids[index] in self.end_token_ids:
+                return index + 1
+            if self._turns.decoded(ids[index : index + 1]).strip():
+                break
+        return end
 
-        The turn ends with its last end-of-sequence token, at which the teacher stops, or else with its last token.
+    def _marked_spans(
+        self, chat: Conversation, turn: int, whole: Rendered, marks: _Marks, error: TemplateCannotMark
+    ) -> Iterator[Span]:
+        """Marked tokens of a turn that has no proof without marks. Raises `error` if there are none."""
+        owned = [mark for owner, mark in self._owned(chat, whole.text, marks.marks) if owner == turn]
+        if not owned:
+            raise error
+        opening = self._own_text_and_openings(chat, turn)[1][0]
+        for mark in owned:
+            start, stop = self._tokens_of(mark, Span(0, len(whole.ids)), whole, marks, opening)
+            ends = (index + 1 for index in range(start, stop) if whole.ids[index] in self.end_token_ids)
+            yield Span(start, self._with_end(next(ends, stop), len(whole.ids), whole.ids))
+
+    def _owned(self, chat: Conversation, text: str, marks: list[_Mark]) -> Iterator[tuple[int, _Mark]]:
+        """Each mark with its turn, without what the prompt already holds.
+
+        Marks belong to turns in their order. Each must be text of its turn as the template renders it before the later
+        messages are there, so that it holds no word of them.
         """
-        until = self._template.ids(chat.messages[: turn + 1], chat) if turn + 1 < len(chat.messages) else token_ids
-        end = self._template.tokenizer.eos_token_id
-        if until == token_ids[: len(until)]:
-            if len(until) <= start:
-                raise self._cannot_mark(f"message {turn}, an assistant's, adds no token to what precedes it")
-            ends = [index for index in range(start, len(until)) if token_ids[index] == end]
-            return ends[-1] + 1 if ends else len(until)
-        # The template changes the turn once more messages follow; for instance it removes the thinking. The tokens that
-        # are shown now must then be the end of the turn's own content.
-        stop = token_ids.index(end, start) if end in token_ids[start:] else start
-        shown = self._template.tokenizer.decode(token_ids[start:stop], clean_up_tokenization_spaces=False).strip()
-        content = chat.messages[turn]["content"]
-        if shown and isinstance(content, str) and content.strip().endswith(shown):
-            return stop + 1
-        raise self._cannot_mark(f"message {turn}, an assistant's, is rewritten once more messages follow")
+        owners = iter(_assistant_turns(chat))
+        owner, reached, own = -1, 0, ""
+        openings: tuple[str, ...] = ()
+        for whole_mark in marks:
+            while True:
+                mark = _without_opening(text, whole_mark, openings)
+                place = own.find(text[mark.first : mark.last], reached)
+                if owner >= 0 and place >= 0:
+                    break
+                owner, reached = next(owners, -1), 0
+                if owner < 0:
+                    found = f"a mark around {excerpt(text[mark.first : mark.last])}, which no assistant's turn holds"
+                    raise self._cannot_mark(found)
+                own, openings = self._own_text_and_openings(chat, owner)
+            reached = place + mark.last - mark.first
+            if mark.first < mark.last:
+                yield owner, mark
+
+    def _own_text_and_openings(self, chat: Conversation, turn: int) -> tuple[str, tuple[str, ...]]:
+        """What a turn adds to the text before it, and what the prompt adds: as a whole, and without thinking."""
+        prompt = self._turns.rendered(chat.messages[:turn], chat, prompted=True).text
+        history = self._turns.rendered(chat.messages[:turn], chat).text
+        alone = self._turns.rendered(chat.messages[: turn + 1], chat).text
+        begin = common(history, prompt)
+        opening = prompt[begin:]
+        return alone[min(begin, common(history, alone)) :], (opening, opening.partition("<think>")[0])
 
     def _cannot_mark(self, found: str) -> TemplateCannotMark:
+        marks = "correct the marks" if self._template.has_marks else "add {% generation %} marks to a copy"
+        settings = "all" if self._loss_on == "last_turn" else "last_turn or all"
         return TemplateCannotMark(
             self._template.name,
             found=found,
-            wanted=f"marks around the assistant's tokens, because source.loss_on is {self._loss_on}",
-            fix="set source.chat_template to a copy with {% generation %} marks (see examples/), or source.loss_on to "
-            "last_turn or all",
+            wanted=f"a template that shows which tokens are the assistant's, because source.loss_on is {self._loss_on}",
+            fix=f"set source.loss_on to {settings}, or {marks} of the template and set source.chat_template to it; see "
+            "examples/ for {% generation %} marks",
         )
 
 
-def _last_run(loss_mask: list[bool]) -> list[bool]:
-    """The mask with only its last run of target tokens."""
-    stop = len(loss_mask) - loss_mask[::-1].index(True) if True in loss_mask else 0
-    start = stop
-    while start and loss_mask[start - 1]:
-        start -= 1
-    return [start <= index < stop for index in range(len(loss_mask))]
+def _assistant_turns(chat: Conversation) -> list[int]:
+    return [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+
+
+def _without_opening(text: str, mark: _Mark, openings: Sequence[str]) -> _Mark:
+    """A mark without the part of it that the generation prompt already holds.
+
+    `openings`: what the prompt may add to the history, longest first.
+    """
+    for opening in filter(None, openings):
+        for start in range(mark.first, max(-1, mark.first - len(opening)), -1):
+            if text.startswith(opening, start) and start + len(opening) > mark.first:
+                return _Mark(min(mark.last, start + len(opening)), mark.last)
+    return mark
+
+
+def _visible_tag(tag: re.Match[str]) -> str:
+    """A block that writes the private character of a tag, and removes the same white space beside it."""
+    before, is_end, after = tag.groups()
+    return f"{{%{before} if true %}}{_CLOSE if is_end else _OPEN}{{% endif {after}%}}"

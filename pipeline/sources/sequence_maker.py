@@ -8,29 +8,34 @@ where anything is shifted.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from coldstill.pipeline.config import CaptureConfig, SourceConfig
-from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
+from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark, TemplateDrops, all_rejected
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.teachers.checkpoint import load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import end_token_ids, load_tokenizer
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import spans_from_mask
 from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES
 
-from .chat_template import ChatTemplate
-from .conversation import RowUnusable, conversation_of
+from .chat_template import ChatTemplate, Fitted
+from .conversation import Conversation, RowUnusable, conversation_of
 from .files import SourceRow
 from .loss_mask import LossMask
 
 Mode = Literal["score", "generate", "pretrain"]
 OverLong = Literal["reject", "cut", "split"]
 Columns = dict[str, Any]
+_MAX_LOST = 3
+"""Maximum number of dropped parts that a reject names."""
 _ROOM_FOR_ID = 64
 """Bytes that engines and splitting may append to a sample id."""
 
@@ -49,11 +54,15 @@ class SequenceMaker:
         max_length: int,
         mode: Mode = "score",
         documents: Literal["isolate", "concat"] = "isolate",
+        stops: Iterable[int] = (),
+        today: date | None = None,
     ):
+        """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence."""
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
-        self.template = ChatTemplate(tokenizer, source)
-        self._loss_mask = LossMask(self.template, source.loss_on)
+        self.template = ChatTemplate(tokenizer, source, today=today)
+        self._loss_mask = LossMask(self.template, source.loss_on, stops)
         self._mode, self._documents = mode, documents
+        self._layouts: Counter[str] = Counter()
         self._made: Callable[[int, Columns], Iterator[TokenSequence | Reject]] = {
             "score": self._scored,
             "generate": self._prompted,
@@ -68,20 +77,38 @@ class SequenceMaker:
             )
 
     @classmethod
-    def of(cls, config: CaptureConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> SequenceMaker:
-        """The maker of a capture. Raises `TeacherUnusable` for a tokenizer that cannot be loaded."""
+    def of(
+        cls, config: CaptureConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, today: date | None = None
+    ) -> SequenceMaker:
+        """The maker of a capture. Raises `TeacherUnusable` for a tokenizer that cannot be loaded.
+
+        `today`: the date that the dataset's header gives to the chat template.
+        """
+        tokenizer = tokenizer or load_tokenizer(config.teacher)
         return cls(
-            tokenizer or load_tokenizer(config.teacher),
+            tokenizer,
             source=config.source,
             max_length=config.teacher.max_length,
             mode=config.mode,
             documents=config.documents,
+            stops=end_token_ids(config.teacher, tokenizer),
+            today=today,
         )
+
+    @property
+    def template_date(self) -> date | None:
+        """The date that the chat template gets; None if it asks for none, and in mode pretrain."""
+        return None if self._mode == "pretrain" else self.template.date
 
     @property
     def template_sha256(self) -> str | None:
         """Digest of the chat template and its arguments; None in mode pretrain."""
         return None if self._mode == "pretrain" else self.template.sha256
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...] | None:
+        """Tokens that end an answer of the teacher, in every mode and engine; None in mode pretrain."""
+        return None if self._mode == "pretrain" else self._loss_mask.end_token_ids
 
     @property
     def over_long(self) -> OverLong:
@@ -95,8 +122,8 @@ class SequenceMaker:
     def sequences(self, rows: Iterable[SourceRow]) -> Iterator[TokenSequence | Reject]:
         """The sequences and rejects of the rows of one unit, in their order.
 
-        A row that the template cannot mark is a reject here; `check` has already stopped the capture if the template
-        cannot mark the first rows.
+        A row that the template cannot mark is a reject here; `check` has already stopped the capture if it can mark
+        none of the first rows.
         """
         if self._mode == "pretrain" and self._documents == "concat":
             yield from _joined(map(self._document_or_reject, rows), max_length=self.max_length)
@@ -111,14 +138,81 @@ class SequenceMaker:
         """The first sequence of a row, or its reject. Raises `TemplateCannotMark`."""
         return next(self._of_row(row))
 
-    def check(self, rows: Iterable[SourceRow]) -> None:
-        """Make the sequences of the first rows of a source, before anything is started.
+    def check(self, rows: Iterable[SourceRow]) -> list[RowUnusable | None]:
+        """Make the sequences of the first rows of a source, before anything is started. Returns why each is unusable.
 
-        Raises `TemplateCannotMark` if the template is missing or cannot mark the assistant's tokens of a row.
+        Raises `TemplateCannotMark` if the template is missing, or cannot mark the assistant's tokens of a row and no
+        other row has a target either.
         """
+        problems: list[RowUnusable | None] = []
+        unmarked: TemplateCannotMark | None = None
         for row in rows:
-            for _ in self._of_row(row):
-                pass
+            try:
+                problems.append(self._problem(row))
+            except TemplateCannotMark as error:
+                unmarked = unmarked or error
+                problems.append(RowUnusable(RejectReason.TEMPLATE_CANNOT_MARK, str(error.found)))
+        if unmarked and None not in problems:
+            raise unmarked
+        return problems
+
+    def require_usable(self, rows: Sequence[SourceRow]) -> None:
+        """Check the first rows, of which at least one must be usable.
+
+        Raises what `check` raises, `TemplateDrops` if the template leaves out the same parts of each row, and
+        `AllRowsRejected`.
+        """
+        problems = [problem for problem in self.check(rows) if problem]
+        if len(problems) < len(rows) or all(problem.reason == RejectReason.ADAPTER_DROPPED for problem in problems):
+            return  # the user's function may well drop the first rows
+        if lost := frozenset.intersection(*(problem.lost for problem in problems)):
+            raise self._template_drops(lost, problems)
+        raise all_rejected(
+            Counter(problem.reason.value for problem in problems),
+            what=f"the first {len(rows)} rows of the source" if len(rows) > 1 else "the first row of the source",
+            example=f"row {rows[0].number}: {problems[0].detail}",
+            columns=next((row.columns for row in rows if row.columns), None),
+        )
+
+    def _problem(self, row: SourceRow) -> RowUnusable | None:
+        """Why a row gives no sequence, None if it gives one."""
+        try:
+            made = list(self._made(row.number, _columns_of(row)))
+        except RowUnusable as unusable:
+            return unusable
+        if any(isinstance(result, TokenSequence) for result in made):
+            return None
+        first = made[0]
+        assert isinstance(first, Reject)
+        reason = RejectReason(first.reason)
+        return RowUnusable(reason, first.detail)
+
+    def _template_drops(self, lost: frozenset[str], problems: Sequence[RowUnusable]) -> TemplateDrops:
+        kinds = ", ".join(sorted(lost))
+        allowed = sorted((lost | set(self.source.may_drop)) - {"text"})
+        another = "set source.chat_template to a template that renders it"
+        return TemplateDrops(
+            self.template.name,
+            found=f"each of the first {len(problems)} rows loses {kinds}, such as {problems[0].detail}",
+            wanted="all parts of a chat in its rendered text",
+            fix=another
+            if "text" in lost
+            else f"{another}, or accept the loss: source.may_drop: [{', '.join(allowed)}]",
+        )
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """How the columns of the rows were read so far, for rows whose layout was recognized; the most frequent first."""
+        return tuple(name for name, _ in self._layouts.most_common() if name)
+
+    def _whole(self, fitted: Fitted) -> Conversation:
+        """A chat of which the template drops nothing. Raises `RowUnusable`."""
+        if not fitted.lost:
+            return fitted.chat
+        named = "; ".join(part.what for part in fitted.lost[:_MAX_LOST])
+        more = len(fitted.lost) - _MAX_LOST
+        detail = f"{named}; and {more} more" if more > 0 else named
+        raise RowUnusable(RejectReason.TEMPLATE_DROPS, detail, lost=frozenset(part.kind for part in fitted.lost))
 
     def _of_row(self, row: SourceRow) -> Iterator[TokenSequence | Reject]:
         try:
@@ -134,14 +228,21 @@ class SequenceMaker:
             loss_mask = [True] * len(token_ids)
         else:
             used = chat.columns
+            self._layouts[chat.layout] += 1
+            learned = chat.learned_reasoning(last_turn=self.source.loss_on == "last_turn")
+            chat = self._whole(self.template.fitted(chat, learned=learned))
             token_ids, loss_mask = self._loss_mask.ids_and_loss_mask(chat)
         facts = _facts_of(number, columns, id_column=self.source.id, used=used)
         yield from _split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
 
     def _prompted(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         chat = conversation_of(columns, self.source, answered=False)
-        token_ids = self._tokens(columns) if chat is None else self.template.prompt(chat)
-        used = (self.source.text,) if chat is None else chat.columns
+        if chat is None:
+            token_ids, used = self._tokens(columns), (self.source.text,)
+        else:
+            self._layouts[chat.layout] += 1
+            chat = self._whole(self.template.fitted(chat, prompted=True))
+            token_ids, used = self.template.prompt(chat), chat.columns
         facts = _facts_of(number, columns, id_column=self.source.id, used=used)
         yield _prompt(facts, token_ids, max_length=self.max_length)
 
@@ -200,9 +301,16 @@ class _Document(NamedTuple):
     token_ids: list[int]
 
 
+def template_date_of(header: DatasetHeader) -> date | None:
+    """The date that a dataset's chat template gets. Datasets of format 1 have none: their templates read the clock."""
+    stored = header.about.template_date
+    return date.fromisoformat(stored) if stored else None
+
+
 def _columns_of(row: SourceRow) -> Columns:
     if row.columns is None:
-        raise RowUnusable(RejectReason.NOT_JSON, row.problem)
+        reason = row.reason
+        raise RowUnusable(reason, row.problem)
     if row.is_dropped:
         raise RowUnusable(RejectReason.ADAPTER_DROPPED, "source.adapter returned nothing for the row")
     return row.columns

@@ -71,6 +71,8 @@ class Source:
         self._index = read_index(store) if store is not None else None
         if self._index is None:
             _ = self._origin  # raises the errors of a missing source before anything else starts
+        else:
+            _require_settings(config, self._index)
 
     @property
     def is_surveyed(self) -> bool:

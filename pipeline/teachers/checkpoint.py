@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,25 @@ def _file(config: TeacherConfig, name: str) -> Path | None:
 
 def _trusts_code(config: TeacherConfig) -> bool:
     return bool(config.engine_args.get("trust_remote_code", False))
+
+
+def end_token_ids(config: TeacherConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end the teacher's answers, in ascending order: those of its generation config, and the tokenizer's end
+    of sequence.
+
+    Without a generation config they are those of `config.json`, if they are special tokens: many a class of
+    transformers has a default that belongs to another tokenizer.
+    """
+    ids: object = None
+    try:
+        ids = transformers.GenerationConfig.from_pretrained(config.model, revision=config.revision).eos_token_id
+    except (ValueError, OSError):
+        with suppress(ValueError, OSError):
+            stored = transformers.AutoConfig.from_pretrained(config.model, revision=config.revision)
+            special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+            ids = [id_ for id_ in _listed(stored.get_text_config().eos_token_id) if id_ in special]
+    found = {*_listed(ids), *_listed(tokenizer.eos_token_id)}
+    return tuple(sorted(id_ for id_ in found if 0 <= id_ < len(tokenizer)))
 
 
 def tokenizer_files(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -217,6 +237,11 @@ def check_weights(score: Score, header: DatasetHeader, *, model: str) -> None:
     """Score a few short sequences. Raises `TeacherUnusable` for weights that give NaN or infinite logits, which would
     otherwise show as rejected rows."""
     require_finite(score, (random_sequences(_PROBE_LENGTHS, header, seed=seed) for seed in range(TRIES)), model=model)
+
+
+def _listed(ids: object) -> list[int]:
+    """`eos_token_id` of any configuration as a list: it may be one id, several, or None."""
+    return [int(id_) for id_ in (ids if isinstance(ids, list | tuple) else [ids]) if isinstance(id_, int)]
 
 
 def _cannot_load(teacher: TeacherConfig, what: str, error: Exception) -> ColdstillError:

@@ -45,16 +45,19 @@ def score_fields(top_k: int) -> dict[str, Any]:
     return {"prompt_logprobs": top_k, "max_tokens": 1, "temperature": 0}
 
 
-def answer_fields(top_k: int, *, sampling: SamplingConfig, room: int, seed: int) -> dict[str, Any]:
+def answer_fields(header: DatasetHeader, *, sampling: SamplingConfig, room: int, seed: int) -> dict[str, Any]:
     """Fields of a request for an answer of at most `room` tokens, with log-probs by token id."""
+    ends = header.about.end_token_ids
     return {
         "max_tokens": room,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": seed,
         "stop": [text for text in sampling.stop if text],
+        # The header's end tokens in place of the server's own; headers of earlier releases have none.
+        **({"stop_token_ids": list(ends), "ignore_eos": True} if ends else {}),
         "skip_special_tokens": False,  # a stop text may be one
-        "logprobs": top_k,
+        "logprobs": header.top_k,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         # A server's own defaults, from the model's generation config, would change what is sampled.

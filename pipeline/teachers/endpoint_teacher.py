@@ -119,7 +119,7 @@ class EndpointTeacher:
     def _answer(self, prompt: TokenSequence, number: int, sampling: SamplingConfig) -> ScoreResult:
         room = answer_room(prompt, sampling=sampling, header=self._header)
         seed = answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number)
-        body = answer_fields(self._config.top_k, sampling=sampling, room=room, seed=seed)
+        body = answer_fields(self._header, sampling=sampling, room=room, seed=seed)
         return self._complete(
             prompt,
             answer_name(prompt.sample_id, number, answers=sampling.n),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer, way_out
+from coldstill.pipeline.teachers.checkpoint import check_weights, end_token_ids, load_tokenizer, way_out
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, answer_name, non_finite
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
@@ -48,7 +48,7 @@ class TransformersTeacher:
                 layer.register_forward_hook(self._count_progress)
         if sampling is not None:
             tokenizer = load_tokenizer(config)
-            self._end_ids = _end_ids(self._model, tokenizer)
+            self._end_ids = frozenset(header.about.end_token_ids or end_token_ids(config, tokenizer))
             self._stops = StopTexts(sampling.stop, tokenizer)
         check_weights(self._score_given, header, model=config.model)
 
@@ -178,13 +178,6 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
     if header.teacher.head_dtype == "float32" and model.dtype != torch.float32:
         model.set_output_embeddings(_float32_head(config, model.get_output_embeddings()))
     return model.eval()
-
-
-def _end_ids(model: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end an answer: those of the model's generation config and the tokenizer's end of sequence."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, (list, tuple)) else [configured]
-    return frozenset(int(id_) for id_ in [*ids, tokenizer.eos_token_id] if id_ is not None)
 
 
 class _Float32Head(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,11 @@ import pytest
 from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import SourceChanged, TemplateCannotMark
 from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.sources.staging import remove_staging
 from coldstill.pipeline.teachers.checkpoint import dtype_of, head_dtype_of, quantization_of
+from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch
 from coldstill.storage_schema.header import HEADER_NAME, About
@@ -161,17 +165,32 @@ def test_a_sealed_dataset_is_prepared_without_staging(tmp_path: Path) -> None:
     assert len(again.units) == 5
 
 
-def test_a_template_that_fails_on_one_of_the_first_rows_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    """It can mark the first row, whose chat has one turn."""
+def test_a_template_that_can_mark_none_of_the_first_rows_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     config = capture_config(tmp_path)
-    rows = making.chat_rows(3)
-    rows.append({"messages": [*rows[0]["messages"], *rows[1]["messages"]]})  # type: ignore[index]
+    chats = making.chat_rows(6)
+    rows = [{"messages": [*one["messages"], *other["messages"]]} for one, other in itertools.pairwise(chats)]  # type: ignore[misc]
     making.write_jsonl(tmp_path / "rows.jsonl", rows)
     template = tmp_path / "rewrites.jinja"
-    template.write_text("{% for m in messages %}{{ m.content if loop.last else m.content|upper }}</s>{% endfor %}")
+    template.write_text("{% for m in messages %}{{ m.content if loop.last else '~' ~ m.content }}</s>{% endfor %}")
+    changed = capture_config(tmp_path, source={"chat_template": str(template)})
     with pytest.raises(TemplateCannotMark, match="rewritten"):
-        prepare(capture_config(tmp_path, source={"chat_template": str(template)}))
+        prepare(changed)
     assert not Path(config.output).exists()
+
+
+def test_one_row_that_cannot_be_marked_is_a_reject_wherever_it_is(tmp_path: Path) -> None:
+    """It is the first of the rows that are checked, and the template can mark the others, whose chats have one turn."""
+    rows = making.chat_rows(4)
+    rows.insert(0, {"messages": [*rows[0]["messages"], *rows[1]["messages"]]})  # type: ignore[index]
+    template = tmp_path / "rewrites.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '~' ~ m.content }}</s>{% endfor %}"
+    )
+    config = capture_config(tmp_path, source={"chat_template": str(template)})
+    making.write_jsonl(tmp_path / "rows.jsonl", rows)
+    prepare(config)
+    made = list(SequenceMaker.of(config).sequences(open_source(config.source).rows()))
+    assert [made[0].reason, *map(type, made[1:])] == ["template_cannot_mark", *[TokenSequence] * 4]  # type: ignore[union-attr]
 
 
 def test_a_capture_that_was_begun_in_format_1_ends_in_format_1(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(TeacherUnusable, match=r"at most 512, the context"):
         prepare(capture_config(tmp_path, teacher={"max_length": 513}))
     template = tmp_path / "plain.jinja"
-    template.write_text("{{ messages[0]['content'] }}")
+    template.write_text("{% for m in messages %}{{ '' if loop.last else '~' }}{{ m.content }}{% endfor %}")
     with pytest.raises(TemplateCannotMark, match="generation"):
         prepare(capture_config(tmp_path, source={"chat_template": str(template)}))
     (tmp_path / "rows.jsonl").write_text("")

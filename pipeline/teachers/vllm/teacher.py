@@ -199,6 +199,7 @@ class VllmTeacher:
                     top_p=sampling.top_p,
                     seed=answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number),
                     stop=list(sampling.stop),
+                    **self._end_tokens,
                     detokenize=bool(sampling.stop),
                     skip_special_tokens=False,  # a stop text may hold one, as with the other engines
                 ),
@@ -214,6 +215,12 @@ class VllmTeacher:
                     answer_sequence(prompt, answer.token_ids, number=number, answers=sampling.n, finish_reason=reason)
                 )
             return self._take(sequences, specs)
+
+    @property
+    def _end_tokens(self) -> dict[str, Any]:
+        """The header's end tokens in place of vLLM's own; headers of earlier releases have none."""
+        ids = self._header.about.end_token_ids
+        return {"stop_token_ids": list(ids), "ignore_eos": True} if ids else {}
 
     def _answer_spec(self, prompt: TokenSequence, number: int, sampling: SamplingConfig) -> RequestSpec:
         return {

@@ -203,6 +203,7 @@ def test_a_changed_adapter_on_an_existing_dataset_is_named(tmp_path: Path, name:
 
 def test_an_adapter_on_a_dataset_that_was_started_without_one_is_named(tmp_path: Path) -> None:
     config = _config(tmp_path, f"{HERE}:shout")
+    config = config.model_copy(update={"source": config.source.model_copy(update={"text": "question"})})
     plain = config.model_copy(update={"source": config.source.model_copy(update={"adapter": None})})
     prepare(plain)
     with pytest.raises(SourceChanged, match=r"source\.adapter"):

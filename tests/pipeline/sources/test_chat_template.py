@@ -110,7 +110,8 @@ def test_a_proven_mask_is_that_of_the_same_template_with_marks(template: str) ->
     ids=["llama3", "qwen2.5", "mistral"],
 )
 def test_tool_calls_are_the_assistants_words(template: str, call: str) -> None:
-    texts = _target_text(_maker(template), {"messages": WITH_CALL, "tools": TOOLS})
+    tools = [] if template == LLAMA3 else TOOLS  # this template drops them
+    texts = _target_text(_maker(template), {"messages": WITH_CALL, "tools": tools})
     assert texts[0] == call
     assert len(texts) == 2
     assert "It is 3." in texts[1]
@@ -152,6 +153,16 @@ def test_thinking_of_the_last_turn_is_a_target_and_history_is_one_as_it_is_shown
     ]
 
 
+def test_thinking_between_tool_calls_may_be_gone_once_a_question_follows() -> None:
+    """What the teacher is shown before the second turn has the thinking of the first; the whole chat has not."""
+    messages = [*_chat(("u", "q"), ("a", "<think>\nx\n</think>\n\nr"), ("t", "3")), *THINKING[1:]]
+    assert _target_text(_maker(QWEN3), {"messages": messages}) == [
+        "r<|im_end|>",
+        "3<|im_end|>",
+        "<think>\nhm\n</think>\n\n7<|im_end|>",
+    ]
+
+
 def test_thinking_in_a_field_of_its_own_reaches_the_template() -> None:
     messages = [*_chat(("u", "1 + 2?")), {"role": "assistant", "reasoning_content": "easy", "content": "3"}]
     assert _target_text(_maker(QWEN3), {"messages": messages}) == ["<think>\neasy\n</think>\n\n3<|im_end|>"]
@@ -170,15 +181,14 @@ REWRITTEN = {
         MISTRAL,
         {"messages": _chat(("u", "hi"), ("a", "hello"), ("u", "and?"), ("a", "bye")), "tools": TOOLS},
     ),
-    "thinking between tool calls is gone once a question follows": (
-        QWEN3,
-        {"messages": [*_chat(("u", "q"), ("a", "<think>\nx\n</think>\n\nr"), ("t", "3")), *THINKING[1:]]},
-    ),
     "a turn that changes its words": (
-        "{% for m in messages %}{{ m.content if loop.last else m.content|upper }}</s>{% endfor %}",
+        "{% for m in messages %}{{ m.content if loop.last else m.content ~ '!' }}</s>{% endfor %}",
         {"messages": _chat(("u", "hi"), ("a", "hello"), ("u", "x"))},
     ),
-    "a turn that adds nothing": ("{{ messages[0]['content'] }}</s>", {"messages": TWO_TURNS}),
+    "a turn that adds nothing": (
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        {"messages": _chat(("u", "hi"), ("a", ""), ("u", "x"))},
+    ),
 }
 
 
@@ -208,7 +218,7 @@ def test_a_token_that_crosses_the_border_of_a_turn_rejects_its_row_not_the_templ
 def test_history_that_cannot_be_told_from_other_words_is_refused() -> None:
     """Turns without an end of their own: what follows them up to the next end is not theirs alone."""
     template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last or m.role == 'user' else m.content[:2] }}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last or m.role == 'user' else '~' ~ m.content }}"
         "{{ '</s>' if m.role == 'user' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     with pytest.raises(TemplateCannotMark, match="rewritten"):
