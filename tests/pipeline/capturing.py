@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from coldstill.pipeline.calibration import rank_ids
+from coldstill.pipeline.calibration import Calibration, calibrate
 from coldstill.pipeline.cluster.pool import WorkerPool
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.worker import CaptureWorker, UnitReport, load_for
@@ -50,9 +50,9 @@ def contents(root: Path | str, folder: str = "shards") -> dict[str, str]:
 class OneWorkerPool(WorkerPool):
     """The pool of a capture with one worker in this process instead of Ray's."""
 
-    def rank_ids(self, header: DatasetHeader, unit: Unit) -> list[int]:
+    def calibrate(self, header: DatasetHeader, unit: Unit) -> Calibration:
         """The calibration pass by a teacher that is loaded for it."""
-        return list(rank_ids(self._config, load_for(self._config, header), header, unit))
+        return calibrate(self._config, load_for(self._config, header), header, unit)
 
     def run_units(self, todo: list[int]) -> Iterator[UnitReport]:
         """Run the units one after the other."""

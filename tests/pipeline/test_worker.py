@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coldstill.pipeline.calibration import rank_ids
+from coldstill.pipeline.calibration import calibrate
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import (
     SourceChanged,
@@ -350,6 +350,6 @@ def test_the_measurement_of_speed_and_the_calibration_pass_over_a_row_without_fi
     config = capture_config(tmp_path)
     prepared = prepare(config)
     teacher = _Poisoned(load_for(config, prepared.header), 0)
-    assert rank_ids(config, teacher, prepared.header, prepared.units[0])  # type: ignore[arg-type]
+    assert calibrate(config, teacher, prepared.header, prepared.units[0]).id_ranks  # type: ignore[arg-type]
     sequences = CaptureWorker(config, teacher)._sequences(0)[0]  # type: ignore[arg-type]
     assert measure_speed(teacher, prepared.header, sequences, seconds=0).targets > 0  # type: ignore[arg-type]
