@@ -59,6 +59,7 @@ def prepare(
     """
     store = Store(config.output)
     store.require_writable()
+    restore_header(store)
     source, maker = open_checked(config, store)
     files = tokenizer_files(maker.tokenizer)
     facts = fingerprint_bytes(files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
@@ -68,7 +69,6 @@ def prepare(
         units = source.plan(config.rows_per_unit)
     if planned is not None:
         units = planned
-    restore_header(store)
     header = make_header(config, model_config=model_config, facts=facts, maker=maker, source_sha256=source.fingerprint)
     if not store.exists(HEADER_NAME):
         ranks = tuple(rank_ids(header, units[0])) if rank_ids and units else ()

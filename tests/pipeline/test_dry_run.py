@@ -113,7 +113,7 @@ def test_more_ids_and_draws_are_more_bytes() -> None:
     sizes = [bytes_per_target(settings(top_k=top_k, min_prob=0.0)).most for top_k in (1, 8, 16, 50, 64, 128, 256)]
     assert sizes == sorted(sizes)
     assert sizes[-1] == pytest.approx(2 * sizes[-2])
-    plain, drawn = bytes_per_target(settings(top_k=16)), bytes_per_target(settings(top_k=16, draws=64))
+    plain, drawn = bytes_per_target(settings(top_k=16, draws=0)), bytes_per_target(settings(top_k=16, draws=64))
     assert drawn.most - plain.most == pytest.approx(30.6)
     assert drawn.least > plain.least
 
