@@ -215,7 +215,11 @@ def test_an_address_without_a_cluster_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_ray_reports_of_a_death_keeps_its_end_and_loses_its_terminal_codes() -> None:
-    text = "\x1b[36mray::Worker\x1b[39m\n" + "  File somewhere\n" * 100 + "ImportError: \x1b[1mlibcuda.so\x1b[0m is missing"
+    text = (
+        "\x1b[36mray::Worker\x1b[39m\n"
+        + "  File somewhere\n" * 100
+        + "ImportError: \x1b[1mlibcuda.so\x1b[0m is missing"
+    )
     reason = plain_reason(text)
     assert reason.startswith("ray::Worker File somewhere")
     assert reason.endswith("File somewhere ImportError: libcuda.so is missing")
