@@ -207,7 +207,7 @@ class _Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all matrices by their gradients. `closure` is not used."""
         for group in self.param_groups:
             for matrix in group["params"]:
