@@ -21,7 +21,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	pyproject.toml --extra share --extra train --extra dev
 
-.PHONY: help demo test test-slow test-engines test-capture test-rest lint spell types build-check fuzz chaos bench-codec \
+.PHONY: help demo test test-slow test-elsewhere test-engines test-capture test-rest lint spell types build-check fuzz chaos bench-codec \
 	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality lock venv clean
 
 help: ## list the commands
@@ -40,6 +40,10 @@ test: lint types ## lint, types and all tests that are not slow
 
 test-slow: $(INSTALLED) ## the slow tests, which take minutes each
 	@$(AT_ONCE) MARK="slow" $(PARTS)
+
+test-elsewhere: $(INSTALLED) ## the quick tests as another user, on one core, in another locale, behind a dead proxy
+	@.ci/elsewhere $(BIN)/python --quiet tests/common tests/cli tests/storage_schema tests/tools tests/demo \
+		tests/pipeline --ignore tests/pipeline/teachers --ignore tests/pipeline/cluster
 
 test-engines: PART := tests/pipeline/teachers
 test-capture: PART := tests/pipeline --ignore tests/pipeline/teachers

@@ -136,3 +136,10 @@ def test_the_spelling_check_allows(tmp_path: Path, text: str) -> None:
 def test_ci_runs_the_demo_as_on_a_cpu_without_avx512_and_bfloat16() -> None:
     (demo,) = (line for line in (REPOSITORY / ".ci/run").read_text().splitlines() if "make demo" in line)
     assert {"ATEN_CPU_CAPABILITY=avx2", "ONEDNN_MAX_CPU_ISA=AVX2", "QUICK=1"} <= set(demo.split())
+
+
+def test_ci_runs_the_quick_tests_under_the_conditions_of_another_machine() -> None:
+    assert "make test-elsewhere" in (REPOSITORY / ".ci/run").read_text().splitlines()
+    script = (REPOSITORY / ".ci/elsewhere").read_text()
+    for condition in ("LANG=C", "TZ=Asia/Kathmandu", "umask 077", "setpriv --reuid=65534", "taskset", "HTTP_PROXY="):
+        assert condition in script

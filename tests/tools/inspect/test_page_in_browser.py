@@ -21,6 +21,17 @@ PHONE = {"width": 390, "height": 844}
 
 Open = Callable[..., Page]
 
+BELOW = """(number) => {
+    const boxes = [...document.querySelectorAll('.token')].map((token) => token.getClientRects()[0]);
+    const from = boxes[number];
+    const next = Math.min(...boxes.map((box) => box.top).filter((top) => top > from.top + 1));
+    const gap = (box) => Math.abs(box.left + box.width / 2 - from.left - from.width / 2);
+    const line = [...boxes.keys()].filter((i) => Math.abs(boxes[i].top - next) < 1);
+    const least = Math.min(...line.map((i) => gap(boxes[i])));
+    return line.filter((i) => gap(boxes[i]) < least + 1);
+}"""
+"""The numbers of the tokens that are nearest to a token on the next line; two, if it is between them."""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -127,9 +138,9 @@ def test_the_keyboard_walks_and_switches(visit: Open, long_page: Path) -> None:
     assert active(page) == 1
     first = page.evaluate(top)
     page.keyboard.press("ArrowDown")
-    second = page.evaluate(top)
-    assert second > first
-    assert active(page) == 23
+    assert page.evaluate(top) > first
+    # Fonts differ between machines, and with them the line breaks: the page itself shows which token is below.
+    assert active(page) in page.evaluate(BELOW, 1)
     page.keyboard.press("ArrowUp")
     assert page.evaluate(top) == pytest.approx(first)
     assert active(page) == 1
