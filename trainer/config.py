@@ -163,6 +163,12 @@ class TrainingConfig(FrozenModel):
     push_to_hub: str | None = Field(
         None, description="Hub repository to upload the finished student to; null uploads nothing."
     )
+    grace_s: float = Field(
+        20.0,
+        ge=0,
+        description="Seconds that a running step gets to end after Ctrl-C or SIGTERM, before a checkpoint is written; "
+        "Kubernetes kills 30 seconds after SIGTERM, and writing must fit too.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null lets torch choose.")
 
     @model_validator(mode="after")

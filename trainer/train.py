@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from coldstill.common.files import write_json
+from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 
@@ -22,6 +23,7 @@ from .config import TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
 from .finished_student import push_student, write_student
+from .interruption import CheckpointOnSignal
 from .losses import run_identity
 from .student.load import load_student
 from .student.tokenizer import check_tokenizer, tokenizer_files
@@ -50,8 +52,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
 
     Under torchrun, each process trains on its share of every step, and the first process writes.
 
-    Raises the errors of `load_logit_dataset`, `load_student` and `DistillTrainer`, and `CheckpointMismatch`,
-    `NonFiniteLoss`, `StorageFull`.
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint and raise `Interrupted`. Raises the errors of `load_logit_dataset`,
+    `load_student` and `DistillTrainer`, and `CheckpointMismatch`, `NonFiniteLoss`, `StorageFull`.
     """
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
@@ -65,8 +67,12 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     checkpoint = newest_checkpoint(output)
     with naming_full_disk(output):
         if checkpoint is None or not checkpoint.finished:
-            trainer = _build(config, dataset, args, callbacks)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+            on_signal = CheckpointOnSignal(
+                grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0
+            )
+            with raising_interrupts(), on_signal:
+                trainer = _build(config, dataset, args, [*callbacks, on_signal])
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
             checkpoint = newest_checkpoint(output)
             assert checkpoint is not None
         summary = _summary(config, dataset, checkpoint)
@@ -139,7 +145,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
 
 def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
     """Everything that determines the weights. A run resumes from a checkpoint only if their identities are equal."""
-    changeable = {"logging_steps", "save_steps", "report_to", "threads", "dataloader_workers", "push_to_hub"}
+    changeable = {"logging_steps", "save_steps", "report_to", "threads", "dataloader_workers", "push_to_hub", "grace_s"}
     return {
         "dataset_ids": list(dataset.dataset_ids),
         "student": config.student.model_dump(exclude={"gradient_checkpointing"}),

@@ -1,0 +1,115 @@
+"""Ctrl-C, SIGTERM and SIGHUP during training: a checkpoint of the last optimizer step, then the end of the run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from transformers import TrainerCallback
+
+from coldstill.common.interrupts import Interrupted, handling_signals
+
+
+class CheckpointOnSignal(TrainerCallback):
+    """Saves a checkpoint at the first signal and raises `Interrupted`; a second signal raises it at once.
+
+    The checkpoint is written at the end of the running micro-batch or optimizer step. A micro-batch whose optimizer
+    step is not complete is discarded, and the random numbers are those of the step's begin, so the resumed run equals
+    an unbroken one. If no micro-batch ends within `grace_s` seconds, the run ends without a new checkpoint.
+
+    Used as a context manager around the training. All devices stop after the same step, because one signal is enough.
+    """
+
+    def __init__(self, *, grace_s: float, saved_step: int = 0):
+        """`saved_step`: of the checkpoint that the run resumes from."""
+        self._grace_s = grace_s
+        self._process, self._thread = os.getpid(), threading.get_ident()
+        self._signum: int | None = None
+        self._is_training = False
+        self._timer: threading.Timer | None = None
+        self._saved_step = saved_step
+        self._random: dict[str, Any] = {}
+
+    def __enter__(self) -> CheckpointOnSignal:
+        self._handling = handling_signals(self._on_signal)
+        self._handling.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._is_training = False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._handling.__exit__(None, None, None)
+
+    def _on_signal(self, signum: int, _: object) -> None:
+        if os.getpid() != self._process:
+            return  # a loader's process: a terminal and Slurm signal it too, and the step needs its batches
+        if self._signum is not None or not self._is_training:
+            raise self._interrupted(signum)
+        self._signum = signum
+        self._timer = threading.Timer(self._grace_s, self._send_again, [signum])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _send_again(self, signum: int) -> None:
+        signal.pthread_kill(self._thread, signum)
+
+    def _interrupted(self, signum: int) -> Interrupted:
+        step = self._saved_step
+        kept = f"The checkpoint of step {step:,} is kept" if step else "No optimizer step was saved yet"
+        return Interrupted(signum, f"{kept}; re-run the same command to resume.")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Wait for the end of a step from here on."""
+        self._saved_step, self._is_training = state.global_step, True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keep the random numbers of the step's begin, for a checkpoint in the middle of its micro-batches."""
+        if args.gradient_accumulation_steps > 1:
+            self._random = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+            if torch.cuda.is_available():
+                self._random["cuda"] = torch.cuda.get_rng_state()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop in the middle of an optimizer step; of several devices, only at its end."""
+        if self._signum is not None and args.world_size == 1:
+            random.setstate(self._random["python"])
+            np.random.set_state(self._random["numpy"])
+            torch.set_rng_state(self._random["cpu"])
+            if "cuda" in self._random:
+                torch.cuda.set_rng_state(self._random["cuda"])
+            self._stop(state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop after an optimizer step. A measurement that is due comes first: the resumed run would not repeat it."""
+        if args.world_size > 1:
+            received = torch.tensor(self._signum or 0, device=args.device)
+            self._signum = int(reduce(received, "sum").item()) and (self._signum or signal.SIGTERM)
+            self._signum = self._signum or None
+        if self._signum is not None:
+            self._stop(state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop after a measurement."""
+        if self._signum is not None and args.world_size == 1:
+            self._stop(state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the run once its checkpoint is complete."""
+        self._saved_step = state.global_step
+        if self._signum is not None:
+            raise self._interrupted(self._signum)
+
+    def _stop(self, state: Any, control: Any) -> None:
+        if self._timer is not None and not control.should_evaluate:
+            self._timer.cancel()  # writing takes what it takes: an incomplete checkpoint is skipped
+        if state.global_step == self._saved_step:
+            assert self._signum is not None
+            raise self._interrupted(self._signum)
+        control.should_save = control.should_training_stop = True
