@@ -42,8 +42,8 @@ test-slow: $(INSTALLED) ## the slow tests, which take minutes each
 	@$(AT_ONCE) MARK="slow" $(PARTS)
 
 test-elsewhere: $(INSTALLED) ## the quick tests as another user, on one core, in another locale, behind a dead proxy
-	@.ci/elsewhere $(BIN)/python --quiet tests/common tests/cli tests/storage_schema tests/tools tests/demo \
-		tests/pipeline --ignore tests/pipeline/teachers --ignore tests/pipeline/cluster
+	@.ci/elsewhere $(BIN)/python --quiet tests/common tests/cli tests/tools tests/demo \
+		tests/storage_schema/store tests/pipeline/sources tests/pipeline/driver tests/pipeline/test_capture.py
 
 test-engines: PART := tests/pipeline/teachers
 test-capture: PART := tests/pipeline --ignore tests/pipeline/teachers

@@ -18,6 +18,8 @@ from tests import making
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The servers of the tests are on this machine, where no proxy of the environment reaches them.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
 
 
 class SmallDisk:
