@@ -22,7 +22,8 @@ from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
 from .config import CaptureConfig
-from .prepare import make_header, open_checked
+from .errors import all_rejected
+from .prepare import make_header, open_checked, require_unique_ids
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source
 from .teachers.checkpoint import load_model_config, tokenizer_files
@@ -70,6 +71,8 @@ class SourceCounts:
 
     rows: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+    layouts: tuple[str, ...] = ()
     sequences: int = 0
     tokens: int = 0
     targets: int = 0
@@ -108,6 +111,7 @@ class DryRun(BaseModel):
     tokens: int = Field(description="Tokens of the source; in mode generate, of the prompts.")
     targets: int
     targets_are: Literal["counted", "at most", "by the probe's answers"]
+    read_as: tuple[str, ...] = Field(default=(), description="How columns of recognized layouts were read.")
     shards: int
     bytes_least: int
     bytes_most: int = Field(description="Bytes of the shards, without metadata columns.")
@@ -116,10 +120,11 @@ class DryRun(BaseModel):
 
     def lines(self) -> dict[str, object]:
         """All known values, flat, for printing."""
-        known = self.model_dump(exclude={"effort", "rejected"})
+        known = self.model_dump(exclude={"effort", "rejected", "read_as"})
+        layouts = {"read as": "; ".join(self.read_as)} if self.read_as else {}
         effort = self.effort.model_dump(exclude_none=True) if self.effort else {}
         rejects = {f"rejected: {reason}": count for reason, count in self.rejected.items()}
-        return {**known, **rejects, **effort}
+        return {**layouts, **known, **rejects, **effort}
 
 
 def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROBE_S, progress: bool = True) -> DryRun:
@@ -129,7 +134,10 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
     """
     source, maker = open_checked(config)  # without a store: nothing is staged
     units = source.plan(config.rows_per_unit)
+    require_unique_ids(config, source)
     counts = count_source(config, units=units, source=source, maker=maker, progress=progress)
+    if not counts.sequences:
+        raise all_rejected(counts.rejected, what=f"{source.name}: all {counts.rows:,} rows", example=counts.example)
     if probe and counts.sequences:
         report, gpus = _probe(config, source, maker, seconds=probe_s)
         return _with_probe(config, counts, shards=len(units), report=report, gpus=gpus)
@@ -187,6 +195,7 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
     return {
         "rows": counts.rows,
         "rejected": dict(counts.rejected.most_common()),
+        "read_as": counts.layouts,
         "sequences": counts.sequences,
         "tokens": counts.tokens,
     }
@@ -235,7 +244,8 @@ def count_source(
         for unit in units:
             for made in maker.sequences(source.read(unit)):
                 if isinstance(made, Reject):
-                    counts.rejected[made.reason] += 1
+                    counts.rejected[str(made.reason)] += 1
+                    counts.example = counts.example or f"row {made.source_row}: {made.detail}"
                     continue
                 counts.sequences += 1
                 counts.tokens += made.token_ids.size
@@ -243,6 +253,7 @@ def count_source(
             counts.rows += unit.rows
             bar.update(unit.rows)
             bar.set_postfix_str(f"{counts.tokens:,} tokens, {counts.rejected.total():,} rejected")
+    counts.layouts = maker.layouts
     return counts
 
 

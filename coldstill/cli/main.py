@@ -117,7 +117,14 @@ def capture(
     except KeyboardInterrupt:
         show_error("Interrupted. Committed units are kept; re-run the same command to resume.")
         raise typer.Exit(130) from None
-    show_result(result.model_dump(), title="capture", summary=summary)
+    show_result(_captured(result.model_dump()), title="capture", summary=summary)
+
+
+def _captured(result: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a capture with the rejects of each reason in a line of its own."""
+    reasons, layouts = result.pop("reject_reasons"), result.pop("read_as")
+    rejected = {f"rejected: {reason}": count for reason, count in reasons.items()}
+    return {**({"read as": "; ".join(layouts)} if layouts else {}), **result, **rejected}
 
 
 @app.command(rich_help_panel=MAKE)
