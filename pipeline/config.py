@@ -185,6 +185,12 @@ class SamplingConfig(FrozenModel):
         default=(), description="Strings that end an answer, in addition to the end-of-turn token."
     )
 
+    @model_validator(mode="after")
+    def _answers_differ(self) -> SamplingConfig:
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"n 1 with temperature 0, whose answers to a prompt are all the same, not n {self.n}")
+        return self
+
 
 class ClusterConfig(FrozenModel):
     """Where the capture runs."""

@@ -37,13 +37,14 @@ class LossMask:
         encoded = self._template.apply(
             chat.messages, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        loss_mask = [bool(bit) for bit in encoded["assistant_masks"]]
+        loss_mask = _without_weight_0(chat, [bool(bit) for bit in encoded["assistant_masks"]])
         return list(encoded["input_ids"]), _last_run(loss_mask) if self._loss_on == "last_turn" else loss_mask
 
     def _derived_mask(self, chat: Conversation, token_ids: list[int]) -> list[bool]:
         turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if self._loss_on == "last_turn":
             turns = turns[-1:]
+        turns = [turn for turn in turns if chat.is_learned(turn)]
         loss_mask = [False] * len(token_ids)
         for turn in turns:
             shown = self._template.ids(chat.messages[:turn], chat, prompted=True)
@@ -94,6 +95,22 @@ class LossMask:
             fix="set source.chat_template to a copy with {% generation %} marks (see examples/), or source.loss_on to "
             "last_turn or all",
         )
+
+
+def _without_weight_0(chat: Conversation, loss_mask: list[bool]) -> list[bool]:
+    """The mask of a template with marks, without the turns of weight 0. Raises `RowUnusable` if turns are not runs."""
+    turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if all(map(chat.is_learned, turns)):
+        return loss_mask
+    starts = [index for index, bit in enumerate(loss_mask) if bit and not (index and loss_mask[index - 1])]
+    if len(starts) != len(turns):
+        detail = f"{len(starts)} marked spans for {len(turns)} turns, of which some have the weight 0"
+        raise RowUnusable(RejectReason.CANNOT_MARK, detail)
+    for start, turn in zip(starts, turns, strict=True):
+        while not chat.is_learned(turn) and start < len(loss_mask) and loss_mask[start]:
+            loss_mask[start] = False
+            start += 1
+    return loss_mask
 
 
 def _last_run(loss_mask: list[bool]) -> list[bool]:

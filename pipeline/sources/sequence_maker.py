@@ -146,7 +146,7 @@ class SequenceMaker:
             return None
         first = made[0]
         assert isinstance(first, Reject)
-        reason = RejectReason(first.reason)
+        reason = next(reason for reason in RejectReason if reason == first.reason)
         return RowUnusable(reason, first.detail)
 
     @property
@@ -187,7 +187,8 @@ class SequenceMaker:
     def _prompted(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         chat = conversation_of(columns, self.source, answered=False)
         if chat is None:
-            token_ids, used = self._tokens(columns), (self.source.text,)
+            used: tuple[str, ...] = (self.source.text,)
+            token_ids = self._tokens(columns)
         else:
             self._layouts[chat.layout] += 1
             chat = self._whole(self.template.fitted(chat, prompted=True))

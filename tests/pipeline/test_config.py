@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
-from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.config import CaptureConfig, SamplingConfig
 
 PLAIN: dict[str, Any] = {"output": "o", "source": {"path": "x.jsonl"}, "teacher": {"model": "m"}}
 RENAMED = [
@@ -85,3 +85,34 @@ def test_a_wrong_value_is_found_under_the_name_that_the_file_uses() -> None:
     for key in ("calibration_targets", "pilot_targets"):
         with pytest.raises(ConfigInvalid, match=f"here: {key}"):
             check_config(_with(key, -1), model=CaptureConfig, where="here")
+
+
+def _as_file(folder: Path, text: str) -> str:
+    (folder / "capture.yaml").write_text(text)
+    return str(folder / "capture.yaml")
+
+
+def test_a_key_that_is_there_twice_is_an_error_with_its_line(tmp_path: Path) -> None:
+    text = "output: a\nsource:\n  path: x.jsonl\n  path: y.jsonl\nteacher: {model: m}\n"
+    with pytest.raises(ConfigInvalid, match="the key path twice, again in line 4"):
+        load_config(_as_file(tmp_path, text), model=CaptureConfig)
+    merged = "output: a\nbase: &base {path: x.jsonl}\nsource:\n  <<: *base\n  <<: {id: key}\nteacher: {model: m}\n"
+    with pytest.raises(ConfigInvalid, match="base"):  # an unknown key, and no key twice
+        load_config(_as_file(tmp_path, merged), model=CaptureConfig)
+
+
+@pytest.mark.parametrize(("given", "advice"), [("8k", "in digits"), ("1e3", "write 1000"), ("many", "")])
+def test_a_number_that_yaml_reads_as_text_is_an_error_with_the_way_to_write_it(
+    tmp_path: Path, given: str, advice: str
+) -> None:
+    text = f"output: a\nsource: {{path: x.jsonl}}\nteacher: {{model: m, max_length: {given}}}\n"
+    with pytest.raises(ConfigInvalid, match=r"teacher\.max_length") as caught:
+        load_config(_as_file(tmp_path, text), model=CaptureConfig)
+    assert advice in str(caught.value)
+    assert ("do:" in str(caught.value)) == bool(advice)
+
+
+def test_several_equal_answers_are_refused() -> None:
+    with pytest.raises(ValueError, match="temperature 0"):
+        SamplingConfig(temperature=0, n=2)
+    assert SamplingConfig(temperature=0).n == 1

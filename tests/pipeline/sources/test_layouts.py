@@ -22,9 +22,10 @@ from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.tools.verify import verify
 from tests import making
-from tests.pipeline.capturing import capture_config
+from tests.pipeline.capturing import capture_config, do_units
 from tests.pipeline.sources import templates
 from tests.pipeline.sources.templates import QWEN25
 
@@ -245,3 +246,38 @@ def test_reject_reasons_stand_in_summary_and_status(tmp_path: Path) -> None:
     assert read_status(config.output).rejected == {"no_messages": 1}
     assert capture(config).reject_reasons == {"no_messages": 1}
     assert len(open_dataset(config.output)) == 40
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path, marked: bool) -> None:
+    from transformers import AutoTokenizer
+
+    template = making.CHAT_TEMPLATE
+    if not marked:
+        template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    (tmp_path / "t.jinja").write_text(template)
+    tokenizer = AutoTokenizer.from_pretrained(making.chat_model(tmp_path / "m"))
+    chat = [CHAT[1], {**CHAT[2], "weight": 0}, CHAT[1], {**CHAT[2], "content": "bye", "weight": 1}]
+    for loss_on, wanted in (("assistant", ["bye</s>"]), ("last_turn", ["bye</s>"])):
+        source = SourceConfig(path="x.jsonl", chat_template=str(tmp_path / "t.jinja"), loss_on=loss_on)  # type: ignore[arg-type]
+        made = SequenceMaker(tokenizer, source=source, max_length=512).make(SourceRow(0, {"messages": chat}))
+        assert isinstance(made, TokenSequence)
+        assert [tokenizer.decode(made.token_ids[start + 1 : stop + 1]) for start, stop in made.target_spans] == wanted
+
+
+def test_deep_verification_names_duplicate_ids_of_a_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an adapter makes them, whose ids are not known before it runs."""
+    making.write_jsonl(tmp_path / "twice.jsonl", [{"id": f"q{n % 6}", "messages": CHAT} for n in range(8)])
+    found = {}
+    for choice in ("number", "refuse"):
+        source = {"path": str(tmp_path / "twice.jsonl"), "duplicate_ids": choice}
+        config = capture_config(tmp_path, output=choice, source=source)
+        monkeypatch.setattr("coldstill.pipeline.prepare.require_unique_ids", lambda *_: None)
+        store = prepare(config).store
+        do_units(config)
+        seal(store)
+        found[choice] = [finding.line for finding in verify(config.output, deep=True, progress=False)]
+        assert verify(config.output, progress=False) == []
+    assert found["number"] == []
+    assert len(found["refuse"]) == 1
+    assert "2 ids that several rows have, such as 'q0' 2 times" in found["refuse"][0]
