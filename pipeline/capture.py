@@ -5,8 +5,10 @@ The driver holds the plan as columns and the numbers of units in memory, but no 
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -26,8 +28,9 @@ from .config import CaptureConfig
 from .driver.lease import Lease
 from .driver.progress import Progress, ProgressBar
 from .driver.status import read_progress
-from .errors import CaptureIncomplete, TooManyUnits
+from .errors import CaptureIncomplete, TooManyUnits, all_rejected
 from .prepare import Prepared, prepare
+from .reject_reasons import reject_reasons_of
 from .sources.staging import remove_staging
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ class CaptureSummary(BaseModel):
     units: int
     rows: int
     rejected: int
+    reject_reasons: dict[str, int] = Field(default={}, description="Rejected rows by reason.")
+    read_as: tuple[str, ...] = Field(default=(), description="How columns of recognized layouts were read.")
     tokens: int
     targets: int
     bytes: int = Field(description="Bytes of all shards.")
@@ -90,7 +95,7 @@ def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
                 if not seals_left:
                     raise
                 tqdm.write(f"{error.what}: {error.found}. They are made again.", file=sys.stderr)
-    return _summary(store, time.monotonic() - started, reopened)
+    return _summary(store, time.monotonic() - started, reopened, read_as=prepared.layouts)
 
 
 def _prepare(config: CaptureConfig, pool: WorkerPool) -> Prepared:
@@ -150,32 +155,49 @@ def _run_units(prepared: Prepared, pool: WorkerPool, *, lease: Lease, progress: 
 
 
 def _seal(store: Store, *, units: int, progress: Progress) -> None:
-    seconds = 0.0
+    seconds, rows = 0.0, 0
+    rejected: Counter[str] = Counter()
     with tqdm(total=units, desc="seal", unit=" units", delay=3) as bar:
 
         def read(commit: CommitRecord) -> None:
-            nonlocal seconds
+            nonlocal seconds, rows
             seconds += _score_seconds(commit)
+            rows += commit.rows
+            rejected.update(reject_reasons_of(commit) or {"rejected": commit.rejected})
             bar.update()
+            if bar.n == units and not rows and rejected.total():  # nothing is sealed
+                raise all_rejected(rejected, what=f"{store.url}: all rows of the source", example=_example(store))
 
         seal(store, on_commit=read)
     remove_staging(store)
     if bar.n:  # 0: it was sealed before
-        progress.sealed(score_seconds=seconds)
+        progress.sealed(score_seconds=seconds, rejected=dict(+rejected))
 
 
-def _summary(store: Store, wall_s: float, reopened: Reopened) -> CaptureSummary:
+def _example(store: Store) -> str:
+    """The first reject of a capture."""
+    commit = read_commit(store, 0)
+    line = store.read(commit.rejects.name).splitlines()[0] if commit.rejects else b"{}"
+    reject = json.loads(line)
+    return f"row {reject.get('source_row')}: {reject.get('detail')}"
+
+
+def _summary(store: Store, wall_s: float, reopened: Reopened, *, read_as: tuple[str, ...]) -> CaptureSummary:
     manifest, dataset_id = read_manifest(store)
     record = read_progress(store)
-    seconds = record.score_seconds if record else None
+    seconds, rejected = (record.score_seconds, record.rejected) if record else (None, None)
     if seconds is None:  # a kill between the manifest and the last progress record
-        seconds = sum(_score_seconds(read_commit(store, shard.unit)) for shard in manifest.shards)
+        commits = [read_commit(store, shard.unit) for shard in manifest.shards]
+        seconds = sum(map(_score_seconds, commits))
+        rejected = dict(sum((Counter(reject_reasons_of(commit)) for commit in commits), start=Counter()))
     size = sum(shard.file.bytes for shard in manifest.shards)
     return CaptureSummary(
         dataset_id=dataset_id,
         units=len(manifest.shards),
         rows=manifest.rows,
         rejected=manifest.rejected,
+        reject_reasons=rejected or {},
+        read_as=read_as,
         tokens=manifest.tokens,
         targets=manifest.targets,
         bytes=size,

@@ -23,8 +23,8 @@ class SourceConfig(FrozenModel):
 
     path: str | None = Field(
         default=None,
-        description="JSON Lines (.jsonl, also .gz and .zst) or Parquet: a local path, a URL that fsspec opens, or a "
-        "pattern such as data/*.jsonl, whose files are read in alphabetical order.",
+        description="JSON Lines (.jsonl, also .gz and .zst), a JSON array (.json) or Parquet: a local path, a URL that "
+        "fsspec opens, a folder, or a pattern such as data/*.jsonl, whose files are read in alphabetical order.",
     )
     dataset: str | None = Field(
         default=None, description="Instead of a path: a Hub name or a local folder that `datasets` streams."
@@ -46,6 +46,11 @@ class SourceConfig(FrozenModel):
     text: str = Field(default="text", description="Column with plain text, for rows without a chat.")
     id: str = Field(
         default="id", description="Column with the sample id; a row without one is named after its row number."
+    )
+    duplicate_ids: Literal["refuse", "number"] = Field(
+        default="refuse",
+        description="What happens to ids that several rows have. refuse: the capture does not start; number: the row "
+        "number is added to each id, as ID#ROW.",
     )
     loss_on: Literal["assistant", "last_turn", "all"] = Field(
         default="assistant",
@@ -182,6 +187,12 @@ class SamplingConfig(FrozenModel):
     stop: tuple[str, ...] = Field(
         default=(), description="Strings that end an answer, in addition to the end-of-turn token."
     )
+
+    @model_validator(mode="after")
+    def _answers_differ(self) -> SamplingConfig:
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"n 1 with temperature 0, whose answers to a prompt are all the same, not n {self.n}")
+        return self
 
 
 class ClusterConfig(FrozenModel):

@@ -6,6 +6,7 @@ probe, one worker scores the first rows of the source for a minute, which gives 
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
@@ -22,7 +24,8 @@ from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
 from .config import CaptureConfig
-from .prepare import make_header, open_checked
+from .errors import all_rejected
+from .prepare import make_header, open_checked, require_unique_ids
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source
 from .teachers.checkpoint import load_model_config, tokenizer_files
@@ -58,7 +61,11 @@ BYTES_OF_DRAWS = {"sharp": (4.5, 3.0, 1.9, 1.1), "flat": (30.6, 29.2, 27.3, 24.7
 RANKED = 0.92
 """Factor by which an id rank table changes the bytes."""
 BYTES_PER_TOKEN = 1.5
-"""Bytes per token of the row itself, without metadata."""
+"""Bytes per token of an answer that the teacher has not generated yet."""
+BYTES_PER_SHARD = 5_000
+"""Parquet's footer and page headers, and the header of the dataset, in each shard."""
+BYTES_OF_RANKS = 28_000
+"""The id rank table of a large vocabulary, at most; it is part of each shard's header."""
 
 
 @dataclass
@@ -70,6 +77,10 @@ class SourceCounts:
 
     rows: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+    layouts: tuple[str, ...] = ()
+    own_bytes: int = 0
+    """Compressed bytes of what the source gives to the rows: tokens, ids and metadata."""
     sequences: int = 0
     tokens: int = 0
     targets: int = 0
@@ -108,18 +119,20 @@ class DryRun(BaseModel):
     tokens: int = Field(description="Tokens of the source; in mode generate, of the prompts.")
     targets: int
     targets_are: Literal["counted", "at most", "by the probe's answers"]
+    read_as: tuple[str, ...] = Field(default=(), description="How columns of recognized layouts were read.")
     shards: int
     bytes_least: int
-    bytes_most: int = Field(description="Bytes of the shards, without metadata columns.")
+    bytes_most: int = Field(description="Bytes of the shards.")
     bytes_are: Literal["of a sharp and a flat teacher", "by the probe's shard"]
     effort: Effort | None = None
 
     def lines(self) -> dict[str, object]:
         """All known values, flat, for printing."""
-        known = self.model_dump(exclude={"effort", "rejected"})
+        known = self.model_dump(exclude={"effort", "rejected", "read_as"})
+        layouts = {"read as": "; ".join(self.read_as)} if self.read_as else {}
         effort = self.effort.model_dump(exclude_none=True) if self.effort else {}
         rejects = {f"rejected: {reason}": count for reason, count in self.rejected.items()}
-        return {**known, **rejects, **effort}
+        return {**layouts, **known, **rejects, **effort}
 
 
 def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROBE_S, progress: bool = True) -> DryRun:
@@ -129,7 +142,10 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
     """
     source, maker = open_checked(config)  # without a store: nothing is staged
     units = source.plan(config.rows_per_unit)
+    require_unique_ids(config, source)
     counts = count_source(config, units=units, source=source, maker=maker, progress=progress)
+    if not counts.sequences:
+        raise all_rejected(counts.rejected, what=f"{source.name}: all {counts.rows:,} rows", example=counts.example)
     if probe and counts.sequences:
         report, gpus = _probe(config, source, maker, seconds=probe_s)
         return _with_probe(config, counts, shards=len(units), report=report, gpus=gpus)
@@ -137,12 +153,13 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
 
 
 def _without_probe(config: CaptureConfig, counts: SourceCounts, *, shards: int) -> DryRun:
-    targets, tokens = counts.targets, counts.tokens
+    targets, own = counts.targets, counts.own_bytes + shards * BYTES_PER_SHARD
     if config.mode == "generate":
         targets = counts.sequences * config.sampling.n * config.sampling.max_tokens
-        tokens = counts.tokens * config.sampling.n + targets
-    each = bytes_per_target(config)
-    least, most = (round(targets * one + tokens * BYTES_PER_TOKEN) for one in each)
+        own += counts.own_bytes * (config.sampling.n - 1) + round(targets * BYTES_PER_TOKEN)
+    least, most = (round(targets * one) + own for one in bytes_per_target(config))
+    if config.calibration_targets and config.fidelity != "exact":
+        most += shards * BYTES_OF_RANKS
     return DryRun(
         **_counted(counts),
         targets=targets,
@@ -187,6 +204,7 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
     return {
         "rows": counts.rows,
         "rejected": dict(counts.rejected.most_common()),
+        "read_as": counts.layouts,
         "sequences": counts.sequences,
         "tokens": counts.tokens,
     }
@@ -233,17 +251,28 @@ def count_source(
     planned = sum(unit.rows for unit in units)
     with tqdm(total=planned, desc="counting", unit=" rows", smoothing=0, disable=not progress) as bar:
         for unit in units:
+            tokens, columns = [], []
             for made in maker.sequences(source.read(unit)):
                 if isinstance(made, Reject):
-                    counts.rejected[made.reason] += 1
+                    counts.rejected[str(made.reason)] += 1
+                    counts.example = counts.example or f"row {made.source_row}: {made.detail}"
                     continue
                 counts.sequences += 1
                 counts.tokens += made.token_ids.size
                 counts.targets += _targets(config, made)
+                tokens.append(made.token_ids)
+                columns.append(f"{made.sample_id} {json.dumps(made.metadata, ensure_ascii=False)}")
+            counts.own_bytes += _compressed(b"".join(ids.tobytes() for ids in tokens))
+            counts.own_bytes += _compressed("\n".join(columns).encode())
             counts.rows += unit.rows
             bar.update(unit.rows)
             bar.set_postfix_str(f"{counts.tokens:,} tokens, {counts.rejected.total():,} rejected")
+    counts.layouts = maker.layouts
     return counts
+
+
+def _compressed(data: bytes) -> int:
+    return len(pa.compress(data, codec="zstd", asbytes=True))
 
 
 def _targets(config: CaptureConfig, sequence: TokenSequence) -> int:
@@ -254,7 +283,7 @@ def _targets(config: CaptureConfig, sequence: TokenSequence) -> int:
 
 
 def bytes_per_target(config: CaptureConfig) -> Bounds:
-    """Bytes of the teacher's distribution at a target; `BYTES_PER_TOKEN` is added per token of the row."""
+    """Bytes of the teacher's distribution at a target."""
     return Bounds(*sorted(_bytes(config, sharpness) for sharpness in ("sharp", "flat")))
 
 

@@ -39,6 +39,10 @@ class AllRowsRejected(ColdstillError):
     """No row of the source, or none of its first rows, is usable."""
 
 
+class DuplicateIds(ColdstillError):
+    """Several rows of the source have one sample id."""
+
+
 class TeacherUnusable(ColdstillError):
     """The teacher's configuration, tokenizer or weights cannot be loaded, or do not fit the settings."""
 

@@ -6,11 +6,17 @@ every machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from tqdm import tqdm
 
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, About, Codec, DatasetHeader, TeacherFacts
@@ -21,7 +27,10 @@ from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
 
 from .config import CaptureConfig, TeacherConfig
-from .sources.sequence_maker import SequenceMaker, template_date_of
+from .errors import DuplicateIds, TemplateDrops, all_rejected
+from .reject_reasons import RejectReason
+from .sources.files import SourceRow
+from .sources.sequence_maker import SequenceMaker, sample_id_of, template_date_of
 from .sources.source import Source, open_source
 from .sources.staging import remove_staging
 from .teachers.checkpoint import (
@@ -36,6 +45,8 @@ from .teachers.engine_args import engine_args_that_change_values
 
 _CHECKED_ROWS = 32
 """Number of rows that are tested before the slow steps: reading the whole source, and loading an engine."""
+_MAX_LISTED = 3
+"""Maximum number of duplicate ids in the error message."""
 _LOSS_ON = {"generate": "last_turn", "pretrain": "all"}
 """Target tokens of the modes in which source.loss_on has no effect: the teacher's answer; every token."""
 
@@ -47,6 +58,8 @@ class Prepared:
     store: Store
     header: DatasetHeader
     units: Plan
+    layouts: tuple[str, ...] = ()
+    """How the columns of the first rows were read, where their layout was recognized."""
 
 
 def prepare(
@@ -67,6 +80,8 @@ def prepare(
     planned, was_surveyed = _stored_plan(store), source.is_surveyed
     if planned is None or not (was_surveyed or store.exists(MANIFEST_NAME)):
         units = source.plan(config.rows_per_unit)
+    if planned is None and not store.exists(HEADER_NAME):
+        require_unique_ids(config, source)
     if planned is not None:
         units = planned
     header = make_header(config, model_config=model_config, facts=facts, maker=maker, source_sha256=source.fingerprint)
@@ -87,7 +102,7 @@ def prepare(
         store.create(f"{TOKENIZER_FOLDER}/{name}", data)
     if planned is None and not store.create(PLAN_NAME, plan_to_bytes(units)):
         units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)  # another driver created it first
-    return Prepared(store, stored, units)
+    return Prepared(store, stored, units, maker.layouts)
 
 
 def _stored_plan(store: Store) -> Plan | None:
@@ -123,8 +138,70 @@ def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Sou
     if is_started:
         maker.check(rows)  # if no row is usable now, then a setting has changed, which the header shows
     else:
-        maker.require_usable(rows)
+        _require_usable(config, maker, rows)
     return source, maker
+
+
+def _require_usable(config: CaptureConfig, maker: SequenceMaker, rows: Sequence[SourceRow]) -> None:
+    """Raise an error if no row is usable, which names the parts that the chat template drops from all of them."""
+    problems = [problem for problem in maker.check(rows) if problem]
+    if len(problems) < len(rows) or all(problem.reason == RejectReason.ADAPTER_DROPPED for problem in problems):
+        return  # the user's function may well drop the first rows
+    lost = frozenset.intersection(*(problem.lost for problem in problems))
+    if not lost:
+        raise all_rejected(
+            Counter(problem.reason.value for problem in problems),
+            what=f"{config.source.path or config.source.dataset}: the first {len(rows)} rows",
+            example=f"row {rows[0].number}: {problems[0].detail}",
+            columns=next((row.columns for row in rows if row.columns), None),
+        )
+    fix = "set source.chat_template to a template that renders it"
+    if "text" not in lost:
+        accepted = sorted(lost | set(config.source.may_drop))
+        fix += f", or accept the loss: source.may_drop: [{', '.join(accepted)}]"
+    raise TemplateDrops(
+        maker.template.name,
+        found=f"each of the first {len(rows)} rows loses {', '.join(sorted(lost))}, such as {problems[0].detail}",
+        wanted="all parts of a chat in its rendered text",
+        fix=fix,
+    )
+
+
+def require_unique_ids(config: CaptureConfig, source: Source) -> None:
+    """Read the ids of all rows once, if the first rows have any. Raises `DuplicateIds`.
+
+    A row takes 8 bytes of memory: a hash of its id. Ids whose hashes are equal are then compared.
+    """
+    settings = config.source
+    has_ids = any((row.columns or {}).get(settings.id) for row in source.head(_CHECKED_ROWS))
+    if settings.duplicate_ids != "refuse" or settings.adapter is not None or not has_ids:
+        return  # the user's function runs on the workers, not on all rows here
+
+    def ids() -> Iterator[str]:
+        for row in source.rows(only=settings.id):
+            if row.columns is not None and not row.is_dropped:
+                yield sample_id_of(row.number, row.columns, settings)
+
+    hashes = array("Q", map(_hash_of, tqdm(ids(), desc="checking ids", unit=" rows", delay=3)))
+    ordered = np.frombuffer(hashes, np.uint64)
+    ordered.sort()
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not repeated:
+        return
+    counts = Counter(name for name in ids() if _hash_of(name) in repeated)
+    found = [(name, count) for name, count in counts.most_common() if count > 1]
+    if found:
+        listed = ", ".join(f"{name!r} {count} times" for name, count in found[:_MAX_LISTED])
+        raise DuplicateIds(
+            f"{source.name}: column {settings.id}",
+            found=f"{len(found):,} ids that several rows have, such as {listed}",
+            wanted="another id for each row",
+            fix="set source.duplicate_ids to number, which adds the row number to each id, or correct source.id",
+        )
+
+
+def _hash_of(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _stored_header(store: Store) -> DatasetHeader:

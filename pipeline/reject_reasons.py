@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from coldstill.storage_schema.commits import CommitRecord
+
+REJECT_REASONS = "reject_reasons"
+"""Key of a commit record's environment: the unit's rejects, counted by reason."""
+
 
 class RejectReason(StrEnum):
     """`value` is stored in `rejects/` files and the manifest, so it never changes. `sentence` explains it."""
@@ -29,7 +34,7 @@ class RejectReason(StrEnum):
     TEMPLATE_FAILED = "template_failed", "The chat template raised an exception for the row."
     TEMPLATE_DROPS = (
         "template_drops",
-        "The chat template leaves out a part of the chat that source.may_drop does not list.",
+        "The chat template leaves out a part of the chat; see source.may_drop.",
     )
     TEMPLATE_CANNOT_MARK = "template_cannot_mark", "The chat template rewrites an assistant turn of this chat."
     CANNOT_MARK = "cannot_mark", "A token spans the border between an assistant turn and the text before it."
@@ -39,3 +44,9 @@ class RejectReason(StrEnum):
     NO_TARGETS = "no_targets", "No token of the row or part is a target."
     NON_FINITE_LOGITS = "non_finite_logits", "The teacher gave NaN or infinite logits for the row."
     KILLS_THE_ENGINE = "kills_the_engine", "Each worker that scored the row crashed."
+
+
+def reject_reasons_of(commit: CommitRecord) -> dict[str, int]:
+    """The rejects of a unit by reason; empty in records of earlier releases."""
+    found = commit.environment.get(REJECT_REASONS, {})
+    return {str(reason): int(count) for reason, count in found.items()} if isinstance(found, dict) else {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid
-from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.reject_reasons import REJECT_REASONS, RejectReason, reject_reasons_of
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker, template_date_of
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import (
@@ -77,6 +77,7 @@ class UnitReport(NamedTuple):
     tokens: int
     targets: int
     bytes: int
+    reasons: dict[str, int] = {}
 
 
 class SpeedReport(NamedTuple):
@@ -130,6 +131,8 @@ class CaptureWorker:
         environment = {**self._teacher.environment, "score_seconds": round(seconds, 3)}
         if len(parts) > 1:
             environment["parts"] = len(parts)
+        if rejects:
+            environment[REJECT_REASONS] = dict(Counter(str(reject.reason) for reject in rejects))
         return _report(
             commit_unit(
                 self.store,
@@ -255,4 +258,5 @@ def _parts_of(sequences: Sequence[TokenSequence], parts: Sequence[tuple[int, int
 
 
 def _report(record: CommitRecord) -> UnitReport:
-    return UnitReport(record.unit, record.rows, record.rejected, record.tokens, record.targets, record.shard.bytes)
+    size, reasons = record.shard.bytes, reject_reasons_of(record)
+    return UnitReport(record.unit, record.rows, record.rejected, record.tokens, record.targets, size, reasons)

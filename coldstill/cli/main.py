@@ -147,7 +147,15 @@ def capture(
 
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
         return
-    show_result(api.capture(settings, repair=repair).model_dump(exclude_none=True), title="capture", summary=summary)
+    result = api.capture(settings, repair=repair).model_dump(exclude_none=True)
+    show_result(_captured(result), title="capture", summary=summary)
+
+
+def _captured(result: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a capture with the rejects of each reason in a line of its own."""
+    reasons, layouts = result.pop("reject_reasons"), result.pop("read_as")
+    rejected = {f"rejected: {reason}": count for reason, count in reasons.items()}
+    return {**({"read as": "; ".join(layouts)} if layouts else {}), **result, **rejected}
 
 
 @app.command(rich_help_panel=MAKE)

@@ -67,6 +67,7 @@ def _lines(status: Status) -> list[tuple[str, str]]:
         ("units", f"{status.units_done:,} of {_count(status.units_planned)} done"),
         ("", f"{status.units_running:,} running, {status.units_failed:,} failed"),
         ("rows", f"{_count(status.rows_done)} of {_count(status.rows_planned)}{_share(status)}"),
+        *(("rejected", f"{count:,} {reason}") for reason, count in sorted(status.rejected.items())),
         ("tokens", f"{totals.tokens:,}, of which {totals.targets:,} targets"),
         ("shards", f"{totals.bytes:,} bytes"),
     ]

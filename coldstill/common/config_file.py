@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -23,6 +24,21 @@ class ConfigInvalid(ColdstillError):
     """A configuration file is not YAML, or has an invalid key or value."""
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Reads YAML in which no mapping has a key twice: the last one would win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} twice, again in line {line}")
+            seen.add(name)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -32,7 +48,7 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
     Raises `ConfigNotFound`, `ConfigInvalid`.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise ConfigNotFound(path, found=error.strerror, wanted="a YAML file", fix="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -157,6 +173,7 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
             f"{path}: {key}",
             found="nothing" if first["type"] == "missing" else found,
             wanted=first["msg"].removeprefix("Value error, "),
+            fix=_number_in_digits(first["input"]),
         )
     names = list(section.model_fields) if section else []
     near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
@@ -166,6 +183,15 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
         wanted=f"one of {', '.join(names)}",
         fix=f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "remove it",
     )
+
+
+def _number_in_digits(given: object) -> str:
+    """How to write a number that YAML reads as text; empty for anything else."""
+    if not isinstance(given, str):
+        return ""
+    if re.fullmatch(r"[\d.]+ *[kKmM]", given):
+        return "write the number in digits, such as 8000 or 8192 for 8k"
+    return f"write {float(given):.15g}" if re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,2}", given) else ""
 
 
 def _located(place: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:

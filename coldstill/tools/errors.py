@@ -100,3 +100,7 @@ class NotExportable(ColdstillError):
 
 class OutputNotEmpty(ColdstillError):
     """The folder to export into is not empty."""
+
+
+class DuplicateIds(ColdstillError):
+    """Several rows of a dataset have one sample id."""

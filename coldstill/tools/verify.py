@@ -7,11 +7,15 @@ files and the faithfulness sample fit the rows.
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError
@@ -23,9 +27,12 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
-from coldstill.storage_schema.verified_files import FileRecord
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord
+
+from .errors import DuplicateIds
 
 _FINDINGS_PER_SHARD = 20
+_IDS_LISTED = 3
 _TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
 _READ = {_TOKENIZER, PLAN_NAME}
 
@@ -50,6 +57,7 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
     """
     dataset = open_dataset(root)
     media = {file.name: file.sha256 for file in dataset.manifest.files}
+    ids = array("Q")
     checks: list[tuple[str, int, Callable[[], Iterator[ColdstillError]]]] = [
         *(
             (file.name, file.bytes, partial(_check_file, dataset, file))
@@ -58,7 +66,7 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
         ),
         (FAITHFULNESS_NAME, 0, partial(_check_sample, dataset, deep)),
         *(
-            (shard.file.name, shard.file.bytes, partial(_check_shard, dataset, index, media, deep))
+            (shard.file.name, shard.file.bytes, partial(_check_shard, dataset, index, media, deep, ids))
             for index, shard in enumerate(dataset.shards)
         ),
     ]
@@ -73,6 +81,8 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
             bar.update(size)
             if findings:
                 bar.set_postfix_str(f"{len(findings)} findings")
+    if deep and not findings and _has_own_ids(dataset):
+        findings += [_finding(SHARDS_FOLDER, error) for error in _repeated_ids(dataset, ids)]
     return findings
 
 
@@ -127,7 +137,36 @@ def _check_sample(dataset: Dataset, deep: bool) -> Iterator[ColdstillError]:
         storage_kl(exact, row.targets)
 
 
-def _check_shard(dataset: Dataset, index: int, media: dict[str, str], deep: bool) -> Iterator[ColdstillError]:
+def _has_own_ids(dataset: Dataset) -> bool:
+    """Whether each id must be there once: merged and imported rows have the ids of their sources."""
+    return dataset.header.mode != "imported" and not dataset.manifest.derived_from
+
+
+def _repeated_ids(dataset: Dataset, hashes: array[int]) -> Iterator[ColdstillError]:
+    """One error for all ids that several rows have, from the hashes of all ids: 8 bytes per row."""
+    ordered = np.frombuffer(hashes, np.uint64)
+    ordered.sort()
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    names = (row.sample_id for row in dataset.rows()) if repeated else ()
+    counts = Counter(name for name in names if _hash_of(name) in repeated)
+    found = [(name, count) for name, count in counts.most_common() if count > 1]
+    if found:
+        listed = ", ".join(f"{name!r} {count} times" for name, count in found[:_IDS_LISTED])
+        yield DuplicateIds(
+            "sample ids",
+            found=f"{len(found):,} ids that several rows have, such as {listed}",
+            wanted="another id for each row",
+            fix="capture it again with source.duplicate_ids: number",
+        )
+
+
+def _hash_of(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _check_shard(
+    dataset: Dataset, index: int, media: dict[str, str], deep: bool, ids: array[int]
+) -> Iterator[ColdstillError]:
     """Check a shard: its digest, or deep, its rows one by one, so that a damaged row does not hide the next."""
     record = dataset.shards[index]
     if not deep:
@@ -139,6 +178,7 @@ def _check_shard(dataset: Dataset, index: int, media: dict[str, str], deep: bool
         try:
             row = shard.row(number)
             _check_row(dataset, row, media)
+            ids.append(_hash_of(row.sample_id))
             tokens += row.token_ids.size
             targets += row.targets.positions
         except ColdstillError as error:

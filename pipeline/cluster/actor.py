@@ -88,7 +88,7 @@ class _RayWorker:
         teacher = self._loaded()
         self._worker = CaptureWorker(self._config, teacher)
 
-    def run(self, task: UnitTask) -> tuple[int, ...] | None:
+    def run(self, task: UnitTask) -> tuple[Any, ...] | None:
         """The report of a unit that is now committed; None for a probe."""
         if task.kind == "probe":
             self._worker.probe(task.unit, task.start, task.stop)

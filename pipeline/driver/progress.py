@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -109,6 +109,7 @@ class Progress:
         self._earlier: Totals | None = None
         self._folded: tuple[str, ...] = ()
         self._score_seconds: float | None = None
+        self._rejected: Counter[str] = Counter()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="progress", daemon=True)
 
@@ -138,7 +139,10 @@ class Progress:
         present = [record.token for record in records]
         self._folded = tuple(dict.fromkeys([*present, *(token for record in records for token in record.folded)]))
         self._folded = self._folded[:_MAX_FOLDED]
-        self._earlier = sum((record.totals for record in records if record.token not in inner), start=Totals())
+        newest = [record for record in records if record.token not in inner]
+        self._earlier = sum((record.totals for record in newest), start=Totals())
+        for record in newest:
+            self._rejected.update(record.rejected)
         self.write()
         for path in stored:
             if path.endswith(".json"):
@@ -155,14 +159,15 @@ class Progress:
                 targets=report.targets,
                 bytes=report.bytes,
             )
+            self._rejected.update(report.reasons)
             now = time.monotonic()
             self._moments.append(_Moment(now, self._own))
             while len(self._moments) > 2 and self._moments[1].seconds < now - _RATE_WINDOW_S:
                 self._moments.popleft()
 
-    def sealed(self, *, score_seconds: float) -> None:
-        """Note that the dataset is sealed, and how long its teachers scored in total."""
-        self._score_seconds = score_seconds
+    def sealed(self, *, score_seconds: float, rejected: dict[str, int]) -> None:
+        """Note that the dataset is sealed, how long its teachers scored in total, and the rejects by reason."""
+        self._score_seconds, self._rejected = score_seconds, Counter(rejected)
 
     def write(self, state: RecordState = "running", *, error: str | None = None) -> None:
         """Replace the record; does nothing before `begin`. Raises `StorageFailed`."""
@@ -188,6 +193,7 @@ class Progress:
             tokens_per_s=rates.tokens if rates else None,
             rows_per_s=rates.rows if rates else None,
             score_seconds=self._score_seconds,
+            rejected=dict(self._rejected),
         )
         self._store.put(record_name(self._token), (record.model_dump_json(indent=2) + "\n").encode())
 

@@ -89,6 +89,7 @@ class ProgressRecord(FrozenModel):
     )
     rows_per_s: float | None
     score_seconds: float | None = Field(description="Scoring time of all units; known once sealed.")
+    rejected: dict[str, int] = Field(default={}, description="Rejected source rows of all starts, by reason.")
 
     @property
     def totals(self) -> Totals:
@@ -114,6 +115,7 @@ class Status(FrozenModel):
     totals: Totals = Field(
         description="Totals of all starts; the last seconds before a kill are missing until the dataset is sealed."
     )
+    rejected: dict[str, int] = Field(default={}, description="Rejected source rows by reason.")
     workers: int = Field(description="Workers that are ready now.")
     tokens_per_s: float | None = Field(
         default=None, description="Tokens per second of all workers, in the last ten minutes."
@@ -193,6 +195,7 @@ def _sealed(store: Store, record: ProgressRecord | None) -> Status:
         rows_planned=rows,
         rows_done=rows,
         totals=(record.totals if record else Totals()).model_copy(update=counted),
+        rejected=record.rejected if record else {},
         workers=0,
     )
 
@@ -226,6 +229,7 @@ def _unsealed(store: Store, record: ProgressRecord | None, lease: LeaseRecord | 
         rows_planned=rows_planned,
         rows_done=rows_done,
         totals=record.totals if record else Totals(),
+        rejected=record.rejected if record else {},
         workers=now.workers if now else 0,
         tokens_per_s=now.tokens_per_s if now else None,
         time_left_s=(rows_planned - rows_done) / rate

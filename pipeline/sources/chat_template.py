@@ -217,6 +217,7 @@ def _in_form(message: dict[str, Any], *, as_text: bool, null: str | None, joined
 def _call_in_form(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
     function = call.get("function", call)
     given = function.get("arguments")
+    arguments: object
     if as_text:
         arguments = given if isinstance(given, str) and given.strip() else json.dumps(given or {}, ensure_ascii=False)
     else:

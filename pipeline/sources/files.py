@@ -150,6 +150,13 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def is_folder(path: str) -> bool:
+    """Whether a path is a folder. Raises `SourceUnreadable`."""
+    fs, inner = _file_system(path)
+    with named_errors(path, "looking for the source"):
+        return bool(not fs.isfile(inner) and fs.isdir(inner))
+
+
 def find_files(path: str) -> list[SourceFile]:
     """The files at a path or pattern, sorted by name. Raises `SourceNotFound`, `SourceUnreadable`."""
     fs, inner = _file_system(path)

@@ -213,7 +213,7 @@ def _missing_markers(
     learned: Collection[int],
     render: Callable[[list[dict[str, Any]], list[Any] | None], str],
 ) -> list[Lost]:
-    messages, tools = copy.deepcopy(list(messages)), copy.deepcopy(list(tools)) if tools else None
+    changed, tools = copy.deepcopy(list(messages)), copy.deepcopy(list(tools)) if tools else None
     markers: list[tuple[str, Lost]] = []
 
     def marker(kind: str, what: str) -> str:
@@ -221,18 +221,18 @@ def _missing_markers(
         return markers[-1][0]
 
     # From the last one on: a marker moves all later characters of its field.
-    for each in reversed(list(_texts_of(messages, learned))):
+    for each in reversed(list(_texts_of(changed, learned))):
         if each.stop - each.start <= _SHORT:
             whole = each.holder[each.field]
             name = marker(each.kind, f"{each.what}: {each.text!r}")
             each.holder[each.field] = f"{whole[: each.stop]}{name}{whole[each.stop :]}"
-    for call in _calls_of(messages):
+    for call in _calls_of(changed):
         function, arguments = call.function, call.function["arguments"]
         what = f"{call.what}: {function['name']}({_shortened(_as_text(arguments))})"
         value = json.loads(arguments) if isinstance(arguments, str) else arguments
         name = marker("tool_calls", what)
-        changed = {**value, name: name}
-        function["arguments"] = json.dumps(changed) if isinstance(arguments, str) else changed
+        marked = {**value, name: name}
+        function["arguments"] = json.dumps(marked) if isinstance(arguments, str) else marked
         function["name"] += marker("tool_calls", what)
     for tool in tools or ():
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
@@ -241,7 +241,7 @@ def _missing_markers(
     if not markers:
         return []
     try:
-        rendered = render(messages, tools)
+        rendered = render(changed, tools)
     except Exception:  # a template may refuse the changed chat; then the first check alone decides
         return []
     return list(dict.fromkeys(part for name, part in markers if name not in rendered))

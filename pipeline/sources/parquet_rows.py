@@ -41,11 +41,12 @@ _WIDE_BYTES = 128 << 20
 class ParquetRows(Reader):
     """Rows of one or several files."""
 
-    def rows(self) -> Iterator[SourceRow]:
+    def rows(self, only: str | None = None) -> Iterator[SourceRow]:
+        """All rows in order; with `only`, just that column."""
         number = 0
         for file in self.files:
             with _parquet(file) as parquet:
-                for columns in _columns(parquet, file, 0, parquet.metadata.num_rows):
+                for columns in _columns(parquet, file, 0, parquet.metadata.num_rows, only):
                     yield SourceRow(number, columns)
                     number += 1
 
@@ -114,14 +115,17 @@ def _parquet(file: SourceFile, *, unit: Unit | None = None) -> Iterator[pq.Parqu
         yield parquet
 
 
-def _columns(parquet: pq.ParquetFile, file: SourceFile, low: int, high: int) -> Iterator[dict[str, object]]:
+def _columns(
+    parquet: pq.ParquetFile, file: SourceFile, low: int, high: int, only: str | None = None
+) -> Iterator[dict[str, object]]:
     """Rows `low` to `high` of a file."""
     first = 0
+    wanted = [only] if only in parquet.schema_arrow.names else None
     for group in range(parquet.num_row_groups):
         rows = parquet.metadata.row_group(group).num_rows
         if first < high and low < first + rows:
             start = first
-            batches = parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
+            batches = parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=wanted)
             while start < high:
                 try:
                     batch = next(batches, None)

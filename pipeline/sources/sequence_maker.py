@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from coldstill.pipeline.config import CaptureConfig, SourceConfig
-from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark, TemplateDrops, all_rejected
+from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.checkpoint import end_token_ids, load_tokenizer
 from coldstill.pipeline.teachers.protocol import TokenSequence
@@ -156,24 +156,6 @@ class SequenceMaker:
             raise unmarked
         return problems
 
-    def require_usable(self, rows: Sequence[SourceRow]) -> None:
-        """Check the first rows, of which at least one must be usable.
-
-        Raises what `check` raises, `TemplateDrops` if the template leaves out the same parts of each row, and
-        `AllRowsRejected`.
-        """
-        problems = [problem for problem in self.check(rows) if problem]
-        if len(problems) < len(rows) or all(problem.reason == RejectReason.ADAPTER_DROPPED for problem in problems):
-            return  # the user's function may well drop the first rows
-        if lost := frozenset.intersection(*(problem.lost for problem in problems)):
-            raise self._template_drops(lost, problems)
-        raise all_rejected(
-            Counter(problem.reason.value for problem in problems),
-            what=f"the first {len(rows)} rows of the source" if len(rows) > 1 else "the first row of the source",
-            example=f"row {rows[0].number}: {problems[0].detail}",
-            columns=next((row.columns for row in rows if row.columns), None),
-        )
-
     def _problem(self, row: SourceRow) -> RowUnusable | None:
         """Why a row gives no sequence, None if it gives one."""
         try:
@@ -184,25 +166,12 @@ class SequenceMaker:
             return None
         first = made[0]
         assert isinstance(first, Reject)
-        reason = RejectReason(first.reason)
+        reason = next(reason for reason in RejectReason if reason == first.reason)
         return RowUnusable(reason, first.detail)
-
-    def _template_drops(self, lost: frozenset[str], problems: Sequence[RowUnusable]) -> TemplateDrops:
-        kinds = ", ".join(sorted(lost))
-        allowed = sorted((lost | set(self.source.may_drop)) - {"text"})
-        another = "set source.chat_template to a template that renders it"
-        return TemplateDrops(
-            self.template.name,
-            found=f"each of the first {len(problems)} rows loses {kinds}, such as {problems[0].detail}",
-            wanted="all parts of a chat in its rendered text",
-            fix=another
-            if "text" in lost
-            else f"{another}, or accept the loss: source.may_drop: [{', '.join(allowed)}]",
-        )
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """How the columns of the rows were read so far, for rows whose layout was recognized; the most frequent first."""
+        """How the columns of recognized layouts were read, the most frequent one first."""
         return tuple(name for name, _ in self._layouts.most_common() if name)
 
     def _whole(self, fitted: Fitted) -> Conversation:
@@ -232,18 +201,19 @@ class SequenceMaker:
             learned = chat.learned_reasoning(last_turn=self.source.loss_on == "last_turn")
             chat = self._whole(self.template.fitted(chat, learned=learned))
             token_ids, loss_mask = self._loss_mask.ids_and_loss_mask(chat)
-        facts = _facts_of(number, columns, id_column=self.source.id, used=used)
+        facts = _facts_of(number, columns, self.source, used=used)
         yield from _split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
 
     def _prompted(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         chat = conversation_of(columns, self.source, answered=False)
         if chat is None:
-            token_ids, used = self._tokens(columns), (self.source.text,)
+            used: tuple[str, ...] = (self.source.text,)
+            token_ids = self._tokens(columns)
         else:
             self._layouts[chat.layout] += 1
             chat = self._whole(self.template.fitted(chat, prompted=True))
             token_ids, used = self.template.prompt(chat), chat.columns
-        facts = _facts_of(number, columns, id_column=self.source.id, used=used)
+        facts = _facts_of(number, columns, self.source, used=used)
         yield _prompt(facts, token_ids, max_length=self.max_length)
 
     def _isolated(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
@@ -252,7 +222,7 @@ class SequenceMaker:
         yield from _split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
 
     def _document(self, number: int, columns: Columns) -> _Document:
-        facts = _facts_of(number, columns, id_column=self.source.id, used=(self.source.text,))
+        facts = _facts_of(number, columns, self.source, used=(self.source.text,))
         token_ids, end = self._tokens(columns), self.tokenizer.eos_token_id
         has_end = end is None or token_ids[-1:] == [end]  # some tokenizers append it themselves
         return _Document(facts, token_ids if has_end else [*token_ids, end])
@@ -275,7 +245,7 @@ class SequenceMaker:
         return list(self.tokenizer(text)["input_ids"])
 
     def _reject(self, row: SourceRow, why: RowUnusable) -> Reject:
-        sample_id = _sample_id_of(row.number, row.columns or {}, id_column=self.source.id)
+        sample_id = sample_id_of(row.number, row.columns or {}, self.source)
         return Reject(row.number, sample_id, why.reason, why.detail)
 
 
@@ -316,19 +286,21 @@ def _columns_of(row: SourceRow) -> Columns:
     return row.columns
 
 
-def _sample_id_of(number: int, columns: Mapping[str, Any], *, id_column: str) -> str:
+def sample_id_of(number: int, columns: Mapping[str, Any], source: SourceConfig) -> str:
     """A row's own id, or one made of its number."""
-    given = columns.get(id_column)
-    return f"row-{number:09d}" if given is None or given == "" else str(given)
+    given = columns.get(source.id)
+    if given is None or given == "":
+        return f"row-{number:09d}"
+    return f"{given}#{number}" if source.duplicate_ids == "number" else str(given)
 
 
-def _facts_of(number: int, columns: Mapping[str, Any], *, id_column: str, used: Sequence[str]) -> _RowFacts:
+def _facts_of(number: int, columns: Mapping[str, Any], source: SourceConfig, *, used: Sequence[str]) -> _RowFacts:
     """Sample id and metadata of a row: all columns except those that were `used` for its tokens.
 
     Raises `RowUnusable` if they are larger than a shard may store.
     """
-    sample_id = _sample_id_of(number, columns, id_column=id_column)
-    metadata = {name: _as_json(value) for name, value in columns.items() if name not in (*used, id_column)}
+    sample_id = sample_id_of(number, columns, source)
+    metadata = {name: _as_json(value) for name, value in columns.items() if name not in (*used, source.id)}
     size = len(sample_id.encode()) + len(json.dumps(metadata, ensure_ascii=False).encode()) + _ROOM_FOR_ID
     if size > MAX_METADATA_BYTES:
         detail = f"{size:,} bytes in other columns than the text, at most {MAX_METADATA_BYTES:,}"

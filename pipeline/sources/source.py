@@ -28,15 +28,16 @@ from coldstill.pipeline.errors import (
     SourceAdapterFailed,
     SourceChanged,
     SourceEmpty,
+    SourceNotFound,
     SourceUnreadable,
     TooManyUnits,
 )
 from coldstill.storage_schema.plan import MAX_UNITS, Plan, Unit
 from coldstill.storage_schema.store import Store
 
-from .files import Reader, SourceFile, SourceRow, Stream, Survey, changed, find_files, sample_sha256
+from .files import Reader, SourceFile, SourceRow, Stream, Survey, changed, find_files, is_folder, sample_sha256
 from .hub_dataset import HubDataset
-from .json_lines import COMPRESSIONS, CompressedLines, JsonLines
+from .json_lines import COMPRESSIONS, CompressedLines, JsonDocuments, JsonLines, is_document
 from .parquet_rows import ParquetRows, WideParquet
 from .staging import STAGING_FOLDER, StagedRows, stage
 
@@ -45,6 +46,8 @@ _INDEX_NAME = f"{STAGING_FOLDER}/source.json"
 _SETTINGS = ("dataset_config", "split", "messages", "tools", "prompt", "response", "text", "id")
 """Settings that select what is read and are not part of a digest."""
 _LINES = ("jsonl", "json", "ndjson")
+_WHOLE = tuple(f".json{ending}" for ending in ("", *COMPRESSIONS))
+"""Endings of files that may be one JSON document instead of lines."""
 
 
 class SourceIndex(FrozenModel):
@@ -124,8 +127,11 @@ class Source:
         self._content_sha256 = survey.sha256
         return _plan(self.name, survey, rows_per_unit)
 
-    def rows(self) -> Iterator[SourceRow]:
-        """All rows in order; needs no plan. Raises `SourceAdapterFailed`."""
+    def rows(self, *, only: str | None = None) -> Iterator[SourceRow]:
+        """All rows in order; needs no plan. `only`: the one column that the caller needs, if reading it alone is
+        cheaper. Raises `SourceAdapterFailed`."""
+        if only is not None and self._adapt is None and isinstance(self._origin, ParquetRows):
+            return self._origin.rows(only)
         if self._store is not None and self._index is not None and self._index.parts:
             return self._adapted(StagedRows(self._store, self._index.parts).rows())
         return self._adapted(self._origin.rows())
@@ -152,7 +158,7 @@ class Source:
     def _files(self) -> tuple[SourceFile, ...]:
         """The source's files as they are now."""
         path = self._config.path
-        return tuple(find_files(path)) if path is not None else self._origin.files
+        return tuple(_files_at(path)) if path is not None else self._origin.files
 
     @cached_property
     def _origin(self) -> Reader | Stream:
@@ -160,7 +166,7 @@ class Source:
         path = self._config.path
         if path is None:
             return HubDataset(self._config)
-        if not glob.has_magic(path):
+        if not glob.has_magic(path) and not _has_known_ending(path) and not is_folder(path):
             format_of(path)  # a wrong ending is reported before a missing file
         return _origin_of(self._files)
 
@@ -244,7 +250,7 @@ def read_index(store: Store) -> SourceIndex | None:
 
 def format_of(name: str) -> str:
     """`lines`, `compressed` or `parquet`, by the ending of a file name. Raises `SourceUnreadable`."""
-    stem, _, ending = name.rpartition(".")
+    stem, _, ending = name.lower().rpartition(".")
     compression = f".{ending}" in COMPRESSIONS
     ending = stem.rpartition(".")[2] if compression else ending
     if ending in _LINES:
@@ -259,6 +265,33 @@ def format_of(name: str) -> str:
     )
 
 
+def _has_known_ending(name: str) -> bool:
+    try:
+        return bool(format_of(name))
+    except SourceUnreadable:
+        return False
+
+
+def _files_at(path: str) -> list[SourceFile]:
+    """The files at a path or pattern; those of a folder whose endings are known. Raises `SourceNotFound`."""
+    if glob.has_magic(path) or _has_known_ending(path) or not is_folder(path):
+        return find_files(path)
+    try:
+        found = [file for file in find_files(f"{path.rstrip('/')}/*") if _has_known_ending(file.name)]
+    except SourceNotFound:
+        found = []
+    # A folder of data often holds a .json of another kind, such as dataset_infos.json.
+    rows = [file for file in found if not file.name.lower().endswith(_WHOLE)] or found
+    if not rows:
+        raise SourceNotFound(
+            path,
+            found="a folder without .jsonl, .json or .parquet files",
+            wanted="a folder with such files",
+            fix=f"name the files by a pattern, such as {path.rstrip('/')}/**/*.parquet",
+        )
+    return rows
+
+
 def _origin_of(files: Sequence[SourceFile]) -> Reader | Stream:
     """Reads these files as they are. Raises `SourceUnreadable`."""
     formats = {format_of(file.name): file.name for file in files}
@@ -266,6 +299,8 @@ def _origin_of(files: Sequence[SourceFile]) -> Reader | Stream:
         found, wanted = "JSON Lines and Parquet in one source", "files of one format"
         raise SourceUnreadable(", ".join(formats.values()), found=found, wanted=wanted, fix="narrow source.path")
     # A store that does not report the size of a file cannot seek in it.
+    if any(file.name.lower().endswith(_WHOLE) for file in files) and is_document(files[0]):
+        return JsonDocuments(files)
     if "compressed" in formats or ("lines" in formats and any(file.bytes is None for file in files)):
         return CompressedLines(files)
     reader = _reader_of(files)

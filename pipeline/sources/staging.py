@@ -56,7 +56,7 @@ class StagedRows(ParquetRows):
     def __init__(self, store: Store, parts: Sequence[SourceFile]):
         super().__init__([part.model_copy(update={"name": f"{store.url}/{part.name}"}) for part in parts])
 
-    def rows(self) -> Iterator[SourceRow]:
+    def rows(self, only: str | None = None) -> Iterator[SourceRow]:
         return map(_parsed, super().rows())
 
     def read(self, unit: Unit) -> Iterator[SourceRow]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
-from coldstill.pipeline.config import CaptureConfig, TeacherConfig
+from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 
 REPOSITORY = Path(__file__).parents[2]
 PLAIN: dict[str, Any] = {"output": "o", "source": {"path": "x.jsonl"}, "teacher": {"model": "m"}}
@@ -117,3 +117,34 @@ def test_the_shipped_examples_show_the_defaults(name: str) -> None:
     assert {"top_k", "draws"} <= teacher.model_fields_set
     assert (teacher.top_k, teacher.draws) == (16, 64)
     assert teacher.engine_args["max_num_batched_tokens"] > 2048, "the tap needs no memory for the logits of a batch"
+
+
+def _as_file(folder: Path, text: str) -> str:
+    (folder / "capture.yaml").write_text(text)
+    return str(folder / "capture.yaml")
+
+
+def test_a_key_that_is_there_twice_is_an_error_with_its_line(tmp_path: Path) -> None:
+    text = "output: a\nsource:\n  path: x.jsonl\n  path: y.jsonl\nteacher: {model: m}\n"
+    with pytest.raises(ConfigInvalid, match="the key path twice, again in line 4"):
+        load_config(_as_file(tmp_path, text), model=CaptureConfig)
+    merged = "output: a\nbase: &base {path: x.jsonl}\nsource:\n  <<: *base\n  <<: {id: key}\nteacher: {model: m}\n"
+    with pytest.raises(ConfigInvalid, match="base"):  # an unknown key, and no key twice
+        load_config(_as_file(tmp_path, merged), model=CaptureConfig)
+
+
+@pytest.mark.parametrize(("given", "advice"), [("8k", "in digits"), ("1e3", "write 1000"), ("many", "")])
+def test_a_number_that_yaml_reads_as_text_is_an_error_with_the_way_to_write_it(
+    tmp_path: Path, given: str, advice: str
+) -> None:
+    text = f"output: a\nsource: {{path: x.jsonl}}\nteacher: {{model: m, max_length: {given}}}\n"
+    with pytest.raises(ConfigInvalid, match=r"teacher\.max_length") as caught:
+        load_config(_as_file(tmp_path, text), model=CaptureConfig)
+    assert advice in str(caught.value)
+    assert ("do:" in str(caught.value)) == bool(advice)
+
+
+def test_several_equal_answers_are_refused() -> None:
+    with pytest.raises(ValueError, match="temperature 0"):
+        SamplingConfig(temperature=0, n=2)
+    assert SamplingConfig(temperature=0).n == 1

@@ -20,13 +20,15 @@ CHATML_JSON_CALLS = (
 """Encodes arguments as JSON, so that arguments that are JSON text already come out encoded twice."""
 
 DEEPSEEK_TEXT_CALLS = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|User|>' + message['content'] }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<|User|>' + message['content'] }}"
     "{% elif message['role'] == 'assistant' and message['content'] is none %}{{ '<|Assistant|>' }}"
     "{% for tool in message['tool_calls'] %}{{ tool['function']['name'] + '\n```json\n' }}"
     "{{ '' + tool['function']['arguments'] + '\n```' }}{% endfor %}{{ eos_token }}"
     "{% elif message['role'] == 'assistant' %}{{ '<|Assistant|>' + message['content'] + eos_token }}"
     "{% elif message['role'] == 'tool' %}{{ '<|tool_output|>' + message['content'] }}"
-    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"
 )
 """Wants arguments as text and null content beside calls, whose text it leaves out."""
 

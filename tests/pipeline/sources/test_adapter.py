@@ -16,7 +16,7 @@ import pytest
 from coldstill.common.plugins import PluginNotFound
 from coldstill.pipeline.config import CaptureConfig, SourceConfig
 from coldstill.pipeline.dry_run import dry_run
-from coldstill.pipeline.errors import SourceAdapterFailed, SourceChanged
+from coldstill.pipeline.errors import AllRowsRejected, SourceAdapterFailed, SourceChanged
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.sources.staging import remove_staging
@@ -146,8 +146,8 @@ def test_the_example_makes_a_dataset_and_dropped_rows_are_rejects(
 
 
 def test_an_empty_result_is_dropped_too(tmp_path: Path) -> None:
-    dry = dry_run(_config(tmp_path, f"{HERE}:give_nothing"), progress=False)
-    assert dry.rejected == {"adapter_dropped": 11}
+    with pytest.raises(AllRowsRejected, match="11 adapter_dropped"):
+        dry_run(_config(tmp_path, f"{HERE}:give_nothing"), progress=False)
 
 
 def test_a_line_that_is_not_an_object_does_not_reach_the_function(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ AS_TEXT = {"type": "function", "function": {"name": "add", "arguments": json.dum
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 USER = {"role": "user", "content": "1 + 2?"}
 ANSWER = {"role": "assistant", "content": "It is 3."}
+FOX = "the quick brown fox jumps"
 RESULT = {"role": "tool", "content": "3"}
 
 
@@ -100,7 +101,7 @@ DROPPED = {
     ),
     "a text that another one holds": (
         CHATML_JSON_CALLS.replace("{{- message.content }}", "{{- message.content if message.role == 'user' }}"),
-        [{"role": "user", "content": "Say: the quick brown fox jumps"}, {**ANSWER, "content": "the quick brown fox jumps"}],
+        [{"role": "user", "content": f"Say: {FOX}"}, {**ANSWER, "content": FOX}],
         "text",
         "message 1",
     ),
@@ -120,7 +121,7 @@ def test_a_part_that_the_template_leaves_out_rejects_its_row_by_name(name: str) 
 
 @pytest.mark.parametrize("name", ["a call", "a tool's result", "the system's text", "the developer's text"])
 def test_prompts_lose_nothing_either(name: str) -> None:
-    template, messages, kind, _ = DROPPED[name]
+    template, messages, _, _ = DROPPED[name]
     made = _made(_maker(template, mode="generate"), *messages, USER)
     assert isinstance(made, Reject)
     assert made.reason == "template_drops"
