@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from coldstill.pipeline.config import SourceConfig
-from coldstill.pipeline.errors import SourceUnreadable
 from coldstill.pipeline.sources import staging
 from coldstill.pipeline.sources.source import open_source, read_index
 from coldstill.pipeline.sources.staging import remove_staging
@@ -80,9 +79,12 @@ def test_a_second_start_does_not_stage_again(tmp_path: Path, monkeypatch: pytest
     assert open_source(config, store).plan(64) == plan
 
 
-def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+def test_with_a_damaged_index_the_source_is_surveyed_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "dataset")
     config = _source(tmp_path)
-    store.put("staging/source.json", b"{}")
-    with pytest.raises(SourceUnreadable, match=r"source\.json"):
-        open_source(config, store)
+    plan = open_source(config, store).plan(64)
+    for damage in (b"{}", b"", b"\x80"):
+        store.put("staging/source.json", damage)
+        again = open_source(config, store)
+        assert not again.is_surveyed
+        assert again.plan(64) == plan
