@@ -126,8 +126,8 @@ def test_explicit_settings_win() -> None:
 
 def test_columns_that_nothing_recognizes_are_named_with_the_key_to_set(tmp_path: Path) -> None:
     config = capture_config(tmp_path)
-    making.write_jsonl(tmp_path / "rows.jsonl", [{"dialogue": "x", "meta": 1}] * 3)
-    with pytest.raises(AllRowsRejected, match=r"(?s)3 no_messages.*columns found: dialogue, meta.*source\.messages"):
+    making.write_jsonl(tmp_path / "rows.jsonl", [{"dialog": "x", "meta": 1}] * 3)
+    with pytest.raises(AllRowsRejected, match=r"(?s)3 no_messages.*columns found: dialog, meta.*source\.messages"):
         prepare(config)
     with pytest.raises(AllRowsRejected, match="no_messages"):
         dry_run(config, progress=False)
