@@ -204,8 +204,11 @@ class ClusterConfig(FrozenModel):
     max_workers: int = Field(
         default=1, ge=1, description="Maximum number of workers: Ray actors, each with its own engine."
     )
-    cpus_per_worker: float = Field(
-        default=1, gt=0, description="CPU cores that Ray reserves per worker; also its number of OpenMP threads."
+    cpus_per_worker: float | None = Field(
+        default=None,
+        gt=0,
+        description="CPU cores that Ray reserves per worker; also its number of OpenMP threads, unless OMP_NUM_THREADS "
+        "is set. By default 1; on one machine without a GPU, the workers share all cores.",
     )
     gpus_per_worker: float | None = Field(
         default=None,

@@ -125,7 +125,6 @@ def new_actor(
     name: str,
     crash_key: str,
     folder: str,
-    gpus: float,
     tasks: int,
     load: TeacherLoader | None,
     header: bytes | None = None,
@@ -134,7 +133,7 @@ def new_actor(
     options: dict[str, Any] = {
         "name": name,
         "num_cpus": config.cluster.cpus_per_worker,
-        "num_gpus": gpus,
+        "num_gpus": config.cluster.gpus_per_worker,
         "max_concurrency": tasks,
         # The dispatcher decides what is retried. Ray itself would send the same call to a new actor.
         "max_restarts": 0,

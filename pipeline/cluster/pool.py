@@ -152,7 +152,7 @@ class WorkerPool:
         for worker in self._workers:
             self._prepare(worker)
         start_deaths, is_open = 0, False
-        placement = PlacementReport(self._config, gpus=self.gpus_per_worker)
+        placement = PlacementReport(self._config)
         while dispatcher.unfinished:
             wanted = min(self._config.cluster.max_workers, dispatcher.unfinished)
             for _ in range(len(self._workers), wanted):
@@ -189,7 +189,7 @@ class WorkerPool:
         self._join()
         for _ in range(_MAX_START_DEATHS):
             worker = self._add(header.to_bytes())
-            reference, placement = call(worker.actor), PlacementReport(self._config, gpus=self.gpus_per_worker)
+            reference, placement = call(worker.actor), PlacementReport(self._config)
             while not ray.wait([reference], timeout=_WAIT_S)[0]:
                 placement.update(ready=0, wanted=1)
             try:
@@ -203,7 +203,8 @@ class WorkerPool:
 
     def _join(self) -> None:
         if not self._is_joined:
-            self.gpus_per_worker = join_cluster(self._config)
+            self._config = join_cluster(self._config)
+            self.gpus_per_worker = self._config.cluster.gpus_per_worker or 0.0
             self._is_joined = True
 
     def _dispatcher(self, todo: list[int]) -> Dispatcher:
@@ -228,7 +229,6 @@ class WorkerPool:
             name=name,
             crash_key=key,
             folder=self._folder,
-            gpus=self.gpus_per_worker,
             tasks=TASKS_PER_WORKER,
             load=self._load,
             header=header,

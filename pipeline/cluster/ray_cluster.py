@@ -21,6 +21,8 @@ from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import ClusterTooSmall, ClusterUnreachable
 from coldstill.pipeline.worker import UnitReport
 
+_NEEDS = {"cpus_per_worker": "CPU", "gpus_per_worker": "GPU"}
+"""Settings of a worker's needs, and Ray's names of the resources; `join_cluster` fills both in."""
 _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 START_LIMITS = ("RAY_gcs_server_port_wait_time_s", "RAY_raylet_start_wait_time_s")
 """Ray's own environment variables for how long the parts of a new node may take to start."""
@@ -34,8 +36,10 @@ _COUNTED = ("rows", "rejected", "tokens", "targets", "bytes")
 log = logging.getLogger(__name__)
 
 
-def join_cluster(config: CaptureConfig) -> float:
-    """Join the cluster that the settings or RAY_ADDRESS name, or start one on this machine. The GPUs per worker.
+def join_cluster(config: CaptureConfig) -> CaptureConfig:
+    """Join the cluster that the settings or RAY_ADDRESS name, or start one on this machine.
+
+    Returns the settings with the CPUs and GPUs of a worker filled in.
 
     Raises `ClusterUnreachable`, and `ClusterTooSmall` if this machine alone could never run `cluster.min_workers`.
     """
@@ -57,13 +61,16 @@ def join_cluster(config: CaptureConfig) -> float:
             raise _unreachable(config.cluster.address, error, is_local=is_local) from error
     resources = ray.cluster_resources()
     gpus = gpus_per_worker(config, resources)
+    cpus = cpus_per_worker(config, resources, is_local=is_local)
+    needs = {"gpus_per_worker": gpus, "cpus_per_worker": cpus}
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update=needs)})
     if is_local:
         try:
-            require_room(config, resources, gpus=gpus)
+            require_room(config, resources)
         except ClusterTooSmall:
             ray.shutdown()
             raise
-    return gpus
+    return config
 
 
 def _unreachable(address: str | None, error: Exception, *, is_local: bool) -> ClusterUnreachable:
@@ -110,14 +117,23 @@ def gpus_per_worker(config: CaptureConfig, resources: Mapping[str, float]) -> fl
     return gpus
 
 
-def require_room(config: CaptureConfig, resources: Mapping[str, float], *, gpus: float) -> None:
+def cpus_per_worker(config: CaptureConfig, resources: Mapping[str, float], *, is_local: bool) -> float:
+    """CPUs that Ray reserves for a worker: as set, or else its share of a machine without a GPU, elsewhere 1.
+
+    An engine on a GPU needs one thread, and on another's cluster one core is what anybody may take unasked.
+    """
+    if config.cluster.cpus_per_worker is not None:
+        return config.cluster.cpus_per_worker
+    if not is_local or resources.get("GPU") or config.teacher.engine == "endpoint":
+        return 1
+    return max(1, int(resources.get("CPU", 1) // config.cluster.max_workers))
+
+
+def require_room(config: CaptureConfig, resources: Mapping[str, float]) -> None:
     """Raise `ClusterTooSmall` if `resources`, the total of this machine, cannot hold `cluster.min_workers`."""
     workers = config.cluster.min_workers
-    for key, name, wanted in (
-        ("cpus_per_worker", "CPU", config.cluster.cpus_per_worker),
-        ("gpus_per_worker", "GPU", gpus),
-    ):
-        found = resources.get(name, 0)
+    for key, name in _NEEDS.items():
+        found, wanted = resources.get(name, 0), getattr(config.cluster, key)
         if wanted * workers > found:
             key = key if wanted > found else "min_workers"
             raise ClusterTooSmall(
@@ -134,8 +150,8 @@ class PlacementReport:
     Raises nothing, because an autoscaler may still add nodes.
     """
 
-    def __init__(self, config: CaptureConfig, *, gpus: float):
-        self._config, self._gpus = config, gpus
+    def __init__(self, config: CaptureConfig):
+        self._config = config
         self.begin()
 
     def begin(self) -> None:
@@ -149,13 +165,13 @@ class PlacementReport:
         elif time.monotonic() - self._since >= self._interval:
             self._interval *= 2
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            if text := missing_room(self._config, nodes, gpus=self._gpus, wanted=wanted):
+            if text := missing_room(self._config, nodes, wanted=wanted):
                 log.warning("%s", text)
 
 
-def missing_room(config: CaptureConfig, nodes: Sequence[Mapping[str, float]], *, gpus: float, wanted: int) -> str:
+def missing_room(config: CaptureConfig, nodes: Sequence[Mapping[str, float]], *, wanted: int) -> str:
     """Why nodes with these resources in total cannot hold `wanted` workers; empty if they can."""
-    needs = {"CPU": config.cluster.cpus_per_worker, "GPU": gpus}
+    needs = {name: getattr(config.cluster, key) for key, name in _NEEDS.items()}
     room = [min(int(node.get(name, 0) / need + 1e-9) for name, need in needs.items() if need) for node in nodes]
     if sum(room) >= wanted:
         return ""
@@ -164,8 +180,8 @@ def missing_room(config: CaptureConfig, nodes: Sequence[Mapping[str, float]], *,
     keys = "cluster.cpus_per_worker, cluster.gpus_per_worker" + (" or cluster.min_workers" if sum(room) else "")
     return (
         f"waiting for Ray: the capture needs {wanted} worker{'s' if wanted > 1 else ''} with {needs['CPU']:g} CPUs and "
-        f"{gpus:g} GPUs each, and the cluster has room for {sum(room)}: {has or 'no node'}{more}. Unless an autoscaler "
-        f"adds nodes, this will not end: lower {keys}, or add nodes"
+        f"{needs['GPU']:g} GPUs each, and the cluster has room for {sum(room)}: {has or 'no node'}{more}. Unless an "
+        f"autoscaler adds nodes, this will not end: lower {keys}, or add nodes"
     )
 
 

@@ -19,6 +19,7 @@ from coldstill.pipeline.cluster.pool import WorkerPool, _named
 from coldstill.pipeline.cluster.ray_cluster import (
     START_LIMITS,
     PlacementReport,
+    cpus_per_worker,
     gpus_per_worker,
     join_cluster,
     missing_room,
@@ -93,12 +94,30 @@ def test_a_worker_gets_the_gpus_that_its_engine_takes_where_there_are_any(
 
 
 def test_a_machine_that_can_never_hold_min_workers_is_refused(tmp_path: Path) -> None:
-    config = _with(capture_config(tmp_path), min_workers=3, max_workers=3, cpus_per_worker=2)
-    require_room(config, {"CPU": 6}, gpus=0)
+    config = _with(capture_config(tmp_path), min_workers=3, max_workers=3, cpus_per_worker=2, gpus_per_worker=0)
+    require_room(config, {"CPU": 6})
     with pytest.raises(ClusterTooSmall, match=r"cluster\.min_workers"):
-        require_room(config, {"CPU": 5}, gpus=0)
+        require_room(config, {"CPU": 5})
     with pytest.raises(ClusterTooSmall, match=r"cluster\.gpus_per_worker"):
-        require_room(config, {"CPU": 6}, gpus=1)
+        require_room(_with(config, gpus_per_worker=1), {"CPU": 6})
+
+
+@pytest.mark.parametrize(
+    ("settings", "resources", "is_local", "cpus"),
+    [
+        ({}, {"CPU": 8}, True, 8),
+        ({"max_workers": 3}, {"CPU": 8}, True, 2),
+        ({"max_workers": 9}, {"CPU": 8}, True, 1),
+        ({}, {"CPU": 8, "GPU": 1}, True, 1),
+        ({}, {"CPU": 8}, False, 1),
+        ({"cpus_per_worker": 0.5}, {"CPU": 8}, True, 0.5),
+    ],
+)
+def test_the_workers_of_a_machine_without_a_gpu_share_its_cores(
+    tmp_path: Path, settings: dict, resources: dict, is_local: bool, cpus: float
+) -> None:
+    config = _with(capture_config(tmp_path), **{"cpus_per_worker": None, **settings})
+    assert cpus_per_worker(config, resources, is_local=is_local) == cpus
 
 
 NODES = [{"CPU": 8.0}, {"CPU": 2.0, "GPU": 1.0}]
@@ -118,8 +137,8 @@ NODES = [{"CPU": 8.0}, {"CPU": 2.0, "GPU": 1.0}]
 def test_workers_that_no_node_can_hold_are_told_with_what_the_cluster_has_and_the_settings(
     tmp_path: Path, changes: dict, gpus: float, wanted: int, words: tuple[str, ...]
 ) -> None:
-    config = _with(capture_config(tmp_path), **{"cpus_per_worker": 1, **changes})
-    text = missing_room(config, NODES, gpus=gpus, wanted=wanted)
+    config = _with(capture_config(tmp_path), **{"cpus_per_worker": 1, "gpus_per_worker": gpus, **changes})
+    text = missing_room(config, NODES, wanted=wanted)
     assert bool(text) == bool(words)
     for part in words:
         assert part in text
@@ -131,7 +150,7 @@ def test_a_worker_without_room_is_reported_after_a_minute_and_then_at_doubling_i
     now = 1000.0
     monkeypatch.setattr(ray_cluster.time, "monotonic", lambda: now)
     monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
-    report = PlacementReport(_with(capture_config(tmp_path), cpus_per_worker=4), gpus=0)
+    report = PlacementReport(_with(capture_config(tmp_path), cpus_per_worker=4, gpus_per_worker=0))
     when = []
     for _ in range(600):
         report.update(ready=0, wanted=1)

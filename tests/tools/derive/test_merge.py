@@ -132,10 +132,10 @@ def test_a_merge_reads_and_writes_object_stores(header: DatasetHeader, tokenizer
 @pytest.mark.parametrize(
     ("field", "change"),
     [
-        ("teacher", {"teacher": {"name": "x", "weights_fingerprint": "2" * 64, "dtype": "a", "head_dtype": "b"}}),
+        ("teacher.name", {"teacher": {"name": "x", "weights_fingerprint": "2" * 64, "dtype": "a", "head_dtype": "b"}}),
         ("draw_seed", {"draw_seed": 5}),
         (r"about\.license", {"about": {"license": "MIT"}}),
-        ("codec", {"codec": {"name": "float16", "fidelity": "exact", "mean_kl": 1e-6}}),
+        ("codec.name", {"codec": {"name": "float16", "fidelity": "exact", "mean_kl": 1e-6}}),
     ],
 )
 def test_headers_that_disagree_name_the_field(
