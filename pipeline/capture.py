@@ -9,6 +9,9 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -73,10 +76,10 @@ def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
     from .cluster.pool import WorkerPool
 
     store = Store(config.output)
-    store.require_writable()
     pool = WorkerPool(config)
     with (
         raising_interrupts(),
+        _no_empty_folder_left(store),
         Lease(store, dead_after_s=config.cluster.driver_dead_after_s) as lease,
         Progress(store, token=lease.token, work=pool, price_per_gpu_hour=config.cluster.price_per_gpu_hour) as progress,
     ):
@@ -96,6 +99,20 @@ def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
                     raise
                 tqdm.write(f"{error.what}: {error.found}. They are made again.", file=sys.stderr)
     return _summary(store, time.monotonic() - started, reopened, read_as=prepared.layouts)
+
+
+@contextmanager
+def _no_empty_folder_left(store: Store) -> Iterator[None]:
+    """Create the output, and remove the folders that hold no file afterwards, as after a refused configuration."""
+    is_new = store.is_local and not Path(store.root).exists()
+    store.require_writable()
+    try:
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # a folder with files stays
+                for folder in (*Path(store.root).iterdir(), Path(store.root)):
+                    folder.rmdir()
 
 
 def _prepare(config: CaptureConfig, pool: WorkerPool) -> Prepared:

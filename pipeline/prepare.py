@@ -244,7 +244,7 @@ def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -
     source = config.source.model_dump(mode="json")
     return About(
         license=config.license,
-        template_arguments=source["template_arguments"] if maker.template_sha256 else None,
+        template_arguments=(source["template_arguments"] or None) if maker.template_sha256 else None,
         template_date=str(maker.template_date) if maker.template_date else None,
         source_adapter=source["adapter"],
         end_token_ids=maker.end_token_ids,

@@ -239,9 +239,12 @@ class SequenceMaker:
         if not isinstance(text, str) or not text:
             pretrain = self._mode == "pretrain"
             names = [self.source.text] if pretrain else [self.source.messages, self.source.prompt]
-            wanted = " nor ".join(map(repr, dict.fromkeys([*names, self.source.text])))
+            looked_in = [*map(repr, dict.fromkeys([*names, self.source.text]))]
+            found = (
+                f"neither {' nor '.join(looked_in)} holds text" if looked_in[1:] else f"{looked_in[0]} holds no text"
+            )
             reason = RejectReason.NO_TEXT if pretrain else RejectReason.NO_MESSAGES
-            raise RowUnusable(reason, f"{wanted} holds no text")
+            raise RowUnusable(reason, found)
         return list(self.tokenizer(text)["input_ids"])
 
     def _reject(self, row: SourceRow, why: RowUnusable) -> Reject:

@@ -18,13 +18,21 @@ import pytest
 from coldstill.pipeline.capture import capture
 from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.driver.status import read_status
-from coldstill.pipeline.errors import CaptureIncomplete, ClusterTooSmall, LeaseHeld, TooManyUnits, UnitFailed
+from coldstill.pipeline.errors import (
+    AllRowsRejected,
+    CaptureIncomplete,
+    ClusterTooSmall,
+    LeaseHeld,
+    TooManyUnits,
+    UnitFailed,
+)
 from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.commits import commit_name, committed_units
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.store import Store
 from coldstill.tools.verify import verify
+from tests import making
 from tests.pipeline.capturing import capture_config, contents, do_units, write_config
 from tests.pipeline.cluster.faulty import Faults
 
@@ -240,3 +248,15 @@ def test_bad_settings_are_named_with_exit_code_1(tmp_path: Path, words: list[str
     assert process.returncode == 1
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_capture_that_is_refused_leaves_no_folder_behind(tmp_path: Path) -> None:
+    config = capture_config(tmp_path)
+    making.write_jsonl(tmp_path / "rows.jsonl", [{"dialog": "x"}] * 3)
+    with pytest.raises(AllRowsRejected, match="neither 'messages' nor 'prompt' nor 'text' holds text"):
+        capture(config)
+    assert not Path(config.output).exists()
+    Path(config.output).mkdir()
+    with pytest.raises(AllRowsRejected):
+        capture(config)
+    assert Path(config.output).exists(), "it was the user's"
