@@ -195,7 +195,11 @@ class Progress:
             score_seconds=self._score_seconds,
             rejected=dict(self._rejected),
         )
-        self._store.put(record_name(self._token), (record.model_dump_json(indent=2) + "\n").encode())
+        # A record without rejects is one that a driver of an earlier release reads too.
+        unknown_before = None if record.rejected else {"rejected"}
+        self._store.put(
+            record_name(self._token), (record.model_dump_json(indent=2, exclude=unknown_before) + "\n").encode()
+        )
 
     @property
     def totals(self) -> Totals:

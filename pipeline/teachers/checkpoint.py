@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import numpy as np
 import transformers
 from transformers.utils import cached_file
@@ -40,6 +44,7 @@ Score = Callable[[Sequence[TokenSequence]], Sequence[ScoreResult]]
 
 def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBase:
     """The teacher's tokenizer. Raises `TeacherUnusable`, and `TokenizerUnfaithful` for one that loses text."""
+    _require_reachable(config)
     _require_whole_model(config)
     loaders = [
         lambda: transformers.AutoTokenizer.from_pretrained(
@@ -55,6 +60,27 @@ def load_tokenizer(config: TeacherConfig) -> transformers.PreTrainedTokenizerBas
     if not tokenizer.is_fast:
         raise TeacherUnusable(config.model, found="a slow tokenizer", wanted="one with a tokenizer.json")
     return tokenizer
+
+
+def _require_reachable(config: TeacherConfig) -> None:
+    """Raise `TeacherUnusable` for a name that is no folder and not in the Hub's cache if the Hub's host has no address.
+
+    Without a network, the Hub's client repeats each request for a minute.
+    """
+    if Path(config.model).is_dir() or urllib.request.getproxies():
+        return  # a proxy finds the address
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            if cached_file(config.model, "config.json", revision=config.revision, local_files_only=True):
+                return
+        raise TeacherUnusable(
+            f"teacher.model {config.model}",
+            found=f"neither a folder nor in the Hub's cache, and the Hub cannot be reached: {first_line(error)}",
+            wanted="a folder or Hub name of a causal language model",
+            fix="check teacher.model and the network",
+        ) from None
 
 
 def _require_whole_model(config: TeacherConfig) -> None:

@@ -353,3 +353,17 @@ def test_the_measurement_of_speed_and_the_calibration_pass_over_a_row_without_fi
     assert calibrate(config, teacher, prepared.header, prepared.units[0]).id_ranks  # type: ignore[arg-type]
     sequences = CaptureWorker(config, teacher)._sequences(0)[0]  # type: ignore[arg-type]
     assert measure_speed(teacher, prepared.header, sequences, seconds=0).targets > 0  # type: ignore[arg-type]
+
+
+def test_an_absent_model_is_named_at_once_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's client would repeat each request for a minute."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no name resolves")
+
+    monkeypatch.setattr("socket.getaddrinfo", fail)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    started = time.monotonic()
+    with pytest.raises(TeacherUnusable, match="the Hub cannot be reached"):
+        prepare(capture_config(tmp_path, teacher={"model": "no-such-owner/no-such-model"}))
+    assert time.monotonic() - started < 20
