@@ -25,6 +25,7 @@ from .data.stream import LogitStream
 from .evaluation.evaluate import evaluate_student
 from .evaluation.figures import draws_per_position
 from .finished_student import model_card
+from .interruption import outlive_sigterm
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
@@ -49,6 +50,7 @@ class BatchLoader(DataLoader):
         super().__init__(
             stream,
             batch_size=None,
+            worker_init_fn=outlive_sigterm,
             num_workers=workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             pin_memory=args.dataloader_pin_memory,

@@ -15,6 +15,19 @@ from transformers import TrainerCallback
 
 from coldstill.common.interrupts import Interrupted, handling_signals
 
+_LOADER_SECONDS = 120
+"""How long a loader's process works on after a SIGTERM: longer than any step that is worth a checkpoint."""
+
+
+def outlive_sigterm(_: int) -> None:
+    """Let a loader's process survive a SIGTERM for a while; for `DataLoader`'s `worker_init_fn`.
+
+    Slurm and `timeout` signal all processes, and the running step needs its batches. torch ends its workers at
+    SIGTERM, and then the training with an error. The process still ends by itself when its loader does.
+    """
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LOADER_SECONDS))
+
 
 class CheckpointOnSignal(TrainerCallback):
     """Saves a checkpoint at the first signal and raises `Interrupted`; a second signal raises it at once.

@@ -10,14 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from coldstill.common.interrupts import Interrupted
 from coldstill.trainer.checkpoints import newest_checkpoint
 from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.data.logit_dataset import load_logit_dataset
+from coldstill.trainer.distill_trainer import BatchLoader
 from coldstill.trainer.train import train
 from tests import making
 
@@ -183,3 +186,19 @@ def test_the_command_ends_with_a_sentence_and_the_exit_code_and_resumes(tiny_dat
     assert train(config).steps == 8
     train(config_of(tiny_dataset, forgetful, tmp_path / "unbroken"))
     require_equal_weights(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_a_loaders_process_outlives_a_sigterm_and_ends_with_its_loader(tiny_dataset, tmp_path):
+    stream = load_logit_dataset(tiny_dataset, cache_dir=tmp_path / "cache").stream(batch_size=2, seed=0, epochs=1)
+    wanted = sum(1 for _ in stream)
+    arguments = TrainingArguments(output_dir=str(tmp_path), dataloader_num_workers=2, use_cpu=True)
+    batches = iter(BatchLoader(stream, arguments))
+    found = [next(batches)]
+    workers = psutil.Process().children()
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    found += batches
+    assert len(found) == wanted
+    del batches
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
