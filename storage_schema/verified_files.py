@@ -26,10 +26,14 @@ BLOCK_BYTES = 16 << 20
 _CHECKERS = 4
 
 
+MAX_NAME_CHARS = 261
+"""A folder such as `media/`, and as many characters as a file system takes."""
+
+
 class FileRecord(FrozenModel):
     """A file of the dataset: its relative name, size and sha256."""
 
-    name: str
+    name: str = Field(max_length=MAX_NAME_CHARS)
     bytes: int = Field(ge=0, le=MAX_COUNT)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 

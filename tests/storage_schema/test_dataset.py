@@ -254,3 +254,12 @@ def test_a_dataset_of_ten_thousand_shards_opens_without_touching_one(
     assert read == ["manifest.json", "dataset.json"]
     with pytest.raises(ShardMissing):
         dataset.row(0)
+
+
+def test_a_name_that_no_file_system_takes_is_refused_before_anything_is_opened(tiny_dataset: Path) -> None:
+    path = tiny_dataset / "manifest.json"
+    document = json.loads(path.read_text())
+    document["files"][0]["name"] = "media/" + "a" * 5000
+    path.write_text(json.dumps(document))
+    with pytest.raises(CommitDamaged, match=r"files\.0\.name"):
+        open_dataset(tiny_dataset)

@@ -123,8 +123,22 @@ def _plain_columns(row: CachedRow) -> dict[str, Any]:
         "draw_ids": nested(targets.draw_ids, targets.draw_counts),
         "draw_logprobs": None if draw_logprobs is None else nested(draw_logprobs, targets.draw_counts),
         "media": pa.array([dataclasses.asdict(one) for one in row.media], MEDIA),
-        "metadata": json.dumps(row.metadata, ensure_ascii=False, sort_keys=True),
+        "metadata": _metadata(row),
     }
+
+
+def _metadata(row: CachedRow) -> str:
+    """The metadata as JSON. A lone surrogate, which no file can hold, stays an escape."""
+    text = json.dumps(row.metadata, ensure_ascii=False, sort_keys=True)
+    return text if text.isascii() or _is_encodable(text) else json.dumps(row.metadata, sort_keys=True)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def export_axolotl(
@@ -175,7 +189,7 @@ def _axolotl_columns(row: CachedRow) -> dict[str, Any]:
         "target_token_ids": nested(ids),
         "target_logprobs": nested(logprobs),
         "target_mask": nested(mask),
-        "metadata": json.dumps(row.metadata, ensure_ascii=False, sort_keys=True),
+        "metadata": _metadata(row),
     }
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -15,9 +19,10 @@ import pytest
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import MediaReference
+from coldstill.storage_schema.shard import writer
 from coldstill.tools.errors import OutputNotEmpty
 from coldstill.tools.exchange import export
-from coldstill.tools.exchange.export import export_plain
+from coldstill.tools.exchange.export import export_axolotl, export_plain
 from tests import making
 
 
@@ -115,3 +120,18 @@ def test_an_export_never_mixes_with_what_is_there(tiny_dataset: Path, tmp_path: 
     export_plain(tiny_dataset, tmp_path / "out", progress=False)
     with pytest.raises(OutputNotEmpty):
         export_plain(tiny_dataset, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("layout", [export_plain, export_axolotl])
+def test_a_lone_surrogate_in_the_metadata_stays_an_escape(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, layout: Callable[..., Any]
+) -> None:
+    """The writer refuses one, but metadata of a stranger can hold its escape."""
+    header, wanted = making.tiny_header(tokenizer_folder), {"a": "x\ud800y", "é": 1}
+    rows = [replace(row, metadata=wanted) for row in making.random_rows(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "json", SimpleNamespace(dumps=lambda value, **_: json.dumps(value)))
+        making.write_dataset(tmp_path / "dataset", [rows], header=header, tokenizer=tokenizer_folder)
+    layout(tmp_path / "dataset", tmp_path / "out", progress=False)
+    (file,) = (tmp_path / "out").rglob("*.parquet")
+    assert [json.loads(text) for text in pq.read_table(file)["metadata"].to_pylist()] == [wanted] * 2
