@@ -110,6 +110,20 @@ def test_a_second_driver_is_refused_while_one_runs_and_ctrl_c_ends_that_one_clea
     assert 3 <= status.units_done < 151
 
 
+def test_sigterm_releases_the_lease_says_how_to_resume_and_exits_with_143(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, rows=1500)
+    process = _start(write_config(tmp_path / "capture.yaml", config))
+    _wait_for(lambda: len(committed_units(Store(config.output))) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert "Interrupted by SIGTERM. Committed units are kept; re-run the same command to resume." in err
+    assert "Traceback" not in err
+    assert "*** SIGTERM" not in err
+    status = read_status(config.output)
+    assert (status.state, status.driver, status.workers) == ("interrupted", None, 0)
+
+
 @pytest.mark.slow
 def test_units_that_fail_are_named_at_the_end_all_others_are_committed_and_a_later_start_seals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

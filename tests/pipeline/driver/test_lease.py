@@ -16,6 +16,7 @@ import pytest
 
 from coldstill.pipeline.driver.lease import LEASE_NAME, Lease, LeaseRecord, read_lease
 from coldstill.pipeline.errors import LeaseHeld, LeaseLost
+from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.store import Store
 from tests.pipeline.buckets import s3_bucket
 
@@ -225,3 +226,23 @@ def test_a_store_that_fails_for_a_while_does_not_end_the_driver(
             time.sleep(0.01)
         assert found is not None
         assert not found.is_dead
+
+
+def test_a_lease_from_the_future_is_replaced_once_its_driver_has_been_silent(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    process = hold(store, dead_after_s=3600)
+    process.kill()
+    process.wait()
+    rewrite(store, machine="another", heartbeat=time.time() + 86_400, dead_after_s=1.0)
+    with Lease(store, dead_after_s=60):
+        found = read_lease(store)
+        assert found is not None
+        assert found.pid == os.getpid()
+
+
+def test_a_damaged_lease_names_the_file_to_delete(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put(LEASE_NAME, b"{")
+    with pytest.raises(CommitDamaged, match="lease") as refused, Lease(store, dead_after_s=60):
+        pass
+    assert f"delete {store.url}/{LEASE_NAME}" in refused.value.fix
