@@ -90,7 +90,7 @@ def restore_header(store: Store) -> None:
     for unit in done:
         for commit in read_commits(store, [unit]):
             with suppress(FileNotFoundError, ShardDamaged, InvalidHeader, CommitDamaged):
-                store.put(HEADER_NAME, _header_of(store, commit.shard))
+                store.put(HEADER_NAME, header_copy(store, commit.shard))
                 return
     if done:
         raise InvalidHeader(
@@ -102,7 +102,8 @@ def restore_header(store: Store) -> None:
     store.delete(HEADER_NAME)
 
 
-def _header_of(store: Store, shard: FileRecord) -> bytes:
+def header_copy(store: Store, shard: FileRecord) -> bytes:
+    """The copy of the header in a shard's footer. Raises `FileNotFoundError`, `ShardDamaged`, `InvalidHeader`."""
     with store.open(shard.name) as file:
         source = pa.PythonFile(file, mode="r")
         return ShardFile(source, size=store.size(shard.name), codec=None, where=shard.name).header_bytes

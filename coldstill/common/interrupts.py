@@ -102,15 +102,3 @@ def keeping_handlers() -> Iterator[None]:
         for signum, handler in before.items():
             if handler is not None:  # None: it was not set from Python
                 signal.signal(signum, handler)
-
-
-@contextmanager
-def exiting_on_interrupts() -> Iterator[None]:
-    """For the main function of a program: one sentence and the exit code instead of a traceback."""
-    with raising_interrupts(exit_at_second=True):
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            interrupted = as_interrupted(error)
-            print(f"\n{interrupted}", file=sys.stderr)
-            raise SystemExit(interrupted.exit_code) from None

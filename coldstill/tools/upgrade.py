@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME
 from coldstill.storage_schema.header import FORMAT_VERSION, HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, Manifest, read_manifest
-from coldstill.storage_schema.shard import ShardFile
+from coldstill.storage_schema.repair import header_copy
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
 from coldstill.storage_schema.verified_files import file_record, read_file, require_size
@@ -48,7 +46,7 @@ def _upgraded_header(store: Store, manifest: Manifest) -> DatasetHeader:
     for file in manifest.files:
         if file.name == f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}":
             facts = fingerprint_bytes(read_file(store, file), where=f"{store.url}/{file.name}")
-            about = about.model_copy(update={"tokenizer_pipeline_sha256": getattr(facts, "pipeline_sha256", None)})
+            about = about.model_copy(update={"tokenizer_pipeline_sha256": facts.pipeline_sha256})
     return header.newest().model_copy(update={"about": about})
 
 
@@ -64,8 +62,8 @@ def _old_header(store: Store, manifest: Manifest) -> DatasetHeader:
         try:
             replaced = DatasetHeader.from_bytes(store.read(HEADER_NAME, at_most=MAX_HEADER_BYTES), where=where)
             first = manifest.shards[0].file
-            source = pa.PythonFile(store.open(first.name), mode="r")
-            copy = ShardFile(source, size=require_size(store, first), codec=None, where=first.name).header
+            require_size(store, first)
+            copy = DatasetHeader.from_bytes(header_copy(store, first), where=first.name)
         except (ColdstillError, FileNotFoundError, IndexError):
             copy = None
         if copy is None or replaced.format_version == copy.format_version or not replaced.stands_for(copy):

@@ -93,7 +93,7 @@ def _unreachable(address: str | None, error: Exception, *, is_local: bool) -> Cl
 
 def plain_reason(text: str) -> str:
     """`text` on one line of at most 400 characters, without terminal codes. The end stays: it names the cause."""
-    line = " ".join(_ANSI_CODE.sub("", text).split())
+    line = " ".join(without_codes(text).split())
     if len(line) <= _MAX_REASON_CHARS:
         return line
     head = line[:_MAX_REASON_HEAD] + " ... "

@@ -110,7 +110,7 @@ class TurnBorders:
         is_split = shared >= begin - 1 and self._is_one_token_split(prompt.ids[shared:], whole.ids[shared:])
         if is_split or whole.text.startswith(prompt.text):
             raise _crossed(turn)
-        # All of the history may be there, and the prompt's last words not: <think>\n, which history does not keep.
+        # The whole chat may hold the history and lack the last tokens of the prompt, such as <think>\n.
         if shared > begin or (shared == begin and self._after_opening(shared, whole.ids, skip_space=True) > shared):
             yield shared
             return
