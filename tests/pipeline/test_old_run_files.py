@@ -126,7 +126,10 @@ def test_old_progress_is_shown_and_added_to_a_new_start(tmp_path: Path, tokenize
     assert record is not None
     assert (record.token, record.totals.starts, record.totals.units) == ("new", 3, 3)
     assert store.names("progress") == ["new.json"]
-    # `rejected`, the rejects by reason, came later.
+    assert set(json.loads(store.read("progress/new.json"))) == set(json.loads(PROGRESS))
+    # `rejected`, the rejects by reason, came later: it is written only when there are some.
+    new.sealed(score_seconds=1.0, rejected={"too long": 2})
+    new.write()
     assert set(json.loads(store.read("progress/new.json"))) == set(json.loads(PROGRESS)) | {"rejected"}
 
 

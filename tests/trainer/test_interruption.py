@@ -192,9 +192,11 @@ def test_a_loaders_process_outlives_a_sigterm_and_ends_with_its_loader(tiny_data
     stream = load_logit_dataset(tiny_dataset, cache_dir=tmp_path / "cache").stream(batch_size=2, seed=0, epochs=1)
     wanted = sum(1 for _ in stream)
     arguments = TrainingArguments(output_dir=str(tmp_path), dataloader_num_workers=2, use_cpu=True)
+    others = psutil.Process().children()  # of other tests: multiprocessing's own process never ends at a SIGTERM
     batches = iter(BatchLoader(stream, arguments))
     found = [next(batches)]
-    workers = psutil.Process().children()
+    workers = [process for process in psutil.Process().children() if process not in others]
+    assert len(workers) == 2
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
     time.sleep(0.5)
