@@ -1,0 +1,204 @@
+"""Captures in which one file operation fails or kills, or in which one request to an S3 store does.
+
+Each point of a capture of four units is enumerated: an unbroken run counts them. After the fault the capture is run
+again, and must then equal the unbroken one, whatever the first run made of it. A run that fails must name its error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from tqdm import tqdm
+
+from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.calibration import Calibration, calibrate
+from coldstill.pipeline.capture import capture
+from coldstill.pipeline.cluster import pool
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.worker import CaptureWorker, UnitReport, load_for
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.store import Store
+from tests.faults import KINDS, FaultPoints, Kind
+from tests.forking import fork_server
+from tests.pipeline.capturing import OneWorkerPool, capture_config
+from tests.storage_schema.store.s3_server import S3Server
+
+from . import laws
+from .moments import die_with_parent
+from .teacher import LoadFakeTeacher
+
+UNITS = 4
+_AT_ONCE = 2
+_KILLED = -9
+_NEVER_ENDS_S = 300.0
+RequestKind = Literal["kill before", "kill after", "503", "503 for long", "answer lost"]
+REQUEST_KINDS: tuple[RequestKind, ...] = ("kill before", "kill after", "503", "503 for long", "answer lost")
+_FOR_LONG = 12
+"""Requests that fail one after the other: more than the client of the store repeats by itself."""
+
+
+class Ended(NamedTuple):
+    """How a run ended: the exit code of its process (0: sealed, 1: a named error), what it said, and its operations."""
+
+    code: int
+    said: str
+    operations: list[str]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Operation or request number `at`, and what happens to it."""
+
+    at: int
+    kind: Kind | RequestKind
+    operation: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.at}, {self.operation}"
+
+
+class FakePool(OneWorkerPool):
+    """One worker in this process, with the fake teacher."""
+
+    def calibrate(self, header: DatasetHeader, unit: object) -> Calibration:
+        """The calibration pass."""
+        return calibrate(self._config, load_for(self._config, header, LoadFakeTeacher()), header, unit)  # type: ignore[arg-type]
+
+    def run_units(self, todo: list[int]) -> Iterator[UnitReport]:
+        """Run the units one after the other."""
+        store = Store(self._config.output)
+        header = DatasetHeader.from_bytes(store.read("dataset.json"), where="dataset.json")
+        worker = CaptureWorker(self._config, load_for(self._config, header, LoadFakeTeacher()))
+        yield from map(worker.run, todo)
+
+
+def settings(folder: Path, output: str) -> CaptureConfig:
+    """A capture of four units, one of them with a reject, into `output`, a path or URL."""
+    cluster = {"cpus_per_worker": 0.5, "store_retry_s": 8}
+    config = capture_config(folder, rows=4 * UNITS - 1, rows_per_unit=4, cluster=cluster)
+    return config.model_copy(update={"output": output})
+
+
+def run(config: CaptureConfig, *, at: int | None = None, kind: Kind = "kill", environment: Mapping[str, str]) -> Ended:
+    """A capture in a process of its own."""
+    forks = fork_server()
+    here, there = forks.Pipe(duplex=False)
+    process = forks.Process(target=_live, args=(config, at, kind, dict(environment), there))
+    process.start()
+    there.close()
+    try:
+        said, operations = here.recv()
+    except EOFError:
+        said, operations = "", []
+    process.join(_NEVER_ENDS_S)
+    if process.is_alive():
+        process.kill()
+        return Ended(2, "did not end", operations)
+    return Ended(process.exitcode or 0, said, operations)
+
+
+def _live(config: CaptureConfig, at: int | None, kind: Kind, environment: dict[str, str], parent: Connection) -> None:
+    die_with_parent()
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars; what went wrong goes to the parent
+    tqdm.set_lock(threading.RLock())
+    pool.WorkerPool = FakePool  # type: ignore[misc]
+    points = FaultPoints(config.output, at=at, kind=kind)
+    if not environment:
+        points.arm()
+    code, said = 0, ""
+    try:
+        capture(config)
+    except ColdstillError as error:
+        code, said = 1, str(error)
+    except BaseException:
+        code, said = 2, traceback.format_exc()
+    parent.send((said, points.seen))
+    os._exit(code)
+
+
+def local_points(folder: Path) -> list[Point]:
+    """All fault points of a capture onto a local disk, which also writes the unbroken dataset."""
+    ended = run(settings(folder, str(folder / "unbroken")), environment={})
+    if ended.code:
+        raise RuntimeError(f"an unbroken capture failed: {ended.said}")
+    return [Point(at, kind, operation) for at, operation in enumerate(ended.operations) for kind in KINDS]
+
+
+def check_local(folder: Path, point: Point) -> list[str]:
+    """What is wrong after this fault and the run that follows; nothing, if the laws hold."""
+    config = settings(folder, str(folder / f"{point.at}-{point.kind}"))
+    first = run(config, at=point.at, kind=point.kind, environment={})  # type: ignore[arg-type]
+    return _after(config, first, folder, environment={}, was_killed=point.kind == "kill")
+
+
+def check_s3(folder: Path, root: str, server: S3Server, environment: Mapping[str, str], point: Point) -> list[str]:
+    """The same for a request to the store. Only one of these runs at a time: the server's faults are shared."""
+    config = settings(folder, f"{root}/{point.at}-{point.kind.replace(' ', '-')}")
+    fault = server.fail(
+        "PUT",
+        "",
+        "503 Service Unavailable",
+        "ServiceUnavailable",
+        after=point.at,
+        applied=point.kind in ("kill after", "answer lost"),
+        held=point.kind.startswith("kill"),
+        times=_FOR_LONG if point.kind == "503 for long" else 1,
+    )
+    if point.kind.startswith("kill"):
+        first = _run_killed(config, fault.arrived, environment)
+        fault.released.set()
+    else:
+        first = run(config, environment=environment)
+    server.forget()
+    return _after(config, first, folder, environment=environment, was_killed=point.kind.startswith("kill"))
+
+
+def _run_killed(config: CaptureConfig, moment: threading.Event, environment: Mapping[str, str]) -> Ended:
+    forks = fork_server()
+    here, there = forks.Pipe(duplex=False)
+    process = forks.Process(target=_live, args=(config, None, "kill", dict(environment), there))
+    process.start()
+    there.close()
+    moment.wait(_NEVER_ENDS_S)
+    process.kill()
+    process.join()
+    here.close()
+    return Ended(process.exitcode or 0, "", [])
+
+
+def _after(
+    config: CaptureConfig, first: Ended, folder: Path, *, environment: Mapping[str, str], was_killed: bool
+) -> list[str]:
+    wrong = []
+    if first.code not in ((_KILLED,) if was_killed else (0, 1)):
+        wrong.append(f"ended with code {first.code}: {first.said}")
+    wrong += laws.half_written(Store(config.output))
+    again = run(config, environment=environment)
+    if again.code:
+        return [*wrong, f"the run afterwards ended with code {again.code}: {again.said}"]
+    compared = laws.compare(config.output, str(folder / "unbroken"))
+    if compared.lost or compared.doubled:
+        wrong.append(f"{compared.lost} rows lost, {compared.doubled} doubled")
+    wrong += compared.wrong
+    if not wrong and not environment:
+        shutil.rmtree(config.output)
+    return wrong
+
+
+def check_all(
+    points: list[Point], check: Callable[[Point], list[str]], *, at_once: int = _AT_ONCE
+) -> dict[str, list[str]]:
+    """What is wrong by point."""
+    with ThreadPoolExecutor(at_once) as threads:
+        found = list(threads.map(check, points))
+    return {str(point): wrong for point, wrong in zip(points, found, strict=True) if wrong}
