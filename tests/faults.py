@@ -1,8 +1,8 @@
 """Fault points: the file operations of one process below a folder, of which one fails or kills the process.
 
-An operation is to open a file for writing, to write to it, to sync it or a folder, to rename, link or remove a file, and
-to make or remove a folder. A write that fails or kills has put the first half of its bytes down, as a full disk does.
-What C or Rust code writes without Python's files is not seen: pyarrow, safetensors and torch, if they are given a path.
+An operation is to open a file for writing, to write to it, to sync it or a folder, to rename, link or remove a file,
+and to make or remove a folder. A write that fails or kills has put the first half of its bytes down, as a full disk
+does. What C or Rust code writes without Python's files is not seen: pyarrow, safetensors, torch with a path.
 """
 
 from __future__ import annotations

@@ -2,23 +2,29 @@
 
 Each point of a capture of four units is enumerated: an unbroken run counts them. After the fault the capture is run
 again, and must then equal the unbroken one, whatever the first run made of it. A run that fails must name its error.
+
+`python -m tests.chaos.fault_points` tries all points, which takes twenty minutes, and stores the counts.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
+import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.report import finish
 from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.calibration import Calibration, calibrate
 from coldstill.pipeline.capture import capture
@@ -33,6 +39,7 @@ from tests.pipeline.capturing import OneWorkerPool, capture_config
 from tests.storage_schema.store.s3_server import S3Server
 
 from . import laws
+from .bucket import bucket
 from .moments import die_with_parent
 from .teacher import LoadFakeTeacher
 
@@ -44,6 +51,14 @@ RequestKind = Literal["kill before", "kill after", "503", "503 for long", "answe
 REQUEST_KINDS: tuple[RequestKind, ...] = ("kill before", "kill after", "503", "503 for long", "answer lost")
 _FOR_LONG = 12
 """Requests that fail one after the other: more than the client of the store repeats by itself."""
+
+
+class Checked(NamedTuple):
+    """A point, how the run with the fault ended (`Ended.code`), and the broken laws."""
+
+    point: Point
+    code: int
+    wrong: list[str]
 
 
 class Ended(NamedTuple):
@@ -88,17 +103,29 @@ def settings(folder: Path, output: str) -> CaptureConfig:
     return config.model_copy(update={"output": output})
 
 
-def run(config: CaptureConfig, *, at: int | None = None, kind: Kind = "kill", environment: Mapping[str, str]) -> Ended:
-    """A capture in a process of its own."""
+def run(
+    config: CaptureConfig,
+    *,
+    at: int | None = None,
+    kind: Kind = "kill",
+    environment: Mapping[str, str],
+    killed_at: threading.Event | None = None,
+) -> Ended:
+    """A capture in a process of its own, with a fault at operation `at`, or killed when `killed_at` is set."""
     forks = fork_server()
     here, there = forks.Pipe(duplex=False)
     process = forks.Process(target=_live, args=(config, at, kind, dict(environment), there))
     process.start()
     there.close()
-    try:
-        said, operations = here.recv()
-    except EOFError:
-        said, operations = "", []
+    if killed_at is not None:
+        while process.is_alive() and not killed_at.wait(0.05):
+            pass
+        process.kill()
+    with here:
+        try:
+            said, operations = here.recv()
+        except EOFError:
+            said, operations = "", []
     process.join(_NEVER_ENDS_S)
     if process.is_alive():
         process.kill()
@@ -134,16 +161,28 @@ def local_points(folder: Path) -> list[Point]:
     return [Point(at, kind, operation) for at, operation in enumerate(ended.operations) for kind in KINDS]
 
 
-def check_local(folder: Path, point: Point) -> list[str]:
-    """What is wrong after this fault and the run that follows; nothing, if the laws hold."""
+def check_local(folder: Path, point: Point) -> Checked:
+    """A capture with this fault, the run that follows, and what is wrong then."""
     config = settings(folder, str(folder / f"{point.at}-{point.kind}"))
     first = run(config, at=point.at, kind=point.kind, environment={})  # type: ignore[arg-type]
-    return _after(config, first, folder, environment={}, was_killed=point.kind == "kill")
+    return _after(point, config, first, folder, environment={})
 
 
-def check_s3(folder: Path, root: str, server: S3Server, environment: Mapping[str, str], point: Point) -> list[str]:
+def s3_points(folder: Path, root: str, server: S3Server, environment: Mapping[str, str]) -> list[Point]:
+    """All fault points of a capture to the bucket `root`. `local_points` has written the unbroken dataset."""
+    server.forget()
+    ended = run(settings(folder, f"{root}/unbroken"), environment=environment)
+    if ended.code:
+        raise RuntimeError(f"an unbroken capture failed: {ended.said}")
+    names = [path.rpartition("unbroken/")[2] for method, path in server.requests if method == "PUT"]
+    return [Point(at, kind, name) for at, name in enumerate(names) for kind in REQUEST_KINDS]
+
+
+def check_s3(folder: Path, root: str, server: S3Server, environment: Mapping[str, str], point: Point) -> Checked:
     """The same for a request to the store. Only one of these runs at a time: the server's faults are shared."""
     config = settings(folder, f"{root}/{point.at}-{point.kind.replace(' ', '-')}")
+    is_kill = point.kind.startswith("kill")
+    server.forget()
     fault = server.fail(
         "PUT",
         "",
@@ -151,54 +190,66 @@ def check_s3(folder: Path, root: str, server: S3Server, environment: Mapping[str
         "ServiceUnavailable",
         after=point.at,
         applied=point.kind in ("kill after", "answer lost"),
-        held=point.kind.startswith("kill"),
+        held=is_kill,
         times=_FOR_LONG if point.kind == "503 for long" else 1,
     )
-    if point.kind.startswith("kill"):
-        first = _run_killed(config, fault.arrived, environment)
-        fault.released.set()
-    else:
-        first = run(config, environment=environment)
+    first = run(config, environment=environment, killed_at=fault.arrived if is_kill else None)
+    fault.released.set()
     server.forget()
-    return _after(config, first, folder, environment=environment, was_killed=point.kind.startswith("kill"))
-
-
-def _run_killed(config: CaptureConfig, moment: threading.Event, environment: Mapping[str, str]) -> Ended:
-    forks = fork_server()
-    here, there = forks.Pipe(duplex=False)
-    process = forks.Process(target=_live, args=(config, None, "kill", dict(environment), there))
-    process.start()
-    there.close()
-    moment.wait(_NEVER_ENDS_S)
-    process.kill()
-    process.join()
-    here.close()
-    return Ended(process.exitcode or 0, "", [])
+    return _after(point, config, first, folder, environment=environment)
 
 
 def _after(
-    config: CaptureConfig, first: Ended, folder: Path, *, environment: Mapping[str, str], was_killed: bool
-) -> list[str]:
-    wrong = []
-    if first.code not in ((_KILLED,) if was_killed else (0, 1)):
-        wrong.append(f"ended with code {first.code}: {first.said}")
+    point: Point, config: CaptureConfig, first: Ended, folder: Path, *, environment: Mapping[str, str]
+) -> Checked:
+    allowed = (_KILLED,) if point.kind.startswith("kill") else (0, 1)
+    wrong = [] if first.code in allowed else [f"ended with code {first.code}: {first.said}"]
     wrong += laws.half_written(Store(config.output))
     again = run(config, environment=environment)
     if again.code:
-        return [*wrong, f"the run afterwards ended with code {again.code}: {again.said}"]
+        return Checked(point, first.code, [*wrong, f"the next run ended with code {again.code}: {again.said}"])
     compared = laws.compare(config.output, str(folder / "unbroken"))
     if compared.lost or compared.doubled:
         wrong.append(f"{compared.lost} rows lost, {compared.doubled} doubled")
     wrong += compared.wrong
-    if not wrong and not environment:
-        shutil.rmtree(config.output)
-    return wrong
+    if not wrong:
+        shutil.rmtree(config.output, ignore_errors=True)
+    return Checked(point, first.code, wrong)
 
 
-def check_all(
-    points: list[Point], check: Callable[[Point], list[str]], *, at_once: int = _AT_ONCE
-) -> dict[str, list[str]]:
-    """What is wrong by point."""
-    with ThreadPoolExecutor(at_once) as threads:
-        found = list(threads.map(check, points))
-    return {str(point): wrong for point, wrong in zip(points, found, strict=True) if wrong}
+def main() -> int:
+    """Try all points and print the counts. The exit code is 1 if a law was broken."""
+    checked: list[Checked] = []
+    with tempfile.TemporaryDirectory() as name, bucket() as (root, environment, server):
+        folder = Path(name)
+        local = local_points(folder)
+        remote = s3_points(folder, root, server, environment)
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            results = threads.map(partial(check_local, folder), local)
+            checked += tqdm(results, desc="local disk", total=len(local), unit=" points", mininterval=2)
+        results = map(partial(check_s3, folder, root, server, environment), remote)
+        checked += tqdm(results, desc="S3", total=len(remote), unit=" points", mininterval=2)
+    for point, code, wrong in checked:
+        for what in wrong:
+            print(f"{point}: {what}" if code else f"{point}, tolerated: {what}", file=sys.stderr)
+    places = {"local disk": checked[: len(local)], "S3": checked[len(local) :]}
+    figures = {
+        "points": len(checked),
+        "wrong": sum(bool(wrong) for _, _, wrong in checked),
+        **{
+            f"{place}, {kind}": {
+                "points": len(of_kind),
+                "named errors": sum(code == 1 for _, code, _ in of_kind),
+                "went on": sum(code == 0 for _, code, _ in of_kind),
+            }
+            for place, found in places.items()
+            for kind in dict.fromkeys(each.point.kind for each in found)
+            for of_kind in [[each for each in found if each.point.kind == kind]]
+        },
+    }
+    finish("fault_points", figures, command="make fault-points", quick=False)
+    return int(bool(figures["wrong"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
