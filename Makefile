@@ -21,7 +21,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	pyproject.toml --extra share --extra train --extra dev
 
-.PHONY: help demo test test-slow test-elsewhere test-engines test-capture test-rest lint spell types build-check fuzz chaos bench-codec \
+.PHONY: help demo test test-slow test-elsewhere test-engines test-capture test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
 	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality lock venv clean
 
 help: ## list the commands
@@ -75,6 +75,9 @@ fuzz: $(INSTALLED) ## damaged datasets: each reads as before or fails with a nam
 chaos: $(INSTALLED) ## captures killed at seeded moments: no row lost, none doubled (KILLS=200, VLLM=20, SEED=0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(or $(KILLS),200) --vllm $(or $(VLLM),20) \
 		--seed $(or $(SEED),0)
+
+fault-points: $(INSTALLED) ## captures in which each file operation and each request fails once
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.fault_points
 
 bench-codec: $(INSTALLED) ## bytes, speed and fidelity of the codec and of other codecs (QUICK=1)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.codec

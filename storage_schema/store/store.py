@@ -12,7 +12,7 @@ import io
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -120,12 +120,7 @@ class Store:
             if self.is_local:
                 return self.local_path(name).read_bytes()
             try:
-                try:
-                    return cast(bytes, self.fs.cat_file(self.path(name)))
-                except FileNotFoundError:
-                    # s3fs caches listings of folders; another process may have written the file since.
-                    self.fs.invalidate_cache(self.path(name))
-                    return cast(bytes, self.fs.cat_file(self.path(name)))
+                return self._seeing_new_files(name, self.fs.cat_file)
             except OSError as error:
                 if error_codes(error) & {"IsADirectoryError", "EntryNotFoundError"}:  # the second is the Hub's
                     raise FileNotFoundError(self.path(name)) from error
@@ -138,7 +133,8 @@ class Store:
                 return self.local_path(name).open("rb")
             if self._in_memory:  # its files share one position among all who open them
                 return io.BytesIO(self.read(name))
-            file = self.fs.open(self.path(name), "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead")
+            read = partial(self.fs.open, mode="rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead")
+            file = self._seeing_new_files(name, read)
             if getattr(file, "details", {}).get("type") == "directory":
                 raise FileNotFoundError(self.path(name))
             return cast(BinaryIO, _RemoteFile(file, url=self.url, name=name))
@@ -148,10 +144,18 @@ class Store:
         with self._named_errors(f"reading {name}"):
             if self.is_local:
                 return self.local_path(name).stat().st_size
-            facts = self.fs.info(self.path(name))
+            facts = self._seeing_new_files(name, self.fs.info)
             if facts["type"] != "file":
                 raise FileNotFoundError(self.path(name))
             return int(facts["size"])
+
+    def _seeing_new_files(self, name: str, call: Callable[[str], Any]) -> Any:
+        """`call` of the file's path. s3fs caches listings of folders; another process may have written it since."""
+        try:
+            return call(self.path(name))
+        except FileNotFoundError:
+            self.fs.invalidate_cache(self.path(name))
+            return call(self.path(name))
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files directly in `folder`; empty for a folder that does not exist."""

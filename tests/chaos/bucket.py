@@ -14,8 +14,8 @@ from tests.storage_schema.store.s3_server import S3Server
 
 
 @contextmanager
-def bucket() -> Iterator[tuple[str, dict[str, str]]]:
-    """The bucket's address, and the environment variables to reach it, which are set in this process too."""
+def bucket() -> Iterator[tuple[str, dict[str, str], S3Server]]:
+    """The bucket's address, the environment variables to reach it, set in this process too, and its server."""
     server = S3Server()
     environment = {
         "AWS_ENDPOINT_URL": server.url,
@@ -30,7 +30,7 @@ def bucket() -> Iterator[tuple[str, dict[str, str]]]:
             fsspec.get_filesystem_class("s3").clear_instance_cache()
             name = f"chaos-{secrets.token_hex(4)}"  # all servers of a process share their buckets
             fsspec.filesystem("s3").mkdir(name)
-            yield f"s3://{name}", environment
+            yield f"s3://{name}", environment, server
     finally:
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         server.stop()

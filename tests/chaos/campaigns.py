@@ -95,7 +95,7 @@ def run(campaign: Campaign, folder: Path, *, kills: int, seed: int, tally: Tally
     with ExitStack() as stack:
         start, root = partial(forked.start), str(folder)
         if campaign.on_s3:
-            root, environment = stack.enter_context(bucket())
+            root, environment, _ = stack.enter_context(bucket())
             start = partial(forked.start, environment=environment)
         elif campaign.way != "forked":
             start = partial(clustered.start, teacher="fake" if campaign.way == "ray" else "real")

@@ -19,7 +19,7 @@ _ERROR = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Messa
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of this method whose path ends so."""
+    """What happens to `times` requests of this method whose path ends so, `after` so many of them."""
 
     method: str
     ending: str
@@ -28,6 +28,7 @@ class Fault:
     applied: bool = False
     held: bool = False
     times: int = 1
+    after: int = 0
     arrived: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -64,9 +65,22 @@ class S3Server:
         self.requests.clear()
         self.lists.clear()
 
-    def fail(self, method: str, ending: str, status: str, code: str, *, applied: bool = False, times: int = 1) -> None:
+    def fail(
+        self,
+        method: str,
+        ending: str,
+        status: str,
+        code: str,
+        *,
+        applied: bool = False,
+        held: bool = False,
+        times: int = 1,
+        after: int = 0,
+    ) -> Fault:
         """Answer with an error; `applied`: the request has its effect, and only its answer is lost."""
-        self._faults.append(Fault(method, ending, status, code, applied=applied, times=times))
+        fault = Fault(method, ending, status, code, applied=applied, held=held, times=times, after=after)
+        self._faults.append(fault)
+        return fault
 
     def hold(self, method: str, ending: str) -> Fault:
         """Keep the next such request waiting until `released` is set; it never has an effect."""
@@ -81,6 +95,9 @@ class S3Server:
             if "list-type" in query:
                 self.lists.append("".join(query.get("prefix", [])))
             fault = next((f for f in self._faults if f.method == method and path.endswith(f.ending) and f.times), None)
+            if fault and fault.after:
+                fault.after -= 1
+                fault = None
             if fault:
                 fault.times -= 1
             if fault is None:

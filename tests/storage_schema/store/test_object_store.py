@@ -150,6 +150,10 @@ def test_what_another_process_wrote_after_a_listing_is_there(bucket: str) -> Non
     assert store.names("shards") == ["first"]
     another = fsspec.filesystem("s3", skip_instance_cache=True)
     another.pipe_file(f"{bucket}/dataset/shards/second", b"2")
+    for number, read in enumerate((store.read, store.size, store.open)):
+        store.names("shards")
+        another.pipe_file(f"{bucket}/dataset/shards/new-{number}", b"2")
+        read(f"shards/new-{number}")
     assert store.read("shards/second") == b"2"
     with pytest.raises(FileNotFoundError):
         store.read("shards/third")
