@@ -72,6 +72,10 @@ class OutsideDataset(CommitDamaged):
     """A file of a local dataset is a link to a place outside it, or a device, pipe or socket."""
 
 
+class ForeignFile(ColdstillError):
+    """The manifest lists a file that the format does not have, such as a model's weights or code."""
+
+
 class StreamDamaged(ColdstillError):
     """A codec stream of a row does not decode: wrong frame, wrong length, or values out of bounds."""
 

@@ -26,6 +26,7 @@ from coldstill.storage_schema.store import RUN_FOLDER, Store
 from coldstill.storage_schema.verified_files import FileRecord, copy_file
 
 from .errors import AnotherDataset
+from .verify import foreign_file
 
 CARD_NAME = "README.md"
 CARD_FILES = (CARD_NAME, "card/stats.png")
@@ -49,8 +50,8 @@ def pull(source: str | Path, folder: str | Path, *, progress: bool = True) -> Tr
 
     A second pull into the same folder replaces the files that are missing or damaged.
 
-    Raises `DatasetNotFound`, `DatasetNotSealed`, `FileMissing`, `FileDamaged`, `AnotherDataset`, `StoreNotFound`,
-    `StorageFull`, `StorageFailed`, `UnsupportedStore`.
+    Raises `DatasetNotFound`, `DatasetNotSealed`, `FileMissing`, `FileDamaged`, `ForeignFile`, `AnotherDataset`,
+    `StoreNotFound`, `StorageFull`, `StorageFailed`, `UnsupportedStore`.
     """
     if "://" in str(folder):
         raise UnsupportedStore(
@@ -62,9 +63,10 @@ def pull(source: str | Path, folder: str | Path, *, progress: bool = True) -> Tr
 def copy_dataset(dataset: Dataset, destination: Store, *, progress: bool) -> TransferResult:
     """Make `destination` a copy of `dataset`.
 
-    Raises `AnotherDataset`, `FileMissing`, `FileDamaged` (for a shard `ShardMissing`, `ShardDamaged`), `StorageFull`
-    and the other kinds of `StorageFailed`.
+    Raises `AnotherDataset`, `ForeignFile`, `FileMissing`, `FileDamaged` (for a shard `ShardMissing`, `ShardDamaged`),
+    `StorageFull` and the other kinds of `StorageFailed`.
     """
+    require_own_names(dataset)
     if destination.is_local:
         destination.require_writable()
     require_same_dataset(dataset, destination)
@@ -85,6 +87,12 @@ def copy_dataset(dataset: Dataset, destination: Store, *, progress: bool) -> Tra
         bytes=sum(file.bytes for file, was_copied in zip(files, copied, strict=True) if was_copied),
         already_there=len(files) - sum(copied),
     )
+
+
+def require_own_names(dataset: Dataset) -> None:
+    """Raise `ForeignFile` if the manifest lists a name that the format does not have: a copy would write it."""
+    if names := dataset.manifest.foreign_names:
+        raise foreign_file(names[0])
 
 
 def dataset_files(dataset: Dataset) -> list[FileRecord]:
