@@ -46,6 +46,9 @@ from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord
 
 from .errors import DuplicateIds
 
+MAX_FINDINGS = 10_000
+"""Maximum number of findings: a manifest can list 300,000 files that do not exist."""
+
 _FINDINGS_PER_SHARD = 20
 _IDS_LISTED = 3
 _TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
@@ -67,7 +70,7 @@ class Finding(NamedTuple):
 
 
 def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> list[Finding]:
-    """All findings of the dataset at `root`, at most 20 per shard.
+    """All findings of the dataset at `root`, at most 20 per shard; the first `MAX_FINDINGS` in all.
 
     Raises `DatasetNotFound`, `DatasetNotSealed`, and `CommitDamaged` or `InvalidHeader` if it cannot be opened.
     """
@@ -97,6 +100,8 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
             bar.update(size)
             if findings:
                 bar.set_postfix_str(f"{len(findings)} findings")
+            if len(findings) >= MAX_FINDINGS:
+                return findings[:MAX_FINDINGS]
     if deep and not findings and _has_own_ids(dataset):
         findings += [_finding(SHARDS_FOLDER, error) for error in _repeated_ids(dataset, ids)]
     return findings
