@@ -30,8 +30,11 @@ MAX_TOKENS = 20_000
 """Maximum number of tokens of a row that a page and a terminal show. They omit the rest, with a notice."""
 
 MAX_CHARS = 500_000
-"""Characters of all tokens of a row, or of all words of a page, before each further one is cut to `_SHORT`. Five times
-the text of `MAX_TOKENS` real tokens. The limits of one token and of a row together would allow far more."""
+"""Characters of all tokens of a row, before each further one is cut to `_SHORT`. Five times the text of `MAX_TOKENS`
+real tokens. The limits of one token and of a row together would allow far more."""
+
+MAX_WORD_CHARS = 4_000_000
+"""The same for the words of a page: the distinct tokens of a whole vocabulary of 2^18 have fewer."""
 
 _SHORT = 8
 
@@ -78,8 +81,8 @@ class TokenText:
         return self._labels[token_id]
 
     def labels(self, token_ids: Iterable[int]) -> list[str]:
-        """The labels of different tokens, cut after `MAX_CHARS` characters together."""
-        return list(_within(map(self.label, token_ids)))
+        """The labels of different tokens, cut after `MAX_WORD_CHARS` characters together."""
+        return list(_within(map(self.label, token_ids), MAX_WORD_CHARS))
 
     def pieces(self, token_ids: Iterable[int]) -> list[str]:
         """Each token as its part of the running text: a space is a space, a newline is its sign and a line break.
@@ -87,7 +90,7 @@ class TokenText:
         A character that several tokens share is shown at the last of them, and `INCOMPLETE` at the others. The pieces
         are cut after `MAX_CHARS` characters together.
         """
-        return list(_within(self._pieces(token_ids)))
+        return list(_within(self._pieces(token_ids), MAX_CHARS))
 
     def _pieces(self, token_ids: Iterable[int]) -> Iterator[str]:
         decoder = _decoder()
@@ -116,11 +119,11 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most] + "…"
 
 
-def _within(texts: Iterable[str]) -> Iterator[str]:
-    """The texts; once they have `MAX_CHARS` characters together, `_SHORT` characters of each."""
+def _within(texts: Iterable[str], most: int) -> Iterator[str]:
+    """The texts; once they have `most` characters together, `_SHORT` characters of each."""
     shown = 0
     for text in texts:
-        text = text if shown < MAX_CHARS else shortened(text, _SHORT)
+        text = text if shown < most else shortened(text, _SHORT)
         shown += len(text)
         yield text
 
