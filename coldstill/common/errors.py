@@ -6,7 +6,6 @@ its traceback.
 
 from __future__ import annotations
 
-
 MAX_MESSAGE_CHARS = 16_000
 """Maximum number of characters of a message: it can quote text of a stranger's dataset, such as a sample id."""
 

@@ -47,4 +47,6 @@ def retrying(
             on_wait(state.next_action.sleep, error)
 
     stop: stop_base = stop_after_attempt(attempts) if attempts is not None else stop_before_delay(seconds or 0.0)
-    return Retrying(retry=retry_if_exception(retry_if), stop=stop, wait=BackoffWait(), reraise=True, before_sleep=before_sleep)
+    return Retrying(
+        retry=retry_if_exception(retry_if), stop=stop, wait=BackoffWait(), reraise=True, before_sleep=before_sleep
+    )

@@ -31,9 +31,9 @@ from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.verified_files import FileRecord, file_record
 
-from .errors import AnotherDataset, CardRefused
 from .card.card import front_matter
 from .card_text import CARD_NAME, card_taken, is_unedited, short_card, with_shards
+from .errors import AnotherDataset, CardRefused
 from .pull import (
     MAX_CARD_BYTES,
     THREADS,
@@ -100,9 +100,7 @@ def push(
     return copy_dataset(dataset, Store(destination), progress=progress, replace_card=replace)
 
 
-def upload(
-    dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = False, progress: bool
-) -> TransferResult:
+def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = False, progress: bool) -> TransferResult:
     """Create the repository if it does not exist, and make its branch a copy of `dataset`, a verified local dataset.
 
     Raises `AnotherDataset`, `CardExists`, `PackagesMissing`, `CredentialsMissing`, `AccessDenied`, `StoreNotFound`,
@@ -188,7 +186,10 @@ def _with_card(
 def _read_card(repo: HubRepo) -> bytes:
     store = Store(repo.url)
     store.fs.invalidate_cache()
-    return store.read(CARD_NAME, at_most=MAX_CARD_BYTES)
+    try:
+        return store.read(CARD_NAME, at_most=MAX_CARD_BYTES)
+    finally:
+        store.fs.invalidate_cache()  # the listing is that of before the push
 
 
 def _without_others(

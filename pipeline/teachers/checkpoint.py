@@ -28,7 +28,13 @@ from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, scored_of
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, TokenizerFacts, load_faithfully, without_code
+from coldstill.storage_schema.tokenizer import (
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    TokenizerFacts,
+    load_faithfully,
+    without_code,
+)
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SAMPLES = 64

@@ -35,7 +35,6 @@ MAX_LISTED = 300_000
 each."""
 
 
-
 def write_page(root: str | Path, index: int, path: str | Path) -> Path:
     """Write the page of row `index` of the dataset at `root` to `path`, and return the path.
 

@@ -156,4 +156,3 @@ def test_verify_stops_at_a_bounded_number_of_findings(tiny_dataset: Path) -> Non
     document["files"] += [{**record, "name": f"media/{n}"} for n in range(MAX_FINDINGS + 100)]
     (tiny_dataset / MANIFEST_NAME).write_text(json.dumps(document))
     assert len(verify(tiny_dataset, progress=False)) == MAX_FINDINGS
-
