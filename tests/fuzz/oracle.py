@@ -50,8 +50,8 @@ class Reading:
     """`rows`, `single`: digests of all rows, read in order and by number; none where that failed.
 
     `named`: the class of the first named error of each way to read; `unnamed`: anything else that was raised, with its
-    traceback; `findings`: what `verify --deep` found; `unlawful`: a law that a row breaks without an error; `unbounded`:
-    what a reader took under a name of no tokenizer, or showed beyond its limits.
+    traceback; `findings`: what `verify --deep` found; `unlawful`: a law that a row breaks without an error;
+    `unbounded`: what a reader took under a name of no tokenizer, or showed beyond its limits.
     """
 
     rows: str | None = None

@@ -93,7 +93,7 @@ class Sources:
         Raises `TokenizerMismatch` if the tokenizer of any dataset is not the one of its header, `TokenizerNotFound`,
         `FileMissing`, `FileDamaged`.
         """
-        for source, dataset in enumerate(self.datasets):
+        for dataset in self.datasets:
             data = dataset.tokenizer_files().get(TOKENIZER_FILE)
             if data is None:
                 continue
