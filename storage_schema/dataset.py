@@ -22,6 +22,7 @@ from .parquet import MAX_TABLE_BYTES
 from .rows import CachedRow
 from .shard import ShardFile
 from .store import Store
+from .tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILES, TOKENIZER_FOLDER, without_code
 from .verified_files import MAX_FILE_BYTES, FileRecord, check_file, read_file, require_size
 
 _OPEN_SHARDS = 8
@@ -122,6 +123,17 @@ class Dataset:
     def read_file(self, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) -> bytes:
         """The content of a file that the manifest names, verified. Raises what `verified_files.read_file` raises."""
         return read_file(self.store, file, at_most=at_most)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files of the dataset's tokenizer by name, such as `tokenizer.json`: only names of `TOKENIZER_FILES`, and
+        nothing in them names code to load. Empty if the dataset holds no tokenizer.
+
+        Raises `TokenizerNotFound`, and what `read_file` raises.
+        """
+        names = {f"{TOKENIZER_FOLDER}/{name}": name for name in TOKENIZER_FILES}
+        listed = [file for file in self.manifest.files if file.name in names]
+        files = {names[file.name]: self.read_file(file, at_most=MAX_TOKENIZER_BYTES) for file in listed}
+        return without_code(files, where=f"{self.store.url}/{TOKENIZER_FOLDER}")
 
     def faithfulness_bytes(self) -> bytes | None:
         """The file of the faithfulness sample, None if there is none. Format 2 has no digest of it, but checksums.

@@ -6,8 +6,10 @@ Each error states what failed, the value found, the value wanted, and the fix.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 
 from coldstill.common.errors import ColdstillError
 
@@ -72,6 +74,10 @@ class OutsideDataset(CommitDamaged):
     """A file of a local dataset is a link to a place outside it, or a device, pipe or socket."""
 
 
+class ForeignFile(ColdstillError):
+    """The manifest lists a file that the format does not have, such as a model's weights or code."""
+
+
 class StreamDamaged(ColdstillError):
     """A codec stream of a row does not decode: wrong frame, wrong length, or values out of bounds."""
 
@@ -94,6 +100,9 @@ class UnsupportedStore(ColdstillError):
 
 class StorageFailed(ColdstillError):
     """The store failed a read or a write. Committed units are intact; the same command resumes the run."""
+
+    retry_after_s: float = 0.0
+    """The seconds that the store asked to wait, by its Retry-After header."""
 
 
 class StorageFull(StorageFailed):
@@ -132,6 +141,14 @@ _UNREACHABLE = {
     *("ConnectTimeout", "ReadTimeout"),
 }
 _CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "hf_xet", "httpx", "httpx2", "huggingface_hub"}
+_TRANSIENT = {
+    *(408, 425, 429, 500, 502, 503, 504),
+    *("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "ThrottlingException"),
+    *("ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError", "RemoteProtocolError"),
+}
+MAX_RETRY_AFTER_S = 900.0
+"""The longest wait that a store may ask for. If it asks for more, the command ends with that error."""
+
 _RESUME = "re-run the same command to resume: committed units are kept"
 _LOGIN = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket FSSPEC_S3_ANON=true",
@@ -174,6 +191,26 @@ def error_codes(error: BaseException) -> set[str | int]:
     return codes
 
 
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: too many requests, a busy server, a connection that was cut."""
+    if type(error) not in (StorageFailed, StoreUnreachable) or getattr(error, "retry_after_s", 0) > MAX_RETRY_AFTER_S:
+        return False
+    return isinstance(error, StoreUnreachable) or any(error_codes(cause) & _TRANSIENT for cause in _chain(error))
+
+
+def _retry_after_s(error: BaseException) -> float:
+    """The Retry-After header of the response behind an exception: seconds, or a date."""
+    for cause in _chain(error):
+        headers = getattr(getattr(cause, "response", None), "headers", None) or {}
+        text = str(headers.get("Retry-After") or "").strip()
+        if text.isascii() and text.isdigit():
+            return float(text[:9])
+        if text:
+            with suppress(ValueError, TypeError):
+                return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -208,4 +245,6 @@ def _named(error: Exception, url: str, doing: str, *, writes: bool) -> StorageFa
         kind, wanted, fix = StorageFailed, "a store that reads and writes", f"repair the store, and {_RESUME}"
     else:
         return None
-    return kind(f"{url}: {doing}", found=str(error).strip() or type(error).__name__, wanted=wanted, fix=fix)
+    named = kind(f"{url}: {doing}", found=str(error).strip() or type(error).__name__, wanted=wanted, fix=fix)
+    named.retry_after_s = _retry_after_s(error)
+    return named

@@ -29,12 +29,16 @@ from .header import FORMAT_VERSION, HEADER_NAME, READ_VERSIONS, DatasetHeader
 from .plan import PLAN_NAME, plan_from_bytes
 from .rows import MEDIA_FOLDER
 from .store import RUN_FOLDER, Store
-from .tokenizer import TOKENIZER_FOLDER
+from .tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER
 from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record, read_file
 
 MANIFEST_NAME = "manifest.json"
 MAX_SEALED_UNITS = 100_000
 """A unit with rejects takes 492 bytes of the manifest: this many units fit `MAX_DOCUMENT_BYTES`."""
+
+
+_SINGLE_FILES = (HEADER_NAME, PLAN_NAME, FAITHFULNESS_NAME)
+_ENDINGS = {SHARDS_FOLDER: ".parquet", REJECTS_FOLDER: ".jsonl"}
 
 
 class ShardRecord(FrozenModel):
@@ -78,9 +82,25 @@ class Manifest(FrozenModel):
             raise ValueError("a file is listed twice")
         return self
 
+    @property
+    def foreign_names(self) -> tuple[str, ...]:
+        """Names in the manifest that the format does not have. Readers ignore these files, and nothing copies them."""
+        listed = (*(shard.file for shard in self.shards), *self.files)
+        return tuple(file.name for file in listed if not is_dataset_file(file.name))
+
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
         return (self.model_dump_json(indent=2) + "\n").encode()
+
+
+def is_dataset_file(name: str) -> bool:
+    """Whether a manifest's file can have this name. A stranger chooses the names, and a copy writes them."""
+    folder, _, last = name.rpartition("/")
+    if folder == TOKENIZER_FOLDER:
+        return last in TOKENIZER_FILES
+    if folder in _ENDINGS:
+        return last.endswith(_ENDINGS[folder])
+    return name in _SINGLE_FILES or (folder == MEDIA_FOLDER and bool(last))
 
 
 def dataset_id(manifest_bytes: bytes) -> str:
@@ -122,7 +142,8 @@ def seal(
     header = DatasetHeader.from_bytes(_require(store, HEADER_NAME), where=HEADER_NAME)
     has_listed_sample = header.format_version == 1 and store.exists(FAITHFULNESS_NAME)
     single = (HEADER_NAME, PLAN_NAME, *([FAITHFULNESS_NAME] if has_listed_sample else []))
-    listed = [f"{folder}/{name}" for folder in (TOKENIZER_FOLDER, MEDIA_FOLDER) for name in store.names(folder)]
+    names = [f"{folder}/{name}" for folder in (TOKENIZER_FOLDER, MEDIA_FOLDER) for name in store.names(folder)]
+    listed = [name for name in names if is_dataset_file(name)]
     manifest = Manifest(
         format_version=header.format_version,
         rows=sum(commit.rows for commit in commits),

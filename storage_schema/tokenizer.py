@@ -14,18 +14,37 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldstill.common.errors import first_line
+
 from .errors import TokenizerNotFound, TokenizerUnfaithful
 
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""The files of a teacher's tokenizer that a dataset keeps, if they exist."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+"""The only names that a tokenizer's files have: those that a capture keeps, and those that are taken from a dataset or
+from a student's folder. A file of any other name could replace a model's weights or configuration, or be code."""
 TOKENIZER_FOLDER = "tokenizer"
 MAX_TOKENIZER_BYTES = 64 << 20
+"""Maximum bytes of each file of a tokenizer."""
 _MAX_VALUES = 6_000_000
 """Enough for the largest vocabulary that the format allows, with as many merges."""
 
@@ -125,6 +144,24 @@ def _canonical(value: Any) -> Any:
         for name, item in value.items()
         if item is not None and name != "trim_offsets" and item is not _DEFAULTS.get(name)
     }
+
+
+def without_code(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
+    """The files of a tokenizer, without the `auto_map` of its configuration: it names Python code to load.
+
+    Raises `TokenizerNotFound` for a configuration that is not a JSON object.
+    """
+    found = dict(files)
+    if TOKENIZER_CONFIG in found:
+        try:
+            settings = json.loads(found[TOKENIZER_CONFIG])
+            if settings.pop("auto_map", None) is not None:
+                found[TOKENIZER_CONFIG] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise TokenizerNotFound(
+                f"{where}: {TOKENIZER_CONFIG}", found=first_line(error), wanted="a JSON object"
+            ) from None
+    return found
 
 
 def load_faithfully(loaders: Sequence[Callable[[], Any]], tokenizer_json: bytes | None, *, where: str) -> Any:

@@ -171,13 +171,20 @@ def push(
     public: Annotated[
         bool, typer.Option("--public", help="On the Hub: create the repository as a public one.")
     ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Overwrite a card that was edited there. On the Hub, also remove what else the branch holds.",
+        ),
+    ] = False,
 ) -> None:
     """Verify a sealed dataset and upload it. Re-run the same command to resume."""
     if destination.startswith("hf://"):
         require_packages("share", "huggingface_hub")
     from coldstill.tools.push import push as run_push
 
-    show_result(run_push(root, destination, private=not public)._asdict(), title="pushed")
+    show_result(run_push(root, destination, private=not public, replace=replace)._asdict(), title="pushed")
 
 
 @dataset_commands.command(rich_help_panel=SHARE)

@@ -6,6 +6,19 @@ its traceback.
 
 from __future__ import annotations
 
+MAX_MESSAGE_CHARS = 16_000
+"""Maximum number of characters of a message: it can quote text of a stranger's dataset, such as a sample id."""
+
+_MAX_PART_CHARS = MAX_MESSAGE_CHARS // 4 - 1
+
+
+def _cut(text: str) -> str:
+    """A part of a message: of a longer one the start and the end."""
+    if len(text) <= _MAX_PART_CHARS:
+        return text
+    end = _MAX_PART_CHARS // 4
+    return f"{text[: _MAX_PART_CHARS - end - 3]} … {text[-end:]}"
+
 
 class ColdstillError(Exception):
     """An error that the user can fix.
@@ -16,13 +29,13 @@ class ColdstillError(Exception):
 
     def __init__(self, what: str, *, found: object = None, wanted: object = None, fix: str = ""):
         self.what, self.found, self.wanted, self.fix = what, found, wanted, fix
-        lines = [what]
+        lines = [_cut(what)]
         if found is not None:
-            lines.append(f"  found:  {found}")
+            lines.append(_cut(f"  found:  {found}"))
         if wanted is not None:
-            lines.append(f"  wanted: {wanted}")
+            lines.append(_cut(f"  wanted: {wanted}"))
         if fix:
-            lines.append(f"  do:     {fix}")
+            lines.append(_cut(f"  do:     {fix}"))
         super().__init__("\n".join(lines))
 
     def at(self, place: str) -> ColdstillError:

@@ -28,13 +28,25 @@ class BackoffWait(wait_base):
 
 
 def retrying(
-    retry_if: Callable[[BaseException], bool], *, attempts: int | None = None, seconds: float | None = None
+    retry_if: Callable[[BaseException], bool],
+    *,
+    attempts: int | None = None,
+    seconds: float | None = None,
+    on_wait: Callable[[float, BaseException], None] = lambda wait_s, error: None,
 ) -> Retrying:
     """Calls a function until it succeeds: `retrying(...)(function, *arguments)`.
 
     An exception for which `retry_if` is false propagates at once. After any other the call is repeated, up to
     `attempts` calls in all, or while the next wait ends within `seconds` of the first call. Then the last exception is
-    raised unchanged.
+    raised unchanged. `on_wait` is called before each wait with its seconds and the exception.
     """
+
+    def before_sleep(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if error is not None and state.next_action is not None:
+            on_wait(state.next_action.sleep, error)
+
     stop: stop_base = stop_after_attempt(attempts) if attempts is not None else stop_before_delay(seconds or 0.0)
-    return Retrying(retry=retry_if_exception(retry_if), stop=stop, wait=BackoffWait(), reraise=True)
+    return Retrying(
+        retry=retry_if_exception(retry_if), stop=stop, wait=BackoffWait(), reraise=True, before_sleep=before_sleep
+    )

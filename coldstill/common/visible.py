@@ -6,7 +6,9 @@ them is replaced with visible characters, so that neither a terminal nor a brows
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from typing import Any
 
 NEWLINE = "⏎"
 SPACE = "␣"
@@ -22,6 +24,23 @@ def visible(text: str, *, newline: str = NEWLINE) -> str:
     `\\U000e0001`. The plain space stays.
     """
     return newline.join(line.translate(_TABLE) for line in text.split("\n"))
+
+
+def json_start(value: Any, most: int, *, indent: int | None = None) -> str:
+    """The first `most` characters of `value` as visible JSON; line breaks stay.
+
+    Ends as soon as it has them: one megabyte that is nested deeply becomes a gigabyte with indents.
+    """
+    text = ""
+    try:
+        for part in json.JSONEncoder(ensure_ascii=False, indent=indent).iterencode(value):
+            text += part
+            if len(text) > most:
+                break
+    except RecursionError:  # the encoder of indented JSON calls itself for each level
+        text = json.dumps(value, ensure_ascii=False)
+    shown = visible(text[:most], newline="\n")
+    return shown[:most] + ("…" if len(text) > most or len(shown) > most else "")
 
 
 class _Table(dict[int, str]):

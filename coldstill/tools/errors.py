@@ -33,7 +33,7 @@ class TokenizerUnreadable(ColdstillError):
 
 
 class CardExists(ColdstillError):
-    """The dataset already has a card, and someone may have edited it."""
+    """There is a card already, and someone may have edited it."""
 
 
 class CardRefused(ColdstillError):
@@ -41,7 +41,7 @@ class CardRefused(ColdstillError):
 
 
 class AnotherDataset(ColdstillError):
-    """The destination holds another dataset, or a capture that has not finished."""
+    """The destination holds another dataset, a capture that has not finished, or files of something else."""
 
 
 # ---- merge, split, subset --------------------------------------------------------------------------------------------

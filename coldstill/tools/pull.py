@@ -7,32 +7,50 @@ holds, with the right size and digest, are not copied again: re-run the same com
 
 from __future__ import annotations
 
+import logging
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Never
+from typing import Any, NamedTuple, Never, TypeVar
 
 from tqdm import tqdm
 
+from coldstill.common.retry import retrying
+from coldstill.common.visible import visible
 from coldstill.storage_schema.commits import COMMITS_FOLDER
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, StorageFull, UnsupportedStore
+from coldstill.storage_schema.errors import (
+    CommitDamaged,
+    FileDamaged,
+    StorageFull,
+    UnsupportedStore,
+    is_transient,
+    named_errors,
+)
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from_bytes
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME, dataset_id
 from coldstill.storage_schema.store import RUN_FOLDER, Store
 from coldstill.storage_schema.verified_files import FileRecord, copy_file
 
+from .card_text import CARD_NAME, card_taken, is_unedited
 from .errors import AnotherDataset
+from .verify import foreign_file
 
-CARD_NAME = "README.md"
 CARD_FILES = (CARD_NAME, "card/stats.png")
 """The dataset card and its plot. The manifest does not list them, so that a card can be edited under the same id."""
 
 MAX_CARD_BYTES = 16 << 20
 THREADS = 4
+ATTEMPTS = 8
+"""Calls to a store that fails temporarily. The waits between them take a minute, or as long as the store asks for."""
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 class TransferResult(NamedTuple):
@@ -47,36 +65,46 @@ class TransferResult(NamedTuple):
 def pull(source: str | Path, folder: str | Path, *, progress: bool = True) -> TransferResult:
     """Copy the sealed dataset at `source`, a path or any URL, into a local folder, and verify every file.
 
-    A second pull into the same folder replaces the files that are missing or damaged.
+    A second pull into the same folder replaces the files that are missing or damaged. A card in the folder that
+    someone edited is kept. What fails temporarily is tried again.
 
-    Raises `DatasetNotFound`, `DatasetNotSealed`, `FileMissing`, `FileDamaged`, `AnotherDataset`, `StoreNotFound`,
-    `StorageFull`, `StorageFailed`, `UnsupportedStore`.
+    Raises `DatasetNotFound`, `DatasetNotSealed`, `FileMissing`, `FileDamaged`, `ForeignFile`, `AnotherDataset`,
+    `StoreNotFound`, `StorageFull`, `StorageFailed`, `UnsupportedStore`.
     """
     if "://" in str(folder):
         raise UnsupportedStore(
             str(folder), found="a URL", wanted="a local folder", fix="use `coldstill push` to copy to another store"
         )
-    return copy_dataset(open_dataset(source), Store(folder), progress=progress)
+    return copy_dataset(retried(open_dataset, source), Store(folder), progress=progress, keep_card=True)
 
 
-def copy_dataset(dataset: Dataset, destination: Store, *, progress: bool) -> TransferResult:
+def copy_dataset(
+    dataset: Dataset, destination: Store, *, progress: bool, keep_card: bool = False, replace_card: bool = False
+) -> TransferResult:
     """Make `destination` a copy of `dataset`.
 
-    Raises `AnotherDataset`, `FileMissing`, `FileDamaged` (for a shard `ShardMissing`, `ShardDamaged`), `StorageFull`
-    and the other kinds of `StorageFailed`.
+    A card at the destination that someone edited is kept with a warning (`keep_card`), replaced (`replace_card`), or
+    `CardExists` is raised before anything is copied.
+
+    Raises `AnotherDataset`, `ForeignFile`, `FileMissing`, `FileDamaged` (for a shard `ShardMissing`, `ShardDamaged`),
+    `StorageFull` and the other kinds of `StorageFailed`.
     """
+    require_own_names(dataset)
     if destination.is_local:
         destination.require_writable()
     require_same_dataset(dataset, destination)
     files = dataset_files(dataset)
     _require_room(files, destination)
+    unlisted = retried(read_unlisted, dataset)
+    if not replace_card:
+        unlisted = _without_taken_card(unlisted, destination, keep=keep_card)
     with tqdm(
         total=sum(file.bytes for file in files), unit="B", unit_scale=True, desc="copy", disable=not progress
     ) as bar:
-        copied = _in_threads(files, lambda file, on_block: copy_file(dataset.store, file, destination, on_block), bar)
-    for name, data in read_unlisted(dataset).items():
-        destination.put(name, data)
-    destination.put(MANIFEST_NAME, manifest_bytes(dataset))
+        copied = _in_threads(files, partial(_copy, dataset.store, destination, bar), bar)
+    for name, data in unlisted.items():
+        retried(destination.put, name, data)
+    retried(destination.put, MANIFEST_NAME, retried(manifest_bytes, dataset))
     if destination.is_local:  # other stores have no such folder
         destination.delete_folder(RUN_FOLDER)
     return TransferResult(
@@ -87,6 +115,60 @@ def copy_dataset(dataset: Dataset, destination: Store, *, progress: bool) -> Tra
     )
 
 
+def _copy(
+    source: Store, destination: Store, bar: tqdm[Never], file: FileRecord, on_block: Callable[[int], None]
+) -> bool:
+    """Copy a file, again from its start if that fails temporarily."""
+    counted = 0
+
+    def count(size: int) -> None:
+        nonlocal counted
+        counted += size
+        on_block(size)
+
+    def attempt() -> bool:
+        nonlocal counted
+        bar.update(-counted)
+        counted = 0
+        return copy_file(source, file, destination, count)
+
+    return retried(attempt, bar=bar)
+
+
+def retried(call: Callable[..., Result], *arguments: Any, bar: tqdm[Never] | None = None) -> Result:
+    """The result of a call to a store, which is repeated up to `ATTEMPTS` times while it fails temporarily.
+
+    A wait is at least as long as the store asks for. It is shown above the progress bar, if there is one, and logged.
+    """
+
+    def on_wait(wait_s: float, error: BaseException) -> None:
+        found = visible(str(getattr(error, "found", error)))[:200]
+        if bar is not None and not bar.disable:
+            bar.write(f"waiting {wait_s:.0f} s: {found}", file=sys.stderr)
+        else:
+            logger.warning("waiting %.0f s: %s", wait_s, found)
+
+    result: Result = retrying(is_transient, attempts=ATTEMPTS, on_wait=on_wait)(call, *arguments)
+    return result
+
+
+def _without_taken_card(unlisted: dict[str, bytes], destination: Store, *, keep: bool) -> dict[str, bytes]:
+    """The files without the card, if the destination has another one that someone edited. Raises `CardExists`."""
+    there = _read_if_there(destination, CARD_NAME)
+    if CARD_NAME not in unlisted or there is None or there == unlisted[CARD_NAME] or is_unedited(there):
+        return unlisted
+    if not keep:
+        raise card_taken(destination.url)
+    logger.warning("%s/%s differs from the source's and is kept: remove it to get that one", destination.url, CARD_NAME)
+    return {name: data for name, data in unlisted.items() if name not in CARD_FILES}
+
+
+def require_own_names(dataset: Dataset) -> None:
+    """Raise `ForeignFile` if the manifest lists a name that the format does not have: a copy would write it."""
+    if names := dataset.manifest.foreign_names:
+        raise foreign_file(names[0])
+
+
 def dataset_files(dataset: Dataset) -> list[FileRecord]:
     """All files that the manifest lists."""
     return [*dataset.manifest.files, *(shard.file for shard in dataset.shards)]
@@ -94,7 +176,7 @@ def dataset_files(dataset: Dataset) -> list[FileRecord]:
 
 def require_same_dataset(dataset: Dataset, destination: Store) -> None:
     """Raise `AnotherDataset` unless the destination is empty, or a finished or unfinished copy of this dataset."""
-    found = ""
+    found, header = "", None
     if (manifest := _read_if_there(destination, MANIFEST_NAME)) is not None:
         if dataset_id(manifest) != dataset.dataset_id:
             found = f"a sealed dataset with the id {dataset_id(manifest)}"
@@ -102,6 +184,8 @@ def require_same_dataset(dataset: Dataset, destination: Store) -> None:
         found = "a capture that has not finished"
     elif (header := _read_if_there(destination, HEADER_NAME)) is not None and header != dataset.header.to_bytes():
         found = f"another {HEADER_NAME}"
+    elif header is None and (others := other_names(dataset, _top_names(destination))):
+        found = f"{len(others)} other files or folders, such as {others[0]}"
     if found:
         raise AnotherDataset(
             destination.url,
@@ -109,6 +193,21 @@ def require_same_dataset(dataset: Dataset, destination: Store) -> None:
             wanted=f"nothing, or a copy of {dataset.dataset_id}",
             fix="choose another destination, or remove what is there",
         )
+
+
+def other_names(dataset: Dataset, names: Iterable[str]) -> list[str]:
+    """Those of the top-level `names` of a place that neither a copy of the dataset nor an empty repository has."""
+    own = {file.name.partition("/")[0] for file in dataset_files(dataset)}
+    own |= {CARD_NAME, "card", FAITHFULNESS_NAME, RUN_FOLDER}
+    return sorted(visible(name)[:200] for name in names if name not in own and not name.startswith((".", "LICENSE")))
+
+
+def _top_names(store: Store) -> list[str]:
+    with named_errors(store.url, "listing it"):
+        try:
+            return [str(path).rstrip("/").rpartition("/")[2] for path in store.fs.ls(store.root, detail=False)]
+        except FileNotFoundError:
+            return []
 
 
 def manifest_bytes(dataset: Dataset) -> bytes:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Never
 
 from tqdm import tqdm
 
@@ -31,8 +31,21 @@ from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.verified_files import FileRecord, file_record
 
+from .card.card import front_matter
+from .card_text import CARD_NAME, card_taken, is_unedited, short_card, with_shards
 from .errors import AnotherDataset, CardRefused
-from .pull import CARD_NAME, THREADS, TransferResult, copy_dataset, dataset_files, manifest_bytes, read_unlisted
+from .pull import (
+    MAX_CARD_BYTES,
+    THREADS,
+    Result,
+    TransferResult,
+    copy_dataset,
+    dataset_files,
+    manifest_bytes,
+    other_names,
+    read_unlisted,
+    retried,
+)
 from .verify import verify
 
 if TYPE_CHECKING:
@@ -66,26 +79,31 @@ class RemoteFile(NamedTuple):
     digest: str
 
 
-def push(root: str | Path, destination: str, *, private: bool = True, progress: bool = True) -> TransferResult:
+def push(
+    root: str | Path, destination: str, *, private: bool = True, replace: bool = False, progress: bool = True
+) -> TransferResult:
     """Publish the sealed dataset at `root`, after verifying it, under `destination`.
 
     `hf://datasets/ORG/NAME[@REVISION]` is created if it does not exist (`private` or public); any other URL or path is
-    a folder of a store. Only the files that the manifest lists, `manifest.json` and the card are copied.
+    a folder of a store. Only the files that the manifest lists, `manifest.json` and the card are copied. A dataset
+    without a card gets a short one on the Hub, by which `datasets` loads it. `replace` overwrites a card that someone
+    edited, and on the Hub removes whatever else the branch holds. What fails temporarily is tried again.
 
-    Raises `DatasetNotFound`, `DatasetNotSealed`, `FileDamaged`, `AnotherDataset`, `PackagesMissing`,
-    `CredentialsMissing`, `AccessDenied`, `StoreNotFound`, `UnsupportedStore`, `CardRefused`, `StorageFailed`.
+    Raises `DatasetNotFound`, `DatasetNotSealed`, `FileDamaged`, `ForeignFile`, `AnotherDataset`, `CardExists`,
+    `PackagesMissing`, `CredentialsMissing`, `AccessDenied`, `StoreNotFound`, `UnsupportedStore`, `CardRefused`,
+    `StorageFailed`.
     """
-    dataset = open_dataset(root)
+    dataset = retried(open_dataset, root)
     _require_intact(dataset, progress=progress)
     if destination.startswith("hf://"):
-        return upload(dataset, parse_hub_url(destination), private=private, progress=progress)
-    return copy_dataset(dataset, Store(destination), progress=progress)
+        return upload(dataset, parse_hub_url(destination), private=private, replace=replace, progress=progress)
+    return copy_dataset(dataset, Store(destination), progress=progress, replace_card=replace)
 
 
-def upload(dataset: Dataset, repo: HubRepo, *, private: bool, progress: bool) -> TransferResult:
+def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = False, progress: bool) -> TransferResult:
     """Create the repository if it does not exist, and make its branch a copy of `dataset`, a verified local dataset.
 
-    Raises `AnotherDataset`, `PackagesMissing`, `CredentialsMissing`, `AccessDenied`, `StoreNotFound`,
+    Raises `AnotherDataset`, `CardExists`, `PackagesMissing`, `CredentialsMissing`, `AccessDenied`, `StoreNotFound`,
     `UnsupportedStore`, `CardRefused`, `StorageFailed`.
     """
     if not dataset.store.is_local:
@@ -96,38 +114,106 @@ def upload(dataset: Dataset, repo: HubRepo, *, private: bool, progress: bool) ->
             fix="`coldstill pull` it into a folder and push that",
         )
     api = _hub_client(repo)
-    with named_errors(repo.url, "writing to the Hub", writes=True), _client_bars(shown=progress):
-        _create_repo(api, repo, private=private)
-        remote = _remote_files(api, repo)
-        _require_no_other_dataset(dataset, repo, remote)
+    with _client_bars(shown=progress):
+        _request(repo, _create_repo, api, repo, private=private)
+        remote = _request(repo, _remote_files, api, repo)
         files = dataset_files(dataset)
+        last = {MANIFEST_NAME: manifest_bytes(dataset), **read_unlisted(dataset)}
+        if replace:
+            remote = _without_others(api, repo, remote, kept={*last, CARD_NAME, *(file.name for file in files)})
+        else:
+            _require_no_other_dataset(dataset, repo, remote)
+        last = _with_card(dataset, repo, last, remote, replace=replace)
         missing = [file for file in files if not _is_uploaded(dataset, file, remote)]
         total, missing_bytes = sum(file.bytes for file in files), sum(file.bytes for file in missing)
         with tqdm(
             total=total, initial=total - missing_bytes, unit="B", unit_scale=True, desc="push", disable=not progress
         ) as bar:
             for batch in _batches(missing):
-                _commit(
-                    api,
-                    repo,
-                    {file.name: str(dataset.store.local_path(file.name)) for file in batch},
-                    f"Add {len(batch)} files",
-                )
+                content: dict[str, str | bytes] = {
+                    file.name: str(dataset.store.local_path(file.name)) for file in batch
+                }
+                _request(repo, _commit, api, repo, content, f"Add {len(batch)} files", bar=bar)
                 bar.update(sum(file.bytes for file in batch))
         if missing:
-            _require_all_uploaded(dataset, files, repo, _remote_files(api, repo))
-        last = {MANIFEST_NAME: manifest_bytes(dataset), **read_unlisted(dataset)}
+            _require_all_uploaded(dataset, files, repo, _request(repo, _remote_files, api, repo))
         changed: dict[str, str | bytes] = {
-            name: data for name, data in last.items() if not _is_uploaded(dataset, file_record(name, data), remote)
+            name: data for name, data in last.items() if not _is_same(file_record(name, data), data, remote)
         }
         if changed:  # the client warns about an empty commit
-            _commit(api, repo, changed, f"Seal dataset {dataset.dataset_id[:12]}")
+            _request(repo, _commit, api, repo, changed, f"Seal dataset {dataset.dataset_id[:12]}")
     return TransferResult(
         dataset_id=dataset.dataset_id,
         files=len(missing),
         bytes=missing_bytes,
         already_there=len(files) - len(missing),
     )
+
+
+def _request(
+    repo: HubRepo, call: Callable[..., Result], *arguments: Any, bar: tqdm[Never] | None = None, **options: Any
+) -> Result:
+    """The result of a call to the Hub's client, which is repeated while it fails temporarily."""
+
+    def attempt() -> Result:
+        with named_errors(repo.url, "writing to the Hub", writes=True):
+            return call(*arguments, **options)
+
+    return retried(attempt, bar=bar)
+
+
+def _with_card(
+    dataset: Dataset, repo: HubRepo, last: dict[str, bytes], remote: dict[str, RemoteFile], *, replace: bool
+) -> dict[str, bytes]:
+    """The files of the last commit with the card that the branch shall have. Raises `CardExists`.
+
+    A card on the Hub that someone edited is replaced only on request. Without a card of its own, a dataset leaves the
+    text on the Hub as it is, and `datasets` finds its shards by the metadata added to it.
+    """
+    shards = front_matter(dataset.header, rows=len(dataset))
+    if CARD_NAME not in remote:
+        return last if CARD_NAME in last else {**last, CARD_NAME: short_card(shards)}
+    if CARD_NAME in last and (replace or _is_same(file_record(CARD_NAME, last[CARD_NAME]), last[CARD_NAME], remote)):
+        return last
+    there = _request(repo, _read_card, repo)
+    if CARD_NAME not in last:
+        return {**last, CARD_NAME: with_shards(there, shards)}
+    if is_unedited(there) or not there.strip():
+        return last
+    raise card_taken(repo.url)
+
+
+def _read_card(repo: HubRepo) -> bytes:
+    store = Store(repo.url)
+    store.fs.invalidate_cache()
+    try:
+        return store.read(CARD_NAME, at_most=MAX_CARD_BYTES)
+    finally:
+        store.fs.invalidate_cache()  # the listing is that of before the push
+
+
+def _without_others(
+    api: HfApi, repo: HubRepo, remote: dict[str, RemoteFile], *, kept: set[str]
+) -> dict[str, RemoteFile]:
+    """Remove the files that a copy of the dataset does not have, and what remains. The branch's history keeps them.
+
+    Header and manifest of another dataset go in the same commit: the branch never holds a mixture under its manifest.
+    """
+    from huggingface_hub import CommitOperationDelete
+
+    others = [name for name in remote if name not in kept and not name.startswith((".", "LICENSE"))]
+    gone = [*others, *({MANIFEST_NAME} & remote.keys() if others else ())]
+    if gone:
+        _request(
+            repo,
+            api.create_commit,
+            repo.repo_id,
+            [CommitOperationDelete(path_in_repo=name) for name in gone],
+            commit_message=f"Remove {len(gone)} files that are replaced",
+            repo_type="dataset",
+            revision=repo.revision,
+        )
+    return {name: file for name, file in remote.items() if name not in gone}
 
 
 def parse_hub_url(url: str) -> HubRepo:
@@ -192,16 +278,26 @@ def _remote_files(api: HfApi, repo: HubRepo) -> dict[str, RemoteFile]:
 
 
 def _require_no_other_dataset(dataset: Dataset, repo: HubRepo, remote: dict[str, RemoteFile]) -> None:
-    """Raise `AnotherDataset` unless the branch is empty, or a finished or unfinished copy of this dataset."""
+    """Raise `AnotherDataset` unless the branch is empty, or a finished or unfinished copy of this dataset.
+
+    A repository that was made on the Hub's page is empty if it has a card and a license only.
+    """
     header = next(file for file in dataset.manifest.files if file.name == HEADER_NAME)
+    found = ""
     for file in (file_record(MANIFEST_NAME, manifest_bytes(dataset)), header):
         if file.name in remote and not _is_uploaded(dataset, file, remote):
-            raise AnotherDataset(
-                repo.url,
-                found=f"another {file.name}",
-                wanted=f"nothing, or a copy of {dataset.dataset_id}",
-                fix=f"choose another name, or another revision: hf://datasets/{repo.repo_id}@REVISION",
-            )
+            found = found or f"another {file.name}"
+    tops = {name.partition("/")[0] for name in remote}
+    if not found and HEADER_NAME not in remote and (others := other_names(dataset, tops)):
+        found = f"{len(others)} other files or folders, such as {others[0]}"
+    if found:
+        raise AnotherDataset(
+            repo.url,
+            found=found,
+            wanted=f"nothing, or a copy of {dataset.dataset_id}",
+            fix=f"choose another name, or another revision: hf://datasets/{repo.repo_id}@REVISION. Or pass --replace "
+            "to remove what the branch holds; its history keeps it",
+        )
 
 
 def _is_uploaded(dataset: Dataset, file: FileRecord, remote: dict[str, RemoteFile]) -> bool:
@@ -211,7 +307,16 @@ def _is_uploaded(dataset: Dataset, file: FileRecord, remote: dict[str, RemoteFil
         return False
     if len(found.digest) == len(file.sha256):
         return found.digest == file.sha256
-    data = dataset.store.read(file.name)  # the Hub keeps only small files in git
+    return _is_same(file, dataset.store.read(file.name), remote)  # the Hub keeps only small files in git
+
+
+def _is_same(file: FileRecord, data: bytes, remote: dict[str, RemoteFile]) -> bool:
+    """Whether the branch holds a file with this content."""
+    found = remote.get(file.name)
+    if found is None or found.size != file.bytes:
+        return False
+    if len(found.digest) == len(file.sha256):
+        return found.digest == file.sha256
     return found.digest == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 

@@ -37,6 +37,7 @@ OTHER_REASONS = "other reasons"
 
 MAX_REASONS = 100
 _MAX_FILE_BYTES = 256 << 20
+_MAX_REASON_CHARS = 200
 
 
 def count_reasons(dataset: Dataset) -> Counter[str]:
@@ -60,4 +61,4 @@ def _reason(line: bytes, *, where: str) -> str:
         raise FileDamaged(where, found=f"{type(error).__name__}", wanted="a JSON object with a reason") from None
     if not isinstance(reason, str):
         raise FileDamaged(f"{where}: reason", found=type(reason).__name__, wanted="text")
-    return reason
+    return reason[:_MAX_REASON_CHARS]

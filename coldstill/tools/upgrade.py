@@ -30,7 +30,8 @@ def upgrade(root: str | Path) -> Dataset:
     if manifest.format_version < FORMAT_VERSION:
         store.require_writable()
         header = _upgraded_header(store, manifest)
-        files = [file for file in manifest.files if file.name != FAITHFULNESS_NAME]
+        left_out = {FAITHFULNESS_NAME, *manifest.foreign_names}
+        files = [file for file in manifest.files if file.name not in left_out]
         records = [file_record(HEADER_NAME, header.to_bytes()) if file.name == HEADER_NAME else file for file in files]
         upgraded = manifest.model_copy(
             update={"format_version": FORMAT_VERSION, "files": tuple(records), "derived_from": (dataset_id,)}

@@ -21,20 +21,39 @@ from tqdm import tqdm
 from coldstill.common.errors import ColdstillError
 from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged, TokenizerMismatch
+from coldstill.storage_schema.errors import (
+    CommitDamaged,
+    FileDamaged,
+    FileMissing,
+    ForeignFile,
+    ShardDamaged,
+    TokenizerMismatch,
+)
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, storage_kl
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.manifest import is_dataset_file
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
+from coldstill.storage_schema.tokenizer import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    TOKENIZER_FOLDER,
+    fingerprint_bytes,
+    without_code,
+)
 from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord
 
 from .errors import DuplicateIds
 
+MAX_FINDINGS = 10_000
+"""Maximum number of findings: a manifest can list 300,000 files that do not exist."""
+
 _FINDINGS_PER_SHARD = 20
 _IDS_LISTED = 3
 _TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
-_READ = {_TOKENIZER, PLAN_NAME}
+_SETTINGS = f"{TOKENIZER_FOLDER}/{TOKENIZER_CONFIG}"
+_READ = {_TOKENIZER, _SETTINGS, PLAN_NAME}
 
 
 class Finding(NamedTuple):
@@ -51,7 +70,7 @@ class Finding(NamedTuple):
 
 
 def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> list[Finding]:
-    """All findings of the dataset at `root`, at most 20 per shard.
+    """All findings of the dataset at `root`, at most 20 per shard; the first `MAX_FINDINGS` in all.
 
     Raises `DatasetNotFound`, `DatasetNotSealed`, and `CommitDamaged` or `InvalidHeader` if it cannot be opened.
     """
@@ -81,9 +100,22 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
             bar.update(size)
             if findings:
                 bar.set_postfix_str(f"{len(findings)} findings")
+            if len(findings) >= MAX_FINDINGS:
+                return findings[:MAX_FINDINGS]
     if deep and not findings and _has_own_ids(dataset):
         findings += [_finding(SHARDS_FOLDER, error) for error in _repeated_ids(dataset, ids)]
     return findings
+
+
+def foreign_file(name: str) -> ForeignFile:
+    """The error for a name in the manifest that the format does not have."""
+    return ForeignFile(
+        name,
+        found="a name that no file of a dataset has",
+        wanted=f"the header, the plan, shards, rejects, media, or one of {', '.join(TOKENIZER_FILES)} in "
+        f"{TOKENIZER_FOLDER}/",
+        fix="`coldstill subset SOURCE OUTPUT` makes a dataset of the same rows without this file",
+    )
 
 
 def _finding(name: str, error: ColdstillError) -> Finding:
@@ -97,7 +129,9 @@ def _is_row_for_row(header: DatasetHeader) -> bool:
 
 
 def _check_file(dataset: Dataset, file: FileRecord) -> Iterator[ColdstillError]:
-    """Check a file other than a shard: its digest, and its content if the format defines it."""
+    """Check a file other than a shard: its name, its digest, and its content if the format defines it."""
+    if not is_dataset_file(file.name):
+        yield foreign_file(file.name)
     if file.name not in _READ:
         dataset.check_file(file)
         return
@@ -106,6 +140,8 @@ def _check_file(dataset: Dataset, file: FileRecord) -> Iterator[ColdstillError]:
         facts = fingerprint_bytes(data, where=file.name)
         if facts.fingerprint != dataset.header.tokenizer_fingerprint:
             yield TokenizerMismatch(file.name, found=facts.fingerprint, wanted=dataset.header.tokenizer_fingerprint)
+    elif file.name == _SETTINGS:
+        without_code({TOKENIZER_CONFIG: data}, where=TOKENIZER_FOLDER)
     elif file.name == PLAN_NAME:
         planned = [unit.rows for unit in plan_from_bytes(data, where=file.name)]
         found = [shard.rows + shard.rejected for shard in dataset.shards]
@@ -169,6 +205,8 @@ def _check_shard(
 ) -> Iterator[ColdstillError]:
     """Check a shard: its digest, or deep, its rows one by one, so that a damaged row does not hide the next."""
     record = dataset.shards[index]
+    if not is_dataset_file(record.file.name):
+        yield foreign_file(record.file.name)
     if not deep:
         dataset.check_file(record.file)
         return

@@ -28,7 +28,13 @@ from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, scored_of
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, TokenizerFacts, load_faithfully
+from coldstill.storage_schema.tokenizer import (
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    TokenizerFacts,
+    load_faithfully,
+    without_code,
+)
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SAMPLES = 64
@@ -144,10 +150,14 @@ def end_token_ids(config: TeacherConfig, tokenizer: transformers.PreTrainedToken
 
 
 def tokenizer_files(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """The files that transformers saves for the tokenizer, by name; only those that a dataset carries."""
+    """The files that transformers saves for the tokenizer, by name; only those that a dataset carries.
+
+    A configuration that names the tokenizer's code is stored without it: a student's folder does not hold that code.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {name: Path(folder, name).read_bytes() for name in TOKENIZER_FILES if Path(folder, name).exists()}
+        files = {name: Path(folder, name).read_bytes() for name in TOKENIZER_FILES if Path(folder, name).exists()}
+        return without_code(files, where=folder)
 
 
 def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:

@@ -62,6 +62,8 @@ def _fault(made: Mutant, answer: dict[str, Any], sound: dict[str, Any]) -> str |
         return f"the process died: {answer['died']}"
     if answer["unnamed"]:
         return str(answer["unnamed"])
+    if answer["unbounded"]:
+        return str(answer["unbounded"])
     if not made.resealed:
         for way in ("rows", "single"):
             if answer[way] not in (None, sound[way]):
@@ -83,6 +85,7 @@ def _read(child: Child, made: Mutant) -> dict[str, Any]:
     for name in gone:
         (root / name).unlink()
     for name, data in changed.items():
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(data)
     answer = child.read(root)
     for name in changed:

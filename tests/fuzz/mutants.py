@@ -1,7 +1,7 @@
 """Mutants: the files of a changed dataset, a pure function of the campaign's seed and the mutant's number.
 
 Even numbers are UNSEALED (bytes are changed, digests are not), odd ones RESEALED (all digests and checksums are made
-right again, so that the change reaches the readers behind them).
+right again, so that the change reaches the readers behind them). Every sixteenth is what a stranger would send.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME
 
-from . import byte_changes, headers, json_text, pages, shard_rows, tables
+from . import byte_changes, headers, json_text, pages, shard_rows, strangers, tables
 from .bases import Base
 from .tree import Tree
 
@@ -38,7 +38,7 @@ def mutant(seed: int, number: int, bases: Sequence[Base]) -> Mutant:
     rng = random.Random(f"{seed} {number}")
     base = rng.choice(bases)
     resealed = number % 2 == 1
-    kinds = _RESEALED if resealed else _UNSEALED
+    kinds = _OF_STRANGERS if number % 16 == 15 else _RESEALED if resealed else _UNSEALED
     kind = rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
     tree = Tree(base.files)
     kinds[kind][1](rng, tree, bases)
@@ -152,4 +152,10 @@ _RESEALED: dict[str, tuple[float, Change]] = {
     "JSON of a commit record": (6, _json_of("commits/")),
     "JSON of the tokenizer": (2, _resealed(_json_of(TOKENIZER))),
     "shards of another dataset": (1, _resealed(_shards_of_another)),
+}
+_OF_STRANGERS: dict[str, tuple[float, Change]] = {
+    "names that would be written": (3, _tree(strangers.plant_a_file)),
+    "settings that name code": (1, _tree(strangers.name_code)),
+    "tokens that multiply": (2, _tree(strangers.lengthen_tokens)),
+    "texts that multiply": (2, _tree(strangers.lengthen_texts)),
 }

@@ -6,12 +6,17 @@ In: the folder of a dataset. Out: `Reading`, which JSON can carry. Nothing here 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.commits import committed_units, read_commit
@@ -20,12 +25,23 @@ from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, sample_from
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.store import Store
+from coldstill.tools.errors import TokenizerUnreadable
+from coldstill.tools.inspect.page import page_data
+from coldstill.tools.inspect.row_facts import open_row
+from coldstill.tools.inspect.terminal import show_dataset, show_row
 from coldstill.tools.verify import verify
 
 _MOST_ROWS = 64
 _MOST_FINDINGS = 20
 _MOST_ENTRIES = 100_000
 """Of a row that is looked at one target at a time."""
+_MOST_SHOWN = 16 << 20
+_TAKEN = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+"""A second list by hand: a name that is added to the product's must be added here, after somebody thought about it."""
 _NO_MEMORY = ("MemoryError", "malloc of size", "realloc of size", "bad_alloc", "Allocation error")
 
 
@@ -34,7 +50,8 @@ class Reading:
     """`rows`, `single`: digests of all rows, read in order and by number; none where that failed.
 
     `named`: the class of the first named error of each way to read; `unnamed`: anything else that was raised, with its
-    traceback; `findings`: what `verify --deep` found; `unlawful`: a law that a row breaks without an error.
+    traceback; `findings`: what `verify --deep` found; `unlawful`: a law that a row breaks without an error;
+    `unbounded`: what a reader took under a name of no tokenizer, or showed beyond its limits.
     """
 
     rows: str | None = None
@@ -43,6 +60,7 @@ class Reading:
     unnamed: str | None = None
     findings: list[str] | None = None
     unlawful: str | None = None
+    unbounded: str | None = None
 
 
 def read(root: Path) -> Reading:
@@ -81,6 +99,8 @@ def read(root: Path) -> Reading:
     if opened:
         attempt("rows", in_order)
         attempt("single", by_number)
+        attempt("tokenizer", lambda: _take_tokenizer(reading, opened[0]))
+        attempt("inspect", lambda: _inspect(reading, root))
     attempt("verify", find)
     if (root / PLAN_NAME).is_file():
         attempt("plan", lambda: plan_from_bytes((root / PLAN_NAME).read_bytes(), where=PLAN_NAME))
@@ -88,6 +108,28 @@ def read(root: Path) -> Reading:
         attempt("sample", lambda: sample_from_bytes((root / FAITHFULNESS_NAME).read_bytes(), where=FAITHFULNESS_NAME))
     attempt("commits", take_commits)
     return reading
+
+
+def _take_tokenizer(reading: Reading, dataset: Dataset) -> None:
+    files = dataset.tokenizer_files()
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if (strange := [name for name in files if name not in _TAKEN]) or "auto_map" in settings:
+        reading.unbounded = f"taken as files of a tokenizer: {strange or 'auto_map'}"
+
+
+def _inspect(reading: Reading, root: Path) -> None:
+    """Show the first row, of a dataset whose tokenizer the tokenizers library loads: those of `strangers.py`."""
+    with suppress(TokenizerUnreadable):
+        _show(reading, root, page_data(open_row(root, 0)))
+
+
+def _show(reading: Reading, root: Path, data: dict[str, Any]) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    show_dataset(root, console=console)
+    show_row(root, 0, console=console)
+    page = json.dumps(data)
+    if len(console.file.getvalue()) > _MOST_SHOWN or len(page) > _MOST_SHOWN:  # type: ignore[attr-defined]
+        reading.unbounded = f"{len(page)} characters on a page"
 
 
 def _digest(rows: Iterable[CachedRow]) -> str:

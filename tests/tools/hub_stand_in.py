@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -37,6 +38,11 @@ class Fault:
     method: str
     start: str
     status: int = 0
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: bool = False
+    """The connection is cut instead of an answer; with `late`, after the request has been carried out."""
+    late: bool = False
     arrived: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -74,14 +80,19 @@ def serve() -> Iterator[HubStandIn]:
 
 
 class _Refused(Exception):
-    def __init__(self, status: int, code: str = ""):
+    def __init__(self, status: int, code: str = "", headers: dict[str, str] | None = None):
         super().__init__(status, code)
-        self.status, self.code = status, code
+        self.status, self.code, self.headers = status, code, headers or {}
+
+
+class _Cut(Exception):
+    """The connection ends here."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: HubStandIn
+    _cut_answer = False
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on the terminal."""
@@ -97,7 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
                     return answer(self, body, **match.groupdict())
             raise _Refused(404, "EntryNotFound")
         except _Refused as refused:
-            self._send(json.dumps({"error": refused.code}).encode(), refused.status, {"X-Error-Code": refused.code})
+            headers = {"X-Error-Code": refused.code, **refused.headers}
+            self._send(json.dumps({"error": refused.code}).encode(), refused.status, headers)
+        except _Cut:
+            self._cut()
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
@@ -113,13 +127,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _meet_fault(self, path: str) -> None:
         for fault in self.hub.faults:
-            if fault.method == self.command and path.startswith(fault.start) and not fault.arrived.is_set():
+            if fault.method == self.command and path.startswith(fault.start) and fault.times > 0:
+                fault.times -= 1
                 fault.arrived.set()
+                if fault.late:
+                    self._cut_answer = True
+                    return
+                if fault.cut:
+                    raise _Cut
                 if not fault.status:
                     fault.released.wait(60)
-                raise _Refused(fault.status or 500)
+                raise _Refused(fault.status or 500, headers=fault.headers)
+
+    def _cut(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def _send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        if self._cut_answer:
+            self._cut_answer = False
+            return self._cut()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -231,6 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         self._json({"commitUrl": f"{self.hub.url}/datasets/{repo}/commit/{FIRST}", "commitOid": FIRST})
 
     def validate(self, body: bytes) -> None:

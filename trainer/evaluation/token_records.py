@@ -25,6 +25,8 @@ from .measured_model import LogitReader, measuring
 
 TOP = 5
 _POSITIONS_AT_ONCE = 64
+_MAX_ID = 200
+"""Characters of a sample id in each record. A stranger's id can have a megabyte, and a row a million targets."""
 
 
 class Choice(FrozenModel):
@@ -103,7 +105,7 @@ def _records(
         values = {name: column.tolist() for name, column in figures.items()}
         for n, label in enumerate(part.labels.tolist()):
             yield TokenRecord(
-                sample_id=visible(names[start + n]),
+                sample_id=visible(names[start + n][:_MAX_ID]),
                 position=positions[start + n],
                 label=label,
                 text=text(label),

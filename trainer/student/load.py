@@ -20,7 +20,7 @@ def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedMode
 
     Raises `StudentNotFound`, `StudentHeadTooSmall`, `AdapterMisfit`.
     """
-    options = {"dtype": getattr(torch, config.weights)}
+    options = {"dtype": getattr(torch, config.weights), "trust_remote_code": False}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     try:
@@ -64,4 +64,4 @@ def _configuration(config: StudentConfig, header: DatasetHeader) -> PretrainedCo
     """Configuration of a student from scratch. By default its head has one row per id of the tokenizer."""
     if isinstance(config.from_scratch, dict):
         return AutoConfig.for_model(**{"vocab_size": header.token_count, **config.from_scratch})
-    return AutoConfig.from_pretrained(config.from_scratch)
+    return AutoConfig.from_pretrained(config.from_scratch, trust_remote_code=False)

@@ -14,7 +14,7 @@ from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import (
     TOKENIZER_FILE,
-    TOKENIZER_FOLDER,
+    TOKENIZER_FILES,
     fingerprint_bytes,
     first_difference,
     load_faithfully,
@@ -25,30 +25,19 @@ from .load import student_not_found
 
 logger = logging.getLogger(__name__)
 
-STUDENT_TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-"""The tokenizer files that are copied from the student's folder to the finished student."""
-
 
 def tokenizer_files(student: StudentConfig, dataset: Dataset) -> dict[str, bytes]:
     """Name and content of each tokenizer file: the student's own, or the dataset's for a student from scratch.
 
+    Only names of `TOKENIZER_FILES`: these files are written beside the weights of the finished student.
+
     Raises `StudentNotFound`, `TokenizerNotFound`, and what `Dataset.read_file` raises.
     """
     if student.model is None:
-        listed = [file for file in dataset.manifest.files if file.name.startswith(f"{TOKENIZER_FOLDER}/")]
-        files = {file.name.removeprefix(f"{TOKENIZER_FOLDER}/"): dataset.read_file(file) for file in listed}
+        files = dataset.tokenizer_files()
     else:
         folder = _folder(student.model)
-        files = {name: (folder / name).read_bytes() for name in STUDENT_TOKENIZER_FILES if (folder / name).is_file()}
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     if TOKENIZER_FILE not in files:
         raise TokenizerNotFound(
             f"tokenizer of the student {student.name}",
@@ -87,7 +76,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises `StudentNotFound`, and `TokenizerUnfaithful` for one that transformers rebuilds wrongly.
     """
-    loaders = [lambda kind=kind: kind.from_pretrained(name) for kind in (AutoTokenizer, PreTrainedTokenizerFast)]
+    # Without trust_remote_code=False, transformers asks on a terminal whether to run a stranger's code.
+    loaders = [
+        lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+        lambda: PreTrainedTokenizerFast.from_pretrained(name),
+    ]
     path = _folder(name) / TOKENIZER_FILE
     try:
         tokenizer: PreTrainedTokenizerBase = load_faithfully(
@@ -102,7 +95,8 @@ def warn_if_unfaithful(folder: Path) -> None:
     """Log a warning if transformers rebuilds the tokenizer in a finished student's folder as a class that differs from
     its file: the class follows from the model's type too, which may be another one than the teacher's."""
     try:
-        found = first_difference(AutoTokenizer.from_pretrained(folder), (folder / TOKENIZER_FILE).read_bytes())
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = first_difference(tokenizer, (folder / TOKENIZER_FILE).read_bytes())
     except Exception as error:  # of any class: the run is over, and must not be lost to its last check
         found = first_line(error)
     if found:
@@ -116,6 +110,6 @@ def _folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(STUDENT_TOKENIZER_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     except (OSError, ValueError) as error:
         raise student_not_found(name, error) from error

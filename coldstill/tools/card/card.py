@@ -17,6 +17,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import RUN_FOLDER
 from coldstill.storage_schema.verified_files import SHARDS_FOLDER
+from coldstill.tools.card_text import marked_card
 from coldstill.tools.errors import CardExists
 from coldstill.tools.pull import CARD_FILES
 from coldstill.tools.reject_reasons import count_reasons
@@ -69,9 +70,9 @@ def write_card(root: str | Path, *, replace: bool = False, progress: bool = True
     reasons = count_reasons(dataset)
     stats = measure_stats(root, progress=progress)
     sections = card_sections(dataset, stats=stats, faithfulness=faithfulness, reasons=reasons, plot=PLOT_NAME)
-    text = front_matter(dataset.header, rows=stats.rows) + "\n" + sections
+    card = marked_card(front_matter(dataset.header, rows=stats.rows) + "\n" + sections)
     store.put(PLOT_NAME, plot_png(stats))
-    store.put(CARD_NAME, text.encode())
+    store.put(CARD_NAME, card)
     if store.is_local:
         store.delete_folder(RUN_FOLDER)
     return f"{store.url}/{CARD_NAME}"

@@ -88,21 +88,21 @@ class Sources:
         return self.datasets[source].read_file(file)
 
     def tokenizer(self) -> dict[str, bytes]:
-        """The tokenizer files of the first dataset, by name.
+        """The tokenizer files of the first dataset, by name: those of `TOKENIZER_FILES`, without code to load.
 
         Raises `TokenizerMismatch` if the tokenizer of any dataset is not the one of its header, `TokenizerNotFound`,
         `FileMissing`, `FileDamaged`.
         """
-        for source, dataset in enumerate(self.datasets):
-            file = self.folder(source, TOKENIZER_FOLDER).get(f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}")
-            if file is None:
+        for dataset in self.datasets:
+            data = dataset.tokenizer_files().get(TOKENIZER_FILE)
+            if data is None:
                 continue
-            where = f"{dataset.store.url}/{file.name}"
-            found = fingerprint_bytes(dataset.read_file(file), where=where).fingerprint
+            where = f"{dataset.store.url}/{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
+            found = fingerprint_bytes(data, where=where).fingerprint
             if found != dataset.header.tokenizer_fingerprint:
                 raise TokenizerMismatch(where, found=found, wanted=dataset.header.tokenizer_fingerprint)
-        files = self.folder(0, TOKENIZER_FOLDER)
-        return {name: self.datasets[0].read_file(file) for name, file in files.items()}
+        files = self.datasets[0].tokenizer_files()
+        return {f"{TOKENIZER_FOLDER}/{name}": data for name, data in files.items()}
 
     def _folder(self, source: int, folder: str) -> dict[str, FileRecord]:
         """The files of a folder that the manifest of dataset number `source` lists. Raises `CommitDamaged`."""

@@ -34,6 +34,10 @@ FILE_BYTES = 256 << 20
 GROUP_BYTES = 8 << 20
 """Size of a row group before compression: what a reader has in memory at once."""
 
+MAX_AXOLOTL_ENTRIES = 1 << 25
+"""Maximum number of entries of a row in axolotl's layout, 300 MB: the format bounds targets x K, not tokens x K."""
+
+MAX_ID = 200
 FOOTER_KEY = "coldstill"
 
 MEDIA = pa.struct(
@@ -168,12 +172,19 @@ def export_axolotl(
 def _axolotl_columns(row: CachedRow) -> dict[str, Any]:
     if row.media:
         raise NotExportable(
-            f"row {row.sample_id!r}: media",
+            f"row {row.sample_id[:MAX_ID]!r}: media",
             found="images",
             wanted="text only",
             fix="make a subset without such rows, and export that",
         )
     tokens, targets, positions = row.token_ids.size, row.targets.by_probability(), row.positions
+    if tokens * targets.top_k > MAX_AXOLOTL_ENTRIES:
+        raise NotExportable(
+            f"row {row.sample_id[:MAX_ID]!r}: tokens x K",
+            found=f"{tokens:,} x {targets.top_k:,}",
+            wanted=f"at most {MAX_AXOLOTL_ENTRIES:,}: the layout has K entries at each token, target or not",
+            fix="make a subset without such rows (--filter 'tokens <= N'), and export that",
+        )
     labels = np.full(tokens, -100, np.int32)
     labels[positions + 1] = row.labels
     ids = np.tile(np.arange(targets.top_k, dtype=np.int32), (tokens, 1))
@@ -239,7 +250,7 @@ def _groups(records: Iterator[dict[str, Any]], schema: pa.Schema, bar: Any) -> I
     size = 0
     for record in records:
         group.append(record)
-        size += sum(value.nbytes for value in record.values() if hasattr(value, "nbytes"))
+        size += sum(len(value) if isinstance(value, str) else getattr(value, "nbytes", 0) for value in record.values())
         bar.update(1)
         if size >= GROUP_BYTES:
             yield _table(group, schema)

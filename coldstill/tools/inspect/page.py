@@ -25,9 +25,7 @@ from coldstill.storage_schema.header import MAX_VOCAB_SIZE
 from coldstill.tools.errors import PageNotWritten
 
 from .row_facts import InspectedRow, open_row
-
-MAX_TOKENS = 20_000
-"""Maximum number of tokens on a page. It omits the rest of a longer row, with a notice."""
+from .token_text import MAX_SHOWN, MAX_TOKENS, shortened
 
 MAX_BARS = 256
 """Maximum number of kept entries, and of distinct draws, listed at one position."""
@@ -36,9 +34,6 @@ MAX_LISTED = 300_000
 """Maximum number of kept entries, and of distinct draws, on a page: all those of 4,096 tokens at K = 64, about 2 MB
 each."""
 
-MAX_METADATA = 20_000
-"""Maximum number of characters shown of the metadata."""
-
 
 def write_page(root: str | Path, index: int, path: str | Path) -> Path:
     """Write the page of row `index` of the dataset at `root` to `path`, and return the path.
@@ -46,8 +41,8 @@ def write_page(root: str | Path, index: int, path: str | Path) -> Path:
     Raises `PageNotWritten`, and what `open_row` raises.
     """
     one = open_row(root, index)
-    title = f"Row {index} · {visible(one.row.sample_id)}"
-    page = render(page_data(one), title=title, plain_text=one.text.row(one.row.token_ids.tolist()))
+    title = f"Row {index} · {one.shown_id}"
+    page = render(page_data(one), title=title, plain_text=one.text.row(one.row.token_ids[:MAX_TOKENS].tolist()))
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,20 +107,20 @@ def page_data(one: InspectedRow) -> dict[str, Any]:
         "row": {
             "index": one.index,
             "rows": len(one.dataset),
-            "sample_id": visible(one.row.sample_id)[:200],
+            "sample_id": one.shown_id,
             "tokens": int(one.row.token_ids.size),
             "media": len(one.row.media),
-            "metadata": _metadata(one),
+            "metadata": one.metadata_start(indent=2),
         },
         "dataset": {
-            "teacher": visible(header.teacher.name),
+            "teacher": shortened(visible(header.teacher.name), MAX_SHOWN),
             "id": one.dataset.dataset_id,
-            "license": visible(header.about.license or "not given"),
+            "license": shortened(visible(header.about.license or "not given"), MAX_SHOWN),
             "top_k": header.top_k,
             "draws": header.draws,
             "kept_draws": header.kept_draws,
         },
-        "words": [one.text.label(token_id) for token_id in ids.tolist()],
+        "words": one.text.labels(ids.tolist()),
         "pieces": list(piece_table),
         "token_words": _packed(token_words),
         "token_pieces": _packed(np.array([piece_table[piece] for piece in pieces])),
@@ -165,13 +160,6 @@ def _distinct_draws(
     order = order[place < most]
     probs = np.empty(0) if targets.draw_logprobs is None else np.exp(targets.draw_logprobs[first][order])
     return owner[order], ids[order], times[order], probs
-
-
-def _metadata(one: InspectedRow) -> str:
-    if not one.row.metadata:
-        return ""
-    text = json.dumps(dict(one.row.metadata), ensure_ascii=False, indent=2)
-    return visible(text[:MAX_METADATA], newline="\n") + ("…" if len(text) > MAX_METADATA else "")
 
 
 def _packed(values: np.ndarray) -> dict[str, str]:

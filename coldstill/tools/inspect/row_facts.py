@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from coldstill.common.visible import json_start, visible
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.tools.errors import RowOutOfRange
 
-from .token_text import TokenText
+from .token_text import MAX_SHOWN, TokenText, shortened
+
+MAX_METADATA = 20_000
+"""Maximum number of characters shown of the metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,15 @@ class InspectedRow:
     row: CachedRow
     facts: RowFacts
     text: TokenText
+
+    @property
+    def shown_id(self) -> str:
+        """The sample id, safe to show: its start, since a stranger's can have a megabyte."""
+        return shortened(visible(self.row.sample_id[:MAX_SHOWN]), MAX_SHOWN)
+
+    def metadata_start(self, *, indent: int | None = None) -> str:
+        """The first `MAX_METADATA` characters of the metadata as JSON, safe to show; empty if there is none."""
+        return json_start(dict(self.row.metadata), MAX_METADATA, indent=indent) if self.row.metadata else ""
 
 
 def open_row(root: str | Path, index: int) -> InspectedRow:

@@ -5,7 +5,6 @@ All text of the dataset passes `visible`, and none of it is interpreted as marku
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 
 from .row_facts import InspectedRow, open_row
+from .token_text import MAX_TOKENS, shortened
 
 TOP = 5
 
@@ -34,9 +34,12 @@ LEVELS = (
 _ENTRY_WIDE, _ENTRY_NARROW = 6, 3
 """Entries per line of the table: the top five and the actual token take one line or two."""
 
+MAX_TARGETS = 4_096
+"""Maximum number of targets in the table of a row: a terminal takes seconds for as many."""
+
 _ROWS_PER_TABLE = 256
 _MAX_NAME, _MAX_VALUE = 40, 300
-"""Characters of a fact that only a later release knows."""
+"""Characters of a fact, and of the name of one that only a later release knows."""
 
 
 def show_dataset(root: str | Path, *, console: Console) -> None:
@@ -65,13 +68,13 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
         "format": f"version {header.format_version}, fidelity {header.codec.fidelity}: "
         f"mean KL of the stored values below {header.codec.mean_kl:g} nats",
         "id": dataset.dataset_id,
-        **{f"about.{name[:_MAX_NAME]}": value[:_MAX_VALUE] for name, value in header.about_in_words.items()},
+        **{f"about.{name[:_MAX_NAME]}": value for name, value in header.about_in_words.items()},
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(visible(name), Text(visible(value)))
+        table.add_row(visible(name), Text(shortened(visible(value[: _MAX_VALUE + 1]), _MAX_VALUE)))
     console.print(Text(visible(str(root)), style="bold"))
     console.print(table)
 
@@ -86,6 +89,8 @@ def show_row(root: str | Path, index: int, *, console: Console) -> None:
     console.print()
     for table in _tables(one, width=console.width):
         console.print(table)
+    if one.facts.labels.size > MAX_TARGETS:
+        console.print(f"The first {MAX_TARGETS:,} of {one.facts.labels.size:,} targets. --html PAGE shows more.")
 
 
 def percent(probability: float) -> str:
@@ -103,7 +108,7 @@ def style_of(probability: float) -> str:
 def _print_head(one: InspectedRow, console: Console) -> None:
     row, facts = one.row, one.facts
     title = Text(f"Row {one.index:,} of {len(one.dataset):,}", style="bold")
-    console.print(title.append("  " + visible(row.sample_id), style="default not bold"))
+    console.print(title.append("  " + one.shown_id, style="default not bold"))
     media = f", {len(row.media):,} media" if row.media else ""
     line = f"{row.token_ids.size:,} tokens, {facts.labels.size:,} targets{media}"
     if facts.labels.size:
@@ -113,7 +118,7 @@ def _print_head(one: InspectedRow, console: Console) -> None:
         )
     console.print(Text(line, style="dim"))
     if row.metadata:
-        console.print(Text(visible(json.dumps(dict(row.metadata), ensure_ascii=False)), style="dim", overflow="fold"))
+        console.print(Text(one.metadata_start(), style="dim", overflow="fold"))
     console.print()
 
 
@@ -121,8 +126,11 @@ def _running_text(one: InspectedRow) -> Text:
     probs = np.full(one.row.token_ids.size, np.nan)
     probs[one.facts.positions + 1] = one.facts.label_probs
     text = Text(overflow="fold")
-    for piece, prob in zip(one.text.pieces(one.row.token_ids.tolist()), probs.tolist(), strict=True):
+    pieces = one.text.pieces(one.row.token_ids[:MAX_TOKENS].tolist())
+    for piece, prob in zip(pieces, probs.tolist(), strict=False):
         text.append(piece, style="dim" if np.isnan(prob) else style_of(prob))
+    if one.row.token_ids.size > MAX_TOKENS:
+        text.append(f"\nThe first {MAX_TOKENS:,} of {one.row.token_ids.size:,} tokens.", style="bold")
     return text
 
 
@@ -143,7 +151,8 @@ def _tables(one: InspectedRow, *, width: int) -> Iterator[Table]:
     left = width - (numbers + token_width + 3 * 5 + 6)
     per_line = _ENTRY_WIDE if left >= 78 else _ENTRY_NARROW
     entry_width = min(max(left // per_line, 8), 22)
-    for start in range(0, one.facts.labels.size, _ROWS_PER_TABLE):
+    shown = min(one.facts.labels.size, MAX_TARGETS)
+    for start in range(0, shown, _ROWS_PER_TABLE):
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=start == 0, header_style="dim")
         table.add_column("token", justify="right", style="dim", width=numbers)
         table.add_column("", width=token_width, no_wrap=True)
@@ -151,7 +160,7 @@ def _tables(one: InspectedRow, *, width: int) -> Iterator[Table]:
         table.add_column("entr.", justify="right", width=5)
         table.add_column("tail", justify="right", width=5)
         table.add_column("teacher's top five, ✓ actual token", width=entry_width * per_line, no_wrap=True)
-        for n in range(start, min(start + _ROWS_PER_TABLE, one.facts.labels.size)):
+        for n in range(start, min(start + _ROWS_PER_TABLE, shown)):
             table.add_row(*_cells(one, n, token_width=token_width, per_line=per_line, entry_width=entry_width))
         yield table
 

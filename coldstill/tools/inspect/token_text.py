@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from coldstill.common.packages import require_packages
@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 200
 """Maximum number of characters shown of one token. Tokens of real vocabularies are far shorter."""
+
+MAX_TOKENS = 20_000
+"""Maximum number of tokens of a row that a page and a terminal show. They omit the rest, with a notice."""
+
+MAX_CHARS = 500_000
+"""Characters of all tokens of a row, before each further one is cut to `_SHORT`. Five times the text of `MAX_TOKENS`
+real tokens. The limits of one token and of a row together would allow far more."""
+
+MAX_WORD_CHARS = 4_000_000
+"""The same for the words of a page: the distinct tokens of a whole vocabulary of 2^18 have fewer."""
+
+_SHORT = 8
 
 INCOMPLETE = "⋯"
 """In running text: the first bytes of a character that a later token completes."""
@@ -43,17 +55,24 @@ class TokenText:
         """Raises `PackagesMissing`, `TokenizerUnreadable`, `FileMissing`, `FileDamaged`."""
         self._tokenizer, self._encoding = _load(dataset)
         added = {} if self._tokenizer is None else self._tokenizer.get_added_tokens_decoder()
-        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._added = {token_id: token.content[:_MAX_BYTES] for token_id, token in added.items()}
+        self._raws: dict[int, bytes | None] = {}
         self._labels: dict[int, str] = {}
 
     def raw(self, token_id: int) -> bytes | None:
-        """The bytes that the token adds to a text; None for an id without a token."""
+        """The bytes that the token adds to a text, of a long token the first `_MAX_BYTES`; None for an id without a
+        token."""
+        if token_id not in self._raws:  # cached: a row can repeat a token of many megabytes on every position
+            self._raws[token_id] = self._read(token_id)
+        return self._raws[token_id]
+
+    def _read(self, token_id: int) -> bytes | None:
         if self._tokenizer is None:
             return None
         if token_id in self._added:
-            return self._added[token_id].encode()
+            return self._added[token_id].encode()[:_MAX_BYTES]
         token = self._tokenizer.id_to_token(token_id)
-        return None if token is None else self._encoding.bytes_of(token)
+        return None if token is None else self._encoding.bytes_of(token[:_MAX_BYTES])[:_MAX_BYTES]
 
     def label(self, token_id: int) -> str:
         """The token by itself, on one line; spaces and newlines are visible too."""
@@ -61,27 +80,52 @@ class TokenText:
             self._labels[token_id] = _label(self.raw(token_id), token_id)
         return self._labels[token_id]
 
+    def labels(self, token_ids: Iterable[int]) -> list[str]:
+        """The labels of different tokens, cut after `MAX_WORD_CHARS` characters together."""
+        return list(_within(map(self.label, token_ids), MAX_WORD_CHARS))
+
     def pieces(self, token_ids: Iterable[int]) -> list[str]:
         """Each token as its part of the running text: a space is a space, a newline is its sign and a line break.
 
-        A character that several tokens share is shown at the last of them, and `INCOMPLETE` at the others.
+        A character that several tokens share is shown at the last of them, and `INCOMPLETE` at the others. The pieces
+        are cut after `MAX_CHARS` characters together.
         """
-        pieces, decoder = [], _decoder()
+        return list(_within(self._pieces(token_ids), MAX_CHARS))
+
+    def _pieces(self, token_ids: Iterable[int]) -> Iterator[str]:
+        decoder = _decoder()
         for token_id in token_ids:
             raw = self.raw(token_id)
             if raw is None:
                 text, open_bytes = decoder.decode(b"", final=True) + f"#{token_id} ", b""
             else:
                 text, open_bytes = decoder.decode(raw[:_MAX_BYTES]), decoder.getstate()[0]
-            shown = visible(text[:MAX_SHOWN], newline=f"{NEWLINE}\n") + ("…" if len(text) > MAX_SHOWN else "")
-            pieces.append(shown + (INCOMPLETE if open_bytes else "") or NO_TEXT)
-        return pieces
+            shown = shortened(visible(text[: MAX_SHOWN + 1], newline=f"{NEWLINE}\n"), MAX_SHOWN)
+            yield shown + (INCOMPLETE if open_bytes else "") or NO_TEXT
 
     def row(self, token_ids: Iterable[int]) -> str:
-        """The tokens as one text with its line breaks."""
-        raws = ((self.raw(token_id), token_id) for token_id in token_ids)
-        text = b"".join(f"#{token_id} ".encode() if raw is None else raw for raw, token_id in raws)
-        return visible(text.decode(errors="backslashreplace"), newline="\n")
+        """The tokens as one text with its line breaks, cut after about `MAX_CHARS` characters."""
+        text = bytearray()
+        for token_id in token_ids:
+            raw = self.raw(token_id)
+            text += f"#{token_id} ".encode() if raw is None else raw
+            if len(text) > MAX_CHARS:
+                break
+        return shortened(visible(text.decode(errors="backslashreplace"), newline="\n"), MAX_CHARS)
+
+
+def shortened(text: str, most: int) -> str:
+    """At most `most` characters of a text, and a sign if there are more."""
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def _within(texts: Iterable[str], most: int) -> Iterator[str]:
+    """The texts; once they have `most` characters together, `_SHORT` characters of each."""
+    shown = 0
+    for text in texts:
+        text = text if shown < most else shortened(text, _SHORT)
+        shown += len(text)
+        yield text
 
 
 def _decoder() -> codecs.IncrementalDecoder:
@@ -96,7 +140,7 @@ def _label(raw: bytes | None, token_id: int) -> str:
         return NO_TEXT
     # A combining mark has no letter before it here: it is put on the dotted circle, the placeholder for any letter.
     base = "◌" if unicodedata.category(text[0]).startswith("M") else ""
-    return base + visible(text[:MAX_SHOWN]).replace(" ", SPACE) + ("…" if len(text) > MAX_SHOWN else "")
+    return base + shortened(visible(text[: MAX_SHOWN + 1]).replace(" ", SPACE), MAX_SHOWN)
 
 
 class _ByteEncoding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from io import StringIO
 from pathlib import Path
@@ -35,6 +36,12 @@ def name_of(token: int) -> str:
 def records_of(student: Any, rows: list, **options: Any) -> list[TokenRecord]:
     batches = options.pop("batches", None) or batches_of([row for row, _ in rows], 2)
     return list(token_records(student, batches, token_count=V, text=name_of, **options))
+
+
+def test_each_record_has_the_start_of_a_long_sample_id_only(student: Any) -> None:
+    row, teacher = random_rows(1, 3, top_k=6)[0]
+    for record in records_of(student, [(dataclasses.replace(row, sample_id="x" * 100_000), teacher)]):
+        assert record.sample_id == "x" * 200
 
 
 def test_each_record_is_its_position(student: Any) -> None:
