@@ -132,6 +132,11 @@ class About(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     license: str | None = Field(default=None, description="License of the dataset.")
+    normalized_over: Literal["vocabulary", "kept"] | None = Field(
+        default=None,
+        description="What the importer stated that the log-probs were normalized over: `vocabulary`, the full softmax; "
+        "`kept`, the kept ids, so that the tail is lost.",
+    )
     source_adapter: str | None = Field(
         default=None, description="Function that turned rows of the source into chats or text, `module:name`."
     )
