@@ -200,8 +200,8 @@ def require_plausible(
     items = first_rows(rows)
     sample = MassSample(token_count)
     for item in items:
-        if item.values is not None:
-            sample.add(item.values, item.errors)
+        if item.values is not None and isinstance(item.row, CachedRow):
+            sample.add(item.values, item.errors, item.row)
     taken = _cached(items)
     if taken and not votes_of_all(taken).is_clear:
         advice = next(
@@ -266,7 +266,7 @@ def _split_bad_rows(
             if plausibility:
                 plausibility.check_row(row)
             if item.values is not None:
-                sample.add(item.values, item.errors)
+                sample.add(item.values, item.errors, row)
             good.append(row)
         except tuple(IMPORT_REASONS) as error:
             if bad_rows == "fail":

@@ -88,16 +88,22 @@ def _to_bits(values: np.ndarray, bits: int) -> np.ndarray:
 class MassSample:
     """Log-probs at positions of many rows, before an import drops or scales any: `float64 [N, W]`, -inf if absent.
 
-    `errors`: bounds of their errors, where the layout states them; else `rounding_of` finds them.
+    `errors`: bounds of their errors, where the layout states more than `rounding_of` finds. `first`: whether the most
+    probable id is the next token.
     """
 
     token_count: int
     values: list[np.ndarray] = field(default_factory=list)
     errors: list[np.ndarray] = field(default_factory=list)
+    first: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, values: np.ndarray, errors: np.ndarray | None) -> None:
+    def add(self, values: np.ndarray, errors: np.ndarray | None, row: CachedRow | None = None) -> None:
         """Keep some positions of a row."""
         step = -(-len(values) // POSITIONS_PER_ROW) or 1
+        if row is not None:
+            best = np.where(row.targets.kept, row.targets.logprobs, -np.inf).argmax(axis=1)
+            ids = np.take_along_axis(row.targets.ids, best[:, None], axis=1)[:, 0]
+            self.first.append((ids == row.token_ids[row.positions + 1])[::step])
         self.values.append(np.where(values[::step] > ABSENT_LOGPROB, values[::step], -np.inf))
         if errors is not None:
             self.errors.append(errors[::step])
@@ -107,10 +113,9 @@ class MassSample:
         width = max((part.shape[1] for part in self.values), default=1)
         values = _joined(self.values, width, -np.inf)
         counts = np.isfinite(values).sum(axis=1)
-        errors = _joined(self.errors, width, 0.0) if self.errors else None
-        if errors is None:
-            written = values[np.isfinite(values)]
-            errors = rounding_of(written).of(values)
+        errors = rounding_of(values[np.isfinite(values)]).of(values)
+        if self.errors:
+            errors = np.maximum(errors, _joined(self.errors, width, 0.0))
         judged = (counts > 0) & (counts < self.token_count)
         values, errors, counts = values[judged], errors[judged], counts[judged]
         if not values.size:
@@ -129,17 +134,18 @@ class MassSample:
         return Mass(len(sums), int(is_open.sum()), int(is_closed.sum()), float(np.median(bound)), too_small)
 
     def fits_base_2(self) -> bool:
-        """Whether the values are log-probs to base 2: `2 ** value` sums to 1 or less everywhere, and often to nearly 1.
+        """Whether the values are log-probs to base 2.
 
-        With natural log-probs these sums are above 1 wherever several ids are probable.
+        Powers of 2 then sum to 1 at most, where those of natural log-probs sum to more: `p ** 0.69` is far above a
+        small `p`. And the most probable id is the next token clearly more often than the powers of e say.
         """
         width = max((part.shape[1] for part in self.values), default=1)
         values = _joined(self.values, width, -np.inf)
-        if width == 1 or len(values) < MIN_CLOSED:
+        if width == 1 or not self.first:
             return False
-        sums = np.exp2(values).sum(axis=1)
-        uncertain = np.exp2(values).max(axis=1) < 0.9
-        return bool(sums.max() < 1.01 and (sums[uncertain] > 0.9).sum() > MIN_OPEN_SHARE * len(sums))
+        sums, best = np.exp2(values).sum(axis=1), np.exp(values.max(axis=1))
+        lead = (np.concatenate(self.first) - best).sum() / np.sqrt((best * (1 - best)).sum() + 1)
+        return bool(np.quantile(sums, 0.99) < 1 + 1e-3 and sums.max() > 0.9 and lead > CLEAR)
 
 
 class Mass(NamedTuple):
@@ -196,12 +202,14 @@ def require_full_softmax(sample: MassSample, normalized_over: str | None, *, fix
             wanted="the K most probable ids, whose probabilities cannot sum to less",
             fix="check that these are log-probs, not logits, and that the tokenizer is the teacher's",
         )
-    if sample.fits_base_2():
+    if normalized_over is None and sample.fits_base_2():
         raise NotFullSoftmax(
             "log-probs",
-            found="powers of 2 that sum to nearly 1, and never to more",
+            found="values whose powers of 2 sum to nearly 1 and never to more, and whose powers of e are too small for "
+            "how often the most probable id is the next token",
             wanted="natural logarithms",
-            fix="multiply the log-probs by ln 2, 0.6931, and import them again",
+            fix="multiply log-probs to base 2 by 0.693147; if these are natural ones, state normalized_over='vocabulary' "
+            "(--normalized-over vocabulary)",
         )
     if normalized_over == "vocabulary" or mass.kind == "full":
         return
@@ -263,7 +271,16 @@ class Votes:
         """
         rivals = self.compared * 2 >= self.positions
         rivals[RIGHT] = False
-        return bool(rivals.any() and (self.against[rivals] <= -CLEAR).all() and self.against.max() < CLEAR)
+        lead = np.maximum(-self.against, self._lead_in_hits)
+        return bool(rivals.any() and (lead[rivals] >= CLEAR).all() and self.against.max() < CLEAR)
+
+    @property
+    def _lead_in_hits(self) -> np.ndarray:
+        """The same for how often the tokens are kept: a test of two shares, which also uses the ends of rows."""
+        ours, theirs = max(int(self.compared[RIGHT]), 1), np.maximum(self.compared, 1)
+        both = (self.hits[RIGHT] + self.hits) / (ours + theirs)
+        error = np.sqrt(both * (1 - both) * (1 / ours + 1 / theirs))
+        return (self.hits[RIGHT] / ours - self.hits / theirs) / np.maximum(error, 1e-12)
 
     def share(self, place: int) -> str:
         """How often the token at an offset is among the kept ids."""
@@ -303,7 +320,7 @@ def votes_of_all(rows: Iterable[CachedRow], *, center: int = 1) -> Votes:
 
 
 def _token_at(offset: int) -> str:
-    return "token t" if offset == 0 else f"token t {'+' if offset > 0 else '-'} {abs(offset)}"
+    return "token t, the token itself," if offset == 0 else f"token t {'+' if offset > 0 else '-'} {abs(offset)}"
 
 
 class Plausibility:
@@ -377,7 +394,7 @@ def require_aligned(rows: list[CachedRow], *, assume: bool, advice: str) -> None
             f"write the file again with each list {abs(shift)} token{'s' * (abs(shift) > 1)} {how}: there it fits. "
             "Tokens that were added to a row, or cut from it, after it was scored shift its lists"
             if fits
-            else "check how the file was made: no offset from -4 to 5 fits clearly"
+            else "check how the file was made, and with which tokenizer: no offset from -4 to 5 fits clearly"
         )
     else:
         found = (
@@ -385,7 +402,7 @@ def require_aligned(rows: list[CachedRow], *, assume: bool, advice: str) -> None
             f"{_token_at(shift + 1)} at {votes.share(place)}: no clear difference"
         )
         fix = (
-            f"{advice or 'check the file, and that the tokenizer is the teacher'}; if you know that they are, state it "
-            "with assume_aligned=True (--assume-aligned)"
+            f"{advice or 'check how the file was made, and with which tokenizer'}; if you know that position t is about "
+            "token t + 1, state it with assume_aligned=True (--assume-aligned)"
         )
     raise AlignmentDoubtful("alignment", found=found, wanted="at position t, the distribution of token t + 1", fix=fix)
