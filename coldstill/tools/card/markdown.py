@@ -103,9 +103,8 @@ def card_sections(
 def _summary(header: DatasetHeader, stats: Stats) -> str:
     if header.mode == "imported":
         return (
-            f"Log-probs at {stats.targets:,} target tokens of {stats.rows:,} rows of text, imported from another tool's "
-            f"files: the {header.top_k:,} most probable tokens of these. Whoever imported them named the teacher; nothing "
-            "here was compared with it.\n"
+            f"Log-probs of {header.top_k:,} tokens at {stats.targets:,} target tokens of {stats.rows:,} rows of text, "
+            "imported from another tool's files. The importer named the teacher; nothing here was compared with it.\n"
         )
     return (
         f"A teacher model's predictions at {stats.targets:,} target tokens of {stats.rows:,} rows of text: the "
@@ -186,8 +185,8 @@ def _faithfulness(dataset: Dataset, faithfulness: Faithfulness | None) -> str:
     if dataset.header.mode == "imported":
         return (
             f"{title}\nThis is not known. The values come from another tool's files: no sample of the teacher's exact "
-            "values was kept, and the teacher was not run to check them. Only the storage is bounded: the mean KL from the "
-            f"imported to the stored values is below {guarantee}.\n"
+            "values was kept, and the teacher was not run to check them. Only the storage is bounded: the mean KL from "
+            f"the imported to the stored values is below {guarantee}.\n"
         )
     if faithfulness is None:
         return (
@@ -258,8 +257,8 @@ def _origin(dataset: Dataset) -> str:
         lines.append(f"- sampling settings of the teacher's answers: {plain(json.dumps(header.sampling))}")
     if header.mode == "imported":
         lines.append(
-            "- imported from another tool's dataset; the teacher was not run again, and its name and revision are those "
-            "that the importer gave"
+            "- imported from another tool's dataset; the teacher was not run again, and its name and revision are "
+            "those that the importer gave"
         )
     for parent in parents[:_MOST_LISTED]:
         lines.append(f"- made from dataset {plain(parent)}")

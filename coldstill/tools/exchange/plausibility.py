@@ -28,6 +28,7 @@ from coldstill.storage_schema.rows import CachedRow
 from coldstill.tools.errors import AlignmentDoubtful, NotFullSoftmax, UnusableRow
 
 from .derived_targets import ABSENT_LOGPROB
+from .input_files import rounding_of
 
 OFFSETS = np.arange(-4, 6)
 """Offsets that are compared: position `t` is about token `t + offset`, and 1 is right."""
@@ -54,34 +55,6 @@ POSITIONS_PER_ROW = 1024
 """At most this many positions of a row are judged, evenly spread: a longer row costs no more."""
 
 FLOAT32_EPSILON = 2.0**-24
-
-
-class Rounding(NamedTuple):
-    """The largest change of a log-prob by the way it was written down: a decimal place, or a float's last bit."""
-
-    decimals: int | None
-    bits: int
-
-    def of(self, values: np.ndarray) -> np.ndarray:
-        """The bound for each of `values`; a whole last place, because some writers cut digits off."""
-        step = np.ldexp(1.0, np.frexp(np.where(np.isfinite(values), values, 0.0))[1] - self.bits)
-        return step if self.decimals is None else np.maximum(step, 10.0**-self.decimals)
-
-
-def rounding_of(values: np.ndarray) -> Rounding:
-    """The coarsest rounding that leaves all of `values` unchanged.
-
-    It is read from the values, because a column's type may be wider: float16 values in JSON or in a float32 column.
-    """
-    with np.errstate(over="ignore"):
-        bits = next((b for b in (8, 11, 24) if (_to_bits(values, b) == values).all()), 53)
-    places = (d for d in range(10) if (np.abs(np.round(values, d) - values) <= 1e-14 * np.abs(values)).all())
-    return Rounding(next(places, None), bits)
-
-
-def _to_bits(values: np.ndarray, bits: int) -> np.ndarray:
-    fraction, exponent = np.frexp(values)
-    return np.ldexp(np.round(np.ldexp(fraction, bits)), exponent - bits)
 
 
 @dataclass
@@ -208,8 +181,8 @@ def require_full_softmax(sample: MassSample, normalized_over: str | None, *, fix
             found="values whose powers of 2 sum to nearly 1 and never to more, and whose powers of e are too small for "
             "how often the most probable id is the next token",
             wanted="natural logarithms",
-            fix="multiply log-probs to base 2 by 0.693147; if these are natural ones, state normalized_over='vocabulary' "
-            "(--normalized-over vocabulary)",
+            fix="multiply log-probs to base 2 by 0.693147; if these are natural ones, state "
+            "normalized_over='vocabulary' (--normalized-over vocabulary)",
         )
     if normalized_over == "vocabulary" or mass.kind == "full":
         return
@@ -402,7 +375,7 @@ def require_aligned(rows: list[CachedRow], *, assume: bool, advice: str) -> None
             f"{_token_at(shift + 1)} at {votes.share(place)}: no clear difference"
         )
         fix = (
-            f"{advice or 'check how the file was made, and with which tokenizer'}; if you know that position t is about "
-            "token t + 1, state it with assume_aligned=True (--assume-aligned)"
+            f"{advice or 'check how the file was made, and with which tokenizer'}; if you know that position t is "
+            "about token t + 1, state it with assume_aligned=True (--assume-aligned)"
         )
     raise AlignmentDoubtful("alignment", found=found, wanted="at position t, the distribution of token t + 1", fix=fix)

@@ -24,7 +24,8 @@ from coldstill.tools.errors import AlignmentDoubtful, NotFullSoftmax, UnusableRo
 from coldstill.tools.exchange.axolotl_import import import_axolotl
 from coldstill.tools.exchange.derived_targets import MIN_TAIL
 from coldstill.tools.exchange.distillkit_import import import_distillkit
-from coldstill.tools.exchange.plausibility import MassSample, require_full_softmax, rounding_of
+from coldstill.tools.exchange.input_files import rounding_of
+from coldstill.tools.exchange.plausibility import MassSample, require_full_softmax
 from coldstill.tools.exchange.settings import AxolotlSettings, DistillKitSettings
 from tests.tools.exchange import peers
 
