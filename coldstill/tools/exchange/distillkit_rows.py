@@ -62,6 +62,13 @@ class _Entries(NamedTuple):
     values: np.ndarray
     errors: np.ndarray | None
 
+    def between(self, start: int, stop: int) -> _Entries:
+        """Those of some positions."""
+        part, errors = slice(start, stop), self.errors
+        return _Entries(
+            self.ids[part], self.possible[part], self.values[part], None if errors is None else errors[part]
+        )
+
 
 class DistillKitRows:
     """The documents of a capture as rows. `top_k`: K of the settings, or of the first row if there are none."""
@@ -132,7 +139,7 @@ class DistillKitRows:
         items = []
         for name, (start, stop) in zip(names, runs or [(0, 0)], strict=True):
             loss_mask = None if labels is None else labels[start:stop] != -100
-            own = _Entries(*(None if part is None else part[start:stop] for part in entries))
+            own = entries.between(start, stop)
             try:
                 items.append(self._row(name, token_ids[start:stop], loss_mask, own, metadata))
             except UnusableRow as error:

@@ -254,7 +254,7 @@ def _split_bad_rows(
 ) -> tuple[list[CachedRow], list[Reject]]:
     good: list[CachedRow] = []
     rejects: list[Reject] = []
-    sample = MassSample(header.token_count)
+    sample = plausibility.new_sample() if plausibility else None
     for number in range(unit.first_row, unit.first_row + unit.rows):
         item = next(items, None)
         if item is None:
@@ -265,14 +265,14 @@ def _split_bad_rows(
             row = _checked(item, header)
             if plausibility:
                 plausibility.check_row(row)
-            if item.values is not None:
+            if sample and item.values is not None:
                 sample.add(item.values, item.errors, row)
             good.append(row)
         except tuple(IMPORT_REASONS) as error:
             if bad_rows == "fail":
                 raise
             rejects.append(Reject(number, item.sample_id, IMPORT_REASONS[type(error)], str(error)))
-    if plausibility:
+    if plausibility and sample:
         plausibility.check_rows(sample)
     return good, rejects
 

@@ -293,10 +293,13 @@ class Rounding(NamedTuple):
 
 
 def rounding_of(values: np.ndarray) -> Rounding:
-    """The coarsest rounding that leaves all of `values` unchanged.
+    """The coarsest rounding that leaves all of `values` unchanged; zeros show none.
 
     It is read from the values, because a column's type may be wider: float16 values in JSON or in a float32 column.
     """
+    values = values[values != 0]
+    if not values.size:
+        return Rounding(None, 24)
     with np.errstate(over="ignore"):
         bits = next((b for b in (8, 11, 24) if (_to_bits(values, b) == values).all()), 53)
     close = 2.0**-24 if bits == 24 else 1e-14  # float32 holds a decimal number no better

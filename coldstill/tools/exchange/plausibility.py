@@ -52,7 +52,10 @@ MIN_CLOSED = 64
 """Closed positions of one unit, without an open majority, that end an import whose sample passed."""
 
 POSITIONS_PER_ROW = 1024
-"""At most this many positions of a row are judged, evenly spread: a longer row costs no more."""
+"""At most this many positions of a row of the first rows are judged, evenly spread: a longer row costs no more."""
+
+LATER_POSITIONS = 256
+"""The same for the alignment of each other row, and a quarter of it for its mass."""
 
 FLOAT32_EPSILON = 2.0**-24
 
@@ -66,13 +69,14 @@ class MassSample:
     """
 
     token_count: int
+    positions_per_row: int = POSITIONS_PER_ROW
     values: list[np.ndarray] = field(default_factory=list)
     errors: list[np.ndarray] = field(default_factory=list)
     first: list[np.ndarray] = field(default_factory=list)
 
     def add(self, values: np.ndarray, errors: np.ndarray | None, row: CachedRow | None = None) -> None:
         """Keep some positions of a row."""
-        step = -(-len(values) // POSITIONS_PER_ROW) or 1
+        step = -(-len(values) // self.positions_per_row) or 1
         if row is not None:
             best = np.where(row.targets.kept, row.targets.logprobs, -np.inf).argmax(axis=1)
             ids = np.take_along_axis(row.targets.ids, best[:, None], axis=1)[:, 0]
@@ -217,7 +221,8 @@ class Votes:
     @classmethod
     def none(cls) -> Votes:
         """No positions."""
-        return cls(*(np.zeros(len(OFFSETS), np.int64) for _ in range(4)), positions=0)
+        zero = np.zeros(len(OFFSETS), np.int64)
+        return cls(right=zero.copy(), other=zero.copy(), compared=zero.copy(), hits=zero.copy(), positions=0)
 
     def add(self, more: Votes) -> None:
         """Count the positions of `more` too."""
@@ -260,10 +265,10 @@ class Votes:
         return f"{self.hits[place] / max(self.compared[place], 1):.0%}"
 
 
-def votes_of(row: CachedRow, *, center: int = 1) -> Votes:
-    """The votes of one row's positions; `center`: the offset that stands for the right one."""
+def votes_of(row: CachedRow, *, center: int = 1, most: int = POSITIONS_PER_ROW) -> Votes:
+    """The votes of at most `most` positions of one row; `center`: the offset that stands for the right one."""
     votes = Votes.none()
-    step = -(-row.positions.size // POSITIONS_PER_ROW) or 1
+    step = -(-row.positions.size // most) or 1
     positions = row.positions[::step]
     ids, logprobs = row.targets.ids[::step], np.where(row.targets.kept, row.targets.logprobs, -np.inf)[::step]
     tokens, scores = [], []
@@ -306,7 +311,7 @@ class Plausibility:
 
     def check_row(self, row: CachedRow) -> None:
         """Raise `UnusableRow` for a row whose distributions clearly predict another token."""
-        votes = votes_of(row)
+        votes = votes_of(row, most=LATER_POSITIONS)
         against = votes.against
         self._rows += 1
         self._suspicious += against > SUSPICIOUS
@@ -339,7 +344,7 @@ class Plausibility:
 
     def new_sample(self) -> MassSample:
         """An empty sample for the rows of a unit."""
-        return MassSample(self._token_count)
+        return MassSample(self._token_count, positions_per_row=LATER_POSITIONS // 4)
 
 
 def require_aligned(rows: list[CachedRow], *, assume: bool, advice: str) -> None:

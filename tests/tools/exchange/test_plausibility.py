@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch
 from coldstill.tools.card.card import write_card
+from coldstill.tools.derive.merge import merged_header
 from coldstill.tools.errors import AlignmentDoubtful, NotFullSoftmax, UnusableRow
 from coldstill.tools.exchange.axolotl_import import import_axolotl
 from coldstill.tools.exchange.derived_targets import MIN_TAIL
@@ -193,6 +194,11 @@ def test_stated_renormalization_leaves_no_tail_but_the_least(
         np.testing.assert_allclose([found[one] for one in ids], renormalized(np.array(values)), atol=3e-3)
     with pytest.raises(HeaderMismatch):
         run(source, tmp_path / "out", wide_tokenizer, normalized_over="vocabulary")
+    full = written(tmp_path / "full", texts, lambda values: np.round(values, 3), layout="axolotl")
+    other = run(full, tmp_path / "other", wide_tokenizer)
+    with pytest.raises(HeaderMismatch, match="normalized_over"):
+        merged_header([dataset, other])
+    assert merged_header([dataset, dataset]).about.normalized_over == "kept"
 
 
 def test_a_statement_that_the_values_contradict_is_refused(
