@@ -28,6 +28,7 @@ from coldstill.tools.exchange.distillkit_import import import_distillkit
 from coldstill.tools.exchange.input_files import rounding_of
 from coldstill.tools.exchange.plausibility import MassSample, require_full_softmax
 from coldstill.tools.exchange.settings import AxolotlSettings, DistillKitSettings
+from tests import making
 from tests.tools.exchange import peers
 
 K = 6
@@ -268,6 +269,37 @@ def test_a_file_that_is_renormalized_from_its_middle_on_ends_the_import(tmp_path
 def test_a_rounding_is_read_from_the_values_themselves(rounding: str, bound: float) -> None:
     values = -np.random.default_rng(0).uniform(2, 4, 1000)
     assert rounding_of(ROUNDINGS[rounding](values)).of(np.array([-3.0]))[0] == pytest.approx(bound)
+
+
+@pytest.mark.parametrize("change", ["right", "renormalized", "answers with an end"])
+def test_what_a_real_model_computes_of_its_own_text_is_imported_and_its_mistakes_are_not(
+    change: str, tmp_path: Path, wide_tokenizer: Path
+) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    folder = making.tiny_llama(tmp_path / "model", vocabulary=peers.VOCABULARY)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight *= 60  # a random model is nearly uniform
+        torch.manual_seed(0)
+        tokens = torch.randint(0, peers.VOCABULARY, (16, 1))
+        for _ in range(39):
+            last = model(tokens).logits[:, -1]
+            tokens = torch.cat([tokens, torch.multinomial(last.softmax(-1), 1)], dim=1)
+        values, ids = model(tokens).logits.log_softmax(-1)[:, :-1].topk(K)
+    if change == "renormalized":
+        values = values.log_softmax(-1)
+    rows = []
+    for n in range(16):
+        own = tokens[n].tolist() + ([198, 199] if change == "answers with an end" else [])
+        rows.append({"input_ids": own, "target_token_ids": ids[n].tolist(), "logprobs": values[n].tolist()})
+    source = peers.write_jsonl(tmp_path / "in.jsonl", rows)
+    if change == "right":
+        assert len(run(source, tmp_path / "out", wide_tokenizer)) == 16
+    else:
+        with pytest.raises(NotFullSoftmax if change == "renormalized" else AlignmentDoubtful):
+            run(source, tmp_path / "out", wide_tokenizer)
 
 
 # ---- alignment -------------------------------------------------------------------------------------------------------
