@@ -43,7 +43,9 @@ def import_axolotl(
     """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
 
     `axolotl_rows.py` explains the default of `settings.predicts`. vLLM's lists have one entry more than its K where the
-    actual token is not among the first K. `import_rows` explains `bad_rows`, memory, and how an import resumes.
+    actual token is not among the first K. `plausibility.py` explains what is refused unless
+    `settings.normalized_over` or `settings.assume_aligned` states it. `import_rows` explains `bad_rows`, memory, and
+    how an import resumes.
 
     Raises `SourceUnreadable`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`, `TokenizerNotFound`,
     `InvalidHeader`, `HeaderMismatch`.

@@ -41,8 +41,9 @@ def import_distillkit(
     """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
 
     `settings.config` may also be a training configuration that holds the compression settings. Tokens are targets where
-    the column `labels` is not -100, and all are without that column. `within_mass` explains sums above 1,
-    `derived_targets` the tail, and `import_rows` `bad_rows`, memory, and how an import resumes.
+    the column `labels` is not -100, and all are without that column. The curves of both compressors are too coarse to
+    show a tail, so that `settings.normalized_over` must state one; `plausibility.py` explains this. `within_mass`
+    explains sums above 1, `derived_targets` the tail, and `import_rows` `bad_rows`, memory, and how an import resumes.
 
     Raises `SourceUnreadable`, `CompressionUnknown`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`,
     `TokenizerNotFound`, `InvalidHeader`, `HeaderMismatch`.

@@ -19,14 +19,15 @@ from hypothesis import strategies as st
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch
+from coldstill.storage_schema.rows import CachedRow
 from coldstill.tools.card.card import write_card
 from coldstill.tools.derive.merge import merged_header
 from coldstill.tools.errors import AlignmentDoubtful, NotFullSoftmax, UnusableRow
 from coldstill.tools.exchange.axolotl_import import import_axolotl
-from coldstill.tools.exchange.derived_targets import MIN_TAIL
+from coldstill.tools.exchange.derived_targets import MIN_TAIL, derived_targets
 from coldstill.tools.exchange.distillkit_import import import_distillkit
 from coldstill.tools.exchange.input_files import rounding_of
-from coldstill.tools.exchange.plausibility import MassSample, require_full_softmax
+from coldstill.tools.exchange.plausibility import MassSample, require_full_softmax, votes_of_all
 from coldstill.tools.exchange.settings import AxolotlSettings, DistillKitSettings
 from tests import making
 from tests.tools.exchange import peers
@@ -321,6 +322,35 @@ def test_distributions_of_any_other_token_are_refused(
     if offset != 9:
         with pytest.raises(AlignmentDoubtful):
             run(source, tmp_path / "out", wide_tokenizer, layout=layout, assume_aligned=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    vocabulary=st.integers(30, 200),
+    top_k=st.integers(1, 12),
+    offset=st.integers(-4, 5) | st.integers(7, 30),
+    length=st.sampled_from([8, 20, 40]),
+)
+def test_no_other_offset_passes_at_any_size(seed: int, vocabulary: int, top_k: int, offset: int, length: int) -> None:
+    rows = []
+    for text in peers.sequences(-(-320 // length), seed=seed, vocabulary=vocabulary, length=length + 31):
+        # The target at t has the distribution of token t + offset, or of one before the text.
+        places = np.arange(length)
+        source = (places + offset - 1) % len(text.tokens)
+        ids = np.argsort(-text.logprobs[source], axis=1, kind="stable")[:, :top_k]
+        targets = derived_targets(
+            ids,
+            np.take_along_axis(text.logprobs[source], ids, axis=1),
+            present=np.ones(ids.shape, bool),
+            labels=text.tokens[places + 1],
+            token_count=vocabulary,
+            top_k=top_k,
+        )
+        tokens = text.tokens[: length + 1].astype(np.int32)
+        spans = np.array([[0, length]], np.int32)
+        rows.append(CachedRow(sample_id="a", token_ids=tokens, target_spans=spans, targets=targets))
+    assert votes_of_all(rows).is_clear == (offset == 1)
 
 
 @pytest.mark.parametrize("predicts", [None, "next", "same"])
