@@ -131,8 +131,9 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         else f"{plain(teacher.dtype)}{quantized}; head in {plain(teacher.head_dtype)}; "
         f"fingerprint {plain(teacher.weights_fingerprint)}",
         "Targets": f"mode {header.mode}, loss on {header.loss_on}",
-        "Kept per target": f"K = {header.top_k:,} ids"
-        + ("; how many the teacher has is not known" if imported else f" of {header.vocab_size:,}{floor}"),
+        "Kept per target": f"K = {header.top_k:,} ids; how many the teacher has is not known"
+        if imported
+        else f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}",
         "Tail mass": _tail(header),
         "Tail draws": header.draws_in_words,
         "Storage": f"format {header.format_version}, codec {codec.name}{grid}, fidelity {codec.fidelity}: "
