@@ -132,6 +132,11 @@ class About(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     license: str | None = Field(default=None, description="License of the dataset.")
+    normalized_over: Literal["vocabulary", "kept"] | None = Field(
+        default=None,
+        description="What the importer stated that the log-probs were normalized over: `vocabulary`, the full softmax; "
+        "`kept`, the kept ids, so that the tail is lost.",
+    )
     source_adapter: str | None = Field(
         default=None, description="Function that turned rows of the source into chats or text, `module:name`."
     )
@@ -294,8 +299,8 @@ class DatasetHeader(FrozenModel):
     def require_equal(self, other: DatasetHeader, *, where: str, fix: str) -> None:
         """Raises `HeaderMismatch` with the name of the first field in which `other`, found at `where`, differs.
 
-        Of `about`, the license is compared, and the facts that both state. A header of format 1 states less about the
-        teacher: what it cannot state is not compared.
+        Of `about`, the license is compared, a renormalization, and the facts that both state. A header of format 1
+        states less about the teacher: what it cannot state is not compared.
         """
         mine, theirs = self._comparable(other), other._comparable(self)
         for name, value in mine.items():
@@ -341,6 +346,7 @@ class DatasetHeader(FrozenModel):
         theirs = other.about.stated
         fields |= {f"about.{name}": value for name, value in self.about.stated.items() if name in theirs}
         fields["about.license"] = self.about.license
+        fields["about.normalized_over"] = "kept" if self.about.normalized_over == "kept" else None
         if 1 in (self.format_version, other.format_version):
             del fields["format_version"]
             fields["teacher"] = {name: fields["teacher"][name] for name in TEACHER_FIELDS}

@@ -95,7 +95,17 @@ def test_axolotl_s_layout_goes_out_and_comes_in(
     say, tiny_dataset: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     say("export", "axolotl", tiny_dataset, tmp_path / "axolotl")
-    say("import", "axolotl", tmp_path / "axolotl", tmp_path / "in", "--tokenizer", tokenizer_folder, "--teacher", "t")
+    say(
+        "import",
+        "axolotl",
+        tmp_path / "axolotl",
+        tmp_path / "in",
+        "--tokenizer",
+        tokenizer_folder,
+        "--teacher",
+        "t",
+        "--assume-aligned",
+    )
     assert len(open_dataset(tmp_path / "in")) == 24
 
 

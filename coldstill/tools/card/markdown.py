@@ -101,6 +101,11 @@ def card_sections(
 
 
 def _summary(header: DatasetHeader, stats: Stats) -> str:
+    if header.mode == "imported":
+        return (
+            f"Log-probs of {header.top_k:,} tokens at {stats.targets:,} target tokens of {stats.rows:,} rows of text, "
+            "imported from another tool's files. The importer named the teacher; nothing here was compared with it.\n"
+        )
     return (
         f"A teacher model's predictions at {stats.targets:,} target tokens of {stats.rows:,} rows of text: the "
         f"{header.top_k:,} most probable tokens with their log-probs, and the log of the probability outside them. A "
@@ -115,17 +120,25 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
     grid = f" (a = {codec.a}, b = {codec.b})" if codec.name == "grid" else ""
     quantized = f", {plain(teacher.quantization)}" if teacher.quantization else ""
+    imported = header.mode == "imported"
     over_long = {"reject": "rejected", "cut": "cut", "split": "split"}[header.over_long]
     return {
-        "Teacher": plain(teacher.name) + (f" at revision {plain(teacher.revision)}" if teacher.revision else ""),
-        "Weights": f"{plain(teacher.dtype)}{quantized}; head in {plain(teacher.head_dtype)}; "
+        "Teacher": plain(teacher.name)
+        + (f" at revision {plain(teacher.revision)}" if teacher.revision else "")
+        + (", as the importer named it" if imported else ""),
+        "Weights": "not known: neither their data type nor a fingerprint"
+        if imported
+        else f"{plain(teacher.dtype)}{quantized}; head in {plain(teacher.head_dtype)}; "
         f"fingerprint {plain(teacher.weights_fingerprint)}",
         "Targets": f"mode {header.mode}, loss on {header.loss_on}",
-        "Kept per target": f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}",
-        "Tail mass": "computed by the teacher" if header.tail == "exact" else "1 minus the kept mass",
+        "Kept per target": f"K = {header.top_k:,} ids; how many the teacher has is not known"
+        if imported
+        else f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}",
+        "Tail mass": _tail(header),
         "Tail draws": header.draws_in_words,
         "Storage": f"format {header.format_version}, codec {codec.name}{grid}, fidelity {codec.fidelity}: "
-        f"mean KL of the stored values below {codec.mean_kl:g} nats",
+        f"mean KL of {'the imported values to the stored ones' if imported else 'the stored values'} below "
+        f"{codec.mean_kl:g} nats",
         "Rows": f"{stats.rows:,} of at most {header.max_length:,} tokens (longer ones {over_long}); "
         f"{stats.tokens:,} tokens, {stats.targets:,} targets",
         "Size": f"{stats.bytes:,} bytes in {stats.shards:,} shards, {figure(stats.bytes_per_target)} per target",
@@ -134,6 +147,12 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         **_optional_facts(header),
         "Dataset id": dataset.dataset_id,
     }
+
+
+def _tail(header: DatasetHeader) -> str:
+    if header.about.normalized_over == "kept":
+        return "not known: the log-probs were renormalized over the kept ids, so that their tail is lost"
+    return "computed by the teacher" if header.tail == "exact" else "not stored by the teacher: 1 minus the kept mass"
 
 
 def _optional_facts(header: DatasetHeader) -> dict[str, str]:
@@ -165,6 +184,12 @@ may edit them.
 
 def _faithfulness(dataset: Dataset, faithfulness: Faithfulness | None) -> str:
     title, guarantee = "## How faithful it is\n", f"{dataset.header.codec.mean_kl:g} nats"
+    if dataset.header.mode == "imported":
+        return (
+            f"{title}\nThis is not known. The values come from another tool's files: no sample of the teacher's exact "
+            "values was kept, and the teacher was not run to check them. Only the storage is bounded: the mean KL from "
+            f"the imported to the stored values is below {guarantee}.\n"
+        )
     if faithfulness is None:
         return (
             f"{title}\nThe dataset holds no sample of unquantized positions. Its codec guarantees a mean KL below "
@@ -233,7 +258,10 @@ def _origin(dataset: Dataset) -> str:
     if header.sampling:
         lines.append(f"- sampling settings of the teacher's answers: {plain(json.dumps(header.sampling))}")
     if header.mode == "imported":
-        lines.append("- imported from another tool's dataset; the teacher was not run again")
+        lines.append(
+            "- imported from another tool's dataset; the teacher was not run again, and its name and revision are "
+            "those that the importer gave"
+        )
     for parent in parents[:_MOST_LISTED]:
         lines.append(f"- made from dataset {plain(parent)}")
     if len(parents) > _MOST_LISTED:

@@ -60,7 +60,8 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
     for dataset in datasets:
         about = about.shared(dataset.header.about)
         own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit")}
-        own["about"] = first.about.model_copy(update={"license": dataset.header.about.license})
+        facts = {name: getattr(dataset.header.about, name) for name in ("license", "normalized_over")}
+        own["about"] = first.about.model_copy(update=facts)
         first.require_equal(
             dataset.header.model_copy(update=own),
             where=f"{dataset.store.url}/{HEADER_NAME}",

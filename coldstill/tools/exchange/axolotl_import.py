@@ -13,28 +13,22 @@ lists than tokens are an error; axolotl keeps `logprobs[:-T]`, which are the wro
 `axolotl_rows.py` says which token a list is about, and which tokens are targets.
 
 NOT INVERTIBLE. axolotl's preprocessing scales the kept probabilities to a sum of 1 and to `kd_temperature`, which loses
-the mass outside them. Such files are rejected (`NotFullSoftmax`), and so is a temperature other than 1, which would
-need the normalizer of the full softmax. Import the raw lists instead.
+the mass outside them. Such files are rejected (`NotFullSoftmax`) unless `normalized_over` states it, and so is a
+temperature other than 1, which would need the normalizer of the full softmax. Import the raw lists instead.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from coldstill.storage_schema.manifest import Manifest
-from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.tokenizer import fingerprint
 from coldstill.tools.errors import NotFullSoftmax, SourceUnreadable
 
-from .axolotl_rows import AxolotlRows, table_of
-from .importing import (
-    SAMPLE_ROWS,
-    check_alignment,
-    check_not_renormalized,
-    import_with,
-)
+from .axolotl_rows import AxolotlRows, Predicts, table_of
+from .importing import import_with, require_plausible
 from .input_files import JsonTables, ParquetTables, Tables, input_files, source_digest
 from .settings import AxolotlSettings
 
@@ -49,7 +43,9 @@ def import_axolotl(
     """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
 
     `axolotl_rows.py` explains the default of `settings.predicts`. vLLM's lists have one entry more than its K where the
-    actual token is not among the first K. `import_rows` explains `bad_rows`, memory, and how an import resumes.
+    actual token is not among the first K. `plausibility.py` explains what is refused unless
+    `settings.normalized_over` or `settings.assume_aligned` states it. `import_rows` explains `bad_rows`, memory, and
+    how an import resumes.
 
     Raises `SourceUnreadable`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`, `TokenizerNotFound`,
     `InvalidHeader`, `HeaderMismatch`.
@@ -68,30 +64,39 @@ def import_axolotl(
     else:
         tables = ParquetTables(files)
     prepared = _is_prepared(tables, settings.logprobs_field)
-    rows = AxolotlRows(
+    make = functools.partial(
+        AxolotlRows,
         tables,
         prepared=prepared,
-        predicts=settings.predicts or ("next" if prepared else "same"),
         logprobs_field=settings.logprobs_field,
         token_count=fingerprint(settings.tokenizer).token_count,
         top_k=settings.top_k,
+        renormalized=settings.normalized_over == "kept",
     )
-    first = [item.row for item in itertools.islice(rows.items(0), SAMPLE_ROWS)]
-    sample = [row for row in first if isinstance(row, CachedRow)]
-    other = "same" if rows.predicts == "next" else "next"
-    check_alignment(
-        sample,
-        fix=f"check how the file was made; predicts={other!r} (--predicts {other}) shifts the lists by one token",
+    rows = make(predicts=settings.predicts or ("next" if prepared else "same"))
+    other: Predicts = "same" if rows.predicts == "next" else "next"
+    plausibility = require_plausible(
+        rows,
+        settings,
+        token_count=rows.token_count,
+        mass_fix="import the file from before axolotl's preprocessing: this one does not hold the tail's mass",
+        alternatives={
+            f"predicts={other!r} (--predicts {other}) fits the first rows": functools.partial(make, predicts=other)
+        },
     )
-    if sample:
-        check_not_renormalized(
-            sample,
-            token_count=rows.token_count,
-            fix="import the file from before axolotl's preprocessing: this one does not hold the tail's mass",
-        )
     facts = {"layout": "axolotl", "predicts": rows.predicts, "logprobs_field": settings.logprobs_field}
+    if settings.normalized_over == "kept":
+        facts["normalized_over"] = "kept"
     digest = source_digest(files, settings=facts, progress=progress)
-    return import_with(settings, rows, output, top_k=rows.top_k, source_sha256=digest, progress=progress)
+    return import_with(
+        settings,
+        rows,
+        output,
+        top_k=rows.top_k,
+        source_sha256=digest,
+        plausibility=plausibility,
+        progress=progress,
+    )
 
 
 def _is_prepared(tables: Tables, logprobs_field: str) -> bool:

@@ -39,7 +39,7 @@ _TOKEN_LISTS = pa.list_(pa.list_(pa.struct([("token", pa.string()), ("logprob", 
 
 
 class AxolotlRows:
-    """The rows of all files, aligned. `top_k`: as given, or as many entries as the first row has at a position."""
+    """The rows of all files, aligned. `top_k`: as given, or as many entries as the first row with any has."""
 
     def __init__(
         self,
@@ -50,8 +50,10 @@ class AxolotlRows:
         logprobs_field: str,
         token_count: int,
         top_k: int | None,
+        renormalized: bool = False,
     ):
         self._tables, self._prepared, self._logprobs = tables, prepared, logprobs_field
+        self._renormalized = renormalized
         self.predicts, self.token_count = predicts, token_count
         self.top_k = min(top_k or self._first_width(), token_count)
 
@@ -80,7 +82,7 @@ class AxolotlRows:
                 name = name or f"{file.stem}-{first_row + index}"
                 where = f"{file.name}, row {first_row + index}"
                 try:
-                    yield ImportedRow(name, self._row(table, index, name))
+                    yield self._row(table, index, name)
                 except NotFullSoftmax as error:
                     raise error.at(where) from None
                 except UnusableRow as error:
@@ -93,11 +95,14 @@ class AxolotlRows:
     def _first_width(self) -> int:
         for _, _, table in self._tables.batches(0, columns=(self._values,)):
             found = None if isinstance(table, UnusableRow) else nested_of(table, 0, self._values)
-            if found is not None and found[1].size:
-                return max(int(found[1].max()), 1)
+            if found is not None and found[1].max(initial=0) > 0:
+                widths = found[1][found[1] > 0]
+                # vLLM adds an entry where the actual token is not among the first K: that one is not of the top K.
+                extra = int(widths.max()) - int(widths.min()) == 1
+                return int(widths.min() if extra else widths.max())
         raise SourceUnreadable(self._values, found="no row with entries", wanted="lists of log-probs per position")
 
-    def _row(self, table: pa.RecordBatch, index: int, name: str) -> CachedRow:
+    def _row(self, table: pa.RecordBatch, index: int, name: str) -> ImportedRow:
         token_ids = values_of(table, index, "input_ids")
         if token_ids is None or token_ids.size < 2:
             raise UnusableRow("input_ids", found="nothing" if token_ids is None else "one token", wanted="two or more")
@@ -136,14 +141,17 @@ class AxolotlRows:
             labels=token_ids[positions + 1],
             token_count=self.token_count,
             top_k=self.top_k,
+            renormalized=self._renormalized,
         )
-        return CachedRow(
+        row = CachedRow(
             sample_id=name,
             token_ids=token_ids,
             target_spans=spans,
             targets=targets,
             metadata=metadata_of(text_of(table, index, "metadata")),
         )
+        values = np.where(entries.present[chosen], entries.logprobs[chosen], -np.inf)
+        return ImportedRow(name, row, values)
 
     def _first_token(self, count: int, tokens: int) -> int:
         """The number of the token that the first of `count` lists is about."""

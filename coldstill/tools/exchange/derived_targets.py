@@ -34,19 +34,24 @@ def derived_targets(
     token_count: int,
     top_k: int,
     max_mass: float = MAX_MASS,
+    renormalized: bool = False,
 ) -> TeacherTargets:
     """Targets from the entries `ids int64 [N, W]` and `logprobs float64 [N, W]` where `present bool [N, W]` is set.
 
     `labels [N]`: the token that follows in the text. Entries at or below `ABSENT_LOGPROB` are padding and are dropped.
     Ids that the tokenizer does not have, and entries after the most probable `top_k`, are dropped too, and their mass
     belongs to the tail. The label's log-prob is that of its entry. A label without an entry gets an even share of the
-    tail, `log_tail - log(token_count - counts)`, and never more than the tail.
+    tail, `log_tail - log(token_count - counts)`, and never more than the tail. With `renormalized`, the entries of a
+    position sum to 1 but for their rounding, which is removed.
 
     Raises `UnusableRow` for NaN, +inf, a negative id, an id twice at one position, a position without an id. Raises
     `NotFullSoftmax` for a position with a mass above `max_mass`.
     """
     _check_numbers(ids, logprobs, present)
-    kept = present & (logprobs > ABSENT_LOGPROB) & (ids < token_count)
+    kept = present & (logprobs > ABSENT_LOGPROB)
+    if renormalized:
+        logprobs = _without_rounding(logprobs, kept)
+    kept &= ids < token_count
     _check_distinct(ids, kept)
     clamped = np.where(kept, np.maximum(logprobs, LOG_FLOOR), -np.inf)
     if not kept.all() or ids.shape[1] > top_k:  # kept ids may have any order, but must precede the dropped ones
@@ -56,11 +61,19 @@ def derived_targets(
         probs = np.exp(clamped)
         heaviest = float(probs.sum(axis=1).max(initial=0.0))
     if heaviest > max_mass:
+        largest = float(clamped.max(initial=-np.inf))
+        if 0.05 < largest <= 1 and float(np.where(kept, logprobs, np.inf).min()) >= 0:
+            raise NotFullSoftmax(
+                "the entries of a position",
+                found=f"values from 0 to 1, such as {largest:.4g}",
+                wanted="log-probs, which are never above 0",
+                fix="store the natural logarithm of these probabilities",
+            )
         raise NotFullSoftmax(
             "the entries of a position",
             found=f"probabilities that sum to {heaviest:.4g}",
             wanted=f"log-probs of the full softmax: a sum of at most 1, {max_mass} with rounding",
-            fix=NO_LOGITS,
+            fix=f"{NO_LOGITS}; multiply log-probs to base 10 by 2.302585",
         )
     is_label = (ids == labels[:, None]) & (probs > 0)
     label_value = np.where(is_label, clamped, -np.inf).max(axis=1, initial=-np.inf)
@@ -89,6 +102,13 @@ def derived_targets(
         draw_ids=np.empty(0, np.int32),
         draw_counts=np.zeros(counts.size, np.int32),
     )
+
+
+def _without_rounding(logprobs: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", divide="ignore"):
+        log_total = np.log(np.exp(logprobs).sum(axis=1, where=kept, keepdims=True))
+    small = np.abs(log_total) < np.log(MAX_MASS)  # any other sum is an error, which a later check names
+    return np.where(kept & small, logprobs - np.where(small, log_total, 0), logprobs)
 
 
 def _padded(values: np.ndarray, width: int) -> np.ndarray:

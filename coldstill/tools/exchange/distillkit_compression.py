@@ -30,6 +30,7 @@ from .derived_targets import MIN_TAIL
 MAX_CONFIG_BYTES = 1 << 20
 FloatName = Literal["float16", "bfloat16", "float32", "float64"]
 FLOAT_BYTES: dict[FloatName, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+SIGNIFICANT_BITS: dict[FloatName, int] = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 
 
 class ResidualBin(FrozenModel):
@@ -214,6 +215,37 @@ def decode_legacy(exact: np.ndarray, coefficients: np.ndarray, config: Legacy) -
     if config.with_sqrt_term:
         terms.append(np.sqrt(ranks))
     return np.concatenate([exact, coefficients.astype(np.float64) @ np.stack(terms)], axis=1)
+
+
+def value_errors(values: np.ndarray, packed: np.ndarray | None, config: Compression) -> np.ndarray:
+    """Bounds of how far the encoder's values were above `values float64 [N, k]`, which are decoded.
+
+    An exact value is off by the last place of its type, and one with a residual by two steps of its bin, since errors
+    may be handed on to the next. Nothing bounds the distance to a curve without residuals. Such a value is only known
+    to be at most the last exact one, and at most `-log(rank)`, because log-probs descend.
+    """
+    exact = config.exact_k
+    finite = np.where(np.isfinite(values), values, 0.0)
+    delta = isinstance(config, Quantized) and config.delta_encoding
+    stored = np.diff(finite, axis=1, prepend=0) if delta else finite
+    dtype = config.exact_dtype if isinstance(config, Quantized) else "float16"
+    errors = np.full(values.shape, np.inf)
+    errors[:, :exact] = np.ldexp(1.0, np.frexp(stored[:, :exact])[1] - SIGNIFICANT_BITS[dtype])
+    if isinstance(config, Quantized) and packed is not None:
+        at = exact * FLOAT_BYTES[dtype] + len(config.polynomial_terms or ()) * FLOAT_BYTES[config.term_dtype]
+        first = exact
+        for one in config.residual_bins:
+            if one.element_bits > 1:  # one bit holds a sign: nothing bounds the size
+                errors[:, first : first + one.num_elements] = 2 * np.abs(_floats(packed[:, at:], 1, one.scale_dtype)[0])
+            at += FLOAT_BYTES[one.scale_dtype] + one.packed_bytes
+            first += one.num_elements
+    if delta:
+        errors = np.cumsum(errors, axis=1)
+    most = np.broadcast_to(-np.log(np.arange(1.0, config.k + 1)), values.shape)[:, exact:]
+    if exact:
+        most = np.minimum(most, finite[:, exact - 1 : exact] + errors[:, exact - 1 : exact])
+    errors[:, exact:] = np.minimum(errors[:, exact:], np.maximum(most - finite[:, exact:], 0))
+    return np.where(np.isfinite(errors), errors, 0)
 
 
 def within_mass(values: np.ndarray, *, exact: int) -> np.ndarray:

@@ -12,7 +12,6 @@ draws, or the teacher's name. They do not mark the pad token that a capture appe
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -20,13 +19,12 @@ from typing import cast
 import fsspec
 
 from coldstill.storage_schema.manifest import Manifest
-from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.tokenizer import fingerprint
 from coldstill.tools.errors import CompressionUnknown, SourceUnreadable
 
 from .distillkit_compression import MAX_CONFIG_BYTES, Compression, Legacy, parse_config
 from .distillkit_rows import LAYOUTS, DistillKitRows
-from .importing import SAMPLE_ROWS, check_alignment, import_with
+from .importing import import_with, require_plausible
 from .input_files import ParquetTables, input_files, source_digest
 from .settings import DistillKitSettings
 
@@ -43,8 +41,9 @@ def import_distillkit(
     """Import a folder, a file or several files, local paths or fsspec URLs; the manifest of the sealed dataset.
 
     `settings.config` may also be a training configuration that holds the compression settings. Tokens are targets where
-    the column `labels` is not -100, and all are without that column. `within_mass` explains sums above 1,
-    `derived_targets` the tail, and `import_rows` `bad_rows`, memory, and how an import resumes.
+    the column `labels` is not -100, and all are without that column. The curves of both compressors are too coarse to
+    show a tail, so that `settings.normalized_over` must state one; `plausibility.py` explains this. `within_mass`
+    explains sums above 1, `derived_targets` the tail, and `import_rows` `bad_rows`, memory, and how an import resumes.
 
     Raises `SourceUnreadable`, `CompressionUnknown`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`,
     `TokenizerNotFound`, `InvalidHeader`, `HeaderMismatch`.
@@ -68,20 +67,29 @@ def import_distillkit(
         token_count=token_count,
         pad_id=settings.pad_id,
         progress=progress,
+        renormalized=settings.normalized_over == "kept",
     )
-    check_alignment(
-        (item.row for item in itertools.islice(rows.items(0), SAMPLE_ROWS) if isinstance(item.row, CachedRow)),
-        fix="check how the files were made: in DistillKit's captures, row t is about token t + 1",
+    plausibility = require_plausible(
+        rows, settings, token_count=token_count, mass_fix="capture again without renormalizing over the kept ids"
     )
     facts = {
         "layout": f"distillkit {layout}",
         "compression": compression.model_dump(mode="json") if compression else None,
         "pad_id": settings.pad_id,
     }
+    if settings.normalized_over == "kept":
+        facts["normalized_over"] = "kept"
     digest = source_digest(files, settings=facts, progress=progress)
     columns = compression.d if compression else 0
     return import_with(
-        settings, rows, output, columns=columns, top_k=rows.top_k, source_sha256=digest, progress=progress
+        settings,
+        rows,
+        output,
+        columns=columns,
+        top_k=rows.top_k,
+        source_sha256=digest,
+        plausibility=plausibility,
+        progress=progress,
     )
 
 

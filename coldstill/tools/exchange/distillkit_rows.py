@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
 from coldstill.tools.errors import NotFullSoftmax, UnusableRow
 
@@ -34,6 +33,7 @@ from .distillkit_compression import (
     decode_quantized,
     unpack_stream,
     unpack_words,
+    value_errors,
     within_mass,
 )
 from .importing import ImportedRow
@@ -53,6 +53,23 @@ centered logits are above 1,000. With exact values no limit is needed: they sum 
 _POSITIONS_PER_BLOCK = 4096
 
 
+class _Entries(NamedTuple):
+    """`ids int64`, and log-probs `float64`, each `[n, k]`: as far as their mass is `possible`, and as decoded with the
+    bounds of their `errors`, which are None where the file holds the values themselves."""
+
+    ids: np.ndarray
+    possible: np.ndarray
+    values: np.ndarray
+    errors: np.ndarray | None
+
+    def between(self, start: int, stop: int) -> _Entries:
+        """Those of some positions."""
+        part, errors = slice(start, stop), self.errors
+        return _Entries(
+            self.ids[part], self.possible[part], self.values[part], None if errors is None else errors[part]
+        )
+
+
 class DistillKitRows:
     """The documents of a capture as rows. `top_k`: K of the settings, or of the first row if there are none."""
 
@@ -65,9 +82,10 @@ class DistillKitRows:
         token_count: int,
         pad_id: int | None,
         progress: bool,
+        renormalized: bool = False,
     ):
         self._tables, self._layout, self._compression = tables, layout, compression
-        self._token_count, self._pad_id = token_count, pad_id
+        self._token_count, self._pad_id, self._renormalized = token_count, pad_id, renormalized
         self._columns = ("input_ids", "labels", "attention_mask", *LAYOUTS[layout])
         packed = "attention_mask" in tables.names
         self._first_items = _first_items(tables, progress=progress) if packed else None
@@ -111,7 +129,7 @@ class DistillKitRows:
         token_ids = values_of(table, index, "input_ids")
         if token_ids is None:
             raise UnusableRow("input_ids", found="nothing", wanted="token ids")
-        ids, values = self._entries(table, index, tokens=token_ids.size)
+        entries = self._entries(table, index, tokens=token_ids.size)
         labels = values_of(table, index, "labels")
         mask = values_of(table, index, "attention_mask")
         for name, column in (("labels", labels), ("attention_mask", mask)):
@@ -121,11 +139,11 @@ class DistillKitRows:
         items = []
         for name, (start, stop) in zip(names, runs or [(0, 0)], strict=True):
             loss_mask = None if labels is None else labels[start:stop] != -100
+            own = entries.between(start, stop)
             try:
-                row = self._row(name, token_ids[start:stop], loss_mask, ids[start:stop], values[start:stop], metadata)
+                items.append(self._row(name, token_ids[start:stop], loss_mask, own, metadata))
             except UnusableRow as error:
-                row = error.at(name)
-            items.append(ImportedRow(name, row))
+                items.append(ImportedRow(name, error.at(name)))
         return items
 
     def _row(
@@ -133,10 +151,9 @@ class DistillKitRows:
         name: str,
         token_ids: np.ndarray,
         loss_mask: np.ndarray | None,
-        ids: np.ndarray,
-        values: np.ndarray,
+        entries: _Entries,
         metadata: dict[str, Any],
-    ) -> CachedRow | ColdstillError:
+    ) -> ImportedRow:
         if self._pad_id is not None and token_ids.size and token_ids[-1] == self._pad_id:
             token_ids, loss_mask = token_ids[:-1], None if loss_mask is None else loss_mask[:-1]
         check_token_ids(token_ids, token_count=self._token_count)
@@ -146,18 +163,22 @@ class DistillKitRows:
         if positions.size == 0:
             raise UnusableRow("targets", found=f"none of {token_ids.size} tokens is a target", wanted="at least one")
         targets = derived_targets(
-            ids[positions],
-            values[positions],
-            present=np.ones((positions.size, ids.shape[1]), bool),
+            entries.ids[positions],
+            entries.possible[positions],
+            present=np.ones((positions.size, entries.ids.shape[1]), bool),
             labels=token_ids[positions + 1],
             token_count=self._token_count,
             top_k=self.top_k,
+            renormalized=self._renormalized,
         )
-        return CachedRow(sample_id=name, token_ids=token_ids, target_spans=spans, targets=targets, metadata=metadata)
+        row = CachedRow(sample_id=name, token_ids=token_ids, target_spans=spans, targets=targets, metadata=metadata)
+        errors = None if entries.errors is None else entries.errors[positions]
+        return ImportedRow(name, row, entries.values[positions], errors)
 
-    def _entries(self, table: pa.RecordBatch, index: int, *, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """`int64 [n, k]` ids and `float64 [n, k]` log-probs of a row; `n` is `tokens` or one less."""
+    def _entries(self, table: pa.RecordBatch, index: int, *, tokens: int) -> _Entries:
+        """The entries of a row at `tokens` positions or one less."""
         config = self._compression
+        errors = None
         check_size("distributions", positions=tokens, width=config.k if config else self.top_k)
         if isinstance(config, Quantized) and self._layout == "quantised":
             packed = _matrix(table, index, "compressed_logprobs", config.value_bytes, tokens).astype(np.uint8)
@@ -165,24 +186,27 @@ class DistillKitRows:
             blocks = range(0, len(packed), _POSITIONS_PER_BLOCK)
             parts = [slice(start, start + _POSITIONS_PER_BLOCK) for start in blocks]
             values = np.concatenate([decode_quantized(packed[part], config) for part in parts])
+            errors = value_errors(values, packed, config)
             ids = np.concatenate([unpack_stream(packed_ids[p], bits=config.id_bits, count=config.k) for p in parts])
         elif isinstance(config, Legacy) and self._layout == "legacy":
             exact = _matrix(table, index, "exact_values", config.exact_k, tokens)
             coefficients = _matrix(table, index, "coeffs", config.coefficients, tokens)
             words = _matrix(table, index, "packed_indices", config.words, tokens).astype(np.uint64)
             values = decode_legacy(exact, coefficients, config)
+            errors = value_errors(values, None, config)
             ids = unpack_words(words, bits=config.id_bits, count=config.k)
         else:
             width = self.top_k if config is None else config.k
             values = _matrix(table, index, "top_values", width, tokens).astype(np.float64)
             ids = _matrix(table, index, "token_ids", width, tokens)
+        possible = values
         if config is not None and self._layout != "plain":
-            values = _checked_mass(values, exact=config.exact_k)
+            possible = _checked_mass(values, exact=config.exact_k)
         if len(ids) != len(values):
             raise UnusableRow(
                 "ids and values", found=f"{len(ids)} and {len(values)} positions", wanted="the same number"
             )
-        return ids.astype(np.int64), values
+        return _Entries(ids.astype(np.int64), possible, values, errors)
 
 
 def _checked_mass(values: np.ndarray, *, exact: int) -> np.ndarray:

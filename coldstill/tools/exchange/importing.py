@@ -7,7 +7,8 @@ its bytes mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -24,34 +25,32 @@ from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, fingerprint
-from coldstill.tools.errors import (
-    AlignmentDoubtful,
-    NotFullSoftmax,
-    SourceUnreadable,
-    UnusableRow,
-    invalid_field,
-)
+from coldstill.tools.errors import SourceUnreadable, UnusableRow, invalid_field
 from coldstill.tools.reject_reasons import IMPORT_REASONS
 
-from .derived_targets import MIN_TAIL
+from .plausibility import MassSample, Plausibility, require_aligned, require_full_softmax, votes_of_all
 from .settings import ImportSettings
 
 UNKNOWN = "unknown"
 """The teacher's weights fingerprint and data types in the header: no other tool stores them."""
 
 SAMPLE_ROWS = 32
-MIN_POSITIONS = 256
-"""Below this many positions, a wrong alignment cannot be told from chance."""
-
-OPEN_PROBABILITY = 1e-5
-"""In a full softmax, a position whose LEAST kept id has more than this has a tail well above `MIN_TAIL`."""
+SAMPLE_POSITIONS = 2048
+MAX_SAMPLE_ROWS = 1024
+"""Rows that are checked before anything is written: more than `SAMPLE_ROWS` where the rows have few targets."""
 
 
 class ImportedRow(NamedTuple):
-    """One sequence of a source: its row, or the error that rejects it."""
+    """One sequence of a source: its row, or the error that rejects it.
+
+    `values float64 [N, W]`: the log-probs of its targets before any was dropped or scaled, -inf where absent; `errors`:
+    bounds of their errors, where the layout states them.
+    """
 
     sample_id: str
     row: CachedRow | ColdstillError
+    values: np.ndarray | None = None
+    errors: np.ndarray | None = None
 
 
 class RowSource(Protocol):
@@ -98,7 +97,7 @@ def imported_header(settings: ImportSettings, *, columns: int = 0, top_k: int, s
         "over_long": "reject",
         "rows_per_unit": settings.rows_per_unit,
         "source_sha256": source_sha256,
-        "about": {"license": settings.license},
+        "about": {"license": settings.license, "normalized_over": settings.normalized_over},
     }
     try:
         return DatasetHeader.model_validate(fields)
@@ -114,6 +113,7 @@ def import_with(
     columns: int = 0,
     top_k: int,
     source_sha256: str,
+    plausibility: Plausibility,
     progress: bool,
 ) -> Manifest:
     """`import_rows` with the header, tokenizer and treatment of bad rows that `settings` give.
@@ -126,6 +126,7 @@ def import_with(
         header=imported_header(settings, columns=columns, top_k=top_k, source_sha256=source_sha256),
         tokenizer=settings.tokenizer,
         bad_rows=settings.bad_rows,
+        plausibility=plausibility,
         progress=progress,
     )
 
@@ -137,15 +138,16 @@ def import_rows(
     header: DatasetHeader,
     tokenizer: str | Path,
     bad_rows: Literal["fail", "reject"] = "fail",
+    plausibility: Plausibility | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Write `rows` as a sealed dataset to `output`, `header.rows_per_unit` sequences per shard; its manifest.
 
     One unit is in memory at a time: `rows_per_unit * targets of a row * top_k * 8` bytes. `bad_rows`: a sequence that
     cannot become a row ends the import (`fail`; committed units are kept), or is written to the rejects with one of
-    `IMPORT_REASONS` (`reject`).
+    `IMPORT_REASONS` (`reject`). `plausibility` checks each row and each unit before it is written.
 
-    Raises `HeaderMismatch`, `SourceUnreadable`, `StorageFailed`, and the error of a bad row.
+    Raises `HeaderMismatch`, `SourceUnreadable`, `StorageFailed`, the error of a bad row, and those of `plausibility`.
     """
     if len(rows) == 0:
         raise SourceUnreadable("source", found="no row", wanted="at least one")
@@ -161,11 +163,64 @@ def import_rows(
             if unit.index not in done:
                 if next_row != unit.first_row:
                     items = rows.items(unit.first_row)
-                good, rejects = _split_bad_rows(items, unit, header, bad_rows)
+                good, rejects = _split_bad_rows(items, unit, header, bad_rows, plausibility)
                 commit_unit(store, unit.index, rows=good, rejects=rejects, header=header, environment={})
                 next_row = unit.first_row + unit.rows
             bar.update(unit.rows)
     return seal(store)
+
+
+def first_rows(rows: RowSource) -> list[ImportedRow]:
+    """Rows to check before anything is written, without those that are rejected."""
+    found: list[ImportedRow] = []
+    positions = 0
+    for item in itertools.islice(rows.items(0), MAX_SAMPLE_ROWS):
+        if isinstance(item.row, CachedRow):
+            found.append(item)
+            positions += item.row.positions.size
+        if len(found) >= SAMPLE_ROWS and positions >= SAMPLE_POSITIONS:
+            break
+    return found
+
+
+def require_plausible(
+    rows: RowSource,
+    settings: ImportSettings,
+    *,
+    token_count: int,
+    mass_fix: str,
+    alternatives: Mapping[str, Callable[[], RowSource]] | None = None,
+) -> Plausibility:
+    """Check the first rows, and return the checks of all others.
+
+    `alternatives`: other settings in words, with the rows that they give. One is advised only if it passes here.
+
+    Raises `AlignmentDoubtful`, `NotFullSoftmax`.
+    """
+    items = first_rows(rows)
+    sample = MassSample(token_count)
+    for item in items:
+        if item.values is not None and isinstance(item.row, CachedRow):
+            sample.add(item.values, item.errors, item.row)
+    taken = _cached(items)
+    if taken and not votes_of_all(taken).is_clear:
+        advice = next(
+            (words for words, other in (alternatives or {}).items() if votes_of_all(_cached(_try(other))).is_clear), ""
+        )
+        require_aligned(taken, assume=settings.assume_aligned, advice=advice)
+    require_full_softmax(sample, settings.normalized_over, fix=mass_fix)
+    return Plausibility(token_count=token_count, normalized_over=settings.normalized_over, mass_fix=mass_fix)
+
+
+def _try(make: Callable[[], RowSource]) -> list[ImportedRow]:
+    try:
+        return first_rows(make())
+    except ColdstillError:
+        return []
+
+
+def _cached(items: Iterable[ImportedRow]) -> list[CachedRow]:
+    return [item.row for item in items if isinstance(item.row, CachedRow)]
 
 
 def _begin(store: Store, rows: RowSource, header: DatasetHeader, tokenizer: Path) -> tuple[DatasetHeader, Plan]:
@@ -191,10 +246,15 @@ def _begin(store: Store, rows: RowSource, header: DatasetHeader, tokenizer: Path
 
 
 def _split_bad_rows(
-    items: Iterator[ImportedRow], unit: Unit, header: DatasetHeader, bad_rows: str
+    items: Iterator[ImportedRow],
+    unit: Unit,
+    header: DatasetHeader,
+    bad_rows: str,
+    plausibility: Plausibility | None,
 ) -> tuple[list[CachedRow], list[Reject]]:
     good: list[CachedRow] = []
     rejects: list[Reject] = []
+    sample = plausibility.new_sample() if plausibility else None
     for number in range(unit.first_row, unit.first_row + unit.rows):
         item = next(items, None)
         if item is None:
@@ -202,11 +262,18 @@ def _split_bad_rows(
                 "source", found=f"its end at row {number}", wanted="as many rows as its files declare"
             )
         try:
-            good.append(_checked(item, header))
+            row = _checked(item, header)
+            if plausibility:
+                plausibility.check_row(row)
+            if sample and item.values is not None:
+                sample.add(item.values, item.errors, row)
+            good.append(row)
         except tuple(IMPORT_REASONS) as error:
             if bad_rows == "fail":
                 raise
             rejects.append(Reject(number, item.sample_id, IMPORT_REASONS[type(error)], str(error)))
+    if plausibility and sample:
+        plausibility.check_rows(sample)
     return good, rejects
 
 
@@ -222,51 +289,3 @@ def _checked(item: ImportedRow, header: DatasetHeader) -> CachedRow:
         )
     item.row.check(token_count=header.token_count)
     return item.row
-
-
-def check_alignment(rows: Iterable[CachedRow], *, fix: str) -> None:
-    """Raise `AlignmentDoubtful` if the kept ids contain token `t` or `t + 2` far more often than token `t + 1`.
-
-    Log-probs that are off by one train a student to repeat or skip tokens, without any error. On real text a teacher's
-    top 50 contain the next token at about 95 % of the positions, and its neighbors at a fifth of that or less. The
-    error is raised if a neighbor is found 1.5 times as often as the next token.
-    """
-    hits = np.zeros(3, np.int64)
-    total = 0
-    for row in rows:
-        positions = row.positions
-        inner = positions < row.token_ids.size - 2
-        ids, kept = row.targets.ids[inner], row.targets.kept[inner]
-        total += int(inner.sum())
-        for offset in range(3):
-            token = row.token_ids[positions[inner] + offset]
-            hits[offset] += int(((ids == token[:, None]) & kept).any(axis=1).sum())
-    best = int(hits.argmax())
-    if total >= MIN_POSITIONS and best != 1 and hits[best] > 1.5 * hits[1] + 0.05 * total:
-        expected = f"{hits[1] / total:.0%} of the positions hold the next token"
-        raise AlignmentDoubtful(
-            "alignment",
-            found=f"{expected}, {hits[best] / total:.0%} hold {('the token itself', '', 'the token after it')[best]}",
-            wanted="distributions of the next token",
-            fix=fix,
-        )
-
-
-def check_not_renormalized(rows: Sequence[CachedRow], *, token_count: int, fix: str) -> None:
-    """Raise `NotFullSoftmax` if no position has a tail although its least kept id is above `OPEN_PROBABILITY`.
-
-    Log-probs that were scaled to sum to 1 over the kept ids would claim a teacher without a tail, without any error.
-    """
-    least = np.concatenate(
-        [np.where(row.targets.kept, row.targets.logprobs, np.inf).min(axis=1, initial=np.inf) for row in rows]
-    )
-    log_tail = np.concatenate([row.targets.log_tail for row in rows])
-    counts = np.concatenate([row.targets.counts for row in rows])
-    is_open = (least > np.log(OPEN_PROBABILITY)) & (counts < token_count)
-    if is_open.any() and (log_tail[is_open] < np.log(3 * MIN_TAIL)).all():
-        raise NotFullSoftmax(
-            "log-probs",
-            found=f"a sum of 1 over the kept ids at each of {int(is_open.sum())} positions",
-            wanted="log-probs of the full softmax, whose sum over the kept ids is below 1",
-            fix=fix,
-        )

@@ -280,6 +280,38 @@ def numbers(values: pa.Array, name: str) -> np.ndarray:
     return values.to_numpy(zero_copy_only=False)
 
 
+class Rounding(NamedTuple):
+    """The largest change of a log-prob by the way it was written down: a decimal place, or a float's last bit."""
+
+    decimals: int | None
+    bits: int
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """The bound for each of `values`; a whole last place, because some writers cut digits off."""
+        step = np.ldexp(1.0, np.frexp(np.where(np.isfinite(values), values, 0.0))[1] - self.bits)
+        return step if self.decimals is None else np.maximum(step, 10.0**-self.decimals)
+
+
+def rounding_of(values: np.ndarray) -> Rounding:
+    """The coarsest rounding that leaves all of `values` unchanged; zeros show none.
+
+    It is read from the values, because a column's type may be wider: float16 values in JSON or in a float32 column.
+    """
+    values = values[values != 0]
+    if not values.size:
+        return Rounding(None, 24)
+    with np.errstate(over="ignore"):
+        bits = next((b for b in (8, 11, 24) if (_to_bits(values, b) == values).all()), 53)
+    close = 2.0**-24 if bits == 24 else 1e-14  # float32 holds a decimal number no better
+    places = (d for d in range(10) if (np.abs(np.round(values, d) - values) <= close * np.abs(values)).all())
+    return Rounding(next(places, None), bits)
+
+
+def _to_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    fraction, exponent = np.frexp(values)
+    return np.ldexp(np.round(np.ldexp(fraction, bits)), exponent - bits)
+
+
 def text_of(table: pa.RecordBatch, row: int, name: str) -> str | None:
     """The value of a string or number column in one row, as text; None if it is null or absent."""
     value = table.column(name)[row].as_py() if name in table.schema.names else None

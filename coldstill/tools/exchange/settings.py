@@ -27,6 +27,15 @@ class ImportSettings(FrozenModel):
     license: str | None = Field(
         default=None, description="License of the dataset, as the Hub spells it, such as apache-2.0."
     )
+    normalized_over: Literal["vocabulary", "kept"] | None = Field(
+        default=None,
+        description="What the log-probs were normalized over: vocabulary, the full softmax; kept, the ids at a "
+        "position, so that the tail is lost; default: vocabulary, and refused unless the values show it.",
+    )
+    assume_aligned: bool = Field(
+        default=False,
+        description="Import although too few tokens show that each distribution is about the next token.",
+    )
     bad_rows: Literal["fail", "reject"] = Field(
         default="fail", description="fail: an unusable row ends the import; reject: it is listed in the rejects."
     )

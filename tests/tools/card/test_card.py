@@ -283,3 +283,17 @@ def test_licenses_of_the_hub_are_written_as_the_hub_writes_them() -> None:
 )
 def test_size_categories_are_the_hubs(rows: int, category: str) -> None:
     assert size_category(rows) == category
+
+
+def test_the_card_of_an_import_claims_nothing_about_its_teacher(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Not its weights, nor a tail that it computed, nor that the stored values are near to it."""
+    teacher = TeacherFacts(
+        name="peer/teacher", revision="r1", weights_fingerprint="unknown", dtype="unknown", head_dtype="unknown"
+    )
+    captured(tmp_path, tokenizer_folder, mode="imported", tail="derived", teacher=teacher)
+    write_card(tmp_path, progress=False)
+    card = body((tmp_path / "README.md").read_text())
+    for claim in ("A teacher model", "guarantee", "computed by the teacher", "KL(teacher", "fingerprint unknown"):
+        assert claim not in card
+    for said in ("as the importer named it", "This is not known.", "nothing here was compared with it"):
+        assert said in " ".join(card.split())

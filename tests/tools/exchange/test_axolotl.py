@@ -33,7 +33,7 @@ K = 6
 
 def run(source: Path, output: Path, tokenizer: Path, **changes: Any) -> Dataset:
     """The import, quietly, and its dataset."""
-    fields = {"tokenizer": tokenizer, "teacher": "peer/teacher", "fidelity": "exact", **changes}
+    fields = {"tokenizer": tokenizer, "teacher": "peer/teacher", "fidelity": "exact", "assume_aligned": True, **changes}
     import_axolotl(source, output, AxolotlSettings.model_validate(fields), progress=False)
     return open_dataset(output)
 
@@ -213,8 +213,8 @@ def test_rows_taken_for_their_neighbors_are_refused(made: str, said: str, tmp_pa
         del row["labels"]
     path = peers.write_jsonl(tmp_path / "in.jsonl", rows)
     with pytest.raises(AlignmentDoubtful, match=f"predicts='{made}'"):
-        run(path, tmp_path / "out", wide_tokenizer, predicts=said)
-    assert len(run(path, tmp_path / "out", wide_tokenizer, predicts=made)) == 20
+        run(path, tmp_path / "out", wide_tokenizer, predicts=said, assume_aligned=False)
+    assert len(run(path, tmp_path / "out", wide_tokenizer, predicts=made, assume_aligned=False)) == 20
 
 
 def test_an_axolotl_export_imports_to_the_same_targets(
