@@ -3,7 +3,7 @@
 A DataLoader takes it with `batch_size=None`; each batch is a dict of `collate.py` and a `cursor`.
 
 Batch number b goes to rank b % R, and there to loader worker (b // R) % W, counted from the place of `seek`. Every
-worker enumerates the same rows by their lengths and decodes only its own batches.
+worker enumerates the same rows by their lengths and reads and decodes only those of its own batches.
 """
 
 from __future__ import annotations
