@@ -68,8 +68,13 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Raises the named errors of the loader's processes as they are, and `LoaderWorkerDied`."""
         batches = super().__iter__()
-        with naming_dead_workers():
-            yield from islice(raising_passed(batches), self._batches)
+        try:
+            with naming_dead_workers():
+                yield from islice(raising_passed(batches), self._batches)
+        finally:
+            # torch would end its processes when the iterator is collected. After an error that is late: the cycle with
+            # the traceback has taken down their queues, and each process is waited for in vain, five seconds long.
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 class DistillTrainer(Trainer):

@@ -26,6 +26,7 @@ _LOADER_SECONDS = 120
 """How long a loader's process works on after a SIGTERM: longer than any step that is worth a checkpoint."""
 
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited)")
+_SIGNALS = {"Killed": "SIGKILL", "Bus error": "SIGBUS"}
 _REMEDIES = {
     "Killed": "most often the machine ran out of memory: lower training.dataloader_workers (dataloader_num_workers of "
     "TrainingArguments), of which 0 needs the least, or give the job more memory",
@@ -58,7 +59,7 @@ def naming_dead_workers() -> Iterator[None]:
         pids, signal_name = found.groups()
         raise LoaderWorkerDied(
             f"the data loader's process {pids}",
-            found=f"ended by the signal {signal_name!r}" if signal_name else "it ended without a message",
+            found=f"ended by {_SIGNALS.get(signal_name, signal_name)}" if signal_name else "gone, as after a SIGKILL",
             wanted="a process that runs as long as the training",
             fix=f"{_REMEDIES.get(signal_name or 'Killed', _REMEDIES['Killed'])}. "
             "Re-run the same command to resume from the newest checkpoint",

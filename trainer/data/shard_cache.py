@@ -22,7 +22,7 @@ from coldstill.common.files import new_file
 from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.shard import ShardIndex
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord, check_content, copy_file, open_file
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord, check_content, copy_file, open_file, require_size
 
 _LOCK = "lock"
 _LOCKS, _INDICES, _VERIFIED = "locks", "index", "verified"
@@ -70,6 +70,9 @@ class ShardCache:
                 return found
             for left in (self._copy(file), *(self.folder / file.sha256 / RUN_FOLDER).glob("*")):
                 left.unlink(missing_ok=True)  # a copy of a wrong size, and parts of killed processes
+            # Clients of object stores cache listings: an object that was replaced would look as it did.
+            source.fs.invalidate_cache()
+            require_size(source, file)
             with self._room(file):
                 # Named by its digest: datasets that share a shard share its copy.
                 copy_file(source, file, Store(self.folder / file.sha256), on_block=lambda _: None)
