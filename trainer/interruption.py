@@ -30,8 +30,8 @@ _SIGNALS = {"Killed": "SIGKILL", "Bus error": "SIGBUS"}
 _REMEDIES = {
     "Killed": "most often the machine ran out of memory: lower training.dataloader_workers (dataloader_num_workers of "
     "TrainingArguments), of which 0 needs the least, or give the job more memory",
-    "Bus error": "most often /dev/shm is full: give the container more shared memory (docker run --shm-size=8g), or set "
-    "training.dataloader_workers (dataloader_num_workers of TrainingArguments) to 0",
+    "Bus error": "most often /dev/shm is full: give the container more shared memory (docker run --shm-size=8g), or "
+    "set training.dataloader_workers (dataloader_num_workers of TrainingArguments) to 0",
 }
 
 

@@ -217,7 +217,10 @@ def test_errors_pass_from_processes_of_each_start_method(tiny_dataset, tmp_path,
     stream = load_logit_dataset(tiny_dataset, cache_dir=tmp_path).stream(batch_size=2, seed=0)
     delete(tiny_dataset)
     loader = DataLoader(
-        PassingErrors(stream), batch_size=None, num_workers=1, multiprocessing_context=multiprocessing.get_context(method)
+        PassingErrors(stream),
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context=multiprocessing.get_context(method),
     )
     with pytest.raises(ShardMissing) as raised:
         list(raising_passed(loader))
@@ -262,9 +265,7 @@ def test_a_dataset_copied_again_while_a_student_trains_changes_nothing(tiny_data
         shutil.rmtree(tiny_dataset)
         copy.rename(tiny_dataset)
 
-    trainer, _ = build(
-        tiny_dataset, tiny_student, tmp_path / "run", callbacks=[At(2, copy_again)], max_steps=15
-    )
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path / "run", callbacks=[At(2, copy_again)], max_steps=15)
     trainer.train()
     assert trainer.state.global_step == 15
 

@@ -148,7 +148,8 @@ class RowReader:
         return rows
 
 
-class OpenShard(NamedTuple):
+@dataclass(frozen=True)
+class OpenShard:
     """An open shard. `stamp`: of a local dataset's file when it was verified; None for a copy in the cache."""
 
     source: BinaryIO

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,14 @@ from coldstill.common.files import new_file
 from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.shard import ShardIndex
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord, check_content, copy_file, open_file, require_size
+from coldstill.storage_schema.verified_files import (
+    SHARDS_FOLDER,
+    FileRecord,
+    check_content,
+    copy_file,
+    open_file,
+    require_size,
+)
 
 _LOCK = "lock"
 _LOCKS, _INDICES, _VERIFIED = "locks", "index", "verified"
@@ -191,7 +199,7 @@ class ShardCache:
             for _, path in copies:
                 if running + sum(sizes.values()) + wanted <= self.most_bytes:
                     break
-                if _without_waiting(self._lock_of(path), lambda path=path: _remove(path)):
+                if _without_waiting(self._lock_of(path), partial(_remove, path)):
                     del sizes[path]
             if running + sum(sizes.values()) + wanted > self.most_bytes and (running or sizes):
                 return False
@@ -204,7 +212,7 @@ class ShardCache:
         """Bytes of copies in the making. Files that killed processes left are removed."""
         total = 0
         for part in self.folder.glob(f"*/{RUN_FOLDER}/*"):
-            is_left = _without_waiting(self._lock_of(part), lambda part=part: part.unlink(missing_ok=True))
+            is_left = _without_waiting(self._lock_of(part), partial(part.unlink, missing_ok=True))
             if not is_left and part.name == "reserved":
                 with suppress(FileNotFoundError):  # finished meanwhile: it is counted as a copy
                     total += part.stat().st_size

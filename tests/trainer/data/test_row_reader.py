@@ -131,7 +131,7 @@ def test_each_frame_is_read_once_by_the_process_that_decodes_it(many, tmp_path, 
 
 def test_a_second_run_on_this_machine_hashes_nothing_and_reads_no_row_group_whole(many, tmp_path, work):
     first = names(load_logit_dataset(many, cache_dir=tmp_path).stream(batch_size=4, seed=0, epochs=1))
-    assert work.hashed.value and work.groups.value
+    assert min(work.hashed.value, work.groups.value) > 0
     work.hashed.value = work.groups.value = 0
     assert names(load_logit_dataset(many, cache_dir=tmp_path).stream(batch_size=4, seed=0, epochs=1)) == first
     assert (work.hashed.value, work.groups.value) == (0, 0)
