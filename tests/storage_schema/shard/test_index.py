@@ -14,9 +14,9 @@ from tests import making
 
 @pytest.fixture(scope="module")
 def shard(tokenizer_folder) -> bytes:
-    """Of 1,500 rows: two row groups, and several pages in a column."""
+    """Of 1,100 rows: two row groups, and several pages in a column."""
     rng = np.random.default_rng(0)
-    rows = [making.random_row(rng, f"row-{number}") for number in range(1500)]
+    rows = [making.random_row(rng, f"row-{number}") for number in range(1100)]
     return write_shard(rows, header=making.tiny_header(tokenizer_folder))
 
 
@@ -41,18 +41,18 @@ def test_every_frame_lies_where_the_index_has_it(shard, tmp_path):
                 }
                 assert index.lengths[row] == len(batch.column("token_ids")[number])
                 row += 1
-    assert row == 1500
+    assert row == 1100
 
 
 def test_an_index_reads_back_and_a_torn_one_does_not(shard):
     index = ShardIndex.of(opened(shard))
     data = index.to_bytes()
-    again = ShardIndex.from_bytes(data, rows=1500)
+    again = ShardIndex.from_bytes(data, rows=1100)
     assert again is not None
     assert all(np.array_equal(one, other) for one, other in zip(index, again, strict=True))
-    assert ShardIndex.from_bytes(data, rows=1499) is None
+    assert ShardIndex.from_bytes(data, rows=1099) is None
     for broken in (b"", data[:10], data[:-1], data + b"0", bytes(len(data)), data[:50] + b"x" + data[51:]):
-        assert ShardIndex.from_bytes(broken, rows=1500) is None
+        assert ShardIndex.from_bytes(broken, rows=1100) is None
 
 
 def test_the_index_of_a_shard_without_rows_is_empty(tokenizer_folder):
@@ -66,4 +66,4 @@ def test_a_frame_of_a_cut_file_is_a_named_error(shard, tmp_path):
     (tmp_path / "shard").write_bytes(shard[: len(shard) // 2])
     index = ShardIndex.of(opened(shard))
     with (tmp_path / "shard").open("rb") as source, pytest.raises(ShardDamaged, match="here"):
-        index.read_frames(source.fileno(), [1499], where="here")
+        index.read_frames(source.fileno(), [1099], where="here")
