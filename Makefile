@@ -91,7 +91,8 @@ bench-scale: $(INSTALLED) ## planning and resuming a million units, driver time 
 bench-loss: $(INSTALLED) ## time and memory of a loss: sparse TAID, cross-entropy and dense TAID (QUICK=1)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.loss
 
-bench-stream: $(INSTALLED) ## targets per second from shards to batches, local disk and S3 (QUICK=1)
+bench-stream: $(INSTALLED) ## targets per second from shards to batches, local disk and S3; work by workers and ranks (QUICK=1)
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.stream_readers
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.stream
 
 bench-step: $(INSTALLED) ## a whole training step: TAID from a cache and plain fine-tuning (QUICK=1)

@@ -134,25 +134,37 @@ def _bytes(fields: Fields, number: int) -> bytes:
     return value
 
 
-def check_pages(data: memoryview, chunk: ChunkFacts) -> None:
-    """Raises `ValueError` unless `data`, the stored bytes of `chunk`, consists of plain data pages whose bytes and
-    values add up to those in the footer."""
-    place = raw = values = pages = 0
-    while place < len(data) and pages < _MAX_PAGES:
-        length, page_raw, page_values = _page(bytes(data[place : place + _MAX_PAGE_HEADER]))
-        place += length
-        raw += page_raw
+class PageFacts(NamedTuple):
+    """A page: its values, and the offsets in its column chunk where their bytes begin and end."""
+
+    values: int
+    start: int
+    stop: int
+
+
+def check_pages(data: memoryview, chunk: ChunkFacts) -> list[PageFacts]:
+    """The pages of `data`, the stored bytes of `chunk`.
+
+    Raises `ValueError` unless all are plain data pages whose bytes and values add up to those in the footer.
+    """
+    place = raw = values = 0
+    pages: list[PageFacts] = []
+    while place < len(data) and len(pages) < _MAX_PAGES:
+        header, stored, page_raw, page_values = _page(bytes(data[place : place + _MAX_PAGE_HEADER]))
+        pages.append(PageFacts(page_values, place + header, place + header + stored))
+        place += header + stored
+        raw += header + page_raw
         values += page_values
-        pages += 1
     if place != len(data) or (place, raw, values) != (chunk.stored, chunk.raw, chunk.values):
         raise ValueError(
-            f"column {chunk.path}: {pages} pages of {place} bytes, {raw} uncompressed, {values} values; "
+            f"column {chunk.path}: {len(pages)} pages of {place} bytes, {raw} uncompressed, {values} values; "
             f"the footer has {chunk.stored}, {chunk.raw} and {chunk.values}"
         )
+    return pages
 
 
-def _page(data: bytes) -> tuple[int, int, int]:
-    """Bytes of a page with its header, stored and uncompressed, and its number of values."""
+def _page(data: bytes) -> tuple[int, int, int, int]:
+    """Bytes of a page's header, bytes of the page stored and uncompressed, and its number of values."""
     try:
         header, length = read_struct(data)
         facts = [header[number] for number in (1, 2, 3)]
@@ -164,7 +176,7 @@ def _page(data: bytes) -> tuple[int, int, int]:
     kind, raw, stored, values, *encodings = facts
     if kind != _DATA_PAGE or encodings != [PLAIN, RLE, RLE] or min(raw, stored, values) < 0:
         raise ValueError(f"a page of type {kind} and encodings {encodings}, of {stored} bytes and {values} values")
-    return length + stored, length + raw, values
+    return length, stored, raw, values
 
 
 def required(name: str, kind: pa.DataType) -> pa.Field:

@@ -84,9 +84,22 @@ def read_file(store: Store, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) 
 
 def check_file(store: Store, file: FileRecord) -> None:
     """Verifies a file of any size, one block in memory at a time. Raises what `require_size` raises."""
+    with open_file(store, file) as source:
+        check_content(store, file, source)
+
+
+def open_file(store: Store, file: FileRecord) -> BinaryIO:
+    """The file, seekable, of the right size and not read yet. Raises what `require_size` raises."""
     require_size(store, file)
-    with store.open(file.name) as source:
-        _require_digest(store, file, *_digest(source, file.bytes))
+    try:
+        return store.open(file.name)
+    except FileNotFoundError:  # deleted meanwhile
+        raise _missing(store, file) from None
+
+
+def check_content(store: Store, file: FileRecord, source: BinaryIO) -> None:
+    """Verifies the open file `source`, one block in memory at a time. Raises `FileDamaged` (`ShardDamaged`)."""
+    _require_digest(store, file, *_digest(source, file.bytes))
 
 
 def unusable_files(store: Store, files: Iterable[FileRecord], *, deep: bool = False) -> set[str]:

@@ -22,6 +22,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test writes into the user's own cache."""
+    before = os.environ.get("COLDSTILL_CACHE")
+    os.environ["COLDSTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("COLDSTILL_CACHE")
+    if before is not None:
+        os.environ["COLDSTILL_CACHE"] = before
+
+
 class SmallDisk:
     """A real file system of its own, so that a test can fill it."""
 

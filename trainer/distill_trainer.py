@@ -21,11 +21,11 @@ from .arguments import adapt_arguments, validate_arguments
 from .checkpoints import ResumePoint, data_order, newest_checkpoint, resume_point
 from .config import StudentConfig
 from .data.logit_dataset import LogitDataset
-from .data.stream import LogitStream
+from .data.stream import LogitStream, PassingErrors, raising_passed
 from .evaluation.evaluate import evaluate_student
 from .evaluation.figures import draws_per_position
 from .finished_student import model_card
-from .interruption import outlive_sigterm
+from .interruption import naming_dead_workers, outlive_sigterm
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
@@ -48,7 +48,7 @@ class BatchLoader(DataLoader):
     def __init__(self, stream: LogitStream, args: TrainingArguments, *, batches: int | None = None):
         workers = args.dataloader_num_workers
         super().__init__(
-            stream,
+            PassingErrors(stream),
             batch_size=None,
             worker_init_fn=outlive_sigterm,
             num_workers=workers,
@@ -66,7 +66,15 @@ class BatchLoader(DataLoader):
         return self._batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        return islice(super().__iter__(), self._batches)
+        """Raises the named errors of the loader's processes as they are, and `LoaderWorkerDied`."""
+        batches = super().__iter__()
+        try:
+            with naming_dead_workers():
+                yield from islice(raising_passed(batches), self._batches)
+        finally:
+            # torch would end its processes when the iterator is collected. After an error that is late: the cycle with
+            # the traceback has taken down their queues, and each process is waited for in vain, five seconds long.
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 class DistillTrainer(Trainer):
@@ -162,14 +170,16 @@ class DistillTrainer(Trainer):
 
         `resume_from_checkpoint`: a folder, or `True` for the newest complete checkpoint in the output folder.
 
-        Raises `CheckpointMismatch` for a checkpoint of another dataset or data order, and `NonFiniteLoss`.
+        Raises `CheckpointMismatch` for a checkpoint of another dataset or data order, `NonFiniteLoss`,
+        `LoaderWorkerDied`, and what a `LogitStream` raises.
         """
         if resume_from_checkpoint is True and (newest := newest_checkpoint(Path(self.args.output_dir))) is not None:
             resume_from_checkpoint = str(newest.folder)
         self._resumed = ResumePoint()
         if isinstance(resume_from_checkpoint, str):
             self._resumed = resume_point(Path(resume_from_checkpoint), self.order)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with naming_dead_workers():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> BatchLoader:
         """This device's batches from the resume point to the end of the run."""
@@ -231,7 +241,7 @@ class DistillTrainer(Trainer):
             return {key: value for part in parts.values() for key, value in part.items()}
         began = time.time()
         batches = BatchLoader(self._stream(dataset, batch_size=self.args.eval_batch_size, epochs=1), self.args)
-        with self.accelerator.autocast():
+        with naming_dead_workers(), self.accelerator.autocast():
             found = evaluate_student(
                 self.model,
                 batches,

@@ -25,6 +25,10 @@ class CursorMismatch(ColdstillError):
     """A cursor belongs to another sequence of rows: another dataset, seed, order or pack length."""
 
 
+class LoaderWorkerDied(ColdstillError):
+    """A process of the data loader ended, killed by a signal: most often SIGKILL, when memory ran out."""
+
+
 class StudentNotFound(ColdstillError):
     """No model that transformers can load has the student's name."""
 

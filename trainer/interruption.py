@@ -1,11 +1,17 @@
-"""Ctrl-C, SIGTERM and SIGHUP during training: a checkpoint of the last optimizer step, then the end of the run."""
+"""Signals during training: Ctrl-C, SIGTERM and SIGHUP save a checkpoint and end the run.
+
+A signal that ends a loader's process becomes a named error.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,9 +20,19 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback
 
 from coldstill.common.interrupts import Interrupted, handling_signals
+from coldstill.trainer.errors import LoaderWorkerDied
 
 _LOADER_SECONDS = 120
 """How long a loader's process works on after a SIGTERM: longer than any step that is worth a checkpoint."""
+
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited)")
+_SIGNALS = {"Killed": "SIGKILL", "Bus error": "SIGBUS"}
+_REMEDIES = {
+    "Killed": "most often the machine ran out of memory: lower training.dataloader_workers (dataloader_num_workers of "
+    "TrainingArguments), of which 0 needs the least, or give the job more memory",
+    "Bus error": "most often /dev/shm is full: give the container more shared memory (docker run --shm-size=8g), or "
+    "set training.dataloader_workers (dataloader_num_workers of TrainingArguments) to 0",
+}
 
 
 def outlive_sigterm(_: int) -> None:
@@ -27,6 +43,27 @@ def outlive_sigterm(_: int) -> None:
     """
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LOADER_SECONDS))
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Raises the death of a loader's process as `LoaderWorkerDied`.
+
+    torch raises it in the main thread wherever that is, also in the middle of a step, as a plain `RuntimeError`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if (found := _WORKER_DIED.search(str(error))) is None:
+            raise
+        pids, signal_name = found.groups()
+        raise LoaderWorkerDied(
+            f"the data loader's process {pids}",
+            found=f"ended by {_SIGNALS.get(signal_name, signal_name)}" if signal_name else "gone, as after a SIGKILL",
+            wanted="a process that runs as long as the training",
+            fix=f"{_REMEDIES.get(signal_name or 'Killed', _REMEDIES['Killed'])}. "
+            "Re-run the same command to resume from the newest checkpoint",
+        ) from None
 
 
 class CheckpointOnSignal(TrainerCallback):

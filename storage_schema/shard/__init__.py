@@ -1,7 +1,17 @@
 """A shard: the Parquet file with the rows of one work unit."""
 
+from .index import ShardIndex
 from .layout import MAX_SHARD_BYTES, PLAIN_COLUMNS, SCHEMA
 from .reader import ShardFile, read_shard
 from .writer import copy_shard, write_shard
 
-__all__ = ["MAX_SHARD_BYTES", "PLAIN_COLUMNS", "SCHEMA", "ShardFile", "copy_shard", "read_shard", "write_shard"]
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "PLAIN_COLUMNS",
+    "SCHEMA",
+    "ShardFile",
+    "ShardIndex",
+    "copy_shard",
+    "read_shard",
+    "write_shard",
+]

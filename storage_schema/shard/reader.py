@@ -7,7 +7,7 @@ Arrow's scalars and its conversion to numpy cost as much as the decoding, and th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.codec import STREAMS, RowCodec
 from coldstill.storage_schema.errors import HeaderMismatch, InvalidRow, ShardDamaged
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
-from coldstill.storage_schema.parquet import GroupFacts, check_pages, values_of
+from coldstill.storage_schema.parquet import GroupFacts, PageFacts, check_pages, values_of
 from coldstill.storage_schema.rows import (
     MAX_MEDIA,
     CachedRow,
@@ -29,8 +29,18 @@ from coldstill.storage_schema.rows import (
     span_positions,
 )
 
-from .layout import FOOTER_KEY, MAX_METADATA_BYTES, MAX_METADATA_DEPTH, footer_header, is_too_deep, open_parquet
+from .layout import (
+    FOOTER_KEY,
+    LEAF_PATHS,
+    MAX_METADATA_BYTES,
+    MAX_METADATA_DEPTH,
+    PLAIN_COLUMNS,
+    footer_header,
+    is_too_deep,
+    open_parquet,
+)
 
+_PLAIN_LEAVES = sum(path.split(".")[0] in PLAIN_COLUMNS for path in LEAF_PATHS)
 _CACHED_GROUPS = 2
 _ENTRIES_TOGETHER = 1 << 15
 """512 positions of K = 64. Shorter rows are decoded together, because numpy's calls cost more than their values; more
@@ -69,27 +79,60 @@ class ShardFile:
 
     def batch(self, group: int) -> pa.RecordBatch:
         """A row group as stored, with its frames not decompressed. Raises `ShardDamaged`."""
+        return self._read(group, plain=False)[0]
+
+    def plain_batch(self, group: int) -> pa.RecordBatch:
+        """The plain columns of a row group, which lie before its frames. Raises `ShardDamaged`."""
+        return self._read(group, plain=True)[0]
+
+    def batch_and_frames(self, group: int) -> tuple[pa.RecordBatch, np.ndarray]:
+        """A row group as stored, and where its frames are: `uint32 [rows, streams, 2]`, first byte in the file and
+        bytes. Raises `ShardDamaged`."""
+        batch, pages = self._read(group, plain=False)
+        at = f"{self._where}: row group {group}"
+        chunks = self._facts.groups[group].chunks[_PLAIN_LEAVES:]
+        places = np.empty((batch.num_rows, len(STREAMS), 2), np.uint32)
+        for stream, (name, chunk, stream_pages) in enumerate(zip(STREAMS, chunks, pages[_PLAIN_LEAVES:], strict=True)):
+            column = batch.column(name)
+            sizes = np.diff(np.array(_offsets(column, column.buffers()[1]), np.int64))
+            row = 0
+            for page in stream_pages:
+                # The plain encoding of a binary value: its length in four bytes, then its bytes.
+                of_page = sizes[row : row + page.values]
+                ends = np.cumsum(of_page + 4)
+                if of_page.size != page.values or ends.max(initial=0) != page.stop - page.start:
+                    found = f"{page.values} values in {page.stop - page.start} bytes"
+                    raise ShardDamaged(f"{at}, column {name}", found=found, wanted="the bytes of its values")
+                places[row : row + page.values, stream, 0] = chunk.place + page.start + ends - of_page
+                row += page.values
+            places[:, stream, 1] = sizes
+        return batch, places
+
+    def _read(self, group: int, *, plain: bool) -> tuple[pa.RecordBatch, list[list[PageFacts]]]:
+        """A row group or its plain columns, and the pages of each column."""
         at = f"{self._where}: row group {group}"
         facts = self._facts.groups[group]
         try:
-            self._check_pages(facts)
-            table = self._file.read_row_group(group, use_threads=False)
+            pages = self._check_pages(facts._replace(chunks=facts.chunks[:_PLAIN_LEAVES]) if plain else facts)
+            table = self._file.read_row_group(group, columns=PLAIN_COLUMNS if plain else None, use_threads=False)
             table.validate()
             batches = table.combine_chunks().to_batches()
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             raise ShardDamaged(at, found=f"{type(error).__name__}: {error}"[:300], wanted="whole pages") from None
         if len(batches) != 1 or batches[0].num_rows != facts.rows:
             raise ShardDamaged(at, found=f"{table.num_rows} rows", wanted=facts.rows)
-        return batches[0]
+        return batches[0], pages
 
-    def _check_pages(self, group: GroupFacts) -> None:
+    def _check_pages(self, group: GroupFacts) -> list[list[PageFacts]]:
         first, last = group.chunks[0], group.chunks[-1]
         self._source.seek(first.place)
         # One read, which is one request for a remote file; Arrow's own reads then hit the file's buffer.
         data = memoryview(self._source.read_buffer(last.place + last.stored - first.place))
-        for chunk in group.chunks:
-            start = chunk.place - first.place
+        starts = [chunk.place - first.place for chunk in group.chunks]
+        return [
             check_pages(data[start : start + chunk.stored], chunk)
+            for start, chunk in zip(starts, group.chunks, strict=True)
+        ]
 
     def row(self, index: int) -> CachedRow:
         """Row number `index`: reads one row group, decodes one row."""
@@ -155,14 +198,20 @@ class _Head(NamedTuple):
 
 
 class BatchRows:
-    """Decodes rows of `batch`, a record batch with the columns `SCHEMA` and without nulls."""
+    """Decodes rows of `batch`, a record batch with the columns `SCHEMA` and without nulls.
 
-    def __init__(self, batch: pa.RecordBatch, codec: RowCodec):
+    `frames`: the frames of each row by stream, if `batch` has only the plain columns.
+    """
+
+    def __init__(
+        self, batch: pa.RecordBatch, codec: RowCodec, *, frames: Sequence[Mapping[str, memoryview]] | None = None
+    ):
         self._codec = codec
         self._sample_ids, self._metadata = _Values(batch.column("sample_id")), _Values(batch.column("metadata"))
         self._media = batch.column("media")
         self._token_ids, self._spans = _Integers(batch.column("token_ids")), _Integers(batch.column("target_spans"))
-        self._streams = {name: _Values(batch.column(name)) for name in STREAMS}
+        self._given = frames
+        self._streams = {name: _Values(batch.column(name)) for name in STREAMS} if frames is None else {}
         self._rows = batch.num_rows
 
     def __len__(self) -> int:
@@ -200,7 +249,9 @@ class BatchRows:
         labels = token_ids[span_positions(target_spans) + 1]
         return _Head(sample_id, token_ids, target_spans, metadata, media, labels)
 
-    def _frames(self, index: int) -> dict[str, memoryview]:
+    def _frames(self, index: int) -> Mapping[str, memoryview]:
+        if self._given is not None:
+            return self._given[index]
         return {name: values.at(index) for name, values in self._streams.items()}
 
     def _text(self, index: int) -> tuple[str, dict[str, Any]]:

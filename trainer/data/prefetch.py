@@ -18,26 +18,26 @@ _POLL_S = 0.1
 
 
 class DaemonExecutor:
-    """Runs functions one at a time in a daemon thread.
+    """Runs functions in up to `threads` daemon threads, and begins them in the order of their submission.
 
     The threads of `concurrent.futures` would delay the exit of the process until all submitted calls are done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._missing_threads = threads
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
-        """Run `call` after those submitted before it; the future holds its result or exception."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="prefetch-shards", daemon=True)
-            self._thread.start()
+        """Run `call` after those submitted before it have begun; the future holds its result or exception."""
+        if self._missing_threads:
+            self._missing_threads -= 1
+            threading.Thread(target=self._run, name="prefetch-shards", daemon=True).start()
         future: Future[Result] = Future()
         self._calls.put((future, call))
         return future
 
     def close(self) -> None:
-        """Accept no more calls; the thread ends after those already submitted."""
+        """Accept no more calls; the threads end after those already submitted."""
         self._calls.put(None)
 
     def _run(self) -> None:
@@ -48,6 +48,7 @@ class DaemonExecutor:
                     future.set_result(call())
                 except BaseException as error:
                     future.set_exception(error)
+        self._calls.put(None)  # for the next thread
 
 
 def prefetch(items: Generator[Item, None, None], *, depth: int) -> Iterator[Item]:

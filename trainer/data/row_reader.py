@@ -1,11 +1,16 @@
-"""Reads rows of sealed datasets by reference; lengths need no decoding."""
+"""Reads rows of sealed datasets by reference.
+
+The order of rows needs the row groups and lengths of all shards: these come from the index of each shard, which one
+process of a machine makes. A process reads the frames of its own rows only, and of their row groups the plain columns.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +18,24 @@ from cachetools import LRUCache
 
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
-from coldstill.storage_schema.parquet import values_of
+from coldstill.storage_schema.errors import ShardDamaged
 from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.shard import ShardFile, ShardIndex
 from coldstill.storage_schema.shard.reader import BatchRows
+from coldstill.storage_schema.store import Store
 
-from .shard_cache import LocalShards, ShardCache
+from .prefetch import DaemonExecutor
+from .shard_cache import ShardCache, Stamp, stamp_of
 from .subsample import with_fewer_draws
 
 _GROUPS_IN_MEMORY = 12
-"""Row groups per dataset, at most 8 MiB stored each: those of a window and those that pending rows come from."""
+"""Plain columns of row groups, per dataset: of those of a window and those that pending rows come from."""
+_OPEN_FILES = 8
+_INDICES_IN_MEMORY = 32
+"""About 100 bytes per row each."""
+_DOWNLOADS = 4
+"""Shards that a process copies at once: one alone does not fill the connection to an object store. Local shards are
+verified one at a time, because the processor limits that."""
 
 
 class RowReference(NamedTuple):
@@ -39,8 +53,8 @@ class Sources:
     """The datasets of a stream and how much of each is used.
 
     `weights`: the share of the rows that comes from each dataset, of any sum. `top_k`, `draws`: kept ids and draws per
-    position, all if None. `cache`: copies of remote shards. `verified`: per dataset, the local shards that this process
-    verified.
+    position, all if None. `cache`: copies of remote shards. `verified`: per dataset, the stamps of the local shards
+    that were verified.
     """
 
     datasets: Sequence[Dataset]
@@ -48,10 +62,10 @@ class Sources:
     top_k: int | None
     draws: int | None
     cache: ShardCache
-    verified: Sequence[set[int]] = field(init=False, compare=False)
+    verified: Sequence[dict[int, Stamp]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "verified", tuple(set() for _ in self.datasets))
+        object.__setattr__(self, "verified", tuple({} for _ in self.datasets))
 
     @property
     def rows(self) -> int:
@@ -77,7 +91,7 @@ class Sources:
 class RowReader:
     """Rows of several datasets, for one thread of one process."""
 
-    def __init__(self, datasets: Sequence[Dataset], *, cache: ShardCache, verified: Sequence[set[int]]):
+    def __init__(self, datasets: Sequence[Dataset], *, cache: ShardCache, verified: Sequence[dict[int, Stamp]]):
         self.datasets = datasets
         self._shards = [
             LocalShards(dataset, cache=cache, verified=known) for dataset, known in zip(datasets, verified, strict=True)
@@ -90,12 +104,12 @@ class RowReader:
 
     def groups(self, dataset: int, shard: int) -> int:
         """Row groups of a shard. Raises what `rows` raises."""
-        return len(self._shards[dataset].open(shard).group_rows)
+        return len(self._shards[dataset].index(shard).group_rows)
 
     def lengths(self, dataset: int, shard: int, group: int) -> np.ndarray:
-        """`int32 [rows]`: tokens of each row of a group, read without decoding a frame. Raises what `rows` raises."""
-        offsets = self._group((dataset, shard, group)).column("token_ids").offsets
-        return np.diff(values_of(offsets, np.int32))
+        """`int32 [rows]`: tokens of each row of a group. Raises what `rows` raises."""
+        index = self._shards[dataset].index(shard)
+        return index.lengths[index.rows_of(group)]
 
     def rows(self, wanted: Sequence[RowReference]) -> list[CachedRow]:
         """The rows of `wanted`, in that order.
@@ -118,8 +132,12 @@ class RowReader:
     def _decoded(self, group: tuple[int, int, int], wanted: Sequence[RowReference]) -> list[CachedRow]:
         """Rows of one row group. Neighbors in `wanted` are decoded together."""
         dataset, shard, number = group
-        chosen = pa.array([reference.row for reference in wanted], pa.int32())
-        batch = BatchRows(self._group(group).take(chosen), self.datasets[dataset].codec)
+        file = self._shards[dataset].open(shard)
+        if group not in self._groups:
+            self._groups[group] = file.parquet.plain_batch(number)
+        chosen = [reference.row for reference in wanted]
+        plain = self._groups[group].take(pa.array(chosen, pa.int32()))
+        batch = BatchRows(plain, self.datasets[dataset].codec, frames=file.frames(number, chosen))
         rows: list[CachedRow] = []
         while len(rows) < len(wanted):
             try:
@@ -129,8 +147,104 @@ class RowReader:
                 raise error.at(f"{name}, row {wanted[len(rows)].row} of row group {number}") from None
         return rows
 
-    def _group(self, group: tuple[int, int, int]) -> pa.RecordBatch:
-        if group not in self._groups:
-            dataset, shard, number = group
-            self._groups[group] = self._shards[dataset].open(shard).batch(number)
-        return self._groups[group]
+
+@dataclass(frozen=True)
+class OpenShard:
+    """An open shard. `stamp`: of a local dataset's file when it was verified; None for a copy in the cache."""
+
+    source: BinaryIO
+    parquet: ShardFile
+    index: ShardIndex
+    stamp: Stamp | None
+    where: str
+
+    def frames(self, group: int, rows: Sequence[int]) -> list[Mapping[str, memoryview]]:
+        """The frames of `rows` of a row group. Raises `ShardDamaged`."""
+        first = self.index.rows_of(group).start
+        return self.index.read_frames(self.source.fileno(), [first + row for row in rows], where=self.where)
+
+
+class LocalShards:
+    """Shards of one dataset as open local files, for one thread of one process.
+
+    Shards of a local dataset are read in place, those of a remote one from copies in `cache`. `verified` holds the
+    stamps of local shards that were verified; it grows.
+    """
+
+    def __init__(self, dataset: Dataset, *, cache: ShardCache, verified: dict[int, Stamp]):
+        # Clients of remote stores do not survive a fork: each loader worker needs its own.
+        self._store = dataset.store if dataset.store.is_local else Store(dataset.store.url)
+        self._dataset, self._cache, self._verified = dataset, cache, verified
+        self._executor = DaemonExecutor(1 if self._store.is_local else _DOWNLOADS)
+        self._prefetched: dict[int, Future[ShardIndex]] = {}
+        self._indices: LRUCache[int, ShardIndex] = LRUCache(_INDICES_IN_MEMORY)
+        self._open: LRUCache[int, OpenShard] = LRUCache(_OPEN_FILES)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Copy or verify the `shards` that are opened next, and make their indices, in the background."""
+        self._prefetched = {shard: self._prefetched.get(shard) or self._submit(shard) for shard in shards}
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of shard number `shard`; the shard itself is only needed if no process made the index yet.
+
+        Raises what `open` raises.
+        """
+        if shard not in self._indices:
+            record = self._dataset.shards[shard]
+            found = self._cache.index(record.file, rows=record.rows)
+            if found is None:
+                future = self._prefetched.get(shard)
+                found = future.result() if future else self._prepare(shard)
+            self._indices[shard] = found
+        return self._indices[shard]
+
+    def open(self, shard: int) -> OpenShard:
+        """Shard number `shard`; a local file that has changed since is verified again.
+
+        Raises `ShardMissing`, `ShardDamaged`, `HeaderMismatch`, `StorageFailed`.
+        """
+        opened = self._open.get(shard)
+        if opened is None or (opened.stamp is not None and stamp_of(opened.source.fileno()) != opened.stamp):
+            future = self._prefetched.get(shard)
+            if future is not None:
+                future.result()
+            source, stamp = self._opened(shard)
+            file = self._parquet(shard, source)
+            name = self._dataset.shards[shard].file.name
+            opened = self._open[shard] = OpenShard(source, file, self.index(shard), stamp, f"{self._store.url}/{name}")
+        return opened
+
+    def close(self) -> None:
+        """End the background threads."""
+        self._executor.close()
+
+    def _submit(self, shard: int) -> Future[ShardIndex]:
+        return self._executor.submit(lambda: self._prepare(shard))
+
+    def _prepare(self, shard: int) -> ShardIndex:
+        record = self._dataset.shards[shard]
+        source, _ = self._opened(shard)
+        with source:
+            found = self._cache.index(record.file, rows=record.rows)
+            if found is not None:
+                return found
+            return self._cache.make_index(
+                record.file, rows=record.rows, make=lambda: ShardIndex.of(self._parquet(shard, source))
+            )
+
+    def _parquet(self, shard: int, source: BinaryIO) -> ShardFile:
+        record = self._dataset.shards[shard]
+        native = pa.PythonFile(source, mode="r")
+        file = ShardFile(native, size=record.file.bytes, codec=self._dataset.codec, where=record.file.name)
+        if len(file) != record.rows:
+            raise ShardDamaged(f"{record.file.name}: rows", found=len(file), wanted=record.rows)
+        return file
+
+    def _opened(self, shard: int) -> tuple[BinaryIO, Stamp | None]:
+        """The file of a shard, verified by this machine."""
+        file = self._dataset.shards[shard].file
+        if not self._store.is_local:
+            return self._cache.open(self._store, file), None
+        source, stamp = self._cache.open_verified(self._store, file, known=self._verified.get(shard))
+        self._verified[shard] = stamp
+        return source, stamp

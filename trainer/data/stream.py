@@ -3,18 +3,20 @@
 A DataLoader takes it with `batch_size=None`; each batch is a dict of `collate.py` and a `cursor`.
 
 Batch number b goes to rank b % R, and there to loader worker (b // R) % W, counted from the place of `seek`. Every
-worker enumerates the same rows by their lengths and decodes only its own batches.
+worker enumerates the same rows by their lengths and reads and decodes only those of its own batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from coldstill.common.errors import ColdstillError
 from coldstill.trainer.errors import CursorMismatch
 
 from .batch_sampler import BatchSampler, Pack
@@ -28,6 +30,37 @@ CURSOR_VERSION = 1
 _SAMPLED_LENGTHS = 1024
 _PREFETCHED_BATCHES = 2
 """Batches that a thread decodes in advance in a process without loader workers."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Takes the place of a batch: torch puts the traceback of a worker's exception into its message."""
+
+    error: ColdstillError
+
+
+class PassingErrors(IterableDataset):
+    """The batches of `stream`; a named error of a loader worker is sent as an item, for `raising_passed`."""
+
+    def __init__(self, stream: LogitStream):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, and at most one failure at the end."""
+        try:
+            yield from self.stream
+        except ColdstillError as error:
+            if get_worker_info() is None:
+                raise
+            yield _Failure(error)
+
+
+def raising_passed(items: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The batches of a loader of `PassingErrors`. Raises what the worker raised."""
+    for item in items:
+        if isinstance(item, _Failure):
+            raise item.error
+        yield item
 
 
 class LogitStream(IterableDataset):

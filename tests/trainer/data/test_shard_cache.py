@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.errors import ShardDamaged, ShardMissing
+from coldstill.storage_schema.errors import ShardDamaged, ShardMissing, StorageFailed
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.data.shard_cache import ShardCache
 from tests.pipeline.buckets import s3_bucket
@@ -160,3 +161,69 @@ def test_two_processes_share_a_cache_and_copy_no_shard_twice(bucket, tmp_path):
         assert process.exitcode == 0
     fetched = [path for method, path in server.requests if method == "GET" and "/shards/" in path]
     assert len(fetched) == len(set(fetched)) == len(open_dataset(address).shards)
+
+
+def change(path: Path, kind: str) -> None:
+    """Other bytes of the same size with the old times, by a new file or in place."""
+    data, facts = bytearray(path.read_bytes()), path.stat()
+    data[len(data) // 2] ^= 1
+    if kind == "replaced":
+        path.unlink()
+    with path.open("r+b" if path.exists() else "xb") as file:
+        file.write(data)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def verified_again(root: Path, cache: Path, known=None):
+    dataset = open_dataset(root)
+    opened, stamp = ShardCache(cache, most_bytes=1).open_verified(dataset.store, dataset.shards[0].file, known=known)
+    opened.close()
+    return stamp
+
+
+@pytest.mark.parametrize("kind", ["replaced", "in place"])
+def test_a_record_of_a_verified_shard_is_not_fooled_by_a_file_that_changed_later(grouped, tmp_path, kind):
+    """Size and time of the file are as before: the times of the inode are not a program's to set."""
+    root, cache = Path(shutil.copytree(grouped, tmp_path / "copy")), tmp_path / "cache"
+    stamp = verified_again(root, cache)
+    assert verified_again(root, cache) == stamp
+    change(root / open_dataset(root).shards[0].file.name, kind)
+    for known in (None, stamp):
+        with pytest.raises(ShardDamaged):
+            verified_again(root, cache, known)
+
+
+def test_a_damaged_record_or_index_is_made_again(grouped, tmp_path):
+    wanted = list(load_logit_dataset(grouped, cache_dir=tmp_path).stream(batch_size=4, seed=0, epochs=1))
+    stored = [path for folder in ("index", "verified") for path in (tmp_path / folder).iterdir()]
+    assert len(stored) == 2 * 3  # the fourth shard is empty
+    for number, path in enumerate(stored):
+        data = path.read_bytes()
+        path.write_bytes([b"", data[:-3], bytes(len(data))][number % 3])
+    assert all_same(
+        list(load_logit_dataset(grouped, cache_dir=tmp_path).stream(batch_size=4, seed=0, epochs=1)), wanted
+    )
+
+
+def test_a_folder_for_copies_that_takes_no_file_is_a_named_error(remote, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageFailed, match="COLDSTILL_CACHE"):
+        list(load_logit_dataset(remote, cache_dir=tmp_path / "file" / "cache").stream(batch_size=4, seed=0, epochs=1))
+
+
+def test_copies_made_at_the_same_time_stay_within_the_bound(remote, tmp_path):
+    dataset = open_dataset(remote)
+    files = [shard.file for shard in dataset.shards if shard.rows]
+    most = sum(sorted((file.bytes for file in files), reverse=True)[:2])
+    cache, seen = ShardCache(tmp_path, most_bytes=most), []
+
+    def work(first: int) -> None:
+        for number in range(12):
+            cache.open(dataset.store, files[(first + number) % len(files)]).close()
+            seen.append(sum(path.stat().st_size for path in copies(tmp_path) if path.exists()))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert len(seen) == 48
+    assert max(seen) <= most
+    assert not list(tmp_path.glob("*/_run/*"))
