@@ -11,15 +11,27 @@ their bin.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from coldstill.common.models import FrozenModel
 
-from .figures import Figures
+from .figures import Figures, draws_per_position
+
+if TYPE_CHECKING:
+    from coldstill.trainer.data.logit_dataset import LogitDataset
 
 BINS = 15
+
+Better = Literal["lower", "higher"]
+Need = Literal["", "draws", "draw_logprobs", "teacher"]
+
+
+def _better(direction: Better, *, needs: Need = "") -> dict[str, JsonValue]:
+    """Which values of a metric are better, and what measuring it needs. A metric without this ranks no students."""
+    return {"better": direction, "needs": needs}
 
 
 class CalibrationBin(FrozenModel):
@@ -29,25 +41,37 @@ class CalibrationBin(FrozenModel):
     up_to: float
     targets: int
     confidence: float | None = Field(description="Mean probability of the most probable token; None if empty.")
-    accuracy: float | None = Field(description="How often that token is the label; None if empty.")
+    accuracy: float | None = Field(
+        description="How often that token is the label; None if empty.", json_schema_extra=_better("higher")
+    )
 
 
 class EvaluationReport(FrozenModel):
     """Means over all target positions. A figure that was not measured is None."""
 
     targets: int = Field(description="Target positions.")
-    cross_entropy: float = Field(description="-log q of the label.")
-    perplexity: float = Field(description="exp of the cross-entropy.")
+    cross_entropy: float = Field(
+        description="-log q of the label.",
+        json_schema_extra=_better("lower"),
+    )
+    perplexity: float = Field(
+        description="exp of the cross-entropy.",
+        json_schema_extra=_better("lower"),
+    )
     teacher_cross_entropy: float = Field(description="-log p of the label, from the cache.")
     forward_kl_lower_bound: float = Field(
         description="KL(p || q) over the K kept ids and one symbol for all others: a lower bound of the dense KL. The "
-        "training log's bucket_kl is its mean."
+        "training log's bucket_kl is its mean.",
+        json_schema_extra=_better("lower"),
     )
     reverse_kl_lower_bound: float = Field(
-        description="KL(q || p) over the same symbols: a lower bound of the dense KL."
+        description="KL(q || p) over the same symbols: a lower bound of the dense KL.",
+        json_schema_extra=_better("lower"),
     )
     forward_kl_estimate: float | None = Field(
-        default=None, description="KL(p || q) over all ids, estimated without bias from draws with log-probs."
+        default=None,
+        description="KL(p || q) over all ids, estimated without bias from draws with log-probs.",
+        json_schema_extra=_better("lower", needs="draw_logprobs"),
     )
     forward_kl_estimate_error: float | None = Field(
         default=None,
@@ -57,24 +81,38 @@ class EvaluationReport(FrozenModel):
     tail_kl_estimate: float | None = Field(
         default=None,
         description="forward_kl_estimate minus forward_kl_lower_bound: the KL within the tail. May be negative.",
+        json_schema_extra=_better("lower", needs="draw_logprobs"),
     )
     soft_cross_entropy_estimate: float | None = Field(
         default=None,
         description="-sum p log q over all ids, estimated without bias from draws: KL(p || q) plus the teacher's "
         "entropy, which is equal for all students. It ranks students if the draws have no log-probs.",
+        json_schema_extra=_better("lower", needs="draws"),
     )
-    forward_kl: float | None = Field(default=None, description="KL(p || q) over all ids; needs a resident teacher.")
-    reverse_kl: float | None = Field(default=None, description="KL(q || p) over all ids; needs a resident teacher.")
+    forward_kl: float | None = Field(
+        default=None,
+        description="KL(p || q) over all ids; needs a resident teacher.",
+        json_schema_extra=_better("lower", needs="teacher"),
+    )
+    reverse_kl: float | None = Field(
+        default=None,
+        description="KL(q || p) over all ids; needs a resident teacher.",
+        json_schema_extra=_better("lower", needs="teacher"),
+    )
     cached_teacher_kl: float | None = Field(
         default=None,
         description="KL from the cached to the resident teacher over the K+1 symbols. For the dataset's own teacher "
         "it is about the error of storage; a much larger value means another teacher, precision or alignment.",
     )
-    top1_agreement: float = Field(description="How often student and teacher have the same most probable token.")
+    top1_agreement: float = Field(
+        description="How often student and teacher have the same most probable token.",
+        json_schema_extra=_better("higher"),
+    )
     accuracy: float = Field(description="How often the student's most probable token is the label.")
     confidence: float = Field(description="The student's probability of its most probable token.")
     expected_calibration_error: float = Field(
-        description=f"Calibration error of the student on the labels, {BINS} bins of equal width (Guo et al. 2017)."
+        description=f"Calibration error of the student on the labels, {BINS} bins of equal width (Guo et al. 2017).",
+        json_schema_extra=_better("lower"),
     )
     head_mass: float = Field(description="The student's mass on the head (TAID, table 3).")
     rest_mass: float = Field(description="The student's mass on all other ids.")
@@ -92,6 +130,25 @@ class EvaluationReport(FrozenModel):
     def metrics(self) -> dict[str, float]:
         """All measured numbers by name."""
         return self.model_dump(exclude_none=True, exclude={"calibration"})
+
+
+def ranking_metrics(dataset: LogitDataset | None) -> dict[str, Better]:
+    """Metrics of an evaluation without a resident teacher that rank students, each with its better direction.
+
+    Those that `dataset` allows; with None, those that any dataset allows. `loss` is the metric that `DistillTrainer`
+    adds.
+    """
+    has = {"", "draws", "draw_logprobs"}
+    if dataset is not None and not draws_per_position(dataset):
+        has = {""}
+    elif dataset is not None and not dataset.draw_logprobs:
+        has = {"", "draws"}
+    found: dict[str, Better] = {"loss": "lower"}
+    for name, field in EvaluationReport.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra["needs"] in has:
+            found[name] = "higher" if extra["better"] == "higher" else "lower"
+    return found
 
 
 _SUMMED = tuple(
