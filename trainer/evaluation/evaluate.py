@@ -75,7 +75,8 @@ def evaluate_on_dataset(
 
     `tokenizers_are_checked`: both models are of `load_measured`; else the tokenizers beside their weights are checked.
 
-    Raises `TokenizerMismatch`, `NoTargets`, `NonFiniteLogits`, `TeacherSawAnotherPrompt`, and what `load_logit_dataset` raises.
+    Raises `TokenizerMismatch`, `NoTargets`, `NonFiniteLogits`, `TeacherSawAnotherPrompt`, and what `load_logit_dataset`
+    raises.
     """
     logits = load_logit_dataset(str(dataset))
     if teacher is not None and (prompt := logits.header.teacher_prompt):

@@ -41,9 +41,7 @@ class CalibrationBin(FrozenModel):
     up_to: float
     targets: int
     confidence: float | None = Field(description="Mean probability of the most probable token; None if empty.")
-    accuracy: float | None = Field(
-        description="How often that token is the label; None if empty.", json_schema_extra=_better("higher")
-    )
+    accuracy: float | None = Field(description="How often that token is the label; None if empty.")
 
 
 class EvaluationReport(FrozenModel):
@@ -108,7 +106,9 @@ class EvaluationReport(FrozenModel):
         description="How often student and teacher have the same most probable token.",
         json_schema_extra=_better("higher"),
     )
-    accuracy: float = Field(description="How often the student's most probable token is the label.")
+    accuracy: float = Field(
+        description="How often the student's most probable token is the label.", json_schema_extra=_better("higher")
+    )
     confidence: float = Field(description="The student's probability of its most probable token.")
     expected_calibration_error: float = Field(
         description=f"Calibration error of the student on the labels, {BINS} bins of equal width (Guo et al. 2017).",
