@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from transformers.utils import logging
 
 from .errors import UnknownMetric, UnsupportedArgument
-from .evaluation.report import Better, ranking_metrics
+from .evaluation.report import Better, measured_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -188,8 +188,8 @@ def rank_by_metric(args: TrainingArguments, datasets: Any) -> TrainingArguments:
     `datasets`: what is evaluated, one dataset or several by name. The direction of a scheduler that follows the metric,
     such as reduce_lr_on_plateau, is set too.
 
-    Raises `UnknownMetric` for a name that no evaluation of the run reports, and `UnsupportedArgument` for a metric that
-    nothing measures or a scheduler of the other direction.
+    Raises `UnknownMetric` for a name that no evaluation of the run reports, and `UnsupportedArgument` for a run without
+    evaluation or a scheduler of the other direction.
     """
     args, name = copy.copy(args), args.metric_for_best_model
     if name is None:
@@ -198,10 +198,10 @@ def rank_by_metric(args: TrainingArguments, datasets: Any) -> TrainingArguments:
         reason = "the run evaluates nothing; set eval_strategy and pass eval_dataset"
         raise _unsupported("TrainingArguments: metric_for_best_model", name, None, reason)
     parts = datasets if isinstance(datasets, Mapping) else {"": datasets}
-    known: dict[str, Better] = {
+    known: dict[str, Better | None] = {
         f"eval_{part}_{metric}" if part else f"eval_{metric}": better
         for part, dataset in parts.items()
-        for metric, better in ranking_metrics(dataset).items()
+        for metric, better in measured_metrics(dataset).items()
     }
     full = name if name.startswith("eval_") else f"eval_{name}"
     if full not in known:
@@ -209,9 +209,13 @@ def rank_by_metric(args: TrainingArguments, datasets: Any) -> TrainingArguments:
         raise UnknownMetric(
             "metric that selects the best checkpoint",
             found=name,
-            wanted=f"a metric of this run's evaluation that ranks students: {', '.join(known)}",
+            wanted=f"one that this run measures: {', '.join(known)}",
             fix=f"set training.best_metric (or metric_for_best_model) to {nearest}",
         )
+    if known[full] is None:
+        end = "highest" if args.greater_is_better else "lowest"
+        logger.warning(f"neither high nor low values of {full} are better; the checkpoint with the {end} one is kept")
+        return args
     highest = known[full] == "higher"
     if args.greater_is_better != highest:
         logger.warning(

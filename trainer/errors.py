@@ -10,7 +10,7 @@ class UnsupportedArgument(ColdstillError, ValueError):
 
 
 class UnknownMetric(ColdstillError):
-    """No evaluation measures the metric that selects the best checkpoint, or no value of it is better."""
+    """No evaluation of the run measures the metric that selects the best checkpoint."""
 
 
 class InvalidMixture(ColdstillError):

@@ -21,7 +21,7 @@ from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
-from .evaluation.report import ranking_metrics
+from .evaluation.report import measured_metrics
 from .finished_student import push_student, write_student
 from .interruption import CheckpointOnSignal
 from .losses import run_identity
@@ -121,7 +121,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         eval_strategy="no" if config.eval_dataset is None else "steps",
         eval_steps=training.eval_steps,
         metric_for_best_model=training.best_metric,
-        greater_is_better=ranking_metrics(None).get(best.removeprefix("eval_")) == "higher" if best else None,
+        greater_is_better=measured_metrics(None).get(best.removeprefix("eval_")) == "higher" if best else None,
         load_best_model_at_end=best is not None,
         save_strategy="steps",
         # Each measurement needs its checkpoint, so that the best one exists at the end.

@@ -11,7 +11,7 @@ their bin.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, JsonValue
@@ -27,10 +27,11 @@ BINS = 15
 
 Better = Literal["lower", "higher"]
 Need = Literal["", "draws", "draw_logprobs", "teacher"]
+_DIRECTIONS: dict[Any, Better | None] = {"lower": "lower", "higher": "higher", None: None}
 
 
-def _better(direction: Better, *, needs: Need = "") -> dict[str, JsonValue]:
-    """Which values of a metric are better, and what measuring it needs. A metric without this ranks no students."""
+def _better(direction: Better | None, *, needs: Need = "") -> dict[str, JsonValue]:
+    """Which values of a metric are better, None if no end is, and what measuring it needs."""
     return {"better": direction, "needs": needs}
 
 
@@ -75,6 +76,7 @@ class EvaluationReport(FrozenModel):
         default=None,
         description="Upper bound of the standard error that the draws cause in forward_kl_estimate; it also contains "
         "the spread of the true values over positions.",
+        json_schema_extra=_better(None, needs="draw_logprobs"),
     )
     tail_kl_estimate: float | None = Field(
         default=None,
@@ -101,6 +103,7 @@ class EvaluationReport(FrozenModel):
         default=None,
         description="KL from the cached to the resident teacher over the K+1 symbols. For the dataset's own teacher "
         "it is about the error of storage; a much larger value means another teacher, precision or alignment.",
+        json_schema_extra=_better(None, needs="teacher"),
     )
     top1_agreement: float = Field(
         description="How often student and teacher have the same most probable token.",
@@ -123,8 +126,13 @@ class EvaluationReport(FrozenModel):
         default=None,
         description="The student's mass on the 80th to 100th percentile of the ids, ranked by the resident teacher "
         "(TAID, table 3).",
+        json_schema_extra=_better(None, needs="teacher"),
     )
-    teacher_last_fifth_mass: float | None = Field(default=None, description="The teacher's mass on the same ids.")
+    teacher_last_fifth_mass: float | None = Field(
+        default=None,
+        description="The teacher's mass on the same ids.",
+        json_schema_extra=_better(None, needs="teacher"),
+    )
     calibration: tuple[CalibrationBin, ...] = Field(description="The bins of expected_calibration_error.")
 
     def metrics(self) -> dict[str, float]:
@@ -132,22 +140,21 @@ class EvaluationReport(FrozenModel):
         return self.model_dump(exclude_none=True, exclude={"calibration"})
 
 
-def ranking_metrics(dataset: LogitDataset | None) -> dict[str, Better]:
-    """Metrics of an evaluation without a resident teacher that rank students, each with its better direction.
+def measured_metrics(dataset: LogitDataset | None) -> dict[str, Better | None]:
+    """Metrics of an evaluation on `dataset` without a resident teacher, each with its better direction, if it has one.
 
-    Those that `dataset` allows; with None, those that any dataset allows. `loss` is the metric that `DistillTrainer`
-    adds.
+    With None, those that a dataset may allow. `loss` is the metric that `DistillTrainer` adds.
     """
     has = {"", "draws", "draw_logprobs"}
     if dataset is not None and not draws_per_position(dataset):
         has = {""}
     elif dataset is not None and not dataset.draw_logprobs:
         has = {"", "draws"}
-    found: dict[str, Better] = {"loss": "lower"}
+    found: dict[str, Better | None] = {"loss": "lower"}
     for name, field in EvaluationReport.model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra["needs"] in has:
-            found[name] = "higher" if extra["better"] == "higher" else "lower"
+        record = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else _better(None)
+        if name != "calibration" and record["needs"] in has:
+            found[name] = _DIRECTIONS[record["better"]]
     return found
 
 
