@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,14 @@ def _config(dataset: Path, student: Path, output: Path, **changes: object) -> Tr
     return TrainConfig.model_validate(fields)
 
 
+def _refused(enter: Callable[[], object]) -> bool:
+    try:
+        enter()
+    except TokenizerMismatch:
+        return True
+    return False
+
+
 def test_a_student_of_other_ids_is_refused_at_every_entrance(
     tiny_dataset: Path, tiny_student: Path, other_student: Path, tmp_path: Path
 ) -> None:
@@ -135,10 +144,7 @@ def test_a_student_of_other_ids_is_refused_at_every_entrance(
         lambda: evaluate_on_dataset(other, tiny_dataset),
         lambda: evaluate_on_dataset(right, tiny_dataset, teacher=other),
     ]
-    for number, enter in enumerate(entrances):
-        with pytest.raises(TokenizerMismatch):
-            enter()
-            pytest.fail(f"entrance {number} took a student of other ids")
+    assert [_refused(enter) for enter in entrances] == [True] * len(entrances)
 
 
 def test_a_dataset_of_other_ids_is_refused_at_every_entrance(
@@ -158,10 +164,7 @@ def test_a_dataset_of_other_ids_is_refused_at_every_entrance(
         lambda: load_logit_dataset([tiny_dataset, other_dataset]),
         lambda: evaluate(tiny_student, other_dataset),
     ]
-    for number, enter in enumerate(entrances):
-        with pytest.raises(TokenizerMismatch):
-            enter()
-            pytest.fail(f"entrance {number} took a dataset of other ids")
+    assert [_refused(enter) for enter in entrances] == [True] * len(entrances)
 
 
 def test_a_student_without_a_tokenizer_is_told_and_a_name_without_one_is_refused(
