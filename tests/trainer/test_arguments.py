@@ -253,8 +253,8 @@ def test_a_scheduler_that_follows_the_metric_has_its_direction(tiny_dataset, tmp
 @pytest.mark.parametrize(
     ("name", "several", "nearest"),
     [
-        ("eval_acuracy", False, "eval_accuracy"),
-        ("cross_entrophy", False, "eval_cross_entropy"),
+        ("eval_accuracies", False, "eval_accuracy"),
+        ("cross_entropies", False, "eval_cross_entropy"),
         ("eval_loss", True, "eval_a_loss"),
         ("eval_forward_kl", False, "eval_forward_kl_"),
     ],

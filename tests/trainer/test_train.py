@@ -312,7 +312,7 @@ def test_the_student_of_a_run_has_the_best_value_of_its_metric_and_a_typo_is_nam
         tiny_dataset,
         tiny_student,
         tmp_path / "typo",
-        training={"best_metric": "eval_acuracy"},
+        training={"best_metric": "eval_accuracies"},
         eval_dataset=str(tiny_dataset),
     )
     with pytest.raises(UnknownMetric, match="to eval_accuracy"):

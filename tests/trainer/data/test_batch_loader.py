@@ -1,4 +1,4 @@
-"""One loader gives the batches of a whole run, and callbacks see its epochs; loaders of evaluations give each row once."""
+"""One loader gives the batches of a run, and callbacks see its epochs; those of evaluations give each row once."""
 
 from __future__ import annotations
 
