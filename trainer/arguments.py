@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from .errors import UnknownMetric, UnsupportedArgument
@@ -170,6 +171,18 @@ def validate_arguments(args: TrainingArguments) -> None:
         raise _unsupported(what, steps, 1, "the length of the run follows from gradient_accumulation_steps; set that")
 
 
+def validate_optimizer(name: str) -> None:
+    """Raise `UnsupportedArgument` for an optimizer that transformers does not know."""
+    known = [one.value for one in OptimizerNames]
+    if name not in known:
+        raise UnsupportedArgument(
+            "training.optimizer",
+            found=name,
+            wanted="an optimizer of transformers",
+            fix=f"use {difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}",
+        )
+
+
 def validate_parameters(given: Mapping[str, Any]) -> None:
     """Raise `UnsupportedArgument` for a parameter of transformers' Trainer that we lack, `TypeError` for others."""
     for name, value in given.items():
@@ -205,11 +218,12 @@ def rank_by_metric(args: TrainingArguments, datasets: Any) -> TrainingArguments:
     }
     full = name if name.startswith("eval_") else f"eval_{name}"
     if full not in known:
-        nearest = difflib.get_close_matches(full, known, n=1, cutoff=0)[0]
+        ranking = [metric for metric, better in known.items() if better]
+        nearest = difflib.get_close_matches(full, ranking, n=1, cutoff=0)[0]
         raise UnknownMetric(
             "metric that selects the best checkpoint",
             found=name,
-            wanted=f"one that this run measures: {', '.join(known)}",
+            wanted=f"one that this run measures: {', '.join(ranking)}",
             fix=f"set training.best_metric (or metric_for_best_model) to {nearest}",
         )
     if known[full] is None:

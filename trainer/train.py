@@ -17,6 +17,7 @@ from coldstill.common.files import write_json
 from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
 
+from .arguments import validate_optimizer
 from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_full_disk, newest_checkpoint
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
@@ -103,6 +104,7 @@ def _build(
 def _arguments(config: TrainConfig) -> TrainingArguments:
     training = config.training
     best = training.best_metric
+    validate_optimizer(training.optimizer)
     return TrainingArguments(
         output_dir=config.output,
         per_device_train_batch_size=training.batch_size,

@@ -17,6 +17,7 @@ from coldstill.trainer.arguments import (
     adapt_arguments,
     rank_by_metric,
     validate_arguments,
+    validate_optimizer,
 )
 from coldstill.trainer.errors import UnknownMetric, UnsupportedArgument
 from coldstill.trainer.evaluation.report import EvaluationReport, measured_metrics
@@ -157,6 +158,12 @@ def test_accelerate_does_not_cut_the_batches(tmp_path, config):
 def test_an_optimizer_that_steps_within_the_backward_pass_is_refused(tmp_path, optim):
     with pytest.raises(UnsupportedArgument, match=optim):
         validate_arguments(arguments(tmp_path, optim=optim))
+
+
+def test_an_optimizer_that_transformers_does_not_know_is_refused_with_the_nearest():
+    validate_optimizer("adamw_torch_fused")
+    with pytest.raises(UnsupportedArgument, match="use adamw_torch"):
+        validate_optimizer("adam_torch")
 
 
 def test_every_parameter_of_trainer_is_taken_or_refused_by_name(tiny_dataset, tiny_student, tmp_path):
