@@ -6,20 +6,19 @@ Shape letters: `B` rows, `T` tokens, `M` target positions, `V` ids of the tokeni
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
 from .arguments import adapt_arguments, rank_by_metric, validate_arguments, validate_parameters
 from .checkpoints import ResumePoint, data_order, newest_checkpoint, resume_point
 from .config import StudentConfig
-from .data.batch_loader import BatchLoader, OnePass
 from .data.logit_dataset import LogitDataset, check_eval_dataset, require_logit_dataset
 from .data.stream import LogitStream
 from .errors import UnsupportedArgument
@@ -32,11 +31,12 @@ from .step_record import StepRecord
 from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.packing_check import check_packing
 from .student.tokenizer import checked_student
+from .training_loop import BatchLoader, TrainingLoop
 
 logger = logging.get_logger(__name__)
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(TrainingLoop):
     """Divides the summed loss of an optimizer step once, by the number of its targets on all devices.
 
     So padding, packing, accumulation and the number of devices do not change the gradient. t of TAID is updated once
@@ -45,7 +45,6 @@ class DistillTrainer(Trainer):
 
     # Read by Trainer: the loss is already divided by the targets of the whole step.
     loss_is_scaled_for_ga = True
-    control: TrainerControl
 
     def __init__(
         self,
@@ -259,11 +258,6 @@ class DistillTrainer(Trainer):
             fix="call evaluate(test_dataset, metric_key_prefix='test')",
         )
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the weights that evaluation measures; transformers would save those of a schedule-free step."""
-        self._use_averaged_weights()
-        super().save_model(*args, **kwargs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `bucket_kl` to training lines, and with TAID `taid_t` (of the next step) and `taid_momentum`."""
         if "loss" in logs:
@@ -283,51 +277,6 @@ class DistillTrainer(Trainer):
                 adapters=innermost(self.model) is not self.model,
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
-
-    def _run_epoch(
-        self,
-        *,
-        train_dataloader: Iterable[Any],
-        steps_in_epoch: int,
-        num_update_steps_per_epoch: int,
-        resume_from_checkpoint: str | None,
-        **rest: Any,
-    ) -> None:
-        """Split the one pass that transformers sees into the run's epochs, so that callbacks get the events of each.
-
-        An epoch ends with the optimizer step that takes its last row, which may take rows of the next one.
-        """
-        batches, began = OnePass(train_dataloader), self.state.global_step
-        for last in self.length.last_steps(began):
-            first = self.state.global_step
-            if first > began:
-                self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
-            super()._run_epoch(
-                train_dataloader=batches,
-                steps_in_epoch=self.length.micro_batches_after(first) - self.length.micro_batches_after(last),
-                num_update_steps_per_epoch=last - first,
-                # The random state of a checkpoint is restored once.
-                resume_from_checkpoint=resume_from_checkpoint if first == began else None,
-                **rest,
-            )
-            if self.control.should_epoch_stop:
-                raise UnsupportedArgument(
-                    "a callback's control.should_epoch_stop",
-                    found=True,
-                    wanted="False, because each epoch takes every row once",
-                    fix="set control.should_training_stop to end the run",
-                )
-            if self.control.should_training_stop:
-                return
-
-    def _load_best_model(self) -> None:
-        self._use_averaged_weights()
-        super()._load_best_model()
-
-    def _use_averaged_weights(self) -> None:
-        """With a schedule-free optimizer, give the model the weights it is used with; the next step undoes it."""
-        if callable(use := getattr(self.optimizer, "eval", None)):
-            use()
 
     def _evaluated(self, chosen: Any) -> Any:
         """The dataset or datasets that `chosen` means: a dataset, a name of one, or None for all of them."""
