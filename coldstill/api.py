@@ -86,7 +86,9 @@ def evaluate(
     resident = None
     if teacher is not None:
         resident = load_measured(str(teacher), opened, role="resident teacher", weights=dtype)
-    return evaluate_on_dataset(model, str(dataset), teacher=resident, batch_size=batch_size)
+    return evaluate_on_dataset(
+        model, str(dataset), teacher=resident, batch_size=batch_size, tokenizers_are_checked=True
+    )
 
 
 def _checked(config: Settings | Mapping[str, Any] | str | Path, model: type[Settings]) -> Settings:

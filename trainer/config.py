@@ -147,8 +147,8 @@ class TrainingConfig(FrozenModel):
     eval_steps: int = Field(200, ge=1, description="Optimizer steps between two evaluations on eval_dataset.")
     best_metric: str | None = Field(
         None,
-        description="The checkpoint with the lowest value of this metric, such as eval_cross_entropy, becomes the "
-        "student, and each evaluation saves a checkpoint; null takes the last checkpoint.",
+        description="The checkpoint with the best value of this metric, such as eval_cross_entropy (lowest) or "
+        "eval_accuracy (highest), becomes the student, and each evaluation saves a checkpoint; null takes the last.",
     )
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after this many evaluations in a row without a better best_metric."
@@ -174,7 +174,7 @@ class TrainingConfig(FrozenModel):
     @model_validator(mode="after")
     def _patience_needs_a_metric(self) -> TrainingConfig:
         if self.early_stopping_patience is not None and self.best_metric is None:
-            raise ValueError("early_stopping_patience needs best_metric, the metric that must fall")
+            raise ValueError("early_stopping_patience needs best_metric, the metric that must improve")
         return self
 
 

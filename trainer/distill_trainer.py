@@ -12,72 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
-from .arguments import adapt_arguments, validate_arguments
+from .arguments import adapt_arguments, rank_by_metric, validate_arguments, validate_parameters
 from .checkpoints import ResumePoint, data_order, newest_checkpoint, resume_point
 from .config import StudentConfig
-from .data.logit_dataset import LogitDataset
-from .data.stream import LogitStream, PassingErrors, raising_passed
+from .data.logit_dataset import LogitDataset, check_eval_dataset, require_logit_dataset
+from .data.stream import LogitStream
+from .errors import UnsupportedArgument
 from .evaluation.evaluate import evaluate_student
 from .evaluation.figures import draws_per_position
 from .finished_student import model_card
-from .interruption import naming_dead_workers, outlive_sigterm
+from .interruption import naming_dead_workers
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
 from .student.forward import distill_in_forward, innermost, model_inputs
-from .student.load import check_head, load_student
 from .student.packing_check import check_packing
-from .student.tokenizer import check_tokenizer
+from .student.tokenizer import checked_student
+from .training_loop import BatchLoader, TrainingLoop
 
 logger = logging.get_logger(__name__)
 
 
-class BatchLoader(DataLoader):
-    """A device's batches of a stream, cut after `batches` if given, and decoded in the processes that `args` set.
-
-    Trainer derives the number of optimizer steps, and the micro-batches of the last one, from the length of its loader.
-    So the loader of a resumed run has the length of the rest of the run. A finished run has the length 1: with less,
-    Trainer would take the length as unknown and train again; with it, no epoch is left.
-    """
-
-    def __init__(self, stream: LogitStream, args: TrainingArguments, *, batches: int | None = None):
-        workers = args.dataloader_num_workers
-        super().__init__(
-            PassingErrors(stream),
-            batch_size=None,
-            worker_init_fn=outlive_sigterm,
-            num_workers=workers,
-            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            pin_memory=args.dataloader_pin_memory,
-            # A separate generator: each pass draws a seed, which must not change the random numbers of dropout.
-            generator=torch.Generator(),
-        )
-        self._batches = None if batches is None else max(1, batches)
-
-    def __len__(self) -> int:
-        """Batches of one pass. Raises `TypeError` if the loader has no bound."""
-        if self._batches is None:
-            raise TypeError("the length of this loader is not known")
-        return self._batches
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """Raises the named errors of the loader's processes as they are, and `LoaderWorkerDied`."""
-        batches = super().__iter__()
-        try:
-            with naming_dead_workers():
-                yield from islice(raising_passed(batches), self._batches)
-        finally:
-            # torch would end its processes when the iterator is collected. After an error that is late: the cycle with
-            # the traceback has taken down their queues, and each process is waited for in vain, five seconds long.
-            getattr(batches, "_shutdown_workers", lambda: None)()
-
-
-class DistillTrainer(Trainer):
+class DistillTrainer(TrainingLoop):
     """Divides the summed loss of an optimizer step once, by the number of its targets on all devices.
 
     So padding, packing, accumulation and the number of devices do not change the gradient. t of TAID is updated once
@@ -86,11 +46,10 @@ class DistillTrainer(Trainer):
 
     # Read by Trainer: the loss is already divided by the targets of the whole step.
     loss_is_scaled_for_ga = True
-    control: TrainerControl
 
     def __init__(
         self,
-        model: torch.nn.Module | str,
+        model: torch.nn.Module | str | StudentConfig,
         args: TrainingArguments | None = None,
         *,
         train_dataset: LogitDataset,
@@ -101,31 +60,37 @@ class DistillTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **unsupported: Any,
     ):
         """Check that student and dataset fit, and build the loss.
 
-        - `model`: a causal LM of transformers, one with peft adapters, or a folder or hub name.
+        - `model`: a causal LM of transformers, one with peft adapters, a folder or hub name, or a `StudentConfig`.
         - `loss`: a name such as taid, forward_kl or cross_entropy, a mapping such as {"name": "js", "beta": 0.5}, or an
           object such as `Taid(t_start=0.2)`, also of your own class.
         - `pack_length`: tokens of a pack; None pads each row of a batch to the longest.
         - `fused_head`: compute the head and the loss in chunks; False uses the logits of the model's own forward pass.
-        - `processing_class`: the student's tokenizer, checked against the dataset's and saved with each checkpoint.
+        - `processing_class`: the student's tokenizer, saved with each checkpoint. It is checked against the dataset's,
+          and so is the tokenizer beside the weights of a student given by name. A model object without
+          `processing_class` is checked by its `name_or_path`; a warning is logged if there is no tokenizer.
+        - `unsupported`: other parameters of Trainer; the error says what to do instead.
 
         `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
         Trainer.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `PackingUnsupported`, what `read_loss` and
-        `build_objective` raise, and `ValueError` for arguments that would lose state of a checkpoint.
+        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `PackingUnsupported`, `UnknownMetric`, what `read_loss` and
+        `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or lose state.
         """
+        validate_parameters(unsupported)
         args = args or TrainingArguments("trainer_output")
         validate_arguments(args)
+        require_logit_dataset(train_dataset, name="train_dataset")
+        if eval_dataset is not None:
+            check_eval_dataset(eval_dataset, train_dataset)
+        args = rank_by_metric(args, eval_dataset)
         self.distillation_loss = read_loss(loss)
         header = train_dataset.header
-        student = load_student(StudentConfig(model=model), header) if isinstance(model, str) else model
-        name = innermost(student).config.name_or_path or type(innermost(student)).__name__
-        check_head(innermost(student), header, name=name)
-        if processing_class is not None and processing_class.is_fast:
-            check_tokenizer(processing_class.backend_tokenizer.to_str().encode(), header, name=name)
+        student, name = checked_student(model, train_dataset, processing_class)
         self.objective = build_objective(
             self.distillation_loss,
             draws=train_dataset.draws,
@@ -155,7 +120,15 @@ class DistillTrainer(Trainer):
             # Before the user's callbacks, so that these read an updated record at the end of a step.
             callbacks=[self.record, *(callbacks or [])],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UnsupportedArgument(
+                "accelerate's configuration",
+                found="deepspeed" if self.is_deepspeed_enabled else "fsdp",
+                wanted="no sharding, because the student must fit one device",
+                fix="start several devices with torchrun",
+            )
         with self.accelerator.autocast():
             self.head = distill_in_forward(self.model, token_count=header.token_count, fused=fused_head)
             if pack_length is not None:
@@ -179,7 +152,9 @@ class DistillTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str):
             self._resumed = resume_point(Path(resume_from_checkpoint), self.order)
         with naming_dead_workers():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            found = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._use_averaged_weights()
+        return found
 
     def get_train_dataloader(self) -> BatchLoader:
         """This device's batches from the resume point to the end of the run."""
@@ -231,16 +206,16 @@ class DistillTrainer(Trainer):
         `eval_loss` does not depend on t. For the loss cross_entropy it is the cross-entropy, else the best figure of
         KL(teacher || student) that the dataset allows. t, the data order and random numbers do not change.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("evaluate() needs an eval_dataset, here or in DistillTrainer(...)")
+        dataset = self._evaluated(eval_dataset)
         if isinstance(dataset, dict):
             parts = {
                 name: self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()
             }
             return {key: value for part in parts.values() for key, value in part.items()}
+        self._memory_tracker.start()
         began = time.time()
-        batches = BatchLoader(self._stream(dataset, batch_size=self.args.eval_batch_size, epochs=1), self.args)
+        batches = self.get_eval_dataloader(dataset)
+        self._use_averaged_weights()
         with naming_dead_workers(), self.accelerator.autocast():
             found = evaluate_student(
                 self.model,
@@ -254,7 +229,37 @@ class DistillTrainer(Trainer):
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=dataset.rows)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
+
+    def get_eval_dataloader(self, eval_dataset: LogitDataset | str | None = None) -> BatchLoader:
+        """This device's batches of one pass over an evaluation dataset, in stored order.
+
+        `eval_dataset`: a dataset, or the name of one given to `DistillTrainer`. Raises `TokenizerMismatch`.
+        """
+        dataset = self._evaluated(eval_dataset)
+        if isinstance(dataset, dict):
+            raise UnsupportedArgument(
+                "get_eval_dataloader()",
+                found=f"{len(dataset)} evaluation datasets",
+                wanted="the name of one",
+                fix=f"pass one of {', '.join(map(repr, dataset))}",
+            )
+        check_eval_dataset(dataset, self.train_dataset)
+        return BatchLoader(self._stream(dataset, batch_size=self.args.eval_batch_size, epochs=1), self.args)
+
+    def get_test_dataloader(self, test_dataset: LogitDataset) -> BatchLoader:
+        """The same as `get_eval_dataloader` of this dataset."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        """Raise `UnsupportedArgument`: the logits of all positions would not fit in memory."""
+        raise UnsupportedArgument(
+            "predict()",
+            found="a request for the logits of all target positions",
+            wanted="figures, which are measured in parts",
+            fix="call evaluate(test_dataset, metric_key_prefix='test')",
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `bucket_kl` to training lines, and with TAID `taid_t` (of the next step) and `taid_momentum`."""
@@ -275,6 +280,23 @@ class DistillTrainer(Trainer):
                 adapters=innermost(self.model) is not self.model,
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
+    def _evaluated(self, chosen: Any) -> Any:
+        """The dataset or datasets that `chosen` means: a dataset, a name of one, or None for all of them."""
+        dataset = self.eval_dataset if chosen is None else chosen
+        if isinstance(dataset, str):
+            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if dataset not in named:
+                raise UnsupportedArgument(
+                    "eval_dataset",
+                    found=repr(dataset),
+                    wanted=f"one of {', '.join(map(repr, named))}" if named else "a dataset of load_logit_dataset",
+                    fix="pass eval_dataset={NAME: dataset} to DistillTrainer",
+                )
+            return named[dataset]
+        if dataset is None:
+            raise ValueError("evaluate() needs an eval_dataset, here or in DistillTrainer(...)")
+        return dataset
 
     def _eval_loss_name(self, found: Mapping[str, float]) -> str:
         return next(name for name in self.distillation_loss.eval_loss if name in found)

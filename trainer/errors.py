@@ -5,6 +5,14 @@ from __future__ import annotations
 from coldstill.common.errors import ColdstillError
 
 
+class UnsupportedArgument(ColdstillError, ValueError):
+    """An argument of transformers' Trainer, or a value of one, that training from stored log-probs cannot honor."""
+
+
+class UnknownMetric(ColdstillError):
+    """No evaluation of the run measures the metric that selects the best checkpoint."""
+
+
 class InvalidMixture(ColdstillError):
     """Datasets or weights that cannot be mixed."""
 

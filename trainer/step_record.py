@@ -63,6 +63,8 @@ class StepRecord(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start with an empty state, or restore the checkpoint's."""
         self._reset()
+        # transformers sees one pass of the length of the run.
+        state.num_train_epochs = self._length.epochs
         for kept in (self.schedule, self.loss_state):
             if kept is not None:
                 kept.reset()

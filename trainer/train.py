@@ -16,17 +16,16 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from coldstill.common.files import write_json
 from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 
+from .arguments import validate_optimizer
 from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_full_disk, newest_checkpoint
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
+from .evaluation.report import measured_metrics
 from .finished_student import push_student, write_student
 from .interruption import CheckpointOnSignal
 from .losses import run_identity
-from .student.load import load_student
-from .student.tokenizer import check_tokenizer, tokenizer_files
 
 
 class TrainSummary(FrozenModel):
@@ -88,13 +87,11 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
 def _build(
     config: TrainConfig, dataset: LogitDataset, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
 ) -> DistillTrainer:
-    files = tokenizer_files(config.student, dataset.sources.datasets[0])
-    check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=config.student.name)
     # Randomly initialized weights, such as a head that the file lacks, must be equal at each start.
     set_seed(config.training.seed)
     patience = config.training.early_stopping_patience
     return DistillTrainer(
-        load_student(config.student, dataset.header),
+        config.student,
         args,
         train_dataset=dataset,
         loss=config.loss,
@@ -106,7 +103,8 @@ def _build(
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
     training = config.training
-    best = training.best_metric is not None
+    best = training.best_metric
+    validate_optimizer(training.optimizer)
     return TrainingArguments(
         output_dir=config.output,
         per_device_train_batch_size=training.batch_size,
@@ -125,8 +123,8 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         eval_strategy="no" if config.eval_dataset is None else "steps",
         eval_steps=training.eval_steps,
         metric_for_best_model=training.best_metric,
-        greater_is_better=False if best else None,
-        load_best_model_at_end=best,
+        greater_is_better=measured_metrics(None).get(best.removeprefix("eval_")) == "higher" if best else None,
+        load_best_model_at_end=best is not None,
         save_strategy="steps",
         # Each measurement needs its checkpoint, so that the best one exists at the end.
         save_steps=training.eval_steps if best else training.save_steps,

@@ -84,7 +84,7 @@ def evaluate(
 
 
 def _metrics(model: Any, teacher: Any, root: str, batch_size: int) -> dict[str, Any]:
-    report = evaluate_on_dataset(model, root, teacher=teacher, batch_size=batch_size)
+    report = evaluate_on_dataset(model, root, teacher=teacher, batch_size=batch_size, tokenizers_are_checked=True)
     if report.cached_teacher_kl is not None and report.cached_teacher_kl > ANOTHER_TEACHER_NATS:
         show_warning(
             f"the resident teacher is not the dataset's teacher: the KL between them is at least "

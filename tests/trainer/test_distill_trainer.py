@@ -13,6 +13,7 @@ from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.rows import CachedRow, spans_from_mask
 from coldstill.trainer.data.collate import collate
 from coldstill.trainer.errors import NonFiniteLoss, StudentHeadTooSmall
+from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
 from coldstill.trainer.losses import read_loss
 from tests import making
 from tests.trainer.training import build, mean_loss, weights_of
@@ -291,3 +292,86 @@ def test_push_to_hub_pushes_checkpoints_in_training_and_the_card_at_the_end(tiny
         (tmp_path / "pushed" / name).write_bytes(data)
     pushed, trained = LlamaForCausalLM.from_pretrained(tmp_path / "pushed").state_dict(), trainer.model.state_dict()
     assert all(torch.equal(pushed[name], weight) for name, weight in trained.items())
+
+
+class Averaged(torch.optim.SGD):
+    """As schedule-free optimizers do, it trains at other weights than those that are used: here 0.25 larger ones."""
+
+    training = False
+
+    def train(self) -> None:
+        self._move(True)
+
+    def eval(self) -> None:
+        self._move(False)
+
+    @torch.no_grad()
+    def _move(self, training: bool) -> None:
+        if training != self.training:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.add_(0.25 if training else -0.25)
+            self.training = training
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("package", ["", "schedulefree"])
+def test_a_schedule_free_student_is_measured_and_saved_at_the_weights_it_is_used_with(
+    tiny_dataset, tiny_student, tmp_path, package, best
+):
+    changes = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}
+    if package:
+        pytest.importorskip(package)
+    else:
+        changes = {"optimizer_cls_and_kwargs": (Averaged, {"lr": 1e-3})}
+    dataset = load_logit_dataset(tiny_dataset)
+    trainer, _ = build(
+        dataset,
+        tiny_student,
+        tmp_path,
+        eval_dataset=dataset,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=best,
+        **changes,
+    )
+    trainer.train()
+    measured = {line["step"]: line["eval_cross_entropy"] for line in trainer.state.log_history if "eval_loss" in line}
+    for step, value in measured.items():
+        saved = LlamaForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}")
+        assert evaluate_on_dataset(saved, tiny_dataset).cross_entropy == pytest.approx(value, rel=1e-6)
+    last = trainer.state.best_global_step if best else 6
+    assert all(
+        torch.equal(weight, LlamaForCausalLM.from_pretrained(tmp_path / f"checkpoint-{last}").state_dict()[name])
+        for name, weight in trainer.model.state_dict().items()
+    )
+    trainer.save_model(str(tmp_path / "end"))
+    ended = LlamaForCausalLM.from_pretrained(tmp_path / "end").state_dict()
+    assert all(torch.equal(weight, ended[name]) for name, weight in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["accuracy", "eval_cross_entropy"])
+def test_the_best_checkpoint_has_the_best_value(tiny_dataset, tiny_student, tmp_path, name):
+    dataset = load_logit_dataset(tiny_dataset)
+    trainer, _ = build(
+        dataset,
+        tiny_student,
+        tmp_path,
+        eval_dataset=dataset,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        learning_rate=1e-2,
+        num_train_epochs=2,
+        metric_for_best_model=name,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    key = f"eval_{name.removeprefix('eval_')}"
+    values = {line["step"]: line[key] for line in trainer.state.log_history if key in line}
+    best = (max if name == "accuracy" else min)(values.values())
+    assert len(set(values.values())) > 1
+    assert values[trainer.state.best_global_step] == best
+    assert trainer.evaluate()[key] == pytest.approx(best, rel=1e-6)

@@ -25,7 +25,14 @@ from coldstill.storage_schema.errors import (
     TokenizerNotFound,
 )
 from coldstill.trainer.config import TrainConfig
-from coldstill.trainer.errors import CheckpointMismatch, NoDraws, NoTargets, StudentHeadTooSmall, StudentNotFound
+from coldstill.trainer.errors import (
+    CheckpointMismatch,
+    NoDraws,
+    NoTargets,
+    StudentHeadTooSmall,
+    StudentNotFound,
+    UnknownMetric,
+)
 from coldstill.trainer.train import TrainSummary, train
 from tests import making
 from tests.trainer.training import KillAt, Killed
@@ -286,6 +293,30 @@ def test_the_best_checkpoint_is_the_student_and_patience_ends_the_run(tiny_datas
     assert (resumed.steps, resumed.student_step) == (8, 2)
     (tmp_path / "killed/train_summary.json").unlink()
     assert train(killed, callbacks=[KillAt(0)]) == resumed
+
+
+def test_the_student_of_a_run_has_the_best_value_of_its_metric_and_a_typo_is_named_before_the_first_step(
+    tiny_dataset, tiny_student, tmp_path
+):
+    for metric, best in (("eval_accuracy", max), ("eval_cross_entropy", min)):
+        training = {"epochs": 1, "eval_steps": 1, "best_metric": metric, "learning_rate": 1e-2}
+        config = make_config(
+            tiny_dataset, tiny_student, tmp_path / metric, training=training, eval_dataset=str(tiny_dataset)
+        )
+        step = train(config).student_step
+        log = json.loads((tmp_path / metric / "trainer_state.json").read_text())["log_history"]
+        values = {line["step"]: line[metric] for line in log if metric in line}
+        assert len(set(values.values())) > 1
+        assert values[step] == best(values.values())
+    config = make_config(
+        tiny_dataset,
+        tiny_student,
+        tmp_path / "typo",
+        training={"best_metric": "eval_accuracies"},
+        eval_dataset=str(tiny_dataset),
+    )
+    with pytest.raises(UnknownMetric, match="to eval_accuracy"):
+        train(config, callbacks=[KillAt(0)])
 
 
 def test_a_pushed_student_is_on_the_hub_with_its_card(tiny_dataset, tiny_student, tmp_path, hub):

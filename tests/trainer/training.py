@@ -12,6 +12,9 @@ from coldstill import DistillTrainer, load_logit_dataset
 from coldstill.trainer.data.collate import collate
 from coldstill.trainer.data.logit_dataset import LogitDataset
 
+OURS = ("loss", "pack_length", "fused_head", "eval_dataset", "optimizer_cls_and_kwargs")
+"""Parameters of `DistillTrainer` that a test sets through `build`."""
+
 
 class Gradients(TrainerCallback):
     """Records the gradients of every optimizer step."""
@@ -80,9 +83,7 @@ def build(
     dataset: Path | LogitDataset, student: Path | torch.nn.Module, output: Path, *, callbacks: Any = (), **changes: Any
 ) -> tuple[DistillTrainer, Gradients]:
     """A trainer on the tiny parts, and its gradients; `changes` are of `DistillTrainer` or of its arguments."""
-    ours = {
-        name: changes.pop(name) for name in ("loss", "pack_length", "fused_head", "eval_dataset") if name in changes
-    }
+    ours = {name: changes.pop(name) for name in OURS if name in changes}
     gradients = Gradients()
     model = LlamaForCausalLM.from_pretrained(student) if isinstance(student, Path) else student
     trainer = DistillTrainer(

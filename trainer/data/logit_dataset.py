@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import Store
-from coldstill.trainer.errors import InvalidMixture, MoreThanStored, NoTargets
+from coldstill.trainer.errors import InvalidMixture, MoreThanStored, NoTargets, UnsupportedArgument
 
 from .row_reader import Sources
 from .shard_cache import ShardCache
@@ -157,6 +158,49 @@ class LogitDataset:
         return float(np.exp(np.concatenate([targets.log_tail for targets in found]), dtype=np.float64).mean())
 
 
+def check_same_ids(where: str, *, fingerprint: str, token_count: int, header: DatasetHeader, of: str, fix: str) -> None:
+    """Raise `TokenizerMismatch` unless `fingerprint` is that of the dataset with `header`, whose name is `of`."""
+    if fingerprint != header.tokenizer_fingerprint:
+        raise TokenizerMismatch(
+            where,
+            found=f"{token_count} ids, fingerprint {fingerprint[:12]}",
+            wanted=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]} ({of})",
+            fix=fix,
+        )
+
+
+def check_eval_dataset(dataset: Any, trained: LogitDataset, *, name: str = "eval_dataset") -> None:
+    """Raise `TokenizerMismatch` unless `dataset`, or each dataset of a mapping, has the ids of the `trained` one.
+
+    Raises `UnsupportedArgument` for anything but datasets of `load_logit_dataset`.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_eval_dataset(part, trained, name=f"{name}[{key!r}]")
+        return
+    require_logit_dataset(dataset, name=name)
+    header = dataset.header
+    check_same_ids(
+        f"tokenizer of {name} ({dataset.sources.datasets[0].store.url})",
+        fingerprint=header.tokenizer_fingerprint,
+        token_count=header.token_count,
+        header=trained.header,
+        of=f"the dataset of the training, {trained.sources.datasets[0].store.url}",
+        fix="capture held-out rows with a teacher that has the tokenizer of the training's dataset",
+    )
+
+
+def require_logit_dataset(dataset: Any, *, name: str) -> None:
+    """Raise `UnsupportedArgument` for a dataset that `load_logit_dataset` did not return."""
+    if not (hasattr(dataset, "header") and hasattr(dataset, "sources")):
+        raise UnsupportedArgument(
+            name,
+            found=f"a {type(dataset).__name__}",
+            wanted="a dataset with the teacher's log-probs",
+            fix="pass load_logit_dataset(PATH) of a dataset that `coldstill capture` wrote",
+        )
+
+
 def _check(dataset: Dataset, *, first: Dataset, top_k: int | None, draws: int | None) -> None:
     where, header = dataset.store.url, dataset.header
     if not dataset.manifest.targets:
@@ -166,14 +210,14 @@ def _check(dataset: Dataset, *, first: Dataset, top_k: int | None, draws: int | 
             wanted="at least one",
             fix="capture again; the dataset's rejects/ folder lists why each row was rejected",
         )
-    if header.tokenizer_fingerprint != first.header.tokenizer_fingerprint:
-        raise TokenizerMismatch(
-            f"tokenizer of {where}",
-            found=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]}",
-            wanted=f"that of {first.store.url}: {first.header.token_count} ids, "
-            f"fingerprint {first.header.tokenizer_fingerprint[:12]}",
-            fix="mix only datasets with the same tokenizer",
-        )
+    check_same_ids(
+        f"tokenizer of {where}",
+        fingerprint=header.tokenizer_fingerprint,
+        token_count=header.token_count,
+        header=first.header,
+        of=first.store.url,
+        fix="mix only datasets with the same tokenizer",
+    )
     for name, wanted, stored, least in (("top_k", top_k, header.top_k, 1), ("draws", draws, header.draws, 0)):
         if wanted is not None and not least <= wanted <= stored:
             raise MoreThanStored(f"{name} of {where}", found=wanted, wanted=f"{least} to {stored}, the number stored")

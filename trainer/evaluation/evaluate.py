@@ -17,6 +17,8 @@ from tqdm import tqdm
 from coldstill.common.visible import visible
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets, TeacherSawAnotherPrompt
+from coldstill.trainer.student.forward import innermost
+from coldstill.trainer.student.tokenizer import check_model_tokenizer
 
 from .figures import Figures, cache_figures, dense_figures, draws_per_position
 from .measured_model import LogitReader, measuring
@@ -62,11 +64,19 @@ def evaluate_student(
 
 
 def evaluate_on_dataset(
-    model: Any, dataset: str | Path, *, teacher: Any = None, batch_size: int = 8
+    model: Any,
+    dataset: str | Path,
+    *,
+    teacher: Any = None,
+    batch_size: int = 8,
+    tokenizers_are_checked: bool = False,
 ) -> EvaluationReport:
     """Run `evaluate_student` on all rows of the sealed dataset at this path or URL, with a progress bar.
 
-    Raises `NoTargets`, `NonFiniteLogits`, `TeacherSawAnotherPrompt`, and what `load_logit_dataset` raises.
+    `tokenizers_are_checked`: both models are of `load_measured`; else the tokenizers beside their weights are checked.
+
+    Raises `TokenizerMismatch`, `NoTargets`, `NonFiniteLogits`, `TeacherSawAnotherPrompt`, and what `load_logit_dataset`
+    raises.
     """
     logits = load_logit_dataset(str(dataset))
     if teacher is not None and (prompt := logits.header.teacher_prompt):
@@ -76,6 +86,10 @@ def evaluate_on_dataset(
             wanted="rows that the teacher saw as they are",
             fix="evaluate without the resident teacher: the figures from the cache are exact",
         )
+    if not tokenizers_are_checked:
+        for role, given in (("the student", model), ("the resident teacher", teacher)):
+            if given is not None:
+                check_model_tokenizer(innermost(given), logits.sources.datasets[0], name=role)
     stream = logits.stream(batch_size=batch_size, seed=0, epochs=1, shuffle=False)
     return evaluate_student(
         model,

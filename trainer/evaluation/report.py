@@ -11,15 +11,28 @@ their bin.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from coldstill.common.models import FrozenModel
 
-from .figures import Figures
+from .figures import Figures, draws_per_position
+
+if TYPE_CHECKING:
+    from coldstill.trainer.data.logit_dataset import LogitDataset
 
 BINS = 15
+
+Better = Literal["lower", "higher"]
+Need = Literal["", "draws", "draw_logprobs", "teacher"]
+_DIRECTIONS: dict[Any, Better | None] = {"lower": "lower", "higher": "higher", None: None}
+
+
+def _better(direction: Better | None, *, needs: Need = "") -> dict[str, JsonValue]:
+    """Which values of a metric are better, None if no end is, and what measuring it needs."""
+    return {"better": direction, "needs": needs}
 
 
 class CalibrationBin(FrozenModel):
@@ -36,45 +49,73 @@ class EvaluationReport(FrozenModel):
     """Means over all target positions. A figure that was not measured is None."""
 
     targets: int = Field(description="Target positions.")
-    cross_entropy: float = Field(description="-log q of the label.")
-    perplexity: float = Field(description="exp of the cross-entropy.")
+    cross_entropy: float = Field(
+        description="-log q of the label.",
+        json_schema_extra=_better("lower"),
+    )
+    perplexity: float = Field(
+        description="exp of the cross-entropy.",
+        json_schema_extra=_better("lower"),
+    )
     teacher_cross_entropy: float = Field(description="-log p of the label, from the cache.")
     forward_kl_lower_bound: float = Field(
         description="KL(p || q) over the K kept ids and one symbol for all others: a lower bound of the dense KL. The "
-        "training log's bucket_kl is its mean."
+        "training log's bucket_kl is its mean.",
+        json_schema_extra=_better("lower"),
     )
     reverse_kl_lower_bound: float = Field(
-        description="KL(q || p) over the same symbols: a lower bound of the dense KL."
+        description="KL(q || p) over the same symbols: a lower bound of the dense KL.",
+        json_schema_extra=_better("lower"),
     )
     forward_kl_estimate: float | None = Field(
-        default=None, description="KL(p || q) over all ids, estimated without bias from draws with log-probs."
+        default=None,
+        description="KL(p || q) over all ids, estimated without bias from draws with log-probs.",
+        json_schema_extra=_better("lower", needs="draw_logprobs"),
     )
     forward_kl_estimate_error: float | None = Field(
         default=None,
         description="Upper bound of the standard error that the draws cause in forward_kl_estimate; it also contains "
         "the spread of the true values over positions.",
+        json_schema_extra=_better(None, needs="draw_logprobs"),
     )
     tail_kl_estimate: float | None = Field(
         default=None,
         description="forward_kl_estimate minus forward_kl_lower_bound: the KL within the tail. May be negative.",
+        json_schema_extra=_better("lower", needs="draw_logprobs"),
     )
     soft_cross_entropy_estimate: float | None = Field(
         default=None,
         description="-sum p log q over all ids, estimated without bias from draws: KL(p || q) plus the teacher's "
         "entropy, which is equal for all students. It ranks students if the draws have no log-probs.",
+        json_schema_extra=_better("lower", needs="draws"),
     )
-    forward_kl: float | None = Field(default=None, description="KL(p || q) over all ids; needs a resident teacher.")
-    reverse_kl: float | None = Field(default=None, description="KL(q || p) over all ids; needs a resident teacher.")
+    forward_kl: float | None = Field(
+        default=None,
+        description="KL(p || q) over all ids; needs a resident teacher.",
+        json_schema_extra=_better("lower", needs="teacher"),
+    )
+    reverse_kl: float | None = Field(
+        default=None,
+        description="KL(q || p) over all ids; needs a resident teacher.",
+        json_schema_extra=_better("lower", needs="teacher"),
+    )
     cached_teacher_kl: float | None = Field(
         default=None,
         description="KL from the cached to the resident teacher over the K+1 symbols. For the dataset's own teacher "
         "it is about the error of storage; a much larger value means another teacher, precision or alignment.",
+        json_schema_extra=_better(None, needs="teacher"),
     )
-    top1_agreement: float = Field(description="How often student and teacher have the same most probable token.")
-    accuracy: float = Field(description="How often the student's most probable token is the label.")
+    top1_agreement: float = Field(
+        description="How often student and teacher have the same most probable token.",
+        json_schema_extra=_better("higher"),
+    )
+    accuracy: float = Field(
+        description="How often the student's most probable token is the label.", json_schema_extra=_better("higher")
+    )
     confidence: float = Field(description="The student's probability of its most probable token.")
     expected_calibration_error: float = Field(
-        description=f"Calibration error of the student on the labels, {BINS} bins of equal width (Guo et al. 2017)."
+        description=f"Calibration error of the student on the labels, {BINS} bins of equal width (Guo et al. 2017).",
+        json_schema_extra=_better("lower"),
     )
     head_mass: float = Field(description="The student's mass on the head (TAID, table 3).")
     rest_mass: float = Field(description="The student's mass on all other ids.")
@@ -85,13 +126,36 @@ class EvaluationReport(FrozenModel):
         default=None,
         description="The student's mass on the 80th to 100th percentile of the ids, ranked by the resident teacher "
         "(TAID, table 3).",
+        json_schema_extra=_better(None, needs="teacher"),
     )
-    teacher_last_fifth_mass: float | None = Field(default=None, description="The teacher's mass on the same ids.")
+    teacher_last_fifth_mass: float | None = Field(
+        default=None,
+        description="The teacher's mass on the same ids.",
+        json_schema_extra=_better(None, needs="teacher"),
+    )
     calibration: tuple[CalibrationBin, ...] = Field(description="The bins of expected_calibration_error.")
 
     def metrics(self) -> dict[str, float]:
         """All measured numbers by name."""
         return self.model_dump(exclude_none=True, exclude={"calibration"})
+
+
+def measured_metrics(dataset: LogitDataset | None) -> dict[str, Better | None]:
+    """Metrics of an evaluation on `dataset` without a resident teacher, each with its better direction, if it has one.
+
+    With None, those that a dataset may allow. `loss` is the metric that `DistillTrainer` adds.
+    """
+    has = {"", "draws", "draw_logprobs"}
+    if dataset is not None and not draws_per_position(dataset):
+        has = {""}
+    elif dataset is not None and not dataset.draw_logprobs:
+        has = {"", "draws"}
+    found: dict[str, Better | None] = {"loss": "lower"}
+    for name, field in EvaluationReport.model_fields.items():
+        record = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else _better(None)
+        if name != "calibration" and record["needs"] in has:
+            found[name] = _DIRECTIONS[record["better"]]
+    return found
 
 
 _SUMMED = tuple(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coldstill.common.errors import first_line
+from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.storage_schema.header import DatasetHeader
@@ -20,8 +23,11 @@ from coldstill.storage_schema.tokenizer import (
     load_faithfully,
 )
 from coldstill.trainer.config import StudentConfig
+from coldstill.trainer.data.logit_dataset import LogitDataset, check_same_ids
+from coldstill.trainer.errors import StudentNotFound
 
-from .load import student_not_found
+from .forward import innermost
+from .load import check_head, load_student, student_not_found
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +60,14 @@ def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) 
     Also raises `TokenizerNotFound`, if `tokenizer_json` is not a tokenizer.
     """
     facts = fingerprint_bytes(tokenizer_json, where=f"tokenizer of the student {name}")
-    if facts.fingerprint != header.tokenizer_fingerprint:
-        raise TokenizerMismatch(
-            f"tokenizer of the student {name}",
-            found=f"{facts.token_count} ids, fingerprint {facts.fingerprint[:12]}",
-            wanted=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]} ({header.teacher.name})",
-            fix="choose a student of the teacher's family, or capture with a teacher of the student's family",
-        )
+    check_same_ids(
+        f"tokenizer of the student {name}",
+        fingerprint=facts.fingerprint,
+        token_count=facts.token_count,
+        header=header,
+        of=header.teacher.name,
+        fix="choose a student of the teacher's family, or capture with a teacher of the student's family",
+    )
     stored = header.about.tokenizer_pipeline_sha256
     if stored is not None and stored != facts.pipeline_sha256:
         logger.warning(
@@ -69,6 +76,91 @@ def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) 
             name,
             header.teacher.name,
         )
+
+
+def check_processing_class(tokenizer: Any, dataset: Dataset, *, name: str) -> None:
+    """Apply the rule of `check_tokenizer` to a tokenizer of transformers.
+
+    A slow tokenizer has no `tokenizer.json`: each of its ids must be the same token as in the dataset's tokenizer.
+    Raises `TokenizerMismatch`, and `TokenizerNotFound` for an object without a vocabulary.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TokenizerNotFound(
+            f"processing_class of the student {name}",
+            found=f"a {type(tokenizer).__name__}, which has no vocabulary",
+            wanted="a tokenizer of transformers",
+            fix="pass the tokenizer itself, such as `processor.tokenizer`",
+        )
+    if tokenizer.is_fast:
+        check_tokenizer(tokenizer.backend_tokenizer.to_str().encode(), dataset.header, name=name)
+        return
+    stored = next(file for file in dataset.manifest.files if file.name == f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}")
+    wanted = Tokenizer.from_str(dataset.read_file(stored).decode()).get_vocab(with_added_tokens=True)
+    found = tokenizer.get_vocab()
+    if found != wanted:
+        differing = sorted(token for token in {*found, *wanted} if found.get(token) != wanted.get(token))
+        raise TokenizerMismatch(
+            f"tokenizer of the student {name}",
+            found=f"{len(found)} tokens, of which {visible(repr(differing[0]))} has the id {found.get(differing[0])}",
+            wanted=f"{len(wanted)} tokens, of which it has the id {wanted.get(differing[0])} "
+            f"({dataset.header.teacher.name})",
+            fix="choose a student of the teacher's family, or capture with a teacher of the student's family",
+        )
+
+
+def check_model_tokenizer(model: Any, dataset: Dataset, *, name: str) -> None:
+    """Apply the rule of `check_tokenizer` to the tokenizer beside the weights of a loaded `model`.
+
+    Logs a warning if there is none: the model was made in memory, or its folder or Hub repository has no
+    `tokenizer.json`.
+    """
+    source = getattr(getattr(model, "config", None), "name_or_path", "")
+    try:
+        path = _folder(source) / TOKENIZER_FILE if source else None
+    except StudentNotFound:
+        path = None
+    if path is not None and path.is_file():
+        check_tokenizer(path.read_bytes(), dataset.header, name=name)
+        return
+    logger.warning(
+        "The tokenizer of %s was not checked: no %s %s. Training and evaluation use the dataset's ids (%s) with this "
+        "model. Pass its tokenizer as processing_class to check them.",
+        name,
+        TOKENIZER_FILE,
+        f"is in {source}" if source else "belongs to a model that was not loaded from a folder or the Hub",
+        dataset.header.teacher.name,
+    )
+
+
+def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, str]:
+    """The student and its name in messages, after the check of its head and token ids.
+
+    A `model` given as a folder or hub name, or as a `StudentConfig`, is loaded. `tokenizer` is preferred to the one
+    beside the weights of a model object, because its head may have been extended in memory.
+
+    Raises `TokenizerMismatch`, `TokenizerNotFound`, and what `load_student` raises.
+    """
+    first = dataset.sources.datasets[0]
+    config = StudentConfig(model=model) if isinstance(model, str) else model
+    if not isinstance(config, StudentConfig):
+        plain = innermost(model)
+        name = plain.config.name_or_path or type(plain).__name__
+        check_head(plain, dataset.header, name=name)
+        if tokenizer is None:
+            check_model_tokenizer(plain, first, name=name)
+        else:
+            check_processing_class(tokenizer, first, name=name)
+        return model, name
+    if tokenizer is not None:
+        check_processing_class(tokenizer, first, name=config.name)
+    try:
+        files = tokenizer_files(config, first)
+    except TokenizerNotFound:
+        if tokenizer is None:
+            raise
+    else:
+        check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=config.name)
+    return load_student(config, dataset.header), config.name
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -1,0 +1,81 @@
+"""One loader gives the batches of a run, and callbacks see its epochs; those of evaluations give each row once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from coldstill import load_logit_dataset
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.trainer.errors import UnsupportedArgument
+from tests.trainer.training import build
+
+
+class Epochs(TrainerCallback):
+    """Records the events of epochs and steps, and asks for something at the end of the first epoch."""
+
+    def __init__(self, *, ask: str | None = None):
+        self.ask, self.events = ask, []
+
+    def on_epoch_begin(self, args, state, control, **_) -> None:
+        self.events.append(("begin", state.global_step))
+
+    def on_epoch_end(self, args, state, control, **_) -> None:
+        self.events.append(("end", state.global_step))
+        if self.ask is not None:
+            setattr(control, self.ask, True)
+            self.ask = None
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self.planned = state.num_train_epochs
+
+
+def test_each_epoch_begins_and_ends_once_also_in_a_resumed_run(tiny_dataset, tiny_student, tmp_path):
+    shape = {"num_train_epochs": 2.5, "gradient_accumulation_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, events = Epochs(), [("begin", 0), ("end", 2), ("begin", 2), ("end", 3), ("begin", 3), ("end", 4)]
+    trainer, gradients = build(tiny_dataset, tiny_student, tmp_path, callbacks=[whole], **shape)
+    trainer.train()
+    assert (whole.planned, whole.events) == (3, events)
+    assert trainer.state.epoch == 2.5
+    rest = Epochs()
+    resumed, again = build(tiny_dataset, tiny_student, tmp_path, callbacks=[rest], **shape)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert rest.events == events[2:]
+    for got, want in zip(again.steps, gradients.steps[2:], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_what_a_callback_asks_for_at_the_end_of_an_epoch_is_done(tiny_dataset, tiny_student, tmp_path):
+    wanted = {"should_training_stop": (6, []), "should_save": (12, ["checkpoint-6"]), "should_evaluate": (12, [])}
+    for ask, (steps, saved) in wanted.items():
+        dataset = load_logit_dataset(tiny_dataset)
+        trainer, _ = build(
+            dataset, tiny_student, tmp_path / ask, callbacks=[Epochs(ask=ask)], num_train_epochs=2, eval_dataset=dataset
+        )
+        trainer.train()
+        assert trainer.state.global_step == steps
+        assert [folder.name for folder in (tmp_path / ask).glob("checkpoint-*")] == saved
+        assert any("eval_loss" in line for line in trainer.state.log_history) == (ask == "should_evaluate")
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, callbacks=[Epochs(ask="should_epoch_stop")])
+    with pytest.raises(UnsupportedArgument, match="should_training_stop"):
+        trainer.train()
+
+
+def test_loaders_of_an_evaluation_give_every_row_once_and_predict_names_evaluate(tiny_dataset, tiny_student, tmp_path):
+    dataset = load_logit_dataset(tiny_dataset)
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, eval_dataset={"a": dataset, "b": dataset})
+    wanted = [row.sample_id for row in open_dataset(tiny_dataset).rows()]
+    loaders = [
+        trainer.get_eval_dataloader("a"), trainer.get_eval_dataloader(dataset), trainer.get_test_dataloader(dataset)
+    ]  # fmt: skip
+    for loader in loaders:
+        assert [name for batch in loader for name in batch["sample_ids"]] == wanted
+    assert trainer.evaluate("b")["eval_loss"] == trainer.evaluate(dataset)["eval_loss"]
+    for enter, found in (
+        (trainer.get_eval_dataloader, "'a', 'b'"),
+        (lambda: trainer.get_eval_dataloader("c"), "'a', 'b'"),
+        (lambda: trainer.predict(dataset), "evaluate"),
+    ):
+        with pytest.raises(UnsupportedArgument, match=found):
+            enter()

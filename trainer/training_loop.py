@@ -1,0 +1,130 @@
+"""What the training loop of transformers needs for an endless stream: its loader, epochs and weights.
+
+`BatchLoader` has the length of a whole run. `TrainingLoop` tells callbacks where its epochs begin and end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerControl, TrainingArguments
+
+from .arguments import RunLength
+from .data.stream import LogitStream, PassingErrors, raising_passed
+from .errors import UnsupportedArgument
+from .interruption import naming_dead_workers, outlive_sigterm
+
+
+class BatchLoader(DataLoader):
+    """A device's batches of a stream, cut after `batches` if given, and decoded in the processes that `args` set.
+
+    Trainer derives the number of optimizer steps, and the micro-batches of the last one, from the length of its loader.
+    So the loader of a resumed run has the length of the rest of the run. A finished run has the length 1: with less,
+    Trainer would take the length as unknown and train again; with it, no epoch is left.
+    """
+
+    def __init__(self, stream: LogitStream, args: TrainingArguments, *, batches: int | None = None):
+        workers = args.dataloader_num_workers
+        super().__init__(
+            PassingErrors(stream),
+            batch_size=None,
+            worker_init_fn=outlive_sigterm,
+            num_workers=workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
+            pin_memory=args.dataloader_pin_memory,
+            # A separate generator: each pass draws a seed, which must not change the random numbers of dropout.
+            generator=torch.Generator(),
+        )
+        self._batches = None if batches is None else max(1, batches)
+
+    def __len__(self) -> int:
+        """Batches of one pass. Raises `TypeError` if the loader has no bound."""
+        if self._batches is None:
+            raise TypeError("the length of this loader is not known")
+        return self._batches
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """Raises the named errors of the loader's processes as they are, and `LoaderWorkerDied`."""
+        batches = super().__iter__()
+        try:
+            with naming_dead_workers():
+                yield from islice(raising_passed(batches), self._batches)
+        finally:
+            # torch would end its processes when the iterator is collected. After an error that is late: the cycle with
+            # the traceback has taken down their queues, and each process is waited for in vain, five seconds long.
+            getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+class OnePass:
+    """The batches of one pass over a loader: each `iter` continues where the one before ended."""
+
+    def __init__(self, loader: Iterable[Any]):
+        self._loader = loader
+        self._batches: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        return self._batches
+
+
+class TrainingLoop(Trainer):
+    """The Trainer of transformers for one loader of the length of a run, and for schedule-free optimizers."""
+
+    control: TrainerControl
+    length: RunLength
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the weights that evaluation measures; transformers would save those of a schedule-free step."""
+        self._use_averaged_weights()
+        super().save_model(*args, **kwargs)
+
+    def _run_epoch(
+        self,
+        *,
+        train_dataloader: Iterable[Any],
+        steps_in_epoch: int,
+        num_update_steps_per_epoch: int,
+        resume_from_checkpoint: str | None,
+        **rest: Any,
+    ) -> None:
+        """Split the one pass that transformers sees into the run's epochs, so that callbacks get the events of each.
+
+        An epoch ends with the optimizer step that takes its last row, which may take rows of the next one.
+        """
+        batches, began = OnePass(train_dataloader), self.state.global_step
+        for last in self.length.last_steps(began):
+            first = self.state.global_step
+            if first > began:
+                self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
+            super()._run_epoch(
+                train_dataloader=batches,
+                steps_in_epoch=self.length.micro_batches_after(first) - self.length.micro_batches_after(last),
+                num_update_steps_per_epoch=last - first,
+                # The random state of a checkpoint is restored once.
+                resume_from_checkpoint=resume_from_checkpoint if first == began else None,
+                **rest,
+            )
+            if self.control.should_epoch_stop:
+                raise UnsupportedArgument(
+                    "a callback's control.should_epoch_stop",
+                    found=True,
+                    wanted="False, because each epoch takes every row once",
+                    fix="set control.should_training_stop to end the run",
+                )
+            if self.control.should_training_stop:
+                return
+
+    def _load_best_model(self) -> None:
+        self._use_averaged_weights()
+        super()._load_best_model()
+
+    def _use_averaged_weights(self) -> None:
+        """With a schedule-free optimizer, give the model the weights it is used with; the next step undoes it."""
+        if callable(use := getattr(self.optimizer, "eval", None)):
+            use()
