@@ -41,6 +41,14 @@ class PackingUnsupported(ColdstillError):
     """The student attends across the rows of a pack."""
 
 
+class ExtraLossUnsupported(ColdstillError):
+    """The student's configuration requests an auxiliary loss that its class does not compute."""
+
+
+class AttentionMismatch(ColdstillError):
+    """The attention implementation that the user named gives other values than the plain one."""
+
+
 class NoDraws(ColdstillError):
     """The loss needs tail draws, and the dataset was captured without them."""
 

@@ -15,7 +15,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.student.forward import find_head, innermost
+from coldstill.trainer.student.forward import before_head, find_head, innermost
 from coldstill.trainer.student.load import load_student
 from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
 from coldstill.trainer.targets import SparseTargets
@@ -89,6 +89,6 @@ class LogitReader:
         if self._formula is None:
             logits = self._model(**inputs, use_cache=False).logits[row, position, : self.token_count]
             return lambda start, stop: logits[start:stop]
-        hidden = self._model.base_model(**inputs, use_cache=False)[0][row, position]
+        hidden = before_head(self._model, **inputs, use_cache=False)[0][row, position]
         model, formula = self._model, self._formula
         return lambda start, stop: formula.logits(model, hidden[start:stop])[:, : self.token_count]
