@@ -30,7 +30,7 @@ from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
 from .student.forward import distill_in_forward, innermost, model_inputs
-from .student.load import check_head, load_student
+from .student.load import check_attention, check_head, load_student
 from .student.packing_check import check_packing
 from .student.tokenizer import check_tokenizer
 
@@ -106,7 +106,7 @@ class DistillTrainer(Trainer):
         `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
         Trainer.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `PackingUnsupported`, what `read_loss` and
+        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AttentionMismatch`, `PackingUnsupported`, what `read_loss` and
         `build_objective` raise, and `ValueError` for arguments that would lose state of a checkpoint.
         """
         args = args or TrainingArguments("trainer_output")
@@ -148,10 +148,16 @@ class DistillTrainer(Trainer):
             callbacks=[self.record, *(callbacks or [])],
             optimizers=optimizers,
         )
+        check_attention(innermost(self.model), name=name)
         with self.accelerator.autocast():
             self.head = distill_in_forward(self.model, token_count=header.token_count, fused=fused_head)
             if pack_length is not None:
-                check_packing(innermost(self.model), batch_size=args.per_device_train_batch_size)
+                check_packing(
+                    innermost(self.model),
+                    batch_size=args.per_device_train_batch_size,
+                    pack_length=pack_length,
+                    formula=self.head.formula,
+                )
         if self.head.formula is None and fused_head:
             logger.warning(
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"

@@ -16,7 +16,7 @@ from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 from coldstill.trainer.config import StudentConfig
 from coldstill.trainer.student.forward import before_head, find_head, innermost
-from coldstill.trainer.student.load import load_student
+from coldstill.trainer.student.load import check_attention, load_student
 from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
 from coldstill.trainer.targets import SparseTargets
 
@@ -42,7 +42,9 @@ def load_measured(name: str, dataset: Dataset, *, role: str, weights: Weights = 
         model = load_student(config, dataset.header)
     except ColdstillError as error:
         raise error.at(role) from error
-    return model.eval().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.eval().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_attention(innermost(model), name=name)
+    return model
 
 
 @contextmanager

@@ -30,10 +30,14 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from coldstill.common.errors import first_line
 from coldstill.trainer.errors import ExtraLossUnsupported
 from coldstill.trainer.loss_kernels.fused_head import Head, Objective, loss_on_hidden, loss_on_logits
 from coldstill.trainer.targets import SparseTargets
+
+logger = logging.get_logger(__name__)
 
 _STATE = "_distilling"
 
@@ -172,10 +176,13 @@ def find_head(model: PreTrainedModel) -> tuple[HeadFormula | None, str]:
     if type(embeddings) is not torch.nn.Linear:
         return None, f"its head is a {type(embeddings).__name__}, not a plain linear layer"
     config = model.config.get_text_config(decoder=True)
-    formula = HeadFormula(scale=_scale(config), softcap=getattr(config, "final_logit_softcapping", None))
-    if not _agrees(model, formula):
-        return None, "its logits are not those of its last hidden states and its head alone"
-    return formula, ""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # Some classes apply their scale before the head, such as MiniCPM: then the head's input has it.
+    for scale in dict.fromkeys((_scale(config), 1.0)):
+        formula = HeadFormula(scale=scale, softcap=softcap)
+        if _agrees(model, formula):
+            return formula, ""
+    return None, "its logits are not those of its last hidden states and its head alone"
 
 
 def _scale(config: Any) -> float:
@@ -244,27 +251,36 @@ def _agrees(model: PreTrainedModel, formula: HeadFormula) -> bool:
 def _find_terms(model: PreTrainedModel, formula: HeadFormula | None) -> tuple[bool, bool]:
     """Whether the class adds terms to the loss of its labels, and whether they depend on all logits.
 
-    Raises `ExtraLossUnsupported` if the configuration requests an auxiliary loss and the class adds none.
+    Raises `ExtraLossUnsupported` if the class computes an auxiliary loss and adds it outside its loss function.
     """
-    config = model.config.get_text_config(decoder=True)
     tokens = _probe_tokens(model)
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "return_dict": True}
+    requested = getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)
+    terms, of_one, auxiliary, reason = 0.0, 0.0, None, "the class adds none"
     with _evaluating(model):
         try:
             with _only_terms(model) as calls:
-                terms = type(model).forward(model, **inputs).loss
-                of_one = terms if formula is None else before_head(model, **inputs)[1].loss
-            adds = bool(calls) and float(terms) != 0
-        except _LIBRARY_ERRORS:
-            adds = False
-    if adds:
-        return True, not abs(float(terms) - float(of_one)) <= _tolerance(terms) * abs(float(terms))
-    if getattr(config, "output_router_logits", False):
+                output = type(model).forward(model, **inputs)
+                auxiliary = getattr(output, "aux_loss", None)
+                if not calls:
+                    raise ValueError("the class does not call its loss_function")
+                terms = float(output.loss)
+                of_one = terms if formula is None else float(before_head(model, **inputs)[1].loss)
+        except _LIBRARY_ERRORS as error:
+            reason = first_line(error)
+    if terms:
+        return True, not abs(terms - of_one) <= TOLERANCE[torch.float32] * abs(terms)
+    if requested and auxiliary is not None and reason != "the class adds none":
         raise ExtraLossUnsupported(
             f"auxiliary loss of a {type(model).__name__}",
-            found="output_router_logits is true, and the forward pass of the class adds no loss of its routers",
-            wanted="an auxiliary loss in the loss that the class returns for labels, with a coefficient other than 0",
-            fix="set output_router_logits to false in the student's config.json",
+            found=reason,
+            wanted="a class that adds it to the value of its loss_function",
+            fix="set output_router_logits to false in the student's config.json, to train without this loss",
+        )
+    if requested and auxiliary is None:
+        logger.warning(
+            f"output_router_logits is true, but a {type(model).__name__} of transformers computes no auxiliary loss: "
+            f"the student trains without one ({reason})"
         )
     return False, False
 

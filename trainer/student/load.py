@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
+from coldstill.common.attention import PLAIN, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.errors import StudentHeadTooSmall, StudentNotFound
+from coldstill.trainer.errors import AttentionMismatch, StudentHeadTooSmall, StudentNotFound
 
 from .lora import with_adapters
+
+logger = logging.get_logger(__name__)
+
+_NAMED_ATTENTION = "_named_attention"
 
 
 def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedModel:
@@ -31,6 +37,7 @@ def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedMode
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise student_not_found(config.name, error) from error
     check_head(model, header, name=config.name)
+    setattr(model, _NAMED_ATTENTION, config.attention)
     return model if config.lora is None else with_adapters(model, config.lora)
 
 
@@ -48,6 +55,29 @@ def check_head(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> N
             wanted=f"at least {header.token_count}, one per id of the dataset's tokenizer",
             fix=f"call model.resize_token_embeddings({header.token_count}) and save the student again",
         )
+
+
+def check_attention(model: PreTrainedModel, *, name: str) -> None:
+    """Set `model` to eager attention, with a warning, if its own implementation gives other logits.
+
+    Call it on the device of the training and without autocast. Raises `AttentionMismatch` if `StudentConfig.attention`
+    named the implementation.
+    """
+    with torch.no_grad():
+        difference = use_correct_attention(model)
+    if difference is None:
+        return
+    if getattr(model, _NAMED_ATTENTION, None) is not None:
+        raise AttentionMismatch(
+            f"attention of the student {name}",
+            found=str(difference),
+            wanted="an implementation with everything that the model's configuration requests, such as a soft-cap",
+            fix=f"set student.attention to {PLAIN}, or to null",
+        )
+    logger.warning(
+        f"{name}: {difference}, so {PLAIN} attention is used. Load the trained student with "
+        f'attn_implementation="{PLAIN}" too.'
+    )
 
 
 def student_not_found(name: str, error: Exception) -> StudentNotFound:
