@@ -33,6 +33,7 @@ from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.load import check_attention, check_head, load_student
 from .student.packing_check import check_packing
 from .student.tokenizer import check_tokenizer
+from .student.wrapper import check_wrapping
 
 logger = logging.get_logger(__name__)
 
@@ -106,8 +107,8 @@ class DistillTrainer(Trainer):
         `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
         Trainer.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AttentionMismatch`, `PackingUnsupported`, what `read_loss` and
-        `build_objective` raise, and `ValueError` for arguments that would lose state of a checkpoint.
+        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AttentionMismatch`, `PackingUnsupported`,
+        `WrapperUnsupported`, what `read_loss` and `build_objective` raise, and `ValueError` for arguments that would lose state of a checkpoint.
         """
         args = args or TrainingArguments("trainer_output")
         validate_arguments(args)
@@ -151,6 +152,12 @@ class DistillTrainer(Trainer):
         check_attention(innermost(self.model), name=name)
         with self.accelerator.autocast():
             self.head = distill_in_forward(self.model, token_count=header.token_count, fused=fused_head)
+            check_wrapping(
+                self.model,
+                self.head.wrapping,
+                packs=pack_length is not None,
+                recomputes=self.args.gradient_checkpointing,
+            )
             if pack_length is not None:
                 check_packing(
                     innermost(self.model),

@@ -37,6 +37,18 @@ class AdapterMisfit(ColdstillError):
     """No layer of the student has a name in `student.lora.target_modules`."""
 
 
+class SpecialTokenInvalid(ColdstillError):
+    """A begin, end or padding token in `student.from_scratch` is no id of the dataset's tokenizer."""
+
+
+class WrapperUnsupported(ColdstillError):
+    """A wrapper around the student changes the sequence in a way that training cannot follow."""
+
+
+class StudentDiffers(ColdstillError):
+    """The finished student, loaded again, does not give the logits of the trained model."""
+
+
 class PackingUnsupported(ColdstillError):
     """The student attends across the rows of a pack."""
 

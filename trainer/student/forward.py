@@ -29,6 +29,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -36,6 +38,8 @@ from coldstill.common.errors import first_line
 from coldstill.trainer.errors import ExtraLossUnsupported
 from coldstill.trainer.loss_kernels.fused_head import Head, Objective, loss_on_hidden, loss_on_logits
 from coldstill.trainer.targets import SparseTargets
+
+from .wrapper import Wrapping, find_wrapping
 
 logger = logging.get_logger(__name__)
 
@@ -54,13 +58,15 @@ _LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeEr
 class Distilling:
     """How this model's loss is computed: from its own logits where `formula` is None, for the `reason` given.
 
-    `adds_terms`: the class adds terms of its own to the loss of its labels.
+    `adds_terms`: the class adds terms of its own to the loss of its labels. `wrapping`: what the wrapper of this model
+    adds to its sequence.
     """
 
     token_count: int
     formula: HeadFormula | None
     reason: str
     adds_terms: bool = False
+    wrapping: Wrapping = Wrapping()
 
 
 def distill_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool = True) -> Distilling:
@@ -69,14 +75,15 @@ def distill_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool 
     `token_count`: ids of the tokenizer; further rows of the head are ignored. With `fused` False the loss is computed
     from the model's own logits even if the head could be computed in chunks.
 
-    Raises `ExtraLossUnsupported`.
+    Raises `ExtraLossUnsupported`, `WrapperUnsupported`.
     """
     inner = innermost(model)
+    wrapping = find_wrapping(model, inner)
     formula, reason = find_head(inner) if fused else (None, "fused_head is False")
     adds_terms, of_logits = _find_terms(inner, formula)
     if of_logits:
         formula, reason = None, "its loss has a term of all logits"
-    state = Distilling(token_count, formula, reason, adds_terms)
+    state = Distilling(token_count, formula, reason, adds_terms, wrapping)
     if not hasattr(inner, _STATE):
         # A bound method without a closure over the model: it survives deepcopy, and wrappers that rebind it.
         inner.forward = MethodType(_forward_of(type(inner)), inner)
@@ -119,6 +126,7 @@ def _forward_of(owner: type[PreTrainedModel]) -> Any:
             return plain(self, *args, **inputs)
         assert objective is not None
         state: Distilling = getattr(self, _STATE)
+        position = targets.position + state.wrapping.added
         # peft passes arguments it was not given as None.
         given = {name: value for name, value in inputs.items() if value is not None}
         given["use_cache"] = False
@@ -130,10 +138,10 @@ def _forward_of(owner: type[PreTrainedModel]) -> Any:
             else:
                 hidden, output = before_head(self, *args, **given)
         if state.formula is None:
-            logits = output.logits[targets.row, targets.position, : state.token_count]
+            logits = output.logits[targets.row, position, : state.token_count]
             loss, values = loss_on_logits(logits, targets, objective, t=t, weight=weight)
         else:
-            hidden = hidden[targets.row, targets.position]
+            hidden = hidden[targets.row, position]
             if state.formula.scale != 1:
                 hidden = hidden * state.formula.scale
             head = state.formula.head(self, token_count=state.token_count)
@@ -160,21 +168,23 @@ class HeadFormula:
 
     def head(self, model: PreTrainedModel, *, token_count: int) -> Head:
         """The head's tensors as they are now; rows from `token_count` on are left out of the softmax."""
-        embeddings = model.get_output_embeddings()
+        embeddings = head_of(model)
         return Head(weight=embeddings.weight, bias=embeddings.bias, token_count=token_count, softcap=self.softcap)
 
     def logits(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
         """`[B, T, V]` of `hidden [B, T, D]`, the plain way."""
-        embeddings = model.get_output_embeddings()
+        embeddings = head_of(model)
         logits = torch.nn.functional.linear(self.scale * hidden, embeddings.weight, embeddings.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def find_head(model: PreTrainedModel) -> tuple[HeadFormula | None, str]:
     """The formula of the head, checked by a probe; or None and the reason why the model's own logits are used."""
-    embeddings = model.get_output_embeddings()
+    embeddings = head_of(model)
+    if isinstance(embeddings, BaseTunerLayer):
+        return None, "its head has an adapter, so its weight alone does not give the logits"
     if type(embeddings) is not torch.nn.Linear:
-        return None, f"its head is a {type(embeddings).__name__}, not a plain linear layer"
+        return None, f"its head is a {type(embeddings).__module__}.{type(embeddings).__name__}, not torch's Linear"
     config = model.config.get_text_config(decoder=True)
     softcap = getattr(config, "final_logit_softcapping", None)
     # Some classes apply their scale before the head, such as MiniCPM: then the head's input has it.
@@ -183,6 +193,15 @@ def find_head(model: PreTrainedModel) -> tuple[HeadFormula | None, str]:
         if _agrees(model, formula):
             return formula, ""
     return None, "its logits are not those of its last hidden states and its head alone"
+
+
+def head_of(model: PreTrainedModel) -> Any:
+    """The module that computes the logits. peft wraps a copy of the head that `modules_to_save` names."""
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        active = [name for name in head.active_adapters if name in head.modules_to_save]
+        return head.modules_to_save[active[0]] if active and not head.disable_adapters else head.original_module
+    return head
 
 
 def _scale(config: Any) -> float:
@@ -208,7 +227,7 @@ def before_head(model: PreTrainedModel, *args: Any, **inputs: Any) -> tuple[torc
 
 @contextmanager
 def _hooked_head(model: PreTrainedModel, hook: Any) -> Iterator[None]:
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    handle = head_of(model).register_forward_pre_hook(hook)
     try:
         yield
     finally:
