@@ -5,6 +5,7 @@ Shape letters: `B` rows, `T` tokens, `M` target positions, `V` ids of the tokeni
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainingArguments
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from transformers.utils import logging
 
 from .arguments import adapt_arguments, validate_arguments
@@ -24,7 +25,7 @@ from .data.logit_dataset import LogitDataset
 from .data.stream import LogitStream
 from .evaluation.evaluate import evaluate_student
 from .evaluation.figures import draws_per_position
-from .finished_student import model_card
+from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import outlive_sigterm
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
@@ -36,6 +37,8 @@ from .student.tokenizer import check_tokenizer
 from .student.wrapper import check_wrapping
 
 logger = logging.get_logger(__name__)
+
+_IS_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+").fullmatch
 
 
 class BatchLoader(DataLoader):
@@ -108,7 +111,8 @@ class DistillTrainer(Trainer):
         Trainer.
 
         Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AttentionMismatch`, `PackingUnsupported`,
-        `WrapperUnsupported`, what `read_loss` and `build_objective` raise, and `ValueError` for arguments that would lose state of a checkpoint.
+        `WrapperUnsupported`, what `read_loss` and `build_objective` raise, and `ValueError` for arguments that would
+        lose state of a checkpoint.
         """
         args = args or TrainingArguments("trainer_output")
         validate_arguments(args)
@@ -139,6 +143,7 @@ class DistillTrainer(Trainer):
             self.distillation_loss.new_schedule(), state_of(self.objective), order=self.order, length=self.length
         )
         self._resumed = ResumePoint()
+        self._row: torch.Tensor | None = None
         super().__init__(
             model=student,
             args=args,
@@ -199,6 +204,7 @@ class DistillTrainer(Trainer):
         if self.args.world_size > 1:
             count = int(self.accelerator.reduce(torch.tensor(count, device=device), "sum"))
         self.record.open_step(targets=count, cursor=batches[-1]["cursor"])
+        self._row = first_row(batches[-1])
         return batches, count
 
     def compute_loss(
@@ -264,6 +270,17 @@ class DistillTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self.record.take_logs()}
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # With the weights of a checkpoint, what they compute: the finished student is held against it.
+        if (
+            self._row is not None
+            and self.args.should_save
+            and output_dir is not None
+            and _IS_CHECKPOINT(Path(output_dir).name)
+        ):
+            TrainedLogits.of(self.model, self._row).write(Path(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card `README.md` to the output folder."""

@@ -51,7 +51,7 @@ LARGE_LOGIT = 60.0
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Tolerance as a share of the largest logit; 3e-2 for the 16-bit types."""
 _LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
-"""What a class of transformers may raise for arguments that it does not expect. `NotImplementedError` is one of them."""
+"""What a class of transformers may raise for arguments that it does not expect, `NotImplementedError` included."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Distilling:
     token_count: int
     formula: HeadFormula | None
     reason: str
-    adds_terms: bool = False
-    wrapping: Wrapping = Wrapping()
+    adds_terms: bool
+    wrapping: Wrapping
 
 
 def distill_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool = True) -> Distilling:
@@ -147,7 +147,7 @@ def _forward_of(owner: type[PreTrainedModel]) -> Any:
             head = state.formula.head(self, token_count=state.token_count)
             loss, values = loss_on_hidden(hidden, head, targets, objective, t=t, weight=weight)
         if state.adds_terms:
-            # A micro-batch counts as its share of the targets, so the terms of a step are a mean over its micro-batches.
+            # A micro-batch counts by its share of the targets: the terms of a step are a mean over its micro-batches.
             loss = loss + weight * targets.count * output.loss
         return {"loss": loss, "values": values}
 

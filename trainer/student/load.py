@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -10,17 +11,17 @@ from coldstill.common.attention import PLAIN, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.errors import AttentionMismatch, StudentHeadTooSmall, StudentNotFound
+from coldstill.trainer.errors import AdapterMisfit, AttentionMismatch, StudentHeadTooSmall, StudentNotFound
 
-from .lora import with_adapters
+from .lora import is_adapter, load_adapted, with_adapters
 
 logger = logging.get_logger(__name__)
 
 _NAMED_ATTENTION = "_named_attention"
 
 
-def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedModel:
-    """The student of `config`, with adapters if `config.lora` is set.
+def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedModel | PeftModel:
+    """The student of `config`, with adapters if `config.lora` is set or `config.model` holds some.
 
     Random weights (`from_scratch`, a missing head, adapters) come from torch's global generator: seed it first.
 
@@ -30,7 +31,9 @@ def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedMode
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     try:
-        if config.model is not None:
+        if config.model is not None and is_adapter(config.model):
+            model = load_adapted(config.model, **options)
+        elif config.model is not None:
             model = AutoModelForCausalLM.from_pretrained(config.model, **options)
         else:
             model = AutoModelForCausalLM.from_config(_configuration(config, header), **options)
@@ -38,7 +41,16 @@ def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedMode
         raise student_not_found(config.name, error) from error
     check_head(model, header, name=config.name)
     setattr(model, _NAMED_ATTENTION, config.attention)
-    return model if config.lora is None else with_adapters(model, config.lora)
+    if config.lora is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise AdapterMisfit(
+            "student.model with student.lora",
+            found=f"{config.model} holds adapters already",
+            wanted="a model without adapters",
+            fix="remove student.lora to train the adapters further, or merge them into their base model first",
+        )
+    return with_adapters(model, config.lora)
 
 
 def check_head(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> None:
