@@ -26,9 +26,9 @@ from .errors import StudentDiffers
 from .losses import read_loss
 from .losses.base import Loss
 from .student.forward import innermost
-from .student.load import check_attention, load_student
+from .student.load import check_attention, fit_end_tokens, load_student
 from .student.lora import merged
-from .student.tokenizer import tokenizer_files, warn_if_unfaithful
+from .student.tokenizer import special_tokens, tokenizer_files, warn_if_unfaithful
 
 MOST_ROWS = 40
 """Most rows of a table. Of longer logs, evenly spaced lines are shown, with the first and the last."""
@@ -38,9 +38,10 @@ LOGITS_NAME = "trained_logits.safetensors"
 """File of a checkpoint with the logits of a few tokens, as the model in training computed them."""
 MOST_TOKENS, MOST_POSITIONS = 64, 16
 """Tokens of that row, and positions of it whose logits are kept: 10 MB for 152,064 ids."""
-ROUNDING_MARGIN = 4.0
-"""Largest accepted difference, as a multiple of what one unit in the last place of each weight makes. Merging rounds
-each weight by at most half a unit; products of other shapes round each activation by as much."""
+ROUNDING_MARGIN = {torch.float32: 4.0, torch.float64: 4.0}
+"""Largest accepted difference, as a multiple of what one unit in the last place of each weight makes; 2 for the 16-bit
+dtypes. Merging rounds each weight by at most half a unit, and each activation is rounded by half a unit in both models.
+Only where sums are as coarse as the weights, in float32 and float64, the rounding of sums comes to it."""
 _RESUME_ONLY = (
     LOGITS_NAME,
     "optimizer.pt",
@@ -107,16 +108,19 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
     student, adapter = output / STUDENT_FOLDER, output / ADAPTER_FOLDER
     for folder in (student, adapter):
         shutil.rmtree(folder, ignore_errors=True)
-    lora = config.student.lora
-    written = [student]
+    lora, written = config.student.lora, [student]
+    files = tokenizer_files(config.student, dataset.sources.datasets[0])
     if lora is not None and lora.merge:
         assert config.student.model is not None
         _copy(chosen.folder, adapter)
-        merged(config.student.model, adapter, dtype=getattr(torch, config.student.weights)).save_pretrained(student)
+        model = merged(config.student.model, adapter, dtype=getattr(torch, config.student.weights))
+        fit_end_tokens(model, special_tokens(files, dataset.header), name=config.student.name)
+        model.save_pretrained(student)
         written.append(adapter)
+        del model
     else:
         _copy(chosen.folder, student)
-    for name, data in tokenizer_files(config.student, dataset.sources.datasets[0]).items():
+    for name, data in files.items():
         for folder in written:
             (folder / name).write_bytes(data)
     warn_if_unfaithful(student)
@@ -153,7 +157,8 @@ def _check_student(config: TrainConfig, header: DatasetHeader, chosen: Checkpoin
         if not off.any():
             return
         rounding = _rounding(model, found)
-        if all(float(size(off)) <= ROUNDING_MARGIN * float(size(rounding)) for size in (_mean_size, _largest)):
+        margin = ROUNDING_MARGIN.get(innermost(model).dtype, 2.0)
+        if all(float(size(off)) <= margin * float(size(rounding)) for size in (_mean_size, _largest)):
             return
         differs = f"logits off by {_mean_size(off):.2g}, where rounding of the weights makes {_mean_size(rounding):.2g}"
     else:

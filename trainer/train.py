@@ -27,7 +27,7 @@ from .finished_student import push_student, write_student
 from .interruption import CheckpointOnSignal
 from .losses import run_identity
 from .student.load import load_student
-from .student.tokenizer import check_tokenizer, tokenizer_files
+from .student.tokenizer import check_tokenizer, special_tokens, tokenizer_files
 
 
 class TrainSummary(FrozenModel):
@@ -108,7 +108,7 @@ def _build(
     set_seed(config.training.seed)
     patience = config.training.early_stopping_patience
     return DistillTrainer(
-        load_student(config.student, dataset.header),
+        load_student(config.student, dataset.header, special_tokens(files, dataset.header)),
         args,
         train_dataset=dataset,
         loss=config.loss,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -11,7 +14,13 @@ from coldstill.common.attention import PLAIN, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.errors import AdapterMisfit, AttentionMismatch, StudentHeadTooSmall, StudentNotFound
+from coldstill.trainer.errors import (
+    AdapterMisfit,
+    AttentionMismatch,
+    SpecialTokenInvalid,
+    StudentHeadTooSmall,
+    StudentNotFound,
+)
 
 from .lora import is_adapter, load_adapted, with_adapters
 
@@ -20,12 +29,40 @@ logger = logging.get_logger(__name__)
 _NAMED_ATTENTION = "_named_attention"
 
 
-def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedModel | PeftModel:
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids of a tokenizer's special tokens, None where it has none.
+
+    `ends`: ids at which the student must stop: the tokenizer's own end first, then the teacher's. `token_count`: ids of
+    the tokenizer.
+    """
+
+    bos: int | None
+    pad: int | None
+    ends: tuple[int, ...]
+    token_count: int
+
+    @property
+    def by_name(self) -> dict[str, int | None]:
+        """As a model's configuration names them."""
+        eos = self.ends[0] if self.ends else None
+        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
+
+    def valid(self, ids: Any) -> list[int]:
+        """Those of `ids`, a list or one id or None, that are ids of the tokenizer."""
+        return [one for one in _listed(ids) if type(one) is int and 0 <= one < self.token_count]
+
+
+def load_student(
+    config: StudentConfig, header: DatasetHeader, special: SpecialTokens | None = None
+) -> PreTrainedModel | PeftModel:
     """The student of `config`, with adapters if `config.lora` is set or `config.model` holds some.
 
     Random weights (`from_scratch`, a missing head, adapters) come from torch's global generator: seed it first.
 
-    Raises `StudentNotFound`, `StudentHeadTooSmall`, `AdapterMisfit`.
+    `special`: the tokens of the tokenizer that is saved beside the student, which its configuration then names.
+
+    Raises `StudentNotFound`, `StudentHeadTooSmall`, `AdapterMisfit`, `SpecialTokenInvalid`.
     """
     options = {"dtype": getattr(torch, config.weights)}
     if config.attention is not None:
@@ -36,11 +73,16 @@ def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedMode
         elif config.model is not None:
             model = AutoModelForCausalLM.from_pretrained(config.model, **options)
         else:
-            model = AutoModelForCausalLM.from_config(_configuration(config, header), **options)
+            model = AutoModelForCausalLM.from_config(_configuration(config, header, special), **options)
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise student_not_found(config.name, error) from error
     check_head(model, header, name=config.name)
     setattr(model, _NAMED_ATTENTION, config.attention)
+    if config.from_scratch is not None:
+        # Padding has no targets. If its id is also an end or a separator, its embedding must be trained.
+        model.get_input_embeddings().padding_idx = None
+    if special is not None:
+        fit_end_tokens(model, special, name=config.name, from_scratch=config.from_scratch is not None)
     if config.lora is None:
         return model
     if isinstance(model, PeftModel):
@@ -102,8 +144,67 @@ def student_not_found(name: str, error: Exception) -> StudentNotFound:
     )
 
 
-def _configuration(config: StudentConfig, header: DatasetHeader) -> PretrainedConfig:
-    """Configuration of a student from scratch. By default its head has one row per id of the tokenizer."""
+def fit_end_tokens(model: Any, special: SpecialTokens, *, name: str, from_scratch: bool = False) -> None:
+    """Let the generation config of `model` stop at each end of `special`, and remove ids that are none.
+
+    A student learns to end as its teacher does. Its own generation config may name the ends of another tokenizer, or
+    those of a base model. Adapters are saved without one, so for them this only warns.
+    """
+    found = model.generation_config
+    before = None if found is None else found.eos_token_id
+    own = special.valid(model.config.get_text_config(decoder=True).eos_token_id if before is None else before)
+    ends = list(dict.fromkeys([*own, *special.ends]))
+    if not ends:
+        logger.warning(f"{name}: neither its tokenizer nor the dataset names an end token, so generation does not stop")
+    if found is None:
+        return
+    for kind, value in special.by_name.items():
+        configs = [model.config, model.config.get_text_config(decoder=True), found]
+        for part in configs if kind != "eos_token_id" else configs[:2]:
+            stated = _listed(getattr(part, kind, None))
+            if stated and special.valid(stated) != stated:
+                logger.warning(f"{name}: {kind} {stated} is no id of the tokenizer; {value} replaces it")
+                setattr(part, kind, value)
+    if ends != _listed(before):
+        found.eos_token_id = (ends[0] if len(ends) == 1 else ends) if ends else None
+        if not from_scratch:
+            logger.warning(
+                f"{name}: its generation config stops at {_listed(before)}, and the dataset's answers end at "
+                f"{list(special.ends)}: generation_config.json gets eos_token_id {ends}. For adapters that are not "
+                "merged, pass it to generate()."
+            )
+
+
+def _configuration(config: StudentConfig, header: DatasetHeader, special: SpecialTokens | None) -> PretrainedConfig:
+    """Configuration of a student from scratch. By default its head has one row per id of the tokenizer.
+
+    Its special tokens are those of `special`, or those that `from_scratch` itself sets. The defaults of a class and the
+    configuration of another model name the ids of another tokenizer. Raises `SpecialTokenInvalid`.
+    """
     if isinstance(config.from_scratch, dict):
-        return AutoConfig.for_model(**{"vocab_size": header.token_count, **config.from_scratch})
-    return AutoConfig.from_pretrained(config.from_scratch)
+        given = config.from_scratch
+        ids = {} if special is None else special.by_name
+        found = AutoConfig.for_model(**{"vocab_size": header.token_count, **ids, **given})
+    else:
+        given, found = {}, AutoConfig.from_pretrained(config.from_scratch)
+    if special is None:
+        return found
+    inner = given.get("text_config")
+    stated = {**(inner if isinstance(inner, dict) else {}), **given}
+    for kind, value in special.by_name.items():
+        if stated.get(kind) is not None:
+            value = stated[kind]
+            if special.valid(value) != _listed(value):
+                raise SpecialTokenInvalid(
+                    f"student.from_scratch.{kind}",
+                    found=value,
+                    wanted=f"an id of the dataset's tokenizer, 0 to {special.token_count - 1}",
+                    fix=f"remove it: the dataset's tokenizer has {special.by_name[kind]}",
+                )
+        for part in (found, found.get_text_config(decoder=True)):
+            setattr(part, kind, value)
+    return found
+
+
+def _listed(ids: Any) -> list[Any]:
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coldstill.common.errors import first_line
@@ -21,7 +25,7 @@ from coldstill.storage_schema.tokenizer import (
 )
 from coldstill.trainer.config import StudentConfig
 
-from .load import student_not_found
+from .load import SpecialTokens, student_not_found
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +84,33 @@ def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) 
             name,
             header.teacher.name,
         )
+
+
+def special_tokens(files: Mapping[str, bytes], header: DatasetHeader) -> SpecialTokens:
+    """The special tokens of the tokenizer in `files`, and the ids at which the teacher of the dataset stops."""
+    ids = Tokenizer.from_str(files[TOKENIZER_FILE].decode())
+    stated: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            document = json.loads(files.get(name, b"{}"))
+        except (ValueError, RecursionError):
+            continue
+        stated |= document if isinstance(document, dict) else {}
+
+    def find(kind: str) -> int | None:
+        token = stated.get(kind)
+        token = token.get("content") if isinstance(token, dict) else token
+        found: int | None = ids.token_to_id(token) if isinstance(token, str) else None
+        return found
+
+    eos = find("eos_token")
+    ends = dict.fromkeys([*(() if eos is None else (eos,)), *(header.about.end_token_ids or ())])
+    return SpecialTokens(
+        bos=find("bos_token"),
+        pad=find("pad_token"),
+        ends=tuple(end for end in ends if end < header.token_count),
+        token_count=header.token_count,
+    )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
