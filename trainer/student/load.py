@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -74,7 +75,7 @@ def load_student(
             model = AutoModelForCausalLM.from_pretrained(config.model, **options)
         else:
             model = AutoModelForCausalLM.from_config(_configuration(config, header, special), **options)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, AttributeError, StrictDataclassError) as error:
         raise student_not_found(config.name, error) from error
     check_head(model, header, name=config.name)
     setattr(model, _NAMED_ATTENTION, config.attention)
@@ -181,27 +182,28 @@ def _configuration(config: StudentConfig, header: DatasetHeader, special: Specia
     Its special tokens are those of `special`, or those that `from_scratch` itself sets. The defaults of a class and the
     configuration of another model name the ids of another tokenizer. Raises `SpecialTokenInvalid`.
     """
-    if isinstance(config.from_scratch, dict):
-        given = config.from_scratch
-        ids = {} if special is None else special.by_name
-        found = AutoConfig.for_model(**{"vocab_size": header.token_count, **ids, **given})
-    else:
-        given, found = {}, AutoConfig.from_pretrained(config.from_scratch)
-    if special is None:
-        return found
+    given = config.from_scratch if isinstance(config.from_scratch, dict) else {}
     inner = given.get("text_config")
-    stated = {**(inner if isinstance(inner, dict) else {}), **given}
-    for kind, value in special.by_name.items():
-        if stated.get(kind) is not None:
-            value = stated[kind]
-            if special.valid(value) != _listed(value):
-                raise SpecialTokenInvalid(
-                    f"student.from_scratch.{kind}",
-                    found=value,
-                    wanted=f"an id of the dataset's tokenizer, 0 to {special.token_count - 1}",
-                    fix=f"remove it: the dataset's tokenizer has {special.by_name[kind]}",
-                )
-        for part in (found, found.get_text_config(decoder=True)):
+    ids = {} if special is None else special.by_name
+    for kind in ids:
+        stated = given.get(kind, inner.get(kind) if isinstance(inner, dict) else None)
+        if stated is None:
+            continue
+        assert special is not None
+        if special.valid(stated) != _listed(stated):
+            raise SpecialTokenInvalid(
+                f"student.from_scratch.{kind}",
+                found=stated,
+                wanted=f"an id of the dataset's tokenizer, 0 to {special.token_count - 1}",
+                fix=f"remove it: the dataset's tokenizer has {ids[kind]}",
+            )
+        ids[kind] = stated
+    if given:
+        found = AutoConfig.for_model(**{"vocab_size": header.token_count, **given, **ids})
+    else:
+        found = AutoConfig.from_pretrained(config.from_scratch)
+    for part in (found, found.get_text_config(decoder=True)):
+        for kind, value in ids.items():
             setattr(part, kind, value)
     return found
 
