@@ -31,7 +31,7 @@ from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
 from .student.forward import distill_in_forward, innermost, model_inputs
-from .student.load import check_attention, check_head, load_student
+from .student.load import check_attention, check_head, check_trainable, load_student
 from .student.packing_check import check_packing
 from .student.tokenizer import check_tokenizer
 from .student.wrapper import check_wrapping
@@ -110,7 +110,7 @@ class DistillTrainer(Trainer):
         `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
         Trainer.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AttentionMismatch`, `PackingUnsupported`,
+        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AdapterMisfit`, `AttentionMismatch`, `PackingUnsupported`,
         `WrapperUnsupported`, what `read_loss` and `build_objective` raise, and `ValueError` for arguments that would
         lose state of a checkpoint.
         """
@@ -121,6 +121,7 @@ class DistillTrainer(Trainer):
         student = load_student(StudentConfig(model=model), header) if isinstance(model, str) else model
         name = innermost(student).config.name_or_path or type(innermost(student)).__name__
         check_head(innermost(student), header, name=name)
+        check_trainable(student, name=name)
         if processing_class is not None and processing_class.is_fast:
             check_tokenizer(processing_class.backend_tokenizer.to_str().encode(), header, name=name)
         self.objective = build_objective(

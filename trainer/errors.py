@@ -34,7 +34,7 @@ class StudentHeadTooSmall(ColdstillError):
 
 
 class AdapterMisfit(ColdstillError):
-    """No layer of the student has a name in `student.lora.target_modules`."""
+    """No layer of the student has a name in `student.lora.target_modules`, or no weight of it is trained."""
 
 
 class SpecialTokenInvalid(ColdstillError):

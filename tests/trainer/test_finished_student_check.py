@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 import coldstill.trainer.finished_student as finished
 import coldstill.trainer.student.lora as lora
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.trainer.errors import StudentDiffers
+from coldstill.trainer.errors import AdapterMisfit, StudentDiffers
 from coldstill.trainer.evaluation.measured_model import load_measured
 from coldstill.trainer.finished_student import LOGITS_NAME, TrainedLogits, first_row
 from coldstill.trainer.student.forward import innermost
 from coldstill.trainer.train import train
 from tests import making
-from tests.trainer.student.families import tiny
+from tests.trainer.student.families import FAMILIES, tiny
 from tests.trainer.test_train import make_config
 from tests.trainer.training import build
 
@@ -95,7 +95,7 @@ def merged_with_another_scale(base: str, adapter: Path, *, dtype: torch.dtype) -
     return model
 
 
-@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("earlier", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("faults", "student"),
     [
@@ -130,12 +130,13 @@ def test_a_student_that_is_not_the_trained_model_is_a_named_error_and_its_checkp
 def test_the_student_of_the_best_checkpoint_is_held_against_the_model_of_that_step(
     tiny_dataset, tiny_student, tmp_path
 ):
-    training = {**QUICK, "max_steps": 6, "eval_steps": 2, "best_metric": "eval_cross_entropy", "learning_rate": 1.0}
+    # A metric that never improves: the first checkpoint stays the best.
+    training = {**QUICK, "max_steps": 4, "eval_steps": 2, "best_metric": "eval_teacher_cross_entropy"}
     config = make_config(
         tiny_dataset, tiny_student, tmp_path / "run", training=training, eval_dataset=str(tiny_dataset)
     )
     summary = train(config)
-    assert summary.student_step < summary.steps
+    assert (summary.student_step, summary.steps) == (2, 4)
     best, last = (
         TrainedLogits.read(tmp_path / f"run/checkpoint-{step}") for step in (summary.student_step, summary.steps)
     )
@@ -207,14 +208,24 @@ def test_adapters_of_peft_are_measured_as_they_were_trained(tiny_dataset, tmp_pa
     making.tiny_tokenizer(saved)
     measured = load_measured(str(saved), open_dataset(tiny_dataset), role="the student")
     assert torch.equal(TrainedLogits.of(measured, live.tokens).logits, live.logits)
+    if "prompt" in name or "prefix" in name:
+        with pytest.raises(AdapterMisfit, match="frozen"):
+            build(tiny_dataset, measured, tmp_path / "again")
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3_text", "gpt2", "cohere", "granite"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "gemma2",
+        *(pytest.param(it, marks=pytest.mark.slow) for it in FAMILIES if it not in ("llama", "gemma2")),
+    ],
+)
 def test_rounding_by_a_merge_is_no_difference_and_a_lost_adapter_is(tmp_path, family, weights):
     tiny(family).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=weights)
-    head = {"gpt2": ["lm_head", "c_attn"]}.get(family, ["lm_head", "q_proj", "o_proj"])
+    head = [*("c_attn", "query_key_value", "qkv_proj", "q_proj", "o_proj"), "lm_head"]
     torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=head, init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")

@@ -112,6 +112,17 @@ def check_head(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> N
         )
 
 
+def check_trainable(model: torch.nn.Module, *, name: str) -> None:
+    """Raise `AdapterMisfit` if `model` has no weight to train, such as adapters that peft loaded for inference."""
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise AdapterMisfit(
+            f"weights of the student {name}",
+            found="all are frozen",
+            wanted="at least one weight with requires_grad",
+            fix="load adapters with PeftModel.from_pretrained(..., is_trainable=True), or add new ones to a base model",
+        )
+
+
 def check_attention(model: PreTrainedModel, *, name: str) -> None:
     """Set `model` to eager attention, with a warning, if its own implementation gives other logits.
 

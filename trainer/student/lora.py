@@ -59,14 +59,15 @@ def is_adapter(name: str) -> bool:
 
 
 def load_adapted(name: str, **options: Any) -> PeftModel:
-    """The adapters in the folder or of the hub name `name`, trainable, on their base model.
+    """The adapters in the folder or of the hub name `name` on their base model, trainable where peft supports it.
 
     By peft: the loader of transformers refuses prompt learning, and replaces DoRA's magnitudes by fresh ones.
     """
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    if not base:
+    config = PeftConfig.from_pretrained(name)
+    if not config.base_model_name_or_path:
         raise ValueError(f"adapter_config.json of {name} names no base model")
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), name, is_trainable=True)
+    model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **options)
+    return PeftModel.from_pretrained(model, name, is_trainable=not config.is_prompt_learning)
 
 
 def merged(base: str, adapter: Path, *, dtype: torch.dtype) -> PreTrainedModel:
