@@ -142,7 +142,8 @@ def test_the_student_of_the_best_checkpoint_is_held_against_the_model_of_that_st
     )
     found = TrainedLogits.of(AutoModelForCausalLM.from_pretrained(tmp_path / "run/student"), best.tokens)
     assert torch.equal(found.logits, best.logits)
-    assert not torch.allclose(found.logits, last.logits)
+    again = TrainedLogits.of(AutoModelForCausalLM.from_pretrained(tmp_path / "run/student"), last.tokens)
+    assert not torch.allclose(again.logits, last.logits)
     assert not (tmp_path / "run/student" / LOGITS_NAME).exists()
 
 
@@ -211,6 +212,14 @@ def test_adapters_of_peft_are_measured_as_they_were_trained(tiny_dataset, tmp_pa
     if "prompt" in name or "prefix" in name:
         with pytest.raises(AdapterMisfit, match="frozen"):
             build(tiny_dataset, measured, tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["lora", "whole head", "prompt tuning"])
+def test_a_weight_that_is_trained_and_not_saved_is_a_named_error(tiny_dataset, tiny_student, tmp_path, name):
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_student), PUBLIC[name])
+    innermost(model).model.norm.weight.requires_grad_(True)
+    with pytest.raises(AdapterMisfit, match=r"norm\.weight is trained"):
+        build(tiny_dataset, model, tmp_path)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])

@@ -23,7 +23,7 @@ from coldstill.trainer.errors import (
     StudentNotFound,
 )
 
-from .lora import is_adapter, load_adapted, with_adapters
+from .lora import is_adapter, load_adapted, unsaved_weights, with_adapters
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +68,7 @@ def load_student(
     options = {"dtype": getattr(torch, config.weights)}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
+    model: Any
     try:
         if config.model is not None and is_adapter(config.model):
             model = load_adapted(config.model, **options)
@@ -113,13 +114,20 @@ def check_head(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> N
 
 
 def check_trainable(model: torch.nn.Module, *, name: str) -> None:
-    """Raise `AdapterMisfit` if `model` has no weight to train, such as adapters that peft loaded for inference."""
+    """Raise `AdapterMisfit` if `model` has no weight to train, or one that is not saved with its adapters."""
     if not any(weight.requires_grad for weight in model.parameters()):
         raise AdapterMisfit(
             f"weights of the student {name}",
             found="all are frozen",
             wanted="at least one weight with requires_grad",
             fix="load adapters with PeftModel.from_pretrained(..., is_trainable=True), or add new ones to a base model",
+        )
+    if unsaved := unsaved_weights(model):
+        raise AdapterMisfit(
+            f"weights of the student {name}",
+            found=f"{unsaved[0]} is trained ({len(unsaved)} such weights), and peft does not save it",
+            wanted="trained weights that are part of the adapters",
+            fix="set requires_grad to False for them, or name their modules in modules_to_save of the peft configuration",
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -67,7 +67,21 @@ def load_adapted(name: str, **options: Any) -> PeftModel:
     if not config.base_model_name_or_path:
         raise ValueError(f"adapter_config.json of {name} names no base model")
     model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **options)
-    return PeftModel.from_pretrained(model, name, is_trainable=not config.is_prompt_learning)
+    adapted = PeftModel.from_pretrained(model, name, is_trainable=not config.is_prompt_learning)
+    # peft leaves the base model trainable where it loads a prompt for inference.
+    return adapted.requires_grad_(False) if config.is_prompt_learning else adapted
+
+
+def unsaved_weights(model: torch.nn.Module) -> list[str]:
+    """Names of trained weights that are not among the adapters that `save_pretrained` of peft writes."""
+    if not isinstance(model, PeftModel):
+        return []
+    if model.active_peft_config.is_prompt_learning:
+        base: Any = model.get_base_model()
+        return [name for name, weight in base.named_parameters() if weight.requires_grad]
+    saved = {weight.data_ptr() for weight in get_peft_model_state_dict(model).values()}
+    trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    return [name for name, weight in trained if weight.data_ptr() not in saved]
 
 
 def merged(base: str, adapter: Path, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -77,16 +91,17 @@ def merged(base: str, adapter: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), str(adapter))
     _untie(model)
-    return model.merge_and_unload()
+    plain: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    return plain
 
 
 def _untie(model: PeftModel) -> None:
     uses = Counter(id(weight) for part in model.modules() for weight in part._parameters.values() if weight is not None)
-    adapted = [part.get_base_layer() for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    adapted: list[Any] = [part.get_base_layer() for part in model.modules() if isinstance(part, BaseTunerLayer)]
     shared = [layer for layer in adapted if uses[id(getattr(layer, "weight", None))] > 1]
     for layer in shared:
         layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     if shared:
-        config = model.get_base_model().config
-        for part in (config, config.get_text_config(decoder=True)):
-            part.tie_word_embeddings = False
+        base: Any = model.get_base_model()
+        for config in (base.config, base.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
