@@ -127,7 +127,7 @@ def check_trainable(model: torch.nn.Module, *, name: str) -> None:
             f"weights of the student {name}",
             found=f"{unsaved[0]} is trained ({len(unsaved)} such weights), and peft does not save it",
             wanted="trained weights that are part of the adapters",
-            fix="set requires_grad to False for them, or name their modules in modules_to_save of the peft configuration",
+            fix="set requires_grad to False for them, or name their modules in modules_to_save of the peft settings",
         )
 
 

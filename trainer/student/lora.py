@@ -91,7 +91,7 @@ def merged(base: str, adapter: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), str(adapter))
     _untie(model)
-    plain: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    plain: PreTrainedModel = model.merge_and_unload()
     return plain
 
 
