@@ -46,8 +46,9 @@ LARGE_LOGIT = 60.0
 """Twice the soft-capping of Gemma 2: capped logits then differ from plain ones by half."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Tolerance as a share of the largest logit; 3e-2 for the 16-bit types."""
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
-"""What a class of transformers may raise for arguments that it does not expect. `NotImplementedError` is one of them."""
+"""What a class of transformers may raise for arguments that it does not expect."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _forward_of(owner: type[PreTrainedModel]) -> Any:
             head = state.formula.head(self, token_count=state.token_count)
             loss, values = loss_on_hidden(hidden, head, targets, objective, t=t, weight=weight)
         if state.adds_terms:
-            # A micro-batch counts as its share of the targets, so the terms of a step are a mean over its micro-batches.
+            # A micro-batch counts as its share of the targets, so a step takes the mean of its micro-batches.
             loss = loss + weight * targets.count * output.loss
         return {"loss": loss, "values": values}
 
@@ -176,7 +177,7 @@ def find_head(model: PreTrainedModel) -> tuple[HeadFormula | None, str]:
     if type(embeddings) is not torch.nn.Linear:
         return None, f"its head is a {type(embeddings).__name__}, not a plain linear layer"
     config = model.config.get_text_config(decoder=True)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
     # Some classes apply their scale before the head, such as MiniCPM: then the head's input has it.
     for scale in dict.fromkeys((_scale(config), 1.0)):
         formula = HeadFormula(scale=scale, softcap=softcap)

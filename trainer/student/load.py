@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from coldstill.common.attention import PLAIN, use_correct_attention
+from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.trainer.config import StudentConfig
@@ -61,10 +61,17 @@ def check_attention(model: PreTrainedModel, *, name: str) -> None:
     """Set `model` to eager attention, with a warning, if its own implementation gives other logits.
 
     Call it on the device of the training and without autocast. Raises `AttentionMismatch` if `StudentConfig.attention`
-    named the implementation.
+    named the implementation, or if the model attends to later tokens.
     """
     with torch.no_grad():
         difference = use_correct_attention(model)
+        if attends_ahead(model):
+            raise AttentionMismatch(
+                f"attention of the student {name}",
+                found=f"logits of a {type(model).__name__} that depend on later tokens",
+                wanted="a causal language model",
+                fix="if its class can be a decoder, set is_decoder to true in its config.json",
+            )
     if difference is None:
         return
     if getattr(model, _NAMED_ATTENTION, None) is not None:

@@ -16,9 +16,10 @@ from coldstill.trainer.errors import PackingUnsupported
 
 from .forward import HeadFormula, before_head
 
-SHORT_LENGTHS = (5, 3, 4)
+SHORT_LENGTHS = (5, 3, 5, 4)
 """Tokens of the short test rows: of unequal length, and more than two, so that the last row has several neighbors. The
-rest of the pack is one long row before the last, or several where the student's positions are fewer."""
+rest of the pack is one long row before the last, or several where the student's positions are fewer. It begins at token
+13, a prime: at a multiple of a chunk's length, its chunks in the pack would be those of the row alone."""
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 3e-10}
 """Largest allowed difference at a token, the root mean square over the vocabulary, as a share of the largest logit;
 2e-2 for the 16-bit dtypes. Rounding causes 1e-6. A row that attends to its neighbor differs by the spread of the
