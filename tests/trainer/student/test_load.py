@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from transformers import LlamaForCausalLM
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.errors import AdapterMisfit, StudentHeadTooSmall, StudentNotFound
-from coldstill.trainer.student.load import load_student
+from coldstill.trainer.errors import AdapterMisfit, AttentionMismatch, StudentHeadTooSmall, StudentNotFound
+from coldstill.trainer.evaluation.measured_model import load_measured
+from coldstill.trainer.student.load import check_attention, load_student
 from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
 from tests import making
+from tests.trainer.student.families import tiny, tiny_of
+from tests.trainer.training import build
 
 
 @pytest.fixture
@@ -102,3 +106,38 @@ def test_another_tokenizer_and_a_missing_one_are_named_errors(tiny_dataset, head
     (other / "tokenizer.json").write_text(json.dumps({}))
     with pytest.raises(TokenizerNotFound):
         check_tokenizer(b"{}", header, name="other")
+
+
+def test_a_student_trains_and_is_measured_with_the_attention_of_its_configuration(
+    tiny_dataset, tmp_path, caplog: pytest.LogCaptureFixture
+):
+    """Gemma 2's soft-cap of attention scores, which sdpa drops."""
+    logging.getLogger("transformers").propagate = True
+    folder = tmp_path / "student"
+    tiny("gemma2").save_pretrained(folder)
+    making.tiny_tokenizer(folder)
+    trainer, gradients = build(tiny_dataset, tiny("gemma2"), tmp_path / "run", max_steps=1)
+    assert trainer.model.config._attn_implementation == "eager"
+    assert "attention sdpa gives logits that differ" in caplog.text
+    trainer.train()
+    eager = tiny("gemma2")
+    eager.set_attn_implementation("eager")
+    other, wanted = build(tiny_dataset, eager, tmp_path / "other", max_steps=1)
+    other.train()
+    torch.testing.assert_close(gradients.steps[0], wanted.steps[0])
+    measured = load_measured(str(folder), open_dataset(tiny_dataset), role="student")
+    assert measured.config._attn_implementation == "eager"
+
+
+def test_attention_that_the_user_named_and_that_is_wrong_is_an_error(header, tmp_path):
+    tiny("gemma2").save_pretrained(tmp_path)
+    model = load_student(StudentConfig(model=str(tmp_path), attention="sdpa"), header)
+    with pytest.raises(AttentionMismatch, match="attention sdpa gives logits that differ") as error:
+        check_attention(model, name="it")
+    assert "set student.attention to eager" in error.value.fix
+    check_attention(load_student(StudentConfig(model=str(tmp_path), attention="eager"), header), name="it")
+
+
+def test_a_student_that_attends_to_later_tokens_is_an_error(tiny_dataset, tmp_path):
+    with pytest.raises(AttentionMismatch, match="BertLMHeadModel that depend on later tokens"):
+        build(tiny_dataset, tiny_of("bert", is_decoder=False), tmp_path)
