@@ -193,15 +193,22 @@ def _scale(config: Any) -> float:
 
 
 def before_head(model: PreTrainedModel, *args: Any, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """What the model's own forward passes to its head, `[B, T, D]`, and its output with the logits of one position."""
+    """What the model's own forward passes to its head, `[B, T, D]`, and its output, whose logits `[B, 1, V]` are 0."""
     hidden: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
 
-    def keep(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden.append(given[0])
-        return (given[0][:, :1], *given[1:])
+    def keep(given: torch.Tensor) -> torch.Tensor:
+        hidden.append(given)
+        return given.new_zeros(given.shape[0], 1, head.weight.shape[0])
 
-    with _hooked_head(model, keep):
+    before = vars(head).get("forward")
+    head.forward = keep
+    try:
         output = type(model).forward(model, *args, **inputs)
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
     if len(hidden) != 1:
         raise ValueError(f"{type(model).__name__} calls its head {len(hidden)} times")
     return hidden[0], output
