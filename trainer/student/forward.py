@@ -192,6 +192,8 @@ def _scale(config: Any) -> float:
     return getattr(config, "logit_scale", None) or 1.0
 
 
+# Only this frame is kept out of torch.compile: it changes attributes of modules. The model's forward is compiled.
+@torch.compiler.disable(recursive=False)
 def before_head(model: PreTrainedModel, *args: Any, **inputs: Any) -> tuple[torch.Tensor, Any]:
     """What the model's own forward passes to its head, `[B, T, D]`, and its output, whose logits `[B, 1, V]` are 0."""
     hidden: list[torch.Tensor] = []

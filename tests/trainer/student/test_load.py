@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
@@ -125,6 +125,8 @@ def test_a_student_trains_and_is_measured_with_the_attention_of_its_configuratio
     other, wanted = build(tiny_dataset, eager, tmp_path / "other", max_steps=1)
     other.train()
     torch.testing.assert_close(gradients.steps[0], wanted.steps[0])
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "eager"
     measured = load_measured(str(folder), open_dataset(tiny_dataset), role="student")
     assert measured.config._attn_implementation == "eager"
 
