@@ -261,38 +261,36 @@ def _agrees(model: PreTrainedModel, formula: HeadFormula) -> bool:
 def _find_terms(model: PreTrainedModel, formula: HeadFormula | None) -> tuple[bool, bool]:
     """Whether the class adds terms to the loss of its labels, and whether they depend on all logits.
 
-    Raises `ExtraLossUnsupported` if the class computes an auxiliary loss and adds it outside its loss function.
+    Raises `ExtraLossUnsupported` if the class computes a requested auxiliary loss without its loss function.
     """
     tokens = _probe_tokens(model)
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "return_dict": True}
-    requested = getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)
-    terms, of_one, auxiliary, reason = 0.0, 0.0, None, "the class adds none"
-    with _evaluating(model):
+    terms, of_one, auxiliary, failure = 0.0, 0.0, None, ""
+    with _evaluating(model), _only_terms(model) as calls:
         try:
-            with _only_terms(model) as calls:
-                output = type(model).forward(model, **inputs)
-                auxiliary = getattr(output, "aux_loss", None)
-                if not calls:
-                    raise ValueError("the class does not call its loss_function")
-                terms = float(output.loss)
-                of_one = terms if formula is None else float(before_head(model, **inputs)[1].loss)
+            output = type(model).forward(model, **inputs)
+            auxiliary = getattr(output, "aux_loss", None)
+            if not calls:
+                raise ValueError("the class does not call its loss_function")
+            terms = of_one = float(output.loss)
+            if terms and formula is not None:
+                of_one = float(before_head(model, **inputs)[1].loss)
         except _LIBRARY_ERRORS as error:
-            reason = first_line(error)
-    if terms:
-        return True, not abs(terms - of_one) <= TOLERANCE[torch.float32] * abs(terms)
-    if requested and auxiliary is not None and reason != "the class adds none":
+            failure = first_line(error)
+    requested = getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)
+    if requested and failure and auxiliary is not None:
         raise ExtraLossUnsupported(
             f"auxiliary loss of a {type(model).__name__}",
-            found=reason,
+            found=failure,
             wanted="a class that adds it to the value of its loss_function",
             fix="set output_router_logits to false in the student's config.json, to train without this loss",
         )
     if requested and auxiliary is None:
         logger.warning(
-            f"output_router_logits is true, but a {type(model).__name__} of transformers computes no auxiliary loss: "
-            f"the student trains without one ({reason})"
+            f"output_router_logits is true, but the class {type(model).__name__} computes no auxiliary loss: "
+            f"the student trains without one" + (f" ({failure})" if failure else "")
         )
-    return False, False
+    return terms != 0, not abs(terms - of_one) <= TOLERANCE[torch.float32] * abs(terms)
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def test_a_class_without_an_auxiliary_loss_is_named_if_one_is_requested(caplog):
     model = tiny("llama")
     model.config.output_router_logits = True
     distill_in_forward(model, token_count=making.VOCABULARY)
-    assert "computes no auxiliary loss" in caplog.text
+    assert "LlamaForCausalLM computes no auxiliary loss" in caplog.text
 
 
 def test_an_auxiliary_loss_that_cannot_be_separated_is_a_named_error(monkeypatch):
