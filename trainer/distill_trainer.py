@@ -110,9 +110,9 @@ class DistillTrainer(Trainer):
         `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
         Trainer.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AdapterMisfit`, `AttentionMismatch`, `PackingUnsupported`,
-        `WrapperUnsupported`, what `read_loss` and `build_objective` raise, and `ValueError` for arguments that would
-        lose state of a checkpoint.
+        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`,
+        `PackingUnsupported`, `WrapperUnsupported`, what `read_loss` and `build_objective` raise, and `ValueError`
+        for arguments that would lose state of a checkpoint.
         """
         args = args or TrainingArguments("trainer_output")
         validate_arguments(args)

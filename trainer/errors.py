@@ -58,7 +58,7 @@ class ExtraLossUnsupported(ColdstillError):
 
 
 class AttentionMismatch(ColdstillError):
-    """The attention implementation that the user named gives other values than the plain one."""
+    """The student attends to later tokens, or the named implementation of attention is wrong for it."""
 
 
 class NoDraws(ColdstillError):

@@ -1,4 +1,4 @@
-"""Compares a model's attention implementation with the eager one of its class, and switches to it if they differ.
+"""Checks a model's attention: causal, and as the eager implementation of its class computes it.
 
 An implementation of transformers ignores arguments that it does not support. `sdpa` has no soft-cap of attention
 scores, so a Gemma 2 computes other logits with it than it was trained for, without an error. The comparison runs a few
@@ -38,6 +38,9 @@ EPSILON, TOLERANCE = 2.0**-23, 1e-4
 """Of float32. The tolerance is that of the head's probe: rounding causes 1e-6 of the largest logit."""
 EPSILON_16_BIT, TOLERANCE_16_BIT = 2.0**-7, 3e-2
 """Of bfloat16, and of float16, which is finer."""
+LEAK = 3e-2
+"""If later tokens change logits by more than this share of the largest, it is no rounding of any dtype. In an encoder
+without `is_decoder` they change them by 38% and more, with random weights."""
 
 _WINDOWS = (
     "sliding_window",
@@ -90,6 +93,25 @@ def use_correct_attention(model: Any) -> AttentionDifference | None:
         for module, mode in modes:
             module.training = mode
     return None if share is None else AttentionDifference(implementation, share)
+
+
+def attends_ahead(model: Any) -> bool:
+    """Whether logits depend on later tokens, as in a `BertLMHeadModel` that is an encoder. Call it as above."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        whole = _logits(model, PROBE_TOKENS, padded=False)
+        weight = model.get_input_embeddings().weight
+        ids = [index % weight.shape[0] for index in range(PROBE_TOKENS // 2)]
+        other = model(input_ids=_integers(model, [ids + ids[::-1]]), use_cache=False).logits[0].float()
+    except _LIBRARY_ERRORS as error:
+        logger.info("attention to later tokens is not checked: %s", error)
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    half = PROBE_TOKENS // 2
+    return bool((other - whole)[:half].abs().max() > LEAK * whole.abs().max())
 
 
 def _share(model: Any, own: dict[str, Any], *, tokens: int, float32: bool) -> float | None:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from coldstill.common.attention import PLAIN, use_correct_attention
+from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
@@ -191,9 +191,16 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
 def _check_attention(model: Any, config: TeacherConfig) -> None:
     """Set `model` to eager attention, with a warning, if its own implementation gives other logits.
 
-    Raises `TeacherUnusable` if the user named the implementation.
+    Raises `TeacherUnusable` if the user named the implementation, or if the model attends to later tokens.
     """
     difference = use_correct_attention(model)
+    if attends_ahead(model):
+        raise TeacherUnusable(
+            f"{config.model}: attention",
+            found=f"logits of a {type(model).__name__} that depend on later tokens",
+            wanted="a causal language model",
+            fix="if its class can be a decoder, set is_decoder to true in its config.json",
+        )
     if difference is None:
         return
     if "attn_implementation" in config.engine_args:

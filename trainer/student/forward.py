@@ -50,8 +50,9 @@ LARGE_LOGIT = 60.0
 """Twice the soft-capping of Gemma 2: capped logits then differ from plain ones by half."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Tolerance as a share of the largest logit; 3e-2 for the 16-bit types."""
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
-"""What a class of transformers may raise for arguments that it does not expect, `NotImplementedError` included."""
+"""What a class of transformers may raise for arguments that it does not expect."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _forward_of(owner: type[PreTrainedModel]) -> Any:
             head = state.formula.head(self, token_count=state.token_count)
             loss, values = loss_on_hidden(hidden, head, targets, objective, t=t, weight=weight)
         if state.adds_terms:
-            # A micro-batch counts by its share of the targets: the terms of a step are a mean over its micro-batches.
+            # A micro-batch counts as its share of the targets, so a step takes the mean of its micro-batches.
             loss = loss + weight * targets.count * output.loss
         return {"loss": loss, "values": values}
 
@@ -186,7 +187,7 @@ def find_head(model: PreTrainedModel) -> tuple[HeadFormula | None, str]:
     if type(embeddings) is not torch.nn.Linear:
         return None, f"its head is a {type(embeddings).__module__}.{type(embeddings).__name__}, not torch's Linear"
     config = model.config.get_text_config(decoder=True)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
     # Some classes apply their scale before the head, such as MiniCPM: then the head's input has it.
     for scale in dict.fromkeys((_scale(config), 1.0)):
         formula = HeadFormula(scale=scale, softcap=softcap)
@@ -210,16 +211,25 @@ def _scale(config: Any) -> float:
     return getattr(config, "logit_scale", None) or 1.0
 
 
+# Only this frame is kept out of torch.compile: it changes attributes of modules. The model's forward is compiled.
+@torch.compiler.disable(recursive=False)
 def before_head(model: PreTrainedModel, *args: Any, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """What the model's own forward passes to its head, `[B, T, D]`, and its output with the logits of one position."""
+    """What the model's own forward passes to its head, `[B, T, D]`, and its output, whose logits `[B, 1, V]` are 0."""
     hidden: list[torch.Tensor] = []
+    head = head_of(model)
 
-    def keep(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden.append(given[0])
-        return (given[0][:, :1], *given[1:])
+    def keep(given: torch.Tensor) -> torch.Tensor:
+        hidden.append(given)
+        return given.new_zeros(given.shape[0], 1, head.weight.shape[0])
 
-    with _hooked_head(model, keep):
+    before = vars(head).get("forward")
+    head.forward = keep
+    try:
         output = type(model).forward(model, *args, **inputs)
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
     if len(hidden) != 1:
         raise ValueError(f"{type(model).__name__} calls its head {len(hidden)} times")
     return hidden[0], output
@@ -270,38 +280,36 @@ def _agrees(model: PreTrainedModel, formula: HeadFormula) -> bool:
 def _find_terms(model: PreTrainedModel, formula: HeadFormula | None) -> tuple[bool, bool]:
     """Whether the class adds terms to the loss of its labels, and whether they depend on all logits.
 
-    Raises `ExtraLossUnsupported` if the class computes an auxiliary loss and adds it outside its loss function.
+    Raises `ExtraLossUnsupported` if the class computes a requested auxiliary loss without its loss function.
     """
     tokens = _probe_tokens(model)
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "return_dict": True}
-    requested = getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)
-    terms, of_one, auxiliary, reason = 0.0, 0.0, None, "the class adds none"
-    with _evaluating(model):
+    terms, of_one, auxiliary, failure = 0.0, 0.0, None, ""
+    with _evaluating(model), _only_terms(model) as calls:
         try:
-            with _only_terms(model) as calls:
-                output = type(model).forward(model, **inputs)
-                auxiliary = getattr(output, "aux_loss", None)
-                if not calls:
-                    raise ValueError("the class does not call its loss_function")
-                terms = float(output.loss)
-                of_one = terms if formula is None else float(before_head(model, **inputs)[1].loss)
+            output = type(model).forward(model, **inputs)
+            auxiliary = getattr(output, "aux_loss", None)
+            if not calls:
+                raise ValueError("the class does not call its loss_function")
+            terms = of_one = float(output.loss)
+            if terms and formula is not None:
+                of_one = float(before_head(model, **inputs)[1].loss)
         except _LIBRARY_ERRORS as error:
-            reason = first_line(error)
-    if terms:
-        return True, not abs(terms - of_one) <= TOLERANCE[torch.float32] * abs(terms)
-    if requested and auxiliary is not None and reason != "the class adds none":
+            failure = first_line(error)
+    requested = getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)
+    if requested and failure and auxiliary is not None:
         raise ExtraLossUnsupported(
             f"auxiliary loss of a {type(model).__name__}",
-            found=reason,
+            found=failure,
             wanted="a class that adds it to the value of its loss_function",
             fix="set output_router_logits to false in the student's config.json, to train without this loss",
         )
     if requested and auxiliary is None:
         logger.warning(
-            f"output_router_logits is true, but a {type(model).__name__} of transformers computes no auxiliary loss: "
-            f"the student trains without one ({reason})"
+            f"output_router_logits is true, but the class {type(model).__name__} computes no auxiliary loss: "
+            f"the student trains without one" + (f" ({failure})" if failure else "")
         )
-    return False, False
+    return terms != 0, not abs(terms - of_one) <= TOLERANCE[torch.float32] * abs(terms)
 
 
 @contextmanager

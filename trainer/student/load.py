@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from coldstill.common.attention import PLAIN, use_correct_attention
+from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.trainer.config import StudentConfig
@@ -134,24 +134,31 @@ def check_trainable(model: torch.nn.Module, *, name: str) -> None:
 def check_attention(model: PreTrainedModel, *, name: str) -> None:
     """Set `model` to eager attention, with a warning, if its own implementation gives other logits.
 
-    Call it on the device of the training and without autocast. Raises `AttentionMismatch` if `StudentConfig.attention`
-    named the implementation.
+    Its saved configuration then names eager attention, and `from_pretrained` uses it. Call it on the device of the
+    training and without autocast. Raises `AttentionMismatch` if `StudentConfig.attention` named the implementation, or
+    if the model attends to later tokens.
     """
+    named = getattr(model, _NAMED_ATTENTION, None)
     with torch.no_grad():
         difference = use_correct_attention(model)
-    if difference is None:
-        return
-    if getattr(model, _NAMED_ATTENTION, None) is not None:
+        if attends_ahead(model):
+            raise AttentionMismatch(
+                f"attention of the student {name}",
+                found=f"logits of a {type(model).__name__} that depend on later tokens",
+                wanted="a causal language model",
+                fix="if its class can be a decoder, set is_decoder to true in its config.json",
+            )
+    if difference is not None and named is not None:
         raise AttentionMismatch(
             f"attention of the student {name}",
             found=str(difference),
             wanted="an implementation with everything that the model's configuration requests, such as a soft-cap",
             fix=f"set student.attention to {PLAIN}, or to null",
         )
-    logger.warning(
-        f"{name}: {difference}, so {PLAIN} attention is used. Load the trained student with "
-        f'attn_implementation="{PLAIN}" too.'
-    )
+    if difference is not None:
+        logger.warning(f"{name}: {difference}, so {PLAIN} attention is used")
+    if difference is not None or named == PLAIN:
+        model.config.attn_implementation = PLAIN
 
 
 def student_not_found(name: str, error: Exception) -> StudentNotFound:

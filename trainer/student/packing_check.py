@@ -16,9 +16,10 @@ from coldstill.trainer.errors import PackingUnsupported
 
 from .forward import HeadFormula, before_head
 
-SHORT_LENGTHS = (5, 3, 4)
+SHORT_LENGTHS = (5, 3, 5, 4)
 """Tokens of the short test rows: of unequal length, and more than two, so that the last row has several neighbors. The
-rest of the pack is one long row before the last, or several where the student's positions are fewer."""
+rest of the pack is one long row before the last, or several where the student's positions are fewer. It begins at token
+13, a prime: at a multiple of a chunk's length, its chunks in the pack would be those of the row alone."""
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 3e-10}
 """Largest allowed difference at a token, the root mean square over the vocabulary, as a share of the largest logit;
 2e-2 for the 16-bit dtypes. Rounding causes 1e-6. A row that attends to its neighbor differs by the spread of the
@@ -33,27 +34,35 @@ _LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeEr
 def check_packing(
     model: PreTrainedModel, *, batch_size: int, pack_length: int, formula: HeadFormula | None = None
 ) -> None:
-    """Raise `PackingUnsupported` unless rows have the same logits in `batch_size` packs, at most two, as alone.
+    """Raise `PackingUnsupported` unless rows have the same logits in packs, two at once or one, as alone.
 
     `formula`: that of the training; None compares the logits of the model's own forward.
     """
     lengths = row_lengths(pack_length, longest=_longest_row(model))
     ids = torch.arange(sum(lengths), device=model.device) % model.get_input_embeddings().weight.shape[0]
-    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])
-    packs = min(batch_size, 2)
+    rows = ids.split(lengths)
+    positions = [torch.arange(length, device=model.device) for length in lengths]
     was_training = model.training
+    differences = []
     try:
         model.eval()
-        separate = torch.cat([_outputs(model, formula, row[None])[0] for row in ids.split(lengths)])
-        packed = _outputs(model, formula, ids.repeat(packs, 1), position_ids=positions.repeat(packs, 1))
-        off = max(_difference(model, formula, pack, separate) for pack in packed)
+        separate = [_outputs(model, formula, row[None])[0] for row in rows]
+        # Also in reverse: a chunk that ends where a row ends in the one order ends inside a row in the other.
+        packs = [
+            (torch.cat(rows[::step]), torch.cat(positions[::step]), torch.cat(separate[::step])) for step in (1, -1)
+        ]
+        for batch in [packs] if batch_size > 1 else [packs[:1], packs[1:]]:
+            tokens, places, alone = map(torch.stack, zip(*batch, strict=True))
+            packed = _outputs(model, formula, tokens, position_ids=places)
+            differences += [_difference(model, formula, *pair) for pair in zip(packed, alone, strict=True)]
     except torch.OutOfMemoryError:
         raise
     except _LIBRARY_ERRORS as error:
         raise _unsupported(model, first_line(error)) from error
     finally:
         model.train(was_training)
-    if not off <= TOLERANCE.get(separate.dtype, 2e-2):
+    off = float(torch.tensor(differences).max())  # NaN if one is NaN
+    if not off <= TOLERANCE.get(packed.dtype, 2e-2):
         raise _unsupported(model, f"logits of packed rows differ by {off:.1%} of the largest logit")
 
 
@@ -94,9 +103,11 @@ def _difference(
 
 
 def _unsupported(model: PreTrainedModel, found: str) -> PackingUnsupported:
+    chunk = getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None)
+    shorter = f"or to at most {chunk}, its attention_chunk_size, " if chunk else ""
     return PackingUnsupported(
         f"packing with a {type(model).__name__}, attention {model.config._attn_implementation}",
         found=found,
         wanted="the logits that each row has on its own: no attention across the rows of a pack",
-        fix="set pack_length to null or batch_size to 1, or set another student.attention",
+        fix=f"set pack_length to null {shorter}or batch_size to 1, or set another student.attention",
     )

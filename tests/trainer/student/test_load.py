@@ -22,12 +22,20 @@ from transformers import (
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.trainer.config import LoraConfig, StudentConfig
-from coldstill.trainer.errors import AdapterMisfit, SpecialTokenInvalid, StudentHeadTooSmall, StudentNotFound
-from coldstill.trainer.student.load import SpecialTokens, load_student
+from coldstill.trainer.errors import (
+    AdapterMisfit,
+    AttentionMismatch,
+    SpecialTokenInvalid,
+    StudentHeadTooSmall,
+    StudentNotFound,
+)
+from coldstill.trainer.evaluation.measured_model import load_measured
+from coldstill.trainer.student.load import SpecialTokens, check_attention, load_student
 from coldstill.trainer.student.lora import outside_language_model, with_adapters
 from coldstill.trainer.student.tokenizer import check_tokenizer, special_tokens, tokenizer_files
 from tests import making
-from tests.trainer.student.families import FAMILIES, tiny
+from tests.trainer.student.families import FAMILIES, tiny, tiny_of
+from tests.trainer.training import build
 
 
 @pytest.fixture
@@ -249,3 +257,40 @@ def test_adapters_on_adapters_are_a_named_error(header, tiny_student, tmp_path):
         load_student(config, header)
     again = load_student(StudentConfig(model=str(tmp_path)), header)
     assert any(weight.requires_grad for weight in again.parameters())
+
+
+def test_a_student_trains_and_is_measured_with_the_attention_of_its_configuration(
+    tiny_dataset, tmp_path, caplog: pytest.LogCaptureFixture
+):
+    """Gemma 2's soft-cap of attention scores, which sdpa drops."""
+    logging.getLogger("transformers").propagate = True
+    folder = tmp_path / "student"
+    tiny("gemma2").save_pretrained(folder)
+    making.tiny_tokenizer(folder)
+    trainer, gradients = build(tiny_dataset, tiny("gemma2"), tmp_path / "run", max_steps=1)
+    assert trainer.model.config._attn_implementation == "eager"
+    assert "attention sdpa gives logits that differ" in caplog.text
+    trainer.train()
+    eager = tiny("gemma2")
+    eager.set_attn_implementation("eager")
+    other, wanted = build(tiny_dataset, eager, tmp_path / "other", max_steps=1)
+    other.train()
+    torch.testing.assert_close(gradients.steps[0], wanted.steps[0])
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "eager"
+    measured = load_measured(str(folder), open_dataset(tiny_dataset), role="student")
+    assert measured.config._attn_implementation == "eager"
+
+
+def test_attention_that_the_user_named_and_that_is_wrong_is_an_error(header, tmp_path):
+    tiny("gemma2").save_pretrained(tmp_path)
+    model = load_student(StudentConfig(model=str(tmp_path), attention="sdpa"), header)
+    with pytest.raises(AttentionMismatch, match="attention sdpa gives logits that differ") as error:
+        check_attention(model, name="it")
+    assert "set student.attention to eager" in error.value.fix
+    check_attention(load_student(StudentConfig(model=str(tmp_path), attention="eager"), header), name="it")
+
+
+def test_a_student_that_attends_to_later_tokens_is_an_error(tiny_dataset, tmp_path):
+    with pytest.raises(AttentionMismatch, match="BertLMHeadModel that depend on later tokens"):
+        build(tiny_dataset, tiny_of("bert", is_decoder=False), tmp_path)
