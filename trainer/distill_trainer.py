@@ -5,6 +5,7 @@ Shape letters: `B` rows, `T` tokens, `M` target positions, `V` ids of the tokeni
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from transformers.utils import logging
 
 from .arguments import adapt_arguments, rank_by_metric, validate_arguments, validate_parameters
@@ -24,17 +25,21 @@ from .data.stream import LogitStream
 from .errors import UnsupportedArgument
 from .evaluation.evaluate import evaluate_student
 from .evaluation.figures import draws_per_position
-from .finished_student import model_card
+from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord
 from .student.forward import distill_in_forward, innermost, model_inputs
+from .student.load import check_attention, check_trainable
 from .student.packing_check import check_packing
 from .student.tokenizer import checked_student
+from .student.wrapper import check_wrapping
 from .training_loop import BatchLoader, TrainingLoop
 
 logger = logging.get_logger(__name__)
+
+_IS_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+").fullmatch
 
 
 class DistillTrainer(TrainingLoop):
@@ -78,8 +83,9 @@ class DistillTrainer(TrainingLoop):
         `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
         Trainer.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `PackingUnsupported`, `UnknownMetric`, what `read_loss` and
-        `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or lose state.
+        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`,
+        `PackingUnsupported`, `WrapperUnsupported`, `UnknownMetric`, what `read_loss` and `build_objective` raise, and
+        `UnsupportedArgument` for arguments that would have no effect or lose state.
         """
         validate_parameters(unsupported)
         args = args or TrainingArguments("trainer_output")
@@ -91,6 +97,7 @@ class DistillTrainer(TrainingLoop):
         self.distillation_loss = read_loss(loss)
         header = train_dataset.header
         student, name = checked_student(model, train_dataset, processing_class)
+        check_trainable(student, name=name)
         self.objective = build_objective(
             self.distillation_loss,
             draws=train_dataset.draws,
@@ -111,6 +118,7 @@ class DistillTrainer(TrainingLoop):
             self.distillation_loss.new_schedule(), state_of(self.objective), order=self.order, length=self.length
         )
         self._resumed = ResumePoint()
+        self._row: torch.Tensor | None = None
         super().__init__(
             model=student,
             args=args,
@@ -129,10 +137,22 @@ class DistillTrainer(TrainingLoop):
                 wanted="no sharding, because the student must fit one device",
                 fix="start several devices with torchrun",
             )
+        check_attention(innermost(self.model), name=name)
         with self.accelerator.autocast():
             self.head = distill_in_forward(self.model, token_count=header.token_count, fused=fused_head)
+            check_wrapping(
+                self.model,
+                self.head.wrapping,
+                packs=pack_length is not None,
+                recomputes=self.args.gradient_checkpointing,
+            )
             if pack_length is not None:
-                check_packing(innermost(self.model), batch_size=args.per_device_train_batch_size)
+                check_packing(
+                    innermost(self.model),
+                    batch_size=args.per_device_train_batch_size,
+                    pack_length=pack_length,
+                    formula=self.head.formula,
+                )
         if self.head.formula is None and fused_head:
             logger.warning(
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"
@@ -171,6 +191,7 @@ class DistillTrainer(TrainingLoop):
         if self.args.world_size > 1:
             count = int(self.accelerator.reduce(torch.tensor(count, device=device), "sum"))
         self.record.open_step(targets=count, cursor=batches[-1]["cursor"])
+        self._row = first_row(batches[-1])
         return batches, count
 
     def compute_loss(
@@ -266,6 +287,17 @@ class DistillTrainer(TrainingLoop):
         if "loss" in logs:
             logs = {**logs, **self.record.take_logs()}
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # With the weights of a checkpoint, what they compute: the finished student is held against it.
+        if (
+            self._row is not None
+            and self.args.should_save
+            and output_dir is not None
+            and _IS_CHECKPOINT(Path(output_dir).name)
+        ):
+            TrainedLogits.of(self.model, self._row).write(Path(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card `README.md` to the output folder."""

@@ -46,11 +46,31 @@ class StudentHeadTooSmall(ColdstillError):
 
 
 class AdapterMisfit(ColdstillError):
-    """No layer of the student has a name in `student.lora.target_modules`."""
+    """No layer of the student has a name in `student.lora.target_modules`, or no weight of it is trained."""
+
+
+class SpecialTokenInvalid(ColdstillError):
+    """A begin, end or padding token in `student.from_scratch` is no id of the dataset's tokenizer."""
+
+
+class WrapperUnsupported(ColdstillError):
+    """A wrapper around the student changes the sequence in a way that training cannot follow."""
+
+
+class StudentDiffers(ColdstillError):
+    """The finished student, loaded again, does not give the logits of the trained model."""
 
 
 class PackingUnsupported(ColdstillError):
     """The student attends across the rows of a pack."""
+
+
+class ExtraLossUnsupported(ColdstillError):
+    """The student's configuration requests an auxiliary loss that its class does not compute."""
+
+
+class AttentionMismatch(ColdstillError):
+    """The student attends to later tokens, or the named implementation of attention is wrong for it."""
 
 
 class NoDraws(ColdstillError):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 
 from coldstill.common.files import write_json
@@ -18,16 +22,28 @@ from coldstill.storage_schema.header import DatasetHeader
 from .checkpoints import ADAPTER_FOLDER, REPORT_NAME, STUDENT_FOLDER, Checkpoint
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset
+from .errors import StudentDiffers
 from .losses import read_loss
 from .losses.base import Loss
+from .student.forward import innermost
+from .student.load import check_attention, fit_end_tokens, load_student
 from .student.lora import merged
-from .student.tokenizer import tokenizer_files, warn_if_unfaithful
+from .student.tokenizer import special_tokens, tokenizer_files, warn_if_unfaithful
 
 MOST_ROWS = 40
 """Most rows of a table. Of longer logs, evenly spaced lines are shown, with the first and the last."""
 BARS = " ▁▂▃▄▅▆▇█"
 LOGGED = ("step", "epoch", "taid_t", "taid_momentum", "loss", "bucket_kl", "learning_rate", "grad_norm")
+LOGITS_NAME = "trained_logits.safetensors"
+"""File of a checkpoint with the logits of a few tokens, as the model in training computed them."""
+MOST_TOKENS, MOST_POSITIONS = 64, 16
+"""Tokens of that row, and positions of it whose logits are kept: 10 MB for 152,064 ids."""
+ROUNDING_MARGIN = {torch.float32: 4.0, torch.float64: 4.0}
+"""Largest accepted difference, as a multiple of what one unit in the last place of each weight makes; 2 for the 16-bit
+dtypes. Merging rounds each weight by at most half a unit, and each activation is rounded by half a unit in both models.
+Only where sums are as coarse as the weights, in float32 and float64, the rounding of sums comes to it."""
 _RESUME_ONLY = (
+    LOGITS_NAME,
     "optimizer.pt",
     "scheduler.pt",
     "scaler.pt",
@@ -39,26 +55,76 @@ _RESUME_ONLY = (
 """Files of a checkpoint that the finished student does not need."""
 
 
+@dataclass(frozen=True)
+class TrainedLogits:
+    """`logits float32 [P, V]` of a model at evenly spaced positions of `tokens int64 [T]`."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: torch.nn.Module, tokens: torch.Tensor) -> TrainedLogits:
+        """Those of `model` in evaluation mode, in the precision of its weights."""
+        modes = [(part, part.training) for part in model.modules()]
+        device = innermost(model).device
+        inputs = {"input_ids": tokens[None].to(device), "attention_mask": torch.ones_like(tokens)[None].to(device)}
+        try:
+            # The forward of the class: in training, that of the object is under the autocast of accelerate.
+            logits = type(model.eval()).forward(model, **inputs, use_cache=False).logits[0]
+        finally:
+            for part, mode in modes:
+                part.training = mode
+        picked = torch.linspace(0, len(logits) - 1, min(MOST_POSITIONS, len(logits))).round().long()
+        return cls(tokens.cpu(), logits[picked.to(device)].float().cpu().contiguous())
+
+    def write(self, checkpoint: Path) -> None:
+        """Write them to the folder of a checkpoint."""
+        save_file({"tokens": self.tokens, "logits": self.logits}, checkpoint / LOGITS_NAME)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> TrainedLogits | None:
+        """Those of a checkpoint; None if an earlier release wrote it, or if the file is damaged."""
+        try:
+            return cls(**load_file(checkpoint / LOGITS_NAME))
+        except (OSError, SafetensorError, TypeError):
+            return None
+
+
+def first_row(batch: Mapping[str, Any]) -> torch.Tensor:
+    """The first tokens of a batch's first row, without padding."""
+    row = batch["input_ids"][0]
+    length = int(batch["attention_mask"][0].sum()) if "attention_mask" in batch else len(row)
+    return row[: min(length, MOST_TOKENS)].cpu().contiguous()
+
+
 def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) -> None:
     """Write `student/` from the best checkpoint up to `last`, and the log and the report of the run.
 
-    Raises what `tokenizer_files` raises.
+    The student is loaded again and compared with the model that was trained. Raises `StudentDiffers`, and what
+    `tokenizer_files` raises.
     """
     output, chosen = Path(config.output), last.best
     student, adapter = output / STUDENT_FOLDER, output / ADAPTER_FOLDER
     for folder in (student, adapter):
         shutil.rmtree(folder, ignore_errors=True)
-    lora = config.student.lora
+    lora, written = config.student.lora, [student]
+    files = tokenizer_files(config.student, dataset.sources.datasets[0])
     if lora is not None and lora.merge:
         assert config.student.model is not None
         _copy(chosen.folder, adapter)
-        plain = merged(config.student.model, adapter, dtype=getattr(torch, config.student.weights))
-        plain.save_pretrained(student)
+        model = merged(config.student.model, adapter, dtype=getattr(torch, config.student.weights))
+        fit_end_tokens(model, special_tokens(files, dataset.header), name=config.student.name)
+        model.save_pretrained(student)
+        written.append(adapter)
+        del model
     else:
         _copy(chosen.folder, student)
-    for name, data in tokenizer_files(config.student, dataset.sources.datasets[0]).items():
-        (student / name).write_bytes(data)
+    for name, data in files.items():
+        for folder in written:
+            (folder / name).write_bytes(data)
     warn_if_unfaithful(student)
+    _check_student(config, dataset.header, chosen, written)
     card = model_card(
         student=config.student.model or "",
         headers=[source.header for source in dataset.sources.datasets],
@@ -72,6 +138,66 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
     (student / "README.md").write_text(card, encoding="utf-8")
     write_json(output / TRAINER_STATE_NAME, last.state, sort_keys=True)
     (output / REPORT_NAME).write_text(run_report(last.state["log_history"]), encoding="utf-8")
+
+
+def _check_student(config: TrainConfig, header: DatasetHeader, chosen: Checkpoint, written: Sequence[Path]) -> None:
+    """Remove the student and raise `StudentDiffers` unless it gives the trained logits. One model at a time is loaded.
+
+    `written`: the folders of the student and, if they were merged into it, of its adapters.
+    """
+    student, *adapter = written
+    trained = TrainedLogits.read(chosen.folder)
+    if trained is None:
+        row = torch.arange(MOST_TOKENS // 4) % header.token_count
+        trained = TrainedLogits.of(_reloaded(config, adapter[0] if adapter else chosen.folder, header), row)
+    model = _reloaded(config, student, header)
+    found = TrainedLogits.of(model, trained.tokens)
+    if found.logits.shape == trained.logits.shape:
+        off = found.logits - trained.logits
+        if not off.any():
+            return
+        rounding = _rounding(model, found)
+        margin = ROUNDING_MARGIN.get(innermost(model).dtype, 2.0)
+        if all(float(size(off)) <= margin * float(size(rounding)) for size in (_mean_size, _largest)):
+            return
+        differs = f"logits off by {_mean_size(off):.2g}, where rounding of the weights makes {_mean_size(rounding):.2g}"
+    else:
+        differs = f"logits of shape {tuple(found.logits.shape)} instead of {tuple(trained.logits.shape)}"
+    shutil.rmtree(student)
+    fix = f"use the adapters in {adapter[0]} unmerged" if adapter else "try another release of transformers or peft"
+    raise StudentDiffers(
+        f"{student}: the finished student, loaded again as a {type(innermost(model)).__name__}",
+        found=differs,
+        wanted=f"the logits of the model in training at step {chosen.step}, but for rounding",
+        fix=f"{fix}; the trained weights are in {chosen.folder}, and nothing was removed there",
+    )
+
+
+def _reloaded(config: TrainConfig, folder: Path, header: DatasetHeader) -> Any:
+    gc.collect()
+    given = config.student.model_copy(update={"model": str(folder), "from_scratch": None, "lora": None})
+    model = load_student(given, header).to("cuda" if torch.cuda.is_available() else "cpu")
+    check_attention(innermost(model), name=str(folder))
+    return model
+
+
+@torch.no_grad()
+def _rounding(model: torch.nn.Module, found: TrainedLogits) -> torch.Tensor:
+    """What one unit in the last place of each weight, up or down, changes in the logits. The model is spoiled."""
+    generator = torch.Generator(innermost(model).device).manual_seed(0)
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            up = torch.empty_like(weight, dtype=torch.int8).random_(0, 2, generator=generator)
+            weight.add_(weight * (2 * up - 1), alpha=torch.finfo(weight.dtype).eps)
+    return TrainedLogits.of(model, found.tokens).logits - found.logits
+
+
+def _mean_size(off: torch.Tensor) -> torch.Tensor:
+    return off.double().square().mean().sqrt()
+
+
+def _largest(off: torch.Tensor) -> torch.Tensor:
+    return off.abs().max()
 
 
 def push_student(output: Path, repository: str) -> None:

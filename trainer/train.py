@@ -6,6 +6,7 @@ the stored summary. The teacher is never loaded; everything about it comes from 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     Under torchrun, each process trains on its share of every step, and the first process writes.
 
     Ctrl-C, SIGTERM and SIGHUP save a checkpoint and raise `Interrupted`. Raises the errors of `load_logit_dataset`,
-    `load_student` and `DistillTrainer`, and `CheckpointMismatch`, `NonFiniteLoss`, `StorageFull`.
+    `load_student` and `DistillTrainer`, and `CheckpointMismatch`, `NonFiniteLoss`, `StorageFull`,
+    `StudentDiffers`.
     """
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
@@ -66,12 +68,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     checkpoint = newest_checkpoint(output)
     with naming_full_disk(output):
         if checkpoint is None or not checkpoint.finished:
-            on_signal = CheckpointOnSignal(
-                grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0
-            )
-            with raising_interrupts(), on_signal:
-                trainer = _build(config, dataset, args, [*callbacks, on_signal])
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+            _run(config, dataset, args, checkpoint, callbacks)
             checkpoint = newest_checkpoint(output)
             assert checkpoint is not None
         summary = _summary(config, dataset, checkpoint)
@@ -82,6 +79,23 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
                     push_student(output, config.training.push_to_hub)
                 write_json(output / SUMMARY_NAME, summary.model_dump(), sort_keys=True)
     return summary
+
+
+def _run(
+    config: TrainConfig,
+    dataset: LogitDataset,
+    args: TrainingArguments,
+    checkpoint: Checkpoint | None,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    """Train from `checkpoint` to the end. No model or optimizer is left in memory afterwards."""
+    on_signal = CheckpointOnSignal(grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0)
+    with raising_interrupts(), on_signal:
+        trainer = _build(config, dataset, args, [*callbacks, on_signal])
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+    del trainer
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _build(

@@ -7,6 +7,7 @@ its neighbors. Shape letters: `T` tokens, `N` target positions, `H` width of hid
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
@@ -26,6 +28,8 @@ from coldstill.storage_schema.rows import span_positions
 
 from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
 from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
+
+log = logging.getLogger(__name__)
 
 
 class TransformersTeacher:
@@ -163,6 +167,8 @@ class TransformersTeacher:
 def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
     """The model in evaluation mode, on the GPU if there is one; its logits have the header's `head_dtype`.
 
+    Its attention is the eager one if the default of its class computes something else.
+
     Raises `TeacherUnusable`.
     """
     try:
@@ -175,9 +181,36 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
         ) from error
     if "device_map" not in config.engine_args:  # with one, accelerate has placed the model and moves tensors itself
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    _check_attention(model, config)
     if header.teacher.head_dtype == "float32" and model.dtype != torch.float32:
         model.set_output_embeddings(_float32_head(config, model.get_output_embeddings()))
     return model.eval()
+
+
+@torch.no_grad()
+def _check_attention(model: Any, config: TeacherConfig) -> None:
+    """Set `model` to eager attention, with a warning, if its own implementation gives other logits.
+
+    Raises `TeacherUnusable` if the user named the implementation, or if the model attends to later tokens.
+    """
+    difference = use_correct_attention(model)
+    if attends_ahead(model):
+        raise TeacherUnusable(
+            f"{config.model}: attention",
+            found=f"logits of a {type(model).__name__} that depend on later tokens",
+            wanted="a causal language model",
+            fix="if its class can be a decoder, set is_decoder to true in its config.json",
+        )
+    if difference is None:
+        return
+    if "attn_implementation" in config.engine_args:
+        raise TeacherUnusable(
+            f"{config.model}: teacher.engine_args.attn_implementation",
+            found=str(difference),
+            wanted="an implementation with everything that the model's configuration requests, such as a soft-cap",
+            fix=f"set it to {PLAIN}, or leave it out",
+        )
+    log.warning("%s: %s, so %s attention is used", config.model, difference, PLAIN)
 
 
 class _Float32Head(nn.Module):

@@ -15,9 +15,10 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.student.forward import find_head, innermost
-from coldstill.trainer.student.load import load_student
+from coldstill.trainer.student.forward import before_head, find_head, innermost
+from coldstill.trainer.student.load import check_attention, load_student
 from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
+from coldstill.trainer.student.wrapper import find_wrapping, without_parallel
 from coldstill.trainer.targets import SparseTargets
 
 Weights = Literal["float32", "bfloat16"]
@@ -42,7 +43,9 @@ def load_measured(name: str, dataset: Dataset, *, role: str, weights: Weights = 
         model = load_student(config, dataset.header)
     except ColdstillError as error:
         raise error.at(role) from error
-    return model.eval().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.eval().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_attention(innermost(model), name=name)
+    return model
 
 
 @contextmanager
@@ -71,11 +74,15 @@ class LogitReader:
     def __init__(self, model: torch.nn.Module, *, token_count: int):
         """`model`: a causal language model of transformers, or a wrapper of one.
 
-        Columns of its head from `token_count` on are dropped.
+        Columns of its head from `token_count` on are dropped. A wrapper that changes the logits, such as peft's prompt
+        tuning, is run as a whole. Raises `WrapperUnsupported`.
         """
         self.token_count = token_count
-        self._model = innermost(model)
-        self._formula, _ = find_head(self._model)
+        self._model: Any = innermost(model)
+        wrapping = find_wrapping(model, self._model)
+        self._whole = self._model if wrapping.transparent else without_parallel(model)
+        self._added = wrapping.added
+        self._formula = find_head(self._model)[0] if wrapping.transparent else None
 
     @property
     def device(self) -> torch.device:
@@ -87,8 +94,9 @@ class LogitReader:
         inputs = {name: batch[name].to(self.device) for name in _MODEL_INPUTS if name in batch}
         row, position = targets.row.to(self.device), targets.position.to(self.device)
         if self._formula is None:
-            logits = self._model(**inputs, use_cache=False).logits[row, position, : self.token_count]
+            found = self._whole(**inputs, use_cache=False).logits
+            logits = found[row, position + self._added, : self.token_count]
             return lambda start, stop: logits[start:stop]
-        hidden = self._model.base_model(**inputs, use_cache=False)[0][row, position]
+        hidden = before_head(self._model, **inputs, use_cache=False)[0][row, position]
         model, formula = self._model, self._formula
         return lambda start, stop: formula.logits(model, hidden[start:stop])[:, : self.token_count]

@@ -2,36 +2,99 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.errors import StudentHeadTooSmall, StudentNotFound
+from coldstill.trainer.errors import (
+    AdapterMisfit,
+    AttentionMismatch,
+    SpecialTokenInvalid,
+    StudentHeadTooSmall,
+    StudentNotFound,
+)
 
-from .lora import with_adapters
+from .lora import is_adapter, load_adapted, unsaved_weights, with_adapters
+
+logger = logging.get_logger(__name__)
+
+_NAMED_ATTENTION = "_named_attention"
 
 
-def load_student(config: StudentConfig, header: DatasetHeader) -> PreTrainedModel:
-    """The student of `config`, with adapters if `config.lora` is set.
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids of a tokenizer's special tokens, None where it has none.
+
+    `ends`: ids at which the student must stop: the tokenizer's own end first, then the teacher's. `token_count`: ids of
+    the tokenizer.
+    """
+
+    bos: int | None
+    pad: int | None
+    ends: tuple[int, ...]
+    token_count: int
+
+    @property
+    def by_name(self) -> dict[str, int | None]:
+        """As a model's configuration names them."""
+        eos = self.ends[0] if self.ends else None
+        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
+
+    def valid(self, ids: Any) -> list[int]:
+        """Those of `ids`, a list or one id or None, that are ids of the tokenizer."""
+        return [one for one in _listed(ids) if type(one) is int and 0 <= one < self.token_count]
+
+
+def load_student(
+    config: StudentConfig, header: DatasetHeader, special: SpecialTokens | None = None
+) -> PreTrainedModel | PeftModel:
+    """The student of `config`, with adapters if `config.lora` is set or `config.model` holds some.
 
     Random weights (`from_scratch`, a missing head, adapters) come from torch's global generator: seed it first.
 
-    Raises `StudentNotFound`, `StudentHeadTooSmall`, `AdapterMisfit`.
+    `special`: the tokens of the tokenizer that is saved beside the student, which its configuration then names.
+
+    Raises `StudentNotFound`, `StudentHeadTooSmall`, `AdapterMisfit`, `SpecialTokenInvalid`.
     """
     options = {"dtype": getattr(torch, config.weights), "trust_remote_code": False}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
+    model: Any
     try:
-        if config.model is not None:
+        if config.model is not None and is_adapter(config.model):
+            model = load_adapted(config.model, **options)
+        elif config.model is not None:
             model = AutoModelForCausalLM.from_pretrained(config.model, **options)
         else:
-            model = AutoModelForCausalLM.from_config(_configuration(config, header), **options)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+            model = AutoModelForCausalLM.from_config(_configuration(config, header, special), **options)
+    except (OSError, ValueError, ImportError, AttributeError, StrictDataclassError) as error:
         raise student_not_found(config.name, error) from error
     check_head(model, header, name=config.name)
-    return model if config.lora is None else with_adapters(model, config.lora)
+    setattr(model, _NAMED_ATTENTION, config.attention)
+    if config.from_scratch is not None:
+        # Padding has no targets. If its id is also an end or a separator, its embedding must be trained.
+        model.get_input_embeddings().padding_idx = None
+    if special is not None:
+        fit_end_tokens(model, special, name=config.name, from_scratch=config.from_scratch is not None)
+    if config.lora is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise AdapterMisfit(
+            "student.model with student.lora",
+            found=f"{config.model} holds adapters already",
+            wanted="a model without adapters",
+            fix="remove student.lora to train the adapters further, or merge them into their base model first",
+        )
+    return with_adapters(model, config.lora)
 
 
 def check_head(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> None:
@@ -50,6 +113,54 @@ def check_head(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> N
         )
 
 
+def check_trainable(model: torch.nn.Module, *, name: str) -> None:
+    """Raise `AdapterMisfit` if `model` has no weight to train, or one that is not saved with its adapters."""
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise AdapterMisfit(
+            f"weights of the student {name}",
+            found="all are frozen",
+            wanted="at least one weight with requires_grad",
+            fix="load adapters with PeftModel.from_pretrained(..., is_trainable=True), or add new ones to a base model",
+        )
+    if unsaved := unsaved_weights(model):
+        raise AdapterMisfit(
+            f"weights of the student {name}",
+            found=f"{unsaved[0]} is trained ({len(unsaved)} such weights), and peft does not save it",
+            wanted="trained weights that are part of the adapters",
+            fix="set requires_grad to False for them, or name their modules in modules_to_save of the peft settings",
+        )
+
+
+def check_attention(model: PreTrainedModel, *, name: str) -> None:
+    """Set `model` to eager attention, with a warning, if its own implementation gives other logits.
+
+    Its saved configuration then names eager attention, and `from_pretrained` uses it. Call it on the device of the
+    training and without autocast. Raises `AttentionMismatch` if `StudentConfig.attention` named the implementation, or
+    if the model attends to later tokens.
+    """
+    named = getattr(model, _NAMED_ATTENTION, None)
+    with torch.no_grad():
+        difference = use_correct_attention(model)
+        if attends_ahead(model):
+            raise AttentionMismatch(
+                f"attention of the student {name}",
+                found=f"logits of a {type(model).__name__} that depend on later tokens",
+                wanted="a causal language model",
+                fix="if its class can be a decoder, set is_decoder to true in its config.json",
+            )
+    if difference is not None and named is not None:
+        raise AttentionMismatch(
+            f"attention of the student {name}",
+            found=str(difference),
+            wanted="an implementation with everything that the model's configuration requests, such as a soft-cap",
+            fix=f"set student.attention to {PLAIN}, or to null",
+        )
+    if difference is not None:
+        logger.warning(f"{name}: {difference}, so {PLAIN} attention is used")
+    if difference is not None or named == PLAIN:
+        model.config.attn_implementation = PLAIN
+
+
 def student_not_found(name: str, error: Exception) -> StudentNotFound:
     """The `StudentNotFound` for an exception of a library."""
     return StudentNotFound(
@@ -60,8 +171,68 @@ def student_not_found(name: str, error: Exception) -> StudentNotFound:
     )
 
 
-def _configuration(config: StudentConfig, header: DatasetHeader) -> PretrainedConfig:
-    """Configuration of a student from scratch. By default its head has one row per id of the tokenizer."""
-    if isinstance(config.from_scratch, dict):
-        return AutoConfig.for_model(**{"vocab_size": header.token_count, **config.from_scratch})
-    return AutoConfig.from_pretrained(config.from_scratch, trust_remote_code=False)
+def fit_end_tokens(model: Any, special: SpecialTokens, *, name: str, from_scratch: bool = False) -> None:
+    """Let the generation config of `model` stop at each end of `special`, and remove ids that are none.
+
+    A student learns to end as its teacher does. Its own generation config may name the ends of another tokenizer, or
+    those of a base model. Adapters are saved without one, so for them this only warns.
+    """
+    found = model.generation_config
+    before = None if found is None else found.eos_token_id
+    own = special.valid(model.config.get_text_config(decoder=True).eos_token_id if before is None else before)
+    ends = list(dict.fromkeys([*own, *special.ends]))
+    if not ends:
+        logger.warning(f"{name}: neither its tokenizer nor the dataset names an end token, so generation does not stop")
+    if found is None:
+        return
+    for kind, value in special.by_name.items():
+        configs = [model.config, model.config.get_text_config(decoder=True), found]
+        for part in configs if kind != "eos_token_id" else configs[:2]:
+            stated = _listed(getattr(part, kind, None))
+            if stated and special.valid(stated) != stated:
+                logger.warning(f"{name}: {kind} {stated} is no id of the tokenizer; {value} replaces it")
+                setattr(part, kind, value)
+    if ends != _listed(before):
+        found.eos_token_id = (ends[0] if len(ends) == 1 else ends) if ends else None
+        if not from_scratch:
+            logger.warning(
+                f"{name}: its generation config stops at {_listed(before)}, and the dataset's answers end at "
+                f"{list(special.ends)}: generation_config.json gets eos_token_id {ends}. For adapters that are not "
+                "merged, pass it to generate()."
+            )
+
+
+def _configuration(config: StudentConfig, header: DatasetHeader, special: SpecialTokens | None) -> PretrainedConfig:
+    """Configuration of a student from scratch. By default its head has one row per id of the tokenizer.
+
+    Its special tokens are those of `special`, or those that `from_scratch` itself sets. The defaults of a class and the
+    configuration of another model name the ids of another tokenizer. Raises `SpecialTokenInvalid`.
+    """
+    given = config.from_scratch if isinstance(config.from_scratch, dict) else {}
+    inner = given.get("text_config")
+    ids = {} if special is None else special.by_name
+    for kind in ids:
+        stated = given.get(kind, inner.get(kind) if isinstance(inner, dict) else None)
+        if stated is None:
+            continue
+        assert special is not None
+        if special.valid(stated) != _listed(stated):
+            raise SpecialTokenInvalid(
+                f"student.from_scratch.{kind}",
+                found=stated,
+                wanted=f"an id of the dataset's tokenizer, 0 to {special.token_count - 1}",
+                fix=f"remove it: the dataset's tokenizer has {ids[kind]}",
+            )
+        ids[kind] = stated
+    if given:
+        found = AutoConfig.for_model(**{"vocab_size": header.token_count, **given, **ids})
+    else:
+        found = AutoConfig.from_pretrained(config.from_scratch, trust_remote_code=False)
+    for part in (found, found.get_text_config(decoder=True)):
+        for kind, value in ids.items():
+            setattr(part, kind, value)
+    return found
+
+
+def _listed(ids: Any) -> list[Any]:
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]

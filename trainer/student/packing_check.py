@@ -2,7 +2,8 @@
 
 Only position ids mark where a row of a pack begins: they restart at 0. Most models of transformers build their
 attention mask from them. A recurrent model, or one that computes its own positions, would let a row attend to the row
-before it without any error, so a forward pass tests it.
+before it without any error. A model with chunked attention may cut its chunks in the pack and not in the row. So a
+forward pass tests it, on packs as long as those of the training: no window or chunk can be too long for it to show.
 """
 
 from __future__ import annotations
@@ -13,38 +14,100 @@ from transformers import PreTrainedModel
 from coldstill.common.errors import first_line
 from coldstill.trainer.errors import PackingUnsupported
 
-LENGTHS = (5, 3, 4)
-"""Tokens of the test rows: of unequal length, and more than two, so that the last row has several neighbors."""
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Largest allowed difference as a share of the largest logit; 5e-2 for the 16-bit dtypes. Rounding causes 1e-6. A row
-that attends to its neighbor differs by the spread of the logits: 1e-3 and more, also with random weights."""
+from .forward import HeadFormula, before_head
+
+SHORT_LENGTHS = (5, 3, 5, 4)
+"""Tokens of the short test rows: of unequal length, and more than two, so that the last row has several neighbors. The
+rest of the pack is one long row before the last, or several where the student's positions are fewer. It begins at token
+13, a prime: at a multiple of a chunk's length, its chunks in the pack would be those of the row alone."""
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 3e-10}
+"""Largest allowed difference at a token, the root mean square over the vocabulary, as a share of the largest logit;
+2e-2 for the 16-bit dtypes. Rounding causes 1e-6. A row that attends to its neighbor differs by the spread of the
+logits: 1e-3 and more, also with random weights. Unlike the largest difference of all, a mean over the vocabulary does
+not grow with the number of tokens."""
+_CHUNK = 256
+"""Tokens whose logits are compared at once."""
+_LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, *, batch_size: int) -> None:
-    """Raise `PackingUnsupported` unless rows have the same logits in `batch_size` packs, at most two, as alone."""
-    ids = torch.arange(sum(LENGTHS), device=model.device) % model.get_input_embeddings().weight.shape[0]
-    rows = ids.split(LENGTHS)
-    positions = torch.cat([torch.arange(length, device=model.device) for length in LENGTHS])
-    packs = min(batch_size, 2)
+def check_packing(
+    model: PreTrainedModel, *, batch_size: int, pack_length: int, formula: HeadFormula | None = None
+) -> None:
+    """Raise `PackingUnsupported` unless rows have the same logits in packs, two at once or one, as alone.
+
+    `formula`: that of the training; None compares the logits of the model's own forward.
+    """
+    lengths = row_lengths(pack_length, longest=_longest_row(model))
+    ids = torch.arange(sum(lengths), device=model.device) % model.get_input_embeddings().weight.shape[0]
+    rows = ids.split(lengths)
+    positions = [torch.arange(length, device=model.device) for length in lengths]
     was_training = model.training
+    differences = []
     try:
         model.eval()
-        separate = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
-        packed = model(input_ids=ids.repeat(packs, 1), position_ids=positions.repeat(packs, 1), use_cache=False).logits
-        off = float((packed - separate).abs().max() / separate.abs().max().clamp_min(1e-30))
-    except (TypeError, ValueError) as error:
+        separate = [_outputs(model, formula, row[None])[0] for row in rows]
+        # Also in reverse: a chunk that ends where a row ends in the one order ends inside a row in the other.
+        packs = [
+            (torch.cat(rows[::step]), torch.cat(positions[::step]), torch.cat(separate[::step])) for step in (1, -1)
+        ]
+        for batch in [packs] if batch_size > 1 else [packs[:1], packs[1:]]:
+            tokens, places, alone = map(torch.stack, zip(*batch, strict=True))
+            packed = _outputs(model, formula, tokens, position_ids=places)
+            differences += [_difference(model, formula, *pair) for pair in zip(packed, alone, strict=True)]
+    except torch.OutOfMemoryError:
+        raise
+    except _LIBRARY_ERRORS as error:
         raise _unsupported(model, first_line(error)) from error
     finally:
         model.train(was_training)
-    if not off <= TOLERANCE.get(separate.dtype, 5e-2):
+    off = float(torch.tensor(differences).max())  # NaN if one is NaN
+    if not off <= TOLERANCE.get(packed.dtype, 2e-2):
         raise _unsupported(model, f"logits of packed rows differ by {off:.1%} of the largest logit")
 
 
+def row_lengths(pack_length: int, *, longest: int) -> tuple[int, ...]:
+    """Tokens of the rows of a test pack: those of `SHORT_LENGTHS`, and rows of at most `longest` that fill the pack."""
+    *before, last = SHORT_LENGTHS
+    rest = pack_length - sum(SHORT_LENGTHS)
+    filled = [longest] * (max(rest, 0) // longest) + ([rest % longest] if rest > 0 and rest % longest else [])
+    return (*before, *filled, last)
+
+
+def _longest_row(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config(decoder=True)
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return min((limit for limit in found if type(limit) is int and limit > 0), default=1 << 62)
+
+
+def _outputs(
+    model: PreTrainedModel, formula: HeadFormula | None, tokens: torch.Tensor, **inputs: torch.Tensor
+) -> torch.Tensor:
+    """The input of the head, `[B, T, D]`, which takes less memory than the logits; without a formula these."""
+    if formula is None:
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **inputs).logits
+        return logits
+    return before_head(model, input_ids=tokens, use_cache=False, **inputs)[0]
+
+
+def _difference(
+    model: PreTrainedModel, formula: HeadFormula | None, packed: torch.Tensor, separate: torch.Tensor
+) -> float:
+    off, largest = [torch.zeros(())], [torch.full((), 1e-30)]
+    for ours, theirs in zip(packed.split(_CHUNK), separate.split(_CHUNK), strict=True):
+        if formula is not None:
+            ours, theirs = formula.logits(model, ours), formula.logits(model, theirs)
+        off.append((ours - theirs).double().square().mean(-1).sqrt().max().cpu())
+        largest.append(theirs.abs().max().cpu())
+    return float(torch.stack([it.double() for it in off]).max() / torch.stack([it.double() for it in largest]).max())
+
+
 def _unsupported(model: PreTrainedModel, found: str) -> PackingUnsupported:
+    chunk = getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None)
+    shorter = f"or to at most {chunk}, its attention_chunk_size, " if chunk else ""
     return PackingUnsupported(
         f"packing with a {type(model).__name__}, attention {model.config._attn_implementation}",
         found=found,
         wanted="the logits that each row has on its own: no attention across the rows of a pack",
-        fix="set pack_length to null or batch_size to 1, or set another student.attention",
+        fix=f"set pack_length to null {shorter}or batch_size to 1, or set another student.attention",
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from coldstill.trainer.data.logit_dataset import LogitDataset, check_same_ids
 from coldstill.trainer.errors import StudentNotFound
 
 from .forward import innermost
-from .load import check_head, load_student, student_not_found
+from .load import SpecialTokens, check_head, load_student, student_not_found
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +96,7 @@ def check_processing_class(tokenizer: Any, dataset: Dataset, *, name: str) -> No
     if tokenizer.is_fast:
         check_tokenizer(tokenizer.backend_tokenizer.to_str().encode(), dataset.header, name=name)
         return
-    stored = next(file for file in dataset.manifest.files if file.name == f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}")
-    wanted = Tokenizer.from_str(dataset.read_file(stored).decode()).get_vocab(with_added_tokens=True)
+    wanted = Tokenizer.from_str(dataset.tokenizer_files()[TOKENIZER_FILE].decode()).get_vocab(with_added_tokens=True)
     found = tokenizer.get_vocab()
     if found != wanted:
         differing = sorted(token for token in {*found, *wanted} if found.get(token) != wanted.get(token))
@@ -153,6 +154,7 @@ def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedToke
         return model, name
     if tokenizer is not None:
         check_processing_class(tokenizer, first, name=config.name)
+    special = None
     try:
         files = tokenizer_files(config, first)
     except TokenizerNotFound:
@@ -160,7 +162,35 @@ def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedToke
             raise
     else:
         check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=config.name)
-    return load_student(config, dataset.header), config.name
+        special = special_tokens(files, dataset.header)
+    return load_student(config, dataset.header, special), config.name
+
+
+def special_tokens(files: Mapping[str, bytes], header: DatasetHeader) -> SpecialTokens:
+    """The special tokens of the tokenizer in `files`, and the ids at which the teacher of the dataset stops."""
+    ids = Tokenizer.from_str(files[TOKENIZER_FILE].decode())
+    stated: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            document = json.loads(files.get(name, b"{}"))
+        except (ValueError, RecursionError):
+            continue
+        stated |= document if isinstance(document, dict) else {}
+
+    def find(kind: str) -> int | None:
+        token = stated.get(kind)
+        token = token.get("content") if isinstance(token, dict) else token
+        found: int | None = ids.token_to_id(token) if isinstance(token, str) else None
+        return found
+
+    eos = find("eos_token")
+    ends = dict.fromkeys([*(() if eos is None else (eos,)), *(header.about.end_token_ids or ())])
+    return SpecialTokens(
+        bos=find("bos_token"),
+        pad=find("pad_token"),
+        ends=tuple(end for end in ends if end < header.token_count),
+        token_count=header.token_count,
+    )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
@@ -18,6 +18,7 @@ from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
 from tests import making
+from tests.trainer.student.families import tiny_of
 
 TOP_K, DRAWS, MAX_LENGTH = 12, 16, 64
 TOLERANCE = 1e-4  # in log-prob: one pass over the whole answer against token by token, in float32
@@ -244,3 +245,55 @@ def test_progress_grows_within_a_call(folder: Path) -> None:
 def test_a_sequence_without_targets_gives_none(folder: Path) -> None:
     ((_, targets),) = TransformersTeacher(_config(folder), _header(folder)).score(_prompts(1))
     assert targets.positions == 0
+
+
+def _capped(folder: Path) -> Path:
+    """A Gemma 2 with a soft-cap of its attention scores, and the tokenizer of `chat_model`."""
+    making.chat_model(folder, seed=2)
+    model = tiny_of(
+        "gemma2",
+        vocab_size=AutoConfig.from_pretrained(folder).vocab_size,
+        attn_logit_softcapping=10.0,
+        query_pre_attn_scalar=16,
+        initializer_range=0.5,
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_attention_that_the_default_computes_wrongly_is_eager(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = _capped(tmp_path)
+    sequence = TokenSequence(
+        sample_id="a",
+        source_row=0,
+        token_ids=np.random.default_rng(1).integers(2, 258, 40).astype(np.int32),
+        target_spans=np.array([[0, 39]], np.int32),
+    )
+    ((_, targets),) = TransformersTeacher(_config(folder), _header(folder)).score([sequence])
+    assert "attention sdpa gives logits that differ" in caplog.text
+    tokens = torch.from_numpy(sequence.token_ids.astype(np.int64))
+    found = {}
+    for attention in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None]).logits[0, :-1, : _header(folder).token_count]
+        found[attention] = torch.log_softmax(logits.double(), -1)[torch.arange(39), tokens[1:]].numpy()
+    np.testing.assert_allclose(targets.label_logprob, found["eager"], atol=TOLERANCE)
+    assert np.abs(targets.label_logprob - found["sdpa"]).max() > 0.1
+
+
+def test_attention_that_the_user_named_and_that_is_wrong_is_refused(tmp_path: Path) -> None:
+    folder = _capped(tmp_path)
+    with pytest.raises(TeacherUnusable, match="attn_implementation") as error:
+        TransformersTeacher(_config(folder, engine_args={"attn_implementation": "sdpa"}), _header(folder))
+    assert "set it to eager" in error.value.fix
+    TransformersTeacher(_config(folder, engine_args={"attn_implementation": "eager"}), _header(folder))
+
+
+def test_a_teacher_that_attends_to_later_tokens_is_refused(tmp_path: Path) -> None:
+    making.chat_model(tmp_path)
+    tiny_of("bert", vocab_size=AutoConfig.from_pretrained(tmp_path).vocab_size, is_decoder=False).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(TeacherUnusable, match="depend on later tokens"):
+        TransformersTeacher(_config(tmp_path), _header(tmp_path))
