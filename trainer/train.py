@@ -18,7 +18,7 @@ from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 
-from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_full_disk, newest_checkpoint
+from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_failed_writes, newest_checkpoint
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
@@ -64,8 +64,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     if (output / SUMMARY_NAME).exists():
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
-    checkpoint = newest_checkpoint(output)
-    with naming_full_disk(output):
+    with naming_failed_writes(output):
+        checkpoint = newest_checkpoint(output)
         if checkpoint is None or not checkpoint.finished:
             on_signal = CheckpointOnSignal(
                 grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0
