@@ -1,7 +1,7 @@
 """The output folder of a run: identity, checkpoints, resuming and early stopping.
 
 run.json               the identity of the run; a run with another identity raises `CheckpointMismatch`
-checkpoint-<step>/     written by transformers
+checkpoint-<step>/     written by transformers, and last `files.json`: the size and digest of each file in it
 student/               the finished student: model, tokenizer and model card, loadable by `from_pretrained`
 adapter/               the LoRA adapters alone, if they were merged into the student
 trainer_state.json     the log of the whole run
@@ -11,24 +11,30 @@ train_summary.json     written last: its presence means that the run is finished
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.files import write_json
-from coldstill.storage_schema.errors import StorageFull
+from coldstill.storage_schema.errors import StorageFailed, StorageFull
 
+from .checkpoint_files import damage, lacks_training_state
 from .data.logit_dataset import LogitDataset
-from .errors import CheckpointMismatch
+from .errors import CheckpointDamaged, CheckpointMismatch
 from .step_record import StepRecord
+
+logger = logging.get_logger(__name__)
 
 RUN_NAME = "run.json"
 SUMMARY_NAME = "train_summary.json"
@@ -36,6 +42,8 @@ REPORT_NAME = "report.md"
 STUDENT_FOLDER = "student"
 ADAPTER_FOLDER = "adapter"
 _FULL_BELOW_BYTES = 1 << 20
+_WRITE_FAILED = ("PytorchStreamWriter", "inline_container", "I/O error", "file write failed", "unexpected pos")
+"""Words of torch's and safetensors' errors for a write that failed. They carry no `errno`."""
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -77,13 +85,15 @@ class Checkpoint:
         """The state of `StepRecord`."""
         return self.state["stateful_callbacks"][StepRecord.__name__]["attributes"]
 
-    @property
+    @cached_property
     def best(self) -> Checkpoint:
-        """The checkpoint with the best measurement so far; this one if the run tracks none."""
+        """The checkpoint with the best measurement so far; this one if the run tracks none.
+
+        Raises `CheckpointDamaged`.
+        """
         best = self.state.get("best_model_checkpoint")
         folder = self.folder.parent / Path(best).name if best else self.folder
-        state = read_state(folder)
-        return self if state is None else Checkpoint(folder, state)
+        return self if folder == self.folder else whole_checkpoint(folder)
 
     @property
     def _stopped_early(self) -> bool:
@@ -116,16 +126,22 @@ def data_order(args: TrainingArguments, dataset: LogitDataset, *, pack_length: i
 def resume_point(folder: Path, order: Mapping[str, Any]) -> ResumePoint:
     """Where the run of the checkpoint in `folder` continues.
 
-    Raises `CheckpointMismatch` if its dataset or data order differs, or if `DistillTrainer` did not write it.
+    Raises `CheckpointMismatch` if its dataset or data order differs, or if `DistillTrainer` did not write it;
+    `CheckpointDamaged`, also if the state of the optimizer is missing, as with `save_only_model`.
     """
     state = read_state(folder) or {}
     saved = state.get("stateful_callbacks", {}).get(StepRecord.__name__, {}).get("attributes", {})
+    if not state:
+        whole_checkpoint(folder)
     _require_same(
         f"{folder}: the run of this checkpoint",
         saved.get("order", {}),
         order,
         fix="resume with the dataset and settings of that run, or start a new run in another output folder",
     )
+    whole_checkpoint(folder)
+    if found := lacks_training_state(folder):
+        raise _damaged(folder, found)
     return ResumePoint(int(state["global_step"]), saved["cursor"])
 
 
@@ -135,7 +151,7 @@ def claim(output: Path, identity: Mapping[str, Any], *, write: bool) -> None:
     Raises `CheckpointMismatch` if the folder holds checkpoints or a student of another run.
     """
     output.mkdir(parents=True, exist_ok=True)
-    occupied = newest_checkpoint(output) is not None or (output / SUMMARY_NAME).exists()
+    occupied = any(map(read_state, _by_step(output))) or (output / SUMMARY_NAME).exists()
     if occupied:
         _require_same(
             f"{output}: the run in this folder",
@@ -148,12 +164,35 @@ def claim(output: Path, identity: Mapping[str, Any], *, write: bool) -> None:
 
 
 def newest_checkpoint(output: Path) -> Checkpoint | None:
-    """The complete checkpoint of the highest step. transformers writes the state file of a checkpoint last."""
-    for folder in sorted(output.glob("checkpoint-*"), key=_step, reverse=True):
-        state = read_state(folder)
-        if state is not None:
-            return Checkpoint(folder, state)
+    """The whole checkpoint of the highest step. A damaged one is passed over with a warning that says what is wrong."""
+    for folder in _by_step(output):
+        try:
+            return whole_checkpoint(folder)
+        except CheckpointDamaged as error:
+            logger.warning(f"{error.what} is damaged ({error.found}): an older checkpoint is used, if there is one")
     return None
+
+
+def whole_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Raises `CheckpointDamaged` unless all its files are there with their content."""
+    state = read_state(folder)
+    found = damage(folder) or ("" if state is not None else f"no whole {TRAINER_STATE_NAME}")
+    if found or state is None:
+        raise _damaged(folder, found)
+    return Checkpoint(folder, state)
+
+
+def _damaged(folder: Path, found: str) -> CheckpointDamaged:
+    return CheckpointDamaged(
+        str(folder),
+        found=found,
+        wanted="all files of the checkpoint, as they were written",
+        fix="copy it again from where it is whole, or go on from an older one of this run",
+    )
+
+
+def _by_step(output: Path) -> list[Path]:
+    return sorted(output.glob("checkpoint-*"), key=_step, reverse=True)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:
@@ -162,21 +201,31 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def naming_full_disk(output: Path) -> Iterator[None]:
-    """Raise `StorageFull` for any exception of a library if the disk of `output` is full."""
+def naming_failed_writes(output: Path) -> Iterator[None]:
+    """Raise `StorageFull` for any exception of a library if the disk of `output` is full, and `StorageFailed` if it
+    does not write."""
     try:
         yield
     except ColdstillError:
         raise
     except Exception as error:
-        if "No space left" not in str(error) and shutil.disk_usage(output).free >= _FULL_BELOW_BYTES:
+        is_full = "No space left" in str(error) or shutil.disk_usage(output).free < _FULL_BELOW_BYTES
+        if not is_full and not _is_failed_write(error, output):
             raise
-        raise StorageFull(
-            f"{output}: writing a checkpoint",
+        resume = "re-run the same command to resume from the last whole checkpoint"
+        raise (StorageFull if is_full else StorageFailed)(
+            f"{output}: writing a checkpoint or the student",
             found=first_line(error),
-            wanted="space for two checkpoints and the finished student",
-            fix="free some space and re-run the same command to resume from the last complete checkpoint",
+            wanted="space for two checkpoints and the finished student" if is_full else "a disk that takes each file",
+            fix=f"free some space and {resume}" if is_full else f"repair the disk, or choose another, and {resume}",
         ) from error
+
+
+def _is_failed_write(error: Exception, output: Path) -> bool:
+    if isinstance(error, OSError):
+        name = error.filename if isinstance(error.filename, str) else ""
+        return error.errno in (errno.EIO, errno.EROFS) or Path(name).is_relative_to(output)
+    return any(words in str(error) for words in _WRITE_FAILED)
 
 
 def _require_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any], *, fix: str) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 from transformers.utils import logging
 
 from .arguments import adapt_arguments, rank_by_metric, validate_arguments, validate_parameters
+from .checkpoint_files import begin_checkpoint, finish_checkpoint
 from .checkpoints import ResumePoint, data_order, newest_checkpoint, resume_point
 from .config import StudentConfig
 from .data.logit_dataset import LogitDataset, check_eval_dataset, require_logit_dataset
@@ -163,8 +164,8 @@ class DistillTrainer(TrainingLoop):
 
         `resume_from_checkpoint`: a folder, or `True` for the newest complete checkpoint in the output folder.
 
-        Raises `CheckpointMismatch` for a checkpoint of another dataset or data order, `NonFiniteLoss`,
-        `LoaderWorkerDied`, and what a `LogitStream` raises.
+        Raises `CheckpointMismatch` for a checkpoint of another dataset or data order, `CheckpointDamaged`,
+        `NonFiniteLoss`, `NonFiniteGradient`, `NonFiniteWeights`, `LoaderWorkerDied`, and what a `LogitStream` raises.
         """
         if resume_from_checkpoint is True and (newest := newest_checkpoint(Path(self.args.output_dir))) is not None:
             resume_from_checkpoint = str(newest.folder)
@@ -181,6 +182,23 @@ class DistillTrainer(TrainingLoop):
         stream = self._stream(self.train_dataset, batch_size=self.args.train_batch_size)
         stream.seek(self._resumed.cursor)
         return BatchLoader(stream, self.args, batches=self.length.micro_batches_after(self._resumed.step))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the list of the checkpoint's files last; of all devices, once each has written its own."""
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(folder)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Keep the norm for the check before the optimizer step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and norm is not None:
+            self.record.gradient_norm = norm
+        return norm
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

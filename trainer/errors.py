@@ -89,6 +89,18 @@ class NonFiniteLoss(ColdstillError):
     """The loss of some rows is not finite; training stopped before the optimizer step."""
 
 
+class NonFiniteGradient(ColdstillError):
+    """The gradient of an optimizer step is not finite; training stopped before the optimizer step."""
+
+
+class NonFiniteWeights(ColdstillError):
+    """The student's own weights hold values that are not finite."""
+
+
+class CheckpointDamaged(ColdstillError):
+    """A file of a checkpoint is missing, or is not as it was written."""
+
+
 class CheckpointMismatch(ColdstillError):
     """The output folder or a checkpoint belongs to another run: another dataset, loss, data order or recipe."""
 

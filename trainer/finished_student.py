@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from coldstill.common.files import write_json
 from coldstill.storage_schema.header import DatasetHeader
 
+from .checkpoint_files import FILES_NAME
 from .checkpoints import ADAPTER_FOLDER, REPORT_NAME, STUDENT_FOLDER, Checkpoint
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset
@@ -50,6 +51,7 @@ _RESUME_ONLY = (
     "rng_state*.pth",
     TRAINER_STATE_NAME,
     "training_args.bin",
+    FILES_NAME,
     "README.md",
 )
 """Files of a checkpoint that the finished student does not need."""

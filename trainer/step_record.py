@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .arguments import RunLength
-from .errors import NonFiniteLoss
+from .errors import NonFiniteGradient, NonFiniteLoss, NonFiniteWeights
 from .loss_kernels.fused_head import LossValues
 from .losses.base import LossState
 from .losses.taid_schedule import TaidSchedule
@@ -55,6 +55,8 @@ class StepRecord(TrainerCallback, ExportableState):
         self._parts: list[tuple[LossValues, Mapping[str, Any]]] = []
         self._means: tuple[float, float] | None = None
         self._state_sums: list[float] = []
+        self.gradient_norm: torch.Tensor | float = 0.0
+        """Of the step's complete gradient. A scaler's is left out: it skips a step that is not finite."""
 
     def add(self, values: LossValues, batch: Mapping[str, Any]) -> None:
         """Keep the values of a micro-batch; they are read from the device once per optimizer step."""
@@ -79,13 +81,20 @@ class StepRecord(TrainerCallback, ExportableState):
         if self.loss_state is not None:
             self.loss_state.load_state_dict(saved["memory"])
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Raise `NonFiniteLoss` on all devices if one has a value that is not finite; no weight has changed."""
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: torch.nn.Module | None = None, **_: Any
+    ) -> None:
+        """Raise `NonFiniteLoss` or `NonFiniteGradient` on all devices if one has a value that is not finite;
+        `NonFiniteWeights` if the reason is in the student. No weight has changed."""
         sums = torch.stack([_sums(values) for values, _ in self._parts]).sum(0)
+        is_broken = ~torch.as_tensor(self.gradient_norm, device=sums.device).isfinite()
+        sums = torch.cat([sums, is_broken.to(sums.dtype)[None]])
         if self.loss_state is not None:
             sums = torch.cat([sums, self.loss_state.take().to(sums.device)])
-        distillation, bucket_kl, broken, *state_sums = reduce(sums, "sum").tolist()
-        if broken:
+        distillation, bucket_kl, broken, broken_gradients, *state_sums = reduce(sums, "sum").tolist()
+        if broken or broken_gradients:
+            if model is not None and (named := _not_finite_weight(model)) is not None:
+                raise named
             raise self._not_finite(int(broken), step=state.global_step + 1)
         self._means = (distillation / self._step_targets, bucket_kl / self._step_targets)
         self._state_sums = state_sums
@@ -129,7 +138,15 @@ class StepRecord(TrainerCallback, ExportableState):
         }
         return {"args": {}, "attributes": attributes}
 
-    def _not_finite(self, count: int, *, step: int) -> NonFiniteLoss:
+    def _not_finite(self, count: int, *, step: int) -> NonFiniteLoss | NonFiniteGradient:
+        if not count:
+            names = sorted({name for _, batch in self._parts for name in batch["sample_ids"]})
+            return NonFiniteGradient(
+                f"gradient at optimizer step {step}, of rows {', '.join(names[:MOST_NAMED])}",
+                found=f"a norm of {float(self.gradient_norm)}, though the loss is finite",
+                wanted="a finite gradient; the optimizer was stopped before this step",
+                fix="lower training.learning_rate, or set student.dtype or student.weights to float32",
+            )
         here = sorted({name for values, batch in self._parts for name in _broken_rows(values, batch)})
         rows = gather_object(here)
         more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
@@ -145,6 +162,20 @@ def _sums(values: LossValues) -> torch.Tensor:
     """Sums of distillation and bucket KL, and the number of values that are not finite."""
     broken = ~values.loss.isfinite()
     return torch.stack([values.distillation.double().sum(), values.bucket_kl.double().sum(), broken.double().sum()])
+
+
+def _not_finite_weight(model: torch.nn.Module) -> NonFiniteWeights | None:
+    for name, weight in model.named_parameters():
+        broken = int((~weight.detach().isfinite()).sum())
+        if broken:
+            return NonFiniteWeights(
+                f"weight {name} of the student",
+                found=f"{broken:,} of {weight.numel():,} values that are not finite",
+                wanted="finite weights",
+                fix="choose another student; if the run was resumed, delete its newest checkpoint to go on from the "
+                "one before, with a lower training.learning_rate",
+            )
+    return None
 
 
 def _broken_rows(values: LossValues, batch: Mapping[str, Any]) -> list[str]:

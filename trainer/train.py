@@ -19,7 +19,7 @@ from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
 
 from .arguments import validate_optimizer
-from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_full_disk, newest_checkpoint
+from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_failed_writes, newest_checkpoint
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
@@ -65,8 +65,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     if (output / SUMMARY_NAME).exists():
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
-    checkpoint = newest_checkpoint(output)
-    with naming_full_disk(output):
+    with naming_failed_writes(output):
+        checkpoint = newest_checkpoint(output)
         if checkpoint is None or not checkpoint.finished:
             _run(config, dataset, args, checkpoint, callbacks)
             checkpoint = newest_checkpoint(output)

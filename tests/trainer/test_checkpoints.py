@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from coldstill.trainer.checkpoints import ResumePoint, claim, newest_checkpoint, resume_point
 from coldstill.trainer.errors import CheckpointMismatch
@@ -38,8 +40,12 @@ STATE = {
 
 
 def checkpoint(output: Path, state: dict, *, step: int = 2) -> Path:
+    """As an earlier release wrote it: without a list of its files."""
     folder = output / f"checkpoint-{step}"
     folder.mkdir(parents=True)
+    save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"step": step}, folder / name)
     (folder / "trainer_state.json").write_text(json.dumps({**state, "global_step": step}))
     return folder
 
