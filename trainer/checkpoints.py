@@ -131,7 +131,7 @@ def resume_point(folder: Path, order: Mapping[str, Any]) -> ResumePoint:
     """
     state = read_state(folder) or {}
     saved = state.get("stateful_callbacks", {}).get(StepRecord.__name__, {}).get("attributes", {})
-    if not state:
+    if not state and folder.is_dir() and any(folder.iterdir()):
         whole_checkpoint(folder)
     _require_same(
         f"{folder}: the run of this checkpoint",

@@ -30,7 +30,7 @@ from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
-from .step_record import StepRecord
+from .step_record import StepRecord, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.load import check_attention, check_trainable
 from .student.packing_check import check_packing
@@ -184,7 +184,11 @@ class DistillTrainer(TrainingLoop):
         return BatchLoader(stream, self.args, batches=self.length.micro_batches_after(self._resumed.step))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the list of the checkpoint's files last; of all devices, once each has written its own."""
+        """Write the list of the checkpoint's files last; of all devices, once each has written its own.
+
+        Raises `NonFiniteWeights`: a run that resumes from such weights would fail again and again.
+        """
+        require_finite_weights(self.model)
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             begin_checkpoint(folder)

@@ -62,9 +62,12 @@ class StepRecord(TrainerCallback, ExportableState):
         """Keep the values of a micro-batch; they are read from the device once per optimizer step."""
         self._parts.append((values, batch))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start with an empty state, or restore the checkpoint's."""
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: torch.nn.Module | None = None, **_: Any
+    ) -> None:
+        """Start with an empty state, or restore the checkpoint's. Raises `NonFiniteWeights`."""
         self._reset()
+        require_finite_weights(model)
         # transformers sees one pass of the length of the run.
         state.num_train_epochs = self._length.epochs
         for kept in (self.schedule, self.loss_state):
@@ -93,8 +96,7 @@ class StepRecord(TrainerCallback, ExportableState):
             sums = torch.cat([sums, self.loss_state.take().to(sums.device)])
         distillation, bucket_kl, broken, broken_gradients, *state_sums = reduce(sums, "sum").tolist()
         if broken or broken_gradients:
-            if model is not None and (named := _not_finite_weight(model)) is not None:
-                raise named
+            require_finite_weights(model)
             raise self._not_finite(int(broken), step=state.global_step + 1)
         self._means = (distillation / self._step_targets, bucket_kl / self._step_targets)
         self._state_sums = state_sums
@@ -164,18 +166,19 @@ def _sums(values: LossValues) -> torch.Tensor:
     return torch.stack([values.distillation.double().sum(), values.bucket_kl.double().sum(), broken.double().sum()])
 
 
-def _not_finite_weight(model: torch.nn.Module) -> NonFiniteWeights | None:
-    for name, weight in model.named_parameters():
-        broken = int((~weight.detach().isfinite()).sum())
-        if broken:
-            return NonFiniteWeights(
-                f"weight {name} of the student",
-                found=f"{broken:,} of {weight.numel():,} values that are not finite",
-                wanted="finite weights",
-                fix="choose another student; if the run was resumed, delete its newest checkpoint to go on from the "
-                "one before, with a lower training.learning_rate",
-            )
-    return None
+def require_finite_weights(model: torch.nn.Module | None) -> None:
+    """Raise `NonFiniteWeights` for the first weight of `model` with a value that is not finite."""
+    weights = {} if model is None else {n: w.detach() for n, w in model.named_parameters() if w.is_floating_point()}
+    if not weights or bool(torch.stack([weight.isfinite().all() for weight in weights.values()]).all()):
+        return
+    name, weight = next((name, weight) for name, weight in weights.items() if not weight.isfinite().all())
+    raise NonFiniteWeights(
+        f"weight {name} of the student",
+        found=f"{int((~weight.isfinite()).sum()):,} of {weight.numel():,} values that are not finite",
+        wanted="finite weights; no checkpoint of them is written",
+        fix="choose another student, or lower training.learning_rate if it had finite weights at the start; if a "
+        "checkpoint holds such weights, delete it to resume from the one before",
+    )
 
 
 def _broken_rows(values: LossValues, batch: Mapping[str, Any]) -> list[str]:
