@@ -76,8 +76,9 @@ chaos: $(INSTALLED) ## captures killed at seeded moments: no row lost, none doub
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(or $(KILLS),200) --vllm $(or $(VLLM),20) \
 		--seed $(or $(SEED),0)
 
-fault-points: $(INSTALLED) ## captures in which each file operation and each request fails once
+fault-points: $(INSTALLED) ## captures and trainings in which each file operation and each request fails once
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.fault_points
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.training_points
 
 bench-codec: $(INSTALLED) ## bytes, speed and fidelity of the codec and of other codecs (QUICK=1)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.codec

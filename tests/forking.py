@@ -10,7 +10,9 @@ from multiprocessing.context import ForkServerContext
 
 _PRELOADED = [
     "coldstill.pipeline.teachers.transformers_teacher",
+    "coldstill.trainer.train",
     "tests.chaos.forked",
+    "tests.chaos.training_points",
     "tests.pipeline.capturing",
     # Imported by what is imported above, but only when it is first used.
     "fsspec.implementations.local",

@@ -1,0 +1,174 @@
+"""Trainings in which one file operation fails or kills: 20 steps with a checkpoint every 5, and the finished student.
+
+After the fault the same run is started again, and must end with the weights of an unbroken one. A run that fails must
+name its error. `python -m tests.chaos.training_points` tries all points and stores the counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.report import finish
+from coldstill.common.errors import ColdstillError
+from coldstill.trainer import finished_student
+from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.train import train
+from tests import making
+from tests.faults import KINDS, FaultPoints, Kind
+from tests.forking import fork_server
+
+from .fault_points import Checked, Ended, Point
+from .moments import die_with_parent
+
+_AT_ONCE = 2
+_KILLED = -9
+_NEVER_ENDS_S = 300.0
+_BUFFER_BYTES = 1 << 20
+"""torch writes a tensor at a time; this many bytes are one write here, so that there are fewer points."""
+
+
+def settings(folder: Path, output: str) -> TrainConfig:
+    """20 steps on a tiny dataset, into `folder / output`."""
+    if not (folder / "student").exists():
+        making.tiny_llama(folder / "student")
+        rng = np.random.default_rng(0)
+        rows = [making.random_row(rng, f"row-{number}") for number in range(8)]
+        header = making.tiny_header(folder / "student")
+        making.write_dataset(folder / "dataset", [rows], header=header, tokenizer=folder / "student")
+    training: dict[str, Any] = {"batch_size": 2, "max_steps": 20, "save_steps": 5, "logging_steps": 10}
+    return TrainConfig.model_validate(
+        {
+            "dataset": str(folder / "dataset"),
+            "student": {"model": str(folder / "student")},
+            "output": str(folder / output),
+            "training": {**training, "dataloader_workers": 0, "threads": 1},
+        }
+    )
+
+
+def run(config: TrainConfig, *, at: int | None = None, kind: Kind = "kill") -> Ended:
+    """A training in a process of its own, with a fault at operation `at`."""
+    forks = fork_server()
+    here, there = forks.Pipe(duplex=False)
+    process = forks.Process(target=_live, args=(config, at, kind, there))
+    process.start()
+    there.close()
+    with here:
+        try:
+            said, operations = here.recv()
+        except EOFError:
+            said, operations = "", []
+    process.join(_NEVER_ENDS_S)
+    if process.is_alive():
+        process.kill()
+        return Ended(2, "did not end", operations)
+    return Ended(process.exitcode or 0, said, operations)
+
+
+def _live(config: TrainConfig, at: int | None, kind: Kind, parent: Connection) -> None:
+    die_with_parent()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    tqdm.set_lock(threading.RLock())
+    _write_by_python()
+    points = FaultPoints(config.output, at=at, kind=kind)
+    points.arm()
+    code, said = 0, ""
+    try:
+        train(config)
+    except ColdstillError as error:
+        code, said = 1, str(error)
+    except BaseException:
+        code, said = 2, traceback.format_exc()
+    parent.send((said, points.seen))
+    os._exit(code)
+
+
+def _write_by_python() -> None:
+    """Give torch and safetensors a file of Python, whose writes are counted, instead of a path."""
+    import safetensors.torch
+    from transformers import modeling_utils
+
+    save = torch.save
+
+    def save_counted(value: Any, file: Any, *args: Any, **options: Any) -> None:
+        if not isinstance(file, (str, os.PathLike)):
+            save(value, file, *args, **options)
+            return
+        with open(file, "wb", buffering=_BUFFER_BYTES) as opened:
+            save(value, opened, *args, **options)
+
+    def save_tensors(tensors: Any, filename: Any, metadata: Any = None) -> None:
+        with open(filename, "wb") as opened:
+            opened.write(safetensors.torch.save(tensors, metadata))
+
+    torch.save = save_counted
+    modeling_utils.safe_save_file = save_tensors  # type: ignore[assignment]
+    finished_student.save_file = save_tensors  # type: ignore[attr-defined]
+
+
+def training_points(folder: Path) -> list[Point]:
+    """All fault points of a training, which also makes the unbroken student."""
+    ended = run(settings(folder, "unbroken"))
+    if ended.code:
+        raise RuntimeError(f"an unbroken training failed: {ended.said}")
+    return [Point(at, kind, operation) for at, operation in enumerate(ended.operations) for kind in KINDS]
+
+
+def check_training(folder: Path, point: Point) -> Checked:
+    """A training with this fault, the run that follows, and what is wrong then."""
+    config = settings(folder, f"{point.at}-{point.kind}")
+    first = run(config, at=point.at, kind=point.kind)  # type: ignore[arg-type]
+    allowed = (_KILLED,) if point.kind == "kill" else (0, 1)
+    wrong = [] if first.code in allowed else [f"ended with code {first.code}: {first.said}"]
+    again = run(config)
+    if again.code:
+        wrong.append(f"the next run ended with code {again.code}: {again.said}")
+    elif _student(config) != _student(settings(folder, "unbroken")):
+        wrong.append("another student than that of an unbroken run")
+    if not wrong:
+        shutil.rmtree(config.output)
+    return Checked(point, first.code, wrong)
+
+
+def _student(config: TrainConfig) -> dict[str, str]:
+    files = sorted(Path(config.output, "student").iterdir())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def main() -> int:
+    """Try all points and print the counts. The exit code is 1 if a law was broken."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        points = training_points(folder)
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            results = threads.map(partial(check_training, folder), points)
+            checked = list(tqdm(results, desc="training", total=len(points), unit=" points", mininterval=2))
+    for point, _, wrong in checked:
+        for what in wrong:
+            print(f"{point}: {what}", file=sys.stderr)
+    figures: dict[str, Any] = {"points": len(checked), "wrong": sum(bool(wrong) for _, _, wrong in checked)}
+    for kind in KINDS:
+        of_kind = [code for point, code, _ in checked if point.kind == kind]
+        figures[kind] = {"points": len(of_kind), "named errors": of_kind.count(1), "went on": of_kind.count(0)}
+    finish("training_fault_points", figures, command="make fault-points", quick=False)
+    return int(bool(figures["wrong"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
