@@ -119,8 +119,8 @@ def _share(model: Any, own: dict[str, Any], *, tokens: int, float32: bool) -> fl
     small = [it for it in model.parameters() if it.is_floating_point() and it.element_size() < 4]
     exact = not small
     with ExitStack() as stack:
-        if small and float32 and _can_widen(model):
-            stack.enter_context(_float32_weights(model))
+        if small and float32 and can_widen(model):
+            stack.enter_context(float32_weights(model))
             exact = True
         try:
             epsilon, tolerance = (EPSILON, TOLERANCE) if exact else (EPSILON_16_BIT, TOLERANCE_16_BIT)
@@ -210,14 +210,15 @@ def _scaled(model: Any, first: float, all_layers: float) -> Iterator[None]:
             setattr(module, name, scale)
 
 
-def _can_widen(model: Any) -> bool:
+def can_widen(model: Any) -> bool:
+    """Whether the weights of `model` are there and not quantized."""
     if getattr(model.config, "quantization_config", None) is not None:
         return False
     return all(it.device.type != "meta" and it.element_size() > 1 for it in model.parameters())
 
 
 @contextmanager
-def _float32_weights(model: Any) -> Iterator[None]:
+def float32_weights(model: Any) -> Iterator[None]:
     """Each module's own 16-bit weights are float32 while it computes."""
     narrow: dict[Any, Any] = {}
 
