@@ -53,7 +53,8 @@ class FaultPoints:
                 return plain_open(file, mode, buffering, *args, **options)
             raw = _CountedFile(os.fspath(file), mode.replace("t", "").replace("b", ""))
             raw.points = self
-            binary: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+            size = buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE
+            binary: Any = io.BufferedRandom(raw, size) if "+" in mode else io.BufferedWriter(raw, size)
             return binary if "b" in mode else io.TextIOWrapper(binary, *args, **options)
 
         def sync_counted(descriptor: int) -> None:
