@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
 
 from coldstill import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLoss
-from tests.trainer.training import KillAt, Killed, Seen, build, weights_of
+from tests.trainer.training import KillAt, Killed, Seen, build, make_sick, weights_of
 
 SHAPE = {
     "per_device_train_batch_size": 2,
@@ -54,10 +53,8 @@ def sick_row(dataset: Path, student: Path, output: Path) -> str:
     """The error message if a row on one process has a loss that is not finite."""
     stream = load_logit_dataset(dataset).stream(batch_size=2, seed=0, rank=1, world_size=2)
     token = int(next(iter(stream))["input_ids"][0, 0])
-    model = LlamaForCausalLM.from_pretrained(student)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[token] = torch.nan
-    trainer, _ = build(dataset, model, output, **SHAPE)
+    trainer, _ = build(dataset, student, output, **SHAPE)
+    make_sick(trainer.model, token=token)
     try:
         trainer.train()
     except NonFiniteLoss as error:

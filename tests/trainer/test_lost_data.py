@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.errors import FileDamaged, FileMissing, ShardDamaged, ShardMissing
+from coldstill.storage_schema.errors import FileDamaged, FileMissing, ShardDamaged, ShardMissing, StreamDamaged
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.data.stream import PassingErrors, raising_passed
 from coldstill.trainer.distill_trainer import BatchLoader
@@ -76,7 +76,7 @@ def move(root: Path) -> None:
 LOSSES = {
     delete: ShardMissing,
     replace: ShardDamaged,
-    overwrite: ShardDamaged,
+    overwrite: (ShardDamaged, StreamDamaged),  # the second between the check of the stamp and the read
     truncate: ShardDamaged,
     move: ShardMissing,
 }

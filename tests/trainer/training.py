@@ -96,6 +96,15 @@ def build(
     return trainer, gradients
 
 
+def make_sick(model: torch.nn.Module, *, token: int) -> None:
+    """Let rows with this token have logits that are not finite, though each weight is."""
+
+    def spoil(_: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == token)[..., None], torch.nan)
+
+    model.get_input_embeddings().register_forward_hook(spoil)
+
+
 def mean_loss(trainer: DistillTrainer, rows: list[Any]) -> float:
     """Mean loss per target of `rows` in one batch, in evaluation."""
     trainer.model.eval()
