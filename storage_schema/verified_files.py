@@ -155,7 +155,10 @@ def copy_file(source: Store, file: FileRecord, destination: Store, on_block: Cal
         return True
     try:
         with source.open(file.name) as reading, destination.receive(file.name) as path, path.open("xb") as writing:
-            size, digest = _digest(reading, file.bytes, on_block=on_block, write=writing.write)
+            try:
+                size, digest = _digest(reading, file.bytes, on_block=on_block, write=writing.write)
+            except FileNotFoundError:  # deleted since it was opened; `receive` would take it for an error of its own
+                raise _missing(source, file) from None
             _require_digest(source, file, size, digest)
     except FileNotFoundError:
         raise _missing(source, file) from None

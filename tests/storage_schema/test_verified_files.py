@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,18 @@ def test_a_local_file_is_uploaded_to_a_remote_store(source: Store) -> None:
     assert remote.read(file.name) == CONTENT
     assert copy_file(source, file, remote, nothing) is False
     remote.delete_folder("shards")
+
+
+def test_a_source_that_is_deleted_while_it_is_copied_is_missing_and_not_a_failed_write(
+    source: Store, destination: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deleted(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise FileNotFoundError("the object is gone")
+
+    record = stored(source)
+    monkeypatch.setattr(source, "open", lambda name: Deleted())
+    monkeypatch.setattr(source, "is_local", False)
+    with pytest.raises(ShardMissing, match="source"):
+        copy_file(source, record, destination, on_block=lambda _: None)
+    assert not destination.exists(record.name)
