@@ -209,7 +209,7 @@ def naming_failed_writes(output: Path) -> Iterator[None]:
     except ColdstillError:
         raise
     except Exception as error:
-        is_full = "No space left" in str(error) or shutil.disk_usage(output).free < _FULL_BELOW_BYTES
+        is_full = "No space left" in str(error) or _free_bytes(output) < _FULL_BELOW_BYTES
         if not is_full and not _is_failed_write(error, output):
             raise
         resume = "re-run the same command to resume from the last whole checkpoint"
@@ -219,6 +219,12 @@ def naming_failed_writes(output: Path) -> Iterator[None]:
             wanted="space for two checkpoints and the finished student" if is_full else "a disk that takes each file",
             fix=f"free some space and {resume}" if is_full else f"repair the disk, or choose another, and {resume}",
         ) from error
+
+
+def _free_bytes(output: Path) -> int:
+    """On the disk of `output`, which may not exist yet."""
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _is_failed_write(error: Exception, output: Path) -> bool:

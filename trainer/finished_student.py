@@ -53,6 +53,7 @@ _RESUME_ONLY = (
     "training_args.bin",
     FILES_NAME,
     "README.md",
+    ".*.part",  # of a killed writer
 )
 """Files of a checkpoint that the finished student does not need."""
 

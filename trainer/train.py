@@ -61,7 +61,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     args = _arguments(config)
     output = Path(config.output)
     dataset = load_logit_dataset(config.dataset, **config.data.model_dump(exclude={"seed"}))
-    claim(output, _identity(config, dataset), write=args.process_index == 0)
+    with naming_failed_writes(output):
+        claim(output, _identity(config, dataset), write=args.process_index == 0)
     if (output / SUMMARY_NAME).exists():
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
