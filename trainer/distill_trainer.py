@@ -159,7 +159,7 @@ class DistillTrainer(TrainingLoop):
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"
             )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
         """Train, or resume with exactly the batches that an uninterrupted run would use next.
 
         `resume_from_checkpoint`: a folder, or `True` for the newest complete checkpoint in the output folder.
@@ -167,8 +167,14 @@ class DistillTrainer(TrainingLoop):
         Raises `CheckpointMismatch` for a checkpoint of another dataset or data order, `CheckpointDamaged`,
         `NonFiniteLoss`, `NonFiniteGradient`, `NonFiniteWeights`, `LoaderWorkerDied`, and what a `LogitStream` raises.
         """
-        if resume_from_checkpoint is True and (newest := newest_checkpoint(Path(self.args.output_dir))) is not None:
-            resume_from_checkpoint = str(newest.folder)
+        if resume_from_checkpoint is True:
+            output = Path(self.args.output_dir)
+            if (newest := newest_checkpoint(output)) is not None:
+                resume_from_checkpoint = str(newest.folder)
+            elif any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+                resume_from_checkpoint = None  # all are damaged, which was said: transformers would read one of them
+        elif isinstance(resume_from_checkpoint, Path):
+            resume_from_checkpoint = str(resume_from_checkpoint)
         self._resumed = ResumePoint()
         if isinstance(resume_from_checkpoint, str):
             self._resumed = resume_point(Path(resume_from_checkpoint), self.order)

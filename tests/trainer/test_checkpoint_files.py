@@ -95,6 +95,17 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_with_equal_weights(
     assert damage(output / "checkpoint-4") == "", "written anew"
 
 
+def test_a_run_without_a_whole_checkpoint_starts_anew(
+    stopped: Path, tiny_dataset: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    output = copied(stopped, tmp_path / "run", listed=True)
+    for step in (2, 4):
+        DAMAGES["half"](output / f"checkpoint-{step}" / "model.safetensors")
+    trainer, _ = build(tiny_dataset, tiny_student, output, **SHAPE)
+    trainer.train(resume_from_checkpoint=True)
+    assert [damage(folder) for folder in sorted(output.glob("checkpoint-*"))] == ["", ""]
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
 def test_a_checkpoint_without_the_optimizers_state_is_a_named_error(
     tiny_dataset: Path, tiny_student: Path, tmp_path: Path, name: str
