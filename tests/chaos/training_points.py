@@ -175,7 +175,8 @@ def main() -> int:
     for kind in KINDS:
         of_kind = [code for point, code, _ in checked if point.kind == kind]
         figures[kind] = {"points": len(of_kind), "named errors": of_kind.count(1), "went on": of_kind.count(0)}
-    finish("training_fault_points", figures, command="make fault-points", quick=False)
+    command = f"python -m tests.chaos.training_points --every {every}"
+    finish("training_fault_points", figures, command=command, quick=False)
     return int(bool(figures["wrong"]))
 
 
