@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
 from transformers.utils import logging
 
 from .arguments import adapt_arguments, rank_by_metric, validate_arguments, validate_parameters
@@ -198,10 +198,17 @@ class DistillTrainer(TrainingLoop):
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             begin_checkpoint(folder)
-        super()._save_checkpoint(model, trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish_checkpoint(folder)
+            # Not before: until here, an older one may be the only one that outlasts a power cut.
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), limit, best and str(folder.parent / Path(best).name), use_mtime=True)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Keep the norm for the check before the optimizer step."""

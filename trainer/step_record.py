@@ -166,9 +166,13 @@ def _sums(values: LossValues) -> torch.Tensor:
     return torch.stack([values.distillation.double().sum(), values.bucket_kl.double().sum(), broken.double().sum()])
 
 
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""torch has no `isfinite` for all types of 8 bits, which only frozen weights have."""
+
+
 def require_finite_weights(model: torch.nn.Module | None) -> None:
     """Raise `NonFiniteWeights` for the first weight of `model` with a value that is not finite."""
-    weights = {} if model is None else {n: w.detach() for n, w in model.named_parameters() if w.is_floating_point()}
+    weights = {} if model is None else {n: w.detach() for n, w in model.named_parameters() if w.dtype in _CHECKED}
     if not weights or bool(torch.stack([weight.isfinite().all() for weight in weights.values()]).all()):
         return
     name, weight = next((name, weight) for name, weight in weights.items() if not weight.isfinite().all())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from .arguments import RunLength
+from .checkpoints import whole_checkpoint
 from .data.stream import LogitStream, PassingErrors, raising_passed
 from .errors import UnsupportedArgument
 from .interruption import naming_dead_workers, outlive_sigterm
@@ -122,6 +124,11 @@ class TrainingLoop(Trainer):
 
     def _load_best_model(self) -> None:
         self._use_averaged_weights()
+        assert self.state.best_model_checkpoint is not None
+        # By its name: the run's folder may have been moved since. transformers would read on, or pass over it.
+        best = Path(self.args.output_dir, Path(self.state.best_model_checkpoint).name)
+        whole_checkpoint(best)
+        self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
 
     def _use_averaged_weights(self) -> None:

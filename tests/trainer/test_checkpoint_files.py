@@ -12,10 +12,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
-from coldstill.trainer import checkpoints
+from coldstill.trainer import checkpoints, distill_trainer
 from coldstill.trainer.checkpoint_files import FILES_NAME, damage
 from coldstill.trainer.checkpoints import Checkpoint, naming_failed_writes, newest_checkpoint, whole_checkpoint
 from coldstill.trainer.errors import CheckpointDamaged, NonFiniteGradient, NonFiniteWeights
+from coldstill.trainer.step_record import require_finite_weights
+from coldstill.trainer.train import train
+from tests.trainer.test_train import make_config
 from tests.trainer.training import KillAt, Killed, build, weights_of
 
 SHAPE = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
@@ -180,3 +183,56 @@ def test_a_write_that_fails_has_a_name(tmp_path: Path, error: Exception, named: 
         raise error
     with pytest.raises(RuntimeError, match="other"), naming_failed_writes(tmp_path):
         raise RuntimeError("other")
+
+
+def test_a_best_checkpoint_that_is_damaged_before_the_end_is_named(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    # A metric that never improves: the first measurement is the best.
+    training = {"epochs": 4, "eval_steps": 2, "best_metric": "eval_teacher_cross_entropy"}
+    config = make_config(tiny_dataset, tiny_student, tmp_path, training=training, eval_dataset=str(tiny_dataset))
+    with pytest.raises(Killed):
+        train(config, callbacks=[KillAt(7)])
+    DAMAGES["half"](tmp_path / "checkpoint-2" / "model.safetensors")
+    with pytest.raises(CheckpointDamaged, match="checkpoint-2"):
+        train(config)
+
+
+def test_the_best_checkpoint_of_a_run_in_a_moved_folder_is_kept_and_loaded(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    training = {"epochs": 4, "eval_steps": 2, "best_metric": "eval_teacher_cross_entropy"}
+    config = make_config(
+        tiny_dataset, tiny_student, tmp_path / "run", training=training, eval_dataset=str(tiny_dataset)
+    )
+    with pytest.raises(Killed):
+        train(config, callbacks=[KillAt(7)])
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = config.model_copy(update={"output": str(tmp_path / "moved")})
+    assert train(moved).student_step == 2
+
+
+def test_older_checkpoints_are_deleted_only_after_the_list_of_the_new_one_is_written(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    finish = distill_trainer.finish_checkpoint
+
+    def seeing(folder: Path) -> None:
+        seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        finish(folder)
+
+    monkeypatch.setattr(distill_trainer, "finish_checkpoint", seeing)
+    trainer, _ = build(
+        tiny_dataset, tiny_student, tmp_path, **{**SHAPE, "save_steps": 1, "save_total_limit": 1}, max_steps=3
+    )
+    trainer.train()
+    assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_weights_of_eight_bits_are_not_checked_and_no_error(dtype: torch.dtype) -> None:
+    model = torch.nn.Linear(2, 2, bias=False)
+    model.weight = torch.nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
+    require_finite_weights(model)
