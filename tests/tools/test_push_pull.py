@@ -6,23 +6,17 @@ The Hub's own client uses a stand-in of its HTTP API.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
-import yaml
 
 pytest.importorskip("huggingface_hub")
 
-import huggingface_hub.constants
-
-from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import (
     AccessDenied,
     CommitDamaged,
@@ -42,18 +36,16 @@ from coldstill.storage_schema.errors import (
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.tools.card_text import CARD_NAME, marked_card
-from coldstill.tools.errors import AnotherDataset, CardExists, CardRefused
+from coldstill.tools.card_text import CARD_NAME
+from coldstill.tools.errors import AnotherDataset, CardRefused
 from coldstill.tools.pull import CARD_FILES, dataset_files, pull
 from coldstill.tools.push import parse_hub_url, push
 from coldstill.tools.verify import verify
-from tests import making
 from tests.conftest import SmallDisk
-from tests.tools.hub_stand_in import Fault, HubStandIn, Repository, serve
+from tests.tools.hub_stand_in import Fault, HubStandIn
+from tests.tools.transfers import NAME, URL, another_dataset, files_in, names
 
 REPOSITORY = Path(__file__).parents[3]
-NAME = "some-org/some-dataset"
-URL = f"hf://datasets/{NAME}"
 PUSH = """
 import sys
 from coldstill.tools import push
@@ -61,47 +53,10 @@ push.COMMIT_FILES = 1
 push.push(sys.argv[1], sys.argv[2], progress=False)
 """
 
-hub_server = pytest.fixture(scope="module")(serve)
-
-
-@pytest.fixture
-def hub(hub_server: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
-    """The stand-in, empty, as the client's endpoint; logged in as somebody who may write."""
-    for held in (hub_server.repositories, hub_server.large, hub_server.requests, hub_server.faults):
-        held.clear()
-    hub_server.ignored, hub_server.quota = "no such file", 1 << 40
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
-    template = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setenv("HF_TOKEN", "writer")
-    fsspec.get_filesystem_class("hf").clear_instance_cache()
-    yield hub_server
-    fsspec.get_filesystem_class("hf").clear_instance_cache()
-
 
 def log_in(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     fsspec.get_filesystem_class("hf").clear_instance_cache()
-
-
-def names(dataset: Dataset) -> set[str]:
-    return {file.name for file in dataset_files(dataset)} | {MANIFEST_NAME}
-
-
-def files_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def another_dataset(root: Path, tokenizer: Path) -> Path:
-    import numpy as np
-
-    rows = [making.random_row(np.random.default_rng(99), "other")]
-    making.write_dataset(root, [rows], header=making.tiny_header(tokenizer), tokenizer=tokenizer)
-    return root
 
 
 def test_a_push_and_a_pull_give_an_equal_dataset(hub: HubStandIn, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -430,193 +385,3 @@ def test_a_link_in_a_strangers_dataset_takes_no_file_along(tiny_dataset: Path, t
     with pytest.raises(OutsideDataset, match="a link to"):
         pull(tiny_dataset, tmp_path / "there", progress=False)
     assert all(path.read_text(errors="replace") != "a private key" for path in (tmp_path / "there").rglob("*.*"))
-
-
-# ---- temporary failures ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between attempts, which take no time here."""
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
-
-
-REQUESTS = ("/api/datasets/", "/api/repos/", "/datasets/", "/lfs/")
-"""What a push and a pull ask for. The client asks for other things once in a process."""
-
-
-def request_kinds(hub: HubStandIn) -> list[tuple[str, str]]:
-    """The requests so far, each kind once: uploads of different files are of one kind."""
-    kinds = [(method, re.sub("[0-9a-f]{64}|shards/.*|(tokenizer/|plan).*", "", path)) for method, path in hub.requests]
-    return [kind for kind in dict.fromkeys(kinds) if kind[1].startswith(REQUESTS)]
-
-
-FAULTS: dict[str, dict[str, Any]] = {
-    "429 and Retry-After": {"status": 429, "headers": {"Retry-After": "7"}},
-    "503": {"status": 503},
-    "a connection that is cut": {"cut": True},
-    "an answer that is lost after success": {"late": True},
-    "503 more often than the client itself tries again": {"status": 503, "times": 7},
-}
-
-
-@pytest.mark.parametrize("kind", FAULTS)
-def test_a_push_and_a_pull_go_on_by_themselves_whatever_request_fails_temporarily(
-    hub: HubStandIn, tiny_dataset: Path, tmp_path: Path, waits: list[float], kind: str
-) -> None:
-    def clear() -> None:
-        hub.repositories.clear()
-        hub.large.clear()
-        hub.requests.clear()
-        fsspec.get_filesystem_class("hf").clear_instance_cache()
-
-    pushed = push(tiny_dataset, URL, progress=False)
-    of_push = request_kinds(hub)
-    hub.requests.clear()
-    pull(URL, tmp_path / "first", progress=False)
-    of_pull = request_kinds(hub)
-    assert {method for method, _ in of_push} == {"GET", "POST", "PUT"}
-    for method, start in of_push:
-        clear()
-        hub.faults[:] = [Fault(method, start, **FAULTS[kind])]
-        assert push(tiny_dataset, URL, progress=False).dataset_id == pushed.dataset_id, (method, start)
-        assert hub.faults[0].arrived.is_set()
-        assert names(open_dataset(tiny_dataset)) <= set(hub.repositories[NAME].branches["main"])
-    for number, (method, start) in enumerate(of_pull):
-        fsspec.get_filesystem_class("hf").clear_instance_cache()
-        hub.faults[:] = [Fault(method, start, **FAULTS[kind])]
-        pull(URL, tmp_path / f"copy {number}", progress=False)
-        assert hub.faults[0].arrived.is_set(), (method, start)
-        assert verify(tmp_path / f"copy {number}", progress=False) == []
-    if "Retry-After" in kind:
-        assert max(waits) >= 7
-    assert waits
-
-
-def test_a_store_that_stays_busy_ends_the_command_after_bounded_waits(
-    hub: HubStandIn, tiny_dataset: Path, waits: list[float]
-) -> None:
-    hub.faults.append(Fault("POST", "/api/repos/create", status=503, times=1000))
-    with pytest.raises(StorageFailed, match="503"):
-        push(tiny_dataset, URL, progress=False)
-    assert sum(waits) < 900
-    hub.faults[:] = [Fault("POST", "/api/repos/create", status=429, headers={"Retry-After": "86400"}, times=1000)]
-    waits.clear()
-    with pytest.raises(StorageFailed, match="429"):
-        push(tiny_dataset, URL, progress=False)
-    assert waits == []
-
-
-def test_a_wait_is_shown_above_the_progress_bar(
-    hub: HubStandIn, tiny_dataset: Path, waits: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub.faults.append(Fault("POST", f"/api/datasets/{NAME}/preupload", status=503, times=7))
-    push(tiny_dataset, URL)
-    assert "waiting" in capsys.readouterr().err
-
-
-# ---- what is there already -------------------------------------------------------------------------------------------
-
-
-def test_a_repository_that_holds_something_else_is_refused_or_replaced_on_request(
-    hub: HubStandIn, tiny_dataset: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    theirs = {".gitattributes": b"", "README.md": b"# Mine\n", "train.csv": b"a,b\n", "shards/x.parquet": b"PAR1"}
-    hub.repositories[NAME] = Repository(private=True, branches={"main": dict(theirs)})
-    with pytest.raises(AnotherDataset, match=r"train\.csv(.|\n)*--replace"):
-        push(tiny_dataset, URL, progress=False)
-    assert hub.repositories[NAME].branches["main"] == theirs
-    push(tiny_dataset, URL, progress=False, replace=True)
-    held = hub.repositories[NAME].branches["main"]
-    assert set(held) == names(open_dataset(tiny_dataset)) | {".gitattributes", CARD_NAME}
-    assert open_dataset(URL).dataset_id == open_dataset(tiny_dataset).dataset_id
-    other = another_dataset(tmp_path / "other", tokenizer_folder)
-    push(other, URL, progress=False, replace=True)
-    assert set(hub.repositories[NAME].branches["main"]) == names(open_dataset(other)) | {".gitattributes", CARD_NAME}
-    fsspec.get_filesystem_class("hf").clear_instance_cache()
-    assert verify(URL, deep=True, progress=False) == []
-
-
-def test_a_repository_with_a_card_and_a_license_only_is_pushed_into_and_keeps_them(
-    hub: HubStandIn, tiny_dataset: Path
-) -> None:
-    mine = b"---\nlicense: mit\npretty_name: Mine\n---\n# Mine\n\nMy text.\n"
-    hub.repositories[NAME] = Repository(private=True, branches={"main": {"README.md": mine, "LICENSE": b"MIT"}})
-    push(tiny_dataset, URL, progress=False)
-    held = hub.repositories[NAME].branches["main"]
-    assert held["LICENSE"] == b"MIT"
-    card = held[CARD_NAME].decode()
-    assert card.endswith("# Mine\n\nMy text.\n")
-    assert yaml.safe_load(card.split("---")[1])["configs"][0]["data_files"] == "shards/*.parquet"
-    assert "license: mit\npretty_name: Mine\n" in card
-    hub.requests.clear()
-    push(tiny_dataset, URL, progress=False)
-    assert hub.asked("POST", f"/api/datasets/{NAME}/commit/") == []
-
-
-def test_a_card_that_was_edited_on_the_hub_is_not_overwritten_unasked(hub: HubStandIn, tiny_dataset: Path) -> None:
-    push(tiny_dataset, URL, progress=False)
-    held = hub.repositories[NAME].branches["main"]
-    held[CARD_NAME] += b"\nA line that somebody added on the Hub.\n"
-    edited = held[CARD_NAME]
-    push(tiny_dataset, URL, progress=False)  # no card of its own
-    assert held[CARD_NAME] == edited
-    (tiny_dataset / CARD_NAME).write_text("# Another\n")
-    with pytest.raises(CardExists, match="--replace"):
-        push(tiny_dataset, URL, progress=False)
-    assert held[CARD_NAME] == edited
-    push(tiny_dataset, URL, progress=False, replace=True)
-    assert held[CARD_NAME] == b"# Another\n"
-
-
-@pytest.mark.parametrize("place", ["folder", "store"])
-def test_a_card_that_was_edited_at_the_destination_is_kept(tiny_dataset: Path, tmp_path: Path, place: str) -> None:
-    there = str(tmp_path / "there") if place == "folder" else f"memory://{tmp_path.name}-card"
-    (tiny_dataset / CARD_NAME).write_bytes(marked_card("# Generated\n"))
-    push(tiny_dataset, there, progress=False)
-    (tiny_dataset / CARD_NAME).write_bytes(marked_card("# Generated anew\n"))
-    push(tiny_dataset, there, progress=False)  # what nobody edited is brought up to date
-    assert Store(there).read(CARD_NAME) == marked_card("# Generated anew\n")
-    Store(there).put(CARD_NAME, b"# Edited\n")
-    with pytest.raises(CardExists, match="--replace"):
-        push(tiny_dataset, there, progress=False)
-    assert Store(there).read(CARD_NAME) == b"# Edited\n"
-    push(tiny_dataset, there, replace=True, progress=False)
-    assert Store(there).read(CARD_NAME) == marked_card("# Generated anew\n")
-
-
-def test_a_pull_keeps_a_card_that_was_edited_here_and_says_so(
-    tiny_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tiny_dataset / CARD_NAME).write_bytes(marked_card("# Generated\n"))
-    pull(tiny_dataset, tmp_path / "copy", progress=False)
-    (tmp_path / "copy" / CARD_NAME).write_text("# Edited here\n")
-    pull(tiny_dataset, tmp_path / "copy", progress=False)
-    assert (tmp_path / "copy" / CARD_NAME).read_text() == "# Edited here\n"
-    assert "is kept" in caplog.text
-
-
-def test_a_folder_that_holds_something_else_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "README.md").write_text("# My project\n")
-    (project / "setup.py").write_text("")
-    for copy in (pull, push):
-        with pytest.raises(AnotherDataset, match=r"setup\.py"):
-            copy(tiny_dataset, str(project), progress=False)
-    assert files_in(project) == {"README.md", "setup.py"}
-    (project / "setup.py").unlink()
-    pull(tiny_dataset, project, progress=False)
-    assert (project / "README.md").read_text() == "# My project\n"
-
-
-def test_datasets_loads_what_was_pushed_without_a_card(hub: HubStandIn, tiny_dataset: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    push(tiny_dataset, URL, progress=False)
-    for name, data in hub.repositories[NAME].branches["main"].items():
-        (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "repository" / name).write_bytes(data)
-    rows = datasets.load_dataset(str(tmp_path / "repository"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert len(rows) == len(open_dataset(tiny_dataset))
