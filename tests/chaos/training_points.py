@@ -12,11 +12,8 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +22,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.report import finish
-from coldstill.common.errors import ColdstillError
 from coldstill.trainer import finished_student
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.train import train
 from tests import making
-from tests.faults import KINDS, FaultPoints, Kind
-from tests.forking import fork_server
 
-from .fault_points import Checked, Ended, Point
-from .moments import die_with_parent
+from .one_fault import AT_ONCE, Checked, Ended, Point, counts, run
 
-_AT_ONCE = 2
-_KILLED = -9
-_NEVER_ENDS_S = 300.0
 _BUFFER_BYTES = 1 << 20
 """torch writes a tensor at a time; this many bytes are one write here, so that there are fewer points."""
 
@@ -62,42 +52,13 @@ def settings(folder: Path, output: str) -> TrainConfig:
     )
 
 
-def run(config: TrainConfig, *, at: int | None = None, kind: Kind = "kill") -> Ended:
-    """A training in a process of its own, with a fault at operation `at`."""
-    forks = fork_server()
-    here, there = forks.Pipe(duplex=False)
-    process = forks.Process(target=_live, args=(config, at, kind, there))
-    process.start()
-    there.close()
-    with here:
-        try:
-            said, operations = here.recv()
-        except EOFError:
-            said, operations = "", []
-    process.join(_NEVER_ENDS_S)
-    if process.is_alive():
-        process.kill()
-        return Ended(2, "did not end", operations)
-    return Ended(process.exitcode or 0, said, operations)
-
-
-def _live(config: TrainConfig, at: int | None, kind: Kind, parent: Connection) -> None:
-    die_with_parent()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    tqdm.set_lock(threading.RLock())
+def _train(config: TrainConfig) -> None:
     _write_by_python()
-    points = FaultPoints(config.output, at=at, kind=kind)
-    points.arm()
-    code, said = 0, ""
-    try:
-        train(config)
-    except ColdstillError as error:
-        code, said = 1, str(error)
-    except BaseException:
-        code, said = 2, traceback.format_exc()
-    parent.send((said, points.seen))
-    os._exit(code)
+    train(config)
+
+
+def _run(config: TrainConfig, **fault: Any) -> Ended:
+    return run(partial(_train, config), config.output, **fault)
 
 
 def _write_by_python() -> None:
@@ -125,19 +86,15 @@ def _write_by_python() -> None:
 
 def training_points(folder: Path) -> list[Point]:
     """All fault points of a training, which also makes the unbroken student."""
-    ended = run(settings(folder, "unbroken"))
-    if ended.code:
-        raise RuntimeError(f"an unbroken training failed: {ended.said}")
-    return [Point(at, kind, operation) for at, operation in enumerate(ended.operations) for kind in KINDS]
+    return _run(settings(folder, "unbroken")).points
 
 
 def check_training(folder: Path, point: Point) -> Checked:
     """A training with this fault, the run that follows, and what is wrong then."""
     config = settings(folder, f"{point.at}-{point.kind}")
-    first = run(config, at=point.at, kind=point.kind)  # type: ignore[arg-type]
-    allowed = (_KILLED,) if point.kind == "kill" else (0, 1)
-    wrong = [] if first.code in allowed else [f"ended with code {first.code}: {first.said}"]
-    again = run(config)
+    first = _run(config, at=point.at, kind=point.kind)
+    wrong = first.wrong_after(point)
+    again = _run(config)
     if again.code:
         wrong.append(f"the next run ended with code {again.code}: {again.said}")
     elif _student(config) != _student(settings(folder, "unbroken")):
@@ -161,7 +118,7 @@ def main() -> int:
         folder = Path(name)
         all_points = training_points(folder)
         points = all_points[::every]
-        with ThreadPoolExecutor(_AT_ONCE) as threads:
+        with ThreadPoolExecutor(AT_ONCE) as threads:
             results = threads.map(partial(check_training, folder), points)
             checked = list(tqdm(results, desc="training", total=len(points), unit=" points", mininterval=2))
     for point, _, wrong in checked:
@@ -172,9 +129,7 @@ def main() -> int:
         "of": len(all_points),
         "wrong": sum(bool(wrong) for _, _, wrong in checked),
     }
-    for kind in KINDS:
-        of_kind = [code for point, code, _ in checked if point.kind == kind]
-        figures[kind] = {"points": len(of_kind), "named errors": of_kind.count(1), "went on": of_kind.count(0)}
+    figures |= counts(checked)
     command = f"python -m tests.chaos.training_points --every {every}"
     finish("training_fault_points", figures, command=command, quick=False)
     return int(bool(figures["wrong"]))

@@ -12,9 +12,11 @@ import yaml
 from coldstill.pipeline.calibration import Calibration, calibrate
 from coldstill.pipeline.cluster.pool import WorkerPool
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.worker import CaptureWorker, UnitReport, load_for
-from coldstill.storage_schema.header import DatasetHeader
+from coldstill.pipeline.teachers.protocol import Teacher
+from coldstill.pipeline.worker import CaptureWorker, UnitReport, load_for, load_teacher
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes
+from coldstill.storage_schema.store import Store
 from tests import making
 
 
@@ -52,12 +54,17 @@ class OneWorkerPool(WorkerPool):
 
     def calibrate(self, header: DatasetHeader, unit: Unit) -> Calibration:
         """The calibration pass by a teacher that is loaded for it."""
-        return calibrate(self._config, load_for(self._config, header), header, unit)
+        return calibrate(self._config, self._teacher(header), header, unit)
 
     def run_units(self, todo: list[int]) -> Iterator[UnitReport]:
         """Run the units one after the other."""
-        worker = CaptureWorker(self._config)
+        store = Store(self._config.output)
+        header = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
+        worker = CaptureWorker(self._config, self._teacher(header))
         yield from map(worker.run, todo)
+
+    def _teacher(self, header: DatasetHeader) -> Teacher:
+        return load_for(self._config, header, self._load or load_teacher)
 
 
 def do_units(config: CaptureConfig) -> None:

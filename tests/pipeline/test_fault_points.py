@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.bucket import bucket
-from tests.chaos.fault_points import REQUEST_KINDS, Point, check_local, check_s3, local_points, s3_points
+from tests.chaos.fault_points import REQUEST_KINDS, check_local, check_s3, local_points, s3_points
+from tests.chaos.one_fault import Point
 from tests.faults import KINDS
 
 SEED = 20

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.fault_points import Point
+from tests.chaos.one_fault import Point
 from tests.chaos.training_points import check_training, training_points
 
 SEED = 20
