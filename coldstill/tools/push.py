@@ -124,7 +124,7 @@ def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = Fa
         else:
             _require_no_other_dataset(dataset, repo, remote)
         last = _with_card(dataset, repo, last, remote, replace=replace)
-        missing = [file for file in files if not _is_uploaded(dataset, file, remote)]
+        missing = [file for file in files if not _is_same(file, dataset.store.read, remote)]
         total, missing_bytes = sum(file.bytes for file in files), sum(file.bytes for file in missing)
         with tqdm(
             total=total, initial=total - missing_bytes, unit="B", unit_scale=True, desc="push", disable=not progress
@@ -138,7 +138,7 @@ def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = Fa
         if missing:
             _require_all_uploaded(dataset, files, repo, _request(repo, _remote_files, api, repo))
         changed: dict[str, str | bytes] = {
-            name: data for name, data in last.items() if not _is_same(file_record(name, data), data, remote)
+            name: data for name, data in last.items() if not _is_same(file_record(name, data), last.__getitem__, remote)
         }
         if changed:  # the client warns about an empty commit
             _request(repo, _commit, api, repo, changed, f"Seal dataset {dataset.dataset_id[:12]}")
@@ -173,7 +173,7 @@ def _with_card(
     shards = front_matter(dataset.header, rows=len(dataset))
     if CARD_NAME not in remote:
         return last if CARD_NAME in last else {**last, CARD_NAME: short_card(shards)}
-    if CARD_NAME in last and (replace or _is_same(file_record(CARD_NAME, last[CARD_NAME]), last[CARD_NAME], remote)):
+    if CARD_NAME in last and (replace or _is_same(file_record(CARD_NAME, last[CARD_NAME]), last.__getitem__, remote)):
         return last
     there = _request(repo, _read_card, repo)
     if CARD_NAME not in last:
@@ -285,7 +285,7 @@ def _require_no_other_dataset(dataset: Dataset, repo: HubRepo, remote: dict[str,
     header = next(file for file in dataset.manifest.files if file.name == HEADER_NAME)
     found = ""
     for file in (file_record(MANIFEST_NAME, manifest_bytes(dataset)), header):
-        if file.name in remote and not _is_uploaded(dataset, file, remote):
+        if file.name in remote and not _is_same(file, dataset.store.read, remote):
             found = found or f"another {file.name}"
     tops = {name.partition("/")[0] for name in remote}
     if not found and HEADER_NAME not in remote and (others := other_names(dataset, tops)):
@@ -300,23 +300,15 @@ def _require_no_other_dataset(dataset: Dataset, repo: HubRepo, remote: dict[str,
         )
 
 
-def _is_uploaded(dataset: Dataset, file: FileRecord, remote: dict[str, RemoteFile]) -> bool:
-    """Whether the branch holds this file of a local dataset with the same size and digest."""
+def _is_same(file: FileRecord, read: Callable[[str], bytes], remote: dict[str, RemoteFile]) -> bool:
+    """Whether the branch holds a file with this content. `read` of its name is called only for a file that the Hub
+    keeps in git, as it does with small ones."""
     found = remote.get(file.name)
     if found is None or found.size != file.bytes:
         return False
     if len(found.digest) == len(file.sha256):
         return found.digest == file.sha256
-    return _is_same(file, dataset.store.read(file.name), remote)  # the Hub keeps only small files in git
-
-
-def _is_same(file: FileRecord, data: bytes, remote: dict[str, RemoteFile]) -> bool:
-    """Whether the branch holds a file with this content."""
-    found = remote.get(file.name)
-    if found is None or found.size != file.bytes:
-        return False
-    if len(found.digest) == len(file.sha256):
-        return found.digest == file.sha256
+    data = read(file.name)
     return found.digest == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
@@ -324,7 +316,7 @@ def _require_all_uploaded(
     dataset: Dataset, files: list[FileRecord], repo: HubRepo, remote: dict[str, RemoteFile]
 ) -> None:
     """Raise `StorageFailed` unless the branch holds all `files`: a repository may silently ignore some."""
-    absent = [file.name for file in files if not _is_uploaded(dataset, file, remote)]
+    absent = [file.name for file in files if not _is_same(file, dataset.store.read, remote)]
     if absent:
         raise StorageFailed(
             repo.url,
