@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from coldstill.common.files import new_file
+from coldstill.storage_schema.store.local import sync
 
 FILES_NAME = "files.json"
 _THREADS = 4
@@ -36,12 +36,11 @@ def finish_checkpoint(folder: Path) -> None:
     with ThreadPoolExecutor(_THREADS) as threads:
         facts = list(threads.map(_synced, paths))
     files = {path.relative_to(folder).as_posix(): fact for path, fact in zip(paths, facts, strict=True)}
-    with new_file(folder / FILES_NAME) as part, part.open("w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    with new_file(folder / FILES_NAME) as part:
+        part.write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
+        sync(part)
     for changed in (folder, folder.parent):
-        _sync(changed)
+        sync(changed)
 
 
 def damage(folder: Path) -> str:
@@ -66,8 +65,8 @@ def damage(folder: Path) -> str:
 
 
 def lacks_training_state(folder: Path) -> str:
-    """Which file of the optimizer's and the scheduler's state is missing; empty if none. transformers would go on
-    without them, with other weights."""
+    """Which file of the optimizer's and the scheduler's state is missing; empty if none. transformers would
+    continue without them, with other weights."""
     return next((f"no {name}" for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()), "")
 
 
@@ -110,18 +109,10 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _synced(path: Path) -> dict[str, Any]:
-    _sync(path)
+    sync(path)
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

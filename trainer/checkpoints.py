@@ -123,8 +123,8 @@ def data_order(args: TrainingArguments, dataset: LogitDataset, *, pack_length: i
     }
 
 
-def resume_point(folder: Path, order: Mapping[str, Any]) -> ResumePoint:
-    """Where the run of the checkpoint in `folder` continues.
+def resume_point(folder: Path, order: Mapping[str, Any], *, is_whole: bool = False) -> ResumePoint:
+    """Where the run of the checkpoint in `folder` continues. `is_whole`: its files were checked already.
 
     Raises `CheckpointMismatch` if its dataset or data order differs, or if `DistillTrainer` did not write it;
     `CheckpointDamaged`, also if the state of the optimizer is missing, as with `save_only_model`.
@@ -139,7 +139,8 @@ def resume_point(folder: Path, order: Mapping[str, Any]) -> ResumePoint:
         order,
         fix="resume with the dataset and settings of that run, or start a new run in another output folder",
     )
-    whole_checkpoint(folder)
+    if not is_whole:
+        whole_checkpoint(folder)
     if found := lacks_training_state(folder):
         raise _damaged(folder, found)
     return ResumePoint(int(state["global_step"]), saved["cursor"])
@@ -187,7 +188,7 @@ def _damaged(folder: Path, found: str) -> CheckpointDamaged:
         str(folder),
         found=found,
         wanted="all files of the checkpoint, as they were written",
-        fix="copy it again from where it is whole, or go on from an older one of this run",
+        fix="copy it again from where it is whole, or continue from an older one of this run",
     )
 
 

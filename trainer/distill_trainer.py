@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .arguments import adapt_arguments, rank_by_metric, validate_arguments, validate_parameters
 from .checkpoint_files import begin_checkpoint, finish_checkpoint
-from .checkpoints import ResumePoint, data_order, newest_checkpoint, resume_point
+from .checkpoints import Checkpoint, ResumePoint, data_order, newest_checkpoint, resume_point
 from .config import StudentConfig
 from .data.logit_dataset import LogitDataset, check_eval_dataset, require_logit_dataset
 from .data.stream import LogitStream
@@ -159,25 +159,27 @@ class DistillTrainer(TrainingLoop):
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"
             )
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | Checkpoint | None = None, **kwargs: Any) -> Any:
         """Train, or resume with exactly the batches that an uninterrupted run would use next.
 
-        `resume_from_checkpoint`: a folder, or `True` for the newest complete checkpoint in the output folder.
+        `resume_from_checkpoint`: a folder, or `True` for the newest whole checkpoint in the output folder; one that
+        `newest_checkpoint` returned is not read again.
 
         Raises `CheckpointMismatch` for a checkpoint of another dataset or data order, `CheckpointDamaged`,
         `NonFiniteLoss`, `NonFiniteGradient`, `NonFiniteWeights`, `LoaderWorkerDied`, and what a `LogitStream` raises.
         """
+        whole = resume_from_checkpoint if isinstance(resume_from_checkpoint, Checkpoint) else None
         if resume_from_checkpoint is True:
             output = Path(self.args.output_dir)
-            if (newest := newest_checkpoint(output)) is not None:
-                resume_from_checkpoint = str(newest.folder)
-            elif any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            whole = newest_checkpoint(output)
+            if whole is None and any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
                 resume_from_checkpoint = None  # all are damaged, which was said: transformers would read one of them
-        elif isinstance(resume_from_checkpoint, Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
+        if whole is not None:
+            resume_from_checkpoint = whole.folder
         self._resumed = ResumePoint()
-        if isinstance(resume_from_checkpoint, str):
-            self._resumed = resume_point(Path(resume_from_checkpoint), self.order)
+        if isinstance(resume_from_checkpoint, str | Path):
+            self._resumed = resume_point(Path(resume_from_checkpoint), self.order, is_whole=whole is not None)
+            resume_from_checkpoint = str(resume_from_checkpoint)
         with naming_dead_workers():
             found = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._use_averaged_weights()

@@ -93,7 +93,7 @@ def _run(
     on_signal = CheckpointOnSignal(grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0)
     with raising_interrupts(), on_signal:
         trainer = _build(config, dataset, args, [*callbacks, on_signal])
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        trainer.train(resume_from_checkpoint=checkpoint)
     del trainer
     gc.collect()
     torch.cuda.empty_cache()

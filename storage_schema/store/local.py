@@ -69,24 +69,24 @@ def temporary_file(folder: Path, *, final: Path) -> Iterator[Path]:
 
 def replace(part: Path, final: Path) -> None:
     """Renames a complete file to its final name, and replaces an existing file."""
-    _sync(part)
+    sync(part)
     os.replace(part, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def link(part: Path, final: Path) -> bool:
     """Links a complete file to its final name unless that exists; a rename would overwrite. Returns whether it did."""
-    _sync(part)
+    sync(part)
     try:
         os.link(part, final)
     except FileExistsError:
         return False
     finally:
-        _sync(final.parent)
+        sync(final.parent)
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Writes a file's content, or a folder's names, to the disk. A file's name is durable once its folder is synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
