@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 
+from coldstill.common.attention import evaluation_mode
 from coldstill.common.files import write_json
 from coldstill.storage_schema.header import DatasetHeader
 
@@ -69,15 +70,11 @@ class TrainedLogits:
     @torch.no_grad()
     def of(cls, model: torch.nn.Module, tokens: torch.Tensor) -> TrainedLogits:
         """Those of `model` in evaluation mode, in the precision of its weights."""
-        modes = [(part, part.training) for part in model.modules()]
         device = innermost(model).device
         inputs = {"input_ids": tokens[None].to(device), "attention_mask": torch.ones_like(tokens)[None].to(device)}
-        try:
+        with evaluation_mode(model):
             # The forward of the class: in training, that of the object is under the autocast of accelerate.
-            logits = type(model.eval()).forward(model, **inputs, use_cache=False).logits[0]
-        finally:
-            for part, mode in modes:
-                part.training = mode
+            logits = type(model).forward(model, **inputs, use_cache=False).logits[0]
         picked = torch.linspace(0, len(logits) - 1, min(MOST_POSITIONS, len(logits))).round().long()
         return cls(tokens.cpu(), logits[picked.to(device)].float().cpu().contiguous())
 

@@ -68,6 +68,19 @@ class AttentionDifference(NamedTuple):
         )
 
 
+@contextmanager
+def evaluation_mode(*models: Any) -> Iterator[None]:
+    """Evaluation mode for `models` in this context; each of their submodules has its own mode again afterwards."""
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def use_correct_attention(model: Any) -> AttentionDifference | None:
     """Set `model`, a causal LM of transformers, to eager attention if its own differs, and return the difference.
 
@@ -79,37 +92,29 @@ def use_correct_attention(model: Any) -> AttentionDifference | None:
         return None
     parts = {"": model.config} | {key: getattr(model.config, key, None) for key in model.config.sub_configs}
     own = {key: part._attn_implementation for key, part in parts.items() if part and part._attn_implementation}
-    modes = [(module, module.training) for module in model.modules()]
     share = None
     try:
-        model.eval()
-        with _small_windows(model) as tokens:
+        with evaluation_mode(model), _small_windows(model) as tokens:
             share = _share(model, own, tokens=tokens, float32=True)
     except _LIBRARY_ERRORS as error:
         logger.info("attention %s is not compared with %s: %s", implementation, PLAIN, error)
     finally:
         if share is None:
             model.set_attn_implementation(own)
-        for module, mode in modes:
-            module.training = mode
     return None if share is None else AttentionDifference(implementation, share)
 
 
 def attends_ahead(model: Any) -> bool:
     """Whether logits depend on later tokens, as in a `BertLMHeadModel` that is an encoder. Call it as above."""
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        whole = _logits(model, PROBE_TOKENS, padded=False)
-        weight = model.get_input_embeddings().weight
-        ids = [index % weight.shape[0] for index in range(PROBE_TOKENS // 2)]
-        other = model(input_ids=_integers(model, [ids + ids[::-1]]), use_cache=False).logits[0].float()
+        with evaluation_mode(model):
+            whole = _logits(model, PROBE_TOKENS, padded=False)
+            weight = model.get_input_embeddings().weight
+            ids = [index % weight.shape[0] for index in range(PROBE_TOKENS // 2)]
+            other = model(input_ids=_integers(model, [ids + ids[::-1]]), use_cache=False).logits[0].float()
     except _LIBRARY_ERRORS as error:
         logger.info("attention to later tokens is not checked: %s", error)
         return False
-    finally:
-        for module, mode in modes:
-            module.training = mode
     half = PROBE_TOKENS // 2
     return bool((other - whole)[:half].abs().max() > LEAK * whole.abs().max())
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from coldstill.common.attention import evaluation_mode
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
@@ -50,17 +51,9 @@ def load_measured(name: str, dataset: Dataset, *, role: str, weights: Weights = 
 
 @contextmanager
 def measuring(*models: Any) -> Iterator[None]:
-    """Evaluation mode and no gradients for `models` (None is skipped); restores every submodule's mode at the end."""
-    given = [model for model in models if model is not None]
-    modes = [(part, part.training) for model in given for part in model.modules()]
-    try:
-        for model in given:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    """Evaluation mode and no gradients for `models`; None is skipped."""
+    with evaluation_mode(*(model for model in models if model is not None)), torch.no_grad():
+        yield
 
 
 class LogitReader:

@@ -34,12 +34,13 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from coldstill.common.attention import evaluation_mode
 from coldstill.common.errors import first_line
 from coldstill.trainer.errors import ExtraLossUnsupported
 from coldstill.trainer.loss_kernels.fused_head import Head, Objective, loss_on_hidden, loss_on_logits
 from coldstill.trainer.targets import SparseTargets
 
-from .wrapper import Wrapping, find_wrapping
+from .wrapper import LIBRARY_ERRORS, Wrapping, find_wrapping, tolerance
 
 logger = logging.get_logger(__name__)
 
@@ -48,11 +49,7 @@ _STATE = "_distilling"
 PROBE_TOKENS = 8
 LARGE_LOGIT = 60.0
 """Twice the soft-capping of Gemma 2: capped logits then differ from plain ones by half."""
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Tolerance as a share of the largest logit; 3e-2 for the 16-bit types."""
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
-"""What a class of transformers may raise for arguments that it does not expect."""
 
 
 @dataclass(frozen=True)
@@ -255,25 +252,26 @@ def _agrees(model: PreTrainedModel, formula: HeadFormula) -> bool:
         hidden = given[0] * factor
         return (hidden, *given[1:])
 
-    with _evaluating(model):
+    with evaluation_mode(model):
         try:
             for _ in range(2):
                 with _hooked_head(model, stretch):
                     found = type(model).forward(model, **inputs).logits
                 wanted = formula.logits(model, hidden)
-                largest = float(wanted.abs().max())
-                if found.shape != wanted.shape or not (found - wanted).abs().max() <= _tolerance(found) * largest:
+                if not _are_equal(found, wanted):
                     return False
-                if factor == 1:
-                    again, _ = before_head(model, **inputs)
-                    if again.shape != hidden.shape or not (again - hidden).abs().max() <= _tolerance(hidden) * float(
-                        hidden.abs().max()
-                    ):
-                        return False
-                factor = LARGE_LOGIT / max(largest, 1e-6)
-        except _LIBRARY_ERRORS:
+                if factor == 1 and not _are_equal(before_head(model, **inputs)[0], hidden):
+                    return False
+                factor = LARGE_LOGIT / max(float(wanted.abs().max()), 1e-6)
+        except LIBRARY_ERRORS:
             return False
     return True
+
+
+def _are_equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    return bool((found - wanted).abs().max() <= tolerance(wanted.dtype) * float(wanted.abs().max()))
 
 
 @torch.no_grad()
@@ -285,7 +283,7 @@ def _find_terms(model: PreTrainedModel, formula: HeadFormula | None) -> tuple[bo
     tokens = _probe_tokens(model)
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "return_dict": True}
     terms, of_one, auxiliary, failure = 0.0, 0.0, None, ""
-    with _evaluating(model), _only_terms(model) as calls:
+    with evaluation_mode(model), _only_terms(model) as calls:
         try:
             output = type(model).forward(model, **inputs)
             auxiliary = getattr(output, "aux_loss", None)
@@ -294,7 +292,7 @@ def _find_terms(model: PreTrainedModel, formula: HeadFormula | None) -> tuple[bo
             terms = of_one = float(output.loss)
             if terms and formula is not None:
                 of_one = float(before_head(model, **inputs)[1].loss)
-        except _LIBRARY_ERRORS as error:
+        except LIBRARY_ERRORS as error:
             failure = first_line(error)
     requested = getattr(model.config.get_text_config(decoder=True), "output_router_logits", False)
     if requested and failure and auxiliary is not None:
@@ -309,7 +307,7 @@ def _find_terms(model: PreTrainedModel, formula: HeadFormula | None) -> tuple[bo
             f"output_router_logits is true, but the class {type(model).__name__} computes no auxiliary loss: "
             f"the student trains without one" + (f" ({failure})" if failure else "")
         )
-    return terms != 0, not abs(terms - of_one) <= TOLERANCE[torch.float32] * abs(terms)
+    return terms != 0, not abs(terms - of_one) <= tolerance(torch.float32) * abs(terms)
 
 
 @contextmanager
@@ -334,20 +332,5 @@ def _only_terms(model: PreTrainedModel) -> Iterator[list[None]]:
             model.loss_function = before
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
     return torch.arange(PROBE_TOKENS, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-
-
-def _tolerance(values: torch.Tensor) -> float:
-    return TOLERANCE.get(values.dtype, 3e-2)

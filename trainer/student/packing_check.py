@@ -8,16 +8,18 @@ forward pass tests it, on packs as long as those of the training: no window or c
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
 
-from coldstill.common.attention import can_widen, float32_weights
+from coldstill.common.attention import can_widen, evaluation_mode, float32_weights
 from coldstill.common.errors import first_line
 from coldstill.trainer.errors import PackingUnsupported
 
-from .forward import HeadFormula, before_head
+from .forward import HeadFormula, before_head, head_of
+from .wrapper import LIBRARY_ERRORS
 
 SHORT_LENGTHS = (5, 3, 5, 4)
 """Tokens of the short test rows: of unequal length, and more than two, so that the last row has several neighbors. The
@@ -33,7 +35,6 @@ vocabulary does not grow with the number of tokens."""
 ROUNDINGS = 8
 _CHUNK = 256
 """Tokens whose logits are compared at once."""
-_LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @torch.no_grad()
@@ -48,37 +49,27 @@ def check_packing(
     ids = torch.arange(sum(lengths), device=model.device) % model.get_input_embeddings().weight.shape[0]
     rows = ids.split(lengths)
     positions = [torch.arange(length, device=model.device) for length in lengths]
-    was_training = model.training
     differences, rounding = [], 0.0
-    weight = model.get_output_embeddings().weight
-    narrow = weight.data
-    stack = ExitStack()
+    is_narrow = _computes_in_16_bits(model)
+    widens = is_narrow and can_widen(model) and "flash" not in str(model.config._attn_implementation)
     try:
-        model.eval()
-        if _computes_in_16_bits(model) and can_widen(model) and "flash" not in str(model.config._attn_implementation):
-            stack.enter_context(torch.autocast(model.device.type, enabled=False))
-            stack.enter_context(float32_weights(model))
-            weight.data = narrow.float()
-        elif _computes_in_16_bits(model):
-            twice = _outputs(model, formula, rows[0].repeat(2, 1))[0]
-            rounding = _difference(model, formula, twice, _outputs(model, formula, rows[0][None])[0])
-        separate = [_outputs(model, formula, row[None])[0] for row in rows]
-        # Also in reverse: a chunk that ends where a row ends in the one order ends inside a row in the other.
-        packs = [
-            (torch.cat(rows[::step]), torch.cat(positions[::step]), torch.cat(separate[::step])) for step in (1, -1)
-        ]
-        for batch in [packs] if batch_size > 1 else [packs[:1], packs[1:]]:
-            tokens, places, alone = map(torch.stack, zip(*batch, strict=True))
-            packed = _outputs(model, formula, tokens, position_ids=places)
-            differences += [_difference(model, formula, *pair) for pair in zip(packed, alone, strict=True)]
+        with evaluation_mode(model), _in_float32(model) if widens else nullcontext():
+            if is_narrow and not widens:
+                twice = _outputs(model, formula, rows[0].repeat(2, 1))[0]
+                rounding = _difference(model, formula, twice, _outputs(model, formula, rows[0][None])[0])
+            separate = [_outputs(model, formula, row[None])[0] for row in rows]
+            # Also in reverse: a chunk that ends where a row ends in the one order ends inside a row in the other.
+            packs = [
+                (torch.cat(rows[::step]), torch.cat(positions[::step]), torch.cat(separate[::step])) for step in (1, -1)
+            ]
+            for batch in [packs] if batch_size > 1 else [packs[:1], packs[1:]]:
+                tokens, places, alone = map(torch.stack, zip(*batch, strict=True))
+                packed = _outputs(model, formula, tokens, position_ids=places)
+                differences += [_difference(model, formula, *pair) for pair in zip(packed, alone, strict=True)]
     except torch.OutOfMemoryError:
         raise
-    except _LIBRARY_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         raise _unsupported(model, first_line(error)) from error
-    finally:
-        weight.data = narrow
-        stack.close()
-        model.train(was_training)
     off = float(torch.tensor(differences).max())  # NaN if one is NaN
     if not off <= TOLERANCE.get(packed.dtype, 2e-2) + ROUNDINGS * rounding:
         raise _unsupported(model, f"logits of packed rows differ by {off:.1%} of the largest logit")
@@ -87,6 +78,19 @@ def check_packing(
 def _computes_in_16_bits(model: PreTrainedModel) -> bool:
     narrow = any(weight.is_floating_point() and weight.element_size() < 4 for weight in model.parameters())
     return narrow or torch.is_autocast_enabled(model.device.type)
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Each module computes in float32 in this context, and the head's weight is float32 for the formula too."""
+    weight = head_of(model).weight
+    narrow = weight.data
+    with torch.autocast(model.device.type, enabled=False), float32_weights(model):
+        weight.data = narrow.float()
+        try:
+            yield
+        finally:
+            weight.data = narrow
 
 
 def row_lengths(pack_length: int, *, longest: int) -> tuple[int, ...]:

@@ -9,22 +9,21 @@ Shape letters: `N` tokens of a probe row, `L` positions of the wrapper's logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from coldstill.common.attention import evaluation_mode
 from coldstill.common.errors import first_line
 from coldstill.trainer.errors import PackingUnsupported, WrapperUnsupported
 
 LENGTHS = (4, 7)
 """N of the two probes: an offset that depends on the length shows."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Largest difference between equal logits, as a share of the largest logit; 3e-2 for the 16-bit dtypes."""
-_LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What a class of transformers may raise for arguments that it does not expect."""
 _PARALLEL = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
 
 
@@ -46,12 +45,12 @@ def find_wrapping(model: torch.nn.Module, inner: PreTrainedModel) -> Wrapping:
     outer = without_parallel(model)
     if outer is inner:
         return Wrapping()
-    with torch.no_grad(), _evaluating(outer):
+    with torch.no_grad(), evaluation_mode(outer):
         try:
             probes = [_probe(outer, inner, length) for length in LENGTHS]
         except torch.OutOfMemoryError:
             raise
-        except _LIBRARY_ERRORS as error:
+        except LIBRARY_ERRORS as error:
             raise _unsupported(outer, first_line(error)) from error
     offsets = {offset for found, _ in probes for offset in found}
     if len(offsets) != 1 or (added := offsets.pop()) is None or added < 0:
@@ -83,6 +82,11 @@ def check_wrapping(model: torch.nn.Module, wrapping: Wrapping, *, packs: bool, r
         )
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest difference between equal logits of a probe, as a share of the largest logit."""
+    return TOLERANCE.get(dtype, 3e-2)
+
+
 def without_parallel(model: Any) -> Any:
     """The model inside torch's wrappers for several devices, which change no value."""
     while isinstance(model, _PARALLEL):
@@ -101,9 +105,7 @@ def _probe(outer: Any, inner: PreTrainedModel, length: int) -> tuple[list[int | 
     inputs = {"input_ids": tokens % rows, "attention_mask": torch.ones_like(tokens)}
     logits = outer(**inputs).logits.double()
     own = inner(**inputs).logits.double()
-    equal = logits.shape == own.shape and bool(
-        (logits - own).abs().max() <= TOLERANCE.get(inner.dtype, 3e-2) * own.abs().max()
-    )
+    equal = logits.shape == own.shape and bool((logits - own).abs().max() <= tolerance(inner.dtype) * own.abs().max())
     changes = (logits[:-1] - logits[-1]).abs().amax(-1)
     return [_first(change, token) for token, change in enumerate(changes)], equal
 
@@ -112,17 +114,6 @@ def _first(change: torch.Tensor, token: int) -> int | None:
     """Offset between `token` and the first position of `change [L]` that is more than rounding; None if none is."""
     largest = change.max()
     return int((change > largest / 16).nonzero()[0]) - token if largest > 0 else None
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _name(model: Any) -> str:
