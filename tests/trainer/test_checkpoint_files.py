@@ -113,7 +113,7 @@ def test_a_run_without_a_whole_checkpoint_starts_anew(
 def test_a_checkpoint_without_the_optimizers_state_is_a_named_error(
     tiny_dataset: Path, tiny_student: Path, tmp_path: Path, name: str
 ) -> None:
-    """transformers goes on without them, with other weights; `save_only_model` writes none."""
+    """transformers continues without them, with other weights; `save_only_model` writes neither."""
     trainer, _ = build(tiny_dataset, tiny_student, tmp_path, **SHAPE, max_steps=2, save_only_model=True)
     trainer.train()
     folder = tmp_path / "checkpoint-2"

@@ -7,7 +7,7 @@ Other tools' files state neither. A student trained from renormalized or shifted
 
 MASS. The sum of a position's kept probabilities has a bound of its rounding error, `b`. A sum below `1 - b` cannot be
 renormalized: the position is OPEN. A sum within `b` of 1 is CLOSED if a full softmax would show a tail there: one of at
-least `2 b` if the log-probs go on to fall as they do in the second half of the list. That is less than most tails,
+least `2 b` if the log-probs keep falling as they do in the second half of the list. That is less than most tails,
 because log-probs fall ever more slowly with the rank. Open positions must be the majority of both kinds. One in 20 of
 all positions must be open too, so that a few positions that were written otherwise do not decide.
 
@@ -143,7 +143,7 @@ class Mass(NamedTuple):
 
 
 def expected_tail(values: np.ndarray, counts: np.ndarray, token_count: int) -> np.ndarray:
-    """The mass of a tail that goes on to fall as the second half of a position's log-probs does."""
+    """The mass of a tail that keeps falling as the second half of a position's log-probs does."""
     ordered = -np.sort(-values, axis=1)
     places = np.arange(len(values))
     last, half = ordered[places, counts - 1], ordered[places, (counts - 1) // 2]
