@@ -13,6 +13,11 @@ from email.utils import parsedate_to_datetime
 
 from coldstill.common.errors import ColdstillError
 
+_COPY_AGAIN = (
+    "re-run the command; if the error stays, copy this file again from where the dataset came from. The "
+    "capture that wrote it can make the file again: coldstill capture CONFIG.yaml --repair"
+)
+
 
 class InvalidTargets(ColdstillError):
     """Teacher targets that are not a distribution: wrong shapes, ids, log-probs or total mass."""
@@ -49,6 +54,11 @@ class UnitsMissing(ColdstillError):
 class FileMissing(ColdstillError):
     """A file that a commit record or the manifest names does not exist."""
 
+    usual_fix = (
+        "copy the dataset again from where it came from: this copy is incomplete. The capture that wrote it can "
+        "make the file again: coldstill capture CONFIG.yaml"
+    )
+
 
 class ShardMissing(FileMissing):
     """A shard does not exist."""
@@ -56,6 +66,8 @@ class ShardMissing(FileMissing):
 
 class FileDamaged(ColdstillError):
     """A file's size or digest differs from the recorded one."""
+
+    usual_fix = _COPY_AGAIN
 
 
 class ShardDamaged(FileDamaged):
@@ -80,6 +92,8 @@ class ForeignFile(ColdstillError):
 
 class StreamDamaged(ColdstillError):
     """A codec stream of a row does not decode: wrong frame, wrong length, or values out of bounds."""
+
+    usual_fix = _COPY_AGAIN
 
 
 class TokenizerNotFound(ColdstillError):

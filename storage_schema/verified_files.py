@@ -193,16 +193,8 @@ def _missing(store: Store, file: FileRecord) -> FileMissing:
         f"{store.url}/{file.name}",
         found="no such file",
         wanted="a file that the manifest names",
-        fix="copy the dataset again from where it came from: this copy is incomplete. The capture that wrote it can "
-        "make the file again: coldstill capture CONFIG.yaml",
     )
 
 
 def _damaged(store: Store, file: FileRecord, *, found: str, wanted: str) -> FileDamaged:
-    return file.damaged(
-        f"{store.url}/{file.name}",
-        found=found,
-        wanted=wanted,
-        fix="re-run the command; if the error stays, copy this file again from where the dataset came from. The "
-        "capture that wrote it can make the file again: coldstill capture CONFIG.yaml --repair",
-    )
+    return file.damaged(f"{store.url}/{file.name}", found=found, wanted=wanted)

@@ -24,10 +24,13 @@ class ColdstillError(Exception):
     """An error that the user can fix.
 
     `what`: the field, file or row that failed. `found`: its value. `wanted`: the values that are allowed. `fix`: the
-    command or setting that fixes it.
+    command or setting that fixes it, by default the class's `usual_fix`.
     """
 
+    usual_fix = ""
+
     def __init__(self, what: str, *, found: object = None, wanted: object = None, fix: str = ""):
+        fix = fix or self.usual_fix
         self.what, self.found, self.wanted, self.fix = what, found, wanted, fix
         lines = [_cut(what)]
         if found is not None:

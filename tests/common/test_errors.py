@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from coldstill.common.errors import ColdstillError, first_line
-from coldstill.storage_schema.errors import ShardDamaged
+from coldstill.storage_schema.errors import FileDamaged, FileMissing, ShardDamaged, ShardMissing, StreamDamaged
 
 
 def test_an_error_prints_what_failed_and_only_the_facts_that_it_has() -> None:
@@ -20,6 +20,12 @@ def test_a_place_goes_before_the_message_and_nothing_else_changes() -> None:
     placed = ShardDamaged("rows", found=3, wanted=4, fix="copy it").at("shard 7")
     assert type(placed) is ShardDamaged
     assert (placed.what, placed.found, placed.wanted, placed.fix) == ("shard 7: rows", 3, 4, "copy it")
+
+
+@pytest.mark.parametrize("kind", [FileMissing, ShardMissing, FileDamaged, ShardDamaged, StreamDamaged])
+def test_lost_and_damaged_data_always_has_a_way_out(kind: type[ColdstillError]) -> None:
+    assert "\n  do:     " in str(kind("shard 7", found="3 bytes"))
+    assert kind("shard 7", fix="copy it").fix == "copy it"
 
 
 def test_an_error_is_pickled_with_its_class_and_all_its_facts() -> None:
