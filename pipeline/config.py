@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from coldstill.common.models import FrozenModel, renamed_field
 from coldstill.common.plugins import is_plugin, load_plugin
 from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
+from coldstill.storage_schema.rows import MAX_MEDIA, MAX_MEDIA_BYTES
 
 ENGINES = ("vllm", "transformers", "endpoint")
 """Built-in engines; others are the user's classes, named as `module:name`."""
@@ -44,6 +45,26 @@ class SourceConfig(FrozenModel):
     prompt: str = Field(default="prompt", description="Column with a prompt, as text or messages; see response.")
     response: str = Field(default="response", description="Column with the answer to the prompt, as text or messages.")
     text: str = Field(default="text", description="Column with plain text, for rows without a chat.")
+    images: str = Field(
+        default="images",
+        description="Column with the images of a chat, in the order of its image parts or <image> marks: each a path, "
+        "an address, a data URI, bytes, or {bytes, path} as of datasets' Image.",
+    )
+    image_root: str | None = Field(
+        default=None,
+        description="Folder or URL that relative paths of images start at; by default the folder of the source's file.",
+    )
+    image_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Hosts from which images may be downloaded over http and https, such as images.example.com.",
+    )
+    images_in_row_bytes: int = Field(
+        default=1 << 16,
+        ge=0,
+        le=MAX_MEDIA_BYTES,
+        description="Images of at most this many bytes are stored in the rows; each larger one is a file in media/, "
+        "stored once. A dataset can have about 200,000 such files.",
+    )
     id: str = Field(
         default="id", description="Column with the sample id; a row without one is named after its row number."
     )
@@ -134,7 +155,15 @@ class TeacherConfig(FrozenModel):
     )
     draw_logprobs: bool = Field(default=False, description="Store the log-prob of each kept draw too.")
     draw_seed: int = Field(default=0, ge=0, lt=1 << 63, description="Seed of the draws.")
-    max_length: int = Field(default=2048, ge=2, le=MAX_TOKENS, description="Maximum length of a row, in tokens.")
+    max_length: int = Field(
+        default=2048,
+        ge=2,
+        le=MAX_TOKENS,
+        description="Maximum length of a row, in tokens; images count as the teacher expands them.",
+    )
+    max_images: int = Field(
+        default=8, ge=1, le=MAX_MEDIA, description="Maximum number of images of a row, for a teacher that sees images."
+    )
     engine_args: dict[str, Any] = Field(
         default_factory=dict,
         description="Extra arguments of vLLM's LLM class or of from_pretrained; for engine endpoint: served_model, "

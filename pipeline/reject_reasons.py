@@ -39,9 +39,22 @@ class RejectReason(StrEnum):
     TEMPLATE_CANNOT_MARK = "template_cannot_mark", "The chat template rewrites an assistant turn of this chat."
     CANNOT_MARK = "cannot_mark", "A token spans the border between an assistant turn and the text before it."
     METADATA_TOO_LARGE = "metadata_too_large", "The columns besides the text are larger than a shard may store."
-    OVER_LONG = "over_long", "The row has more than teacher.max_length tokens, and source.over_long is reject."
+    OVER_LONG = (
+        "over_long",
+        "The row has more than teacher.max_length tokens as the teacher reads it, and source.over_long is reject.",
+    )
     NO_ROOM = "no_room", "The prompt has teacher.max_length tokens or more, which leaves no room for an answer."
     NO_TARGETS = "no_targets", "No token of the row or part is a target."
+    BAD_IMAGES = "bad_images", "The row's images do not match its image parts or marks, or cannot belong to them."
+    TOO_MANY_IMAGES = "too_many_images", "The row has more images than teacher.max_images."
+    IMAGE_NOT_FOUND = "image_not_found", "An image's file or address cannot be read, or is not allowed."
+    IMAGE_UNREADABLE = "image_unreadable", "An image is not a whole PNG, JPEG, WebP, GIF or BMP file."
+    IMAGE_UNSUPPORTED = "image_unsupported", "An image has several frames, or a mode that 8-bit RGB cannot show."
+    IMAGE_TOO_LARGE = "image_too_large", "An image has too many bytes or pixels."
+    PLACEHOLDERS_DIFFER = (
+        "placeholders_differ",
+        "The tokens with one placeholder per image are not those that the engine expanded.",
+    )
     NON_FINITE_LOGITS = "non_finite_logits", "The teacher gave NaN or infinite logits for the row."
     KILLS_THE_ENGINE = "kills_the_engine", "Each worker that scored the row crashed."
 

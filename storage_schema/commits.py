@@ -53,6 +53,9 @@ class CommitRecord(FrozenModel):
     rejected: int = Field(ge=0, le=MAX_COUNT)
     rejects: FileRecord | None = None
     faithfulness: FileRecord | None = Field(default=None, description="The unit's share of the faithfulness sample.")
+    media: tuple[FileRecord, ...] = Field(
+        default=(), description="Files in `media/` that the rows refer to; several units may name the same one."
+    )
     environment: dict[str, Any] = Field(
         default_factory=dict, description="Engine, versions and hardware; not in the manifest."
     )

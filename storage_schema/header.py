@@ -150,6 +150,9 @@ class About(BaseModel):
     tokenizer_pipeline_sha256: str | None = Field(
         default=None, pattern=_SHA256, description="Digest of the tokenizer's steps between text and tokens."
     )
+    media_in_row_bytes: int | None = Field(
+        default=None, ge=0, description="Media of at most this many bytes are stored in the rows, larger ones as files."
+    )
     processor: ProcessorFacts | None = None
     writer: RowWriter | None = None
 

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.storage_schema.rows import CachedRow, MediaReference, TeacherTargets
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
     """`token_ids int32 [T]`, and the positions to score as `target_spans int32 [n, 2]`; a prompt has no spans.
 
-    `source_row` is the number of the source row that it was made from; of joined documents, the first one's.
+    `source_row` is the number of the source row that it was made from; of joined documents, the first one's. `media`
+    are its images with their content; each has ONE placeholder token in `token_ids`.
     """
 
     sample_id: str
@@ -28,6 +29,7 @@ class TokenSequence:
     token_ids: np.ndarray
     target_spans: np.ndarray
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    media: tuple[MediaReference, ...] = ()
 
 
 class ScoredSequence(NamedTuple):
@@ -45,6 +47,7 @@ class ScoredSequence(NamedTuple):
             target_spans=self.sequence.target_spans,
             targets=self.targets,
             metadata=self.sequence.metadata,
+            media=self.sequence.media,
         )
 
 
