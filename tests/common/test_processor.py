@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from coldstill.common.processor import (
     ImageExpander,
@@ -50,7 +50,7 @@ def images_of(count: int) -> list[Image.Image]:
 
 @pytest.mark.parametrize("counts", [(1,), (2,), (3,), (2, 0, 1), (0, 3), (1, 2, 0)])
 def test_expanded_rows_and_inputs_are_those_of_the_processor_itself(folder: Path, counts: tuple[int, ...]) -> None:
-    processor = load_processor(str(folder))
+    processor = load_processor(AutoProcessor, str(folder))
     expander = ImageExpander(processor)
     texts = [TEXT.format(*(["<image>"] * count + [""] * (3 - count))) for count in counts]
     images = [images_of(count) for count in counts]
@@ -79,7 +79,7 @@ def test_expanded_rows_and_inputs_are_those_of_the_processor_itself(folder: Path
 
 def test_a_batch_gives_each_row_its_own_logits(folder: Path) -> None:
     """Rows with 2, 0 and 1 images together, as each alone: images go to their own rows."""
-    expander = ImageExpander(load_processor(str(folder)))
+    expander = ImageExpander(load_processor(AutoProcessor, str(folder)))
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     images = [images_of(3)[:2], [], images_of(3)[2:]]
     rows, at = [], []
@@ -114,12 +114,12 @@ def test_positions_are_counted_as_one_token_per_image(row: list[tuple[bool, int]
 
 
 def test_facts_of_a_processor(folder: Path) -> None:
-    processor = load_processor(str(folder))
+    processor = load_processor(AutoProcessor, str(folder))
     settings = processor_settings(processor)
     assert settings["image_token_id"] == placeholder_id(processor) == processor.image_token_id
     assert settings["size"]
     before = processor_sha256(processor)
-    assert processor_sha256(load_processor(str(folder))) == before
+    assert processor_sha256(load_processor(AutoProcessor, str(folder))) == before
     processor.image_processor.size = {"longest_edge": 999}
     assert processor_sha256(processor) != before
 
@@ -129,12 +129,12 @@ def test_which_models_see_images(folder: Path, tmp_path: Path) -> None:
     text = making.chat_model(tmp_path)
     assert not sees_images(AutoConfig.from_pretrained(text))
     with pytest.raises(ProcessorUnusable) as raised:
-        load_processor(str(text))
+        load_processor(AutoProcessor, str(text))
     assert "  do:     " in str(raised.value)
 
 
 def test_images_and_placeholders_of_different_number_are_refused(folder: Path) -> None:
-    expander = ImageExpander(load_processor(str(folder)))
+    expander = ImageExpander(load_processor(AutoProcessor, str(folder)))
     row = np.array([5, expander.placeholder_id, 6])
     for positions, images in (([1, 2], images_of(1)), ([], images_of(1)), ([1], images_of(2))):
         with pytest.raises(ProcessorUnusable):
