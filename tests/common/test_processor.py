@@ -12,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Idefics3Processor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+from coldstill.common.images import decoded
 from coldstill.common.processor import (
     ImageExpander,
     ProcessorUnusable,
@@ -146,3 +148,27 @@ def test_the_argument_for_token_types_is_found_by_name() -> None:
 
     assert type_input_of(forward) == "token_type_ids"
     assert type_input_of(lambda input_ids: None) is None
+
+
+@pytest.mark.parametrize(("edge", "tile", "tokens"), [(4 * 364, 364, 169), (2048, 512, 64)])
+def test_a_photo_at_the_sizes_of_idefics3_and_smolvlm(edge: int, tile: int, tokens: int) -> None:
+    """The photo is that of matplotlib's own examples; its tiles are those of the published models."""
+    matplotlib = pytest.importorskip("matplotlib")
+    photo = decoded(Path(matplotlib.get_data_path(), "sample_data/grace_hopper.jpg").read_bytes(), where="photo")
+    tokenizer = vision.vision_tokenizer()
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(size={"longest_edge": edge}, max_image_size={"longest_edge": tile}),
+        tokenizer,
+        image_seq_len=tokens,
+    )
+    expander = ImageExpander(processor)
+    text = TEXT.format("<image>", "", "<image>")
+    row = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+    at = np.flatnonzero(row == expander.placeholder_id)
+    ((token_ids, lengths),), inputs = expander.expand([row], positions=[at], images=[[photo, photo.rotate(90)]])
+    theirs = processor(text=[text], images=[[photo, photo.rotate(90)]], add_special_tokens=False)["input_ids"][0]
+    assert token_ids.tolist() == list(theirs)
+    tiles = -(-photo.width * edge // max(photo.size) // tile) * (edge // tile) + 1
+    assert inputs["pixel_values"].shape[1:] == (2 * tiles, 3, tile, tile)
+    assert (token_ids == expander.placeholder_id).sum() == 2 * tiles * tokens
+    assert lengths.min() > tiles * tokens
