@@ -20,7 +20,7 @@ def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = T
     """One dataset at `output` with the rows of the datasets at `roots`, in that order; a shard stays a shard.
 
     Headers may differ only in `source_sha256` and `rows_per_unit`: see `merged_header`. The faithfulness samples,
-    rejects and media files of all sources are copied; the tokenizer files are those of the first. Re-run an interrupted
+    the rejects and the media of all rows are copied; the tokenizer files are those of the first. Re-run an interrupted
     merge to resume.
 
     Raises `InvalidRequest`, `HeaderMismatch`, `TokenizerMismatch`, `MediaClash`, and what `open_dataset` and `derive`

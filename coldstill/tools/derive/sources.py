@@ -14,7 +14,7 @@ from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, TokenizerMismatch
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition
 from coldstill.storage_schema.manifest import ShardRecord
-from coldstill.storage_schema.rows import MEDIA_FOLDER
+from coldstill.storage_schema.rows import MAX_MEDIA_BYTES, MEDIA_FOLDER
 from coldstill.storage_schema.shard import ShardFile
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
 from coldstill.storage_schema.verified_files import FileRecord
@@ -85,7 +85,7 @@ class Sources:
                 wanted="the file that a row refers to",
                 fix="run `coldstill verify --deep` on the source",
             )
-        return self.datasets[source].read_file(file)
+        return self.datasets[source].read_file(file, at_most=MAX_MEDIA_BYTES)
 
     def tokenizer(self) -> dict[str, bytes]:
         """The tokenizer files of the first dataset, by name: those of `TOKENIZER_FILES`, without code to load.

@@ -25,6 +25,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.errors import CommitDamaged, InvalidRow
 from coldstill.storage_schema.faithfulness import ExactPosition
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.media import media_paths
 from coldstill.storage_schema.plan import PLAN_NAME, Unit
 from coldstill.storage_schema.shard import ShardFile, copy_shard
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
@@ -187,8 +188,7 @@ class NewUnit:
         self.rows += rows.num_rows
         self.tokens += int(tokens.sum())
         self.targets += int(targets.sum())
-        paths = pc.unique(pc.struct_field(rows.column("media").flatten(), "path").cast(pa.binary())).drop_null()
-        self.media |= {(shard.source, path.decode(errors="replace")) for path in paths.to_pylist()}
+        self.media |= {(shard.source, path) for path in media_paths(rows)}
         return rows
 
 
