@@ -28,7 +28,7 @@ from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes, s
 from .header import FORMAT_VERSION, HEADER_NAME, READ_VERSIONS, DatasetHeader
 from .media import is_own_name, require_room
 from .plan import PLAN_NAME, plan_from_bytes
-from .rows import MEDIA_FOLDER
+from .rows import MEDIA_FOLDER, is_media_path
 from .store import RUN_FOLDER, Store
 from .tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER
 from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record, read_file
@@ -85,9 +85,16 @@ class Manifest(FrozenModel):
 
     @property
     def foreign_names(self) -> tuple[str, ...]:
-        """Names in the manifest that the format does not have. Readers ignore these files, and nothing copies them."""
-        listed = (*(shard.file for shard in self.shards), *self.files)
-        return tuple(file.name for file in listed if not is_dataset_file(file.name))
+        """Names in the manifest that the format does not have. Readers ignore these files, and nothing copies them.
+
+        Of two names that differ only in case, the later one: on some systems they would be one file.
+        """
+        foreign, taken = [], set()
+        for file in (*(shard.file for shard in self.shards), *self.files):
+            if not is_dataset_file(file.name) or file.name.lower() in taken:
+                foreign.append(file.name)
+            taken.add(file.name.lower())
+        return tuple(foreign)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -101,7 +108,7 @@ def is_dataset_file(name: str) -> bool:
         return last in TOKENIZER_FILES
     if folder in _ENDINGS:
         return last.endswith(_ENDINGS[folder])
-    return name in _SINGLE_FILES or (folder == MEDIA_FOLDER and bool(last))
+    return name in _SINGLE_FILES or is_media_path(name)
 
 
 def dataset_id(manifest_bytes: bytes) -> str:

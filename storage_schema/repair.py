@@ -145,15 +145,19 @@ def _media_of_units(store: Store, manifest: Manifest, bad: set[str]) -> dict[int
             if record is not None and "media" in record.model_fields_set:
                 media[shard.unit] = record.media
             else:
-                named = _paths(store, shard.file)
-                media[shard.unit] = tuple(listed[name] for name in sorted(named) if name in listed)
+                named = _paths(store, shard.file, set(listed))
+                media[shard.unit] = tuple(listed[name] for name in sorted(named))
     return media
 
 
-def _paths(store: Store, shard: FileRecord) -> set[str]:
+def _paths(store: Store, shard: FileRecord, listed: set[str]) -> set[str]:
+    """Which of the `listed` files the rows of a shard refer to."""
+    found: set[str] = set()
     with store.open(shard.name) as file:
         opened = ShardFile(pa.PythonFile(file, mode="r"), size=shard.bytes, codec=None, where=shard.name)
-        return {path for group in range(len(opened.group_rows)) for path in media_paths(opened.plain_batch(group))}
+        for group in range(len(opened.group_rows)):
+            found |= listed.intersection(media_paths(opened.plain_batch(group)))
+    return found
 
 
 def _require_remakable(store: Store, bad: set[str]) -> None:
