@@ -144,6 +144,13 @@ class Dataset:
             raise FileDamaged(where, found=f"sha256 {file.sha256}", wanted=item.sha256[:64])
         return self.read_file(file, at_most=MAX_MEDIA_BYTES)
 
+    def media_bytes(self, item: MediaReference) -> int | None:
+        """The size of a medium's content, without opening its file; None for one that the manifest does not name."""
+        if item.data is not None:
+            return len(item.data)
+        file = self._media_files.get(item.path or "")
+        return file.bytes if file else None
+
     @cached_property
     def _media_files(self) -> dict[str, FileRecord]:
         return {file.name: file for file in self.manifest.files if file.name.startswith(f"{MEDIA_FOLDER}/")}

@@ -2,8 +2,8 @@
 
 A filter is KEY OP VALUE, such as `tokens <= 512`; nothing is evaluated as code.
 
-- KEY: `sample_id`, `tokens`, `targets`, `media` (the number of images), or `metadata.a.b`. A row without the metadata key
-  never matches.
+- KEY: `sample_id`, `tokens`, `targets`, `media` (the number of images), or `metadata.a.b`. A row without that key never
+  matches.
 - OP: `==`, `!=`, `<`, `<=`, `>`, `>=`, or `~` for a regular expression that is searched for in a text.
 - VALUE: JSON, or else plain text. Numbers are compared with numbers, texts with texts.
 """
