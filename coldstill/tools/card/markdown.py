@@ -119,7 +119,8 @@ def _summary(header: DatasetHeader, stats: Stats) -> str:
     if header.mode == "imported":
         return (
             f"Log-probs of {header.top_k:,} tokens at {stats.targets:,} target tokens of {stats.rows:,} rows of "
-            f"{content}, imported from another tool's files. The importer named the teacher; nothing here was compared with it.\n"
+            f"{content}, imported from another tool's files. The importer named the teacher; nothing here was compared "
+            "with it.\n"
         )
     return (
         f"A teacher model's predictions at {stats.targets:,} target tokens of {stats.rows:,} rows of {content}: the "
