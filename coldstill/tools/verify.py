@@ -11,7 +11,8 @@ import hashlib
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, storage_kl
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import is_dataset_file
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
-from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.rows import MEDIA_FOLDER, CachedRow
 from coldstill.storage_schema.tokenizer import (
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
@@ -51,6 +52,8 @@ MAX_FINDINGS = 10_000
 """Maximum number of findings: a manifest can list 300,000 files that do not exist."""
 
 _FINDINGS_PER_SHARD = 20
+_READERS = 8
+_BATCH = 1024
 _IDS_LISTED = 3
 _TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
 _SETTINGS = f"{TOKENIZER_FOLDER}/{TOKENIZER_CONFIG}"
@@ -78,27 +81,25 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
     dataset = open_dataset(root)
     media, foreign = MediaChecks(dataset), {*dataset.manifest.foreign_names}
     ids = array("Q")
-    checks: list[tuple[str, int, Callable[[], Iterator[ColdstillError]]]] = [
+    files = [
+        _Check(file.name, file.bytes, partial(_check_file, dataset, file, foreign))
+        for file in dataset.manifest.files
+        if file.name != FAITHFULNESS_NAME
+    ]
+    checks = [
+        *(check for check in files if not check.is_of_media),
+        _Check(FAITHFULNESS_NAME, 0, partial(_check_sample, dataset, deep)),
         *(
-            (file.name, file.bytes, partial(_check_file, dataset, file, foreign))
-            for file in dataset.manifest.files
-            if file.name != FAITHFULNESS_NAME
-        ),
-        (FAITHFULNESS_NAME, 0, partial(_check_sample, dataset, deep)),
-        *(
-            (shard.file.name, shard.file.bytes, partial(_check_shard, dataset, index, media, deep, ids))
+            _Check(shard.file.name, shard.file.bytes, partial(_check_shard, dataset, index, media, deep, ids))
             for index, shard in enumerate(dataset.shards)
         ),
     ]
     findings: list[Finding] = []
-    total = sum(size for _, size, _ in checks)
+    total = sum(check.bytes for check in files) + sum(shard.file.bytes for shard in dataset.shards)
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
-        for name, size, run_check in checks:
-            try:
-                findings += [_finding(name, error) for error in run_check()]
-            except ColdstillError as error:
-                findings.append(_finding(name, error))
-            bar.update(size)
+        for check, found in _results([check for check in files if check.is_of_media], checks):
+            findings += found
+            bar.update(check.bytes)
             if findings:
                 bar.set_postfix_str(f"{len(findings)} findings")
             if len(findings) >= MAX_FINDINGS:
@@ -108,6 +109,35 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
     if deep and not findings and _has_own_ids(dataset):
         findings += [_finding(SHARDS_FOLDER, error) for error in _repeated_ids(dataset, ids)]
     return findings
+
+
+class _Check(NamedTuple):
+    """The check of a file: its name, its size, and what raises or gives the errors."""
+
+    name: str
+    bytes: int
+    errors: Callable[[], Iterator[ColdstillError]]
+
+    @property
+    def is_of_media(self) -> bool:
+        return self.name.startswith(f"{MEDIA_FOLDER}/")
+
+    def run(self) -> tuple[_Check, list[Finding]]:
+        findings = []
+        try:
+            for error in self.errors():
+                findings.append(_finding(self.name, error))
+        except ColdstillError as error:
+            findings.append(_finding(self.name, error))
+        return self, findings
+
+
+def _results(media: Sequence[_Check], others: Sequence[_Check]) -> Iterator[tuple[_Check, list[Finding]]]:
+    """The findings of each check. Media files are many and small, and a store responds in 30 ms: some at a time."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        for start in range(0, len(media), _BATCH):
+            yield from readers.map(_Check.run, media[start : start + _BATCH])
+    yield from map(_Check.run, others)
 
 
 def foreign_file(name: str) -> ForeignFile:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from coldstill.storage_schema.repair import reopen_damaged
 from coldstill.storage_schema.rows import CachedRow, MediaReference
 from coldstill.storage_schema.store import Store
 from tests import making
+from tests.pipeline.buckets import s3_bucket
 
 IN_ROW = 16
 SMALL, LARGE, OTHER = b"small", b"a large image, longer than 16 bytes", b"another image that is longer than 16 bytes"
@@ -30,10 +32,18 @@ def header(tokenizer_folder: Path) -> DatasetHeader:
     return making.tiny_header(tokenizer_folder, about={"media_in_row_bytes": IN_ROW})
 
 
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, header: DatasetHeader, tokenizer_folder: Path) -> Store:
-    root = str(tmp_path / "root") if request.param == "local" else f"memory://{tmp_path.name}"
-    return making.begin_dataset(root, header, tokenizer_folder, [1, 1])
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    header: DatasetHeader,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Store]:
+    roots = {"local": str(tmp_path / "root"), "memory": f"memory://{tmp_path.name}"}
+    with ExitStack() as stack:
+        root = roots.get(request.param) or stack.enter_context(s3_bucket(monkeypatch))[0] + "/dataset"
+        yield making.begin_dataset(root, header, tokenizer_folder, [1, 1])
 
 
 def name_of(content: bytes) -> str:

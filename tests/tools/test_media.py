@@ -12,13 +12,14 @@ from coldstill.storage_schema import media
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch, StorageFailed, TooManyMedia
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.verified_files import FileRecord
 from coldstill.tools.derive.merge import merge
 from coldstill.tools.derive.split import split
 from coldstill.tools.derive.subset import subset
 from coldstill.tools.errors import NotExportable
 from coldstill.tools.exchange.export import export_axolotl, export_plain
 from coldstill.tools.pull import pull
-from coldstill.tools.push import push
+from coldstill.tools.push import _batches, push
 from coldstill.tools.upgrade import upgrade
 from coldstill.tools.verify import verify
 from tests.tools.vision_data import (
@@ -159,6 +160,15 @@ def test_a_copy_has_all_images_and_a_lost_one_is_copied_again(source: Dataset, t
     (tmp_path / "pulled" / name_of(CAT)).write_bytes(CAT[::-1])
     assert pull(source.store.url, tmp_path / "pulled", progress=False).files == 2
     assert images_of(open_dataset(tmp_path / "pulled")) == images_of(source)
+
+
+def test_a_commit_on_the_hub_has_more_media_files_than_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coldstill.tools.push.COMMIT_FILES", 2)
+    monkeypatch.setattr("coldstill.tools.push.COMMIT_MEDIA_FILES", 5)
+    names = [*(f"media/{n}" for n in range(12)), *(f"shards/{n}" for n in range(5))]
+    batches = list(_batches([FileRecord(name=name, bytes=1, sha256="0" * 64) for name in names]))
+    assert [file.name for batch in batches for file in batch] == names
+    assert [len(batch) for batch in batches] == [5, 5, 2, 2, 2, 1]
 
 
 def test_an_upgrade_keeps_the_images(tmp_path: Path, tokenizer_folder: Path) -> None:
