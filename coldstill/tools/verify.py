@@ -82,7 +82,7 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
     media, foreign = MediaChecks(dataset), {*dataset.manifest.foreign_names}
     ids = array("Q")
     files = [
-        _Check(file.name, file.bytes, partial(_check_file, dataset, file, foreign))
+        _Check(file.name, file.bytes, partial(_check_file, dataset, file, foreign, media))
         for file in dataset.manifest.files
         if file.name != FAITHFULNESS_NAME
     ]
@@ -161,12 +161,14 @@ def _is_row_for_row(header: DatasetHeader) -> bool:
     return answers == 1 and header.over_long != "split" and header.documents != "concat"
 
 
-def _check_file(dataset: Dataset, file: FileRecord, foreign: Container[str]) -> Iterator[ColdstillError]:
+def _check_file(
+    dataset: Dataset, file: FileRecord, foreign: Container[str], media: MediaChecks
+) -> Iterator[ColdstillError]:
     """Check a file other than a shard: its name, its digest, and its content if the format defines it."""
     if file.name in foreign:
         yield foreign_file(file.name)
     if file.name not in _READ:
-        dataset.check_file(file)
+        (media if file.name.startswith(f"{MEDIA_FOLDER}/") else dataset).check_file(file)
         return
     data = dataset.read_file(file)
     if file.name == _TOKENIZER:

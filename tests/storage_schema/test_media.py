@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ import pytest
 from coldstill.storage_schema import media
 from coldstill.storage_schema.commits import CommitRecord, commit_name, commit_unit, committed_units, discard_unusable
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.errors import FileDamaged, FileMissing, InvalidRow, TooManyMedia, UnitsMissing
+from coldstill.storage_schema.errors import (
+    FileDamaged,
+    FileMissing,
+    InvalidRow,
+    StorageFailed,
+    TooManyMedia,
+    UnitsMissing,
+)
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.repair import reopen_damaged
@@ -100,6 +108,41 @@ def test_a_damaged_file_is_written_again(store: Store, header: DatasetHeader, da
     store.put(name_of(LARGE), damage)
     commit(store, header, 0, row_with(LARGE))
     assert store.read(name_of(LARGE)) == LARGE
+
+
+def test_captures_in_any_order_and_after_any_interruption_are_the_same_dataset(
+    tmp_path: Path, header: DatasetHeader, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row_with(SMALL, LARGE, seed=0), row_with(OTHER, LARGE, b"y" * 99, seed=1)]
+    ids, failed, left = [], 0, [-1]
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(self: Store, name: str, data: bytes) -> Any:
+            if left[0] == 0:
+                raise StorageFailed("the power")
+            left[0] -= 1
+            return real(self, name, data)
+
+        return write
+
+    for name in ("put", "create"):
+        monkeypatch.setattr(Store, name, failing(getattr(Store, name)))
+    for writes in range(-1, 8):
+        store = making.begin_dataset(tmp_path / str(writes), header, tokenizer_folder, [1, 1])
+        left[0] = writes
+        for unit in (0, 1) if writes % 2 else (1, 0):
+            try:
+                commit(store, header, unit, rows[unit])
+            except StorageFailed:
+                failed += 1
+                assert unit not in committed_units(store)
+                left[0] = -1
+                commit(store, header, unit, rows[unit])
+        left[0] = -1
+        seal(store)
+        ids.append(open_dataset(store.url).dataset_id)
+    assert len(set(ids)) == 1
+    assert failed == 7  # three media, two shards, two records
 
 
 def test_without_a_size_in_the_header_all_media_are_in_their_rows(

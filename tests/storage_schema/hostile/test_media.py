@@ -154,6 +154,7 @@ def test_a_medium_larger_than_the_bound_is_refused_before_it_is_read(tree: Tree,
         dataset.media_content(dataset.row(0).media[1])
     with pytest.raises(FileDamaged, match=str(MAX_MEDIA_BYTES)):
         subset(root, tmp_path / "subset", progress=False)
+    assert "FileDamaged" in {one.error for one in verify(root, deep=True, progress=False)}  # at once: it is not read
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
 
