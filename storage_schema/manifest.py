@@ -23,7 +23,15 @@ from .commits import (
     discard_unusable,
     read_commits,
 )
-from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, FileDamaged, FileMissing, UnitsMissing
+from .errors import (
+    CommitDamaged,
+    DatasetNotFound,
+    DatasetNotSealed,
+    FileDamaged,
+    FileMissing,
+    TooManyMedia,
+    UnitsMissing,
+)
 from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes, sample_to_bytes
 from .header import FORMAT_VERSION, HEADER_NAME, READ_VERSIONS, DatasetHeader
 from .media import is_own_name, require_room
@@ -168,7 +176,11 @@ def seal(
         ),
         derived_from=derived_from,
     )
-    store.create(MANIFEST_NAME, manifest.to_bytes())
+    data = manifest.to_bytes()
+    if len(data) > MAX_DOCUMENT_BYTES:
+        found = f"{len(data):,} bytes: {len(commits):,} units, {len(media):,} media files"
+        raise TooManyMedia(f"{store.url}/{MANIFEST_NAME}", found=found, wanted=f"at most {MAX_DOCUMENT_BYTES:,}")
+    store.create(MANIFEST_NAME, data)
     _remove_what_readers_ignore(store)
     return read_manifest(store)[0]
 

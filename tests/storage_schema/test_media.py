@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coldstill.common.models import MAX_DOCUMENT_BYTES, parse_document
 from coldstill.storage_schema import media
 from coldstill.storage_schema.commits import CommitRecord, commit_name, commit_unit, committed_units, discard_unusable
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import (
+    CommitDamaged,
     FileDamaged,
     FileMissing,
     InvalidRow,
@@ -24,10 +26,11 @@ from coldstill.storage_schema.errors import (
     UnitsMissing,
 )
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.storage_schema.manifest import MANIFEST_NAME, Manifest, ShardRecord, seal
 from coldstill.storage_schema.repair import reopen_damaged
 from coldstill.storage_schema.rows import CachedRow, MediaReference
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.verified_files import FileRecord
 from tests import making
 from tests.pipeline.buckets import s3_bucket
 
@@ -247,6 +250,38 @@ def test_more_files_than_a_manifest_lists_have_a_name(
         seal(store)
     assert not store.exists(MANIFEST_NAME)
     assert len(store.names("media")) == 2
+
+
+def test_a_manifest_that_would_be_too_large_to_read_is_not_written(
+    store: Store, header: DatasetHeader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for unit in range(2):
+        commit(store, header, unit, row_with(LARGE, seed=unit))
+    monkeypatch.setattr("coldstill.storage_schema.manifest.MAX_DOCUMENT_BYTES", 500)
+    with pytest.raises(TooManyMedia, match="2 units, 1 media files"):
+        seal(store)
+    assert not store.exists(MANIFEST_NAME)
+
+
+@pytest.mark.slow
+def test_a_manifest_has_room_for_the_files_that_are_allowed() -> None:
+    units, rows, targets = 14_000, 1024, 99_999_999
+    most = media.MAX_MEDIA_FILES
+    media_files = [FileRecord(name=f"media/{n:064x}.webp", bytes=64 << 20, sha256=f"{n:064x}") for n in range(most)]
+    shards, rejects = [], []
+    for unit in range(units):
+        file = FileRecord(name=f"shards/{unit:06d}-{'a' * 12}.parquet", bytes=480_000_000, sha256="a" * 64)
+        shards.append(ShardRecord(unit=unit, file=file, rows=rows, tokens=targets, targets=targets, rejected=100))
+        rejects.append(FileRecord(name=f"rejects/{unit:06d}-{'a' * 12}.jsonl", bytes=480_000, sha256="a" * 64))
+    totals = {"rows": rows, "tokens": targets, "targets": targets, "rejected": 100}
+    manifest = Manifest(
+        **{name: units * each for name, each in totals.items()}, shards=tuple(shards), files=(*media_files, *rejects)
+    )
+    media.require_room(units=units, media=len(media_files), where="")
+    data = manifest.to_bytes()
+    assert len(data) <= MAX_DOCUMENT_BYTES
+    assert parse_document(data, model=Manifest, where="", error=CommitDamaged) == manifest
+    assert manifest.foreign_names == ()
 
 
 def test_content_is_verified_when_it_is_read(
