@@ -20,6 +20,7 @@ from coldstill.common.models import FrozenModel, parse_document
 from .errors import CommitDamaged
 from .faithfulness import sample_to_bytes, take_sample
 from .header import DatasetHeader
+from .media import count_now_and_then, place_media, put_media, stored_media
 from .rows import CachedRow
 from .shard import write_shard
 from .store import Store
@@ -62,7 +63,7 @@ class CommitRecord(FrozenModel):
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
-        """All files that the record names."""
+        """The files that belong to this unit alone: media files may belong to other units too."""
         return tuple(file for file in (self.shard, self.rejects, self.faithfulness) if file)
 
     def to_bytes(self) -> bytes:
@@ -125,8 +126,11 @@ def discard_unusable(store: Store, commits: Sequence[CommitRecord], *, deep: boo
     committed the unit again. No store deletes on a condition, so a newer record may still be lost. Then the unit is
     made once more, and no row is lost: the files of a sealed dataset are those that its manifest names.
     """
-    unusable = unusable_files(store, (file for commit in commits for file in commit.files), deep=deep)
-    lost = [commit for commit in commits if not unusable.isdisjoint(file.name for file in commit.files)]
+    files = dict.fromkeys(file for commit in commits for file in (*commit.files, *commit.media))
+    unusable = unusable_files(store, files, deep=deep)
+    lost = [
+        commit for commit in commits if not unusable.isdisjoint(file.name for file in (*commit.files, *commit.media))
+    ]
     for commit in lost:
         if _record_of(store, commit.unit) in (commit, None):
             store.delete(commit_name(commit.unit))
@@ -151,16 +155,24 @@ def commit_unit(
     environment: Mapping[str, Any],
     faithful_positions: int = 0,
 ) -> CommitRecord:
-    """Writes the unit's shard, its rejects and `faithful_positions` of the faithfulness sample, then its record unless
-    one exists. Returns the record that won.
+    """Writes the unit's media, its shard, its rejects and `faithful_positions` of the faithfulness sample, then its
+    record unless one exists. Returns the record that won.
 
-    Raises `InvalidRow`, `InvalidTargets`, `ShardTooLarge`, `StorageFailed`; earlier commits are unaffected.
+    Media of more than `about.media_in_row_bytes` become files. A row may refer to a file that is there already.
+
+    Raises `InvalidRow`, `InvalidTargets`, `ShardTooLarge`, `TooManyMedia`, `FileMissing`, `FileDamaged`,
+    `StorageFailed`; earlier commits are unaffected.
     """
     sample = take_sample(rows, unit=unit, count=faithful_positions)
+    rows, files = place_media(rows, in_row_bytes=header.about.media_in_row_bytes)
+    shard = write_shard(rows, header=header)  # checks all rows before any file is written
+    if files:
+        count_now_and_then(store, unit)
     return commit_files(
         store,
         unit,
-        shard=write_shard(rows, header=header),
+        shard=shard,
+        media=stored_media(store, rows, written=put_media(store, files)),
         rejects=_reject_lines(rejects) if rejects else None,
         faithfulness=sample_to_bytes(sample) if sample else None,
         rows=len(rows),
@@ -178,13 +190,17 @@ def commit_files(
     shard: bytes,
     rejects: bytes | None = None,
     faithfulness: bytes | None = None,
+    media: tuple[FileRecord, ...] = (),
     rows: int,
     tokens: int,
     targets: int,
     rejected: int = 0,
     environment: Mapping[str, Any],
 ) -> CommitRecord:
-    """Commits a unit whose files are encoded already: their bytes, and the counts of their content."""
+    """Commits a unit whose files are encoded already: their bytes, and the counts of their content.
+
+    `media`: the records of the media files that its rows refer to, which are written already.
+    """
     files: dict[str, FileRecord | None] = dict.fromkeys(("shard", "rejects", "faithfulness"))
     for field, folder, ending, data in (
         ("shard", SHARDS_FOLDER, "parquet", shard),
@@ -199,6 +215,7 @@ def commit_files(
         shard=files["shard"],
         rejects=files["rejects"],
         faithfulness=files["faithfulness"],
+        media=media,
         rows=rows,
         tokens=tokens,
         targets=targets,

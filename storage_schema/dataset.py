@@ -6,20 +6,22 @@ Shards are opened on demand.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
 from cachetools import LRUCache
 
 from .codec import RowCodec
-from .errors import CommitDamaged, FileDamaged, ShardDamaged
+from .errors import CommitDamaged, FileDamaged, FileMissing, ShardDamaged
 from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes
 from .header import FORMAT_VERSION, HEADER_NAME, MAX_HEADER_BYTES, DatasetHeader
 from .manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
 from .parquet import MAX_TABLE_BYTES
-from .rows import CachedRow
+from .rows import MAX_MEDIA_BYTES, MEDIA_FOLDER, CachedRow, MediaReference
 from .shard import ShardFile
 from .store import Store
 from .tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILES, TOKENIZER_FOLDER, without_code
@@ -123,6 +125,35 @@ class Dataset:
     def read_file(self, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) -> bytes:
         """The content of a file that the manifest names, verified. Raises what `verified_files.read_file` raises."""
         return read_file(self.store, file, at_most=at_most)
+
+    def media_content(self, item: MediaReference) -> bytes:
+        """The content of a medium of a row, from the row or its file; at most `MAX_MEDIA_BYTES`, digest verified.
+
+        Raises `FileMissing` for a file that is gone or that the manifest does not name, `FileDamaged`, and what
+        `verified_files.read_file` raises.
+        """
+        where = f"{self.store.url}: media {item.path or item.sha256[:64]}"
+        if item.data is not None:
+            if (found := hashlib.sha256(item.data).hexdigest()) != item.sha256:
+                raise FileDamaged(where, found=f"sha256 {found}", wanted=item.sha256[:64])
+            return item.data
+        file = self._media_files.get(item.path or "")
+        if file is None:
+            raise FileMissing(where, found="no such file in the manifest", wanted="a file that the manifest lists")
+        if file.sha256 != item.sha256:
+            raise FileDamaged(where, found=f"sha256 {file.sha256}", wanted=item.sha256[:64])
+        return self.read_file(file, at_most=MAX_MEDIA_BYTES)
+
+    def media_bytes(self, item: MediaReference) -> int | None:
+        """The size of a medium's content, without opening its file; None for one that the manifest does not name."""
+        if item.data is not None:
+            return len(item.data)
+        file = self._media_files.get(item.path or "")
+        return file.bytes if file else None
+
+    @cached_property
+    def _media_files(self) -> dict[str, FileRecord]:
+        return {file.name: file for file in self.manifest.files if file.name.startswith(f"{MEDIA_FOLDER}/")}
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files of the dataset's tokenizer by name, such as `tokenizer.json`: only names of `TOKENIZER_FILES`, and

@@ -78,6 +78,15 @@ class ShardTooLarge(ColdstillError):
     """The rows of a unit make a shard larger than the format allows."""
 
 
+class TooManyMedia(ColdstillError):
+    """The dataset has more media files than its manifest can list."""
+
+    usual_fix = (
+        "store more media in the rows: raise source.images_in_row_bytes and capture to another output; or make several "
+        "datasets, with `coldstill subset SOURCE OUTPUT --rows START:STOP`"
+    )
+
+
 class CommitDamaged(ColdstillError):
     """A commit record, the plan or the manifest cannot be read, or names a path outside the dataset."""
 

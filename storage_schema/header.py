@@ -113,8 +113,15 @@ class ProcessorFacts(FrozenModel):
     name: str = Field(description="Class name.")
     settings_sha256: str = Field(pattern=_SHA256, description="Digest of its settings.")
     settings: dict[str, JsonValue] = Field(
-        default_factory=dict, description="The settings that decide how many patches an image becomes."
+        default_factory=dict,
+        description="The settings that decide how many patches an image becomes; `image_token_id` is the placeholder.",
     )
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that stands for one image in a row's `token_ids`, if the settings have it."""
+        found = self.settings.get("image_token_id")
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 class RowWriter(FrozenModel):

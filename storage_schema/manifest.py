@@ -23,11 +23,20 @@ from .commits import (
     discard_unusable,
     read_commits,
 )
-from .errors import CommitDamaged, DatasetNotFound, DatasetNotSealed, FileDamaged, FileMissing, UnitsMissing
+from .errors import (
+    CommitDamaged,
+    DatasetNotFound,
+    DatasetNotSealed,
+    FileDamaged,
+    FileMissing,
+    TooManyMedia,
+    UnitsMissing,
+)
 from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes, sample_to_bytes
 from .header import FORMAT_VERSION, HEADER_NAME, READ_VERSIONS, DatasetHeader
+from .media import is_own_name, require_room
 from .plan import PLAN_NAME, plan_from_bytes
-from .rows import MEDIA_FOLDER
+from .rows import MEDIA_FOLDER, is_media_path
 from .store import RUN_FOLDER, Store
 from .tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER
 from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record, read_file
@@ -84,9 +93,16 @@ class Manifest(FrozenModel):
 
     @property
     def foreign_names(self) -> tuple[str, ...]:
-        """Names in the manifest that the format does not have. Readers ignore these files, and nothing copies them."""
-        listed = (*(shard.file for shard in self.shards), *self.files)
-        return tuple(file.name for file in listed if not is_dataset_file(file.name))
+        """Names in the manifest that the format does not have. Readers ignore these files, and nothing copies them.
+
+        Of two names that differ only in case, the later one: on some systems they would be one file.
+        """
+        foreign, taken = [], set()
+        for file in (*(shard.file for shard in self.shards), *self.files):
+            if not is_dataset_file(file.name) or file.name.lower() in taken:
+                foreign.append(file.name)
+            taken.add(file.name.lower())
+        return tuple(foreign)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -100,7 +116,7 @@ def is_dataset_file(name: str) -> bool:
         return last in TOKENIZER_FILES
     if folder in _ENDINGS:
         return last.endswith(_ENDINGS[folder])
-    return name in _SINGLE_FILES or (folder == MEDIA_FOLDER and bool(last))
+    return name in _SINGLE_FILES or is_media_path(name)
 
 
 def dataset_id(manifest_bytes: bytes) -> str:
@@ -115,6 +131,7 @@ def seal(
 
     Each commit record is read once and passed to `on_commit`. For a dataset that is sealed already, no record is read.
     Raises `UnitsMissing` while a planned unit is not committed, or has lost a file: that unit is then made again.
+    Raises `TooManyMedia` if the manifest cannot list all media files.
     """
     if store.exists(MANIFEST_NAME):
         _remove_what_readers_ignore(store)
@@ -137,12 +154,13 @@ def seal(
         for name in store.names(folder):
             if f"{folder}/{name}" not in named:
                 store.delete(f"{folder}/{name}")
+    media = _media(store, commits)
     _join_samples(store, commits)
     # Equal shards of two machines can have samples that differ in the last bits, so format 2 does not list the sample.
     header = DatasetHeader.from_bytes(_require(store, HEADER_NAME), where=HEADER_NAME)
     has_listed_sample = header.format_version == 1 and store.exists(FAITHFULNESS_NAME)
     single = (HEADER_NAME, PLAN_NAME, *([FAITHFULNESS_NAME] if has_listed_sample else []))
-    names = [f"{folder}/{name}" for folder in (TOKENIZER_FOLDER, MEDIA_FOLDER) for name in store.names(folder)]
+    names = [f"{TOKENIZER_FOLDER}/{name}" for name in store.names(TOKENIZER_FOLDER)]
     listed = [name for name in names if is_dataset_file(name)]
     manifest = Manifest(
         format_version=header.format_version,
@@ -153,13 +171,38 @@ def seal(
         shards=tuple(_shard_record(commit) for commit in commits),
         files=(
             *(file_record(name, _require(store, name)) for name in (*single, *listed)),
+            *media,
             *(commit.rejects for commit in commits if commit.rejects),
         ),
         derived_from=derived_from,
     )
-    store.create(MANIFEST_NAME, manifest.to_bytes())
+    data = manifest.to_bytes()
+    if len(data) > MAX_DOCUMENT_BYTES:
+        found = f"{len(data):,} bytes: {len(commits):,} units, {len(media):,} media files"
+        raise TooManyMedia(f"{store.url}/{MANIFEST_NAME}", found=found, wanted=f"at most {MAX_DOCUMENT_BYTES:,}")
+    store.create(MANIFEST_NAME, data)
     _remove_what_readers_ignore(store)
     return read_manifest(store)[0]
+
+
+def _media(store: Store, commits: list[CommitRecord]) -> list[FileRecord]:
+    """The media files that the commit records name, by name. Own files that none names are removed.
+
+    A file is not read again: its record says what was written, and `_whole_commits` compared its size.
+    """
+    named = {file.name: file for commit in commits for file in commit.media}
+    require_room(units=len(commits), media=len(named), where=store.url)
+    # Records of earlier releases name no media. A dataset that one of them started keeps all its files.
+    keeps_all = any("media" not in commit.model_fields_set for commit in commits)
+    for last in store.names(MEDIA_FOLDER):
+        name = f"{MEDIA_FOLDER}/{last}"
+        if name in named or not is_dataset_file(name):
+            continue
+        if keeps_all:
+            named[name] = file_record(name, _require(store, name))
+        elif is_own_name(last):
+            store.delete(name)
+    return [named[name] for name in sorted(named)]
 
 
 def _remove_what_readers_ignore(store: Store) -> None:

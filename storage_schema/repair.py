@@ -25,7 +25,9 @@ from .errors import CommitDamaged, FileDamaged, FileMissing, InvalidHeader, Shar
 from .faithfulness import FAITHFULNESS_NAME, ExactPosition, sample_from_bytes, sample_share, sample_to_bytes
 from .header import HEADER_NAME, DatasetHeader
 from .manifest import MANIFEST_NAME, Manifest, read_manifest
+from .media import media_paths
 from .plan import PLAN_NAME
+from .rows import MEDIA_FOLDER
 from .shard import ShardFile
 from .store import Store
 from .tokenizer import TOKENIZER_FOLDER
@@ -67,11 +69,13 @@ def reopen_damaged(store: Store, *, deep: bool = False) -> Reopened:
     bad = unusable_files(store, [*shards.values(), *manifest.files], deep=deep)
     if not bad:
         return Reopened()
-    _require_remakable(store, manifest, bad)
+    media = _media_of_units(store, manifest, bad)
+    _require_remakable(store, bad - {file.name for files in media.values() for file in files})
     lost = frozenset(unit for files in (shards, _rejects(manifest)) for unit, file in files.items() if file.name in bad)
+    lost |= {unit for unit in shards if not bad.isdisjoint(file.name for file in media.get(unit, ()))}
     for name in bad:
         store.delete(name)  # from here on their sizes show it
-    _restore_files(store, manifest, lost=lost)
+    _restore_files(store, manifest, media=media, lost=lost)
     for unit in lost:
         store.delete(commit_name(unit))
     store.delete(MANIFEST_NAME)
@@ -128,7 +132,35 @@ def _unit_of(name: str) -> int:
     return int(number) if number.isascii() and number.isdigit() else -1
 
 
-def _require_remakable(store: Store, manifest: Manifest, bad: set[str]) -> None:
+def _media_of_units(store: Store, manifest: Manifest, bad: set[str]) -> dict[int, tuple[FileRecord, ...]]:
+    """The media files of each unit whose shard is not among the `bad` files: by its commit record, or by its rows where
+    it has none, as in a copied dataset."""
+    listed = {file.name: file for file in manifest.files if file.name.startswith(f"{MEDIA_FOLDER}/")}
+    if not listed:
+        return {}
+    done, media = committed_units(store), {}
+    for shard in manifest.shards:
+        if shard.file.name not in bad:
+            record = next(iter(read_commits(store, [shard.unit] if shard.unit in done else [])), None)
+            if record is not None and "media" in record.model_fields_set:
+                media[shard.unit] = record.media
+            else:
+                named = _paths(store, shard.file, set(listed))
+                media[shard.unit] = tuple(listed[name] for name in sorted(named))
+    return media
+
+
+def _paths(store: Store, shard: FileRecord, listed: set[str]) -> set[str]:
+    """Which of the `listed` files the rows of a shard refer to."""
+    found: set[str] = set()
+    with store.open(shard.name) as file:
+        opened = ShardFile(pa.PythonFile(file, mode="r"), size=shard.bytes, codec=None, where=shard.name)
+        for group in range(len(opened.group_rows)):
+            found |= listed.intersection(media_paths(opened.plain_batch(group)))
+    return found
+
+
+def _require_remakable(store: Store, bad: set[str]) -> None:
     """Raise `FileMissing` for a damaged file that neither a unit nor the start of a capture writes."""
     folders = (SHARDS_FOLDER, REJECTS_FOLDER, TOKENIZER_FOLDER)
     for name in sorted(bad - {HEADER_NAME, PLAN_NAME, FAITHFULNESS_NAME}):
@@ -141,7 +173,9 @@ def _require_remakable(store: Store, manifest: Manifest, bad: set[str]) -> None:
             )
 
 
-def _restore_files(store: Store, manifest: Manifest, *, lost: frozenset[int]) -> None:
+def _restore_files(
+    store: Store, manifest: Manifest, *, media: dict[int, tuple[FileRecord, ...]], lost: frozenset[int]
+) -> None:
     """Give each whole unit again what sealing removed, and a commit record if it has none, as in a copied dataset."""
     done, sample, units = committed_units(store), _sample(store), len(manifest.shards)
     rejects = _rejects(manifest)
@@ -158,6 +192,7 @@ def _restore_files(store: Store, manifest: Manifest, *, lost: frozenset[int]) ->
             targets=shard.targets,
             rejected=shard.rejected,
             rejects=rejects.get(shard.unit),
+            media=media.get(shard.unit, ()),
             environment=stored[0].environment if stored else {},
         )
         _restore_share(store, record, sample)

@@ -31,7 +31,9 @@ MAX_MEDIA = 4096
 """References of one row."""
 
 _MIME_TYPE = re.compile(r"[a-z]+/[a-z0-9][a-z0-9.+-]*")
-_MEDIA_PATH = re.compile(rf"{MEDIA_FOLDER}/[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_MEDIA_PATH = re.compile(rf"{MEDIA_FOLDER}/[A-Za-z0-9_-](?:[A-Za-z0-9._-]{{0,253}}[A-Za-z0-9_-])?")
+_RESERVED = re.compile(rf"{MEDIA_FOLDER}/(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
+"""Names that Windows gives to devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,11 +216,17 @@ class CachedRow:
         """`int32 [N]`: the token that follows each target position (the alignment law)."""
         return self.token_ids[self.positions + 1]
 
-    def check(self, *, token_count: int, label_slack: np.ndarray | float = MASS_TOLERANCE) -> None:
+    def check(
+        self,
+        *,
+        token_count: int,
+        label_slack: np.ndarray | float = MASS_TOLERANCE,
+        image_token_id: int | None = None,
+    ) -> None:
         """Raises `InvalidRow` or `InvalidTargets` unless tokens, spans, targets and media match.
 
         `label_slack`, nats, scalar or `[N]`: how far the log-prob of a label outside the kept ids may exceed the log
-        tail.
+        tail. `image_token_id`: the placeholder of an image, if the header has it.
         """
         check_sequence(self.sample_id, self.token_ids, self.target_spans, token_count=token_count)
         if self.positions.size != self.targets.positions:
@@ -236,6 +244,25 @@ class CachedRow:
                 wanted="at most the log tail",
             )
         check_media(self.sample_id, self.media, tokens=self.token_ids.size)
+        if image_token_id is not None:
+            self._check_placeholders(image_token_id)
+
+    def _check_placeholders(self, image_token_id: int) -> None:
+        found = np.flatnonzero(self.token_ids == image_token_id).tolist()
+        wanted = [item.position for item in self.media]
+        if found != wanted:
+            raise InvalidRow(
+                f"row {self.sample_id!r}: placeholders of images (token {image_token_id})",
+                found=f"{len(found)}, at {found[:8]}",
+                wanted=f"{len(wanted)}, one for each medium, at {wanted[:8]}",
+            )
+        if (self.labels == image_token_id).any():
+            place = int(self.positions[self.labels == image_token_id][0])
+            raise InvalidRow(
+                f"row {self.sample_id!r}: target position {place}",
+                found=f"the label {image_token_id}, the placeholder of an image",
+                wanted="targets whose labels are text",
+            )
 
 
 def check_sequence(sample_id: str, token_ids: np.ndarray, target_spans: np.ndarray, *, token_count: int) -> None:
@@ -275,10 +302,15 @@ def check_media(sample_id: str, media: Sequence[MediaReference], *, tokens: int)
             raise InvalidRow(f"{where}: type", found=repr(item.type[:80]), wanted="a MIME type, such as image/png")
         if (item.path is None) == (item.data is None):
             raise InvalidRow(where, found="a path and data, or neither", wanted="one of path and data")
-        if item.path is not None and not _MEDIA_PATH.fullmatch(item.path):
+        if item.path is not None and not is_media_path(item.path):
             raise InvalidRow(f"{where}: path", found=repr(item.path[:80]), wanted=f"a file in {MEDIA_FOLDER}/")
         if item.data is not None:
             _check_media_data(where, item.data, item.sha256)
+
+
+def is_media_path(path: str) -> bool:
+    """Whether a file in `media/` can have this name on every system."""
+    return _MEDIA_PATH.fullmatch(path) is not None and _RESERVED.fullmatch(path) is None
 
 
 def _check_media_data(where: str, data: bytes, sha256: str) -> None:

@@ -238,8 +238,8 @@ def subset(
         typer.Option(
             "--filter",
             metavar="'KEY OP VALUE'",
-            help="KEY: sample_id, tokens, targets or metadata.a.b. OP: == != < <= > >= or ~ (regular expression). "
-            "A row must pass every filter.",
+            help="KEY: sample_id, tokens, targets, media (images) or metadata.a.b. OP: == != < <= > >= or ~ (regular "
+            "expression). A row must pass every filter.",
         ),
     ] = None,
     rows: Annotated[

@@ -32,6 +32,15 @@ _TYPES = {
 """MIME types of the formats that are read. Telephones store their pictures as MPO: a JPEG with smaller copies."""
 ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/gif": "gif", "image/bmp": "bmp"}
 """The ending of a stored file of each type."""
+FIRST_BYTES = 16
+"""Enough for `type_of_first_bytes`."""
+_FIRST_BYTES = {
+    "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "image/jpeg": re.compile(rb"\xff\xd8\xff"),
+    "image/webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "image/gif": re.compile(rb"GIF8[79]a"),
+    "image/bmp": re.compile(rb"BM"),
+}
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 _TRANSPARENT = {"RGBA", "LA", "PA", "La", "RGBa"}
 _OPAQUE = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
@@ -48,6 +57,11 @@ class ImageUnsupported(ColdstillError):
 
 class ImageTooLarge(ColdstillError):
     """The image has more bytes or pixels than are read."""
+
+
+def type_of_first_bytes(data: bytes) -> str | None:
+    """The MIME type that the first `FIRST_BYTES` of a file show, without PIL; None if it is none of those read."""
+    return next((type_ for type_, pattern in _FIRST_BYTES.items() if pattern.match(data)), None)
 
 
 def image_type(data: bytes, *, where: str) -> str:

@@ -29,6 +29,19 @@ class TokenizerUnreadable(ColdstillError):
     """The dataset's tokenizer is too large, or this release of `tokenizers` cannot load it."""
 
 
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+
+class MediaTypeWrong(ColdstillError):
+    """The type of a medium is not that of its content, or not one that is read."""
+
+    usual_fix = "capture it again: a capture takes the type from the content"
+
+
+class MediaUnused(ColdstillError):
+    """The manifest lists a media file that no row refers to."""
+
+
 # ---- card, push, pull ------------------------------------------------------------------------------------------------
 
 

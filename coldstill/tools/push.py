@@ -28,6 +28,7 @@ from coldstill.storage_schema.errors import (
 )
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.verified_files import FileRecord, file_record
 
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 COMMIT_FILES = 64
 COMMIT_BYTES = 4 << 30
 """Limits of one commit. The Hub advises at most 100 files, and an interrupted commit is uploaded again."""
+COMMIT_MEDIA_FILES = 1024
+"""Media files are small, and there can be 200,000, which would be 3,000 commits of 64."""
 
 MAIN = "main"
 
@@ -328,11 +331,15 @@ def _require_all_uploaded(
 
 def _batches(files: list[FileRecord]) -> Iterator[list[FileRecord]]:
     batch: list[FileRecord] = []
+    size = 0
     for file in files:
-        if len(batch) == COMMIT_FILES or (batch and sum(f.bytes for f in batch) + file.bytes > COMMIT_BYTES):
+        is_medium = file.name.startswith(f"{MEDIA_FOLDER}/")
+        most = COMMIT_MEDIA_FILES if is_medium else COMMIT_FILES
+        if batch and (len(batch) >= most or size + file.bytes > COMMIT_BYTES):
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(file)
+        size += file.bytes
     if batch:
         yield batch
 

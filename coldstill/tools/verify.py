@@ -2,15 +2,17 @@
 
 Always: each file that the manifest lists exists with its size and digest, the tokenizer matches the header, and the
 plan matches the shards. Deep: each row is decoded, each decoded value passes the checks of `rows.py`, and the media
-files and the faithfulness sample fit the rows.
+and the faithfulness sample fit the rows: digests, types, placeholders, and no file that no row needs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,6 @@ from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import (
     CommitDamaged,
     FileDamaged,
-    FileMissing,
     ForeignFile,
     ShardDamaged,
     TokenizerMismatch,
@@ -33,7 +34,7 @@ from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, storage_kl
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import is_dataset_file
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
-from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.rows import MEDIA_FOLDER, CachedRow
 from coldstill.storage_schema.tokenizer import (
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
@@ -45,11 +46,14 @@ from coldstill.storage_schema.tokenizer import (
 from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord
 
 from .errors import DuplicateIds
+from .media_checks import MediaChecks
 
 MAX_FINDINGS = 10_000
 """Maximum number of findings: a manifest can list 300,000 files that do not exist."""
 
 _FINDINGS_PER_SHARD = 20
+_READERS = 8
+_BATCH = 1024
 _IDS_LISTED = 3
 _TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
 _SETTINGS = f"{TOKENIZER_FOLDER}/{TOKENIZER_CONFIG}"
@@ -75,36 +79,65 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
     Raises `DatasetNotFound`, `DatasetNotSealed`, and `CommitDamaged` or `InvalidHeader` if it cannot be opened.
     """
     dataset = open_dataset(root)
-    media = {file.name: file.sha256 for file in dataset.manifest.files}
+    media, foreign = MediaChecks(dataset), {*dataset.manifest.foreign_names}
     ids = array("Q")
-    checks: list[tuple[str, int, Callable[[], Iterator[ColdstillError]]]] = [
+    files = [
+        _Check(file.name, file.bytes, partial(_check_file, dataset, file, foreign, media))
+        for file in dataset.manifest.files
+        if file.name != FAITHFULNESS_NAME
+    ]
+    checks = [
+        *(check for check in files if not check.is_of_media),
+        _Check(FAITHFULNESS_NAME, 0, partial(_check_sample, dataset, deep)),
         *(
-            (file.name, file.bytes, partial(_check_file, dataset, file))
-            for file in dataset.manifest.files
-            if file.name != FAITHFULNESS_NAME
-        ),
-        (FAITHFULNESS_NAME, 0, partial(_check_sample, dataset, deep)),
-        *(
-            (shard.file.name, shard.file.bytes, partial(_check_shard, dataset, index, media, deep, ids))
+            _Check(shard.file.name, shard.file.bytes, partial(_check_shard, dataset, index, media, deep, ids))
             for index, shard in enumerate(dataset.shards)
         ),
     ]
     findings: list[Finding] = []
-    total = sum(size for _, size, _ in checks)
+    total = sum(check.bytes for check in files) + sum(shard.file.bytes for shard in dataset.shards)
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
-        for name, size, run_check in checks:
-            try:
-                findings += [_finding(name, error) for error in run_check()]
-            except ColdstillError as error:
-                findings.append(_finding(name, error))
-            bar.update(size)
+        for check, found in _results([check for check in files if check.is_of_media], checks):
+            findings += found
+            bar.update(check.bytes)
             if findings:
                 bar.set_postfix_str(f"{len(findings)} findings")
             if len(findings) >= MAX_FINDINGS:
                 return findings[:MAX_FINDINGS]
+    if deep and not findings:  # a shard that cannot be read hides what its rows refer to
+        findings += [_finding(error.what, error) for error in itertools.islice(media.unused(), MAX_FINDINGS)]
     if deep and not findings and _has_own_ids(dataset):
         findings += [_finding(SHARDS_FOLDER, error) for error in _repeated_ids(dataset, ids)]
     return findings
+
+
+class _Check(NamedTuple):
+    """The check of a file: its name, its size, and what raises or gives the errors."""
+
+    name: str
+    bytes: int
+    errors: Callable[[], Iterator[ColdstillError]]
+
+    @property
+    def is_of_media(self) -> bool:
+        return self.name.startswith(f"{MEDIA_FOLDER}/")
+
+    def run(self) -> tuple[_Check, list[Finding]]:
+        findings = []
+        try:
+            for error in self.errors():
+                findings.append(_finding(self.name, error))
+        except ColdstillError as error:
+            findings.append(_finding(self.name, error))
+        return self, findings
+
+
+def _results(media: Sequence[_Check], others: Sequence[_Check]) -> Iterator[tuple[_Check, list[Finding]]]:
+    """The findings of each check. Media files are many and small, and a store responds in 30 ms: some at a time."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        for start in range(0, len(media), _BATCH):
+            yield from readers.map(_Check.run, media[start : start + _BATCH])
+    yield from map(_Check.run, others)
 
 
 def foreign_file(name: str) -> ForeignFile:
@@ -128,12 +161,14 @@ def _is_row_for_row(header: DatasetHeader) -> bool:
     return answers == 1 and header.over_long != "split" and header.documents != "concat"
 
 
-def _check_file(dataset: Dataset, file: FileRecord) -> Iterator[ColdstillError]:
+def _check_file(
+    dataset: Dataset, file: FileRecord, foreign: Container[str], media: MediaChecks
+) -> Iterator[ColdstillError]:
     """Check a file other than a shard: its name, its digest, and its content if the format defines it."""
-    if not is_dataset_file(file.name):
+    if file.name in foreign:
         yield foreign_file(file.name)
     if file.name not in _READ:
-        dataset.check_file(file)
+        (media if file.name.startswith(f"{MEDIA_FOLDER}/") else dataset).check_file(file)
         return
     data = dataset.read_file(file)
     if file.name == _TOKENIZER:
@@ -201,7 +236,7 @@ def _hash_of(name: str) -> int:
 
 
 def _check_shard(
-    dataset: Dataset, index: int, media: dict[str, str], deep: bool, ids: array[int]
+    dataset: Dataset, index: int, media: MediaChecks, deep: bool, ids: array[int]
 ) -> Iterator[ColdstillError]:
     """Check a shard: its digest, or deep, its rows one by one, so that a damaged row does not hide the next."""
     record = dataset.shards[index]
@@ -229,14 +264,12 @@ def _check_shard(
             yield ShardDamaged(f"{record.file.name}: {name}", found=counted, wanted=wanted)
 
 
-def _check_row(dataset: Dataset, row: CachedRow, media: dict[str, str]) -> None:
-    """Check a row by `rows.py`, and that `media`, the digests of the dataset's files, holds what the row refers to."""
-    row.check(token_count=dataset.header.token_count, label_slack=dataset.codec.label_slack(row.targets.log_tail))
-    for item in row.media:
-        if item.path is None:
-            continue
-        where = f"row {row.sample_id!r}: media {item.path}"
-        if item.path not in media:
-            raise FileMissing(where, found="no such file", wanted="a file that the manifest lists")
-        if item.sha256 != media[item.path]:
-            raise FileDamaged(where, found=f"sha256 {media[item.path]}", wanted=item.sha256[:64])
+def _check_row(dataset: Dataset, row: CachedRow, media: MediaChecks) -> None:
+    """Check a row by `rows.py`, and its media."""
+    header = dataset.header
+    row.check(
+        token_count=header.token_count,
+        label_slack=dataset.codec.label_slack(row.targets.log_tail),
+        image_token_id=header.about.processor.image_token_id if header.about.processor else None,
+    )
+    media.check_row(row)

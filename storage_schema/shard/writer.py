@@ -73,7 +73,8 @@ def _write(groups: Iterable[pa.Table], header: DatasetHeader) -> bytes:
 
 def _check_size(what: str, size: int, most: int) -> None:
     if size > most:
-        raise ShardTooLarge(what, found=f"{size} bytes", wanted=f"at most {most}", fix="lower rows_per_unit")
+        fix = "lower rows_per_unit, or source.images_in_row_bytes"
+        raise ShardTooLarge(what, found=f"{size} bytes", wanted=f"at most {most}", fix=fix)
 
 
 def _groups(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -102,7 +103,8 @@ def _size(record: dict[str, Any]) -> int:
 def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
     """Column values of a row. Raises what `write_shard` raises."""
     header = codec.header
-    row.check(token_count=header.token_count)
+    processor = header.about.processor
+    row.check(token_count=header.token_count, image_token_id=processor.image_token_id if processor else None)
     _check_bounds(row, codec)
     try:
         metadata = json.dumps(row.metadata, ensure_ascii=False, sort_keys=True)

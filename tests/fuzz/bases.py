@@ -1,10 +1,11 @@
-"""The valid datasets that are mutated: three small ones, made through the real commit protocol.
+"""The valid datasets that are mutated: four small ones, made through the real commit protocol.
 
 In: an empty folder. Out: `Base`: a dataset's files by name. Equal library versions give equal bytes.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -24,6 +25,13 @@ VOCABULARY = 400
 _PICTURE = b"\x89PNG, the content of a picture"
 
 
+_SMALL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+_LARGE = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7") + bytes(64)
+"""A PNG and a GIF of one pixel, by hand: the bytes must not depend on a library's release."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A sound dataset: `files` by their names, and the folder in which they lie."""
@@ -34,7 +42,7 @@ class Base:
 
 
 def make_bases(folder: Path) -> list[Base]:
-    """The three datasets, each in a folder of its own below `folder`."""
+    """The four datasets, each in a folder of its own below `folder`."""
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text(json.dumps(_tokenizer()))
@@ -53,6 +61,7 @@ def make_bases(folder: Path) -> list[Base]:
         _base(folder / "grid", grid, tokenizer, shards=[3, 2], seed=1),
         _base(folder / "float16", exact, tokenizer, shards=[3], seed=2),
         _base(folder / "ranked", ranked, tokenizer, shards=[2, 2], seed=3, media=True),
+        _images(folder / "images", tokenizer),
     ]
 
 
@@ -76,6 +85,33 @@ def _base(
         commit_unit(
             store, unit, rows=rows, rejects=rejects, header=header, environment={"engine": "none"}, faithful_positions=4
         )
+    seal(store)
+    return Base(root.name, root, read_files(root))
+
+
+def _images(root: Path, tokenizer: Path) -> Base:
+    """Rows with images under a header that names their placeholder: in the row, as a file, and as the same file."""
+    processor = {"name": "P", "settings_sha256": "0" * 64, "settings": {"image_token_id": 7, "size": {"height": 8}}}
+    about = {"processor": processor, "media_in_row_bytes": len(_SMALL)}
+    header = making.tiny_header(tokenizer, top_k=4, draws=2, codec=Codec.preset("fine", top_k=4), about=about)
+    store, rng = making.begin_dataset(root, header, tokenizer, [2, 1]), np.random.default_rng(4)
+    for unit, rows in enumerate(([[_SMALL, _LARGE], []], [[_LARGE, _SMALL, _LARGE]])):
+        made = []
+        for number, images in enumerate(rows):
+            places = [2 * n for n in range(len(images))]
+            tokens = rng.integers(8, VOCABULARY, 16, dtype=np.int32)
+            tokens[places] = 7
+            spans, positions = np.array([[8, 15]], np.int32), np.arange(8, 15)
+            probs = making.random_probs(rng, 7, VOCABULARY, sharpness=4)
+            targets = making.targets_of(probs, tokens[positions + 1], top_k=4, draws=2, seed=unit)
+            media = tuple(
+                MediaReference(position=at, type=kind, sha256=hashlib.sha256(data).hexdigest(), data=data)
+                for at, data in zip(places, images, strict=True)
+                for kind in ("image/png" if data == _SMALL else "image/gif",)
+            )
+            name = f"image-{unit}-{number}"
+            made.append(CachedRow(sample_id=name, token_ids=tokens, target_spans=spans, targets=targets, media=media))
+        commit_unit(store, unit, rows=made, rejects=[], header=header, environment={}, faithful_positions=2)
     seal(store)
     return Base(root.name, root, read_files(root))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -36,6 +37,7 @@ _MOST_FINDINGS = 20
 _MOST_ENTRIES = 100_000
 """Of a row that is looked at one target at a time."""
 _MOST_SHOWN = 16 << 20
+_MOST_MEDIA_BYTES = 64 << 20
 _TAKEN = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
@@ -156,6 +158,8 @@ def _lawful(reading: Reading, dataset: Dataset, rows: Iterable[CachedRow]) -> It
 
 def _broken_law(dataset: Dataset, row: CachedRow) -> str | None:
     header, targets = dataset.header, row.targets
+    if fault := _broken_law_of_media(dataset, row):
+        return fault
     if targets.ids.size > _MOST_ENTRIES:
         return None
     if not 2 <= row.token_ids.size <= header.max_length:
@@ -185,4 +189,27 @@ def _broken_law(dataset: Dataset, row: CachedRow) -> str | None:
             return f"label log-prob of target {n}"
     if place != targets.draw_ids.size:
         return "its draws"
+    return None
+
+
+def _broken_law_of_media(dataset: Dataset, row: CachedRow) -> str | None:
+    for number, item in enumerate(row.media):
+        try:
+            content = dataset.media_content(item)
+        except ColdstillError as error:
+            return f"medium {number}, which is not read: {type(error).__name__}"
+        if len(content) > _MOST_MEDIA_BYTES or hashlib.sha256(content).hexdigest() != item.sha256:
+            return f"the content of medium {number}"
+        if item.path is not None and not re.fullmatch(r"media/[A-Za-z0-9._-]+", item.path):
+            return f"the path of medium {number}"
+    settings = (json.loads(dataset.header.to_bytes()).get("about", {}).get("processor") or {}).get("settings", {})
+    placeholder = settings.get("image_token_id")
+    if type(placeholder) is int:
+        found = [place for place, id_ in enumerate(row.token_ids.tolist()) if id_ == placeholder]
+        if found != [item.position for item in row.media] or placeholder in row.labels.tolist():
+            return "its placeholders"
+        starts = {"image/png": b"\x89PNG", "image/gif": b"GIF8"}
+        for number, item in enumerate(row.media):
+            if item.type in starts and not dataset.media_content(item).startswith(starts[item.type]):
+                return f"the type of medium {number}"
     return None

@@ -147,13 +147,17 @@ def change_media(rng: random.Random, rows: Rows) -> None:
     sound = {"position": 1, "type": "image/png", "sha256": "0" * 64, "path": "media/cat.png", "bytes": None}
     item = {**sound, **(row["media"][-1] if row["media"] else {})}
     name = rng.choice(("position", "type", "sha256", "path", "bytes"))
-    texts = ("", "../x", "media/../x", "/etc/passwd", "media/none.png", "a\x00b", "text/html\n", "x" * 9000, "0" * 64)
+    texts = (
+        *("", "../x", "media/../x", "/etc/passwd", "media/none.png", "a\x00b", "text/html\n", "x" * 9000, "0" * 64),
+        *("text/html", "image/svg+xml", "image/jpeg", "media/NUL.png", "media/a.", "dataset.json"),
+    )
     item[name] = {
         "position": rng.choice(_INT32),
         "bytes": rng.choice((None, b"", b"<svg onload=alert(1)>", bytes(100_000))),
         "path": rng.choice((None, *texts)),
     }.get(name, rng.choice(texts))
-    row["media"] = rng.choice(([item], [*row["media"], item], [item] * 300, [sound, item]))
+    last = [*row["media"][:-1], item]
+    row["media"] = rng.choice(([item], [*row["media"], item], [item] * 300, [sound, item], last, row["media"][1:]))
 
 
 _CHANGES: tuple[Callable[[random.Random, Rows], None], ...] = (

@@ -25,6 +25,7 @@ from coldstill.storage_schema.rows import CachedRow, MediaReference, spans_from_
 from coldstill.storage_schema.store import Store
 from tests import making
 from tests.storage_schema.plain_decoder import decode_row
+from tests.vision import image_bytes
 
 ALL_FIELDS = {
     "teacher": {
@@ -70,6 +71,8 @@ def main(folder: Path) -> None:
         "all_fields": {"top_k": 4, "token_count": 300, "draws": 4, **ALL_FIELDS},
     }.items():
         _make(folder / name, **changes)
+    # Format 2 only: images in rows and as files, under a header that names their placeholder.
+    _make_images(folder / "images")
 
 
 def _make(root: Path, *, top_k: int, token_count: int, draws: int = 0, **changes: object) -> None:
@@ -96,12 +99,57 @@ def _make(root: Path, *, top_k: int, token_count: int, draws: int = 0, **changes
         rejects = [Reject(5, "row-1-2", "too_long", "99 tokens")] * unit
         commit_unit(store, unit, rows=rows, rejects=rejects, header=header, environment={}, faithful_positions=4)
     seal(store)
+    _write_expected(store, root)
+
+
+def _make_images(root: Path) -> None:
+    processor = {
+        "name": "TinyProcessor",
+        "settings_sha256": "5" * 64,
+        "settings": {"image_token_id": 7, "size": {"longest_edge": 32}},
+    }
+    small, photo = image_bytes(1, size=(3, 2)), image_bytes(2, size=(12, 8), format="JPEG")
+    about = {"license": "MIT", "processor": processor, "media_in_row_bytes": len(small)}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = making.tiny_tokenizer(Path(folder))
+        header = making.tiny_header(tokenizer, top_k=4, token_count=300, vocab_size=300, about=about)
+    store = Store(root)
+    store.create("dataset.json", header.to_bytes())
+    store.create(PLAN_NAME, plan_to_bytes([Unit(0, 0, 0, 2), Unit(1, 900, 2, 1)]))
+    rng = np.random.default_rng(7)
+    for unit, rows in enumerate(([[small, photo], []], [[photo, photo, small]])):
+        made = []
+        for number, images in enumerate(rows):
+            places = [2 * n for n in range(len(images))]
+            tokens = rng.integers(8, 300, 12, dtype=np.int32)
+            tokens[places] = 7
+            spans = np.array([[6, 8], [9, 11]], np.int32)
+            probs = making.random_probs(rng, 4, header.token_count)
+            targets = making.targets_of(probs, tokens[[7, 8, 10, 11]], top_k=4, draws=4, seed=unit)
+            media = tuple(
+                MediaReference(
+                    position=place,
+                    type="image/png" if content == small else "image/jpeg",
+                    sha256=hashlib.sha256(content).hexdigest(),
+                    data=content,
+                )
+                for place, content in zip(places, images, strict=True)
+            )
+            row_id = f"row-{unit}-{number}"
+            made.append(CachedRow(sample_id=row_id, token_ids=tokens, target_spans=spans, targets=targets, media=media))
+        commit_unit(store, unit, rows=made, rejects=[], header=header, environment={}, faithful_positions=2)
+    seal(store)
+    _write_expected(store, root)
+
+
+def _write_expected(store: Store, root: Path) -> None:
     store.delete_folder("commits")
-    expected = []
-    for shard in open_dataset(root).shards:
+    dataset = open_dataset(root)
+    header, expected = json.loads(dataset.header.to_bytes()), []
+    for shard in dataset.shards:
         for row in pq.read_table(root / shard.file.name).to_pylist():
-            positions = decode_row(row, json.loads(header.to_bytes()))
-            expected.append({"sample_id": row["sample_id"], "token_ids": row["token_ids"], "positions": positions})
+            facts = {"sample_id": row["sample_id"], "token_ids": row["token_ids"]}
+            expected.append({**facts, "positions": decode_row(row, header)})
     (root.parent / f"{root.name}.expected.json").write_text(json.dumps(expected), encoding="utf-8")
 
 

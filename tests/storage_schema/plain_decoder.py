@@ -5,8 +5,10 @@ The column values of a row in a shard become one dictionary per position. Slow a
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
+from pathlib import Path
 from typing import Any
 
 import zstandard
@@ -47,6 +49,19 @@ def decode_row(row: dict[str, Any], header: dict[str, Any]) -> list[dict[str, An
     assert not distances
     assert not label_logprobs
     return decoded
+
+
+def media_of(row: dict[str, Any], header: dict[str, Any], root: Path) -> list[tuple[int, str, bytes]]:
+    """Position, type and content of the row's media, whose placeholders the header names."""
+    placeholder = header["about"]["processor"]["settings"]["image_token_id"]
+    found = []
+    for item in row["media"]:
+        content = item["bytes"] if item["path"] is None else (root / item["path"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == item["sha256"]
+        assert (item["path"] is not None) == (len(content) > header["about"]["media_in_row_bytes"])
+        found.append((item["position"], item["type"], content))
+    assert [place for place, id_ in enumerate(row["token_ids"]) if id_ == placeholder] == [one[0] for one in found]
+    return found
 
 
 def grid_entries(

@@ -10,6 +10,8 @@ import numpy as np
 import zstandard
 
 import coldstill.storage_schema
+from coldstill.common.images import ENDINGS, MAX_IMAGE_PIXELS
+from coldstill.common.processor import expanded_positions
 from coldstill.storage_schema.codec import MAX_ENTRIES, STREAMS, RowCodec
 from coldstill.storage_schema.header import (
     MAX_DRAWS,
@@ -17,11 +19,14 @@ from coldstill.storage_schema.header import (
     MAX_TOKENS,
     MAX_TOP_K,
     MAX_VOCAB_SIZE,
+    About,
     Codec,
     DatasetHeader,
+    ProcessorFacts,
 )
 from coldstill.storage_schema.header_format_1 import FIELDS
-from coldstill.storage_schema.rows import TeacherTargets
+from coldstill.storage_schema.media import MAX_IN_ROW_BYTES, MAX_MEDIA_FILES
+from coldstill.storage_schema.rows import MAX_MEDIA, MAX_MEDIA_BYTES, TeacherTargets, is_media_path
 from coldstill.storage_schema.shard import MAX_SHARD_BYTES, SCHEMA
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_ROW_BYTES
 from tests import making
@@ -85,3 +90,30 @@ def test_the_bounds_are_the_code_s() -> None:
     assert (MAX_SHARD_BYTES, MAX_GROUP_ROWS, MAX_GROUP_BYTES, MAX_ROW_BYTES) == (500_000_000, 1024, 8 << 20, 256 << 20)
     for bound in ("4,096", "2^20", "1,024", "65,536", "2^24", "500 MB", "8 MiB", "256 MiB"):
         assert bound in DOCUMENT
+
+
+def test_the_section_on_images_tells_the_bounds_and_names_of_the_code() -> None:
+    section = DOCUMENT.split("## Images")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(image/\w+)`", section)) == set(ENDINGS)
+    assert f"{MAX_IN_ROW_BYTES >> 20} MiB" in section
+    assert f"{MAX_MEDIA_FILES:,}" in section
+    assert 1 << int(re.findall(r"more than 2\^(\d+) pixels", section)[0]) == MAX_IMAGE_PIXELS
+    assert f"{MAX_MEDIA:,}, each of at most {MAX_MEDIA_BYTES >> 20} MiB" in DOCUMENT
+    for name in ("con", "prn", "aux", "nul", "com0", "com9", "lpt0", "lpt9"):
+        assert f"`{name}`" in section
+        assert not is_media_path(f"media/{name.upper()}.png")
+    for field in re.findall(r"`processor\.(\w+)", section):
+        assert field in ProcessorFacts.model_fields
+    assert "media_in_row_bytes" in About.model_fields
+
+
+def test_the_example_of_an_expansion_is_what_the_code_computes() -> None:
+    text = " ".join(DOCUMENT.split())
+    found = re.search(r"placeholders at (.+?) that become (\d) tokens and (\d), positions (.+?) are at (.+?)\.", text)
+    assert found
+    images, positions, wanted = ([int(number) for number in re.findall(r"\d+", part)] for part in found.group(1, 4, 5))
+    lengths = np.array([int(found[2]), int(found[3])])
+    expanded = expanded_positions(np.array(positions), images=np.array(images), lengths=lengths)
+    assert expanded.tolist() == wanted
+    pairs = list(zip(images, lengths.tolist(), strict=True))
+    assert [t + sum(length - 1 for p, length in pairs if p <= t) for t in positions] == wanted

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from coldstill.common.images import decoded
 from coldstill.storage_schema.codec.grid import Grid
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.rows import MediaReference
 from coldstill.tools.verify import verify
-from tests.storage_schema.plain_decoder import decode_row
+from tests.storage_schema.plain_decoder import decode_row, media_of
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("format_v*/*") if path.is_dir())
@@ -25,6 +26,7 @@ IDS = {
     "format_v2/coarse_wide": "1f66615b0320",
     "format_v2/exact_draws": "c2f6d6acf427",
     "format_v2/fine_ranks_draws_media": "763075ca8b0b",
+    "format_v2/images": "98dea01e98da",
 }
 
 
@@ -97,3 +99,18 @@ def test_golden_media_are_read(version: int) -> None:
     assert inline.data == b"\x89PNG, nearly"
     assert path == MediaReference(position=3, type="image/png", sha256=inline.sha256, path="media/cat.png")
     assert first.metadata == {"topic": "Ü", "n": [1, 2.5, None]}
+
+
+def test_golden_images_are_read_and_the_plain_decoder_reads_them_too() -> None:
+    dataset = open_dataset(GOLDEN / "format_v2/images")
+    header = json.loads(dataset.header.to_bytes())
+    stored = [
+        row for shard in dataset.shards for row in pq.read_table(Path(dataset.store.root, shard.file.name)).to_pylist()
+    ]
+    for row, columns in zip(dataset.rows(), stored, strict=True):
+        found = [(item.position, item.type, dataset.media_content(item)) for item in row.media]
+        assert found == media_of(columns, header, Path(dataset.store.root))
+    sizes = [[decoded(dataset.media_content(item), where="").size for item in row.media] for row in dataset.rows()]
+    assert sizes == [[(3, 2), (12, 8)], [], [(12, 8), (12, 8), (3, 2)]]
+    assert dataset.header.about.processor is not None
+    assert dataset.header.about.processor.image_token_id == 7

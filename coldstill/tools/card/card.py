@@ -86,7 +86,7 @@ def front_matter(header: DatasetHeader, *, rows: int) -> str:
     fields = {
         **license_fields(header.about.license),
         "pretty_name": shortened(visible(f"Log-probs of {header.teacher.name[:200]}")),
-        "task_categories": ["text-generation"],
+        "task_categories": ["image-text-to-text" if header.about.processor else "text-generation"],
         "size_categories": [size_category(rows)],
         "tags": ["coldstill", "knowledge-distillation", "logits", "log-probs"],
         "configs": [{"config_name": "default", "data_files": f"{SHARDS_FOLDER}/*.parquet"}],

@@ -17,7 +17,15 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 from coldstill.tools.reject_reasons import OTHER_REASONS
 from coldstill.tools.stats.measure import Stats
-from coldstill.tools.stats.table import FIGURES, NAMES, bytes_per_target, figure, figures_of, rank_shares
+from coldstill.tools.stats.table import (
+    FIGURES,
+    bytes_per_target,
+    figure,
+    figures_of,
+    images_in_words,
+    rank_shares,
+    shown_names,
+)
 
 from .faithfulness import Faithfulness
 
@@ -27,6 +35,12 @@ MAX_SHOWN = 200
 _MOST_LISTED = 12
 """Maximum number of reject reasons, and of parent datasets, in a list."""
 
+_SIZES = (
+    *("size", "crop_size", "max_image_size", "do_image_splitting", "min_pixels", "max_pixels", "patch_size"),
+    *("merge_size", "image_seq_len", "image_seq_length", "num_additional_image_tokens", "crop_to_patches"),
+    *("max_patches", "do_pan_and_scan", "max_dynamic_tiles"),
+)
+"""Of the processor's settings, those that decide how many tokens an image becomes."""
 # A full stop is only harmful in a bare "www.x.y", which becomes a link; model names contain many others.
 _ACTIVE = re.compile(r"[^\w\s.,;/%-]|_|(?<=www)\.", re.IGNORECASE)
 
@@ -101,13 +115,15 @@ def card_sections(
 
 
 def _summary(header: DatasetHeader, stats: Stats) -> str:
+    content = "text and images" if stats.media else "text"
     if header.mode == "imported":
         return (
-            f"Log-probs of {header.top_k:,} tokens at {stats.targets:,} target tokens of {stats.rows:,} rows of text, "
-            "imported from another tool's files. The importer named the teacher; nothing here was compared with it.\n"
+            f"Log-probs of {header.top_k:,} tokens at {stats.targets:,} target tokens of {stats.rows:,} rows of "
+            f"{content}, imported from another tool's files. The importer named the teacher; nothing here was compared "
+            "with it.\n"
         )
     return (
-        f"A teacher model's predictions at {stats.targets:,} target tokens of {stats.rows:,} rows of text: the "
+        f"A teacher model's predictions at {stats.targets:,} target tokens of {stats.rows:,} rows of {content}: the "
         f"{header.top_k:,} most probable tokens with their log-probs, and the log of the probability outside them. A "
         "student can be trained from them without running the teacher.\n"
     )
@@ -142,11 +158,22 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         "Rows": f"{stats.rows:,} of at most {header.max_length:,} tokens (longer ones {over_long}); "
         f"{stats.tokens:,} tokens, {stats.targets:,} targets",
         "Size": f"{stats.bytes:,} bytes in {stats.shards:,} shards, {figure(stats.bytes_per_target)} per target",
+        **_images(header, stats),
         "Tokenizer": f"{header.token_count:,} ids, {included}; fingerprint {header.tokenizer_fingerprint}",
         "License": plain(header.about.license) if header.about.license else "not given",
         **_optional_facts(header),
         "Dataset id": dataset.dataset_id,
     }
+
+
+def _images(header: DatasetHeader, stats: Stats) -> dict[str, str]:
+    """The images, and how the teacher's processor read them."""
+    facts = {"Images": images_in_words(stats)} if stats.media else {}
+    if processor := header.about.processor:
+        facts["Image processor"] = f"{plain(processor.name)}; digest of its settings {processor.settings_sha256}"
+        sizes = {name: value for name, value in processor.settings.items() if name in _SIZES}
+        facts["Image sizes"] = plain(json.dumps(sizes, ensure_ascii=False))
+    return facts
 
 
 def _tail(header: DatasetHeader) -> str:
@@ -166,7 +193,8 @@ def _optional_facts(header: DatasetHeader) -> dict[str, str]:
         facts["Prompt"] = f"the teacher saw another one than the row's, made by {plain(header.teacher_prompt.kind)}"
     if header.kept_ids != "top_k":
         facts["Kept ids"] = "the most probable ones, and those that the source named"
-    return facts | {f"`{plain(name)}`": plain(value) for name, value in header.about_in_words.items()}
+    about = {name: value for name, value in header.about_in_words.items() if name != "processor"}
+    return facts | {f"`{plain(name)}`": plain(value) for name, value in about.items()}
 
 
 def _verify(dataset: Dataset) -> str:
@@ -216,7 +244,7 @@ The guarantee, a mean below {guarantee}, {holds} on this sample. The most probab
 
 
 def _contents(stats: Stats, plot: str) -> str:
-    figures = [[title, *figures_of(getattr(stats, key))] for key, title in NAMES.items()]
+    figures = [[title, *figures_of(getattr(stats, key))] for key, title in shown_names(stats).items()]
     ranks = [[name, f"{share:.2%}"] for name, share in rank_shares(stats).items()]
     sizes = [[f"`{name}`", f"{size:,.2f}"] for name, size in bytes_per_target(stats).items()]
     return f"""## What it contains

@@ -7,7 +7,8 @@ command to resume: units with a commit record are not made again. A different re
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -30,15 +31,18 @@ from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.faithfulness import sample_to_bytes
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, read_manifest, seal
+from coldstill.storage_schema.media import put_media, require_room
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.storage_schema.verified_files import SHARDS_FOLDER
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord
 from coldstill.tools.errors import NothingSelected, OutputNotApart, OutputTaken
 
 from .sources import Sources
 from .units import Select, make_unit
 
+_COPIERS = 4
+"""Media files in memory at once, each of at most 64 MiB."""
 REQUEST_NAME = f"{RUN_FOLDER}/derivation.json"
 
 
@@ -71,14 +75,14 @@ def derive(output: str | Path, derivation: Derivation, *, progress: bool) -> Dat
     if store.exists(MANIFEST_NAME):
         _require_same(store, _sealed_request(store), derivation.request)
     else:
-        _begin(store, derivation, progress)
+        _begin(store, derivation)
         _make_units(store, derivation, progress)
     seal(store, derived_from=derivation.sources.ids)
     return open_dataset(store.url)
 
 
-def _begin(store: Store, derivation: Derivation, progress: bool) -> None:
-    """Write request, header, tokenizer, media and plan, except those that exist already.
+def _begin(store: Store, derivation: Derivation) -> None:
+    """Write request, header, tokenizer and plan, except those that exist already.
 
     Nothing is written before the plan is made, so that a request without rows leaves no files behind.
     """
@@ -91,6 +95,10 @@ def _begin(store: Store, derivation: Derivation, progress: bool) -> None:
     units = derivation.make_plan()
     if not units or not derivation.sources.rows:
         raise nothing_selected(store.url)
+    if derivation.select is None:
+        folders = range(len(derivation.sources.datasets))
+        media = {name for source in folders for name in derivation.sources.folder(source, MEDIA_FOLDER)}
+        require_room(units=len(units), media=len(media), where=store.url)
     tokenizer = derivation.sources.tokenizer()
     request = (derivation.request.model_dump_json(indent=2) + "\n").encode()
     if not store.create(REQUEST_NAME, request):
@@ -98,8 +106,6 @@ def _begin(store: Store, derivation: Derivation, progress: bool) -> None:
     _pinned_header(store, derivation.header)
     for name, data in tokenizer.items():
         store.put(name, data)
-    if derivation.select is None:
-        _put_media(store, derivation.sources, progress)
     store.create(PLAN_NAME, plan_to_bytes(units))
 
 
@@ -115,33 +121,25 @@ def _pinned_header(store: Store, header: DatasetHeader) -> DatasetHeader:
     return found
 
 
-def _put_media(store: Store, sources: Sources, progress: bool) -> None:
-    places = {name: source for source in range(len(sources.datasets)) for name in sources.folder(source, MEDIA_FOLDER)}
-    for name, source in tqdm(places.items(), desc="media", unit=" files", disable=not (progress and places)):
-        store.put(name, sources.media_file(source, name))
-
-
 def _make_units(store: Store, derivation: Derivation, progress: bool) -> None:
     header = _pinned_header(store, derivation.header)
     units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)
     done = committed_units(store)
     environment = {"derivation": derivation.request.model_dump(exclude={"sources"}), "pyarrow": pa.__version__}
-    sources, media = derivation.sources, set[str]()
+    sources, media = derivation.sources, dict[str, FileRecord]()
     with tqdm(total=len(units), desc=derivation.request.command, unit=" shards", disable=not progress) as bar:
         for unit in units:
             if unit.index not in done:
                 made = make_unit(sources, unit, header=header, select=derivation.select)
                 whole = sources.shards[unit.start] if derivation.select is None else None
-                for source, name in sorted(made.media):
-                    if derivation.select is not None and name not in media:
-                        store.put(name, sources.media_file(source, name))
-                        media.add(name)
+                media |= _put_media(store, sources, [one for one in sorted(made.media) if one[1] not in media])
                 commit_files(
                     store,
                     unit.index,
                     shard=made.shard,
                     rejects=sources.rejects(whole) if whole else None,
                     faithfulness=sample_to_bytes(made.sample) if made.sample else None,
+                    media=tuple(media[name] for name in sorted({name for _, name in made.media})),
                     rows=made.rows,
                     tokens=made.tokens,
                     targets=made.targets,
@@ -149,6 +147,16 @@ def _make_units(store: Store, derivation: Derivation, progress: bool) -> None:
                     environment=environment,
                 )
             bar.update(1)
+
+
+def _put_media(store: Store, sources: Sources, files: Sequence[tuple[int, str]]) -> dict[str, FileRecord]:
+    """Copy media files, given as (source, name). Returns their records by name. Raises `FileMissing`, `FileDamaged`."""
+
+    def copy(one: tuple[int, str]) -> FileRecord:
+        return put_media(store, {one[1]: sources.media_file(*one)})[0]
+
+    with ThreadPoolExecutor(_COPIERS) as copiers:
+        return {record.name: record for record in copiers.map(copy, files)}
 
 
 def open_output(output: str | Path, sources: Sources) -> Store:

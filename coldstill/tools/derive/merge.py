@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.header import HEADER_NAME, About, DatasetHeader, ProcessorFacts
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.tools.errors import InvalidRequest, MediaClash
@@ -20,7 +20,7 @@ def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = T
     """One dataset at `output` with the rows of the datasets at `roots`, in that order; a shard stays a shard.
 
     Headers may differ only in `source_sha256` and `rows_per_unit`: see `merged_header`. The faithfulness samples,
-    rejects and media files of all sources are copied; the tokenizer files are those of the first. Re-run an interrupted
+    the rejects and the media of all rows are copied; the tokenizer files are those of the first. Re-run an interrupted
     merge to resume.
 
     Raises `InvalidRequest`, `HeaderMismatch`, `TokenizerMismatch`, `MediaClash`, and what `open_dataset` and `derive`
@@ -50,19 +50,22 @@ def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = T
 def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
     """The header of the first dataset, with the largest `rows_per_unit` and what all say in `about`.
 
-    If the `source_sha256` differ, the new one is the sha256 of all of them in order, in hex, each with a line feed.
+    A dataset that has no processor may be one of text; those that have one must agree, and it is that of all rows. If
+    the `source_sha256` differ, the new one is the sha256 of all of them in order, in hex, each with a line feed.
 
     Raises `HeaderMismatch`, which names the field, if two headers differ in any other field.
     """
     # What format 1 does not state is unknown of the merged rows, so a header that states less comes first.
     first = min((dataset.header for dataset in datasets), key=lambda header: header.format_version)
-    about = first.about
+    processor = _processor_of(datasets)
+    about, wanted = first.about, first.model_copy(update={"about": _with_processor(first.about, processor)})
     for dataset in datasets:
         about = about.shared(dataset.header.about)
         own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit")}
         facts = {name: getattr(dataset.header.about, name) for name in ("license", "normalized_over")}
+        facts["processor"] = dataset.header.about.processor or processor
         own["about"] = first.about.model_copy(update=facts)
-        first.require_equal(
+        wanted.require_equal(
             dataset.header.model_copy(update=own),
             where=f"{dataset.store.url}/{HEADER_NAME}",
             fix="merge only captures of the same teacher with the same configuration",
@@ -72,10 +75,24 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
     return first.newest().model_copy(
         update={
             "source_sha256": digests[0] if len(set(digests)) == 1 else together,
-            "about": about,
+            "about": _with_processor(about, processor),
             "rows_per_unit": max(dataset.header.rows_per_unit for dataset in datasets),
         }
     )
+
+
+def _processor_of(datasets: Sequence[Dataset]) -> ProcessorFacts | None:
+    """The first processor that a header states; None if rows of a dataset without one have media files."""
+    for dataset in datasets:
+        has_media = any(file.name.startswith(f"{MEDIA_FOLDER}/") for file in dataset.manifest.files)
+        if dataset.header.about.processor is None and has_media:
+            return None
+    stated = (dataset.header.about.processor for dataset in datasets)
+    return next((processor for processor in stated if processor is not None), None)
+
+
+def _with_processor(about: About, processor: ProcessorFacts | None) -> About:
+    return about.model_copy(update={"processor": processor})
 
 
 def _check_media(sources: Sources) -> None:

@@ -14,7 +14,7 @@ from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import CommitDamaged, FileDamaged, FileMissing, TokenizerMismatch
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, ExactPosition
 from coldstill.storage_schema.manifest import ShardRecord
-from coldstill.storage_schema.rows import MEDIA_FOLDER
+from coldstill.storage_schema.rows import MAX_MEDIA_BYTES, MEDIA_FOLDER
 from coldstill.storage_schema.shard import ShardFile
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint_bytes
 from coldstill.storage_schema.verified_files import FileRecord
@@ -76,7 +76,11 @@ class Sources:
         return self._sample(shard.source).get(shard.record.unit, [])
 
     def media_file(self, source: int, name: str) -> bytes:
-        """A media file that a row refers to. Raises `FileMissing`, `FileDamaged`."""
+        """The content of a media file that a row refers to. Raises `FileMissing`, `FileDamaged`."""
+        return self.datasets[source].read_file(self.media_record(source, name), at_most=MAX_MEDIA_BYTES)
+
+    def media_record(self, source: int, name: str) -> FileRecord:
+        """The record of a media file that a row refers to. Raises `FileMissing`."""
         file = self.folder(source, MEDIA_FOLDER).get(name)
         if file is None:
             raise FileMissing(
@@ -85,7 +89,7 @@ class Sources:
                 wanted="the file that a row refers to",
                 fix="run `coldstill verify --deep` on the source",
             )
-        return self.datasets[source].read_file(file)
+        return file
 
     def tokenizer(self) -> dict[str, bytes]:
         """The tokenizer files of the first dataset, by name: those of `TOKENIZER_FILES`, without code to load.
@@ -107,7 +111,9 @@ class Sources:
     def _folder(self, source: int, folder: str) -> dict[str, FileRecord]:
         """The files of a folder that the manifest of dataset number `source` lists. Raises `CommitDamaged`."""
         dataset = self.datasets[source]
-        files = {file.name: file for file in dataset.manifest.files if file.name.startswith(f"{folder}/")}
+        foreign = {*dataset.manifest.foreign_names}
+        listed = [file for file in dataset.manifest.files if file.name.startswith(f"{folder}/")]
+        files = {file.name: file for file in listed if folder != MEDIA_FOLDER or file.name not in foreign}
         for name in files:
             if len(PurePosixPath(name).parts) != 2:
                 raise CommitDamaged(f"{dataset.store.url}: files", found=name[:200], wanted=f"files in {folder}/")

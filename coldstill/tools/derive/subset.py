@@ -2,7 +2,8 @@
 
 A filter is KEY OP VALUE, such as `tokens <= 512`; nothing is evaluated as code.
 
-- KEY: `sample_id`, `tokens`, `targets`, or `metadata.a.b`. A row without the metadata key never matches.
+- KEY: `sample_id`, `tokens`, `targets`, `media` (the number of images), or `metadata.a.b`. A row without that key never
+  matches.
 - OP: `==`, `!=`, `<`, `<=`, `>`, `>=`, or `~` for a regular expression that is searched for in a text.
 - VALUE: JSON, or else plain text. Numbers are compared with numbers, texts with texts.
 """
@@ -36,7 +37,7 @@ EXAMPLE = 'for instance --filter "tokens <= 512" --filter "metadata.topic == mat
 _RANGE = re.compile(r"\s*([0-9]{0,18})\s*:\s*([0-9]{0,18})\s*")
 _KEY = re.compile(r"[^\s=!<>~]*")
 _OP = re.compile(r"==|!=|<=|>=|<|>|~")
-_NUMBERS = ("tokens", "targets")
+_NUMBERS = ("tokens", "targets", "media")
 _ORDER: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -137,8 +138,9 @@ def parse_filter(text: str) -> Filter:
     name = _KEY.match(text, start)
     assert name is not None
     key = tuple(name[0].split("."))
-    if not (key in (("sample_id",), ("tokens",), ("targets",)) or (key[0] == "metadata" and len(key) > 1 and all(key))):
-        raise _invalid(text, start, "sample_id, tokens, targets or metadata.KEY")
+    is_metadata = key[0] == "metadata" and len(key) > 1 and all(key)
+    if not (is_metadata or (len(key) == 1 and key[0] in ("sample_id", *_NUMBERS))):
+        raise _invalid(text, start, "sample_id, tokens, targets, media or metadata.KEY")
     place = name.end() + len(text[name.end() :]) - len(text[name.end() :].lstrip())
     op = _OP.match(text, place)
     if op is None:
@@ -189,9 +191,9 @@ class _Columns:
         return [_inside(document, key[1:]) for document in self._metadata]
 
     @cached_property
-    def _lengths(self) -> tuple[list[int], list[int]]:
+    def _lengths(self) -> tuple[list[int], ...]:
         tokens, targets = sequence_lengths(self._batch)
-        return tokens.tolist(), targets.tolist()
+        return tokens.tolist(), targets.tolist(), pc.list_value_length(self._batch.column("media")).to_pylist()
 
     @cached_property
     def _metadata(self) -> list[Any]:

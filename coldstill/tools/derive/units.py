@@ -25,6 +25,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.errors import CommitDamaged, InvalidRow
 from coldstill.storage_schema.faithfulness import ExactPosition
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.media import media_paths
 from coldstill.storage_schema.plan import PLAN_NAME, Unit
 from coldstill.storage_schema.shard import ShardFile, copy_shard
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
@@ -165,6 +166,7 @@ class NewUnit:
     """
 
     unit: int
+    sources: Sources
     shard: bytes = b""
     rows: int = 0
     tokens: int = 0
@@ -173,7 +175,7 @@ class NewUnit:
     media: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, shard: SourceShard, taken: MaskedBatch, sample: Iterable[ExactPosition]) -> pa.RecordBatch:
-        """Add the taken rows of a row group to the counts, and return them. Raises `InvalidRow`."""
+        """Add the taken rows of a row group to the counts, and return them. Raises `InvalidRow`, `FileMissing`."""
         first, batch, mask = taken
         new_numbers = self.rows + np.cumsum(mask) - 1
         for position in sample:
@@ -187,8 +189,9 @@ class NewUnit:
         self.rows += rows.num_rows
         self.tokens += int(tokens.sum())
         self.targets += int(targets.sum())
-        paths = pc.unique(pc.struct_field(rows.column("media").flatten(), "path").cast(pa.binary())).drop_null()
-        self.media |= {(shard.source, path.decode(errors="replace")) for path in paths.to_pylist()}
+        for path in media_paths(rows):
+            # Now, and not at the end: a stranger's rows can name more files than memory holds.
+            self.media.add((shard.source, self.sources.media_record(shard.source, path).name))
         return rows
 
 
@@ -199,7 +202,7 @@ def make_unit(sources: Sources, unit: Unit, *, header: DatasetHeader, select: Se
     Raises what `Sources.open` and `Sources.sample` raise, `InvalidRow`, `ShardTooLarge`, and `CommitDamaged` for a plan
     that was made for other sources.
     """
-    made = NewUnit(unit.index)
+    made = NewUnit(unit.index, sources)
     if unit.start >= len(sources.shards):
         raise _wrong_plan(unit)
     if select is None:

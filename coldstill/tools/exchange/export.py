@@ -96,18 +96,28 @@ def export_plain(
     - `draw_ids` list of `N` lists of int32: the stored tail draws, repeats included; `draw_logprobs` likewise, null if
       the dataset does not hold them
     - `media` list of (position, type, sha256, path, data): images behind placeholder tokens; `path` is a file of the
-      dataset
+      output, written once
 
     Log-probs are decoded values. The guarantee of the codec is in the header, which each file holds in its footer under
     the key `coldstill`.
 
-    Raises `OutputNotEmpty`, `StorageFailed`, and what `open_dataset` raises.
+    Raises `OutputNotEmpty`, `StorageFailed`, and what `open_dataset` and `Dataset.media_content` raise.
     """
+    dataset, store = open_dataset(root), Store(output)
+    written: set[str] = set()
+
+    def to_columns(row: CachedRow) -> dict[str, Any]:
+        for item in row.media:
+            if item.path is not None and item.path not in written:
+                store.put(item.path, dataset.media_content(item))
+                written.add(item.path)
+        return _plain_columns(row)
+
     return write_parquet(
-        open_dataset(root),
+        dataset,
         output,
         schema=PLAIN_SCHEMA,
-        to_columns=_plain_columns,
+        to_columns=to_columns,
         file_bytes=file_bytes,
         progress=progress,
     )
@@ -175,7 +185,7 @@ def _axolotl_columns(row: CachedRow) -> dict[str, Any]:
             f"row {row.sample_id[:MAX_ID]!r}: media",
             found="images",
             wanted="text only",
-            fix="make a subset without such rows, and export that",
+            fix="make a subset without such rows (--filter 'media == 0'), and export that",
         )
     tokens, targets, positions = row.token_ids.size, row.targets.by_probability(), row.positions
     if tokens * targets.top_k > MAX_AXOLOTL_ENTRIES:

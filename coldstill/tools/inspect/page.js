@@ -63,7 +63,7 @@
   $("dataset").title = dataset.id;
   $("title").append(row.sample_id || "(no id)", " ", make("small", "", `row ${whole(row.index)} of ${whole(row.rows)}`));
   const summary = [["tokens", whole(row.tokens)], ["targets", whole(positions.length)]];
-  if (row.media) summary.push(["media", whole(row.media)]);
+  if (row.media) summary.push(["images", whole(row.media)]);
   if (positions.length) {
     summary.push(
       ["mean surprise", nats(mean(surprise)), "nats"],
@@ -94,8 +94,27 @@
     if (/^[\s⏎⋯∅]*$/.test(shown)) token.classList.add("blank");
     return token;
   });
+  // Only pictures that the page itself holds: the policy allows no others.
+  const PICTURE = /^data:image\/(?:png|jpeg|webp|gif|bmp);base64,[A-Za-z0-9+/=]+$/;
+  const mediaAt = new Map(data.media.map((medium) => [medium.at, medium]));
+  const boxOf = ({ label, picture }) => {
+    const box = make("span", "medium");
+    const source = picture === null ? "" : data.pictures[picture];
+    if (PICTURE.test(source)) {
+      const image = make("img");
+      image.src = source;
+      image.alt = "";
+      box.append(image);
+    }
+    box.append(make("small", "", label));
+    return box;
+  };
   // The space before a word belongs to its token, but it is not colored: it reads as a gap. The panel shows it.
-  text.append(...tokens.flatMap((token, i) => (WORD_SPACE.test(data.pieces[tokenPieces[i]]) ? [" ", token] : [token])));
+  text.append(...tokens.flatMap((token, i) => [
+    ...(WORD_SPACE.test(data.pieces[tokenPieces[i]]) ? [" "] : []),
+    token,
+    ...(mediaAt.has(i) ? [boxOf(mediaAt.get(i))] : []),
+  ]));
 
   const color = (by) => {
     const { values, most, step, meaning } = SCALES[by];

@@ -1,7 +1,7 @@
 """`coldstill inspect --html`: one row as a self-contained HTML page.
 
-Style, script and data are in the file. Its Content-Security-Policy allows no request and no other script. Text of the
-dataset is data for that script, and becomes text nodes only.
+Style, script, data and small pictures of the row's images are in the file. Its Content-Security-Policy allows no
+request and no other script. Text of the dataset is data for that script, and becomes text nodes only.
 
 Shape letters: `T` tokens of the row, `N` target positions, `K` teacher top-k, `S` listed entries of all positions,
 `R` tail draws of all positions.
@@ -25,6 +25,7 @@ from coldstill.storage_schema.header import MAX_VOCAB_SIZE
 from coldstill.tools.errors import PageNotWritten
 
 from .row_facts import InspectedRow, open_row
+from .row_media import page_media, shown_media
 from .token_text import MAX_SHOWN, MAX_TOKENS, shortened
 
 MAX_BARS = 256
@@ -42,7 +43,9 @@ def write_page(root: str | Path, index: int, path: str | Path) -> Path:
     """
     one = open_row(root, index)
     title = f"Row {index} · {one.shown_id}"
-    page = render(page_data(one), title=title, plain_text=one.text.row(one.row.token_ids[:MAX_TOKENS].tolist()))
+    images = dict(shown_media(one.dataset, one.row))
+    plain_text = one.text.row(one.row.token_ids[:MAX_TOKENS].tolist(), instead=images)
+    page = render(page_data(one), title=title, plain_text=plain_text)
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,7 @@ def render(data: dict[str, Any], *, title: str, plain_text: str) -> str:
     return Template(_part("page.html")).substitute(
         policy=(
             f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
-            "base-uri 'none'; form-action 'none'"
+            f"{'img-src data:; ' if data.get('pictures') else ''}base-uri 'none'; form-action 'none'"
         ),
         style=style,
         script=script,
@@ -140,6 +143,7 @@ def page_data(one: InspectedRow) -> dict[str, Any]:
         "draw_words": _packed(draw_words),
         "draw_times": _packed(draw_times),
         "draw_probs": _packed(draw_probs),
+        **page_media(one.dataset, one.row, tokens=token_ids.size),
     }
 
 

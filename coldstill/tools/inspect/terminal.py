@@ -19,6 +19,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 
 from .row_facts import InspectedRow, open_row
+from .row_media import shown_media
 from .token_text import MAX_TOKENS, shortened
 
 TOP = 5
@@ -109,7 +110,7 @@ def _print_head(one: InspectedRow, console: Console) -> None:
     row, facts = one.row, one.facts
     title = Text(f"Row {one.index:,} of {len(one.dataset):,}", style="bold")
     console.print(title.append("  " + one.shown_id, style="default not bold"))
-    media = f", {len(row.media):,} media" if row.media else ""
+    media = f", {len(row.media):,} image{'s' if len(row.media) > 1 else ''}" if row.media else ""
     line = f"{row.token_ids.size:,} tokens, {facts.labels.size:,} targets{media}"
     if facts.labels.size:
         line += (
@@ -127,8 +128,12 @@ def _running_text(one: InspectedRow) -> Text:
     probs[one.facts.positions + 1] = one.facts.label_probs
     text = Text(overflow="fold")
     pieces = one.text.pieces(one.row.token_ids[:MAX_TOKENS].tolist())
-    for piece, prob in zip(pieces, probs.tolist(), strict=False):
-        text.append(piece, style="dim" if np.isnan(prob) else style_of(prob))
+    images = dict(shown_media(one.dataset, one.row))
+    for place, (piece, prob) in enumerate(zip(pieces, probs.tolist(), strict=False)):
+        if place in images:
+            text.append(images[place], style="bold")
+        else:
+            text.append(piece, style="dim" if np.isnan(prob) else style_of(prob))
     if one.row.token_ids.size > MAX_TOKENS:
         text.append(f"\nThe first {MAX_TOKENS:,} of {one.row.token_ids.size:,} tokens.", style="bold")
     return text

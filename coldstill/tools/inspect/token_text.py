@@ -11,7 +11,8 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from coldstill.common.packages import require_packages
@@ -103,12 +104,16 @@ class TokenText:
             shown = shortened(visible(text[: MAX_SHOWN + 1], newline=f"{NEWLINE}\n"), MAX_SHOWN)
             yield shown + (INCOMPLETE if open_bytes else "") or NO_TEXT
 
-    def row(self, token_ids: Iterable[int]) -> str:
-        """The tokens as one text with its line breaks, cut after about `MAX_CHARS` characters."""
+    def row(self, token_ids: Iterable[int], *, instead: Mapping[int, str] = MappingProxyType({})) -> str:
+        """The tokens as one text with its line breaks, cut after about `MAX_CHARS` characters. `instead`: other text of
+        the tokens at some places."""
         text = bytearray()
-        for token_id in token_ids:
-            raw = self.raw(token_id)
-            text += f"#{token_id} ".encode() if raw is None else raw
+        for place, token_id in enumerate(token_ids):
+            if place in instead:
+                text += instead[place].encode()
+            else:
+                raw = self.raw(token_id)
+                text += f"#{token_id} ".encode() if raw is None else raw
             if len(text) > MAX_CHARS:
                 break
         return shortened(visible(text.decode(errors="backslashreplace"), newline="\n"), MAX_CHARS)

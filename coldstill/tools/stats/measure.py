@@ -6,6 +6,7 @@ Shape letters: `N` target positions, `K` teacher top-k. All logs are natural.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import reduce
 from operator import add
@@ -17,9 +18,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 from tqdm import tqdm
 
+from coldstill.common.images import ENDINGS
 from coldstill.storage_schema.codec import STREAMS
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.storage_schema.errors import ShardDamaged
+from coldstill.storage_schema.errors import FileMissing, ShardDamaged
 from coldstill.storage_schema.rows import LOG_FLOOR, CachedRow
 from coldstill.storage_schema.shard import PLAIN_COLUMNS, ShardFile
 from coldstill.tools.stats.histogram import ENTROPY, LOGPROB, MASS, RANK, WHOLE, Histogram, Scale, Tally
@@ -36,6 +38,7 @@ SCALES: dict[str, Scale] = {
     "draws": WHOLE,
     "row_tokens": WHOLE,
     "row_targets": WHOLE,
+    "row_media": WHOLE,
 }
 """The histograms of `Stats` and their bins."""
 
@@ -54,6 +57,11 @@ class Stats(BaseModel):
     tokens: int = Field(default=0, ge=0)
     targets: int = Field(default=0, ge=0)
     rejected: int = Field(default=0, ge=0, description="Source rows that were rejected.")
+    media: int = Field(default=0, ge=0, description="Images of all rows; one that several rows show counts for each.")
+    media_bytes: int = Field(
+        default=0, ge=0, description="Bytes of the images, in rows and as files; a file counts once."
+    )
+    media_types: dict[str, int] = Field(default_factory=dict, description="Images by MIME type.")
     column_bytes: dict[str, int] = Field(
         description="Bytes of the shards by Parquet column, page headers included; codec streams are columns."
     )
@@ -73,6 +81,9 @@ class Stats(BaseModel):
     draws: Histogram = Field(description="Per target: tail draws that are stored.")
     row_tokens: Histogram = Field(description="Per row: tokens.")
     row_targets: Histogram = Field(description="Per row: targets.")
+    row_media: Histogram = Field(
+        default_factory=lambda: Tally(WHOLE).histogram(), description="Per row: images. Empty in earlier releases."
+    )
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -97,11 +108,14 @@ class Stats(BaseModel):
         return Stats(
             dataset_ids=tuple(dict.fromkeys(self.dataset_ids + other.dataset_ids)),
             column_bytes={name: self.column_bytes[name] + other.column_bytes[name] for name in _COLUMNS},
+            media_types=dict(sorted((Counter(self.media_types) + Counter(other.media_types)).items())),
             **{name: getattr(self, name) + getattr(other, name) for name in (*_COUNTS, *SCALES)},
         )
 
 
-_COUNTS = ("shards", "rows", "tokens", "targets", "rejected")
+_COUNTS = ("shards", "rows", "tokens", "targets", "rejected", "media", "media_bytes")
+OTHER_TYPES = "other"
+"""In `media_types`: all types that are not read, so that a stranger's dataset cannot have any number of them."""
 _COLUMNS = (*PLAIN_COLUMNS, *STREAMS, FOOTERS)
 
 
@@ -123,17 +137,21 @@ def measure_stats(root: str | Path, *, progress: bool = True) -> Stats:
 
 
 def _shard_stats(dataset: Dataset, bar: tqdm) -> Iterator[Stats]:
+    counted: set[str] = set()
     for shard in dataset.shards:
         name = shard.file.name
         data = dataset.read_file(shard.file)
         file = ShardFile(pa.BufferReader(data), size=len(data), codec=dataset.codec, where=name)
         tallies = {key: Tally(scale) for key, scale in SCALES.items()}
         found = dict.fromkeys(("rows", "tokens", "targets"), 0)
+        media_bytes, media_types = 0, Counter[str]()
         for row in file.rows():
             _count(row, tallies)
             found["rows"] += 1
             found["tokens"] += row.token_ids.size
             found["targets"] += row.targets.positions
+            media_bytes += _media_bytes(dataset, row, counted)
+            media_types.update(item.type if item.type in ENDINGS else OTHER_TYPES for item in row.media)
             bar.update(row.targets.positions)
         for key, value in found.items():
             if value != getattr(shard, key):
@@ -143,9 +161,26 @@ def _shard_stats(dataset: Dataset, bar: tqdm) -> Iterator[Stats]:
             shards=1,
             **found,
             rejected=shard.rejected,
+            media=media_types.total(),
+            media_bytes=media_bytes,
+            media_types=dict(media_types),
             column_bytes=_column_bytes(data),
             **{key: tally.histogram() for key, tally in tallies.items()},
         )
+
+
+def _media_bytes(dataset: Dataset, row: CachedRow, counted: set[str]) -> int:
+    """Bytes of the row's media, those of files that are not among the `counted` ones, which it adds. Raises
+    `FileMissing`."""
+    total = 0
+    for item in row.media:
+        if item.path is None or item.path not in counted:
+            if (size := dataset.media_bytes(item)) is None:
+                where = f"row {row.sample_id!r}: media {item.path}"
+                raise FileMissing(where, found="no such file", wanted="a file that the manifest lists")
+            total += size
+            counted |= {item.path} if item.path is not None else set()
+    return total
 
 
 def _column_bytes(data: bytes) -> dict[str, int]:
@@ -164,6 +199,7 @@ def _count(row: CachedRow, tallies: dict[str, Tally]) -> None:
     targets, labels = row.targets, row.labels
     tallies["row_tokens"].add(np.array([row.token_ids.size]))
     tallies["row_targets"].add(np.array([targets.positions]))
+    tallies["row_media"].add(np.array([len(row.media)]))
     tallies["tail_mass"].add(np.exp(targets.log_tail))
     tallies["label_logprob"].add(targets.label_logprob)
     tallies["kept_ids"].add(targets.counts)

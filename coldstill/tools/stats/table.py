@@ -24,8 +24,14 @@ NAMES = {
     "draws": "stored draws per target",
     "row_tokens": "tokens per row",
     "row_targets": "targets per row",
+    "row_media": "images per row",
 }
 """The histograms of `Stats` whose mean is shown, and their titles."""
+
+
+def shown_names(stats: Stats) -> dict[str, str]:
+    """`NAMES` without what a dataset of text does not have."""
+    return {key: title for key, title in NAMES.items() if stats.media or key != "row_media"}
 
 
 def show_stats(stats: Stats, *, console: Console) -> None:
@@ -37,6 +43,12 @@ def show_stats(stats: Stats, *, console: Console) -> None:
     console.print(_bars("rank of the label among the kept ids", rank_shares(stats), as_number=_percent))
     console.print()
     console.print(_bars("bytes per target", bytes_per_target(stats), as_number="{:,.2f}".format))
+
+
+def images_in_words(stats: Stats) -> str:
+    """Number, types and bytes of the images."""
+    types = ", ".join(f"{count:,} {kind.removeprefix('image/')}" for kind, count in stats.media_types.items())
+    return f"{stats.media:,} ({types}), {stats.media_bytes:,} bytes"
 
 
 def rank_shares(stats: Stats) -> dict[str, float]:
@@ -85,6 +97,7 @@ def _totals(stats: Stats) -> Table:
         ("tokens", f"{stats.tokens:,}"),
         ("targets", f"{stats.targets:,}"),
         ("size", f"{stats.bytes:,} bytes, {figure(stats.bytes_per_target)} per target"),
+        *([("images", images_in_words(stats))] if stats.media else []),
         ("label kept", "-" if stats.label_kept is None else f"at {_percent(stats.label_kept)} of the targets"),
     ):
         table.add_row(name, Text(value))
@@ -96,7 +109,7 @@ def _figures(stats: Stats) -> Table:
     table.add_column("", width=28)
     for name in FIGURES:
         table.add_column(name, justify="right", width=10)
-    for key, title in NAMES.items():
+    for key, title in shown_names(stats).items():
         table.add_row(title, *figures_of(getattr(stats, key)))
     return table
 

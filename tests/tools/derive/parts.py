@@ -22,15 +22,17 @@ from tests import making
 TOPICS = ("math", "law", "Ü")
 
 
-def rich_row(rng: np.random.Generator, sample_id: str, number: int, *, image: bytes, inline: bytes = b"") -> CachedRow:
-    """A random row with nested metadata; every fourth refers to the media file of `image`."""
+def rich_row(
+    rng: np.random.Generator, sample_id: str, number: int, *, image: bytes, content: bytes = b"", inline: bytes = b""
+) -> CachedRow:
+    """A random row with nested metadata; every fourth refers to the media file of `image`, see `rich_dataset`."""
     row = making.random_row(rng, sample_id)
     metadata = {"topic": TOPICS[number % 3], "n": number, "deep": {"odd": bool(number % 2), "score": number / 2}}
     if number % 5 == 0:
         metadata["rare"] = None
     media = []
     if number % 4 == 0:
-        digest = hashlib.sha256(image).hexdigest()
+        digest = hashlib.sha256(content or image).hexdigest()
         media.append(MediaReference(position=0, type="image/png", sha256=digest, path=media_name(image)))
     if inline:
         digest = hashlib.sha256(inline).hexdigest()
@@ -68,7 +70,8 @@ def rich_dataset(
     for unit, count in enumerate(shards):
         rows = []
         for _ in range(count):
-            rows.append(rich_row(rng, f"chat-{seed}-{number}", number, image=image, inline=inline))
+            row_id = f"chat-{seed}-{number}"
+            rows.append(rich_row(rng, row_id, number, image=image, content=content, inline=inline))
             number += 1
         rejects = [Reject(number, f"bad-{seed}-{unit}", "too_long", "99 tokens")] * rejected[unit]
         commit_unit(store, unit, rows=rows, rejects=rejects, header=header, environment={}, faithful_positions=9)

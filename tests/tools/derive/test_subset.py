@@ -14,7 +14,7 @@ from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import FileMissing
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.manifest import seal
+from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
 from coldstill.tools.derive.subset import parse_rows, subset
@@ -137,8 +137,11 @@ def test_a_medium_that_the_source_lacks_has_a_name(
 ) -> None:
     store = making.begin_dataset(tmp_path / "lacking", header, tokenizer_folder, [1])
     row = rich_row(np.random.default_rng(0), "a", 0, image=b"lost")
+    store.put(media_name(b"lost"), b"lost")
     commit_unit(store, 0, rows=[row], rejects=[], header=header, environment={})
-    seal(store)
+    manifest = seal(store)
+    files = tuple(file for file in manifest.files if file.name != media_name(b"lost"))
+    store.put(MANIFEST_NAME, manifest.model_copy(update={"files": files}).to_bytes())
     with pytest.raises(FileMissing, match=r"media/lost\.png"):
         subset(store.url, tmp_path / "subset", progress=False)
 

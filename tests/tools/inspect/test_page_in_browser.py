@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from coldstill.tools.inspect.page import write_page
 from coldstill.tools.inspect.row_facts import open_row
 from tests.tools.inspect import strange_tokens
+from tests.tools.vision_data import CAT, PHOTO, SMALL, vision_dataset
 
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
@@ -313,3 +314,17 @@ def test_without_scripts_the_text_of_the_row_is_there(visit: Open, page_file: Pa
     page = visit(page_file, java_script_enabled=False)
     one = open_row(tiny_dataset, 5)
     assert one.text.row(one.row.token_ids.tolist()) in page.locator("noscript").inner_text()
+
+
+def test_images_stand_at_their_placeholders_and_come_from_the_page_alone(
+    visit: Open, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    made = vision_dataset(tmp_path / "dataset", tokenizer_folder, [[[SMALL, PHOTO, CAT]]])
+    page = visit(write_page(made.store.url, 0, tmp_path / "page.html"))
+    sizes = "[...document.querySelectorAll('.medium img')].map((image) => [image.naturalWidth, image.naturalHeight])"
+    assert page.evaluate(sizes) == [[4, 4], [60, 40], [30, 20]]
+    before = "[...document.querySelectorAll('.medium')].map((box) => box.previousElementSibling.id)"
+    assert page.evaluate(before) == ["t1", "t3", "t5"]
+    assert (page.locator(".medium").first.text_content() or "").startswith("[image 1: png, ")
+    phone = visit(tmp_path / "page.html", viewport=PHONE)
+    assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth")

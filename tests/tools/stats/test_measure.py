@@ -68,6 +68,7 @@ def slow_values(root: Path) -> dict[str, list[float]]:
     for row in open_dataset(root).rows():
         targets = row.targets
         values["row_tokens"].append(len(row.token_ids))
+        values["row_media"].append(len(row.media))
         values["row_targets"].append(sum(int(stop) - int(start) for start, stop in row.target_spans))
         for n, position in enumerate(row.positions.tolist()):
             label, kept = int(row.token_ids[position + 1]), int(targets.counts[n])
