@@ -59,7 +59,7 @@ class SourceConfig(FrozenModel):
         description="Hosts from which images may be downloaded over http and https, such as images.example.com.",
     )
     images_in_row_bytes: int = Field(
-        default=1 << 16,
+        default=1 << 18,
         ge=0,
         le=MAX_MEDIA_BYTES,
         description="Images of at most this many bytes are stored in the rows; each larger one is a file in media/, "
