@@ -125,9 +125,8 @@ def parse_row(number: int, text: bytes) -> SourceRow:
         return SourceRow(number, None, f"not a JSON object but {type(columns).__name__}")
     if b"\\u" in text:
         try:
-            json.dumps(
-                columns, ensure_ascii=False, default=str
-            ).encode()  # half of a surrogate pair is valid JSON, but not text
+            # Half of a surrogate pair is valid JSON, but not text.
+            json.dumps(columns, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             problem = f"surrogates are not text: half of a pair, \\u{ord(error.object[error.start]):04x}"
             return SourceRow(number, None, problem, reason=RejectReason.LONE_SURROGATE)
@@ -135,8 +134,8 @@ def parse_row(number: int, text: bytes) -> SourceRow:
 
 
 def json_text(columns: Any) -> bytes:
-    """Columns as JSON that `parse_row` reads: bytes stay bytes. Other values that JSON cannot hold, such as dates, become
-    strings, as in metadata."""
+    """Columns as JSON, which `parse_row` reads: bytes stay bytes. Other values that JSON cannot hold, such as dates,
+    become strings, as in metadata."""
     return json.dumps(columns, default=_bytes_or_text).encode()
 
 

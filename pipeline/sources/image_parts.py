@@ -1,8 +1,7 @@
 """Finds the images of a chat: content parts, `<image>` marks in text, and a column of images beside the messages.
 
-Each image becomes the content part `{type: image}` of its message, without content, as chat templates of models that see
-images want it. What the row says about the image is either its bytes, or the place to read them from: a path or an
-address.
+Each image becomes the content part `{type: image}` of its message, without content: that is what chat templates of
+models that see images read. The row has the bytes of an image, or the place to read them from: a path or an address.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def _content_of(value: object, what: str, *, depth: int = 0) -> Content | None:
 
 def _of_address(text: str, what: str) -> Content:
     """A place as it is; the content of a data URI."""
-    if not text[:5].lower() == "data:":
+    if text[:5].lower() != "data:":
         return text
     head = _DATA.match(text)
     if head is None:

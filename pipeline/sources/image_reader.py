@@ -217,7 +217,11 @@ def _from_store(url: str, what: str, place: str) -> bytes:
 
 
 def _bounded(handle: Any, what: str, *, seconds: float | None = None) -> bytes:
-    """All bytes of an open file. Raises `RowUnusable` for more than an image may have, `TimeoutError` after `seconds`."""
+    """All bytes of an open file, read in blocks.
+
+    Raises `RowUnusable` for more than an image may have, `TimeoutError` after `seconds`.
+
+    """
     started = time.monotonic()
     blocks: list[bytes] = []
     size = 0

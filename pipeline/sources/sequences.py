@@ -1,7 +1,7 @@
 """Token sequences of a row: whole, cut or split; a prompt; or documents that are joined.
 
-The loss mask over tokens becomes target spans in `storage_schema.rows.spans_from_mask`, the only place where anything is
-shifted. Token ids and loss masks are lists of length `T`, the tokens of a row.
+The loss mask over tokens becomes target spans in `storage_schema.rows.spans_from_mask`, the only place where anything
+is shifted. Token ids and loss masks are lists of length `T`, the tokens of a row.
 """
 
 from __future__ import annotations
