@@ -52,7 +52,8 @@ class SourceConfig(FrozenModel):
     )
     image_root: str | None = Field(
         default=None,
-        description="Folder or URL that relative paths of images start at; by default the folder of the source's file.",
+        description="Folder or URL that relative paths of images start at; by default the folder of the source's file, "
+        "of a pattern the part before its first wildcard.",
     )
     image_hosts: tuple[str, ...] = Field(
         default=(),

@@ -78,6 +78,7 @@ class UnitReport(NamedTuple):
     targets: int
     bytes: int
     reasons: dict[str, int] = {}
+    media_files: int = 0
 
 
 class SpeedReport(NamedTuple):
@@ -259,4 +260,5 @@ def _parts_of(sequences: Sequence[TokenSequence], parts: Sequence[tuple[int, int
 
 def _report(record: CommitRecord) -> UnitReport:
     size, reasons = record.shard.bytes, reject_reasons_of(record)
-    return UnitReport(record.unit, record.rows, record.rejected, record.tokens, record.targets, size, reasons)
+    counts = (record.unit, record.rows, record.rejected, record.tokens, record.targets)
+    return UnitReport(*counts, size, reasons, len(record.media))
