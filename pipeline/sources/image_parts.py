@@ -89,16 +89,16 @@ def with_images(chat: Conversation, columns: Mapping[str, Any], source: SourceCo
 
 
 def texts_of(value: object) -> Iterator[str]:
-    """All texts in messages or tools, names of fields too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield str(name)
-            yield from texts_of(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from texts_of(inner)
+    """All texts in messages or tools, names of fields too, in any order."""
+    waiting = [value]
+    while waiting:  # a stranger's JSON may be nested as deeply as Python's stack
+        each = waiting.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, Mapping):
+            waiting += [*each, *each.values()]
+        elif isinstance(each, list | tuple):
+            waiting += each
 
 
 def _column(columns: Mapping[str, Any], source: SourceConfig) -> _Column:
@@ -115,10 +115,12 @@ def _column(columns: Mapping[str, Any], source: SourceConfig) -> _Column:
 
 def _content_of(value: object, what: str, *, depth: int = 0) -> Content | None:
     """The bytes or the place of an image, from any form that the field uses; None if there is neither."""
+    if value is None or value in ("", b""):
+        return None
     if isinstance(value, bytes | bytearray):
-        return bytes(value) or None
+        return bytes(value)
     if isinstance(value, str):
-        return _of_address(value, what) if value else None
+        return _of_address(value, what)
     if isinstance(value, Mapping) and depth < 2:
         for key in _KEYS:
             inner = value.get(key)

@@ -16,10 +16,10 @@ import stat
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import cachetools
 import fsspec
@@ -127,6 +127,8 @@ class ImageReader:
                 with self._web.open(request, timeout=_TIMEOUT_S) as response:
                     return _bounded(response, what, seconds=_DOWNLOAD_S)
             except urllib.error.HTTPError as error:
+                if 300 <= error.code < 400:
+                    raise _not_found(what, url, "a redirect to a host that is not in source.image_hosts") from None
                 if error.code < 500 and error.code not in _LATER:
                     raise _not_found(what, url, f"HTTP status {error.code}") from None
                 failure: Exception = error
@@ -134,7 +136,8 @@ class ImageReader:
                 raise _not_found(what, url, "not an address") from None
             except (OSError, http.client.HTTPException) as error:
                 failure = error
-            time.sleep(_PAUSE_S * (attempt + 1))
+            if attempt + 1 < _ATTEMPTS:
+                time.sleep(_PAUSE_S * (attempt + 1))
         host = urlsplit(address).netloc
         raise ImageHostFailed(
             f"images of {host}",
@@ -143,7 +146,7 @@ class ImageReader:
             fix=f"re-run the same command to resume, or take {host} out of source.image_hosts, which rejects its rows",
         ) from None
 
-    def _check_host(self, url: str, what: str = "image") -> str:
+    def _check_host(self, url: str, what: str) -> str:
         """The address as it is sent. Raises `RowUnusable` for one of a host that is not allowed."""
         try:
             parts = urlsplit(url)
@@ -163,12 +166,16 @@ class ImageReader:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows a redirect only to a host that is allowed."""
 
-    def __init__(self, check: Any):
+    def __init__(self, check: Callable[[str, str], str]):
         self._check = check
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        """The next request. Raises `RowUnusable`."""
-        return super().redirect_request(req, fp, code, msg, headers, self._check(urljoin(req.full_url, newurl)))
+        """The next request; None for a host that is not allowed, after which the opener raises the status."""
+        try:
+            address = self._check(newurl, "image")
+        except RowUnusable:
+            return None
+        return super().redirect_request(req, fp, code, msg, headers, address)
 
 
 def _checked_type(data: bytes, what: str) -> str:
