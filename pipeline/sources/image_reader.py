@@ -155,10 +155,8 @@ class ImageReader:
             raise _not_found(what, url, "not an address") from None
         if parts.scheme.lower() not in _WEB or not host or "@" in parts.netloc:
             raise _not_found(what, url, "not an address of a host")
-        if (f"{host}:{port}" if port else host) not in self._hosts:
-            raise _not_found(
-                what, url, f"host {visible(host)[:_QUOTED]} is not allowed; source.image_hosts lists those"
-            )
+        if (named := f"{host}:{port}" if port else host) not in self._hosts:
+            raise _not_found(what, url, f"host {visible(named)[:_QUOTED]} is not in source.image_hosts")
         path, query = quote(parts.path, safe="/%:@!$&'()*+,;=~"), quote(parts.query, safe="/%:@!$&'()*+,;=~?")
         return SplitResult(parts.scheme.lower(), parts.netloc.lower(), path or "/", query, "").geturl()
 
