@@ -182,8 +182,8 @@ def _checked_type(data: bytes, what: str) -> str:
         decoded(data, where=what)
         return image_type(data, where=what)
     except (ImageUnreadable, ImageUnsupported, ImageTooLarge) as error:
-        detail = f"{what}: {error.found}; wanted {error.wanted}"
-        raise RowUnusable(_REASONS[type(error)], detail) from None
+        reason = _REASONS[type(error)]
+        raise RowUnusable(reason, f"{what}: {error.found}; wanted {error.wanted}") from None
 
 
 def _from_disk(path: str, what: str, place: str) -> bytes:

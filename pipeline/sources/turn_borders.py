@@ -238,7 +238,7 @@ class TurnBorders:
         """The texts of a message without its thinking, which templates remove or move; at least one, maybe empty."""
         content = message.get("content")
         parts = content if isinstance(content, list) and self._template.sees_images else [{"text": content}]
-        texts: list[str] = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        texts = [str(part["text"]) for part in parts if isinstance(part.get("text"), str)]
         return [text.rpartition("</think>")[2].strip() for text in texts] or [""]
 
     @cached_property
