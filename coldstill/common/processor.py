@@ -2,7 +2,7 @@
 
 A dataset counts positions with ONE placeholder token for each image. A family writes many tokens in its place: patches,
 and often tokens around them. The processor says which, image by image; the other tokens of a row are the stored ones,
-never text that is tokenized again.
+never text that is tokenized again. This file imports no library of models, as all of this folder.
 
 Shape letters: `T` tokens of a row, `P` images of a row, `N` positions. Token ids are int64 arrays.
 """
@@ -48,20 +48,17 @@ class Expanded(NamedTuple):
 
 
 def sees_images(config: Any) -> bool:
-    """Whether a configuration of transformers belongs to a model that answers about images."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config")
+    """Whether a configuration of transformers belongs to a model that reads images beside text."""
+    return hasattr(config, "vision_config") and config.get_text_config(decoder=True) is not config
 
 
-def load_processor(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The processor of a model, a folder or Hub name. Raises `ProcessorUnusable`."""
-    import transformers
+def load_processor(auto: Any, name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a model, a folder or Hub name. `auto`: transformers' `AutoProcessor`.
 
+    Raises `ProcessorUnusable`.
+    """
     try:
-        processor = transformers.AutoProcessor.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        processor = auto.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         needs = _TORCHVISION in str(error).lower()
         raise ProcessorUnusable(
