@@ -168,7 +168,8 @@ def load_teacher_processor(config: TeacherConfig) -> Any | None:
     """
     if not sees_images(_model_config(config)):
         return None
-    return load_processor(config.model, revision=config.revision, trust_remote_code=_trusts_code(config))
+    auto = transformers.AutoProcessor
+    return load_processor(auto, config.model, revision=config.revision, trust_remote_code=_trusts_code(config))
 
 
 def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
