@@ -162,7 +162,8 @@ def _text_part(part: object) -> object:
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
         return part
-    return {name: value for name, value in part.items() if value is not None and name not in _KEYS}
+    kept = {name: value for name, value in part.items() if value is not None and name not in _KEYS}
+    return {"type": "text", **kept} if isinstance(kept.get("text"), str) else kept
 
 
 def _with_marks_as_parts(message: dict[str, Any]) -> dict[str, Any]:

@@ -168,8 +168,9 @@ def load_teacher_processor(config: TeacherConfig) -> Any | None:
     """
     if not sees_images(_model_config(config)):
         return None
-    auto = transformers.AutoProcessor
-    return load_processor(auto, config.model, revision=config.revision, trust_remote_code=_trusts_code(config))
+    return load_processor(
+        transformers.AutoProcessor, config.model, revision=config.revision, trust_remote_code=_trusts_code(config)
+    )
 
 
 def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
