@@ -24,7 +24,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 import cachetools
 import fsspec
 
-from coldstill.common.errors import ColdstillError, first_line
+from coldstill.common.errors import first_line
 from coldstill.common.images import (
     MAX_IMAGE_BYTES,
     ImageTooLarge,
@@ -37,7 +37,7 @@ from coldstill.common.visible import visible
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import ImageHostFailed
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.storage_schema.errors import is_transient, named_errors
+from coldstill.storage_schema.errors import StorageFailed, named_errors
 from coldstill.storage_schema.rows import MediaReference
 
 from .conversation import RowUnusable
@@ -71,6 +71,8 @@ class ImageReader:
         self._hosts = frozenset(host.lower() for host in source.image_hosts)
         self._is_remote = _is_remote(source)
         self._root = source.image_root if source.image_root is not None else _folder_of(source)
+        named = (source.path, source.image_root, f"hf://datasets/{source.dataset}" if source.dataset else None)
+        self._stores = tuple(start for url in named if url is not None for start in _store_of(url))
         self._types: cachetools.LRUCache[str, str] = cachetools.LRUCache(_KNOWN_TYPES)
         self._web = urllib.request.build_opener(_Redirects(self._check_host))
 
@@ -97,7 +99,10 @@ class ImageReader:
             wanted = "a path, or an address of http, https or an object store"
             raise _not_found(what, place, f"addresses of this kind are not read; wanted {wanted}")
         if scheme in _STORES:
-            return _from_store(place, what, place)
+            if not place.startswith(self._stores):
+                why = "an address of another store than that of the source or of source.image_root"
+                raise _not_found(what, place, why)
+            return _from_store(place, what)
         path = place.removeprefix("file:").removeprefix("//") if scheme == "file" else place
         if os.path.isabs(path):
             if self._is_remote:
@@ -115,7 +120,7 @@ class ImageReader:
             return _from_disk(os.path.join(root, path), what, place)
         if ".." in path.split("/"):
             raise _not_found(what, place, "a path out of the source's folder")
-        return _from_store(f"{self._root.rstrip('/')}/{path}", what, place)
+        return _from_store(f"{self._root.rstrip('/')}/{path}", what)
 
     # http
 
@@ -201,24 +206,29 @@ def _from_disk(path: str, what: str, place: str) -> bytes:
         raise
 
 
-def _from_store(url: str, what: str, place: str) -> bytes:
+def _from_store(url: str, what: str) -> bytes:
+    """A file of the source's own store. Raises `RowUnusable` if it is absent, and `StorageFailed`."""
     try:
         with named_errors(url, "reading an image"):
             fs, inner = fsspec.core.url_to_fs(url)
             with fs.open(inner, "rb") as handle:
                 return _bounded(handle, what)
-    except (RowUnusable, FileNotFoundError, IsADirectoryError) as error:
-        if isinstance(error, RowUnusable):
-            raise
-        raise _not_found(what, place, "no such file") from None
-    except ImportError as error:
-        raise _not_found(what, place, first_line(error)) from None
-    except ColdstillError as error:
-        if is_transient(error):
-            raise
-        raise _not_found(what, place, "the store does not give it") from None
-    except Exception as error:  # a client's check of names that a stranger made up
-        raise _not_found(what, place, f"not an address of the store: {type(error).__name__}") from None
+    except FileNotFoundError:
+        raise _not_found(what, url, "no such file") from None
+    except StorageFailed as error:
+        if isinstance(error.__cause__, IsADirectoryError | ValueError):  # a folder, or a name that no file can have
+            raise _not_found(what, url, f"not a file: {type(error.__cause__).__name__}") from None
+        raise
+
+
+def _store_of(url: str) -> list[str]:
+    """How addresses of the same bucket begin, or of the same repository of the Hub."""
+    scheme = _SCHEME.match(url)
+    if scheme is None or scheme[1] not in _STORES:
+        return []
+    parts = url.split("/")
+    start = "/".join(parts[: 5 if scheme[1] == "hf" else 3]).partition("@")[0]
+    return [f"{start}/", f"{start}@"]
 
 
 def _bounded(handle: Any, what: str, *, seconds: float | None = None) -> bytes:

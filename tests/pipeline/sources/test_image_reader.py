@@ -174,11 +174,39 @@ def test_images_of_a_local_dataset_start_at_its_folder_and_those_of_a_hub_datase
 def test_object_stores_are_read(tmp_path: Path) -> None:
     with fsspec.open("memory://images/a/x.png", "wb") as file:
         file.write(RED)
-    assert _read("memory://images/a/x.png") == RED
+    assert _read("memory://images/a/x.png", image_root="memory://images/b") == RED
+    assert _read("memory://images/a/x.png", "memory://images/rows.jsonl") == RED
     assert _read("a/x.png", image_root="memory://images") == RED
     assert _read("x.png", "memory://images/a/rows.jsonl") == RED
     for place in ("y.png", "a", ""):
-        assert _refusal(f"memory://images/{place}")[0] == "image_not_found"
+        assert _refusal(f"memory://images/{place}", image_root="memory://images")[0] == "image_not_found"
+
+
+@pytest.mark.parametrize(
+    ("place", "settings"),
+    [
+        ("memory://images/a/x.png", {}),
+        ("memory://images/a/x.png", {"image_root": "memory://image"}),
+        ("memory://images/a/x.png", {"path": "memory://other/rows.jsonl"}),
+        ("s3://private/x.png", {"path": "gs://private/rows.jsonl"}),
+        ("hf://datasets/a/b/x.png", {"path": "hf://datasets/a/bc/rows.jsonl"}),
+        ("hf://datasets/a/b/x.png", {"path": None, "dataset": "a/bc"}),
+    ],
+)
+def test_a_row_cannot_name_a_store_that_the_settings_do_not(place: str, settings: dict[str, Any]) -> None:
+    """Or anybody's row could be answered with the user's own keys, or hold up the capture."""
+    reader = ImageReader(SourceConfig(**{"path": "rows.jsonl", **settings}))
+    with pytest.raises(RowUnusable, match=r"image_not_found.* another store than that of the source"):
+        reader.read([place], [0])
+
+
+def test_the_files_of_a_hub_dataset_are_read_from_its_own_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(image_reader, "_from_store", lambda url, what: asked.append(url) or RED)  # type: ignore[func-returns-value]
+    places = ["hf://datasets/a/b/x.png", "hf://datasets/a/b@main/x.png"]
+    ImageReader(SourceConfig(dataset="a/b")).read(places, [0, 1])
+    ImageReader(SourceConfig(path="hf://datasets/a/b@main/rows.jsonl")).read(places, [0, 1])
+    assert asked == places * 2
 
 
 @pytest.mark.parametrize(
