@@ -15,10 +15,12 @@ class MediaFileLimit:
 
     def __init__(self, store: Store):
         self._store = store
-        self._at_most = len(store.names(MEDIA_FOLDER))
+        self._at_most = MAX_MEDIA_FILES  # the files of earlier starts are counted with the first ones of this start
 
     def add(self, files: int) -> None:
         """Count the files that a committed unit names. Raises `TooManyMediaFiles`, `StorageFailed`."""
+        if not files:
+            return
         self._at_most += files
         if self._at_most <= MAX_MEDIA_FILES:
             return

@@ -170,8 +170,8 @@ def test_a_capture_ends_when_its_files_are_more_than_a_manifest_lists(
         limit.add(2)
     for name in range(3, 5):
         store.put(f"media/{name}.png", b"")
-    limit.add(0)
+    limit.add(0)  # a unit of text
     with pytest.raises(TooManyMediaFiles, match=r"source\.images_in_row_bytes"):
         limit.add(2)
     with pytest.raises(TooManyMediaFiles):
-        MediaFileLimit(store).add(0)
+        MediaFileLimit(store).add(1)
