@@ -31,7 +31,7 @@ from .config import CaptureConfig, TeacherConfig
 from .errors import DuplicateIds, TemplateDrops, all_rejected
 from .reject_reasons import RejectReason
 from .sources.files import SourceRow
-from .sources.sequence_maker import SequenceMaker, template_date_of
+from .sources.sequence_maker import SequenceMaker
 from .sources.sequences import sample_id_of
 from .sources.source import Source, open_source
 from .sources.staging import remove_staging
@@ -134,8 +134,8 @@ def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Sou
     """
     source = open_source(config.source, store)
     is_started = store is not None and store.exists(HEADER_NAME)
-    today = template_date_of(_stored_header(store)) if store is not None and is_started else date.today()
-    maker = SequenceMaker.of(config, today=today)
+    header = _stored_header(store) if store is not None and is_started else None
+    maker = SequenceMaker.of(config, today=date.today(), header=header)
     rows = source.head(_CHECKED_ROWS)
     if is_started:
         maker.check(rows)  # if no row is usable now, then a setting has changed, which the header shows

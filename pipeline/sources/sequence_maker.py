@@ -82,14 +82,21 @@ class SequenceMaker:
 
     @classmethod
     def of(
-        cls, config: CaptureConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, today: date | None = None
+        cls,
+        config: CaptureConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        today: date | None = None,
+        header: DatasetHeader | None = None,
     ) -> SequenceMaker:
         """The maker of a capture. Raises `TeacherUnusable` for a tokenizer that cannot be loaded, and
         `ProcessorUnusable` for the processor of a teacher that sees images.
 
-        `today`: the date that the dataset's header gives to the chat template.
+        `today`: the date that the chat template gets. `header`: that of a dataset that was started, which has the date,
+        and no processor if an earlier release started it: such a dataset has no images.
         """
         tokenizer = tokenizer or load_tokenizer(config.teacher)
+        has_images = header is None or header.about.processor is not None
         return cls(
             tokenizer,
             source=config.source,
@@ -97,8 +104,8 @@ class SequenceMaker:
             mode=config.mode,
             documents=config.documents,
             stops=end_token_ids(config.teacher, tokenizer),
-            today=today,
-            processor=load_teacher_processor(config.teacher),
+            today=template_date_of(header) if header else today,
+            processor=load_teacher_processor(config.teacher) if has_images else None,
             max_images=config.teacher.max_images,
         )
 

@@ -23,6 +23,8 @@ from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.store import Store
 from tests import making
 from tests.pipeline.capturing import capture_config
@@ -86,6 +88,22 @@ def test_a_source_of_text_is_captured_by_a_teacher_that_sees(teachers: dict[str,
     made = list(SequenceMaker.of(config).sequences(open_source(config.source).rows()))
     assert len(made) == 4
     assert all(isinstance(each, TokenSequence) and each.media == () for each in made)
+
+
+def test_a_dataset_that_an_earlier_release_started_stays_one_of_text(teachers: dict[str, Path], tmp_path: Path) -> None:
+    shown = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what?"}]
+    chat = [{"role": "user", "content": shown}, {"role": "assistant", "content": "a cat"}]
+    config = _config(tmp_path, teachers["llava"], rows=[*making.chat_rows(2), {"messages": chat}])
+    prepared = prepare(config)
+    earlier = json.loads(prepared.store.read(HEADER_NAME))
+    for name in ("processor", "media_in_row_bytes"):
+        del earlier["about"][name]
+    prepared.store.put(HEADER_NAME, json.dumps(earlier).encode())
+    header = prepare(config).header
+    assert header.about.processor is None
+    made = list(SequenceMaker.of(config, header=header).sequences(open_source(config.source).rows()))
+    assert [each.reason for each in made if isinstance(each, Reject)] == ["bad_messages"]
+    assert len(made) == 3
 
 
 def test_a_teacher_that_sees_needs_its_processor(teachers: dict[str, Path], tmp_path: Path) -> None:
