@@ -20,7 +20,7 @@ from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from coldstill.storage_schema.store import Store
 
 from .config import CaptureConfig, TeacherConfig
-from .sources.sequence_maker import SequenceMaker, template_date_of
+from .sources.sequence_maker import SequenceMaker
 from .sources.source import open_source
 from .teachers.protocol import Teacher, TokenSequence, scored_of
 
@@ -48,7 +48,7 @@ def calibrate(config: CaptureConfig, teacher: Teacher, header: DatasetHeader, un
 
     Raises the named errors of sources and teachers.
     """
-    maker = SequenceMaker.of(config, today=template_date_of(header))
+    maker = SequenceMaker.of(config, header=header)
     made = maker.sequences(open_source(config.source, Store(config.output)).read(unit))
     sequences = (sequence for sequence in made if isinstance(sequence, TokenSequence))
     counts = np.zeros(header.token_count, np.int64)

@@ -52,7 +52,9 @@ class SourceConfig(FrozenModel):
     )
     image_root: str | None = Field(
         default=None,
-        description="Folder or URL that relative paths of images start at; by default the folder of the source's file.",
+        description="Folder or URL that relative paths of images start at; by default the folder of the source's file, "
+        "of a pattern the part before its first wildcard. An address of an object store must be in the bucket of this "
+        "or of the source.",
     )
     image_hosts: tuple[str, ...] = Field(
         default=(),

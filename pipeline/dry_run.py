@@ -25,6 +25,7 @@ from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
 from .config import CaptureConfig
 from .errors import all_rejected
+from .image_counts import ImageCounts, ImageEstimate
 from .prepare import make_header, open_checked, require_unique_ids
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source
@@ -35,6 +36,7 @@ from .worker import SpeedReport
 PROBE_S = 60.0
 _PROBED_TOKENS = 1 << 20
 _PROBED_SEQUENCES = 4096
+_PROBED_MEDIA_BYTES = 256 << 20
 """Upper limits of what is sent to the worker of a probe: more than it scores in a minute, little for the network."""
 
 # Bytes per target until a teacher has run: `benchmarks/results/codec_2_cores.json`, sides "ours", of a sharp and
@@ -84,6 +86,8 @@ class SourceCounts:
     sequences: int = 0
     tokens: int = 0
     targets: int = 0
+    images: ImageEstimate | None = None
+    """Of a teacher that sees images."""
 
 
 class Bounds(NamedTuple):
@@ -124,15 +128,17 @@ class DryRun(BaseModel):
     bytes_least: int
     bytes_most: int = Field(description="Bytes of the shards.")
     bytes_are: Literal["of a sharp and a flat teacher", "by the probe's shard"]
+    images: ImageEstimate | None = Field(default=None, description="Images, for a teacher that sees them.")
     effort: Effort | None = None
 
     def lines(self) -> dict[str, object]:
         """All known values, flat, for printing."""
-        known = self.model_dump(exclude={"effort", "rejected", "read_as"})
+        known = self.model_dump(exclude={"effort", "images", "rejected", "read_as"})
         layouts = {"read as": "; ".join(self.read_as)} if self.read_as else {}
         effort = self.effort.model_dump(exclude_none=True) if self.effort else {}
         rejects = {f"rejected: {reason}": count for reason, count in self.rejected.items()}
-        return {**layouts, **known, **rejects, **effort}
+        images = self.images.model_dump(exclude_none=True) if self.images else {}
+        return {**layouts, **known, **images, **rejects, **effort}
 
 
 def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROBE_S, progress: bool = True) -> DryRun:
@@ -207,6 +213,7 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
         "read_as": counts.layouts,
         "sequences": counts.sequences,
         "tokens": counts.tokens,
+        "images": counts.images,
     }
 
 
@@ -233,13 +240,14 @@ def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, secon
 
 
 def _first(source: Source, maker: SequenceMaker) -> Iterator[TokenSequence]:
-    tokens = sequences = 0
+    tokens = sequences = media_bytes = 0
     for made in maker.sequences(source.rows()):
         if isinstance(made, TokenSequence):
             yield made
+            media_bytes += sum(len(item.data or b"") for item in made.media)
             tokens += made.token_ids.size + span_positions(made.target_spans).size
             sequences += 1
-        if tokens >= _PROBED_TOKENS or sequences >= _PROBED_SEQUENCES:
+        if tokens >= _PROBED_TOKENS or sequences >= _PROBED_SEQUENCES or media_bytes >= _PROBED_MEDIA_BYTES:
             return
 
 
@@ -248,6 +256,7 @@ def count_source(
 ) -> SourceCounts:
     """Counts over these units, read in order. Raises the named errors of sources and templates."""
     counts = SourceCounts()
+    images = ImageCounts(maker.processor, config.source.images_in_row_bytes) if maker.processor else None
     planned = sum(unit.rows for unit in units)
     with tqdm(total=planned, desc="counting", unit=" rows", smoothing=0, disable=not progress) as bar:
         for unit in units:
@@ -260,6 +269,8 @@ def count_source(
                 counts.sequences += 1
                 counts.tokens += made.token_ids.size
                 counts.targets += _targets(config, made)
+                if images:
+                    images.add(made)
                 tokens.append(made.token_ids)
                 columns.append(f"{made.sample_id} {json.dumps(made.metadata, ensure_ascii=False)}")
             counts.own_bytes += _compressed(b"".join(ids.tobytes() for ids in tokens))
@@ -268,6 +279,9 @@ def count_source(
             bar.update(unit.rows)
             bar.set_postfix_str(f"{counts.tokens:,} tokens, {counts.rejected.total():,} rejected")
     counts.layouts = maker.layouts
+    if images:
+        counts.images = images.estimate()
+        counts.own_bytes += images.bytes_in_rows
     return counts
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from coldstill.common.processor import processor_settings, processor_sha256
 from coldstill.storage_schema.errors import CommitDamaged
-from coldstill.storage_schema.header import HEADER_NAME, About, Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.header import HEADER_NAME, About, Codec, DatasetHeader, ProcessorFacts, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.repair import restore_header
@@ -30,7 +31,8 @@ from .config import CaptureConfig, TeacherConfig
 from .errors import DuplicateIds, TemplateDrops, all_rejected
 from .reject_reasons import RejectReason
 from .sources.files import SourceRow
-from .sources.sequence_maker import SequenceMaker, sample_id_of, template_date_of
+from .sources.sequence_maker import SequenceMaker
+from .sources.sequences import sample_id_of
 from .sources.source import Source, open_source
 from .sources.staging import remove_staging
 from .teachers.checkpoint import (
@@ -132,8 +134,8 @@ def open_checked(config: CaptureConfig, store: Store | None = None) -> tuple[Sou
     """
     source = open_source(config.source, store)
     is_started = store is not None and store.exists(HEADER_NAME)
-    today = template_date_of(_stored_header(store)) if store is not None and is_started else date.today()
-    maker = SequenceMaker.of(config, today=today)
+    header = _stored_header(store) if store is not None and is_started else None
+    maker = SequenceMaker.of(config, today=date.today(), header=header)
     rows = source.head(_CHECKED_ROWS)
     if is_started:
         maker.check(rows)  # if no row is usable now, then a setting has changed, which the header shows
@@ -156,7 +158,7 @@ def _require_usable(config: CaptureConfig, maker: SequenceMaker, rows: Sequence[
             columns=next((row.columns for row in rows if row.columns), None),
         )
     fix = "set source.chat_template to a template that renders it"
-    if "text" not in lost:
+    if lost.isdisjoint({"text", "images"}):
         accepted = sorted(lost | set(config.source.may_drop))
         fix += f", or accept the loss: source.may_drop: [{', '.join(accepted)}]"
     raise TemplateDrops(
@@ -249,6 +251,16 @@ def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -
         source_adapter=source["adapter"],
         end_token_ids=maker.end_token_ids,
         tokenizer_pipeline_sha256=facts.pipeline_sha256,
+        media_in_row_bytes=config.source.images_in_row_bytes if maker.processor else None,
+        processor=_processor_facts(maker.processor) if maker.processor else None,
+    )
+
+
+def _processor_facts(processor: Any) -> ProcessorFacts:
+    return ProcessorFacts(
+        name=type(processor).__name__,
+        settings_sha256=processor_sha256(processor),
+        settings=processor_settings(processor),
     )
 
 

@@ -23,7 +23,7 @@ from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid
 from coldstill.pipeline.reject_reasons import REJECT_REASONS, RejectReason, reject_reasons_of
-from coldstill.pipeline.sources.sequence_maker import SequenceMaker, template_date_of
+from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import (
     ScoreResult,
@@ -78,6 +78,7 @@ class UnitReport(NamedTuple):
     targets: int
     bytes: int
     reasons: dict[str, int] = {}
+    media_files: int = 0
 
 
 class SpeedReport(NamedTuple):
@@ -99,7 +100,7 @@ class CaptureWorker:
         self.header = DatasetHeader.from_bytes(self.store.read(HEADER_NAME), where=HEADER_NAME)
         self._units = plan_from_bytes(self.store.read(PLAN_NAME), where=PLAN_NAME)
         self._source = open_source(config.source, self.store)
-        self._maker = SequenceMaker.of(config, today=template_date_of(self.header))
+        self._maker = SequenceMaker.of(config, header=self.header)
         self._teacher = teacher or load_for(config, self.header)
         self._unscored: deque[bool] = deque(maxlen=_JUDGED_ROWS)
         self._maker_lock = threading.Lock()  # a tokenizer that two threads use raises "Already borrowed"
@@ -259,4 +260,5 @@ def _parts_of(sequences: Sequence[TokenSequence], parts: Sequence[tuple[int, int
 
 def _report(record: CommitRecord) -> UnitReport:
     size, reasons = record.shard.bytes, reject_reasons_of(record)
-    return UnitReport(record.unit, record.rows, record.rejected, record.tokens, record.targets, size, reasons)
+    counts = (record.unit, record.rows, record.rejected, record.tokens, record.targets)
+    return UnitReport(*counts, size, reasons, len(record.media))

@@ -1,4 +1,4 @@
-"""Renders a chat with the tokenizer's chat template, as text or as token ids.
+"""Renders a chat with the chat template of the tokenizer or processor, as text or as token ids.
 
 Templates differ in the form that they read: content as text or as parts, arguments of calls as values or as JSON text.
 `fitted` finds the form of a chat of which the template drops nothing, beginning with the one in which vLLM's server
@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from coldstill.common.processor import placeholder_id
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import SourceNotFound, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
 
-from .conversation import Conversation, RowUnusable
+from .conversation import Conversation, RowUnusable, is_image_part
 from .kept_text import REASONING_FIELDS, Lost, lost_parts
 
 # The tag with which a template marks the assistant's tokens; the same pattern as in transformers' tokenizer code.
@@ -41,14 +42,23 @@ class Fitted(NamedTuple):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or the one that the settings name instead.
+    """The chat template of a tokenizer, or the one that the settings name instead.
 
     `today`: the date of a template that asks for one, unless the settings give it; by default the clock's.
+    `processor`: that of a model that sees images, whose template counts if it has one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig, *, today: date | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: SourceConfig,
+        *,
+        today: date | None = None,
+        processor: Any | None = None,
+    ):
         self.tokenizer, self._source = tokenizer, source
-        self.text = _text(tokenizer, source)
+        self.text = _text(tokenizer, source, processor)
+        self.placeholder = None if processor is None else tokenizer.convert_ids_to_tokens(placeholder_id(processor))
         self.date = (source.template_date or today) if self._asks_for_date else None
         self.has_marks = bool(self.text and _GENERATION_TAG.search(self.text))
         self.name = source.chat_template or f"chat template of {tokenizer.name_or_path}"
@@ -117,7 +127,9 @@ class ChatTemplate:
             return self.render(messages, chat._replace(tools=tools), prompted=prompted)
 
         text = self.render(chat.messages, chat, prompted=prompted)
-        lost = lost_parts(chat.messages, chat.tools, render=render, text=text, learned=learned)
+        lost = lost_parts(
+            chat.messages, chat.tools, render=render, text=text, learned=learned, placeholder=self.placeholder
+        )
         return tuple(part for part in lost if part.kind not in self._source.may_drop)
 
     def _forms_of(self, chat: Conversation) -> Iterator[Conversation]:
@@ -133,9 +145,29 @@ class ChatTemplate:
             ("", None) if has_null else (None,),
             ((False, True) if self._reads_parts else (True,)) if has_parts else (False,),
         ):
-            yield chat._replace(
-                messages=[_in_form(message, as_text=as_text, null=null, joined=joined) for message in messages]
-            )
+            formed = [_in_form(message, as_text=as_text, null=null, joined=joined) for message in messages]
+            yield chat._replace(messages=formed)
+            if self.sees_images and any(isinstance(message["content"], str) for message in formed):
+                yield chat._replace(messages=_as_parts(formed))
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the template is that of a model that sees images."""
+        return self.placeholder is not None
+
+    def readable(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages whose content is text, as parts if the template reads nothing else."""
+        return messages if self._reads_text else _as_parts(messages)
+
+    @cached_property
+    def _reads_text(self) -> bool:
+        """Whether content may be text; some templates of models that see images read parts only."""
+        if not self.sees_images:
+            return True
+        try:
+            return "Qz0kX" in self.render([{"role": "user", "content": "Qz0kX"}], Conversation([], None, ()))
+        except RowUnusable:
+            return False
 
     def _with_known_fields(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message whose reasoning is in a field that the template mentions, if it mentions any."""
@@ -183,9 +215,9 @@ class ChatTemplate:
             raise RowUnusable(RejectReason.TEMPLATE_FAILED, f"{type(error).__name__}: {error}") from None
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> str | None:
+def _text(tokenizer: PreTrainedTokenizerBase, source: SourceConfig, processor: Any | None) -> str | None:
     if source.chat_template is None:
-        named = tokenizer.chat_template
+        named = getattr(processor, "chat_template", None) or tokenizer.chat_template
         return named.get("default") if isinstance(named, dict) else named
     try:
         return Path(source.chat_template).read_text(encoding="utf-8")
@@ -205,13 +237,23 @@ def _in_form(message: dict[str, Any], *, as_text: bool, null: str | None, joined
     content = message["content"]
     if _is_empty(message):
         content = null
-    elif joined and isinstance(content, list):
+    elif joined and isinstance(content, list) and not any(map(is_image_part, content)):
         # Joined as by vLLM's server.
         content = "\n".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
     changed = {**message, "content": content}
     if message.get("tool_calls"):
         changed["tool_calls"] = [_call_in_form(call, as_text=as_text) for call in message["tool_calls"]]
     return changed
+
+
+def _as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each text as a list of one part."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str)
+        else message
+        for message in messages
+    ]
 
 
 def _call_in_form(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
@@ -234,4 +276,6 @@ def _developer_as_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]
     if len(system) == 1 and messages[0] is system[0]:
         return [{**system[0], "role": "system"}, *others]
     texts = [_in_form(message, as_text=False, null="", joined=True)["content"] for message in system]
+    if any(isinstance(text, list) for text in texts):  # with images
+        return [{**message, "role": "system"} if message in system else message for message in messages]
     return [{"role": "system", "content": "\n\n".join(text for text in texts if text)}, *others]

@@ -15,6 +15,7 @@ from coldstill.pipeline.reject_reasons import RejectReason
 
 Columns = dict[str, Any]
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
+IMAGE_TYPES = ("image", "image_url")
 _SYNONYMS = {
     "human": "user",
     "prompter": "user",
@@ -42,13 +43,15 @@ class RowUnusable(Exception):
 class Conversation(NamedTuple):
     """Messages, and the tools that the assistant may call; `columns` are those that they were read from.
 
-    `layout`: how the columns were read, for a row whose layout was recognized.
+    `layout`: how the columns were read, for a row whose layout was recognized. `images`: the bytes or places of the
+    chat's images, one for each content part `{type: image}` in order; see `image_parts.py`.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     columns: tuple[str, ...]
     layout: str = ""
+    images: tuple[bytes | str, ...] = ()
 
     def is_learned(self, number: int) -> bool:
         """Whether the tokens of a message may be targets: an assistant's, unless it has the weight 0."""
@@ -74,17 +77,21 @@ class _Layout(NamedTuple):
     name: str = ""
 
 
-def conversation_of(columns: Columns, source: SourceConfig, *, answered: bool) -> Conversation | None:
+def conversation_of(
+    columns: Columns, source: SourceConfig, *, answered: bool, with_images: bool = False
+) -> Conversation | None:
     """The chat of a row, None for a row without one.
 
-    `answered`: with the answer to the prompt; otherwise without the assistant messages at the end.
-    Raises `RowUnusable`.
+    `answered`: with the answer to the prompt; otherwise without the assistant messages at the end. `with_images`: parts
+    of content may be images; they stay as they are. Raises `RowUnusable`.
     """
     layout = _layout_of(columns, source, answered=answered)
     if layout is None:
         return None
     tools = _tools(columns.get(source.tools))
-    messages = [_message(number, message, tools) for number, message in enumerate(layout.messages)]
+    messages = [
+        _message(number, message, tools, with_images=with_images) for number, message in enumerate(layout.messages)
+    ]
     if not messages:
         raise RowUnusable(RejectReason.BAD_MESSAGES, "there is no message")
     if not answered:
@@ -94,6 +101,14 @@ def conversation_of(columns: Columns, source: SourceConfig, *, answered: bool) -
             raise RowUnusable(RejectReason.NO_PROMPT, "all messages are the assistant's")
     name = layout.name and f"{layout.name}: {', '.join(layout.columns)} -> messages"
     return Conversation(messages, tools, (*layout.columns, source.tools), name)
+
+
+def is_image_part(part: object) -> bool:
+    """Whether a part of a message's content is an image; `type` may be missing."""
+    if not isinstance(part, dict):
+        return False
+    type_ = part.get("type") or next((name for name in IMAGE_TYPES if part.get(name)), None)
+    return type_ in IMAGE_TYPES
 
 
 def _layout_of(columns: Columns, source: SourceConfig, *, answered: bool) -> _Layout | None:
@@ -221,7 +236,7 @@ def _listed(messages: object) -> list[Any]:
     return messages
 
 
-def _message(number: int, message: object, tools: list[Any] | None) -> dict[str, Any]:
+def _message(number: int, message: object, tools: list[Any] | None, *, with_images: bool) -> dict[str, Any]:
     """A message without null fields, which typed columns add because other messages have those fields."""
     bad = RejectReason.BAD_MESSAGES
     role = _role_of(message)
@@ -240,11 +255,14 @@ def _message(number: int, message: object, tools: list[Any] | None) -> dict[str,
     if not isinstance(content, str | list) and not (content is None and calls):
         raise RowUnusable(bad, f"content of message {number} is {type(content).__name__}, neither text nor parts")
     for index, part in enumerate(content if isinstance(content, list) and role in _ROLES else ()):
+        if with_images and is_image_part(part):
+            continue
         if not isinstance(part, str) and not (
             isinstance(part, dict) and (isinstance(part.get("text"), str) or isinstance(part.get("thinking"), str))
         ):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise RowUnusable(bad, f"part {index} of message {number} is of type {kind}: only text is captured")
+            captured = "text and images are" if with_images else "text is"
+            raise RowUnusable(bad, f"part {index} of message {number} is of type {kind}: only {captured} captured")
     return {**fields, "role": role, "content": content} | ({"tool_calls": calls} if calls else {})
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import fsspec
@@ -24,6 +25,8 @@ from coldstill.storage_schema.shard.layout import MAX_METADATA_DEPTH, is_too_dee
 
 _READ_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_BYTES_KEY = "coldstill:bytes"
+"""The one key of an object that stands for bytes in JSON; its value is base64."""
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "updated", "created")
 
 
@@ -112,7 +115,8 @@ def parse_row(number: int, text: bytes) -> SourceRow:
         return SourceRow(number, None, f"not JSON: nested deeper than {MAX_METADATA_DEPTH:,} levels")
     try:
         # json.loads would guess the encoding of bytes, and read a line of UTF-16 as other text.
-        columns = json.loads(text.decode("utf-8-sig"))
+        hook = _bytes_if_any if _BYTES_KEY.encode() in text else None
+        columns = json.loads(text.decode("utf-8-sig"), object_hook=hook)
     except UnicodeDecodeError as error:
         return SourceRow(number, None, f"not UTF-8: {error}", reason=RejectReason.NOT_UTF8)
     except (ValueError, RecursionError) as error:
@@ -121,7 +125,8 @@ def parse_row(number: int, text: bytes) -> SourceRow:
         return SourceRow(number, None, f"not a JSON object but {type(columns).__name__}")
     if b"\\u" in text:
         try:
-            json.dumps(columns, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON, but not text
+            # Half of a surrogate pair is valid JSON, but not text.
+            json.dumps(columns, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             problem = f"surrogates are not text: half of a pair, \\u{ord(error.object[error.start]):04x}"
             return SourceRow(number, None, problem, reason=RejectReason.LONE_SURROGATE)
@@ -129,8 +134,29 @@ def parse_row(number: int, text: bytes) -> SourceRow:
 
 
 def json_text(columns: Any) -> bytes:
-    """Columns as JSON. Values that JSON cannot hold (dates, bytes) become strings, as in metadata."""
-    return json.dumps(columns, default=str).encode()
+    """Columns as JSON, which `parse_row` reads: bytes stay bytes. Other values that JSON cannot hold, such as dates,
+    become strings, as in metadata."""
+    return json.dumps(columns, default=_bytes_or_text).encode()
+
+
+def _bytes_or_text(value: object) -> object:
+    return {_BYTES_KEY: base64.b64encode(value).decode()} if isinstance(value, bytes) else str(value)
+
+
+def _bytes_if_any(value: dict[str, Any]) -> Any:
+    """The bytes that an object stands for; any other object as it is."""
+    if value.keys() == {_BYTES_KEY} and isinstance(value[_BYTES_KEY], str):
+        with suppress(ValueError):
+            return base64.b64decode(value[_BYTES_KEY], validate=True)
+    return value
+
+
+def digested_text(columns: Any, text: bytes) -> bytes:
+    """What the digest of a stream reads of a row whose `json_text` is `text`.
+
+    With bytes as text, as in the digests of earlier releases, so that a capture which one of them started resumes.
+    """
+    return json.dumps(columns, default=str).encode() if _BYTES_KEY.encode() in text else text
 
 
 def changed(name: str, *, unit: Unit, found: str, wanted: str) -> SourceChanged:

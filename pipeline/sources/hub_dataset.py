@@ -13,7 +13,7 @@ from coldstill.common.errors import ColdstillError, first_line
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import SourceNotFound, SourceUnreadable
 
-from .files import SourceFile, Stream, files_below, json_text, without_nulls
+from .files import SourceFile, Stream, digested_text, files_below, json_text, without_nulls
 
 
 class HubDataset(Stream):
@@ -38,8 +38,9 @@ class HubDataset(Stream):
         try:
             with tqdm(desc="reading the source", unit=" rows", delay=3) as bar:
                 for number, row in enumerate(self._load(), start=1):  # noqa: B007
-                    document = json_text({name: without_nulls(value) for name, value in row.items()})
-                    digest.update(document + b"\n")
+                    columns = {name: without_nulls(value) for name, value in row.items()}
+                    document = json_text(columns)
+                    digest.update(digested_text(columns, document) + b"\n")
                     yield document
                     bar.update()
         except ColdstillError:
@@ -59,9 +60,11 @@ class HubDataset(Stream):
                 fix="pip install datasets",
             ) from None
         config = self._config
-        yield from load_dataset(
+        rows = load_dataset(
             self._name, config.dataset_config, split=config.split, revision=self._commit, streaming=True
         )
+        # An image stays the bytes that the dataset has: {bytes, path}.
+        yield from rows.decode(False) if "Image(" in str(rows.features) else rows
 
     def _named(self, error: Exception, rows: int) -> SourceNotFound | SourceUnreadable:
         """An error before the first row nearly always means a wrong name, configuration or split."""

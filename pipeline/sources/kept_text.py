@@ -5,6 +5,9 @@ A chat template is a program that may leave out whatever it was not written for.
 - Each text must stand in the rendered one, as often as the chat holds it; arguments of a call are compared as values.
 - A short text or a name may stand there by chance. So the chat is rendered once more with a marker after each of them,
   and each marker must stand there.
+
+Images all have the same placeholder: there must be one for each, and after each message as many as there are images up
+to it. Within a message a template may put the images first, as its teacher was trained.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
+
+from .conversation import is_image_part
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _TOOL_ROLES = ("tool", "function", "ipython", "tool_results", "observation")
@@ -61,13 +66,16 @@ def lost_parts(
     render: Callable[[list[dict[str, Any]], list[Any] | None], str],
     text: str,
     learned: Collection[int],
+    placeholder: str | None = None,
 ) -> list[Lost]:
     """What of the chat does not stand in `text`, which `render` made from it.
 
     `learned`: numbers of the messages whose reasoning must stand there; templates leave out that of earlier turns.
+    `placeholder`: what stands for an image, which no other text of the chat holds.
     """
     texts = list(_texts_of(messages, learned))
-    lost = _missing_texts(texts, text)
+    lost = list(_missing_images(messages, tools, render=render, text=text, placeholder=placeholder or ""))
+    lost += _missing_texts(texts, text)
     for call in _calls_of(messages):
         name, arguments = call.function["name"], call.function["arguments"]
         if name not in text or not arguments_stand(arguments, text):
@@ -75,6 +83,37 @@ def lost_parts(
     known = set(lost)
     lost += [part for part in _missing_markers(messages, tools, learned=learned, render=render) if part not in known]
     return lost
+
+
+def _missing_images(
+    messages: Messages,
+    tools: Sequence[Any] | None,
+    *,
+    render: Callable[[list[dict[str, Any]], list[Any] | None], str],
+    text: str,
+    placeholder: str,
+) -> Iterator[Lost]:
+    """Messages whose images are not where they belong; there is at most one, the first."""
+    numbers = [_images_in(message) for message in messages]
+    reached = 0
+    for number, images in enumerate(numbers):
+        reached += images
+        if not images:
+            continue
+        found = text.count(placeholder)
+        if any(numbers[number + 1 :]):
+            try:
+                found = render(list(messages[: number + 1]), list(tools) if tools else None).count(placeholder)
+            except Exception:  # a template may refuse a chat that ends here; then the count of the whole chat decides
+                continue
+        if found < reached:
+            yield Lost("images", f"{found} of the first {reached} images, to message {number}, are in the text")
+            return
+
+
+def _images_in(message: dict[str, Any]) -> int:
+    content = message.get("content")
+    return sum(is_image_part(part) for part in content) if isinstance(content, list) else 0
 
 
 def arguments_stand(arguments: object, text: str) -> bool:

@@ -1,43 +1,41 @@
-"""Makes token sequences from source rows: tokenizes, splits, joins documents, rejects unusable rows.
+"""Makes token sequences from source rows: tokenizes, reads images, masks, rejects unusable rows.
 
 For each row: a `TokenSequence`, several if the row is split, a prompt without targets in mode generate, or a `Reject`
-with a reason. The loss mask over tokens becomes target spans in `storage_schema.rows.spans_from_mask`, the only place
-where anything is shifted.
+with a reason; see `sequences.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from coldstill.pipeline.config import CaptureConfig, SourceConfig
+from coldstill.common.processor import placeholder_id
+from coldstill.pipeline.config import CaptureConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.teachers.checkpoint import end_token_ids, load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import end_token_ids, load_teacher_processor, load_tokenizer
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.rows import spans_from_mask
-from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES
+from coldstill.storage_schema.rows import MediaReference
 
 from .chat_template import ChatTemplate, Fitted
 from .conversation import Conversation, RowUnusable, conversation_of
 from .files import SourceRow
+from .image_parts import column_images, image_columns, texts_of, with_images
+from .image_reader import ImageReader
 from .loss_mask import LossMask
+from .sequences import Document, OverLong, facts_of, joined, prompt, sample_id_of, split
 
 Mode = Literal["score", "generate", "pretrain"]
-OverLong = Literal["reject", "cut", "split"]
 Columns = dict[str, Any]
 _MAX_LOST = 3
 """Maximum number of dropped parts that a reject names."""
-_ROOM_FOR_ID = 64
-"""Bytes that engines and splitting may append to a sample id."""
 
 
 class SequenceMaker:
@@ -56,10 +54,16 @@ class SequenceMaker:
         documents: Literal["isolate", "concat"] = "isolate",
         stops: Iterable[int] = (),
         today: date | None = None,
+        processor: Any | None = None,
+        max_images: int = TeacherConfig.model_fields["max_images"].default,
     ):
-        """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence."""
+        """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence. `processor`: that of a
+        teacher that sees images; `max_images` of a row."""
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
-        self.template = ChatTemplate(tokenizer, source, today=today)
+        self.processor, self._max_images = processor, max_images
+        self.template = ChatTemplate(tokenizer, source, today=today, processor=processor)
+        self._placeholder_id = None if processor is None else placeholder_id(processor)
+        self._images = ImageReader(source)
         self._loss_mask = LossMask(self.template, source.loss_on, stops)
         self._mode, self._documents = mode, documents
         self._layouts: Counter[str] = Counter()
@@ -78,13 +82,21 @@ class SequenceMaker:
 
     @classmethod
     def of(
-        cls, config: CaptureConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, today: date | None = None
+        cls,
+        config: CaptureConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        today: date | None = None,
+        header: DatasetHeader | None = None,
     ) -> SequenceMaker:
-        """The maker of a capture. Raises `TeacherUnusable` for a tokenizer that cannot be loaded.
+        """The maker of a capture. Raises `TeacherUnusable` for a tokenizer that cannot be loaded, and
+        `ProcessorUnusable` for the processor of a teacher that sees images.
 
-        `today`: the date that the dataset's header gives to the chat template.
+        `today`: the date that the chat template gets. `header`: that of a dataset that was started, which has the date,
+        and no processor if an earlier release started it: such a dataset has no images.
         """
         tokenizer = tokenizer or load_tokenizer(config.teacher)
+        has_images = header is None or header.about.processor is not None
         return cls(
             tokenizer,
             source=config.source,
@@ -92,7 +104,9 @@ class SequenceMaker:
             mode=config.mode,
             documents=config.documents,
             stops=end_token_ids(config.teacher, tokenizer),
-            today=today,
+            today=template_date_of(header) if header else today,
+            processor=load_teacher_processor(config.teacher) if has_images else None,
+            max_images=config.teacher.max_images,
         )
 
     @property
@@ -126,7 +140,7 @@ class SequenceMaker:
         none of the first rows.
         """
         if self._mode == "pretrain" and self._documents == "concat":
-            yield from _joined(map(self._document_or_reject, rows), max_length=self.max_length)
+            yield from joined(map(self._document_or_reject, rows), max_length=self.max_length)
             return
         for row in rows:
             try:
@@ -190,9 +204,9 @@ class SequenceMaker:
             yield self._reject(row, unusable)
 
     def _scored(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
-        chat = conversation_of(columns, self.source, answered=True)
+        chat = self._chat(columns, answered=True)
         if chat is None:
-            used: tuple[str, ...] = (self.source.text,)
+            used: tuple[str, ...] = self._text_columns
             token_ids = self._tokens(columns)
             loss_mask = [True] * len(token_ids)
         else:
@@ -201,41 +215,100 @@ class SequenceMaker:
             learned = chat.learned_reasoning(last_turn=self.source.loss_on == "last_turn")
             chat = self._whole(self.template.fitted(chat, learned=learned))
             token_ids, loss_mask = self._loss_mask.ids_and_loss_mask(chat)
-        facts = _facts_of(number, columns, self.source, used=used)
-        yield from _split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
+        positions = self._placeholders(token_ids, chat)
+        for position in positions:  # a teacher predicts text only
+            loss_mask[position] = False
+        facts = facts_of(number, columns, self.source, used=used)
+        if len(token_ids) <= self.max_length or self.over_long != "reject":
+            facts = facts._replace(media=self._media(chat, positions))
+        yield from split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
 
     def _prompted(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
-        chat = conversation_of(columns, self.source, answered=False)
+        chat = self._chat(columns, answered=False)
         if chat is None:
-            used: tuple[str, ...] = (self.source.text,)
+            used: tuple[str, ...] = self._text_columns
             token_ids = self._tokens(columns)
         else:
             self._layouts[chat.layout] += 1
             chat = self._whole(self.template.fitted(chat, prompted=True))
             token_ids, used = self.template.prompt(chat), chat.columns
-        facts = _facts_of(number, columns, self.source, used=used)
-        yield _prompt(facts, token_ids, max_length=self.max_length)
+        positions = self._placeholders(token_ids, chat)
+        facts = facts_of(number, columns, self.source, used=used)
+        if len(token_ids) < self.max_length:
+            facts = facts._replace(media=self._media(chat, positions))
+        yield prompt(facts, token_ids, max_length=self.max_length)
 
     def _isolated(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         facts, token_ids = self._document(number, columns)
         loss_mask = [True] * len(token_ids)
-        yield from _split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
+        yield from split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
 
-    def _document(self, number: int, columns: Columns) -> _Document:
-        facts = _facts_of(number, columns, self.source, used=(self.source.text,))
+    def _document(self, number: int, columns: Columns) -> Document:
+        facts = facts_of(number, columns, self.source, used=self._text_columns)
         token_ids, end = self._tokens(columns), self.tokenizer.eos_token_id
+        self._placeholders(token_ids, None)
         has_end = end is None or token_ids[-1:] == [end]  # some tokenizers append it themselves
-        return _Document(facts, token_ids if has_end else [*token_ids, end])
+        return Document(facts, token_ids if has_end else [*token_ids, end])
 
-    def _document_or_reject(self, row: SourceRow) -> _Document | Reject:
+    def _document_or_reject(self, row: SourceRow) -> Document | Reject:
         try:
             return self._document(row.number, _columns_of(row))
         except RowUnusable as unusable:
             return self._reject(row, unusable)
 
+    # Images
+
+    @cached_property
+    def _text_columns(self) -> tuple[str, ...]:
+        """The columns of a row without a chat that are no metadata."""
+        return (self.source.text, *(image_columns(self.source) if self.processor else ()))
+
+    @cached_property
+    def _image_tokens(self) -> tuple[str, ...]:
+        """The special tokens that stand for images and videos, which no text may hold."""
+        processor = self.processor
+        ids = {self._placeholder_id, *processor.image_token_ids, *processor.video_token_ids} if processor else set()
+        return tuple(str(self.tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(filter(None, ids)))
+
+    def _chat(self, columns: Columns, *, answered: bool) -> Conversation | None:
+        """The chat of a row, with its images if the teacher sees any. Raises `RowUnusable`."""
+        chat = conversation_of(columns, self.source, answered=answered, with_images=self.processor is not None)
+        if chat is None or self.processor is None:
+            return chat
+        chat = with_images(chat, columns, self.source)
+        if len(chat.images) > self._max_images:
+            detail = f"{len(chat.images)} images, at most {self._max_images}"
+            raise RowUnusable(RejectReason.TOO_MANY_IMAGES, detail)
+        for text in texts_of([chat.messages, chat.tools]):
+            self._require_no_image_token(text)
+        return chat
+
+    def _require_no_image_token(self, text: str) -> None:
+        token = next((token for token in self._image_tokens if token in text), None)
+        if token is not None:
+            detail = f"a text holds {token}, which the teacher reads as part of an image"
+            raise RowUnusable(RejectReason.PLACEHOLDERS_DIFFER, detail)
+
+    def _placeholders(self, token_ids: list[int], chat: Conversation | None) -> list[int]:
+        """Indices of the images' placeholders in a row. Raises `RowUnusable` unless there is one for each image."""
+        if self.processor is None:
+            return []
+        positions = [index for index, id_ in enumerate(token_ids) if id_ == self._placeholder_id]
+        images = len(chat.images) if chat else 0
+        if len(positions) != images:
+            detail = f"{len(positions)} placeholders {self.template.placeholder} for {images} images"
+            raise RowUnusable(RejectReason.PLACEHOLDERS_DIFFER, detail)
+        return positions
+
+    def _media(self, chat: Conversation | None, positions: list[int]) -> tuple[MediaReference, ...]:
+        """The images of a row with their content. Raises `RowUnusable`, `StorageFailed`, `ImageHostFailed`."""
+        return self._images.read(chat.images, positions) if chat else ()
+
     def _tokens(self, columns: Columns) -> list[int]:
         """Token ids of a row's text, with the special tokens that the tokenizer adds."""
         text = columns.get(self.source.text)
+        if self.processor is not None and column_images(columns, self.source):
+            raise RowUnusable(RejectReason.BAD_IMAGES, "images are captured in chats only")
         if not isinstance(text, str) or not text:
             pretrain = self._mode == "pretrain"
             names = [self.source.text] if pretrain else [self.source.messages, self.source.prompt]
@@ -245,33 +318,12 @@ class SequenceMaker:
             )
             reason = RejectReason.NO_TEXT if pretrain else RejectReason.NO_MESSAGES
             raise RowUnusable(reason, found)
+        self._require_no_image_token(text)
         return list(self.tokenizer(text)["input_ids"])
 
     def _reject(self, row: SourceRow, why: RowUnusable) -> Reject:
         sample_id = sample_id_of(row.number, row.columns or {}, self.source)
         return Reject(row.number, sample_id, why.reason, why.detail)
-
-
-class _RowFacts(NamedTuple):
-    """What all sequences of a row share."""
-
-    number: int
-    sample_id: str
-    metadata: Mapping[str, Any]
-
-    def reject(self, reason: RejectReason, detail: str, *, sample_id: str = "") -> Reject:
-        """The row, or one of its parts, as a reject."""
-        return Reject(self.number, sample_id or self.sample_id, reason, detail)
-
-
-class _Document(NamedTuple):
-    """A row's text as tokens, with the end-of-sequence token.
-
-    The end token teaches the student where texts end; in joined rows it is the separator.
-    """
-
-    facts: _RowFacts
-    token_ids: list[int]
 
 
 def template_date_of(header: DatasetHeader) -> date | None:
@@ -287,114 +339,3 @@ def _columns_of(row: SourceRow) -> Columns:
     if row.is_dropped:
         raise RowUnusable(RejectReason.ADAPTER_DROPPED, "source.adapter returned nothing for the row")
     return row.columns
-
-
-def sample_id_of(number: int, columns: Mapping[str, Any], source: SourceConfig) -> str:
-    """A row's own id, or one made of its number."""
-    given = columns.get(source.id)
-    if given is None or given == "":
-        return f"row-{number:09d}"
-    return f"{given}#{number}" if source.duplicate_ids == "number" else str(given)
-
-
-def _facts_of(number: int, columns: Mapping[str, Any], source: SourceConfig, *, used: Sequence[str]) -> _RowFacts:
-    """Sample id and metadata of a row: all columns except those that were `used` for its tokens.
-
-    Raises `RowUnusable` if they are larger than a shard may store.
-    """
-    sample_id = sample_id_of(number, columns, source)
-    metadata = {name: _as_json(value) for name, value in columns.items() if name not in (*used, source.id)}
-    size = len(sample_id.encode()) + len(json.dumps(metadata, ensure_ascii=False).encode()) + _ROOM_FOR_ID
-    if size > MAX_METADATA_BYTES:
-        detail = f"{size:,} bytes in other columns than the text, at most {MAX_METADATA_BYTES:,}"
-        raise RowUnusable(RejectReason.METADATA_TOO_LARGE, detail)
-    return _RowFacts(number, sample_id, metadata)
-
-
-def _as_json(value: object) -> object:
-    """Metadata is JSON: values that JSON cannot hold (dates, bytes) become strings."""
-    return json.loads(json.dumps(value, default=str))
-
-
-def _split(
-    facts: _RowFacts, token_ids: Sequence[int], loss_mask: Sequence[bool], *, max_length: int, over_long: OverLong
-) -> Iterator[TokenSequence | Reject]:
-    """The sequence of a row, or its parts `ID~0`, `ID~1`, ..., which end to end are the row."""
-    if len(token_ids) <= max_length or over_long == "cut":
-        yield _part(facts, facts.sample_id, token_ids[:max_length], loss_mask[:max_length])
-    elif over_long == "reject":
-        yield facts.reject(RejectReason.OVER_LONG, f"{len(token_ids)} tokens, at most {max_length}")
-    else:
-        for number, start in enumerate(range(0, len(token_ids), max_length)):
-            part = slice(start, start + max_length)
-            yield _part(facts, f"{facts.sample_id}~{number}", token_ids[part], loss_mask[part])
-
-
-def _part(
-    facts: _RowFacts, sample_id: str, token_ids: Sequence[int], loss_mask: Sequence[bool]
-) -> TokenSequence | Reject:
-    spans = spans_from_mask(loss_mask)
-    if not len(spans):
-        detail = f"none of its {len(token_ids)} tokens is a target"
-        return facts.reject(RejectReason.NO_TARGETS, detail, sample_id=sample_id)
-    return _sequence(facts, sample_id, token_ids, spans)
-
-
-def _prompt(facts: _RowFacts, token_ids: Sequence[int], *, max_length: int) -> TokenSequence | Reject:
-    """A prompt for the teacher to answer."""
-    if not token_ids:
-        return facts.reject(RejectReason.NO_PROMPT, "no token before the answer")
-    if len(token_ids) >= max_length:
-        detail = f"{len(token_ids)} tokens of prompt leave no room below {max_length}"
-        return facts.reject(RejectReason.NO_ROOM, detail)
-    return _sequence(facts, facts.sample_id, token_ids, np.empty((0, 2), np.int32))
-
-
-def _sequence(facts: _RowFacts, sample_id: str, token_ids: Sequence[int], spans: np.ndarray) -> TokenSequence:
-    return TokenSequence(
-        sample_id=sample_id,
-        source_row=facts.number,
-        token_ids=np.array(token_ids, np.int32),
-        target_spans=spans,
-        metadata=facts.metadata,
-    )
-
-
-def _joined(documents: Iterable[_Document | Reject], *, max_length: int) -> Iterator[TokenSequence | Reject]:
-    """Documents end to end, cut into rows of `max_length` tokens; the last row may be shorter. Every token is a target.
-
-    A row is named `ID@TOKEN` after the document in which it begins and the index of the token there. Its metadata is
-    `source_rows`, the documents in it; the documents' own columns are not kept. Rejects are passed through.
-    """
-    row: list[int] = []
-    name, first, rows = "", 0, list[int]()
-    facts = None
-    for document in documents:
-        if isinstance(document, Reject):
-            yield document
-            continue
-        facts, start = document.facts, 0
-        while start < len(document.token_ids):
-            if not row:
-                name, first, rows = f"{facts.sample_id}@{start}", facts.number, []
-            taken = document.token_ids[start : start + max_length - len(row)]
-            row += taken
-            rows.append(facts.number)
-            start += len(taken)
-            if len(row) == max_length:
-                yield _joined_row(name, first, rows, row)
-                row = []
-    if len(row) > 1:
-        yield _joined_row(name, first, rows, row)
-    elif row and facts:
-        yield facts.reject(RejectReason.NO_TARGETS, "one token is left at the end of its unit", sample_id=name)
-
-
-def _joined_row(name: str, first: int, rows: list[int], token_ids: list[int]) -> TokenSequence:
-    return TokenSequence(
-        sample_id=name,
-        source_row=first,
-        token_ids=np.array(token_ids, np.int32),
-        target_spans=np.array([[0, len(token_ids) - 1]], np.int32),
-        metadata={"source_rows": rows},
-    )

@@ -171,7 +171,8 @@ class TurnBorders:
     @cached_property
     def _opening(self) -> list[int]:
         """What the prompt adds after a question."""
-        question, chat = [{"role": "user", "content": _PROBE[0]}], Conversation([], None, ())
+        question = self._template.readable([{"role": "user", "content": _PROBE[0]}])
+        chat = Conversation([], None, ())
         try:
             history, prompt = self.rendered(question, chat), self.rendered(question, chat, prompted=True)
         except RowUnusable:
@@ -221,23 +222,31 @@ class TurnBorders:
                 return index + 1
         if length < len(ids) and ids[length] in self._stops:
             return length + 1  # the next role's token ends the turn, as in GLM-4
-        _, text, rest = self.decoded(ids[start:length]).rpartition(_own_text(message) or "\0")
+        _, text, rest = self.decoded(ids[start:length]).rpartition(self._own_texts(message)[-1] or "\0")
         if text and rest.strip():
             raise self._cannot_mark(f"{excerpt(rest)} after message {turn}, an assistant's, and no end token")
         return length
 
     def _require_own_text(self, message: dict[str, Any], turn: int, ids: list[int]) -> None:
         """All of a turn's text must be among its targets: its beginning may equal the end of a prompt by chance."""
-        own = self.decoded(self._encoded(_own_text(message))).strip()
-        if own not in self.decoded(ids):
-            found = f"message {turn}, an assistant's: targets {excerpt(self.decoded(ids))} without all of its text"
-            raise self._cannot_mark(found)
+        for text in self._own_texts(message):
+            if self.decoded(self._encoded(text)).strip() not in self.decoded(ids):
+                found = f"message {turn}, an assistant's: targets {excerpt(self.decoded(ids))} without all of its text"
+                raise self._cannot_mark(found)
+
+    def _own_texts(self, message: dict[str, Any]) -> list[str]:
+        """The texts of a message without its thinking, which templates remove or move; at least one, maybe empty."""
+        content = message.get("content")
+        parts = content if isinstance(content, list) and self._template.sees_images else [{"text": content}]
+        texts = [str(part["text"]) for part in parts if isinstance(part.get("text"), str)]
+        return [text.rpartition("</think>")[2].strip() for text in texts] or [""]
 
     @cached_property
     def _after_answers(self) -> tuple[list[int], list[int]]:
         """Special tokens between an answer and the next question, and those after the last answer."""
         roles = ("user", "assistant", "user", "assistant")
-        messages = [{"role": role, "content": text} for role, text in zip(roles, _PROBE, strict=True)]
+        probe = [{"role": role, "content": text} for role, text in zip(roles, _PROBE, strict=True)]
+        messages = self._template.readable(probe)
         try:
             text = self._template.render(messages, Conversation(messages, None, ()))
         except RowUnusable:
@@ -286,12 +295,6 @@ def excerpt(text: str) -> str:
     """The beginning of a text, with all characters visible."""
     cut = text[:_EXCERPT]
     return f'"{visible(cut)}{"..." if len(text) > len(cut) else ""}"' if text else "nothing"
-
-
-def _own_text(message: dict[str, Any]) -> str:
-    """The text of a message without its thinking, which templates remove or move."""
-    content = message.get("content")
-    return content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
 
 
 def _without_thinking(text: str) -> list[int]:

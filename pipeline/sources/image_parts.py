@@ -1,0 +1,200 @@
+"""Finds the images of a chat: content parts, `<image>` marks in text, and a column of images beside the messages.
+
+Each image becomes the content part `{type: image}` of its message, without content: that is what chat templates of
+models that see images read. The row has the bytes of an image, or the place to read them from: a path or an address.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.reject_reasons import RejectReason
+
+from .conversation import Conversation, RowUnusable, is_image_part
+
+Content = bytes | str
+"""Bytes of an image, or the place where it is."""
+
+MARK = "<image>"
+"""Stands for an image in the text of chats with a column of images, as in LLaVA's data."""
+IMAGE_PART = {"type": "image"}
+_ONE = "image"
+"""A second name of the column, for rows with one image, where the settings leave the column at its default."""
+_KEYS = ("image", "image_url", "bytes", "base64", "url", "path")
+"""Fields of a part or of an image, in the order in which they are looked at: content before a place."""
+_DATA = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
+
+
+class _Column(NamedTuple):
+    """The images that a row has beside its messages."""
+
+    name: str
+    images: list[Content]
+
+
+def image_columns(source: SourceConfig) -> tuple[str, ...]:
+    """The columns that may hold a row's images."""
+    is_default = source.images == SourceConfig.model_fields["images"].default
+    return (source.images, _ONE) if is_default else (source.images,)
+
+
+def column_images(columns: Mapping[str, Any], source: SourceConfig) -> list[Content]:
+    """The images that a row has beside its text. Raises `RowUnusable`."""
+    return _column(columns, source).images
+
+
+def with_images(chat: Conversation, columns: Mapping[str, Any], source: SourceConfig) -> Conversation:
+    """A chat with its images in order, and `IMAGE_PART` in their places. Raises `RowUnusable`.
+
+    An image part without content, or else a mark, takes the next image of the column.
+    """
+    column = _column(columns, source)
+    messages = chat.messages
+    has_parts = any(is_image_part(part) for message in messages for part in _parts_of(message))
+    if column.images and not has_parts:
+        messages = [_with_marks_as_parts(message) for message in messages]
+    following = iter(column.images)
+    images: list[Content] = []
+    taken = 0
+
+    def of(part: dict[str, Any], what: str) -> Content:
+        nonlocal taken
+        if (content := _content_of(part, what)) is not None:
+            return content
+        if isinstance(part.get("index"), int) and part["index"] != taken:
+            raise _bad(f"{what} has the index {part['index']}, and stands for image {taken} of its column")
+        taken += 1
+        return next(following, "")
+
+    placed = []
+    for number, message in enumerate(messages):
+        parts: list[Any] = []
+        for index, part in enumerate(_parts_of(message)):
+            if is_image_part(part):
+                images.append(of(part, f"image part {index} of message {number}"))
+                parts.append(dict(IMAGE_PART))
+            else:
+                parts.append(_text_part(part))
+        placed.append({**message, "content": parts} if isinstance(message["content"], list) else message)
+    if taken != len(column.images):
+        of_column = f"{len(column.images)} images in column {column.name!r}" if column.images else "no column of images"
+        raise _bad(f"{of_column} for {taken} {'image parts without content' if has_parts else f'marks {MARK}'}")
+    return chat._replace(messages=placed, columns=(*chat.columns, *image_columns(source)), images=tuple(images))
+
+
+def texts_of(value: object) -> Iterator[str]:
+    """All texts in messages or tools, names of fields too, in any order."""
+    waiting = [value]
+    while waiting:  # a stranger's JSON may be nested as deeply as Python's stack
+        each = waiting.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, Mapping):
+            waiting += [*each, *each.values()]
+        elif isinstance(each, list | tuple):
+            waiting += each
+
+
+def _column(columns: Mapping[str, Any], source: SourceConfig) -> _Column:
+    name = next((name for name in image_columns(source) if columns.get(name)), source.images)
+    value = columns.get(name)
+    listed: Sequence[object] = value if isinstance(value, list | tuple) else [value] if value else []
+    images = []
+    for number, each in enumerate(listed):
+        if (content := _content_of(each, f"image {number} of column {name!r}")) is None:
+            raise _bad(f"image {number} of column {name!r} is empty")
+        images.append(content)
+    return _Column(name, images)
+
+
+def _content_of(value: object, what: str, *, depth: int = 0) -> Content | None:
+    """The bytes or the place of an image, from any form that the field uses; None if there is neither."""
+    if value is None or value in ("", b""):
+        return None
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    if isinstance(value, str):
+        return _of_address(value, what)
+    if isinstance(value, Mapping) and depth < 2:
+        for key in _KEYS:
+            inner = value.get(key)
+            if inner is None or inner in ("", b"", {}):
+                continue
+            if key in ("bytes", "base64") and isinstance(inner, str):
+                return _decoded(inner, what) if not inner.startswith("data:") else _of_address(inner, what)
+            return _content_of(inner, what, depth=depth + 1)
+        return None
+    raise _bad(f"{what} is of type {type(value).__name__}, neither a place nor bytes")
+
+
+def _of_address(text: str, what: str) -> Content:
+    """A place as it is; the content of a data URI."""
+    if text[:5].lower() != "data:":
+        return text
+    head = _DATA.match(text)
+    if head is None:
+        raise _bad(f"{what} is a data URI without a comma")
+    rest = text[head.end() :]
+    return _decoded(rest, what) if head[1] else unquote_to_bytes(rest)
+
+
+def _decoded(text: str, what: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _bad(f"{what} is not base64: {error}") from None
+
+
+def _parts_of(message: Mapping[str, Any]) -> list[Any]:
+    content = message["content"]
+    return content if isinstance(content, list) else []
+
+
+def _text_part(part: object) -> object:
+    """A part without the null fields and fields of images that typed columns add: templates look at their names."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        return part
+    kept = {name: value for name, value in part.items() if value is not None and name not in _KEYS}
+    return {"type": "text", **kept} if isinstance(kept.get("text"), str) else kept
+
+
+def _with_marks_as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    texts = content if isinstance(content, list) else [content]
+    if not any(MARK in text for part in texts if (text := _text_of(part)) is not None):
+        return message
+    parts: list[Any] = []
+    for part in texts:
+        text = _text_of(part)
+        parts += [part] if text is None else _split_at_marks(text)
+    return {**message, "content": parts}
+
+
+def _text_of(part: object) -> str | None:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return text if isinstance(text, str) else None
+
+
+def _split_at_marks(text: str) -> Iterator[dict[str, str]]:
+    """Parts of a text with marks. A line end beside a mark belongs to the mark: templates write their own."""
+    pieces = text.split(MARK)
+    for number, piece in enumerate(pieces):
+        if number:
+            yield dict(IMAGE_PART)
+            piece = piece.removeprefix("\n")
+        if number < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece.strip() or len(pieces) == 1:
+            yield {"type": "text", "text": piece}
+
+
+def _bad(detail: str) -> RowUnusable:
+    return RowUnusable(RejectReason.BAD_IMAGES, detail)

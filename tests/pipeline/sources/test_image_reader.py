@@ -1,0 +1,356 @@
+"""Laws of reading images: what may be read and from where, and each refusal by name, without a path of the machine."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from PIL import Image
+
+from coldstill.common import images
+from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import ImageHostFailed
+from coldstill.pipeline.sources import image_reader
+from coldstill.pipeline.sources.conversation import RowUnusable
+from coldstill.pipeline.sources.image_reader import ImageReader
+from tests.vision import image_bytes
+
+RED = image_bytes(1)
+
+
+def _file(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def _reader(path: str = "rows.jsonl", **settings: Any) -> ImageReader:
+    return ImageReader(SourceConfig(path=path, **settings))
+
+
+def _read(content: bytes | str, path: str = "rows.jsonl", **settings: Any) -> bytes:
+    (medium,) = _reader(path, **settings).read([content], [5])
+    assert medium.position == 5
+    assert medium.data is not None
+    return medium.data
+
+
+def _refusal(content: bytes | str, path: str = "rows.jsonl", **settings: Any) -> tuple[str, str]:
+    with pytest.raises(RowUnusable) as caught:
+        _read(content, path, **settings)
+    return str(caught.value.reason), caught.value.detail
+
+
+# Kinds of images
+
+
+def _turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return _file(Image.new("RGB", (4, 2), "red"), "JPEG", exif=exif)
+
+
+KINDS: dict[str, Callable[[], bytes]] = {
+    "EXIF": _turned,
+    "palette": lambda: image_bytes(1, mode="P"),
+    "palette with transparency": lambda: _file(Image.new("P", (4, 4)), "PNG", transparency=0),
+    "alpha": lambda: image_bytes(1, mode="RGBA"),
+    "gray with alpha": lambda: image_bytes(1, mode="LA"),
+    "black and white": lambda: image_bytes(1, mode="1"),
+    "CMYK": lambda: image_bytes(1, mode="CMYK", format="JPEG"),
+    "one pixel": lambda: image_bytes(1, size=(1, 1)),
+    "20,000 pixels wide": lambda: _file(Image.new("L", (20_000, 2)), "PNG"),
+    "WebP": lambda: image_bytes(1, format="WEBP"),
+    "GIF of one frame": lambda: image_bytes(1, mode="P", format="GIF"),
+    "BMP": lambda: image_bytes(1, format="BMP"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_images_of_every_kind_are_stored_as_they_are(kind: Callable[[], bytes]) -> None:
+    data = kind()
+    assert _read(data) == data
+
+
+def _bomb() -> bytes:
+    """A PNG whose header says 60,000 x 60,000 pixels."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def _animated() -> bytes:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    return _file(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+UNUSABLE: dict[str, tuple[Callable[[], bytes], str, str]] = {
+    "16 bits": (lambda: _file(Image.new("I;16", (4, 4)), "PNG"), "image_unsupported", "image 0: mode I;16"),
+    "animated": (_animated, "image_unsupported", "image 0: 2 frames; wanted one"),
+    "truncated": (lambda: image_bytes(1, format="JPEG")[:-200], "image_unreadable", "image 0: OSError: "),
+    "another format": (lambda: _file(Image.new("L", (4, 4)), "TIFF"), "image_unreadable", "image 0: Unidentified"),
+    "no image": (lambda: b"hello", "image_unreadable", "image 0: UnidentifiedImageError: "),
+    "a bomb": (_bomb, "image_too_large", "image 0: "),
+    "too many pixels": (lambda: _file(Image.new("1", (9_000, 8_000)), "PNG"), "image_too_large", "image 0: 9,000 x 8"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason", "detail"), UNUSABLE.values(), ids=list(UNUSABLE))
+def test_images_that_no_model_can_be_shown_are_rejected_by_name(
+    data: Callable[[], bytes], reason: str, detail: str
+) -> None:
+    found = _refusal(data())
+    assert found[0] == reason
+    assert found[1].startswith(detail)
+    assert "0x" not in found[1]
+    assert found == _refusal(data())
+
+
+def test_more_bytes_than_an_image_may_have_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.png").write_bytes(RED)
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_BYTES", len(RED) - 1)
+    assert _refusal("large.png", str(tmp_path / "x.jsonl")) == (
+        "image_too_large",
+        f"image 0: more than {len(RED) - 1:,} bytes",
+    )
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", len(RED) - 1)
+    assert _refusal(RED)[0] == "image_too_large"
+
+
+def test_an_image_that_many_rows_have_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = image_reader.decoded
+    monkeypatch.setattr(image_reader, "decoded", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))  # type: ignore[func-returns-value]
+    reader = _reader()
+    for _ in range(3):
+        reader.read([RED, image_bytes(2)], [0, 1])
+    assert len(calls) == 2
+
+
+# Places
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [
+        ("{}/rows.jsonl", ""),
+        ("{}", ""),
+        ("{}/*.jsonl", ""),
+        ("{}/part-*/rows.jsonl", ""),
+        ("{}/a/b/rows.jsonl", "a/b"),
+    ],
+)
+def test_relative_paths_start_at_the_sources_folder(path: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder / "images").mkdir(parents=True)
+    (tmp_path / folder / "images" / "x.png").write_bytes(RED)
+    assert _read("images/x.png", path.format(tmp_path)) == RED
+
+
+def test_relative_paths_start_at_image_root_if_it_is_set(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(RED)
+    assert _read("x.png", image_root=str(tmp_path)) == RED
+    assert _read("x.png", image_root=f"file://{tmp_path}/") == RED
+
+
+def test_images_of_a_local_dataset_start_at_its_folder_and_those_of_a_hub_dataset_need_a_root(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(RED)
+    assert ImageReader(SourceConfig(dataset=str(tmp_path))).read(["x.png"], [0])[0].data == RED
+    with pytest.raises(RowUnusable, match=r"a relative path; source\.image_root names the folder"):
+        ImageReader(SourceConfig(dataset="some/name")).read(["x.png"], [0])
+
+
+def test_object_stores_are_read(tmp_path: Path) -> None:
+    with fsspec.open("memory://images/a/x.png", "wb") as file:
+        file.write(RED)
+    assert _read("memory://images/a/x.png", image_root="memory://images/b") == RED
+    assert _read("memory://images/a/x.png", "memory://images/rows.jsonl") == RED
+    assert _read("a/x.png", image_root="memory://images") == RED
+    assert _read("x.png", "memory://images/a/rows.jsonl") == RED
+    for place in ("y.png", "a", ""):
+        assert _refusal(f"memory://images/{place}", image_root="memory://images")[0] == "image_not_found"
+
+
+@pytest.mark.parametrize(
+    ("place", "settings"),
+    [
+        ("memory://images/a/x.png", {}),
+        ("memory://images/a/x.png", {"image_root": "memory://image"}),
+        ("memory://images/a/x.png", {"path": "memory://other/rows.jsonl"}),
+        ("s3://private/x.png", {"path": "gs://private/rows.jsonl"}),
+        ("hf://datasets/a/b/x.png", {"path": "hf://datasets/a/bc/rows.jsonl"}),
+        ("hf://datasets/a/b/x.png", {"path": None, "dataset": "a/bc"}),
+    ],
+)
+def test_a_row_cannot_name_a_store_that_the_settings_do_not(place: str, settings: dict[str, Any]) -> None:
+    """Or anybody's row could be answered with the user's own keys, or hold up the capture."""
+    reader = ImageReader(SourceConfig(**{"path": "rows.jsonl", **settings}))
+    with pytest.raises(RowUnusable, match=r"image_not_found.* another store than that of the source"):
+        reader.read([place], [0])
+
+
+def test_the_files_of_a_hub_dataset_are_read_from_its_own_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(image_reader, "_from_store", lambda url, what: asked.append(url) or RED)  # type: ignore[func-returns-value]
+    places = ["hf://datasets/a/b/x.png", "hf://datasets/a/b@main/x.png"]
+    ImageReader(SourceConfig(dataset="a/b")).read(places, [0, 1])
+    ImageReader(SourceConfig(path="hf://datasets/a/b@main/rows.jsonl")).read(places, [0, 1])
+    assert asked == places * 2
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("absent.png", "'absent.png': No such file or directory"),
+        ("folder", "'folder': not a file"),
+        ("pipe", "'pipe': not a file"),
+        ("/dev/zero", "'zero': not a file"),
+        ("x.png/y", "'x.png/y': Not a directory"),
+        ("a" * 300, f"'...{'a' * 120}': File name too long"),
+        ("nul\0byte", "'nul␀byte': not a path"),
+        (
+            "ftp://host/x.png",
+            "'ftp://host/x.png': addresses of this kind are not read; wanted a path, or an address of",
+        ),
+        ("simplecache::http://host/x.png", "'simplecache::http://host/x.png': addresses of this kind are not read"),
+        ("zip://x.png::s3://a/b.zip", "'zip://x.png::s3://a/b.zip': addresses of this kind are not read"),
+        (
+            "https://elsewhere.org/x.png?key=1",
+            "'https://elsewhere.org/x.png': host elsewhere.org is not in source.image_hosts",
+        ),
+        ("http://good.org@elsewhere.org/x", "'http://good.org@elsewhere.org/x': not an address of a host"),
+        ("http://good.org:81/x", "'http://good.org:81/x': host good.org:81 is not in source.image_hosts"),
+        ("http://[bad/x", "'http://[bad/x': not an address"),
+        ("https:x.png", "'https:x.png': not an address of a host"),
+    ],
+)
+def test_places_that_cannot_be_read_are_rejected_without_a_path_of_the_machine(
+    place: str, why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.png").write_bytes(RED)
+    os.mkfifo(tmp_path / "pipe")
+    reason, detail = _refusal(place, str(tmp_path / "rows.jsonl"), image_hosts=("good.org",))
+    assert reason == "image_not_found"
+    assert detail.startswith(f"image 0, {why}")
+    assert str(tmp_path) not in detail
+
+
+@pytest.mark.parametrize("source", [{"path": "memory://a/rows.jsonl"}, {"dataset": "some/name"}])
+def test_rows_of_another_machine_do_not_read_this_ones_files(source: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(RED)
+    (tmp_path / "root").mkdir()
+    reader = ImageReader(SourceConfig(**source, image_root=str(tmp_path / "root")))
+    for place in (
+        str(tmp_path / "x.png"),
+        f"file://{tmp_path}/x.png",
+        f"file:{tmp_path}/x.png",
+        "../x.png",
+        "a/../../x.png",
+    ):
+        with pytest.raises(RowUnusable, match="image_not_found"):
+            reader.read([place], [0])
+    (tmp_path / "root" / "x.png").write_bytes(RED)
+    assert reader.read(["x.png"], [0])[0].data == RED
+
+
+# http
+
+
+class _Server(ThreadingHTTPServer):
+    """Answers by path; `failures` is how often /later fails first."""
+
+    failures = 0
+    asked: list[str] = []
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        status, headers, body = 200, {}, RED
+        if self.path == "/absent.png":
+            status, body = 404, b""
+        elif self.path == "/elsewhere.png":
+            status, headers, body = 302, {"Location": "http://localhost:1/x.png"}, b""
+        elif self.path == "/file.png":
+            status, headers, body = 302, {"Location": "file:///etc/passwd"}, b""
+        elif self.path == "/near.png":
+            status, headers, body = 302, {"Location": "/x.png"}, b""
+        elif self.path == "/later.png" and self.server.failures:
+            self.server.failures -= 1
+            status, body = 503, b""
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
+    monkeypatch.setattr(image_reader, "_PAUSE_S", 0.01)
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _host(server: _Server) -> str:
+    return f"127.0.0.1:{server.server_port}"
+
+
+def test_an_allowed_host_is_read_and_another_is_not_asked(server: _Server) -> None:
+    host = _host(server)
+    assert _read(f"http://{host}/a b/ä.png?x=1#part", image_hosts=(host,)) == RED
+    assert server.asked == ["/a%20b/%C3%A4.png?x=1"]
+    reason, detail = _refusal(f"http://{host}/x.png")
+    assert reason == "image_not_found"
+    assert detail.endswith(f"host {host} is not in source.image_hosts")
+    assert len(server.asked) == 1
+
+
+def test_redirects_are_followed_to_allowed_hosts_only(server: _Server) -> None:
+    host = _host(server)
+    assert _read(f"http://{host}/near.png", image_hosts=(host,)) == RED
+    for place in ("elsewhere", "file"):
+        reason, detail = _refusal(f"http://{host}/{place}.png", image_hosts=(host,))
+        assert reason == "image_not_found"
+        assert detail.endswith("a redirect to a host that is not in source.image_hosts")
+
+
+def test_an_address_without_an_image_rejects_the_row_and_a_host_without_an_answer_fails_the_unit(
+    server: _Server,
+) -> None:
+    host = _host(server)
+    assert _refusal(f"http://{host}/absent.png", image_hosts=(host,))[1].endswith("HTTP status 404")
+    server.failures = 2
+    assert _read(f"http://{host}/later.png", image_hosts=(host,)) == RED
+    server.failures = 3
+    with pytest.raises(ImageHostFailed, match=r"take 127\.0\.0\.1:\d+ out of source\.image_hosts"):
+        _read(f"http://{host}/later.png", image_hosts=(host,))
+
+
+def test_a_download_is_bounded(server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_BYTES", len(RED) - 1)
+    host = _host(server)
+    assert _refusal(f"http://{host}/x.png", image_hosts=(host,))[0] == "image_too_large"
