@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from .arguments import RunLength
-from .checkpoints import whole_checkpoint
+from .checkpoints import load_saved_weights, whole_checkpoint
 from .data.stream import LogitStream, PassingErrors, raising_passed
 from .errors import UnsupportedArgument
 from .interruption import naming_dead_workers, outlive_sigterm
@@ -80,6 +80,7 @@ class TrainingLoop(Trainer):
 
     control: TrainerControl
     length: RunLength
+    _loading: Path
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the weights that evaluation measures; transformers would save those of a schedule-free step."""
@@ -129,7 +130,23 @@ class TrainingLoop(Trainer):
         best = Path(self.args.output_dir, Path(self.state.best_model_checkpoint).name)
         whole_checkpoint(best)
         self.state.best_model_checkpoint = str(best)
+        self._loading = best
         super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._loading = Path(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load the weights by the model's own class if their saved names are others than those in memory.
+
+        transformers saves some families, such as LLaVA, under the names of their first release, and its Trainer would
+        only warn that it loaded none of them.
+        """
+        if load_result.unexpected_keys:
+            load_saved_weights(self.model, self._loading)
+        else:
+            super()._issue_warnings_after_load(load_result)
 
     def _use_averaged_weights(self) -> None:
         """With a schedule-free optimizer, give the model the weights it is used with; the next step undoes it."""
