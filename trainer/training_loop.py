@@ -18,7 +18,10 @@ from .arguments import RunLength
 from .checkpoints import load_saved_weights, whole_checkpoint
 from .data.stream import LogitStream, PassingErrors, raising_passed
 from .errors import UnsupportedArgument
-from .interruption import naming_dead_workers, outlive_sigterm
+from .interruption import naming_dead_workers, outlive_sigterm, worker_died
+
+_ENDING_S = 1.0
+"""Time for a killed process to be seen as ended."""
 
 
 class BatchLoader(DataLoader):
@@ -55,11 +58,23 @@ class BatchLoader(DataLoader):
         batches = super().__iter__()
         try:
             with naming_dead_workers():
-                yield from islice(raising_passed(batches), self._batches)
+                try:
+                    yield from islice(raising_passed(batches), self._batches)
+                except (ConnectionError, EOFError):
+                    # The memory of a batch was fetched from a process that ended meanwhile.
+                    gone = [str(process.pid) for process in getattr(batches, "_workers", ()) if _has_ended(process)]
+                    if not gone:
+                        raise
+                    raise worker_died(", ".join(gone)) from None
         finally:
             # torch would end its processes when the iterator is collected. After an error that is late: the cycle with
             # the traceback has taken down their queues, and each process is waited for in vain, five seconds long.
             getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+def _has_ended(process: Any) -> bool:
+    process.join(_ENDING_S)
+    return not process.is_alive()
 
 
 class OnePass:
