@@ -448,3 +448,24 @@ class Best(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **_) -> None:
         self.at_end = weights_of(model)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "weights": "bfloat16"},
+        {"weights": "bfloat16", "lora": {"r": 4, "merge": True}},
+        {"from_scratch": ""},
+    ],
+    ids=["autocast", "bfloat16", "bfloat16 merged", "from scratch"],
+)
+def test_other_precisions_and_a_student_from_scratch_are_trained_and_load_again(
+    folder: Path, dataset: Path, tmp_path: Path, student: dict[str, Any]
+) -> None:
+    """`train` itself compares the finished student with the trained one, on a row with an image."""
+    if "from_scratch" in student:
+        student = {"model": None, "from_scratch": str(folder)}
+    train(config_of(dataset, folder, tmp_path / "run", student=student, training={"dataloader_workers": 1}))
+    measured = load_measured(str(tmp_path / "run/student"), open_dataset(dataset), role="the student")
+    assert images_of(measured) is not None
