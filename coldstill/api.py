@@ -65,12 +65,14 @@ def evaluate(
     *,
     teacher: str | Path | None = None,
     batch_size: int = 8,
+    rows: Literal["all", "without_images"] = "all",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> EvaluationReport:
     """Measure the model `student` (folder or hub name) on all rows of a sealed dataset.
 
     With `teacher`, that model is loaded too, and divergences over the whole vocabulary are measured in addition to
-    those that the cache gives. `dtype` is the data type of the models' weights.
+    those that the cache gives. `rows`: `without_images` passes over rows that have images. `dtype` is the data type of
+    the models' weights.
 
     Raises `PackagesMissing` and what `coldstill.trainer.evaluation` raises; all of them are `ColdstillError`s.
     """
@@ -87,7 +89,7 @@ def evaluate(
     if teacher is not None:
         resident = load_measured(str(teacher), opened, role="resident teacher", weights=dtype)
     return evaluate_on_dataset(
-        model, str(dataset), teacher=resident, batch_size=batch_size, tokenizers_are_checked=True
+        model, str(dataset), teacher=resident, batch_size=batch_size, rows=rows, tokenizers_are_checked=True
     )
 
 

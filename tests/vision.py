@@ -160,10 +160,86 @@ def llava_model(folder: Path, *, seed: int = 0, context: int = 1024, template: s
 
 
 def image_bytes(seed: int = 0, *, size: tuple[int, int] = (40, 30), mode: str = "RGB", format: str = "PNG") -> bytes:
-    """A file with an image of random colours, `size` in pixels (width, height)."""
+    """A file with an image of random colors, `size` in pixels (width, height)."""
     from PIL import Image
 
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(file, format)
     return file.getvalue()
+
+
+def vision_rows(
+    folder: Path, counts: list[int], *, seed: int = 0, size: tuple[int, int] = (40, 30), top_k: int = 8, draws: int = 4
+) -> list[Any]:
+    """Chats with `counts` images each, in and between the text of the question, and a random teacher on the answers.
+
+    `folder`: a model's, whose tokenizer and template make the ids. Each image is another one, in the row's `data`.
+    """
+    import hashlib
+
+    from transformers import AutoTokenizer
+
+    from coldstill.storage_schema.rows import CachedRow, MediaReference, span_positions, spans_from_mask
+    from tests.making import random_probs, targets_of
+
+    rng, tokenizer, rows = np.random.default_rng(seed), AutoTokenizer.from_pretrained(folder), []
+    placeholder = tokenizer.convert_tokens_to_ids("<image>")
+    for number, count in enumerate(counts):
+        before = "".join("<image>" if image % 2 else f"See {image}: <image>" for image in range(count))
+        answer = f"It is {rng.integers(1000)}." + " Yes." * (number % 4)
+        parts = [f"<s>user:{before} What is {number}?<end_of_utterance><s>assistant:", f"{answer}<end_of_utterance>"]
+        ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+        tokens = np.concatenate(ids).astype(np.int32)
+        spans = spans_from_mask(np.arange(tokens.size) >= len(ids[0]))
+        positions = span_positions(spans)
+        probs = random_probs(rng, positions.size, len(tokenizer))
+        places = np.flatnonzero(tokens == placeholder).tolist()
+        contents = [image_bytes(1000 * seed + 10 * number + image, size=size) for image in range(count)]
+        rows.append(
+            CachedRow(
+                sample_id=f"row-{number}",
+                token_ids=tokens,
+                target_spans=spans,
+                targets=targets_of(probs, tokens[positions + 1], top_k=top_k, draws=draws, seed=number),
+                metadata={},
+                media=tuple(
+                    MediaReference(position=place, type="image/png", sha256=hashlib.sha256(data).hexdigest(), data=data)
+                    for place, data in zip(places, contents, strict=True)
+                ),
+            )
+        )
+    return rows
+
+
+def vision_dataset(
+    root: Path, shards: list[list[Any]], *, tokenizer: Path, in_row_bytes: int = 1 << 30, sees: bool = True
+) -> Path:
+    """A sealed dataset of such rows. Media of more than `in_row_bytes` are files. `sees`: the header says that its
+    teacher saw images."""
+    from dataclasses import replace
+
+    from coldstill.storage_schema.commits import commit_unit
+    from coldstill.storage_schema.header import ProcessorFacts
+    from coldstill.storage_schema.manifest import seal
+    from tests.making import begin_dataset, tiny_header
+
+    placeholder = vision_tokenizer().convert_tokens_to_ids("<image>")
+    facts = ProcessorFacts(name="P", settings_sha256="0" * 64, settings={"image_token_id": placeholder})
+    about = {"license": "CC0-1.0", "processor": facts, "media_in_row_bytes": in_row_bytes} if sees else {}
+    header = tiny_header(tokenizer, max_length=512, about=about)
+    store = begin_dataset(root, header, tokenizer, [len(rows) for rows in shards])
+    for unit, rows in enumerate(shards):
+        stored = []
+        for row in rows:
+            media = []
+            for item in row.media:
+                if len(item.data) > in_row_bytes:
+                    path = f"media/{item.sha256}.png"
+                    store.put(path, item.data)
+                    item = replace(item, path=path, data=None)
+                media.append(item)
+            stored.append(replace(row, media=tuple(media)))
+        commit_unit(store, unit, rows=stored, rejects=[], header=header, environment={})
+    seal(store)
+    return root

@@ -27,9 +27,11 @@ from transformers.utils import logging
 
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.files import write_json
+from coldstill.common.processor import processor_sha256
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
 
 from .checkpoint_files import damage, lacks_training_state
+from .data.images import StudentImages
 from .data.logit_dataset import LogitDataset
 from .errors import CheckpointDamaged, CheckpointMismatch
 from .step_record import StepRecord
@@ -111,8 +113,11 @@ class ResumePoint:
     cursor: dict[str, Any] | None = None
 
 
-def data_order(args: TrainingArguments, dataset: LogitDataset, *, pack_length: int | None) -> dict[str, Any]:
-    """What determines the rows of each optimizer step. A checkpoint stores it, and a resumed run must have the same."""
+def data_order(
+    args: TrainingArguments, dataset: LogitDataset, *, pack_length: int | None, images: StudentImages | None = None
+) -> dict[str, Any]:
+    """What determines the rows of each optimizer step and the patches of their images. A checkpoint stores it, and a
+    resumed run must have the same."""
     return {
         "dataset_ids": list(dataset.dataset_ids),
         "seed": args.seed if args.data_seed is None else args.data_seed,
@@ -120,6 +125,9 @@ def data_order(args: TrainingArguments, dataset: LogitDataset, *, pack_length: i
         "pack_length": pack_length,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "devices": args.world_size,
+        # Only where it differs from what checkpoints of earlier releases did.
+        **({"rows": "without_images"} if dataset.sources.without_images else {}),
+        **({} if images is None else {"processor_sha256": processor_sha256(images.processor)}),
     }
 
 
@@ -181,6 +189,15 @@ def whole_checkpoint(folder: Path) -> Checkpoint:
     if found or state is None:
         raise _damaged(folder, found)
     return Checkpoint(folder, state)
+
+
+def load_saved_weights(model: Any, folder: Path) -> None:
+    """Load the weights that `save_pretrained` of the class of `model` wrote to `folder`. Raises `CheckpointDamaged`."""
+    saved = type(model).from_pretrained(folder, dtype="auto")
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise _damaged(folder, first_line(error)) from error
 
 
 def _damaged(folder: Path, found: str) -> CheckpointDamaged:

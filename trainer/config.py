@@ -37,12 +37,15 @@ class StudentConfig(FrozenModel):
     """The student: which model, in which precision, with or without adapters."""
 
     model: str | None = Field(
-        None, description="Folder or hub name of the student, a causal language model that transformers can load."
+        None,
+        description="Folder or hub name of the student, a causal language model that transformers can load. A model "
+        "that sees images is trained on them if its processor is saved beside it; without one, its text alone is.",
     )
     from_scratch: str | dict[str, Any] | None = Field(
         None,
         description="Start from random weights and the dataset's tokenizer instead of model: a folder or hub name with "
-        "a config.json, or the content of one, such as {model_type: llama, hidden_size: 512}.",
+        "a config.json, or the content of one, such as {model_type: llama, hidden_size: 512}. A student that sees "
+        "images needs a folder with its processor's files too.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the forward pass; bfloat16 is autocast, about twice as fast on a GPU."
@@ -60,7 +63,16 @@ class StudentConfig(FrozenModel):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory for about a third more time."
     )
-    lora: LoraConfig | None = Field(None, description="Train LoRA adapters; null trains all weights.")
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train LoRA adapters; null trains all weights. Of a model that sees images, only the language "
+        "model gets adapters.",
+    )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="Weights that are not trained: vision_tower, projector or language_model for the parts of any "
+        "model that sees images, or a module by its own name, such as model.layers.0 or embed_tokens.",
+    )
 
     @model_validator(mode="after")
     def _one_of_model_and_from_scratch(self) -> StudentConfig:
@@ -68,6 +80,8 @@ class StudentConfig(FrozenModel):
             raise ValueError("set exactly one of model and from_scratch")
         if self.from_scratch is not None and self.lora is not None:
             raise ValueError("lora needs a pretrained model, not from_scratch")
+        if self.lora is not None and self.freeze:
+            raise ValueError("lora trains its adapters alone: remove freeze")
         if isinstance(self.from_scratch, dict) and "model_type" not in self.from_scratch:
             raise ValueError("from_scratch needs a model_type, such as llama")
         return self
@@ -100,13 +114,21 @@ class DataConfig(FrozenModel):
     draws: int | None = Field(
         None, ge=0, description="Draws used per position, counted as the capture counts them; null uses all."
     )
+    rows: Literal["all", "without_images"] = Field(
+        "all",
+        description="without_images passes over rows that have images, for a student that sees none; then all shards "
+        "are read once at the start, to count the others.",
+    )
     cache_dir: str | None = Field(
         None,
-        description="Local folder for copies of remote shards; null is $COLDSTILL_CACHE/shards or "
+        description="Local folder for copies of remote shards and media; null is $COLDSTILL_CACHE/shards or "
         "~/.cache/coldstill/shards.",
     )
     cache_bytes: int = Field(
-        32 << 30, ge=1, description="Most bytes of copies in cache_dir; the least recently used are removed first."
+        32 << 30,
+        ge=1,
+        description="Most bytes of copies in cache_dir, a quarter of them for files of media if there are any; the "
+        "least recently used are removed first.",
     )
 
 

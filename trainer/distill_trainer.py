@@ -32,6 +32,7 @@ from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
 from .step_record import StepRecord, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
+from .student.images import check_dataset_images, image_probe, images_of
 from .student.load import check_attention, check_trainable
 from .student.packing_check import check_packing
 from .student.tokenizer import checked_student
@@ -76,17 +77,20 @@ class DistillTrainer(TrainingLoop):
           object such as `Taid(t_start=0.2)`, also of your own class.
         - `pack_length`: tokens of a pack; None pads each row of a batch to the longest.
         - `fused_head`: compute the head and the loss in chunks; False uses the logits of the model's own forward pass.
-        - `processing_class`: the student's tokenizer, saved with each checkpoint. It is checked against the dataset's,
-          and so is the tokenizer beside the weights of a student given by name. A model object without
+        - `processing_class`: the student's tokenizer or processor, saved with each checkpoint. It is checked against
+          the dataset's, and so is the tokenizer beside the weights of a student given by name. A model object without
           `processing_class` is checked by its `name_or_path`; a warning is logged if there is no tokenizer.
+        - A model that sees images reads them by the processor given, or by the one beside its weights; without one it
+          is trained on text alone.
         - `unsupported`: other parameters of Trainer; the error says what to do instead.
 
         `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
         Trainer.
 
         Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`,
-        `PackingUnsupported`, `WrapperUnsupported`, `UnknownMetric`, what `read_loss` and `build_objective` raise, and
-        `UnsupportedArgument` for arguments that would have no effect or lose state.
+        `PackingUnsupported`, `WrapperUnsupported`, `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`,
+        `ImageTokenMismatch`, what `read_loss` and `build_objective` raise, and `UnsupportedArgument` for arguments that
+        would have no effect or lose state.
         """
         validate_parameters(unsupported)
         args = args or TrainingArguments("trainer_output")
@@ -99,6 +103,11 @@ class DistillTrainer(TrainingLoop):
         header = train_dataset.header
         student, name = checked_student(model, train_dataset, processing_class)
         check_trainable(student, name=name)
+        self.images = images_of(innermost(student))
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, Mapping) else (eval_dataset,)
+        for part in (train_dataset, *evaluated):
+            if part is not None:
+                check_dataset_images(part, self.images, innermost(student), name=name, packs=pack_length is not None)
         self.objective = build_objective(
             self.distillation_loss,
             draws=train_dataset.draws,
@@ -106,7 +115,7 @@ class DistillTrainer(TrainingLoop):
             dense=train_dataset.is_dense,
             draw_logprobs=train_dataset.draw_logprobs,
         )
-        self.order = data_order(args, train_dataset, pack_length=pack_length)
+        self.order = data_order(args, train_dataset, pack_length=pack_length, images=self.images)
         of_all_devices = train_dataset.stream(
             batch_size=args.per_device_train_batch_size, seed=self.order["seed"], pack_length=pack_length
         )
@@ -120,6 +129,9 @@ class DistillTrainer(TrainingLoop):
         )
         self._resumed = ResumePoint()
         self._row: torch.Tensor | None = None
+        if self.images is not None and args.ddp_find_unused_parameters is None:
+            # A batch without images leaves the vision tower of this device without a gradient.
+            args.ddp_find_unused_parameters = True
         super().__init__(
             model=student,
             args=args,
@@ -243,7 +255,7 @@ class DistillTrainer(TrainingLoop):
         # DDP averages gradients over devices; the loss is a sum over them.
         devices = self.accelerator.num_processes if model.training else 1
         outputs = model(
-            **model_inputs(inputs),
+            **model_inputs(inputs, self.model),
             targets=inputs["targets"].to(self.args.device, non_blocking=True),
             objective=self.objective,
             t=1.0 if self.record.schedule is None else self.record.schedule.t,
@@ -334,7 +346,8 @@ class DistillTrainer(TrainingLoop):
             and output_dir is not None
             and _IS_CHECKPOINT(Path(output_dir).name)
         ):
-            TrainedLogits.of(self.model, self._row).write(Path(output_dir))
+            row = (self._row,) if self.images is None else image_probe(self.images, innermost(self.model))
+            TrainedLogits.of(self.model, *row).write(Path(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card `README.md` to the output folder."""
@@ -347,6 +360,7 @@ class DistillTrainer(TrainingLoop):
                 record=self.record.state()["attributes"],
                 steps=self.state.global_step,
                 adapters=innermost(self.model) is not self.model,
+                sees_images=self.images is not None,
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
@@ -380,4 +394,5 @@ class DistillTrainer(TrainingLoop):
             shuffle=epochs is None,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            images=self.images,
         )

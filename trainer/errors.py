@@ -26,7 +26,20 @@ class MoreThanStored(ColdstillError):
 
 
 class RowTooLong(ColdstillError):
-    """A row has more tokens than a pack holds; rows are never split."""
+    """A row has more tokens than a pack holds, or than the student's context with its images expanded; rows are never
+    split."""
+
+
+class StudentSeesNoImages(ColdstillError):
+    """A row has images, and the student reads text alone."""
+
+
+class ImageTokenMismatch(ColdstillError):
+    """The student's configuration and its processor name different tokens for the patches of an image."""
+
+
+class NothingToFreeze(ColdstillError):
+    """No weight of the student has a name that `student.freeze` lists."""
 
 
 class CursorMismatch(ColdstillError):

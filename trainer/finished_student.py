@@ -28,9 +28,10 @@ from .errors import StudentDiffers
 from .losses import read_loss
 from .losses.base import Loss
 from .student.forward import innermost
-from .student.load import check_attention, fit_end_tokens, load_student
+from .student.images import STUDENT_FILES, image_probe, images_of, processor_files
+from .student.load import check_attention, fit_end_tokens
 from .student.lora import merged
-from .student.tokenizer import special_tokens, tokenizer_files, warn_if_unfaithful
+from .student.tokenizer import load_with_images, special_tokens, tokenizer_files, warn_if_unfaithful
 
 MOST_ROWS = 40
 """Most rows of a table. Of longer logs, evenly spaced lines are shown, with the first and the last."""
@@ -61,21 +62,28 @@ _RESUME_ONLY = (
 
 @dataclass(frozen=True)
 class TrainedLogits:
-    """`logits float32 [P, V]` of a model at evenly spaced positions of `tokens int64 [T]`."""
+    """`logits float32 [P, V]` of a model at evenly spaced positions of `tokens int64 [T]`; of a row with an image, at
+    its last positions."""
 
     tokens: torch.Tensor
     logits: torch.Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: torch.nn.Module, tokens: torch.Tensor) -> TrainedLogits:
-        """Those of `model` in evaluation mode, in the precision of its weights."""
-        device = innermost(model).device
+    def of(
+        cls, model: torch.nn.Module, tokens: torch.Tensor, images: Mapping[str, torch.Tensor] | None = None
+    ) -> TrainedLogits:
+        """Those of `model` in evaluation mode, in the precision of its weights. `images`: inputs beside the tokens."""
+        inner = innermost(model)
+        device = inner.device
         inputs = {"input_ids": tokens[None].to(device), "attention_mask": torch.ones_like(tokens)[None].to(device)}
+        for name, value in (images or {}).items():
+            inputs[name] = value.to(device, inner.dtype if value.is_floating_point() else None)
         with evaluation_mode(model):
             # The forward of the class: in training, that of the object is under the autocast of accelerate.
             logits = type(model).forward(model, **inputs, use_cache=False).logits[0]
-        picked = torch.linspace(0, len(logits) - 1, min(MOST_POSITIONS, len(logits))).round().long()
+        first = max(0, len(logits) - MOST_POSITIONS) if images else 0
+        picked = torch.linspace(first, len(logits) - 1, min(MOST_POSITIONS, len(logits))).round().long()
         return cls(tokens.cpu(), logits[picked.to(device)].float().cpu().contiguous())
 
     def write(self, checkpoint: Path) -> None:
@@ -110,21 +118,24 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
         shutil.rmtree(folder, ignore_errors=True)
     lora, written = config.student.lora, [student]
     files = tokenizer_files(config.student, dataset.sources.datasets[0])
+    of_images = processor_files(config.student)
     if lora is not None and lora.merge:
         assert config.student.model is not None
         _copy(chosen.folder, adapter)
-        model = merged(config.student.model, adapter, dtype=getattr(torch, config.student.weights))
+        options = {"images": True} if of_images else {}
+        model = merged(config.student.model, adapter, dtype=getattr(torch, config.student.weights), **options)
         fit_end_tokens(model, special_tokens(files, dataset.header), name=config.student.name)
         model.save_pretrained(student)
         written.append(adapter)
         del model
     else:
         _copy(chosen.folder, student)
+    files |= of_images
     for name, data in files.items():
         for folder in written:
             (folder / name).write_bytes(data)
     warn_if_unfaithful(student)
-    _check_student(config, dataset.header, chosen, written)
+    _check_student(config, dataset.header, chosen, written, files)
     card = model_card(
         student=config.student.model or "",
         headers=[source.header for source in dataset.sources.datasets],
@@ -133,6 +144,7 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
         record=chosen.record,
         steps=chosen.step,
         adapters=lora is not None and not lora.merge,
+        sees_images=bool(of_images),
         recipe=_recipe(config),
     )
     (student / "README.md").write_text(card, encoding="utf-8")
@@ -140,19 +152,28 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
     (output / REPORT_NAME).write_text(run_report(last.state["log_history"]), encoding="utf-8")
 
 
-def _check_student(config: TrainConfig, header: DatasetHeader, chosen: Checkpoint, written: Sequence[Path]) -> None:
+def _check_student(
+    config: TrainConfig,
+    header: DatasetHeader,
+    chosen: Checkpoint,
+    written: Sequence[Path],
+    files: Mapping[str, bytes],
+) -> None:
     """Remove the student and raise `StudentDiffers` unless it gives the trained logits. One model at a time is loaded.
 
-    `written`: the folders of the student and, if they were merged into it, of its adapters.
+    `written`: the folders of the student and, if they were merged into it, of its adapters. `files`: of its tokenizer
+    and processor.
     """
     student, *adapter = written
     trained = TrainedLogits.read(chosen.folder)
     if trained is None:
         row = torch.arange(MOST_TOKENS // 4) % header.token_count
-        trained = TrainedLogits.of(_reloaded(config, adapter[0] if adapter else chosen.folder, header), row)
+        trained = _logits(_reloaded(config, adapter[0] if adapter else chosen.folder, header, files), row)
     model = _reloaded(config, student, header)
-    found = TrainedLogits.of(model, trained.tokens)
-    if found.logits.shape == trained.logits.shape:
+    found = _logits(model, trained.tokens)
+    if not torch.equal(found.tokens, trained.tokens):
+        differs = f"an image that becomes {len(found.tokens)} tokens with its text, not {len(trained.tokens)}"
+    elif found.logits.shape == trained.logits.shape:
         off = found.logits - trained.logits
         if not off.any():
             return
@@ -173,12 +194,25 @@ def _check_student(config: TrainConfig, header: DatasetHeader, chosen: Checkpoin
     )
 
 
-def _reloaded(config: TrainConfig, folder: Path, header: DatasetHeader) -> Any:
+def _reloaded(
+    config: TrainConfig, folder: Path, header: DatasetHeader, files: Mapping[str, bytes] | None = None
+) -> Any:
+    """The student in `folder`; by default its tokenizer and processor are there too."""
     gc.collect()
-    given = config.student.model_copy(update={"model": str(folder), "from_scratch": None, "lora": None})
-    model = load_student(given, header).to("cuda" if torch.cuda.is_available() else "cpu")
+    given = config.student.model_copy(update={"model": str(folder), "from_scratch": None, "lora": None, "freeze": []})
+    if files is None:
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in STUDENT_FILES}
+    model = load_with_images(given, header, files=files).to("cuda" if torch.cuda.is_available() else "cpu")
     check_attention(innermost(model), name=str(folder))
     return model
+
+
+def _logits(model: Any, tokens: torch.Tensor) -> TrainedLogits:
+    """Those of a model that reads text alone at `tokens`; of one that reads images, of a row with an image."""
+    images = images_of(innermost(model))
+    if images is None:
+        return TrainedLogits.of(model, tokens)
+    return TrainedLogits.of(model, *image_probe(images, innermost(model)))
 
 
 @torch.no_grad()
@@ -189,7 +223,7 @@ def _rounding(model: torch.nn.Module, found: TrainedLogits) -> torch.Tensor:
         if weight.is_floating_point():
             up = torch.empty_like(weight, dtype=torch.int8).random_(0, 2, generator=generator)
             weight.add_(weight * (2 * up - 1), alpha=torch.finfo(weight.dtype).eps)
-    return TrainedLogits.of(model, found.tokens).logits - found.logits
+    return _logits(model, found.tokens).logits - found.logits
 
 
 def _mean_size(off: torch.Tensor) -> torch.Tensor:
@@ -220,6 +254,7 @@ def model_card(
     record: Mapping[str, Any],
     steps: int,
     adapters: bool,
+    sees_images: bool = False,
     recipe: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of the student's `README.md`: Markdown with the Hub's metadata.
@@ -231,7 +266,7 @@ def model_card(
     data = ModelCardData(
         library_name="peft" if adapters else "transformers",
         base_model=base if "/" in base else None,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if sees_images else "text-generation",
         tags=["coldstill", "knowledge-distillation", loss.name],
     )
     facts = {

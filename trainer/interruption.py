@@ -56,14 +56,18 @@ def naming_dead_workers() -> Iterator[None]:
     except RuntimeError as error:
         if (found := _WORKER_DIED.search(str(error))) is None:
             raise
-        pids, signal_name = found.groups()
-        raise LoaderWorkerDied(
-            f"the data loader's process {pids}",
-            found=f"ended by {_SIGNALS.get(signal_name, signal_name)}" if signal_name else "gone, as after a SIGKILL",
-            wanted="a process that runs as long as the training",
-            fix=f"{_REMEDIES.get(signal_name or 'Killed', _REMEDIES['Killed'])}. "
-            "Re-run the same command to resume from the newest checkpoint",
-        ) from None
+        raise worker_died(*found.groups()) from None
+
+
+def worker_died(pids: str, signal_name: str | None = None) -> LoaderWorkerDied:
+    """The error for a loader's process, by its id and torch's name of the signal that ended it."""
+    return LoaderWorkerDied(
+        f"the data loader's process {pids}",
+        found=f"ended by {_SIGNALS.get(signal_name, signal_name)}" if signal_name else "gone, as after a SIGKILL",
+        wanted="a process that runs as long as the training",
+        fix=f"{_REMEDIES.get(signal_name or 'Killed', _REMEDIES['Killed'])}. "
+        "Re-run the same command to resume from the newest checkpoint",
+    )
 
 
 class CheckpointOnSignal(TrainerCallback):

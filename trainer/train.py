@@ -111,7 +111,9 @@ def _build(
         train_dataset=dataset,
         loss=config.loss,
         pack_length=config.training.pack_length,
-        eval_dataset=None if config.eval_dataset is None else load_logit_dataset(config.eval_dataset),
+        eval_dataset=None
+        if config.eval_dataset is None
+        else load_logit_dataset(config.eval_dataset, rows=config.data.rows),
         callbacks=[*callbacks, *([] if patience is None else [EarlyStopping(patience)])],
     )
 
@@ -159,11 +161,14 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
 def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
     """Everything that determines the weights. A run resumes from a checkpoint only if their identities are equal."""
     changeable = {"logging_steps", "save_steps", "report_to", "threads", "dataloader_workers", "push_to_hub", "grace_s"}
+    # Runs of earlier releases, which had no such settings, resume.
+    later = {"freeze"} if not config.student.freeze else set()
+    of_data = {"seed", "weights", "top_k", "draws"} | ({"rows"} if config.data.rows != "all" else set())
     return {
         "dataset_ids": list(dataset.dataset_ids),
-        "student": config.student.model_dump(exclude={"gradient_checkpointing"}),
+        "student": config.student.model_dump(exclude={"gradient_checkpointing", *later}),
         "loss": run_identity(config.loss),
-        "data": config.data.model_dump(include={"seed", "weights", "top_k", "draws"}),
+        "data": config.data.model_dump(include=of_data),
         "training": config.training.model_dump(exclude=changeable),
     }
 

@@ -15,10 +15,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from .arguments import RunLength
-from .checkpoints import whole_checkpoint
+from .checkpoints import load_saved_weights, whole_checkpoint
 from .data.stream import LogitStream, PassingErrors, raising_passed
 from .errors import UnsupportedArgument
-from .interruption import naming_dead_workers, outlive_sigterm
+from .interruption import naming_dead_workers, outlive_sigterm, worker_died
+
+_ENDING_S = 1.0
+"""Time for a killed process to be seen as ended."""
 
 
 class BatchLoader(DataLoader):
@@ -55,11 +58,23 @@ class BatchLoader(DataLoader):
         batches = super().__iter__()
         try:
             with naming_dead_workers():
-                yield from islice(raising_passed(batches), self._batches)
+                try:
+                    yield from islice(raising_passed(batches), self._batches)
+                except (ConnectionError, EOFError):
+                    # The memory of a batch was fetched from a process that ended meanwhile.
+                    gone = [str(process.pid) for process in getattr(batches, "_workers", ()) if _has_ended(process)]
+                    if not gone:
+                        raise
+                    raise worker_died(", ".join(gone)) from None
         finally:
             # torch would end its processes when the iterator is collected. After an error that is late: the cycle with
             # the traceback has taken down their queues, and each process is waited for in vain, five seconds long.
             getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+def _has_ended(process: Any) -> bool:
+    process.join(_ENDING_S)
+    return not process.is_alive()
 
 
 class OnePass:
@@ -80,6 +95,7 @@ class TrainingLoop(Trainer):
 
     control: TrainerControl
     length: RunLength
+    _loading: Path
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the weights that evaluation measures; transformers would save those of a schedule-free step."""
@@ -129,7 +145,23 @@ class TrainingLoop(Trainer):
         best = Path(self.args.output_dir, Path(self.state.best_model_checkpoint).name)
         whole_checkpoint(best)
         self.state.best_model_checkpoint = str(best)
+        self._loading = best
         super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._loading = Path(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load the weights by the model's own class if their saved names are others than those in memory.
+
+        transformers saves some families, such as LLaVA, under the names of their first release, and its Trainer would
+        only warn that it loaded none of them.
+        """
+        if load_result.unexpected_keys:
+            load_saved_weights(self.model, self._loading)
+        else:
+            super()._issue_warnings_after_load(load_result)
 
     def _use_averaged_weights(self) -> None:
         """With a schedule-free optimizer, give the model the weights it is used with; the next step undoes it."""

@@ -20,8 +20,8 @@ from rich.text import Text
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.tools.inspect.terminal import percent, style_of
 from coldstill.tools.inspect.token_text import TokenText
-from coldstill.trainer.data.logit_dataset import load_logit_dataset
-from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
+from coldstill.trainer.data.logit_dataset import Rows, load_logit_dataset
+from coldstill.trainer.evaluation.evaluate import batches_of, evaluate_on_dataset
 from coldstill.trainer.evaluation.lm_eval_tasks import evaluate_tasks, require_tasks
 from coldstill.trainer.evaluation.measured_model import Weights, load_measured
 from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
@@ -47,6 +47,7 @@ def evaluate(
     per_token: int = 0,
     records: Path | None = None,
     batch_size: int = 8,
+    dataset_rows: Rows = "all",
     dtype: Weights = "float32",
     as_json: bool = False,
 ) -> None:
@@ -69,9 +70,16 @@ def evaluate(
 
     name = teacher or dataset.header.teacher.name
     found: dict[str, Any] = {"student": student, "dataset_id": dataset.dataset_id, "teacher": name}
-    found |= _metrics(model, resident, root, batch_size)
+    found |= _metrics(model, resident, root, batch_size, dataset_rows)
     if rouge:
-        found["rougeL"] = rouge_l(model, load_tokenizer(student), dataset, rows=rouge, batch_size=batch_size)
+        found["rougeL"] = rouge_l(
+            model,
+            load_tokenizer(student),
+            dataset,
+            rows=rouge,
+            batch_size=batch_size,
+            without_images=dataset_rows == "without_images",
+        )
     if tasks:
         found |= evaluate_tasks(model, load_tokenizer(student), tasks, batch_size=batch_size)
     if as_json:
@@ -80,11 +88,15 @@ def evaluate(
         found.pop("calibration")
         show_result(found, title="evaluation")
     if per_token:
-        _show_tokens(model, resident, dataset, root, rows=per_token, file=records, quiet=as_json)
+        logits = load_logit_dataset(root, rows=dataset_rows)
+        batches = islice(batches_of(logits, model, resident, batch_size=1), per_token)
+        _show_tokens(model, resident, dataset, batches, file=records, quiet=as_json)
 
 
-def _metrics(model: Any, teacher: Any, root: str, batch_size: int) -> dict[str, Any]:
-    report = evaluate_on_dataset(model, root, teacher=teacher, batch_size=batch_size, tokenizers_are_checked=True)
+def _metrics(model: Any, teacher: Any, root: str, batch_size: int, rows: Rows) -> dict[str, Any]:
+    report = evaluate_on_dataset(
+        model, root, teacher=teacher, batch_size=batch_size, rows=rows, tokenizers_are_checked=True
+    )
     if report.cached_teacher_kl is not None and report.cached_teacher_kl > ANOTHER_TEACHER_NATS:
         show_warning(
             f"the resident teacher is not the dataset's teacher: the KL between them is at least "
@@ -95,12 +107,11 @@ def _metrics(model: Any, teacher: Any, root: str, batch_size: int) -> dict[str, 
 
 
 def _show_tokens(
-    model: Any, teacher: Any, dataset: Dataset, root: str, *, rows: int, file: Path | None, quiet: bool
+    model: Any, teacher: Any, dataset: Dataset, batches: Iterable[Any], *, file: Path | None, quiet: bool
 ) -> None:
-    stream = load_logit_dataset(root).stream(batch_size=1, seed=0, epochs=1, shuffle=False)
     found = token_records(
         model,
-        islice(stream, rows),
+        batches,
         token_count=dataset.header.token_count,
         text=TokenText(dataset).label,
         teacher=teacher,

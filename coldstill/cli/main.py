@@ -223,6 +223,9 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Write the rows of --per-token to FILE as JSON lines instead.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = _EVALUATE["batch_size"],
+    rows: Annotated[
+        Literal["all", "without_images"], typer.Option(help="without_images passes over rows that have images.")
+    ] = _EVALUATE["rows"],
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the weights.")] = _EVALUATE[
         "dtype"
     ],
@@ -242,6 +245,7 @@ def evaluate(
         per_token=per_token,
         records=records,
         batch_size=batch_size,
+        dataset_rows=rows,
         dtype=dtype,
         as_json=as_json,
     )

@@ -22,7 +22,10 @@ from .errors import ColdstillError, first_line
 if TYPE_CHECKING:
     from PIL import Image
 
-_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
+_OF_TEXT = (
+    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"),
+    "labels",  # of PaliGemma, for the suffix of a text that is not the row's
+)
 """What a processor returns for the text; the rest belongs to the images."""
 _TORCHVISION = "torchvision"
 _SIZES = (
@@ -137,6 +140,11 @@ class ImageExpander:
         shown = [list(each) for each in images if len(each)]
         if not shown:
             return [Expanded(np.asarray(row, np.int64), np.empty(0, np.int64)) for row in rows], {}
+        tokenizer = self.processor.tokenizer
+        pads = tokenizer.pad_token is not None
+        if not pads:  # as Llama's: any token of text will do, because the ids of this call are not used
+            taken = {self.placeholder_id, *self.processor.image_token_ids}
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(id_ for id_ in range(99) if id_ not in taken))
         try:
             made = self.processor(
                 images=shown,
@@ -146,8 +154,11 @@ class ImageExpander:
                 return_text_replacement_offsets=True,
             )
             replacements = iter([[str(one["replacement"]) for one in row] for row in made["text_replacement_offsets"]])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise self._unusable(first_line(error)) from error
+        finally:
+            if not pads:
+                tokenizer.pad_token = None
         expanded = []
         for row, at, of_row in zip(rows, positions, images, strict=True):
             texts = next(replacements) if len(of_row) else []
@@ -155,6 +166,20 @@ class ImageExpander:
                 raise self._unusable(f"{len(texts)} expansions for {len(of_row)} images at {len(at)} placeholders")
             expanded.append(self._replaced(np.asarray(row, np.int64), at, [self._encoded(text) for text in texts]))
         return expanded, {name: value for name, value in made.items() if name not in _OF_TEXT}
+
+    def check(self, image: Image.Image) -> None:
+        """Raise `ProcessorUnusable` for a processor that writes text of its own beside an image, as PaliGemma's does.
+
+        Special tokens are no such text: a tokenizer may add `<bos>` to any text, and stored ids have it already.
+        """
+        (expanded,), _ = self.expand([np.array([self.placeholder_id])], positions=[np.array([0])], images=[[image]])
+        theirs = [int(id_) for id_ in self.processor(images=[[image]], text=[self._token])["input_ids"][0]]
+        ours, special = expanded.token_ids.tolist(), set(self.processor.tokenizer.all_special_ids)
+        for start in range(len(theirs) - len(ours) + 1):
+            beside = theirs[:start] + theirs[start + len(ours) :]
+            if theirs[start : start + len(ours)] == ours and special.issuperset(beside):
+                return
+        raise self._unusable(f"{len(theirs)} tokens of a text that is an image alone, which becomes {len(ours)}")
 
     def token_types(self, token_ids: np.ndarray) -> np.ndarray:
         """`int64`, of the shape of `token_ids`: 1 where a token is a patch of an image, else 0, as transformers has

@@ -20,27 +20,32 @@ from coldstill.storage_schema.parquet import values_of
 from .reader import ShardFile
 
 _HEAD = struct.Struct("<8sIII")
-_MAGIC = b"CSINDEX1"
+_MAGIC = b"CSINDEX2"
 _FRAME_VALUES = 2 * len(STREAMS)
 
 
 class ShardIndex(NamedTuple):
-    """`group_rows int32 [groups]`; `lengths int32 [rows]`: tokens of each row; `frames uint32 [rows, streams, 2]`:
-    first byte in the file and bytes of each frame, 0 bytes for a stream that the row does not use."""
+    """`group_rows int32 [groups]`; `lengths int32 [rows]`: tokens of each row; `media int32 [rows]`: its media;
+    `frames uint32 [rows, streams, 2]`: first byte in the file and bytes of each frame, 0 bytes for a stream that the
+    row does not use."""
 
     group_rows: np.ndarray
     lengths: np.ndarray
+    media: np.ndarray
     frames: np.ndarray
 
     @classmethod
     def of(cls, file: ShardFile) -> ShardIndex:
         """Read all row groups of a shard, one in memory at a time. Raises `ShardDamaged`."""
         lengths, frames = [np.empty(0, np.int32)], [np.empty((0, len(STREAMS), 2), np.uint32)]
+        media = [np.empty(0, np.int32)]
         for group in range(len(file.group_rows)):
             batch, places = file.batch_and_frames(group)
             lengths.append(np.diff(values_of(batch.column("token_ids").offsets, np.int32)))
+            media.append(np.diff(values_of(batch.column("media").offsets, np.int32)))
             frames.append(places)
-        return cls(np.array(file.group_rows, np.int32), np.concatenate(lengths), np.concatenate(frames))
+        group_rows = np.array(file.group_rows, np.int32)
+        return cls(group_rows, np.concatenate(lengths), np.concatenate(media), np.concatenate(frames))
 
     def to_bytes(self) -> bytes:
         """The index with a checksum. The byte order is the machine's: an index stays on its machine."""
@@ -56,12 +61,13 @@ class ShardIndex(NamedTuple):
         body = memoryview(data)[_HEAD.size :]
         if (magic, found, checksum) != (_MAGIC, rows, zlib.crc32(body)):
             return None
-        if len(body) != 4 * (groups + rows * (1 + _FRAME_VALUES)):
+        if len(body) != 4 * (groups + rows * (2 + _FRAME_VALUES)):
             return None
         group_rows = np.frombuffer(body, np.int32, groups)
         lengths = np.frombuffer(body, np.int32, rows, 4 * groups)
-        frames = np.frombuffer(body, np.uint32, rows * _FRAME_VALUES, 4 * (groups + rows))
-        return cls(group_rows, lengths, frames.reshape(rows, len(STREAMS), 2))
+        media = np.frombuffer(body, np.int32, rows, 4 * (groups + rows))
+        frames = np.frombuffer(body, np.uint32, rows * _FRAME_VALUES, 4 * (groups + 2 * rows))
+        return cls(group_rows, lengths, media, frames.reshape(rows, len(STREAMS), 2))
 
     def rows_of(self, group: int) -> slice:
         """The rows of a row group, counted from the start of the shard."""

@@ -143,5 +143,5 @@ def test_the_commands_defaults_are_those_of_the_functions_they_call() -> None:
     command = inspect.signature(commands.evaluate).parameters
     function = inspect.signature(coldstill.evaluate).parameters
     shared = (command.keys() & function.keys()) - {"student", "dataset"}
-    assert shared == {"teacher", "batch_size", "dtype"}
+    assert shared == {"teacher", "batch_size", "rows", "dtype"}
     assert {name: command[name].default for name in shared} == {name: function[name].default for name in shared}

@@ -1,5 +1,5 @@
 """The program of each of the two processes of `test_ddp.py`; with torchrun:
-`torchrun --nproc_per_node 2 -m tests.trainer.ddp_run DATASET STUDENT OUTPUT`."""
+`torchrun --nproc_per_node 2 -m tests.trainer.ddp_run DATASET STUDENT OUTPUT [images]`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from coldstill import load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLoss
@@ -62,9 +63,22 @@ def sick_row(dataset: Path, student: Path, output: Path) -> str:
     return ""
 
 
+def train_on_images(dataset: Path, student: Path, output: Path, **shape: Any) -> dict[str, torch.Tensor]:
+    """The weights after a run of a student that sees images, with gradient checkpointing."""
+    model = AutoModelForImageTextToText.from_pretrained(student)
+    trainer, _ = build(dataset, model, output, **{**SHAPE, "gradient_checkpointing": True, **shape})
+    trainer.train()
+    return weights_of(trainer.model)
+
+
 def main() -> None:
     """Write the results of this process to OUTPUT."""
-    dataset, student, output = map(Path, sys.argv[1:])
+    dataset, student, output = map(Path, sys.argv[1:4])
+    if sys.argv[4:] == ["images"]:
+        found: dict[str, Any] = train_on_images(dataset, student, output / "images")
+        torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
+        torch.distributed.destroy_process_group()
+        return
     found = {"unbroken": train(dataset, student, output / "unbroken")}
     train(dataset, student, output / "killed", kill=3)
     found["resumed"] = train(dataset, student, output / "killed")

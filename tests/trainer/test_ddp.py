@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from coldstill import load_logit_dataset
-from tests.trainer.ddp_run import train
+from tests import vision
+from tests.trainer.ddp_run import train, train_on_images
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,15 @@ def sealed(_sealed: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(sealed: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run_ranks(sealed, tiny_student, tmp_path_factory.mktemp("ddp"))
+
+
+def run_ranks(dataset: Path, student: Path, output: Path, *arguments: str) -> list[dict]:
     """Results of two gloo processes."""
-    output = tmp_path_factory.mktemp("ddp")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.trainer.ddp_run", str(sealed), str(tiny_student), str(output)]
+    command = [sys.executable, "-m", "tests.trainer.ddp_run", *map(str, (dataset, student, output)), *arguments]
     here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -61,6 +65,21 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(ranks, sealed, tin
     for mine, wanted in zip(first["log"], alone["log"], strict=True):
         for key in ("loss", "bucket_kl", "taid_t", "taid_momentum"):
             assert mine[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-7)
+
+
+def test_two_processes_train_on_images_also_where_one_has_none(tmp_path):
+    """A row with images on one process and one without on the other, and gradient checkpointing."""
+    student = vision.llava_model(tmp_path / "student")
+    rows = vision.vision_rows(student, [0, 1, 2, 0, 1, 0, 0, 1, 0, 1, 0, 0])
+    dataset = vision.vision_dataset(tmp_path / "data", [rows], tokenizer=student)
+    shape = {"per_device_train_batch_size": 1, "save_strategy": "no"}
+    alone = train_on_images(dataset, student, tmp_path / "alone", gradient_accumulation_steps=4, **shape)
+    output = tmp_path / "ddp"
+    output.mkdir()
+    first, second = run_ranks(dataset, student, output, "images")
+    for name, weight in alone.items():
+        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
 
 
 def test_t_is_equal_on_all_ranks(ranks):

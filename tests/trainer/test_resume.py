@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from coldstill import load_logit_dataset
 from coldstill.trainer.checkpoints import ResumePoint
 from coldstill.trainer.errors import CheckpointMismatch
 from tests import making
+from tests.trainer.student.families import tiny_of
 from tests.trainer.training import KillAt, Killed, Seen, build, weights_of
 
 SHAPE = {
@@ -77,6 +79,26 @@ def test_a_run_killed_anywhere_and_twice_in_one_epoch_resumes_exactly(tiny_datas
         for name, weight in weights_of(resumed.model).items():
             torch.testing.assert_close(weight, unbroken.model.state_dict()[name], rtol=0, atol=0)
         shutil.rmtree(output)
+
+
+def test_a_family_whose_weights_are_saved_under_other_names_resumes_exactly(tiny_dataset, tmp_path):
+    """transformers saves the experts of Mixtral one by one and holds them in one tensor; its Trainer only warns."""
+    folder = making.tiny_tokenizer(tmp_path / "model")
+    tiny_of("mixtral").save_pretrained(folder)
+    runs = []
+    for name, kill in (("unbroken", None), ("killed", 2)):
+        for callbacks in ([[KillAt(kill)]] if kill else []) + [[]]:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            trainer, _ = build(tiny_dataset, model, tmp_path / name, callbacks=callbacks, **SHAPE)
+            if callbacks:
+                with pytest.raises(Killed):
+                    trainer.train()
+            else:
+                trainer.train(resume_from_checkpoint=kill is not None)
+        runs.append(weights_of(trainer.model))
+    assert not runs[0].keys() <= load_file(tmp_path / "killed/checkpoint-24/model.safetensors").keys()
+    for name, weight in runs[1].items():
+        assert torch.equal(weight, runs[0][name]), name
 
 
 def test_workers_and_prefetch_change_nothing(tiny_dataset, forgetful, tmp_path):

@@ -8,8 +8,9 @@ from transformers import TrainerCallback
 
 from coldstill import load_logit_dataset
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.trainer.errors import UnsupportedArgument
-from tests.trainer.training import build
+from coldstill.trainer.errors import LoaderWorkerDied, UnsupportedArgument
+from coldstill.trainer.training_loop import BatchLoader
+from tests.trainer.training import arguments, build
 
 
 class Epochs(TrainerCallback):
@@ -79,3 +80,24 @@ def test_loaders_of_an_evaluation_give_every_row_once_and_predict_names_evaluate
     ):
         with pytest.raises(UnsupportedArgument, match=found):
             enter()
+
+
+def test_a_process_that_ends_while_its_batch_is_fetched_is_named(tiny_dataset, tmp_path, monkeypatch):
+    """torch then raises what the socket to it says."""
+    stream = load_logit_dataset(tiny_dataset).stream(batch_size=2, seed=0)
+    loader = BatchLoader(stream, arguments(tmp_path, dataloader_num_workers=1))
+    inner = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+
+    def reset(self):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    def killed(self):
+        for process in self._workers:
+            process.kill()
+        reset(self)
+
+    for fault, error in ((reset, ConnectionResetError), (killed, LoaderWorkerDied)):
+        with monkeypatch.context() as patch:
+            patch.setattr(inner, "_next_data", fault)
+            with pytest.raises(error):
+                next(iter(loader))

@@ -1,8 +1,8 @@
 """Which rows form which batch, with a cursor behind each batch.
 
 A pack is a list of rows that share one sequence; without packing it is a single row. An epoch ends when as many rows
-were taken as the datasets hold. The rows pending then are packed too, so no batch spans two epochs, and the last batch
-of an epoch may be smaller.
+were taken as the datasets hold and training uses. The rows pending then are packed too, so no batch spans two epochs,
+and the last batch of an epoch may be smaller.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ class SamplerCursor(TypedDict):
 
 
 class BatchSampler:
-    """Batches of `batch_size` packs of up to `pack_length` tokens; of single rows if `pack_length` is None."""
+    """Batches of `batch_size` packs of up to `pack_length` tokens; of single rows if `pack_length` is None.
 
-    def __init__(self, reader: RowReader, mixture: Mixture, *, batch_size: int, pack_length: int | None):
+    `rows`: of an epoch.
+    """
+
+    def __init__(self, reader: RowReader, mixture: Mixture, *, rows: int, batch_size: int, pack_length: int | None):
         self._reader, self._mixture, self._batch_size = reader, mixture, batch_size
         self._packer = None if pack_length is None else Packer(pack_length)
-        self._rows_per_epoch = sum(len(dataset) for dataset in reader.datasets)
+        self._rows_per_epoch = rows
         self.epoch = self._batches = 0
 
     def seek(self, cursor: SamplerCursor) -> None:

@@ -14,25 +14,44 @@ import torch
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.targets import SparseTargets, joined
 
+from .images import ReadRow, ReadRows
 from .subsample import with_smaller_top_k
 
 IGNORED = -100
 """Label of a position that is not a target: the value that transformers ignores everywhere."""
 
 
-def collate(rows: Sequence[CachedRow], *, top_k: int | None = None) -> dict[str, Any]:
+def collate(rows: Sequence[CachedRow], *, top_k: int | None = None, read: ReadRows | None = None) -> dict[str, Any]:
     """`B` rows, padded on the right to the longest.
 
-    The batch of `collate_packs`, and `attention_mask int64 [B, T]`: 1 at tokens, 0 at padding.
+    The batch of `collate_packs`, and `attention_mask int64 [B, T]`: 1 at tokens, 0 at padding. With `read`, what a
+    student that sees images reads of `rows`, also `images`, the inputs of the images, `token_types int64 [B, T]`: 1 at
+    patches of images, and `stored_positions int64 [M]`: the position of each target in its stored row.
     """
-    length = max(row.token_ids.size for row in rows)
-    batch = collate_packs([[row] for row in rows], length=length, top_k=top_k)
-    lengths = torch.tensor([row.token_ids.size for row in rows])
-    return {**batch, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+    as_read = _as_stored(rows) if read is None else list(read.rows)
+    length = max(row.token_ids.size for row in as_read)
+    batch = collate_packs([[row] for row in rows], length=length, top_k=top_k, as_read=as_read)
+    lengths = torch.tensor([row.token_ids.size for row in as_read])
+    batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    if read is not None:
+        types = np.zeros((len(rows), length), np.int64)
+        for b, of_row in enumerate(read.types):
+            types[b, : of_row.size] = of_row
+        stored = torch.from_numpy(np.concatenate([row.positions for row in rows]))
+        batch |= {"images": read.images, "token_types": torch.from_numpy(types), "stored_positions": stored}
+    return batch
 
 
-def collate_packs(packs: Sequence[Sequence[CachedRow]], *, length: int, top_k: int | None = None) -> dict[str, Any]:
+def collate_packs(
+    packs: Sequence[Sequence[CachedRow]],
+    *,
+    length: int,
+    top_k: int | None = None,
+    as_read: Sequence[ReadRow] | None = None,
+) -> dict[str, Any]:
     """`B` packs of `T = length` tokens, each the tokens of its rows in order, padded on the right.
+
+    `as_read`: the tokens and target positions of all rows in order, if a student reads others than the stored ones.
 
     - `input_ids`, `position_ids` `int64 [B, T]`. Positions restart at 0 in each row and in the padding: without a mask,
       transformers derives from them which tokens attend to each other (only with `use_cache=False`).
@@ -42,17 +61,19 @@ def collate_packs(packs: Sequence[Sequence[CachedRow]], *, length: int, top_k: i
     - `sample_ids`: a name per row; `target_samples int64 [M]`: the index there of each target's row.
     """
     rows = [row for pack in packs for row in pack]
+    following_row = iter(_as_stored(rows) if as_read is None else as_read)
     ids = np.zeros((len(packs), length), np.int64)
     positions = np.empty_like(ids)
     places, counts = [], []
     ramp = np.arange(length)
     for b, pack in enumerate(packs):
         start = 0
-        for row in pack:
-            stop = start + row.token_ids.size
-            ids[b, start:stop] = row.token_ids
+        for _ in pack:
+            token_ids, of_row = next(following_row)
+            stop = start + token_ids.size
+            ids[b, start:stop] = token_ids
             positions[b, start:stop] = ramp[: stop - start]
-            at = row.positions + start
+            at = of_row + start
             places.append(at)
             counts.append(at.size)
             start = stop
@@ -71,6 +92,10 @@ def collate_packs(packs: Sequence[Sequence[CachedRow]], *, length: int, top_k: i
         "sample_ids": [row.sample_id for row in rows],
         "target_samples": torch.from_numpy(of_sample),
     }
+
+
+def _as_stored(rows: Sequence[CachedRow]) -> list[ReadRow]:
+    return [ReadRow(row.token_ids, row.positions) for row in rows]
 
 
 def _targets(rows: Sequence[CachedRow], top_k: int | None, **places: np.ndarray) -> SparseTargets:

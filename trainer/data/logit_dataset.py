@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import Store
 from coldstill.trainer.errors import InvalidMixture, MoreThanStored, NoTargets, UnsupportedArgument
 
+from .images import StudentImages
+from .media import MediaCache
 from .row_reader import Sources
 from .shard_cache import ShardCache
 from .stream import LogitStream
 from .subsample import with_smaller_top_k
 
 CACHE_BYTES = 32 << 30
+_MEDIA_SHARE = 4
+"""Of `cache_bytes`, the part that copies of media may take, for a remote dataset that has files of media."""
+Rows = Literal["all", "without_images"]
 _SAMPLED_PLACES = 4
 _SAMPLED_ROWS = 8
 """Rows read in each place: several rows of one row group cost as much as one."""
@@ -33,6 +40,7 @@ def load_logit_dataset(
     weights: Sequence[float] | None = None,
     top_k: int | None = None,
     draws: int | None = None,
+    rows: Rows = "all",
     cache_dir: str | Path | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> LogitDataset:
@@ -42,7 +50,8 @@ def load_logit_dataset(
     - `top_k`, `draws`: kept ids and tail draws used per position; by default all. A smaller `top_k` turns the ids it
       cuts into draws of known weight. `draws` counts as the capture does: draws from the full distribution, of which
       those in the tail were kept.
-    - `cache_dir`: folder for copies of remote shards, at most `cache_bytes` together; by default `shards` in
+    - `rows`: `without_images` passes over rows that have images. All shards are read once to count the others.
+    - `cache_dir`: folder for copies of remote shards and media, at most `cache_bytes` together; by default `shards` in
       `$COLDSTILL_CACHE` or `~/.cache/coldstill`.
 
     Raises the errors of `open_dataset`, `NoTargets`, `TokenizerMismatch`, `InvalidMixture`, `MoreThanStored`.
@@ -53,12 +62,25 @@ def load_logit_dataset(
     datasets = [open_dataset(each) for each in paths]
     for dataset in datasets:
         _check(dataset, first=datasets[0], top_k=top_k, draws=draws)
-    shares = [float(len(dataset)) for dataset in datasets] if weights is None else [float(share) for share in weights]
+    default = Path(os.environ.get("COLDSTILL_CACHE") or Path.home() / ".cache" / "coldstill", "shards")
+    folder = default if cache_dir is None else Path(cache_dir)
+    copies_media = any(not each.store.is_local and _media_files(each) for each in datasets)
+    media_bytes = cache_bytes // _MEDIA_SHARE if copies_media else 0
+    sources = Sources(
+        datasets=datasets,
+        weights=[float(len(dataset)) for dataset in datasets],
+        top_k=top_k,
+        draws=draws,
+        cache=ShardCache(folder, most_bytes=cache_bytes - media_bytes),
+        media_cache=MediaCache(folder, most_bytes=media_bytes),
+        without_images=rows == "without_images",
+        rows=sum(len(dataset) for dataset in datasets),
+    )
+    counts = [float(count) for count in _counted(sources)]
+    shares = counts if weights is None else [float(share) for share in weights]
     if len(shares) != len(datasets) or not all(0 < share < float("inf") for share in shares):
         raise InvalidMixture("weights", found=shares, wanted=f"{len(datasets)} finite numbers above 0, one per dataset")
-    default = Path(os.environ.get("COLDSTILL_CACHE") or Path.home() / ".cache" / "coldstill", "shards")
-    cache = ShardCache(default if cache_dir is None else Path(cache_dir), most_bytes=cache_bytes)
-    return LogitDataset(Sources(datasets=datasets, weights=shares, top_k=top_k, draws=draws, cache=cache))
+    return LogitDataset(replace(sources, weights=shares, rows=int(sum(counts))))
 
 
 class LogitDataset:
@@ -106,8 +128,14 @@ class LogitDataset:
 
     @property
     def rows(self) -> int:
-        """Rows of all datasets: the length of an epoch."""
+        """Rows of all datasets that are used: the length of an epoch."""
         return self.sources.rows
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether a header or a manifest says that used rows have images. Only the rows tell for sure."""
+        known = (each.header.about.processor is not None or _media_files(each) for each in self.sources.datasets)
+        return not self.sources.without_images and any(known)
 
     @property
     def targets(self) -> int:
@@ -129,8 +157,12 @@ class LogitDataset:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        images: StudentImages | None = None,
     ) -> LogitStream:
-        """Batches of `batch_size` rows, or of packs of `pack_length` tokens; endless unless `epochs` is given."""
+        """Batches of `batch_size` rows, or of packs of `pack_length` tokens; endless unless `epochs` is given.
+
+        `images`: how the student reads images; without it, rows with images are an error.
+        """
         return LogitStream(
             self.sources,
             batch_size=batch_size,
@@ -140,6 +172,7 @@ class LogitDataset:
             shuffle=shuffle,
             rank=rank,
             world_size=world_size,
+            images=images,
         )
 
     @cached_property
@@ -199,6 +232,35 @@ def require_logit_dataset(dataset: Any, *, name: str) -> None:
             wanted="a dataset with the teacher's log-probs",
             fix="pass load_logit_dataset(PATH) of a dataset that `coldstill capture` wrote",
         )
+
+
+def _media_files(dataset: Dataset) -> bool:
+    return any(file.name.startswith(f"{MEDIA_FOLDER}/") for file in dataset.manifest.files)
+
+
+def _counted(sources: Sources) -> list[int]:
+    """Rows of each dataset that are used. Raises `NoTargets` if a dataset has none."""
+    if not sources.without_images:
+        return [len(dataset) for dataset in sources.datasets]
+    reader, counts = sources.reader(), []
+    try:
+        for number, dataset in enumerate(sources.datasets):
+            count = 0
+            for shard, record in enumerate(dataset.shards):
+                if record.rows:
+                    groups = range(reader.groups(number, shard))
+                    count += sum(reader.numbers(number, shard, group).size for group in groups)
+            if not count:
+                raise NoTargets(
+                    f"dataset {dataset.store.url}",
+                    found=f"{len(dataset)} rows, all with images",
+                    wanted="a row without images, because data.rows is without_images",
+                    fix="leave this dataset out, or train a student that sees images with data.rows: all",
+                )
+            counts.append(count)
+    finally:
+        reader.close()
+    return counts
 
 
 def _check(dataset: Dataset, *, first: Dataset, top_k: int | None, draws: int | None) -> None:

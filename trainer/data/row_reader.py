@@ -24,6 +24,8 @@ from coldstill.storage_schema.shard import ShardFile, ShardIndex
 from coldstill.storage_schema.shard.reader import BatchRows
 from coldstill.storage_schema.store import Store
 
+from .images import Placed
+from .media import MediaCache, MediaReader
 from .prefetch import DaemonExecutor
 from .shard_cache import ShardCache, Stamp, stamp_of
 from .subsample import with_fewer_draws
@@ -53,8 +55,9 @@ class Sources:
     """The datasets of a stream and how much of each is used.
 
     `weights`: the share of the rows that comes from each dataset, of any sum. `top_k`, `draws`: kept ids and draws per
-    position, all if None. `cache`: copies of remote shards. `verified`: per dataset, the stamps of the local shards
-    that were verified.
+    position, all if None. `cache`: copies of remote shards, `media_cache`: of remote media. `without_images`: rows that
+    have media are passed over. `rows`: of an epoch. `verified`: per dataset, the stamps of the local shards that were
+    verified.
     """
 
     datasets: Sequence[Dataset]
@@ -62,19 +65,23 @@ class Sources:
     top_k: int | None
     draws: int | None
     cache: ShardCache
+    media_cache: MediaCache
+    without_images: bool
+    rows: int
     verified: Sequence[dict[int, Stamp]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "verified", tuple({} for _ in self.datasets))
 
-    @property
-    def rows(self) -> int:
-        """Rows of all datasets."""
-        return sum(len(dataset) for dataset in self.datasets)
-
     def reader(self) -> RowReader:
         """A reader for the calling thread. Close it after use."""
-        return RowReader(self.datasets, cache=self.cache, verified=self.verified)
+        return RowReader(
+            self.datasets,
+            cache=self.cache,
+            media_cache=self.media_cache,
+            without_images=self.without_images,
+            verified=self.verified,
+        )
 
     def read(self, reader: RowReader, wanted: Sequence[RowReference], *, seed: int) -> list[CachedRow]:
         """`wanted` rows with a subset of `draws` draws, chosen by `seed`. Raises what `RowReader.rows` raises."""
@@ -91,10 +98,22 @@ class Sources:
 class RowReader:
     """Rows of several datasets, for one thread of one process."""
 
-    def __init__(self, datasets: Sequence[Dataset], *, cache: ShardCache, verified: Sequence[dict[int, Stamp]]):
-        self.datasets = datasets
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        *,
+        cache: ShardCache,
+        media_cache: MediaCache,
+        without_images: bool,
+        verified: Sequence[dict[int, Stamp]],
+    ):
+        self.datasets, self._without_images = datasets, without_images
         self._shards = [
             LocalShards(dataset, cache=cache, verified=known) for dataset, known in zip(datasets, verified, strict=True)
+        ]
+        self._media = [
+            MediaReader(dataset, shards.store, cache=media_cache)
+            for dataset, shards in zip(datasets, self._shards, strict=True)
         ]
         self._groups: LRUCache[tuple[int, int, int], pa.RecordBatch] = LRUCache(_GROUPS_IN_MEMORY * len(datasets))
 
@@ -110,6 +129,20 @@ class RowReader:
         """`int32 [rows]`: tokens of each row of a group. Raises what `rows` raises."""
         index = self._shards[dataset].index(shard)
         return index.lengths[index.rows_of(group)]
+
+    def numbers(self, dataset: int, shard: int, group: int) -> np.ndarray:
+        """`int64 [rows]`: the rows of a group that are used, by their place in it. Raises what `rows` raises."""
+        index = self._shards[dataset].index(shard)
+        if not self._without_images:
+            return np.arange(index.group_rows[group])
+        return np.flatnonzero(index.media[index.rows_of(group)] == 0)
+
+    def placed(self, wanted: Sequence[RowReference], rows: Sequence[CachedRow]) -> list[Placed]:
+        """`rows`, which are those of `wanted`, with the place where their media are."""
+        return [
+            Placed(row, self.datasets[one.dataset].store.url, self._media[one.dataset].content)
+            for one, row in zip(wanted, rows, strict=True)
+        ]
 
     def rows(self, wanted: Sequence[RowReference]) -> list[CachedRow]:
         """The rows of `wanted`, in that order.
@@ -173,9 +206,9 @@ class LocalShards:
 
     def __init__(self, dataset: Dataset, *, cache: ShardCache, verified: dict[int, Stamp]):
         # Clients of remote stores do not survive a fork: each loader worker needs its own.
-        self._store = dataset.store if dataset.store.is_local else Store(dataset.store.url)
+        self.store = dataset.store if dataset.store.is_local else Store(dataset.store.url)
         self._dataset, self._cache, self._verified = dataset, cache, verified
-        self._executor = DaemonExecutor(1 if self._store.is_local else _DOWNLOADS)
+        self._executor = DaemonExecutor(1 if self.store.is_local else _DOWNLOADS)
         self._prefetched: dict[int, Future[ShardIndex]] = {}
         self._indices: LRUCache[int, ShardIndex] = LRUCache(_INDICES_IN_MEMORY)
         self._open: LRUCache[int, OpenShard] = LRUCache(_OPEN_FILES)
@@ -211,7 +244,7 @@ class LocalShards:
             source, stamp = self._opened(shard)
             file = self._parquet(shard, source)
             name = self._dataset.shards[shard].file.name
-            opened = self._open[shard] = OpenShard(source, file, self.index(shard), stamp, f"{self._store.url}/{name}")
+            opened = self._open[shard] = OpenShard(source, file, self.index(shard), stamp, f"{self.store.url}/{name}")
         return opened
 
     def close(self) -> None:
@@ -243,8 +276,8 @@ class LocalShards:
     def _opened(self, shard: int) -> tuple[BinaryIO, Stamp | None]:
         """The file of a shard, verified by this machine."""
         file = self._dataset.shards[shard].file
-        if not self._store.is_local:
-            return self._cache.open(self._store, file), None
-        source, stamp = self._cache.open_verified(self._store, file, known=self._verified.get(shard))
+        if not self.store.is_local:
+            return self._cache.open(self.store, file), None
+        source, stamp = self._cache.open_verified(self.store, file, known=self._verified.get(shard))
         self._verified[shard] = stamp
         return source, stamp

@@ -49,7 +49,7 @@ class ShuffledRows:
         """The next row. Raises what `RowReader.rows` raises."""
         if self._window is None:
             self._window = self._read_window()
-        if self._row == len(self._window):
+        while self._row == len(self._window):  # a window may hold no row that is used
             self._epoch, self._shard, self._group = self._next
             self._row, self._window = 0, self._read_window()
         self._row += 1
@@ -70,11 +70,14 @@ class ShuffledRows:
             if group == inside.size:
                 shard, group = shard + 1, 0
         self._next = (self._epoch, shard, group) if shard < order.size else (self._epoch + 1, 0, 0)
-        rows = [
-            RowReference(self._dataset, number, chosen, row, length)
-            for number, chosen in groups
-            for row, length in enumerate(self._reader.lengths(self._dataset, number, chosen).tolist())
-        ]
+        rows = []
+        for number, chosen in groups:
+            lengths = self._reader.lengths(self._dataset, number, chosen)
+            used = self._reader.numbers(self._dataset, number, chosen)
+            rows += [
+                RowReference(self._dataset, number, chosen, row, length)
+                for row, length in zip(used.tolist(), lengths[used].tolist(), strict=True)
+            ]
         if not self._shuffle:
             return rows
         place = self._epoch << 40 | self._shard << 16 | self._group

@@ -3,7 +3,9 @@
 A DataLoader takes it with `batch_size=None`; each batch is a dict of `collate.py` and a `cursor`.
 
 Batch number b goes to rank b % R, and there to loader worker (b // R) % W, counted from the place of `seek`. Every
-worker enumerates the same rows by their lengths and reads and decodes only those of its own batches.
+worker enumerates the same rows by their lengths and reads and decodes only those of its own batches. Their images are
+decoded there too, so memory for pixels is bounded by the batches in flight: `_PREFETCHED_BATCHES` and the one of the
+step, or torch's `prefetch_factor` (2) for each worker.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from coldstill.common.errors import ColdstillError
-from coldstill.trainer.errors import CursorMismatch
+from coldstill.trainer.errors import CursorMismatch, PackingUnsupported
 
 from .batch_sampler import BatchSampler, Pack
 from .collate import collate, collate_packs
+from .images import RowExpander, StudentImages, require_no_images
 from .packing import packs_of
 from .prefetch import prefetch
 from .row_reader import RowReader, Sources
@@ -77,8 +80,9 @@ class LogitStream(IterableDataset):
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        images: StudentImages | None = None,
     ):
-        self._sources = sources
+        self._sources, self._images = sources, images
         self.batch_size, self.pack_length, self.epochs = batch_size, pack_length, epochs
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world_size = rank, world_size
@@ -105,7 +109,10 @@ class LogitStream(IterableDataset):
         self._cursor = cursor
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises `RowTooLong`, and what `RowReader.rows` raises."""
+        """Raises `RowTooLong`, what `RowReader.rows` raises, and what `RowExpander.expand` raises.
+
+        A row with images raises `StudentSeesNoImages` for a student that sees none, and `PackingUnsupported` in a pack.
+        """
         worker = get_worker_info()
         if worker is None:
             yield from prefetch(self._batches(worker=0, workers=1), depth=_PREFETCHED_BATCHES)
@@ -114,6 +121,7 @@ class LogitStream(IterableDataset):
 
     def _batches(self, *, worker: int, workers: int) -> Generator[dict[str, Any], None, None]:
         reader = self._sources.reader()
+        expander: RowExpander | None = None
         try:
             sampler = self._sampler(reader)
             for number in count():
@@ -121,9 +129,11 @@ class LogitStream(IterableDataset):
                 if not turn:
                     return
                 if number % workers == worker and self.rank < len(turn):
+                    if expander is None and self._images is not None:
+                        expander = RowExpander(self._images)
                     # The keys of a cursor are stored in checkpoints.
                     cursor = {**self._identity(), "walk": sampler.cursor()}
-                    yield {**self._collated(reader, turn[self.rank]), "cursor": cursor}
+                    yield {**self._collated(reader, turn[self.rank], expander), "cursor": cursor}
         finally:
             reader.close()
 
@@ -132,7 +142,9 @@ class LogitStream(IterableDataset):
             ShuffledRows(reader, number, seed=self.seed, shuffle=self.shuffle) for number in range(len(reader.datasets))
         ]
         mixture = Mixture(datasets, weights=self._sources.weights, seed=self.seed)
-        sampler = BatchSampler(reader, mixture, batch_size=self.batch_size, pack_length=self.pack_length)
+        sampler = BatchSampler(
+            reader, mixture, rows=self._sources.rows, batch_size=self.batch_size, pack_length=self.pack_length
+        )
         if self._cursor is not None:
             sampler.seek(self._cursor["walk"])
         return sampler
@@ -144,10 +156,17 @@ class LogitStream(IterableDataset):
             turn.append(sampler.batch())
         return turn
 
-    def _collated(self, reader: RowReader, packs: list[Pack]) -> dict[str, Any]:
-        rows = self._sources.read(reader, [row for pack in packs for row in pack], seed=self.seed)
+    def _collated(self, reader: RowReader, packs: list[Pack], expander: RowExpander | None) -> dict[str, Any]:
+        wanted = [row for pack in packs for row in pack]
+        rows = self._sources.read(reader, wanted, seed=self.seed)
+        if expander is None:
+            require_no_images(reader.placed(wanted, rows))
         if self.pack_length is None:
-            return collate(rows, top_k=self._sources.top_k)
+            read = None if expander is None else expander.expand(reader.placed(wanted, rows))
+            return collate(rows, top_k=self._sources.top_k, read=read)
+        for row in rows:
+            if row.media:
+                raise packing_of_images(f"row {row.sample_id!r}", f"{len(row.media)} images")
         following = iter(rows)
         packed = [[next(following) for _ in pack] for pack in packs]
         return collate_packs(packed, length=self.pack_length, top_k=self._sources.top_k)
@@ -158,7 +177,8 @@ class LogitStream(IterableDataset):
         try:
             for number, (dataset, weight) in enumerate(zip(reader.datasets, self._sources.weights, strict=True)):
                 sample = [min(length, pack_length) for length in islice(_lengths(reader, number), _SAMPLED_LENGTHS)]
-                tokens_of_row = dataset.manifest.tokens / len(dataset)
+                of_all = dataset.manifest.tokens / len(dataset)
+                tokens_of_row = sum(sample) / len(sample) if self._sources.without_images else of_all
                 rows = self._sources.rows * weight / sum(self._sources.weights)
                 packs += rows * tokens_of_row / sum(sample) * packs_of(sample, pack_length)
         finally:
@@ -174,22 +194,34 @@ class LogitStream(IterableDataset):
             "seed": self.seed,
             "shuffle": self.shuffle,
             "pack_length": self.pack_length,
+            **({"rows": "without_images"} if self._sources.without_images else {}),
         }
 
     def _check(self, cursor: dict[str, Any]) -> None:
-        for name, wanted in self._identity().items():
-            if cursor.get(name) != wanted:
+        identity = self._identity()
+        for name in dict.fromkeys((*identity, "rows")):
+            if cursor.get(name) != identity.get(name):
                 raise CursorMismatch(
                     f"cursor: {name}",
                     found=cursor.get(name),
-                    wanted=wanted,
+                    wanted=identity.get(name),
                     fix="resume with the datasets and settings of the interrupted run, or start a new run",
                 )
 
 
+def packing_of_images(what: str, found: str) -> PackingUnsupported:
+    """The error for rows with images where rows are packed."""
+    return PackingUnsupported(
+        f"packing of {what}",
+        found=found,
+        wanted="rows of text: a family may place the patches of an image by the tokens of a whole sequence",
+        fix="set pack_length to null, or data.rows to without_images",
+    )
+
+
 def _lengths(reader: RowReader, dataset: int) -> Iterator[int]:
-    """Tokens of the rows of a dataset in stored order."""
+    """Tokens of the rows of a dataset that are used, in stored order."""
     for shard, record in enumerate(reader.datasets[dataset].shards):
         if record.rows:
             for group in range(reader.groups(dataset, shard)):
-                yield from reader.lengths(dataset, shard, group).tolist()
+                yield from reader.lengths(dataset, shard, group)[reader.numbers(dataset, shard, group)].tolist()

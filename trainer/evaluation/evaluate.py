@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from coldstill.common.visible import visible
-from coldstill.trainer.data.logit_dataset import load_logit_dataset
+from coldstill.trainer.data.logit_dataset import LogitDataset, Rows, load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets, TeacherSawAnotherPrompt
 from coldstill.trainer.student.forward import innermost
+from coldstill.trainer.student.images import images_of
 from coldstill.trainer.student.tokenizer import check_model_tokenizer
 
 from .figures import Figures, cache_figures, dense_figures, draws_per_position
@@ -26,6 +27,8 @@ from .report import EvaluationReport, EvaluationSums
 
 CHUNK_BYTES = 128 << 20
 """Size of one float32 array `[positions, V]`. Measured: about two exist at once, eleven with a resident teacher."""
+OF_TEACHER = "of_teacher"
+"""Key of a batch: the same rows as the resident teacher reads them, if it reads images in another way."""
 
 
 def evaluate_student(
@@ -69,16 +72,20 @@ def evaluate_on_dataset(
     *,
     teacher: Any = None,
     batch_size: int = 8,
+    rows: Rows = "all",
     tokenizers_are_checked: bool = False,
 ) -> EvaluationReport:
     """Run `evaluate_student` on all rows of the sealed dataset at this path or URL, with a progress bar.
+
+    `rows`: `without_images` passes over rows that have images. Models that see images are shown them, each by its own
+    processor (`images_of`).
 
     `tokenizers_are_checked`: both models are of `load_measured`; else the tokenizers beside their weights are checked.
 
     Raises `TokenizerMismatch`, `NoTargets`, `NonFiniteLogits`, `TeacherSawAnotherPrompt`, and what `load_logit_dataset`
     raises.
     """
-    logits = load_logit_dataset(str(dataset))
+    logits = load_logit_dataset(str(dataset), rows=rows)
     if teacher is not None and (prompt := logits.header.teacher_prompt):
         raise TeacherSawAnotherPrompt(
             f"{dataset}: teacher_prompt",
@@ -90,14 +97,30 @@ def evaluate_on_dataset(
         for role, given in (("the student", model), ("the resident teacher", teacher)):
             if given is not None:
                 check_model_tokenizer(innermost(given), logits.sources.datasets[0], name=role)
-    stream = logits.stream(batch_size=batch_size, seed=0, epochs=1, shuffle=False)
+    total = logits.stream(batch_size=batch_size, seed=0).batches_per_epoch
+    batches = batches_of(logits, model, teacher, batch_size=batch_size)
     return evaluate_student(
         model,
-        tqdm(stream, desc="evaluating", unit="batch", total=stream.batches_per_epoch, disable=None),
+        tqdm(batches, desc="evaluating", unit="batch", total=total, disable=None),
         token_count=logits.header.token_count,
         draws=draws_per_position(logits),
         teacher=teacher,
     )
+
+
+def batches_of(dataset: LogitDataset, model: Any, teacher: Any = None, *, batch_size: int) -> Iterator[dict[str, Any]]:
+    """All rows of `dataset` in stored order, as `model` and a resident `teacher` read them. Raises what a `LogitStream`
+    raises."""
+    read = [images_of(innermost(each)) for each in (model, teacher) if each is not None]
+    streams = [
+        dataset.stream(batch_size=batch_size, seed=0, epochs=1, shuffle=False, images=images)
+        for images in (read if any(read) else [None])
+    ]
+    if len(streams) == 1:
+        yield from streams[0]
+        return
+    for batch, of_teacher in zip(*streams, strict=True):
+        yield {**batch, OF_TEACHER: of_teacher}
 
 
 def batch_figures(
@@ -116,7 +139,8 @@ def batch_figures(
     if targets.count == 0:
         return
     of_student = student.read(batch, targets)
-    of_teacher = None if teacher is None else teacher.read(batch, targets)
+    as_taught = batch.get(OF_TEACHER, batch)
+    of_teacher = None if teacher is None else teacher.read(as_taught, as_taught["targets"])
     size = max(1, chunk_bytes // (4 * student.token_count))
     for start in range(0, targets.count, size):
         part, logits = targets.part(start, start + size), of_student(start, start + size)

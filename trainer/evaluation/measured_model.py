@@ -16,9 +16,9 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.student.forward import before_head, find_head, innermost
-from coldstill.trainer.student.load import check_attention, load_student
-from coldstill.trainer.student.tokenizer import check_tokenizer, tokenizer_files
+from coldstill.trainer.student.forward import before_head, find_head, innermost, model_inputs
+from coldstill.trainer.student.load import check_attention
+from coldstill.trainer.student.tokenizer import check_tokenizer, load_with_images, tokenizer_files
 from coldstill.trainer.student.wrapper import find_wrapping, without_parallel
 from coldstill.trainer.targets import SparseTargets
 
@@ -26,22 +26,21 @@ Weights = Literal["float32", "bfloat16"]
 LogitsOfPart = Callable[[int, int], torch.Tensor]
 """`(start, stop) -> [stop - start, V]` logits in the dtype of the model's own. Read-only."""
 
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
 
 def load_measured(name: str, dataset: Dataset, *, role: str, weights: Weights = "float32") -> Any:
-    """Load the causal language model in the folder or of the hub name `name`, on the GPU if there is one.
+    """Load the causal language model in the folder or of the hub name `name`, on the GPU if there is one. One that sees
+    images and has its processor beside it is measured with them: `images_of` returns how it reads them.
 
     Its tokenizer and its head must fit `dataset`. The same holds for a resident teacher: its ids must mean what the
     dataset's ids mean. Errors name the model's `role`.
 
-    Raises what `tokenizer_files`, `check_tokenizer` and `load_student` of `trainer.student` raise.
+    Raises what `tokenizer_files`, `check_tokenizer` and `load_with_images` of `trainer.student` raise.
     """
     config = StudentConfig(model=name, weights=weights)
     try:
         files = tokenizer_files(config, dataset)
         check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=name)
-        model = load_student(config, dataset.header)
+        model = load_with_images(config, dataset.header, files=files)
     except ColdstillError as error:
         raise error.at(role) from error
     model = model.eval().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -84,7 +83,7 @@ class LogitReader:
 
     def read(self, batch: Mapping[str, Any], targets: SparseTargets) -> LogitsOfPart:
         """Run the forward pass of `batch`; the result gives the logits at `targets`, which may be on any device."""
-        inputs = {name: batch[name].to(self.device) for name in _MODEL_INPUTS if name in batch}
+        inputs = {name: value.to(self.device) for name, value in model_inputs(batch, self._model).items()}
         row, position = targets.row.to(self.device), targets.position.to(self.device)
         if self._formula is None:
             found = self._whole(**inputs, use_cache=False).logits

@@ -19,7 +19,7 @@ from pydantic import Field
 from coldstill.common.models import FrozenModel
 from coldstill.common.visible import visible
 
-from .evaluate import sample_names
+from .evaluate import OF_TEACHER, sample_names
 from .figures import Figures, by_probability, cache_figures, dense_figures
 from .measured_model import LogitReader, measuring
 
@@ -90,9 +90,12 @@ def _records(
 ) -> Iterator[TokenRecord]:
     targets = batch["targets"].to(student.device)
     names = sample_names(batch)
-    positions = batch["position_ids"][batch["targets"].row, batch["targets"].position].tolist()
+    places = batch["targets"].row, batch["targets"].position
+    stored = batch["stored_positions"] if "stored_positions" in batch else batch["position_ids"][places]
+    positions = stored.tolist()
     of_student = student.read(batch, targets)
-    of_teacher = None if teacher is None else teacher.read(batch, targets)
+    as_taught = batch.get(OF_TEACHER, batch)
+    of_teacher = None if teacher is None else teacher.read(as_taught, as_taught["targets"])
     for start in range(0, targets.count, _POSITIONS_AT_ONCE):
         stop = start + _POSITIONS_AT_ONCE
         part, logits = targets.part(start, stop), of_student(start, stop)

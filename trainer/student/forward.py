@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from coldstill.common.attention import evaluation_mode
 from coldstill.common.errors import first_line
+from coldstill.common.processor import type_input_of
 from coldstill.trainer.errors import ExtraLossUnsupported
 from coldstill.trainer.loss_kernels.fused_head import Head, Objective, loss_on_hidden, loss_on_logits
 from coldstill.trainer.targets import SparseTargets
@@ -89,14 +90,24 @@ def distill_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool 
     return state
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The arguments of a student's forward pass: token ids, and what separates the rows.
+def model_inputs(batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """The arguments of a student's forward pass: token ids, what separates the rows, and the inputs of images.
 
     Padded rows need only the mask, so they also work with models that accept no `position_ids`. Packed rows are
     separated by their positions and have no mask.
+
+    `model`: needed for a batch of a student that reads images. Pixels get the dtype of its weights. It is also told
+    which tokens are patches, if its class takes that.
     """
     separator = "attention_mask" if "attention_mask" in batch else "position_ids"
-    return {"input_ids": batch["input_ids"], separator: batch[separator]}
+    inputs = {"input_ids": batch["input_ids"], separator: batch[separator]}
+    if "token_types" in batch and model is not None:
+        inner = innermost(model)
+        for name, value in batch["images"].items():
+            inputs[name] = value.to(inner.dtype) if value.is_floating_point() else value
+        if (types := type_input_of(type(inner).forward)) is not None:
+            inputs[types] = batch["token_types"]
+    return inputs
 
 
 def innermost(model: torch.nn.Module) -> PreTrainedModel:

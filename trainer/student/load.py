@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
@@ -23,7 +23,8 @@ from coldstill.trainer.errors import (
     StudentNotFound,
 )
 
-from .lora import is_adapter, load_adapted, unsaved_weights, with_adapters
+from .freezing import freeze
+from .lora import auto_class, is_adapter, load_adapted, unsaved_weights, with_adapters
 
 logger = logging.get_logger(__name__)
 
@@ -55,27 +56,37 @@ class SpecialTokens:
 
 
 def load_student(
-    config: StudentConfig, header: DatasetHeader, special: SpecialTokens | None = None
+    config: StudentConfig,
+    header: DatasetHeader,
+    special: SpecialTokens | None = None,
+    *,
+    image_token: int | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The student of `config`, with adapters if `config.lora` is set or `config.model` holds some.
+
+    `image_token`: the id of an image's patches in the tokenizer, for a student that reads images; None loads a student
+    of text alone.
 
     Random weights (`from_scratch`, a missing head, adapters) come from torch's global generator: seed it first.
 
     `special`: the tokens of the tokenizer that is saved beside the student, which its configuration then names.
 
-    Raises `StudentNotFound`, `StudentHeadTooSmall`, `AdapterMisfit`, `SpecialTokenInvalid`.
+    Raises `StudentNotFound`, `StudentHeadTooSmall`, `AdapterMisfit`, `SpecialTokenInvalid`, `NothingToFreeze`.
     """
+    images = image_token is not None
     options = {"dtype": getattr(torch, config.weights), "trust_remote_code": False}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     model: Any
     try:
         if config.model is not None and is_adapter(config.model):
-            model = load_adapted(config.model, **options)
+            model = load_adapted(config.model, images=images, **options)
         elif config.model is not None:
-            model = AutoModelForCausalLM.from_pretrained(config.model, **options)
+            model = auto_class(images=images).from_pretrained(config.model, **options)
         else:
-            model = AutoModelForCausalLM.from_config(_configuration(config, header, special), **options)
+            model = auto_class(images=images).from_config(
+                _configuration(config, header, special, image_token), **options
+            )
     except (OSError, ValueError, ImportError, AttributeError, StrictDataclassError) as error:
         raise student_not_found(config.name, error) from error
     check_head(model, header, name=config.name)
@@ -85,6 +96,8 @@ def load_student(
         model.get_input_embeddings().padding_idx = None
     if special is not None:
         fit_end_tokens(model, special, name=config.name, from_scratch=config.from_scratch is not None)
+    if config.freeze:
+        freeze(model.get_base_model() if isinstance(model, PeftModel) else model, config.freeze, student=config.name)
     if config.lora is None:
         return model
     if isinstance(model, PeftModel):
@@ -120,7 +133,8 @@ def check_trainable(model: torch.nn.Module, *, name: str) -> None:
             f"weights of the student {name}",
             found="all are frozen",
             wanted="at least one weight with requires_grad",
-            fix="load adapters with PeftModel.from_pretrained(..., is_trainable=True), or add new ones to a base model",
+            fix="leave a part out of student.freeze; load adapters with PeftModel.from_pretrained(..., "
+            "is_trainable=True), or add new ones to a base model",
         )
     if unsaved := unsaved_weights(model):
         raise AdapterMisfit(
@@ -202,7 +216,9 @@ def fit_end_tokens(model: Any, special: SpecialTokens, *, name: str, from_scratc
             )
 
 
-def _configuration(config: StudentConfig, header: DatasetHeader, special: SpecialTokens | None) -> PretrainedConfig:
+def _configuration(
+    config: StudentConfig, header: DatasetHeader, special: SpecialTokens | None, image_token: int | None
+) -> PretrainedConfig:
     """Configuration of a student from scratch. By default its head has one row per id of the tokenizer.
 
     Its special tokens are those of `special`, or those that `from_scratch` itself sets. The defaults of a class and the
@@ -231,6 +247,9 @@ def _configuration(config: StudentConfig, header: DatasetHeader, special: Specia
     for part in (found, found.get_text_config(decoder=True)):
         for kind, value in ids.items():
             setattr(part, kind, value)
+    for name in ("image_token_id", "image_token_index"):
+        if image_token is not None and getattr(found, name, None) is not None:
+            setattr(found, name, image_token)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from coldstill.common.errors import first_line
@@ -21,7 +21,7 @@ from coldstill.trainer.errors import AdapterMisfit
 def with_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """`model` frozen, with trainable float32 adapters, whatever the dtype of the frozen weights.
 
-    Only the language model gets adapters: training has no images or sound, so adapters elsewhere would learn nothing.
+    Only the language model gets adapters. What it is shown of images or sound stays as it was pretrained.
 
     Raises `AdapterMisfit` if no layer has a name in `target_modules`.
     """
@@ -58,7 +58,12 @@ def is_adapter(name: str) -> bool:
     return find_adapter_config_file(name) is not None
 
 
-def load_adapted(name: str, **options: Any) -> PeftModel:
+def auto_class(*, images: bool) -> Any:
+    """The class of transformers that loads a student, one that reads `images` or one of text alone."""
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def load_adapted(name: str, *, images: bool = False, **options: Any) -> PeftModel:
     """The adapters in the folder or of the hub name `name` on their base model, trainable where peft supports it.
 
     By peft: the loader of transformers refuses prompt learning, and replaces DoRA's magnitudes by fresh ones.
@@ -66,7 +71,7 @@ def load_adapted(name: str, **options: Any) -> PeftModel:
     config = PeftConfig.from_pretrained(name)
     if not config.base_model_name_or_path:
         raise ValueError(f"adapter_config.json of {name} names no base model")
-    model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **options)
+    model = auto_class(images=images).from_pretrained(config.base_model_name_or_path, **options)
     adapted = PeftModel.from_pretrained(model, name, is_trainable=not config.is_prompt_learning)
     # peft leaves the base model trainable where it loads a prompt for inference.
     return adapted.requires_grad_(False) if config.is_prompt_learning else adapted
@@ -84,12 +89,12 @@ def unsaved_weights(model: torch.nn.Module) -> list[str]:
     return [name for name, weight in trained if weight.data_ptr() not in saved]
 
 
-def merged(base: str, adapter: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+def merged(base: str, adapter: Path, *, dtype: torch.dtype, images: bool = False) -> PreTrainedModel:
     """The model `base` in `dtype`, with the adapters in the folder `adapter` added to its weights.
 
     A weight with an adapter that another layer shares is untied first: that layer has no such adapter.
     """
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), str(adapter))
+    model = PeftModel.from_pretrained(auto_class(images=images).from_pretrained(base, dtype=dtype), str(adapter))
     _untie(model)
     plain: PreTrainedModel = model.merge_and_unload()
     return plain

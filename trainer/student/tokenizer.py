@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -29,6 +28,7 @@ from coldstill.trainer.data.logit_dataset import LogitDataset, check_same_ids
 from coldstill.trainer.errors import StudentNotFound
 
 from .forward import innermost
+from .images import PROCESSOR_FILES, images_of, load_images, model_folder, processor_files, set_images
 from .load import SpecialTokens, check_head, load_student, student_not_found
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def tokenizer_files(student: StudentConfig, dataset: Dataset) -> dict[str, bytes
     if student.model is None:
         files = dataset.tokenizer_files()
     else:
-        folder = _folder(student.model)
+        folder = model_folder(student.model)
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     if TOKENIZER_FILE not in files:
         raise TokenizerNotFound(
@@ -81,11 +81,13 @@ def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) 
 
 
 def check_processing_class(tokenizer: Any, dataset: Dataset, *, name: str) -> None:
-    """Apply the rule of `check_tokenizer` to a tokenizer of transformers.
+    """Apply the rule of `check_tokenizer` to a tokenizer of transformers, or to that of a processor.
 
     A slow tokenizer has no `tokenizer.json`: each of its ids must be the same token as in the dataset's tokenizer.
     Raises `TokenizerMismatch`, and `TokenizerNotFound` for an object without a vocabulary.
     """
+    if hasattr(tokenizer, "image_processor"):
+        tokenizer = tokenizer.tokenizer
     if not hasattr(tokenizer, "get_vocab"):
         raise TokenizerNotFound(
             f"processing_class of the student {name}",
@@ -117,7 +119,7 @@ def check_model_tokenizer(model: Any, dataset: Dataset, *, name: str) -> None:
     """
     source = getattr(getattr(model, "config", None), "name_or_path", "")
     try:
-        path = _folder(source) / TOKENIZER_FILE if source else None
+        path = model_folder(source) / TOKENIZER_FILE if source else None
     except StudentNotFound:
         path = None
     if path is not None and path.is_file():
@@ -137,9 +139,11 @@ def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedToke
     """The student and its name in messages, after the check of its head and token ids.
 
     A `model` given as a folder or hub name, or as a `StudentConfig`, is loaded. `tokenizer` is preferred to the one
-    beside the weights of a model object, because its head may have been extended in memory.
+    beside the weights of a model object, because its head may have been extended in memory. `images_of` then returns
+    how the student reads images: by its own processor, or by `tokenizer` if that is a processor.
 
-    Raises `TokenizerMismatch`, `TokenizerNotFound`, and what `load_student` raises.
+    Raises `TokenizerMismatch`, `TokenizerNotFound`, `ProcessorUnusable`, `ImageTokenMismatch`, and what `load_student`
+    raises.
     """
     first = dataset.sources.datasets[0]
     config = StudentConfig(model=model) if isinstance(model, str) else model
@@ -151,10 +155,11 @@ def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedToke
             check_model_tokenizer(plain, first, name=name)
         else:
             check_processing_class(tokenizer, first, name=name)
+        set_images(plain, images_of(plain, tokenizer))
         return model, name
     if tokenizer is not None:
         check_processing_class(tokenizer, first, name=config.name)
-    special = None
+    special, files = None, dict[str, bytes]()
     try:
         files = tokenizer_files(config, first)
     except TokenizerNotFound:
@@ -163,7 +168,25 @@ def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedToke
     else:
         check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=config.name)
         special = special_tokens(files, dataset.header)
-    return load_student(config, dataset.header, special), config.name
+    return load_with_images(config, dataset.header, special, files=files), config.name
+
+
+def load_with_images(
+    config: StudentConfig, header: DatasetHeader, special: SpecialTokens | None = None, *, files: Mapping[str, bytes]
+) -> Any:
+    """The student of `config`, of which `images_of` returns how it reads images.
+
+    `files`: those of its tokenizer and, unless they are beside its weights, of its processor.
+
+    Raises `ProcessorUnusable`, `ImageTokenMismatch`, and what `load_student` raises.
+    """
+    if files.keys().isdisjoint(PROCESSOR_FILES):
+        files = {**files, **processor_files(config)}
+    images = load_images(config, files)
+    token = None if images is None else images.processor.image_token_ids[0]
+    model = load_student(config, header, special, image_token=token)
+    set_images(innermost(model), images)
+    return model
 
 
 def special_tokens(files: Mapping[str, bytes], header: DatasetHeader) -> SpecialTokens:
@@ -203,7 +226,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False),
         lambda: PreTrainedTokenizerFast.from_pretrained(name),
     ]
-    path = _folder(name) / TOKENIZER_FILE
+    path = model_folder(name) / TOKENIZER_FILE
     try:
         tokenizer: PreTrainedTokenizerBase = load_faithfully(
             loaders, path.read_bytes() if path.is_file() else None, where=name
@@ -225,13 +248,3 @@ def warn_if_unfaithful(folder: Path) -> None:
         logger.warning(
             "AutoTokenizer loads the tokenizer in %s wrongly (%s): load it with PreTrainedTokenizerFast", folder, found
         )
-
-
-def _folder(name: str) -> Path:
-    """Local folder with the tokenizer files of the student `name`; those of a hub name are downloaded."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
-    except (OSError, ValueError) as error:
-        raise student_not_found(name, error) from error
