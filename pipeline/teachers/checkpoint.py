@@ -24,6 +24,7 @@ import transformers
 from transformers.utils import cached_file
 
 from coldstill.common.errors import ColdstillError, first_line
+from coldstill.common.processor import load_processor, sees_images
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, scored_of
@@ -160,14 +161,19 @@ def tokenizer_files(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str
         return without_code(files, where=folder)
 
 
+def load_teacher_processor(config: TeacherConfig) -> Any | None:
+    """The processor of a teacher that sees images, None for one of text only.
+
+    Raises `TeacherUnusable`, and `ProcessorUnusable` for a processor that is missing or needs another package.
+    """
+    if not sees_images(_model_config(config)):
+        return None
+    return load_processor(config.model, revision=config.revision, trust_remote_code=_trusts_code(config))
+
+
 def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
     """The teacher's `config.json`. Raises `TeacherUnusable` if the settings do not fit it."""
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=_trusts_code(config)
-        )
-    except (ValueError, OSError, ImportError) as error:
-        raise _cannot_load(config, "config.json", error) from None
+    model_config = _model_config(config)
     text_config = model_config.get_text_config()
     if text_config.vocab_size < facts.token_count or config.top_k > facts.token_count:
         raise TeacherUnusable(
@@ -185,6 +191,15 @@ def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
             fix="lower teacher.max_length",
         )
     return model_config
+
+
+def _model_config(config: TeacherConfig) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            config.model, revision=config.revision, trust_remote_code=_trusts_code(config)
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise _cannot_load(config, "config.json", error) from None
 
 
 def weights_fingerprint(folder: Path) -> str:
