@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from coldstill.pipeline.config import SamplingConfig
-from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.teachers.image_expansion import Expansion
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     Teacher,
@@ -24,6 +25,7 @@ from coldstill.pipeline.teachers.protocol import (
 )
 from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
 from coldstill.pipeline.teachers.vllm import prompts as prompts_module
+from coldstill.pipeline.teachers.vllm.self_check import check_agreement, self_check_sequences
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.rows import TeacherTargets
 from tests import vision
@@ -153,7 +155,7 @@ def test_faults_of_a_row_are_named_and_the_others_are_scored(
 ) -> None:
     good, data = sequences[2], vision.image_bytes(0)
     placeholder = int(good.token_ids[good.media[0].position])
-    many = row(tap._prompts._images and _tokenizer(folder), 7, "<image>" * 9, "x", [data] * 9)
+    many = row(_tokenizer(folder), 7, "<image>" * 9, "x", [data] * 9)
     long = row(_tokenizer(folder), 8, "<image>" * 8 + "a" * 300, "x", [vision.image_bytes(1, size=(60, 60))] * 8)
     differs = RejectReason.PLACEHOLDERS_DIFFER
     faults = [
@@ -230,23 +232,19 @@ def test_overlapping_calls_give_what_calls_alone_give(
 
 def test_the_self_check_has_a_row_with_an_image(tap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens hold none that stands for an image, and positions that are off by one are found."""
-    from coldstill.pipeline.teachers.image_expansion import Expansion
-    from coldstill.pipeline.teachers.vllm.self_check import check_agreement, self_check_sequences
-
     for seed in range(5):
         *texts, last = self_check_sequences(tap._header, seed=seed, images=tap._images)
         assert len(last.media) == 1
         assert not any(np.isin(one.token_ids, list(tap._images.reserved)).any() for one in texts)
-    spans = Expansion.spans
-    shifted = lambda self, stored: (
-        [[a - 1, b - 1] for a, b in spans(self, stored)] if self.images.size else spans(self, stored)
-    )  # noqa: E731
-    tap._check_agreement = check_agreement
+    original = Expansion.spans
+
+    def shifted(self: Expansion, stored: np.ndarray) -> list[list[int]]:
+        *others, (start, stop) = original(self, stored)
+        return [*others, [start - 1, stop - 1] if self.images.size else [start, stop]]
+
     monkeypatch.setattr(Expansion, "spans", shifted)
-    results = None
-    with pytest.raises(Exception, match="other tokens than it was given"):
-        results = tap.score([last])
-    assert results is None
+    with pytest.raises(TeacherOutputInvalid, match="other tokens than it was given"):
+        check_agreement(tap._by_tap, tap._by_public_path, tap._header, tap._arithmetic, images=tap._images)
     assert tap._engine.call_workers("coldstill_drop", []) == [0]
 
 
