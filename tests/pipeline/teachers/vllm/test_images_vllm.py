@@ -264,10 +264,19 @@ def test_the_public_path_gives_the_same(
 def test_chunks_across_an_image_and_cached_prefixes_leave_no_position_out(
     folder: Path, sequences: list[TokenSequence], by_tap: list[TeacherTargets]
 ) -> None:
-    """Prompts come in pieces of 64 tokens, so that images of 34 are cut; each row is asked for twice."""
-    arguments = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": True}
+    """Prompts come one by one in pieces of 64 tokens, which cut images of 34; each row is asked for twice."""
+    arguments = {"max_num_batched_tokens": 64, "max_num_seqs": 1, "enable_prefix_caching": True}
     teacher = _load(folder, changes={"order": "fast"}, engine_args=arguments)
     assert teacher.environment["batched_tokens"] == 64
+    (made,) = teacher._prompts.batches(sequences, is_answered=False)
+    starts = [prompt.expansion.positions(prompt.expansion.images) - prompt.expansion.lengths + 1 for prompt in made]
+    assert (
+        sum(
+            int((start // 64 < (start + prompt.expansion.lengths - 1) // 64).sum())
+            for start, prompt in zip(starts, made, strict=True)
+        )
+        > 2
+    ), "no piece ends inside an image: the test proves nothing"
     _assert_same(_targets(teacher, sequences), by_tap)
     _assert_same(_targets(teacher, sequences), by_tap)
 
