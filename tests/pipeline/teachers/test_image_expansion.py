@@ -214,7 +214,7 @@ def test_images_that_cannot_be_decoded_are_named_as_a_source_names_them() -> Non
             target_spans=good.target_spans,
             media=(good.media[0], medium(3, data)),
         )
-        with pytest.raises(RowRejected, match="^image 1: ") as rejected:
+        with pytest.raises(RowRejected, match=r"^image 1: ") as rejected:
             images_of(bad)
         assert rejected.value.reason is reason
         assert rejected.value.of("a", 4)[:3] == ("a", 4, reason)
