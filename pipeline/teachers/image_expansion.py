@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from coldstill.common.processor import expanded_positions, placeholder_id
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.storage_schema.rows import span_positions
 
-from .protocol import TokenSequence, UnscoredSequence
+from .protocol import ScoreResult, TokenSequence, UnscoredSequence, answer_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,9 +46,14 @@ class RowRejected(Exception):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
-    def of(self, sample_id: str, source_row: int) -> UnscoredSequence:
-        """What an engine returns in place of the row, or of an answer to it."""
-        return UnscoredSequence(sample_id, source_row, self.reason, self.detail)
+    def of(self, sequence: TokenSequence) -> UnscoredSequence:
+        """What an engine returns in place of the row, or of one answer to it."""
+        return UnscoredSequence(sequence.sample_id, sequence.source_row, self.reason, self.detail)
+
+    def of_answers(self, prompt: TokenSequence, answers: int) -> list[ScoreResult]:
+        """What an engine returns in place of all answers to a prompt."""
+        names = [answer_name(prompt.sample_id, number, answers=answers) for number in range(answers)]
+        return [self.of(replace(prompt, sample_id=name)) for name in names]
 
 
 class Expansion(NamedTuple):

@@ -10,6 +10,7 @@ import copy
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,27 +20,17 @@ from torch import Tensor, nn
 
 from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
-from coldstill.common.processor import ImageExpander, type_input_of
+from coldstill.common.processor import type_input_of
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.teachers.checkpoint import (
     check_weights,
     end_token_ids,
-    load_teacher_processor,
     load_tokenizer,
+    local_expander,
     way_out,
 )
-from coldstill.pipeline.teachers.image_expansion import (
-    PROCESSOR_ERRORS,
-    Expansion,
-    ImageRules,
-    RowRejected,
-    as_stored,
-    check_length,
-    check_no_images,
-    images_of,
-    unsupported,
-)
+from coldstill.pipeline.teachers.image_expansion import Expansion, RowRejected, as_stored, check_no_images
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, answer_name, non_finite
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
@@ -57,10 +48,8 @@ class TransformersTeacher:
         """Raises `TeacherUnusable`."""
         self._config, self._header, self._sampling = config, header, sampling
         self._model = load_model(config, header)
-        self._expander, self._images = None, None
-        if header.about.processor is not None:
-            self._expander = ImageExpander(load_teacher_processor(config))
-            self._images = ImageRules(self._expander.processor, max_images=config.max_images)
+        self._expander = local_expander(config, header)
+        self._images = self._expander.rules if self._expander else None
         self._extract = TargetExtractor(
             top_k=config.top_k,
             min_prob=config.min_prob,
@@ -114,7 +103,7 @@ class TransformersTeacher:
             try:
                 expansion, inputs = self._expanded(sequence, is_prompt=False)
             except RowRejected as rejected:
-                return rejected.of(sequence.sample_id, sequence.source_row)
+                return rejected.of(sequence)
             tokens = self._on_device(expansion.token_ids)
             wanted = torch.from_numpy(expansion.positions(positions)).to(tokens.device)
             # The head is applied at the wanted positions only: [1, N, V].
@@ -124,24 +113,14 @@ class TransformersTeacher:
 
     def _expanded(self, sequence: TokenSequence, *, is_prompt: bool) -> tuple[Expansion, dict[str, Any]]:
         """The row as the model computes it, and the model's inputs for its images. Raises `RowRejected`."""
-        if self._expander is None or self._images is None:
+        if self._expander is None:
             check_no_images(sequence)
             return as_stored(sequence), {}
-        self._images.check_row(sequence)
-        if not sequence.media:
-            return as_stored(sequence), {}
-        images, at = images_of(sequence), np.array([medium.position for medium in sequence.media])
-        try:
-            (made,), inputs = self._expander.expand([sequence.token_ids], positions=[at], images=[images])
-        except PROCESSOR_ERRORS as error:
-            log.warning("row %r: %s", sequence.sample_id, first_line(error))
-            raise unsupported(error) from error
-        offsets = at + np.cumsum(made.lengths) - made.lengths - np.arange(at.size)
-        expansion = self._images.proven(sequence, made.token_ids, zip(offsets, made.lengths, strict=True))
-        check_length(expansion, max_length=self._header.max_length, is_prompt=is_prompt)
-        if name := type_input_of(self._model.forward):
-            inputs[name] = torch.from_numpy(self._expander.token_types(expansion.token_ids))[None]
-        return expansion, {name: self._as_input(value) for name, value in inputs.items()}
+        row = self._expander.expanded(sequence, is_prompt=is_prompt)
+        inputs = dict(row.inputs)
+        if inputs and (name := type_input_of(self._model.forward)):
+            inputs[name] = torch.from_numpy(self._expander.token_types(row.expansion))[None]
+        return row.expansion, {name: self._as_input(value) for name, value in inputs.items()}
 
     def _as_input(self, value: Any) -> Any:
         """Pixels in the model's data type, as its own processors' users pass them; all tensors on its device."""
@@ -155,8 +134,7 @@ class TransformersTeacher:
             try:
                 expansion, inputs = self._expanded(prompt, is_prompt=True)
             except RowRejected as rejected:
-                names = (answer_name(prompt.sample_id, n, answers=sampling.n) for n in range(sampling.n))
-                return [rejected.of(name, prompt.source_row) for name in names]
+                return rejected.of_answers(prompt, sampling.n)
             room = answer_room(prompt, sampling=sampling, header=self._header, tokens=expansion.token_ids.size)
             logits, cache = self._forward(self._on_device(expansion.token_ids), inputs=inputs)
             last = sampling.n - 1
@@ -187,7 +165,7 @@ class TransformersTeacher:
                 try:
                     self._images.check_answer(answer[-1:])
                 except RowRejected as rejected:
-                    return rejected.of(name, prompt.source_row)
+                    return rejected.of(replace(prompt, sample_id=name))
             newest = torch.tensor(answer[-1:], device=self._model.device)
             summaries.append(self._summary(logits, newest, here, sample_id=name))
             is_stopped = answer[-1] in self._end_ids or self._stops.end(answer)

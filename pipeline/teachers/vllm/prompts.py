@@ -24,7 +24,7 @@ from coldstill.pipeline.teachers.image_expansion import (
     images_of,
     unsupported,
 )
-from coldstill.pipeline.teachers.protocol import ScoreResult, TokenSequence, answer_name
+from coldstill.pipeline.teachers.protocol import TokenSequence
 
 _BATCH_BYTES = 1 << 30
 """Tensors of images in one batch; a batch can exceed it by those of one row. An engine in processes of its own has a
@@ -45,12 +45,7 @@ class RejectedPrompt(NamedTuple):
     """A row that vLLM does not get."""
 
     sequence: TokenSequence
-    reason: RowRejected
-
-    def results(self, answers: int) -> list[ScoreResult]:
-        """What stands for the row, or for each of its answers."""
-        name, row = self.sequence.sample_id, self.sequence.source_row
-        return [self.reason.of(answer_name(name, number, answers=answers), row) for number in range(answers)]
+    rejected: RowRejected
 
 
 class PromptMaker:

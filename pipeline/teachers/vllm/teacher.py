@@ -182,7 +182,7 @@ class VllmTeacher:
                 if isinstance(item, Prompt):
                     results += itertools.islice(scored, answers)
                 else:
-                    results += item.results(answers)
+                    results += item.rejected.of_answers(item.sequence, answers)
         return results
 
     def _tapped(self, prompts: Sequence[Prompt]) -> list[ScoreResult]:
@@ -244,17 +244,18 @@ class VllmTeacher:
                 )
             results = self._take(sequences, specs)
         return [
-            self._checked_answer(result, prompt.sequence) for (prompt, _), result in zip(numbered, results, strict=True)
+            self._checked_answer(result, tokens_before=prompt.sequence.token_ids.size)
+            for (prompt, _), result in zip(numbered, results, strict=True)
         ]
 
-    def _checked_answer(self, result: ScoreResult, prompt: TokenSequence) -> ScoreResult:
+    def _checked_answer(self, result: ScoreResult, *, tokens_before: int) -> ScoreResult:
         """The result, unless the answer holds a token that a student would read as an image."""
         if self._images is None or not isinstance(result, ScoredSequence):
             return result
         try:
-            self._images.check_answer(result.sequence.token_ids[prompt.token_ids.size :])
+            self._images.check_answer(result.sequence.token_ids[tokens_before:])
         except RowRejected as rejected:
-            return rejected.of(result.sequence.sample_id, prompt.source_row)
+            return rejected.of(result.sequence)
         return result
 
     @property

@@ -217,7 +217,7 @@ def test_images_that_cannot_be_decoded_are_named_as_a_source_names_them() -> Non
         with pytest.raises(RowRejected, match=r"^image 1: ") as rejected:
             images_of(bad)
         assert rejected.value.reason is reason
-        assert rejected.value.of("a", 4)[:3] == ("a", 4, reason)
+        assert rejected.value.of(bad)[:3] == ("a", 4, reason)
 
 
 def test_a_detail_has_nothing_of_one_machine() -> None:

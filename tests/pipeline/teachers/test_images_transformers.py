@@ -171,7 +171,7 @@ def test_an_image_that_the_teachers_processor_refuses_rejects_its_row_alone(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = TransformersTeacher(config(folders["llava"], "transformers"), header(folders["llava"]))
-    image_processor = teacher._expander.processor.image_processor  # type: ignore[union-attr]
+    image_processor = teacher._expander._expander.processor.image_processor  # type: ignore[union-attr]
     original = type(image_processor).preprocess
 
     def refuses(self: object, images: list, **arguments: object) -> object:  # type: ignore[type-arg]
