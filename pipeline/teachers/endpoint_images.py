@@ -51,9 +51,10 @@ def require_expansion(document: object, sequence: TokenSequence, row: ExpandedRo
     listed = placeholders.get("image") if isinstance(placeholders, dict) else None
     if not _are_counts(token_ids) or not isinstance(listed, list):
         raise _differs("the server returned no expanded tokens")
-    ranges = [(each.get("offset"), each.get("length")) if isinstance(each, dict) else (None, None) for each in listed]
-    if not all(_are_counts(list(pair)) for pair in ranges):
+    pairs = [[each.get("offset"), each.get("length")] if isinstance(each, dict) else [None] for each in listed]
+    if not all(map(_are_counts, pairs)):
         raise _differs("the server returned ranges that are none")
+    ranges = [(int(offset or 0), int(length or 0)) for offset, length in pairs]
     expansion = rules.proven(sequence, np.array(token_ids, np.int64), ranges)
     if not _equal(expansion, row.expansion):
         sizes = f"{expansion.token_ids.size} tokens, not {row.expansion.token_ids.size}"
