@@ -30,7 +30,6 @@ from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.image_expansion import ImageRules
 from coldstill.pipeline.teachers.image_probe import PROBE_TOKENS, image_probe
-from coldstill.pipeline.teachers.local_expansion import LocalExpander
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     ScoreResult,
@@ -179,20 +178,6 @@ def load_teacher_processor(config: TeacherConfig) -> Any | None:
     if not sees_images(_model_config(config)):
         return None
     return load_processor(config.model, revision=config.revision, trust_remote_code=_trusts_code(config))
-
-
-def image_rules(config: TeacherConfig, header: DatasetHeader) -> ImageRules | None:
-    """The rules of rows with images, if the header has the teacher's processor. Raises as `load_teacher_processor`."""
-    processor = load_teacher_processor(config) if header.about.processor else None
-    return ImageRules(processor, max_images=config.max_images) if processor else None
-
-
-def local_expander(config: TeacherConfig, header: DatasetHeader) -> LocalExpander | None:
-    """The same rules with the processor that expands rows here."""
-    processor = load_teacher_processor(config) if header.about.processor else None
-    if processor is None:
-        return None
-    return LocalExpander(processor, max_images=config.max_images, max_length=header.max_length)
 
 
 def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:

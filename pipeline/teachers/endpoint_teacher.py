@@ -21,7 +21,6 @@ from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.teachers.checkpoint import local_expander
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     ScoreResult,
@@ -38,7 +37,7 @@ from .endpoint_images import PATH, request_body, require_expansion
 from .endpoint_payload import PayloadReader, answer_fields, score_fields, serve_command, tokens_alone
 from .image_expansion import RowRejected, check_no_images
 from .image_probe import image_probe
-from .local_expansion import ExpandedRow
+from .local_expansion import ExpandedRow, local_expander
 
 _ENTRY_BYTES = 512
 """Maximum bytes of one entry of a response, with its text; vLLM's entries take about 80."""
@@ -282,7 +281,7 @@ class EndpointTeacher:
         try:
             self._require_finite(self._score_one(row))
             if self._sampling is not None:
-                self._probe_answer(replace(row, token_ids=tokens[:1]))
+                self._probe_answer(replace(row, token_ids=tokens[:1], target_spans=row.target_spans[:0]))
             if self._expander is not None:
                 self._require_finite(self._score_one(image_probe(self._header, self._expander.rules, seed=0)))
         except (EndpointRefused, TeacherOutputInvalid) as error:

@@ -9,7 +9,10 @@ import numpy as np
 
 from coldstill.common.errors import first_line
 from coldstill.common.processor import ImageExpander
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.storage_schema.header import DatasetHeader
 
+from .checkpoint import load_teacher_processor
 from .image_expansion import (
     PROCESSOR_ERRORS,
     Expansion,
@@ -63,3 +66,17 @@ class LocalExpander:
     def token_types(self, expansion: Expansion) -> np.ndarray:
         """`int64 [E]`: 1 where a token is a patch of an image."""
         return self._expander.token_types(expansion.token_ids)
+
+
+def image_rules(config: TeacherConfig, header: DatasetHeader) -> ImageRules | None:
+    """The rules of rows with images, if the header has the teacher's processor. Raises as `load_teacher_processor`."""
+    processor = load_teacher_processor(config) if header.about.processor else None
+    return ImageRules(processor, max_images=config.max_images) if processor else None
+
+
+def local_expander(config: TeacherConfig, header: DatasetHeader) -> LocalExpander | None:
+    """The same rules with the processor that expands rows here."""
+    processor = load_teacher_processor(config) if header.about.processor else None
+    if processor is None:
+        return None
+    return LocalExpander(processor, max_images=config.max_images, max_length=header.max_length)

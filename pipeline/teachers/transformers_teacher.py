@@ -27,10 +27,10 @@ from coldstill.pipeline.teachers.checkpoint import (
     check_weights,
     end_token_ids,
     load_tokenizer,
-    local_expander,
     way_out,
 )
 from coldstill.pipeline.teachers.image_expansion import Expansion, RowRejected, as_stored, check_no_images
+from coldstill.pipeline.teachers.local_expansion import local_expander
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, answer_name, non_finite
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions

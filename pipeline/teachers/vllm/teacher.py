@@ -14,8 +14,9 @@ import numpy as np
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
-from coldstill.pipeline.teachers.checkpoint import check_weights, image_rules, load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer
 from coldstill.pipeline.teachers.image_expansion import RowRejected
+from coldstill.pipeline.teachers.local_expansion import image_rules
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     ScoreResult,
