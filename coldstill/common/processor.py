@@ -22,7 +22,10 @@ from .errors import ColdstillError, first_line
 if TYPE_CHECKING:
     from PIL import Image
 
-_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
+_OF_TEXT = (
+    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"),
+    "labels",  # of PaliGemma, for the suffix of a text that is not the row's
+)
 """What a processor returns for the text; the rest belongs to the images."""
 _TORCHVISION = "torchvision"
 _SIZES = (

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
+from coldstill.common.attention import LEAK, PLAIN, TOLERANCE, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
 from coldstill.common.processor import type_input_of
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
@@ -30,6 +30,7 @@ from coldstill.pipeline.teachers.checkpoint import (
     way_out,
 )
 from coldstill.pipeline.teachers.image_expansion import Expansion, RowRejected, as_stored, check_no_images
+from coldstill.pipeline.teachers.image_probe import image_probe
 from coldstill.pipeline.teachers.local_expansion import local_expander
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, answer_name, non_finite
 from coldstill.storage_schema.header import DatasetHeader
@@ -37,6 +38,9 @@ from coldstill.storage_schema.rows import span_positions
 
 from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
 from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
+
+_LATER = 4
+"""Tokens at the end of a row that are replaced to see whether earlier ones depend on them."""
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,8 @@ class TransformersTeacher:
             self._end_ids = frozenset(header.about.end_token_ids or end_token_ids(config, tokenizer))
             self._stops = StopTexts(sampling.stop, tokenizer)
         check_weights(self._score_given, header, model=config.model, images=self._images)
+        if self._images is not None:
+            self._require_causal_text(image_probe(header, self._images, seed=0))
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -121,6 +127,32 @@ class TransformersTeacher:
         if inputs and (name := type_input_of(self._model.forward)):
             inputs[name] = torch.from_numpy(self._expander.token_types(row.expansion))[None]
         return row.expansion, {name: self._as_input(value) for name, value in inputs.items()}
+
+    @torch.inference_mode()
+    def _require_causal_text(self, row: TokenSequence) -> None:
+        """Raise `TeacherUnusable` if logits after an image depend on later tokens.
+
+        Some families, such as PaliGemma, read an image and all that follows as one prefix. The targets of an answer
+        would then be of a model that has seen it.
+        """
+        expansion, inputs = self._expanded(row, is_prompt=False)
+        tokens = self._on_device(expansion.token_ids)
+        later = slice(tokens.numel() - _LATER, None)
+        changed = tokens.clone()
+        changed[later] = tokens[later.start - _LATER : later.start]
+        start = int(expansion.positions(expansion.images)[-1])
+        one, other = (
+            self._model(input_ids=each[None], use_cache=False, **inputs).logits[0, start : later.start].float()
+            for each in (tokens, changed)
+        )
+        limit = TOLERANCE if self._model.dtype == torch.float32 else LEAK
+        if bool((one - other).abs().max() > limit * one.abs().max()):
+            raise TeacherUnusable(
+                f"{self._config.model}: attention in a row with an image",
+                found=f"logits of a {type(self._model).__name__} that depend on later tokens",
+                wanted="a model that reads the text after an image from left to right",
+                fix="choose a teacher of another family; this one reads a prompt as a whole",
+            )
 
     def _as_input(self, value: Any) -> Any:
         """Pixels in the model's data type, as its own processors' users pass them; all tensors on its device."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from coldstill.common.attention import attends_ahead
 from coldstill.pipeline.config import SamplingConfig
@@ -220,3 +222,89 @@ def test_a_header_without_a_processor_is_one_of_text(folders: dict[str, Path], f
     made = header(folders[family]).model_copy(update={"about": About()})
     with pytest.raises(TeacherUnusable, match="AutoModelForCausalLM"):
         TransformersTeacher(config(folders[family], "transformers"), made)
+
+
+def _tokens_of(tokenizer: Any) -> dict[str, Any]:
+    """Of a text model of Gemma's families."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def _paligemma(folder: Path) -> Path:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    image_processor, tokenizer = SiglipImageProcessorPil(size={"height": 32, "width": 32}), vision.vision_tokenizer()
+    image_processor.image_seq_length = 16
+    processor = transformers.PaliGemmaProcessor(image_processor, tokenizer)
+    torch.manual_seed(0)
+    model_config = transformers.PaliGemmaConfig(
+        text_config={**_tokens_of(tokenizer), "model_type": "gemma"},
+        vision_config={**_VISION, "projection_dim": 64, "vocab_size": len(tokenizer)},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=64,
+        hidden_size=64,
+    )
+    transformers.PaliGemmaForConditionalGeneration(model_config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _gemma3(folder: Path) -> Path:
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    tokenizer = vision.vision_tokenizer()
+    names = {"image_token": "<soft>", "boi_token": "<image>", "eoi_token": "<eoi>"}
+    tokenizer.add_tokens(list(names.values()), special_tokens=True)
+    tokenizer._set_model_specific_special_tokens(names)
+    image_processor = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    torch.manual_seed(0)
+    model_config = transformers.Gemma3Config(
+        text_config=_tokens_of(tokenizer),
+        vision_config=_VISION,
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<soft>"),
+        boi_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        eoi_token_index=tokenizer.convert_tokens_to_ids("<eoi>"),
+    )
+    transformers.Gemma3ForConditionalGeneration(model_config).save_pretrained(folder)
+    transformers.Gemma3Processor(image_processor, tokenizer, image_seq_length=4).save_pretrained(folder)
+    return folder
+
+
+def test_a_family_whose_images_attend_in_both_directions_is_the_reference_too(tmp_path: Path) -> None:
+    """Gemma 3: its patches see each other, and its placeholder is another token than they are."""
+    folder = _gemma3(tmp_path / "gemma3")
+    sequences, reference = rows(folder, loss="all"), Reference(folder)
+    teacher = TransformersTeacher(config(folder, "transformers"), header(folder))
+    assert len(teacher._images.reserved) > 1  # type: ignore[union-attr]
+    for result, sequence in zip(teacher.score(sequences), sequences, strict=True):
+        assert isinstance(result, ScoredSequence)
+        assert_is_reference(result.targets, sequence, reference)
+
+
+def test_a_family_that_reads_the_text_after_an_image_as_a_whole_is_refused(tmp_path: Path) -> None:
+    """PaliGemma: its targets would be those of a model that has read the answer."""
+    folder = _paligemma(tmp_path / "paligemma")
+    with pytest.raises(TeacherUnusable, match="PaliGemmaForConditionalGeneration that depend on later tokens"):
+        TransformersTeacher(config(folder, "transformers"), header(folder))
