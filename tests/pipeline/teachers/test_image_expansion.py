@@ -129,7 +129,7 @@ def test_one_changed_token_or_range_has_no_proof(case: Case, data: st.DataObject
         number = data.draw(st.integers(0, len(case.ranges) - 1))
         offset, length = case.ranges[number]
         faults.append((case.expanded, [*case.ranges[:number], *case.ranges[number + 1 :]]))
-        # An image that is moved, where the neighbours are no image's, or one that is longer.
+        # An image that is moved, where the neighbors are no image's, or one that is longer.
         for wrong in ((offset, length + 1), (offset, 0), (offset + len(case.expanded), length), (-1, length)):
             faults.append((case.expanded, [*case.ranges[:number], wrong, *case.ranges[number + 1 :]]))
     for expanded, ranges in faults:
