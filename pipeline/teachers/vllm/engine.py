@@ -134,7 +134,8 @@ class Engine:
 
     def __init__(self, config: TeacherConfig, arguments: dict[str, Any]):
         """Start the engine. Raises `TeacherUnusable`."""
-        self.steps = 0
+        self.steps, self.rendered = 0, 0
+        """Steps made, and prompts with images rendered."""
         self.processes: tuple[int, ...] = ()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._owners: dict[str, tuple[_Call, int]] = {}
@@ -167,6 +168,7 @@ class Engine:
         In the caller's thread, so that the engine makes its steps meanwhile. Raises what the model's processor raises.
         """
         with self._rendering:
+            self.rendered += 1
             rendered: list[Mapping[str, Any]] = self._engine.renderer.render_cmpl([prompt])
         return rendered[0]
 

@@ -104,8 +104,8 @@ class VllmTeacher:
 
     @property
     def progress(self) -> int:
-        """See `protocol.Teacher`: the engine's steps."""
-        return self._engine.steps
+        """See `protocol.Teacher`: the engine's steps, and the rows whose images were made ready for it."""
+        return self._engine.steps + self._engine.rendered
 
     @property
     def processes(self) -> tuple[int, ...]:

@@ -249,6 +249,17 @@ def test_the_self_check_has_a_row_with_an_image(tap: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+def test_images_without_tiles_give_what_transformers_gives(tmp_path: Path) -> None:
+    folder = vision.idefics3_model(tmp_path / "whole", seed=6)
+    sequences = rows(folder, loss="all")
+    reference = _targets(TransformersTeacher(config(folder, "transformers"), header(folder)), sequences)
+    teacher = _load(folder)
+    before = teacher.progress
+    _assert_same(_targets(teacher, sequences), reference)
+    assert teacher.progress >= before + 4 + 1  # rows with images are made ready, and a step is made
+
+
+@pytest.mark.slow
 def test_the_public_path_gives_the_same(
     folder: Path, sequences: list[TokenSequence], by_transformers: list[TeacherTargets]
 ) -> None:
@@ -313,6 +324,19 @@ def test_answers_to_images_are_whole_after_preemption_and_equal_a_later_score(fo
     assert (first.reason, first.sample_id) == (RejectReason.NO_ROOM, "row 0#0")
     assert second == first._replace(sample_id="row 0#1")
     assert generating._engine.call_workers("coldstill_drop", []) == [0]
+
+
+@pytest.mark.slow
+def test_a_stop_text_ends_an_answer_to_an_image(folder: Path) -> None:
+    """vLLM then has the tokenizer from another folder than the processor."""
+    sampling = SamplingConfig(max_tokens=60, stop=("a", "e", "o", "t"), seed=1)
+    results = _load(folder, sampling, changes={"mode": "generate"}).score(rows(folder, prompts=True))
+    answers = [one.sequence for one in scored_of(results) if one.sequence.metadata["finish_reason"] == "stop"]
+    assert any(answer.media for answer in answers)
+    tokenizer = _tokenizer(folder)
+    for answer, prompt in ((a, rows(folder, prompts=True)[a.source_row]) for a in answers):
+        text = tokenizer.decode(answer.token_ids[prompt.token_ids.size :])
+        assert text.endswith(("a", "e", "o", "t", "<end_of_utterance>"))
 
 
 @pytest.mark.slow
