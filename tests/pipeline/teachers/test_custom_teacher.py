@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -259,7 +260,7 @@ def test_an_answer_that_breaks_a_law_is_named(header: DatasetHeader, fault: str,
 def test_a_class_that_loses_the_images_of_a_row_is_named(
     header: DatasetHeader, sampling: SamplingConfig | None
 ) -> None:
-    image = MediaReference(position=1, type="image/png", sha256="0" * 64, data=b"")
+    image = MediaReference(position=1, type="image/png", sha256=hashlib.sha256(b"x").hexdigest(), data=b"x")
     given = [replace(one, media=(image,)) for one in (_prompts() if sampling else _sequences())]
     assert all(one.row.media == (image,) for one in scored_of(_load(header, sampling=sampling).score(given)))
     with pytest.raises(TeacherOutputInvalid, match="0 images" if sampling else "another sequence"):
