@@ -33,7 +33,7 @@ def _image_model(folder: Path) -> Path:
 def test_a_teacher_split_over_processes_gives_what_a_whole_one_gives(
     tmp_path: Path, kind: str, model: Callable[[Path], Path]
 ) -> None:
-    """Images: in chunks of 64 tokens, which cut some of them, and sent to the engine's process."""
+    """Images: in chunks, and sent to the engine's process."""
     folder = model(tmp_path / "teacher")
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]  # on one NUMA node vLLM must be told
     command = [sys.executable, "-m", "tests.pipeline.teachers.parallel_engine", kind, str(folder)]

@@ -275,15 +275,15 @@ def test_the_public_path_gives_the_same(
 def test_chunks_across_an_image_and_cached_prefixes_leave_no_position_out(
     folder: Path, sequences: list[TokenSequence], by_tap: list[TeacherTargets]
 ) -> None:
-    """Prompts come one by one in pieces of 64 tokens, which cut images of 34; each row is asked for twice."""
-    arguments = {"max_num_batched_tokens": 64, "max_num_seqs": 1, "enable_prefix_caching": True}
+    """Prompts come one by one in pieces of 48 tokens, which cut some images; each row is asked for twice."""
+    arguments = {"max_num_batched_tokens": 48, "max_num_seqs": 1, "enable_prefix_caching": True}
     teacher = _load(folder, changes={"order": "fast"}, engine_args=arguments)
-    assert teacher.environment["batched_tokens"] == 64
+    assert teacher.environment["batched_tokens"] == 48
     (made,) = teacher._prompts.batches(sequences, is_answered=False)
     starts = [prompt.expansion.positions(prompt.expansion.images) - prompt.expansion.lengths + 1 for prompt in made]
     assert (
         sum(
-            int((start // 64 < (start + prompt.expansion.lengths - 1) // 64).sum())
+            int((start // 48 < (start + prompt.expansion.lengths - 1) // 48).sum())
             for start, prompt in zip(starts, made, strict=True)
         )
         > 2
@@ -335,8 +335,10 @@ def test_a_stop_text_ends_an_answer_to_an_image(folder: Path) -> None:
     assert any(answer.media for answer in answers)
     tokenizer = _tokenizer(folder)
     for answer, prompt in ((a, rows(folder, prompts=True)[a.source_row]) for a in answers):
-        text = tokenizer.decode(answer.token_ids[prompt.token_ids.size :])
-        assert text.endswith(("a", "e", "o", "t", "<end_of_utterance>"))
+        said = [tokenizer.decode([token]) for token in answer.token_ids[prompt.token_ids.size :]]
+        stops = [any(letter in text for letter in sampling.stop) for text in said]  # special tokens are text too
+        assert stops[-1]
+        assert not any(stops[:-1])
 
 
 @pytest.mark.slow
