@@ -159,8 +159,12 @@ class CaptureWorker:
 
     def _require_working_teacher(self, index: int, results: Sequence[ScoreResult]) -> None:
         """Raise `TeacherOutputInvalid` if the teacher gave no finite logits for most rows of the unit, or for most of
-        the last rows if the unit is small. The rows themselves are at fault if only some are."""
-        unscored = [isinstance(result, UnscoredSequence) for result in results]
+        the last rows if the unit is small. The rows themselves are at fault if only some are, or for another reason,
+        such as images that take too many tokens."""
+        unscored = [
+            isinstance(result, UnscoredSequence) and result.reason is RejectReason.NON_FINITE_LOGITS
+            for result in results
+        ]
         self._unscored.extend(unscored)
         judged = unscored if len(unscored) >= _JUDGED_ROWS else list(self._unscored)
         if any(unscored) and 2 * sum(judged) > max(len(judged), _JUDGED_ROWS):

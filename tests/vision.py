@@ -98,6 +98,7 @@ def idefics3_model(
     seed: int = 0,
     layers: int = 2,
     context: int = 1024,
+    vision_heads: int = 1,
     template: str | None = CHAT_TEMPLATE,
 ) -> Path:
     """A random tiny Idefics3 (SmolVLM's family) with its processor."""
@@ -109,10 +110,10 @@ def idefics3_model(
     config = Idefics3Config(
         text_config=_text_config(tokenizer, hidden=64, layers=layers, context=context),
         vision_config={
-            "hidden_size": 32,
+            "hidden_size": 32 * vision_heads,
             "intermediate_size": 64,
             "num_hidden_layers": 1,
-            "num_attention_heads": 1,
+            "num_attention_heads": vision_heads,
             "image_size": SIDE,
             "patch_size": 8,
         },

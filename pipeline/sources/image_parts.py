@@ -88,6 +88,11 @@ def with_images(chat: Conversation, columns: Mapping[str, Any], source: SourceCo
     return chat._replace(messages=placed, columns=(*chat.columns, *image_columns(source)), images=tuple(images))
 
 
+def has_marks(chat: Conversation) -> bool:
+    """Whether a text of the chat has a mark where an image belongs."""
+    return any(MARK in text for message in chat.messages for text in texts_of(message.get("content")))
+
+
 def texts_of(value: object) -> Iterator[str]:
     """All texts in messages or tools, names of fields too, in any order."""
     waiting = [value]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from coldstill.common.processor import placeholder_id
+from coldstill.common.processor import ProcessorUnusable, placeholder_id
 from coldstill.pipeline.config import CaptureConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
@@ -27,7 +27,7 @@ from coldstill.storage_schema.rows import MediaReference
 from .chat_template import ChatTemplate, Fitted
 from .conversation import Conversation, RowUnusable, conversation_of
 from .files import SourceRow
-from .image_parts import column_images, image_columns, texts_of, with_images
+from .image_parts import column_images, has_marks, image_columns, texts_of, with_images
 from .image_reader import ImageReader
 from .loss_mask import LossMask
 from .sequences import Document, OverLong, facts_of, joined, prompt, sample_id_of, split
@@ -54,13 +54,17 @@ class SequenceMaker:
         documents: Literal["isolate", "concat"] = "isolate",
         stops: Iterable[int] = (),
         today: date | None = None,
-        processor: Any | None = None,
+        processor: Any | ProcessorUnusable | None = None,
         max_images: int = TeacherConfig.model_fields["max_images"].default,
     ):
         """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence. `processor`: that of a
-        teacher that sees images; `max_images` of a row."""
+        teacher that sees images, or why it cannot be loaded, which the first row with an image raises; `max_images` of
+        a row."""
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
-        self.processor, self._max_images = processor, max_images
+        self._unusable = processor if isinstance(processor, ProcessorUnusable) else None
+        processor = None if self._unusable else processor
+        self.processor: Any | None = processor
+        self._max_images = max_images
         self.template = ChatTemplate(tokenizer, source, today=today, processor=processor)
         self._placeholder_id = None if processor is None else placeholder_id(processor)
         self._images = ImageReader(source)
@@ -90,13 +94,13 @@ class SequenceMaker:
         header: DatasetHeader | None = None,
     ) -> SequenceMaker:
         """The maker of a capture. Raises `TeacherUnusable` for a tokenizer that cannot be loaded, and
-        `ProcessorUnusable` for the processor of a teacher that sees images.
+        `ProcessorUnusable` for the processor that the header of a dataset names.
 
-        `today`: the date that the chat template gets. `header`: that of a dataset that was started, which has the date,
-        and no processor if an earlier release started it: such a dataset has no images.
+        `today`: the date that the chat template gets. `header`: that of a dataset that was started, which has the date.
+        It has no processor if an earlier release started it, or if the processor could not be loaded then: such a
+        dataset has no images.
         """
         tokenizer = tokenizer or load_tokenizer(config.teacher)
-        has_images = header is None or header.about.processor is not None
         return cls(
             tokenizer,
             source=config.source,
@@ -105,7 +109,7 @@ class SequenceMaker:
             documents=config.documents,
             stops=end_token_ids(config.teacher, tokenizer),
             today=template_date_of(header) if header else today,
-            processor=load_teacher_processor(config.teacher) if has_images else None,
+            processor=_processor_of(config.teacher, header),
             max_images=config.teacher.max_images,
         )
 
@@ -271,11 +275,20 @@ class SequenceMaker:
         return tuple(str(self.tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(filter(None, ids)))
 
     def _chat(self, columns: Columns, *, answered: bool) -> Conversation | None:
-        """The chat of a row, with its images if the teacher sees any. Raises `RowUnusable`."""
-        chat = conversation_of(columns, self.source, answered=answered, with_images=self.processor is not None)
-        if chat is None or self.processor is None:
+        """The chat of a row, with its images if the teacher sees any. Raises `RowUnusable`, `ProcessorUnusable`."""
+        sees = self.processor is not None or self._unusable is not None
+        chat = conversation_of(columns, self.source, answered=answered, with_images=sees)
+        if chat is None:
+            return None
+        if not sees:
+            if has_marks(chat) and any(columns.get(name) for name in image_columns(self.source)):
+                raise RowUnusable(RejectReason.BAD_IMAGES, "the row has images, and the teacher reads text only")
             return chat
         chat = with_images(chat, columns, self.source)
+        if self._unusable is not None:
+            if chat.images:
+                raise self._unusable
+            return chat
         if len(chat.images) > self._max_images:
             detail = f"{len(chat.images)} images, at most {self._max_images}"
             raise RowUnusable(RejectReason.TOO_MANY_IMAGES, detail)
@@ -330,6 +343,17 @@ def template_date_of(header: DatasetHeader) -> date | None:
     """The date that a dataset's chat template gets. Datasets of format 1 have none: their templates read the clock."""
     stored = header.about.template_date
     return date.fromisoformat(stored) if stored else None
+
+
+def _processor_of(teacher: TeacherConfig, header: DatasetHeader | None) -> Any | ProcessorUnusable | None:
+    """The processor of a new dataset's teacher, or why it cannot be loaded: text needs none. That of a started dataset
+    is the one that its header names."""
+    if header is not None:
+        return load_teacher_processor(teacher) if header.about.processor else None
+    try:
+        return load_teacher_processor(teacher)
+    except ProcessorUnusable as error:
+        return error
 
 
 def _columns_of(row: SourceRow) -> Columns:

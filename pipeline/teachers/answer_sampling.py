@@ -26,15 +26,21 @@ _SLACK = 4
 character."""
 
 
-def answer_room(prompt: TokenSequence, *, sampling: SamplingConfig, header: DatasetHeader) -> int:
-    """The maximum number of tokens of an answer. Raises `InvalidRow` for a prompt that is empty or leaves no room."""
-    if not 0 < prompt.token_ids.size < header.max_length:
+def answer_room(
+    prompt: TokenSequence, *, sampling: SamplingConfig, header: DatasetHeader, tokens: int | None = None
+) -> int:
+    """The maximum number of tokens of an answer. Raises `InvalidRow` for a prompt that is empty or leaves no room.
+
+    `tokens`: those of the prompt as the engine computes it, with its images expanded.
+    """
+    tokens = prompt.token_ids.size if tokens is None else tokens
+    if not 0 < tokens < header.max_length:
         raise InvalidRow(
             f"prompt {prompt.sample_id!r}",
-            found=f"{prompt.token_ids.size} tokens",
+            found=f"{tokens} tokens",
             wanted=f"1..{header.max_length - 1}, so that teacher.max_length leaves room for an answer",
         )
-    return min(sampling.max_tokens, header.max_length - prompt.token_ids.size)
+    return min(sampling.max_tokens, header.max_length - tokens)
 
 
 def answer_sequence(
@@ -51,6 +57,7 @@ def answer_sequence(
         token_ids=np.concatenate([prompt.token_ids, np.asarray(tokens, np.int32)]),
         target_spans=np.array([[first - 1, first + len(tokens) - 1]], np.int32),
         metadata={**prompt.metadata, "finish_reason": finish_reason},
+        media=prompt.media,
     )
 
 

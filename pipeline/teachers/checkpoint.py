@@ -27,7 +27,16 @@ from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.processor import load_processor, sees_images
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, scored_of
+from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.teachers.image_expansion import ImageRules
+from coldstill.pipeline.teachers.image_probe import PROBE_TOKENS, image_probe
+from coldstill.pipeline.teachers.protocol import (
+    ScoredSequence,
+    ScoreResult,
+    TokenSequence,
+    UnscoredSequence,
+    scored_of,
+)
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import (
     TOKENIZER_FILE,
@@ -257,12 +266,19 @@ def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:
     return dtype
 
 
-def random_sequences(lengths: Sequence[int], header: DatasetHeader, *, seed: int) -> list[TokenSequence]:
-    """Sequences of random tokens of at most these lengths; all positions are targets."""
+def random_sequences(
+    lengths: Sequence[int], header: DatasetHeader, *, seed: int, images: ImageRules | None = None
+) -> list[TokenSequence]:
+    """Sequences of random tokens of at most these lengths; all positions are targets.
+
+    Of a teacher with `images`, without the tokens that stand for images.
+    """
     generator = np.random.default_rng(seed)
+    allowed = np.setdiff1d(np.arange(header.token_count), list(images.reserved)) if images else None
     sequences = []
     for number, length in enumerate(min(length, header.max_length) for length in lengths):
-        token_ids = generator.integers(0, header.token_count, length).astype(np.int32)
+        drawn = generator.integers(0, header.token_count if allowed is None else allowed.size, length)
+        token_ids = (drawn if allowed is None else allowed[drawn]).astype(np.int32)
         spans = np.array([[0, length - 1]], np.int32)
         name = f"self-check-{number}"
         sequences.append(TokenSequence(sample_id=name, source_row=number, token_ids=token_ids, target_spans=spans))
@@ -274,6 +290,7 @@ def require_finite(score: Score, sets: Iterator[Sequence[TokenSequence]], *, mod
     found = ""
     for sequences in sets:
         results = score(sequences)
+        _require_readable_images(results, model=model)
         scored = scored_of(results)
         if len(scored) == len(sequences):
             return scored
@@ -286,10 +303,29 @@ def require_finite(score: Score, sets: Iterator[Sequence[TokenSequence]], *, mod
     )
 
 
-def check_weights(score: Score, header: DatasetHeader, *, model: str) -> None:
-    """Score a few short sequences. Raises `TeacherUnusable` for weights that give NaN or infinite logits, which would
-    otherwise show as rejected rows."""
-    require_finite(score, (random_sequences(_PROBE_LENGTHS, header, seed=seed) for seed in range(TRIES)), model=model)
+def _require_readable_images(results: Sequence[ScoreResult], *, model: str) -> None:
+    for result in results:
+        if isinstance(result, UnscoredSequence) and result.reason is not RejectReason.NON_FINITE_LOGITS:
+            raise TeacherUnusable(
+                f"images of {model}: a row of {PROBE_TOKENS} tokens with one small image",
+                found=f"{result.reason}: {result.detail}",
+                wanted="a row that the engine expands and scores",
+                fix="raise teacher.max_length if the row is too long, or set teacher.engine: transformers",
+            )
+
+
+def check_weights(score: Score, header: DatasetHeader, *, model: str, images: ImageRules | None = None) -> None:
+    """Score a few short sequences, and one with an image if the teacher sees `images`.
+
+    Raises `TeacherUnusable` for weights that give NaN or infinite logits, and for an engine that cannot expand images,
+    which would otherwise show as rejected rows.
+    """
+
+    def made(seed: int) -> list[TokenSequence]:
+        sequences = random_sequences(_PROBE_LENGTHS, header, seed=seed, images=images)
+        return [*sequences, image_probe(header, images, seed=seed)] if images else sequences
+
+    require_finite(score, (made(seed) for seed in range(TRIES)), model=model)
 
 
 def _listed(ids: object) -> list[int]:

@@ -124,6 +124,7 @@ class CheckedTeacher:
             and sequence.source_row == given.source_row
             and np.array_equal(sequence.token_ids, given.token_ids)
             and np.array_equal(sequence.target_spans, given.target_spans)
+            and sequence.media == given.media
         )
         if not is_same:
             raise self._invalid(where, f"another sequence, {sequence.sample_id!r}", "the given one, in the given order")
@@ -140,6 +141,8 @@ class CheckedTeacher:
         first, size = prompt.token_ids.size, sequence.token_ids.size
         if not np.array_equal(sequence.token_ids[:first], prompt.token_ids):
             raise self._invalid(where, "an answer to another prompt", "the prompt's own tokens, then the answer's")
+        if sequence.media != prompt.media:
+            raise self._invalid(where, f"{len(sequence.media)} images", f"the {len(prompt.media)} of the prompt")
         if not first < size <= self._header.max_length:
             raise self._invalid(where, f"{size} tokens", f"{first + 1}..{self._header.max_length}")
         if not np.array_equal(sequence.target_spans, [[first - 1, size - 1]]):

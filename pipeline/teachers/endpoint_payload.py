@@ -21,6 +21,7 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import MASS_TOLERANCE, span_positions
 
 from .answer_sampling import answer_sequence
+from .image_expansion import Expansion, as_stored
 from .topk_entries import targets_of_entries
 
 _ID = re.compile("(?:0|[1-9][0-9]{0,6})")
@@ -32,17 +33,24 @@ _ALL_NAN: Mapping[int, float] = {-1: math.nan}
 """The entries of a position whose values are all NaN."""
 
 
-def serve_command(config: TeacherConfig) -> str:
-    """The command that starts a server with suitable responses."""
-    return (
+def serve_command(config: TeacherConfig, *, images: bool = False) -> str:
+    """The command that starts a server with suitable responses; of rows with images too."""
+    command = (
         f"vllm serve {config.model} --max-logprobs {config.top_k} --logprobs-mode raw_logprobs "
         f"--max-model-len {config.max_length + 1}"
     )
+    limit = f""" --enable-scale-out --limit-mm-per-prompt '{{"image": {config.max_images}}}'"""
+    return command + limit if images else command
 
 
 def score_fields(top_k: int) -> dict[str, Any]:
     """Fields of a request for the log-probs of its prompt. A server must sample one token, which is not read."""
     return {"prompt_logprobs": top_k, "max_tokens": 1, "temperature": 0}
+
+
+def tokens_alone(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `answer_fields` that decide the tokens of an answer, for an endpoint that takes nothing else."""
+    return {name: value for name, value in fields.items() if name != "logprobs" and not name.startswith("return_")}
 
 
 def answer_fields(header: DatasetHeader, *, sampling: SamplingConfig, room: int, seed: int) -> dict[str, Any]:
@@ -81,12 +89,26 @@ class PayloadReader:
         The object of token `j`, ids to log-probs, is the distribution of target position `j - 1`.
         """
         where = f"the server's prompt log-probs of row {sequence.sample_id!r}"
-        found = self._choice(document, where).get("prompt_logprobs")
-        if not isinstance(found, list) or len(found) != sequence.token_ids.size:
-            self._fail(where, _shape(found), f"a list of {sequence.token_ids.size}, one for each token")
-        positions = span_positions(sequence.target_spans)
+        return self._prompt(self._choice(document, where).get("prompt_logprobs"), sequence, as_stored(sequence), where)
+
+    def prompt_with_images(self, document: object, sequence: TokenSequence, expansion: Expansion) -> ScoreResult:
+        """The same of a response that has the list outside of its choice, for the tokens of a proven expansion."""
+        where = f"the server's prompt log-probs of row {sequence.sample_id!r}"
+        found = document.get("prompt_logprobs") if isinstance(document, dict) else None
+        return self._prompt(found, sequence, expansion, where)
+
+    def _prompt(self, found: object, sequence: TokenSequence, expansion: Expansion, where: str) -> ScoreResult:
+        if not isinstance(found, list) or len(found) != expansion.token_ids.size:
+            self._fail(where, _shape(found), f"a list of {expansion.token_ids.size}, one for each token")
+        positions = expansion.positions(span_positions(sequence.target_spans))
         entries = [_prompt_entries(found[position + 1]) for position in positions]
         return self._result(sequence, entries, where)
+
+    def tokens(self, document: object, prompt: TokenSequence, *, number: int, answers: int, room: int) -> TokenSequence:
+        """An answer of at most `room` tokens, without distributions."""
+        where = f"the server's answer {number} to row {prompt.sample_id!r}"
+        choice = self._choice(document, where)
+        return self._answer_sequence(choice, prompt, where, number=number, answers=answers, room=room)
 
     def answer(self, document: object, prompt: TokenSequence, *, number: int, answers: int, room: int) -> ScoreResult:
         """An answer of at most `room` tokens, with targets from `logprobs.top_logprobs` (keys `token_id:ID`)."""
@@ -94,20 +116,26 @@ class PayloadReader:
         choice = self._choice(document, where)
         if choice.get("prompt_token_ids") != prompt.token_ids.tolist():
             self._fail(where, "an answer to another prompt, or no prompt_token_ids", "the prompt's own token ids")
-        tokens, logprobs = choice.get("token_ids"), choice.get("logprobs")
+        sequence = self._answer_sequence(choice, prompt, where, number=number, answers=answers, room=room)
+        tokens, logprobs = sequence.token_ids[prompt.token_ids.size :], choice.get("logprobs")
+        tops = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
+        if not isinstance(tops, list) or len(tops) != len(tokens):
+            self._fail(where, f"top_logprobs: {_shape(tops)}", f"a list of {len(tokens)}, one for each token")
+        return self._result(sequence, [_answer_entries(top) for top in tops], where)
+
+    def _answer_sequence(
+        self, choice: Mapping[str, Any], prompt: TokenSequence, where: str, *, number: int, answers: int, room: int
+    ) -> TokenSequence:
+        tokens = choice.get("token_ids")
         if not isinstance(tokens, list) or not 0 < len(tokens) <= room:
             self._fail(where, f"token_ids: {_shape(tokens)}", f"1 to {room} token ids")
         for token in tokens:
             if type(token) is not int or not 0 <= token < self._header.token_count:
                 self._fail(where, f"token id {token!r:.40}", f"0..{self._header.token_count - 1}")
-        tops = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
-        if not isinstance(tops, list) or len(tops) != len(tokens):
-            self._fail(where, f"top_logprobs: {_shape(tops)}", f"a list of {len(tokens)}, one for each token")
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
             self._fail(where, f"finish_reason {reason!r:.40}", "stop or length")
-        sequence = answer_sequence(prompt, tokens, number=number, answers=answers, finish_reason=reason)
-        return self._result(sequence, [_answer_entries(top) for top in tops], where)
+        return answer_sequence(prompt, tokens, number=number, answers=answers, finish_reason=reason)
 
     def _result(
         self, sequence: TokenSequence, entries: Sequence[Mapping[int, float] | None], where: str

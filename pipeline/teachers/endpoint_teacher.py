@@ -1,11 +1,14 @@
 """The endpoint engine: an OpenAI-compatible server, such as `vllm serve`.
 
+Rows with images go to another endpoint of the server; see `endpoint_images.py`.
+
 The server must return log-probs by token id. It returns K entries per position: the tail is derived and there are no
 draws. It batches requests as they arrive, so that repeated values are equal within its tolerance, not bit by bit.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,10 +20,12 @@ from pydantic import Field, ValidationError
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import EndpointFailed, EndpointRefused, TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     ScoreResult,
     TokenSequence,
+    UnscoredSequence,
     answer_name,
     non_finite,
 )
@@ -28,7 +33,11 @@ from coldstill.storage_schema.header import DatasetHeader
 
 from .answer_sampling import answer_room, answer_seed
 from .endpoint_client import NAN_MESSAGE, EndpointClient
-from .endpoint_payload import PayloadReader, answer_fields, score_fields, serve_command
+from .endpoint_images import PATH, request_body, require_expansion
+from .endpoint_payload import PayloadReader, answer_fields, score_fields, serve_command, tokens_alone
+from .image_expansion import RowRejected, check_no_images
+from .image_probe import image_probe
+from .local_expansion import ExpandedRow, local_expander
 
 _ENTRY_BYTES = 512
 """Maximum bytes of one entry of a response, with its text; vLLM's entries take about 80."""
@@ -62,13 +71,18 @@ class EndpointTeacher:
         assert config.endpoint is not None
         self._config, self._header, self._sampling = config, header, sampling
         self._arguments = _arguments(config)
-        self._client = EndpointClient(
-            config.endpoint,
-            connections=self._arguments.concurrency,
-            timeout_s=self._arguments.timeout_s,
-            attempts=self._arguments.attempts,
+        self._client, self._images_client = (
+            EndpointClient(
+                url,
+                connections=self._arguments.concurrency,
+                timeout_s=self._arguments.timeout_s,
+                attempts=self._arguments.attempts,
+            )
+            for url in (config.endpoint, config.endpoint.rstrip("/").removesuffix("/v1"))
         )
         self._read = PayloadReader(config, header)
+        self._expander = local_expander(config, header)
+        self._expanding = threading.Lock()  # a processor is not thread-safe
         self._threads = ThreadPoolExecutor(self._arguments.concurrency, thread_name_prefix="endpoint")
         self._model = self._arguments.served_model or config.model
         card = self._client.get("/models", at_most=_OTHER_BYTES, read=self._card)
@@ -83,7 +97,7 @@ class EndpointTeacher:
     @property
     def progress(self) -> int:
         """See `protocol.Teacher`: parts of responses received, and attempts that ended."""
-        return self._client.progress
+        return self._client.progress + self._images_client.progress
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -108,6 +122,12 @@ class EndpointTeacher:
 
     def _score_one(self, sequence: TokenSequence) -> ScoreResult:
         body = score_fields(self._config.top_k)
+        try:
+            row = self._expanded(sequence, is_prompt=False)
+            if row is not None:
+                return self._score_with_images(sequence, row, body)
+        except RowRejected as rejected:
+            return rejected.of(sequence)
         return self._complete(
             sequence,
             sequence.sample_id,
@@ -116,13 +136,92 @@ class EndpointTeacher:
             read=lambda document: self._read.prompt(document, sequence),
         )
 
+    def _score_with_images(self, sequence: TokenSequence, row: ExpandedRow, fields: dict[str, Any]) -> ScoreResult:
+        def read(document: object) -> ScoreResult:
+            self._require_expansion(document, sequence, row)
+            return self._read.prompt_with_images(document, sequence, row.expansion)
+
+        return self._generate(sequence, sequence.sample_id, row, fields, read=read)
+
+    def _answer_with_images(
+        self, prompt: TokenSequence, number: int, sampling: SamplingConfig, row: ExpandedRow
+    ) -> ScoreResult:
+        """The tokens first, and then the distributions of them: that endpoint lacks the last of the K best if another
+        token was sampled."""
+        tokens = row.expansion.token_ids.size
+        room = answer_room(prompt, sampling=sampling, header=self._header, tokens=tokens)
+        seed = answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number)
+
+        def read(document: object) -> TokenSequence:
+            self._require_expansion(document, prompt, row)
+            return self._read.tokens(document, prompt, number=number, answers=sampling.n, room=room)
+
+        fields = tokens_alone(answer_fields(self._header, sampling=sampling, room=room, seed=seed))
+        name = answer_name(prompt.sample_id, number, answers=sampling.n)
+        answer = self._generate(prompt, name, row, fields, read=read)
+        if isinstance(answer, UnscoredSequence):
+            return answer
+        assert self._expander is not None
+        self._expander.rules.check_answer(answer.token_ids[prompt.token_ids.size :])
+        return self._score_one(answer)
+
+    def _expanded(self, sequence: TokenSequence, *, is_prompt: bool) -> ExpandedRow | None:
+        """A row with images, or None for one of text. Raises `RowRejected`."""
+        if self._expander is None:
+            check_no_images(sequence)
+            return None
+        with self._expanding:
+            row = self._expander.expanded(sequence, is_prompt=is_prompt)
+        return row if row.images else None
+
+    def _require_expansion(self, document: object, sequence: TokenSequence, row: ExpandedRow) -> None:
+        assert self._expander is not None
+        require_expansion(document, sequence, row, self._expander.rules)
+
+    def _generate(
+        self,
+        prompt: TokenSequence,
+        name: str,
+        row: ExpandedRow,
+        fields: dict[str, Any],
+        *,
+        read: Callable[[object], Result],
+    ) -> Result | UnscoredSequence:
+        try:
+            return self._images_client.post(
+                PATH,
+                {"model": self._model, **request_body(prompt, row, fields)},
+                at_most=_OTHER_BYTES + _ENTRY_BYTES * self._config.max_length * (self._config.top_k + 1),
+                read=read,
+            )
+        except EndpointFailed as error:
+            return self._failure(error, prompt, name)
+
+    def _failure(self, error: EndpointFailed, prompt: TokenSequence, name: str) -> UnscoredSequence:
+        if isinstance(error, EndpointRefused) and NAN_MESSAGE in str(error.found):
+            return non_finite(name, prompt.source_row)
+        raise error.at(f"row {prompt.sample_id!r}") from error
+
     def _answer(self, prompt: TokenSequence, number: int, sampling: SamplingConfig) -> ScoreResult:
+        name = answer_name(prompt.sample_id, number, answers=sampling.n)
+        try:
+            row = self._expanded(prompt, is_prompt=True)
+            if row is not None:
+                return self._answer_with_images(prompt, number, sampling, row)
+            result = self._answer_to_text(prompt, name, number, sampling)
+            if self._expander is not None and isinstance(result, ScoredSequence):
+                self._expander.rules.check_answer(result.sequence.token_ids[prompt.token_ids.size :])
+        except RowRejected as rejected:
+            return rejected.of(replace(prompt, sample_id=name))
+        return result
+
+    def _answer_to_text(self, prompt: TokenSequence, name: str, number: int, sampling: SamplingConfig) -> ScoreResult:
         room = answer_room(prompt, sampling=sampling, header=self._header)
         seed = answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number)
         body = answer_fields(self._header, sampling=sampling, room=room, seed=seed)
         return self._complete(
             prompt,
-            answer_name(prompt.sample_id, number, answers=sampling.n),
+            name,
             body,
             tokens=prompt.token_ids.size + room,
             read=lambda document: self._read.answer(document, prompt, number=number, answers=sampling.n, room=room),
@@ -145,9 +244,7 @@ class EndpointTeacher:
                 read=read,
             )
         except EndpointFailed as error:
-            if isinstance(error, EndpointRefused) and NAN_MESSAGE in str(error.found):
-                return non_finite(name, prompt.source_row)
-            raise error.at(f"row {prompt.sample_id!r}") from error
+            return self._failure(error, prompt, name)
 
     def _card(self, document: object) -> dict[str, Any]:
         """The entry of our model in the server's list of models."""
@@ -173,7 +270,9 @@ class EndpointTeacher:
 
     def _probe(self) -> None:
         """Score two tokens, one of them the highest id, and sample a few tokens of an answer in mode generate."""
-        tokens = np.array([self._header.token_count - 1, 0], np.int32)
+        reserved = list(self._expander.rules.reserved) if self._expander else []
+        allowed = np.setdiff1d(np.arange(self._header.token_count), reserved)
+        tokens = allowed[[-1, 0]].astype(np.int32)
         row = TokenSequence(
             sample_id="probe", source_row=0, token_ids=tokens, target_spans=np.array([[0, 1]], np.int32)
         )
@@ -182,19 +281,25 @@ class EndpointTeacher:
         try:
             self._require_finite(self._score_one(row))
             if self._sampling is not None:
-                self._probe_answer(replace(row, token_ids=tokens[:1]))
+                self._probe_answer(replace(row, token_ids=tokens[:1], target_spans=row.target_spans[:0]))
+            if self._expander is not None:
+                self._require_finite(self._score_one(image_probe(self._header, self._expander.rules, seed=0)))
         except (EndpointRefused, TeacherOutputInvalid) as error:
             raise TeacherUnusable(
                 f"{self._client.url}: {error.what}",
                 found=error.found,
                 wanted=f"log-probs by token id, {self._config.top_k} per position, from this vocabulary",
-                fix=serve_command(self._config),
+                fix=serve_command(self._config, images=self._expander is not None),
             ) from error
         self._read = reader
 
     def _require_finite(self, result: ScoreResult) -> ScoredSequence:
         if isinstance(result, ScoredSequence):
             return result
+        if result.reason is not RejectReason.NON_FINITE_LOGITS:
+            raise TeacherOutputInvalid(
+                "a row with a small image", found=f"{result.reason}: {result.detail}", wanted="one that is scored"
+            )
         raise TeacherOutputInvalid(
             "log-probs of a probe", found="NaN or infinite logits", wanted="finite ones; check the server's weights"
         )

@@ -26,6 +26,8 @@ _FREE = {
         max_long_partial_prefills long_prefill_token_threshold enable_chunked_prefill enable_prefix_caching
         prefix_caching_hash_algo scheduling_policy async_scheduling stream_interval
         enforce_eager compilation_config cudagraph_capture_sizes max_cudagraph_capture_size
+        mm_encoder_tp_mode mm_processor_cache_type mm_shm_cache_max_object_size_mb mm_hasher_algorithm
+        mm_tensor_ipc mm_ipc_gpu_memory_gb skip_mm_profiling disable_chunked_mm_input enable_mm_processor_stats
         disable_log_stats disable_log_requests log_level logging_config aggregate_engine_logging
         show_hidden_metrics_for_version collect_detailed_traces otlp_traces_endpoint kv_cache_metrics kv_events_config
         profiler_config use_tqdm_on_load served_model_name shutdown_timeout

@@ -138,6 +138,11 @@ class Teacher(Protocol):
         logits.
 
         All sequences are queued before the first is computed: equal calls give equal bits on equal hardware.
+        A sequence with `media` has one placeholder token for each image. An engine shows the model
+        `images.decoded(medium.data, ...)`, expands the placeholders, and takes the targets at the positions that
+        `image_expansion.ImageRules` proves; a sequence without such a proof is an `UnscoredSequence`. Draws depend on
+        stored positions.
+
         Raises `TeacherOutputInvalid`.
         """
         ...

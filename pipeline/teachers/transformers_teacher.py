@@ -10,6 +10,7 @@ import copy
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,29 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
+from coldstill.common.attention import LEAK, PLAIN, TOLERANCE, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
+from coldstill.common.processor import type_input_of
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.teachers.checkpoint import check_weights, end_token_ids, load_tokenizer, way_out
+from coldstill.pipeline.teachers.checkpoint import (
+    check_weights,
+    end_token_ids,
+    load_tokenizer,
+    way_out,
+)
+from coldstill.pipeline.teachers.image_expansion import Expansion, RowRejected, as_stored, check_no_images
+from coldstill.pipeline.teachers.image_probe import image_probe
+from coldstill.pipeline.teachers.local_expansion import local_expander
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, answer_name, non_finite
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 
 from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
 from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
+
+_LATER = 4
+"""Tokens at the end of a row that are replaced to see whether earlier ones depend on them."""
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +52,8 @@ class TransformersTeacher:
         """Raises `TeacherUnusable`."""
         self._config, self._header, self._sampling = config, header, sampling
         self._model = load_model(config, header)
+        self._expander = local_expander(config, header)
+        self._images = self._expander.rules if self._expander else None
         self._extract = TargetExtractor(
             top_k=config.top_k,
             min_prob=config.min_prob,
@@ -54,7 +69,9 @@ class TransformersTeacher:
             tokenizer = load_tokenizer(config)
             self._end_ids = frozenset(header.about.end_token_ids or end_token_ids(config, tokenizer))
             self._stops = StopTexts(sampling.stop, tokenizer)
-        check_weights(self._score_given, header, model=config.model)
+        check_weights(self._score_given, header, model=config.model, images=self._images)
+        if self._images is not None:
+            self._require_causal_text(image_probe(header, self._images, seed=0))
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -88,19 +105,70 @@ class TransformersTeacher:
     @torch.inference_mode()
     def _score_one(self, sequence: TokenSequence) -> ScoreResult:
         positions = span_positions(sequence.target_spans)
-        tokens = self._on_device(sequence.token_ids)
-        wanted = torch.from_numpy(positions).to(tokens.device)
         with self._one_at_a_time:
+            try:
+                expansion, inputs = self._expanded(sequence, is_prompt=False)
+            except RowRejected as rejected:
+                return rejected.of(sequence)
+            tokens = self._on_device(expansion.token_ids)
+            wanted = torch.from_numpy(expansion.positions(positions)).to(tokens.device)
             # The head is applied at the wanted positions only: [1, N, V].
-            logits = self._model(input_ids=tokens[None], logits_to_keep=wanted, use_cache=False).logits[0]
+            logits = self._model(input_ids=tokens[None], logits_to_keep=wanted, use_cache=False, **inputs).logits[0]
             summary = self._summary(logits, tokens[wanted + 1], positions, sample_id=sequence.sample_id)
         return self._result(sequence, summary, positions)
 
+    def _expanded(self, sequence: TokenSequence, *, is_prompt: bool) -> tuple[Expansion, dict[str, Any]]:
+        """The row as the model computes it, and the model's inputs for its images. Raises `RowRejected`."""
+        if self._expander is None:
+            check_no_images(sequence)
+            return as_stored(sequence), {}
+        row = self._expander.expanded(sequence, is_prompt=is_prompt)
+        inputs = dict(row.inputs)
+        if inputs and (name := type_input_of(self._model.forward)):
+            inputs[name] = torch.from_numpy(self._expander.token_types(row.expansion))[None]
+        return row.expansion, {name: self._as_input(value) for name, value in inputs.items()}
+
+    @torch.inference_mode()
+    def _require_causal_text(self, row: TokenSequence) -> None:
+        """Raise `TeacherUnusable` if logits after an image depend on later tokens.
+
+        Some families, such as PaliGemma, read an image and all that follows as one prefix. The targets of an answer
+        would then be of a model that has seen it.
+        """
+        expansion, inputs = self._expanded(row, is_prompt=False)
+        tokens = self._on_device(expansion.token_ids)
+        later = slice(tokens.numel() - _LATER, None)
+        changed = tokens.clone()
+        changed[later] = tokens[later.start - _LATER : later.start]
+        start = int(expansion.positions(expansion.images)[-1])
+        one, other = (
+            self._model(input_ids=each[None], use_cache=False, **inputs).logits[0, start : later.start].float()
+            for each in (tokens, changed)
+        )
+        limit = TOLERANCE if self._model.dtype == torch.float32 else LEAK
+        if bool((one - other).abs().max() > limit * one.abs().max()):
+            raise TeacherUnusable(
+                f"{self._config.model}: attention in a row with an image",
+                found=f"logits of a {type(self._model).__name__} that depend on later tokens",
+                wanted="a model that reads the text after an image from left to right",
+                fix="choose a teacher of another family; this one reads a prompt as a whole",
+            )
+
+    def _as_input(self, value: Any) -> Any:
+        """Pixels in the model's data type, as its own processors' users pass them; all tensors on its device."""
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self._model.device, self._model.dtype if value.is_floating_point() else None)
+
     @torch.inference_mode()
     def _answers(self, prompt: TokenSequence, sampling: SamplingConfig) -> list[ScoreResult]:
-        room = answer_room(prompt, sampling=sampling, header=self._header)
         with self._one_at_a_time:
-            logits, cache = self._forward(self._on_device(prompt.token_ids))
+            try:
+                expansion, inputs = self._expanded(prompt, is_prompt=True)
+            except RowRejected as rejected:
+                return rejected.of_answers(prompt, sampling.n)
+            room = answer_room(prompt, sampling=sampling, header=self._header, tokens=expansion.token_ids.size)
+            logits, cache = self._forward(self._on_device(expansion.token_ids), inputs=inputs)
             last = sampling.n - 1
             return [
                 self._answer(
@@ -125,6 +193,11 @@ class TransformersTeacher:
                 return non_finite(name, prompt.source_row)
             uniform = uniforms[len(answer)]
             answer.append(next_token(scores, temperature=sampling.temperature, top_p=sampling.top_p, uniform=uniform))
+            if self._images is not None:
+                try:
+                    self._images.check_answer(answer[-1:])
+                except RowRejected as rejected:
+                    return rejected.of(replace(prompt, sample_id=name))
             newest = torch.tensor(answer[-1:], device=self._model.device)
             summaries.append(self._summary(logits, newest, here, sample_id=name))
             is_stopped = answer[-1] in self._end_ids or self._stops.end(answer)
@@ -137,9 +210,16 @@ class TransformersTeacher:
         whole = Summary(*map(torch.cat, zip(*summaries, strict=True)))
         return self._result(sequence, whole, positions[: len(answer)])
 
-    def _forward(self, tokens: Tensor, cache: object = None) -> tuple[Tensor, object]:
-        """Logits `[1, V]` after `tokens int64 [T]` that follow those in the cache, and the cache with them."""
-        output = self._model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def _forward(
+        self, tokens: Tensor, cache: object = None, *, inputs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, object]:
+        """Logits `[1, V]` after `tokens int64 [T]` that follow those in the cache, and the cache with them.
+
+        `inputs`: those of a prompt's images.
+        """
+        output = self._model(
+            input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1, **(inputs or {})
+        )
         grown = getattr(output, "past_key_values", None)
         if grown is None:
             raise TeacherUnusable(
@@ -172,7 +252,7 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
     Raises `TeacherUnusable`.
     """
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = _class_of(header).from_pretrained(
             config.model, revision=config.revision, dtype=config.dtype, **config.engine_args
         )
     except (ValueError, OSError, ImportError) as error:
@@ -185,6 +265,12 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
     if header.teacher.head_dtype == "float32" and model.dtype != torch.float32:
         model.set_output_embeddings(_float32_head(config, model.get_output_embeddings()))
     return model.eval()
+
+
+def _class_of(header: DatasetHeader) -> Any:
+    if header.about.processor is None:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
 
 
 @torch.no_grad()

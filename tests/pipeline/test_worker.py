@@ -22,7 +22,15 @@ from coldstill.pipeline.errors import (
     TemplateCannotMark,
 )
 from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, Teacher, TokenSequence, non_finite
+from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.teachers.protocol import (
+    ScoredSequence,
+    ScoreResult,
+    Teacher,
+    TokenSequence,
+    UnscoredSequence,
+    non_finite,
+)
 from coldstill.pipeline.worker import CaptureWorker, ExcludedRow, UnitTask, load_for, measure_speed
 from coldstill.storage_schema.commits import committed_units, read_commit
 from coldstill.storage_schema.dataset import open_dataset
@@ -333,6 +341,22 @@ def test_a_teacher_without_finite_logits_for_most_rows_is_an_error_and_commits_n
         worker.run(0)
     assert committed_units(worker.store) == set()
     assert [worker.run(unit).rejected for unit in (1, 2, 3)] == [0, 0, 0]
+
+
+def test_rows_that_are_rejected_for_their_images_do_not_tell_of_a_broken_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where most of a unit's images take more tokens than teacher.max_length."""
+    config = capture_config(tmp_path)
+    worker = _poisoned(config, *range(9))
+    too_long = UnscoredSequence("", 0, RejectReason.OVER_LONG, "300 tokens, 290 of them of 2 images; at most 256")
+    monkeypatch.setattr(
+        "tests.pipeline.test_worker.non_finite",
+        lambda sample_id, source_row: too_long._replace(sample_id=sample_id, source_row=source_row),
+    )
+    report = worker.run(0)
+    assert report.rejected == 9
+    assert report.reasons == {"over_long": 9}
 
 
 def test_small_units_are_judged_together(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import os
 import queue
 import sysconfig
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -33,6 +33,18 @@ _REFUSED = {
     "dtype": "teacher.dtype sets it",
 }
 
+_REFUSED_WITH_IMAGES = {
+    "limit_mm_per_prompt": "teacher.max_images sets it",
+    "mm_processor_kwargs": "the header records the processor's settings; change them in the model's own files",
+    "media_io_kwargs": "Coldstill decodes images, so that teacher and student are shown the same pixels",
+    # With a cache, an image's tensors are sent once, and calls that overlap would break the order of both its ends.
+    # And an image that an earlier unit has left in a cache would change the schedule, and so the bits.
+    "mm_processor_cache_gb": "requests are added in another order than their images are prepared",
+    "language_model_only": "the dataset has images",
+    "mm_encoder_only": "the dataset has targets",
+}
+"""Of a teacher that sees images."""
+
 _NO_ADAPTERS = "requests would run without the adapter; merge it into the model, and name the merged folder"
 
 
@@ -41,6 +53,9 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, 
     refused = dict(_REFUSED)
     if config.tap == "public" or header.order == "exact":
         refused["enable_prefix_caching"] = "positions in a cached prefix are never computed"
+    sees_images = header.about.processor is not None
+    if sees_images:
+        refused |= _REFUSED_WITH_IMAGES
     refused |= {name: _NO_ADAPTERS for name, value in config.engine_args.items() if "lora" in name and value}
     for name, reason in refused.items():
         if name in config.engine_args:
@@ -72,6 +87,9 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, 
     if header.mode == "generate" and not torch.cuda.is_available():
         # vLLM 0.32 on a CPU fails when a request with its own seed is prefilled in chunks.
         arguments["enable_chunked_prefill"] = False
+    if sees_images:
+        arguments["limit_mm_per_prompt"] = {"image": config.max_images, "video": 0, "audio": 0}
+        arguments["mm_processor_cache_gb"] = 0
     if config.tap == "worker":
         arguments["worker_extension_cls"] = "coldstill.pipeline.teachers.vllm.tap.TapExtension"
     if header.teacher.head_dtype != header.teacher.dtype:
@@ -95,9 +113,9 @@ def set_environment(config: TeacherConfig, arguments: dict[str, Any]) -> None:
 
 
 class Request(NamedTuple):
-    """Prompt token ids and vLLM's sampling parameters."""
+    """vLLM's inputs, `{"prompt_token_ids": ...}` or the result of `Engine.render`, and its sampling parameters."""
 
-    token_ids: list[int]
+    inputs: Mapping[str, Any]
     parameters: Any
 
 
@@ -116,11 +134,13 @@ class Engine:
 
     def __init__(self, config: TeacherConfig, arguments: dict[str, Any]):
         """Start the engine. Raises `TeacherUnusable`."""
-        self.steps = 0
+        self.steps, self.rendered = 0, 0
+        """Steps made, and prompts with images rendered."""
         self.processes: tuple[int, ...] = ()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._owners: dict[str, tuple[_Call, int]] = {}
         self._names = itertools.count()
+        self._rendering = threading.Lock()  # a processor is not thread-safe
         self._broken: Exception | None = None
         started: Future[None] = Future()
         threading.Thread(target=self._run, args=(arguments, started), name="engine", daemon=True).start()
@@ -141,6 +161,16 @@ class Engine:
         call = _Call(requests)
         self._inbox.put(lambda: self._add(call))
         return call.done.result()
+
+    def render(self, prompt: dict[str, Any]) -> Mapping[str, Any]:
+        """vLLM's inputs of a prompt with `multi_modal_data`: images expanded, and their tensors.
+
+        In the caller's thread, so that the engine makes its steps meanwhile. Raises what the model's processor raises.
+        """
+        with self._rendering:
+            self.rendered += 1
+            rendered: list[Mapping[str, Any]] = self._engine.renderer.render_cmpl([prompt])
+        return rendered[0]
 
     def call_workers(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of all worker processes, between two steps, and return their results in rank order."""
@@ -193,7 +223,7 @@ class Engine:
             with _paused(self._engine):
                 for index, request in enumerate(call.requests):
                     name = str(next(self._names))
-                    self._engine.add_request(name, {"prompt_token_ids": request.token_ids}, request.parameters)
+                    self._engine.add_request(name, request.inputs, request.parameters)
                     self._owners[name] = (call, index)
                     names.append(name)
         except Exception as error:

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.teachers.image_expansion import Expansion, as_stored
 from coldstill.pipeline.teachers.protocol import ScoredSequence, ScoreResult, TokenSequence, non_finite
 from coldstill.pipeline.teachers.topk_entries import targets_of_entries
 from coldstill.storage_schema.rows import span_positions
@@ -31,18 +32,26 @@ class FlatLogprobs(Protocol):
 
 
 def read_prompt_logprobs(
-    flat: FlatLogprobs, sequence: TokenSequence, *, top_k: int, min_prob: float, token_count: int
+    flat: FlatLogprobs,
+    sequence: TokenSequence,
+    *,
+    top_k: int,
+    min_prob: float,
+    token_count: int,
+    expansion: Expansion | None = None,
 ) -> ScoreResult:
     """The sequence with targets as `topk_entries.targets_of_entries` makes them: derived tail, no draws.
 
+    `expansion`: that of a row with images, whose tokens vLLM counts.
+
     Raises `TeacherOutputInvalid` unless vLLM returned K + 1 entries for each target position.
     """
-    positions = span_positions(sequence.target_spans)
-    labels = sequence.token_ids[positions + 1]
-    if len(flat.start_indices) != sequence.token_ids.size:
-        raise _invalid(
-            sequence, f"{len(flat.start_indices)} runs of entries", f"one for each of {sequence.token_ids.size}"
-        )
+    stored = span_positions(sequence.target_spans)
+    labels = sequence.token_ids[stored + 1]
+    expansion = expansion or as_stored(sequence)
+    positions, tokens = expansion.positions(stored), expansion.token_ids.size
+    if len(flat.start_indices) != tokens:
+        raise _invalid(sequence, f"{len(flat.start_indices)} runs of entries", f"one for each of {tokens}")
     starts = np.asarray(flat.start_indices, np.int64)[positions + 1]
     found = np.asarray(flat.end_indices, np.int64)[positions + 1] - starts
     if (found != top_k + 1).any():

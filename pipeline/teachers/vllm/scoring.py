@@ -36,11 +36,15 @@ class RequestSpec(TypedDict):
 
     Either `spans`, pairs of the first and one past the last target position, or `max_answer_tokens`: then every
     position from that of the prompt's last token on is a target.
+
+    The engine counts the tokens of images, and a stored row does not: `stored_starts` are the stored positions of the
+    first target of each span, or of the answer, where they differ. Draws depend on stored positions only.
     """
 
     number: int
     sample_id: str
     spans: NotRequired[list[list[int]]]
+    stored_starts: NotRequired[list[int]]
     max_answer_tokens: NotRequired[int]
 
 
@@ -134,9 +138,12 @@ class TappedRequest:
         self.prompt = np.asarray(prompt, np.int64)
         if "max_answer_tokens" in spec:
             first = self.prompt.size - 1
-            self.positions = np.arange(first, first + spec["max_answer_tokens"])
+            spans = [[first, first + spec["max_answer_tokens"]]]
         else:
-            self.positions = np.concatenate([np.arange(a, b) for a, b in spec["spans"]] or [np.empty(0, np.int64)])
+            spans = spec["spans"]
+        self.positions = _joined([np.arange(a, b) for a, b in spans])
+        starts = spec.get("stored_starts", [start for start, _ in spans])
+        stored = _joined([start + np.arange(b - a) for start, (a, b) in zip(starts, spans, strict=True)])
         self.arrays = Arrays.empty(self.positions.size, settings)
         self.done = np.zeros(self.positions.size, bool)
         self.finite = np.ones(self.positions.size, bool)
@@ -144,7 +151,7 @@ class TappedRequest:
         self.recomputed = 0
         self.padding_mass = 0.0
         self._uniforms = draw_uniforms(
-            self.positions, draws=settings.draws, seed=settings.draw_seed, sample_id=spec["sample_id"]
+            stored, draws=settings.draws, seed=settings.draw_seed, sample_id=spec["sample_id"]
         )
 
     def wanted(self, start: int, stop: int) -> slice:
@@ -191,6 +198,10 @@ class TappedRequest:
             missing = self.positions[:positions][~self.done[:positions]]
             return f"{missing.size} of {positions} positions were never computed, the first is {missing[0]}"
         return ""
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 class Piece(NamedTuple):

@@ -1,7 +1,8 @@
 """The self-check: compares the tap's log-probs with those of vLLM's public path, at each engine start.
 
-Both score six sequences of random tokens; the tap scores them together, alone and in reverse order. The engine is not
-used if the two differ by more than their arithmetic explains. Each limit is derived, none is measured on a model.
+Both score six sequences of random tokens, and one with an image if the teacher sees images; the tap scores them
+together, alone and in reverse order. The engine is not used if the two differ by more than their arithmetic explains.
+Each limit is derived, none is measured on a model.
 Letters: `u` = 2^-24, the unit roundoff of float32; `r` that of the logits' type; `W` width of the hidden states, `V`
 vocabulary, `Z` largest size of a logit, among those within 50 nats of their row's best.
 
@@ -32,6 +33,8 @@ import numpy as np
 
 from coldstill.pipeline.errors import TeacherOutputInvalid
 from coldstill.pipeline.teachers.checkpoint import TRIES, Score, random_sequences, require_finite
+from coldstill.pipeline.teachers.image_expansion import ImageRules
+from coldstill.pipeline.teachers.image_probe import image_probe
 from coldstill.pipeline.teachers.protocol import ScoreResult, TokenSequence, UnscoredSequence, scored_of
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
@@ -84,24 +87,28 @@ class Agreement(NamedTuple):
     kl_limit: float
 
 
-def self_check_sequences(header: DatasetHeader, *, seed: int) -> list[TokenSequence]:
-    """Sequences of random tokens; all positions are targets."""
-    sequences = random_sequences(_LENGTHS, header, seed=seed)
+def self_check_sequences(header: DatasetHeader, *, seed: int, images: ImageRules | None = None) -> list[TokenSequence]:
+    """Sequences of random tokens, and last one with an image if there are `images`; all positions are targets."""
+    sequences = random_sequences(_LENGTHS, header, seed=seed, images=images)
     for prefix, whole in _PREFIXES:
         shared = min(sequences[prefix].token_ids.size, _SHARED_TOKENS)
         sequences[prefix].token_ids[:shared] = sequences[whole].token_ids[:shared]
-    return sequences
+    return [*sequences, image_probe(header, images, seed=seed)] if images else sequences
 
 
 def check_agreement(
-    tap: Score, public: Score, header: DatasetHeader, arithmetic: Callable[[], Arithmetic]
+    tap: Score,
+    public: Score,
+    header: DatasetHeader,
+    arithmetic: Callable[[], Arithmetic],
+    images: ImageRules | None = None,
 ) -> Agreement:
     """How far the two paths differ on the sequences of `self_check_sequences`.
 
     `arithmetic` is called after the tap has scored. Raises `TeacherOutputInvalid` above the limits, and
     `TeacherUnusable` for weights that give NaN or infinite logits.
     """
-    sets = (self_check_sequences(header, seed=seed) for seed in range(TRIES))
+    sets = (self_check_sequences(header, seed=seed, images=images) for seed in range(TRIES))
     scored = require_finite(public, sets, model=header.teacher.name)
     sequences, together = [one.sequence for one in scored], [one.targets for one in scored]
     own = _own_differences(together, [_finite(public([sequence]))[0] for sequence in sequences])

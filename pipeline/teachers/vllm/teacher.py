@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +15,8 @@ from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
 from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer
+from coldstill.pipeline.teachers.image_expansion import RowRejected
+from coldstill.pipeline.teachers.local_expansion import image_rules
 from coldstill.pipeline.teachers.protocol import (
     ScoredSequence,
     ScoreResult,
@@ -26,6 +28,7 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 
 from .engine import Engine, Request, engine_arguments, set_environment
+from .prompts import Prompt, PromptMaker
 from .public_path import read_prompt_logprobs
 from .scoring import SPEC_KEY, Arrays, RequestSpec, TapSettings
 from .self_check import Arithmetic, check_agreement
@@ -45,6 +48,11 @@ class VllmTeacher:
                 found=f"teacher.tap {config.tap}, teacher.runner {config.runner}",
                 wanted="tap worker, runner v1",
             )
+        if header.about.processor is not None and config.runner != "v1":
+            raise TeacherUnusable(
+                f"teacher.runner {config.runner}", found=f"{config.model}, which sees images", wanted="runner v1"
+            )
+        self._images = image_rules(config, header)
         arguments = engine_arguments(config, header)
         set_environment(config, arguments)
         try:
@@ -64,6 +72,7 @@ class VllmTeacher:
             load_tokenizer(config).save_pretrained(self._tokenizer_folder.name)
             arguments.setdefault("tokenizer", self._tokenizer_folder.name)
         self._engine = Engine(config, arguments)
+        self._prompts = PromptMaker(self._engine.render, self._images, max_length=config.max_length)
         self._settings = TapSettings(
             top_k=header.top_k,
             min_prob=header.min_prob,
@@ -78,7 +87,7 @@ class VllmTeacher:
             self._facts |= {"recomputed_positions": 0, "mass_beyond_tokens": 0.0}
             self._install_tap()
         else:
-            check_weights(self._by_public_path, header, model=config.model)
+            check_weights(self._by_public_path, header, model=config.model, images=self._images)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -95,8 +104,8 @@ class VllmTeacher:
 
     @property
     def progress(self) -> int:
-        """See `protocol.Teacher`: the engine's steps."""
-        return self._engine.steps
+        """See `protocol.Teacher`: the engine's steps, and the rows whose images were made ready for it."""
+        return self._engine.steps + self._engine.rendered
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -105,8 +114,8 @@ class VllmTeacher:
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
         """See `protocol.Teacher`."""
-        if self._sampling is not None:
-            return self._answers(sequences, self._sampling)
+        if (sampling := self._sampling) is not None:
+            return self._in_batches(sequences, lambda prompts: self._answered(prompts, sampling), sampling)
         return self._by_tap(sequences) if self._config.tap == "worker" else self._by_public_path(sequences)
 
     def _install_tap(self) -> None:
@@ -132,7 +141,7 @@ class VllmTeacher:
                 found=facts["vocab_size"],
                 wanted=f"{self._header.vocab_size}, the vocab_size of its config.json",
             )
-        found = check_agreement(self._by_tap, self._by_public_path, self._header, self._arithmetic)
+        found = check_agreement(self._by_tap, self._by_public_path, self._header, self._arithmetic, images=self._images)
         self._settings = settings
         self._engine.call_workers("coldstill_configure", asdict(settings))
         self._facts |= {name: value for name, value in facts.items() if name != "problems"}
@@ -154,50 +163,68 @@ class VllmTeacher:
         )
 
     def _by_tap(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
-        specs: list[RequestSpec] = [
-            {
-                "number": next(self._numbers),
-                "sample_id": sequence.sample_id,
-                "spans": sequence.target_spans.tolist(),
-            }
-            for sequence in sequences
-        ]
+        return self._in_batches(sequences, self._tapped)
+
+    def _by_public_path(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
+        return self._in_batches(sequences, self._published)
+
+    def _in_batches(
+        self,
+        sequences: Sequence[TokenSequence],
+        score: Callable[[Sequence[Prompt]], list[ScoreResult]],
+        sampling: SamplingConfig | None = None,
+    ) -> list[ScoreResult]:
+        """The results of `score`, and in their order what stands for the rows that are rejected."""
+        answers = sampling.n if sampling else 1
+        results: list[ScoreResult] = []
+        for batch in self._prompts.batches(sequences, is_answered=sampling is not None):
+            scored = iter(score([item for item in batch if isinstance(item, Prompt)]))
+            for item in batch:
+                if isinstance(item, Prompt):
+                    results += itertools.islice(scored, answers)
+                else:
+                    results += item.rejected.of_answers(item.sequence, answers)
+        return results
+
+    def _tapped(self, prompts: Sequence[Prompt]) -> list[ScoreResult]:
+        specs: list[RequestSpec] = [self._score_spec(prompt) for prompt in prompts]
         requests = [
-            Request(sequence.token_ids.tolist(), self._parameters(spec, max_tokens=1, temperature=0))
-            for sequence, spec in zip(sequences, specs, strict=True)
+            Request(prompt.inputs, self._parameters(spec, max_tokens=1, temperature=0))
+            for prompt, spec in zip(prompts, specs, strict=True)
         ]
         with self._dropped_after_errors(specs):
             self._engine.run(requests)
-            return self._take(sequences, specs)
+            return self._take([prompt.sequence for prompt in prompts], specs)
 
-    def _by_public_path(self, sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
+    def _published(self, prompts: Sequence[Prompt]) -> list[ScoreResult]:
         parameters = self._vllm.SamplingParams(
             prompt_logprobs=self._header.top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
         )
-        outputs = self._engine.run([Request(sequence.token_ids.tolist(), parameters) for sequence in sequences])
+        outputs = self._engine.run([Request(prompt.inputs, parameters) for prompt in prompts])
         return [
             read_prompt_logprobs(
                 output.prompt_logprobs,
-                sequence,
+                prompt.sequence,
                 top_k=self._header.top_k,
                 min_prob=self._settings.min_prob,
                 token_count=self._settings.token_count,
+                expansion=prompt.expansion,
             )
-            for output, sequence in zip(outputs, sequences, strict=True)
+            for output, prompt in zip(outputs, prompts, strict=True)
         ]
 
-    def _answers(self, prompts: Sequence[TokenSequence], sampling: SamplingConfig) -> list[ScoreResult]:
+    def _answered(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[ScoreResult]:
         numbered = [(prompt, number) for prompt in prompts for number in range(sampling.n)]
         specs = [self._answer_spec(prompt, number, sampling) for prompt, number in numbered]
         requests = [
             Request(
-                prompt.token_ids.tolist(),
+                prompt.inputs,
                 self._parameters(
                     spec,
                     max_tokens=spec["max_answer_tokens"],
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
-                    seed=answer_seed(seed=sampling.seed, sample_id=prompt.sample_id, number=number),
+                    seed=answer_seed(seed=sampling.seed, sample_id=prompt.sequence.sample_id, number=number),
                     stop=list(sampling.stop),
                     **self._end_tokens,
                     detokenize=bool(sampling.stop),
@@ -212,9 +239,25 @@ class VllmTeacher:
                 answer = output.outputs[0]
                 reason = "length" if answer.finish_reason == "length" else "stop"
                 sequences.append(
-                    answer_sequence(prompt, answer.token_ids, number=number, answers=sampling.n, finish_reason=reason)
+                    answer_sequence(
+                        prompt.sequence, answer.token_ids, number=number, answers=sampling.n, finish_reason=reason
+                    )
                 )
-            return self._take(sequences, specs)
+            results = self._take(sequences, specs)
+        return [
+            self._checked_answer(result, tokens_before=prompt.sequence.token_ids.size)
+            for (prompt, _), result in zip(numbered, results, strict=True)
+        ]
+
+    def _checked_answer(self, result: ScoreResult, *, tokens_before: int) -> ScoreResult:
+        """The result, unless the answer holds a token that a student would read as an image."""
+        if self._images is None or not isinstance(result, ScoredSequence):
+            return result
+        try:
+            self._images.check_answer(result.sequence.token_ids[tokens_before:])
+        except RowRejected as rejected:
+            return rejected.of(result.sequence)
+        return result
 
     @property
     def _end_tokens(self) -> dict[str, Any]:
@@ -222,12 +265,27 @@ class VllmTeacher:
         ids = self._header.about.end_token_ids
         return {"stop_token_ids": list(ids), "ignore_eos": True} if ids else {}
 
-    def _answer_spec(self, prompt: TokenSequence, number: int, sampling: SamplingConfig) -> RequestSpec:
-        return {
+    def _score_spec(self, prompt: Prompt) -> RequestSpec:
+        spans = prompt.sequence.target_spans
+        spec: RequestSpec = {
             "number": next(self._numbers),
-            "sample_id": answer_name(prompt.sample_id, number, answers=sampling.n),
-            "max_answer_tokens": answer_room(prompt, sampling=sampling, header=self._header),
+            "sample_id": prompt.sequence.sample_id,
+            "spans": prompt.expansion.spans(spans),
         }
+        if prompt.sequence.media:
+            spec["stored_starts"] = spans[:, 0].tolist()
+        return spec
+
+    def _answer_spec(self, prompt: Prompt, number: int, sampling: SamplingConfig) -> RequestSpec:
+        sequence, tokens = prompt.sequence, prompt.expansion.token_ids.size
+        spec: RequestSpec = {
+            "number": next(self._numbers),
+            "sample_id": answer_name(sequence.sample_id, number, answers=sampling.n),
+            "max_answer_tokens": answer_room(sequence, sampling=sampling, header=self._header, tokens=tokens),
+        }
+        if sequence.media:
+            spec["stored_starts"] = [sequence.token_ids.size - 1]
+        return spec
 
     def _parameters(self, spec: RequestSpec, *, detokenize: bool = False, **parameters: Any) -> Any:
         """vLLM's sampling parameters. A cached prefix is not read: its positions would never be computed."""

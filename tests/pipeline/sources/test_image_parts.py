@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from coldstill.pipeline.config import SourceConfig
+from coldstill.common.processor import ProcessorUnusable
+from coldstill.pipeline.config import CaptureConfig, SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
+from tests import making, vision
 from tests.vision import idefics3_processor, image_bytes, vision_tokenizer
 
 PROCESSOR = idefics3_processor(vision_tokenizer())
@@ -280,3 +283,29 @@ def test_hostile_nesting_of_an_image_is_rejected(folder: Path) -> None:
     made = _make(folder, {"messages": _chat(IMAGE, _text("what?")), "images": [image]})
     assert isinstance(made, Reject)
     assert made.reason == "bad_images"
+
+
+def test_a_text_teacher_refuses_marks_beside_images_and_keeps_marks_without(tmp_path: Path) -> None:
+    making.chat_model(tmp_path)
+    maker = SequenceMaker(AutoTokenizer.from_pretrained(tmp_path), source=SourceConfig(path="rows"), max_length=256)
+    messages = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "Red."}]
+    refused = maker.make(SourceRow(0, {"messages": messages, "image": "a.png"}))
+    assert isinstance(refused, Reject)
+    assert (refused.reason, refused.detail) == ("bad_images", "the row has images, and the teacher reads text only")
+    assert isinstance(maker.make(SourceRow(0, {"messages": messages, "image": None})), TokenSequence)
+
+
+def test_a_processor_that_cannot_be_loaded_stops_rows_with_images_only(tmp_path: Path) -> None:
+    """A text capture by a model that also sees images needs no processor."""
+    vision.idefics3_model(tmp_path / "teacher")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (tmp_path / "teacher" / name).unlink(missing_ok=True)
+    document = {"output": "o", "source": {"path": "rows"}, "teacher": {"model": str(tmp_path / "teacher")}}
+    maker = SequenceMaker.of(CaptureConfig.model_validate(document))
+    assert maker.processor is None
+    answer = {"role": "assistant", "content": "Red."}
+    text = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
+    assert isinstance(maker.make(SourceRow(0, {"messages": [text, answer]})), TokenSequence)
+    image = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]}
+    with pytest.raises(ProcessorUnusable, match="teacher"):
+        maker.make(SourceRow(1, {"messages": [image, answer]}))

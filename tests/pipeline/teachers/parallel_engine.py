@@ -1,4 +1,4 @@
-"""A vLLM of several processes, in a separate process: `python -m ...parallel_engine FOLDER OUTPUT`.
+"""A vLLM of several processes, in a separate process: `python -m ...parallel_engine text|images FOLDER OUTPUT`.
 
 Scores the same rows twice and writes both answers, for a test to compare.
 """
@@ -13,10 +13,11 @@ import numpy as np
 from transformers import AutoConfig
 
 from coldstill.pipeline.config import TeacherConfig
-from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.teachers.protocol import Teacher, TokenSequence, scored_of
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from tests import making
+from tests.pipeline.teachers import image_rows
 
 TOP_K = 8
 
@@ -53,11 +54,20 @@ def config(folder: Path, **engine_args: object) -> TeacherConfig:
     return TeacherConfig.model_validate({**fields, "engine_args": arguments})
 
 
+def teacher_of(kind: str, folder: Path, **engine_args: object) -> tuple[Teacher, list[TokenSequence]]:
+    """The teacher, and the rows to score: of text, or with images."""
+    if kind == "text":
+        return load_teacher(config(folder, **engine_args), header(folder)), rows()
+    arguments = {"max_num_batched_tokens": 64, "max_num_seqs": 16, **engine_args}
+    settings = image_rows.config(folder, "vllm", engine_args=arguments)
+    return load_teacher(settings, image_rows.header(folder)), image_rows.rows(folder)
+
+
 def main() -> None:
     """Score, and write what came."""
-    folder, output = sys.argv[1:]
-    teacher = load_teacher(config(Path(folder), tensor_parallel_size=2), header(Path(folder)))
-    answers = [[scored.targets for scored in teacher.score(rows())] for _ in range(2)]
+    kind, folder, output = sys.argv[1:]
+    teacher, given = teacher_of(kind, Path(folder), tensor_parallel_size=2)
+    answers = [[scored.targets for scored in scored_of(teacher.score(given))] for _ in range(2)]
     # Of this test's own making, and read by it alone.
     Path(output).write_bytes(pickle.dumps((answers, teacher.environment, teacher.processes)))
 

@@ -83,6 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.busy -= 1
 
     def _complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if not self.path.endswith("/completions"):
+            return 404, {"error": {"message": "Not Found"}}
         server, prompt = self.server, body["prompt"]
         wanted = body.get("prompt_logprobs") or body["logprobs"]
         if wanted > server.max_logprobs:

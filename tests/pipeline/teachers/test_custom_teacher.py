@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +22,21 @@ from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.teachers.answer_sampling import answer_sequence
 from coldstill.pipeline.teachers.checkpoint import head_dtype_of
-from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence, UnscoredSequence, non_finite
+from coldstill.pipeline.teachers.protocol import (
+    ScoredSequence,
+    Teacher,
+    TokenSequence,
+    UnscoredSequence,
+    non_finite,
+    scored_of,
+)
 from coldstill.pipeline.teachers.target_extractor import summarize
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import read_commit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal
-from coldstill.storage_schema.rows import TeacherTargets, span_positions
+from coldstill.storage_schema.rows import MediaReference, TeacherTargets, span_positions
 from coldstill.storage_schema.store import Store
 from coldstill.tools.verify import verify
 from tests import making
@@ -111,6 +119,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "other tokens": _last_sequence(token_ids=lambda ids: ids + 1),
     "other spans": _last_sequence(target_spans=lambda spans: spans[:1] * [1, 0] + [0, 1]),
     "other source row": _last_sequence(source_row=lambda row: row + 1),
+    "no images": _last_sequence(media=lambda media: ()),
     "a list of tokens": _last_sequence(token_ids=lambda ids: ids.tolist()),
     "no sequence": lambda scored: [ScoredSequence(item.sequence.sample_id, item.targets) for item in scored],  # type: ignore[arg-type]
     "no finish reason": _last_sequence(metadata=lambda metadata: {}),
@@ -245,6 +254,17 @@ def test_output_that_breaks_a_law_is_named_with_the_class_and_the_row(
 def test_an_answer_that_breaks_a_law_is_named(header: DatasetHeader, fault: str, what: str) -> None:
     with pytest.raises(TeacherOutputInvalid, match=what):
         _load(header, fault, SamplingConfig(n=2)).score(_prompts())
+
+
+@pytest.mark.parametrize("sampling", [None, SamplingConfig(n=2)])
+def test_a_class_that_loses_the_images_of_a_row_is_named(
+    header: DatasetHeader, sampling: SamplingConfig | None
+) -> None:
+    image = MediaReference(position=1, type="image/png", sha256=hashlib.sha256(b"x").hexdigest(), data=b"x")
+    given = [replace(one, media=(image,)) for one in (_prompts() if sampling else _sequences())]
+    assert all(one.row.media == (image,) for one in scored_of(_load(header, sampling=sampling).score(given)))
+    with pytest.raises(TeacherOutputInvalid, match="0 images" if sampling else "another sequence"):
+        _load(header, "no images", sampling).score(given)
 
 
 def test_a_draw_of_a_kept_id_is_named(header: DatasetHeader) -> None:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import urllib3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
@@ -26,11 +18,11 @@ from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets
 from tests import making
+from tests.pipeline.teachers.vllm_server import KEY, vllm_server
 
 pytestmark = pytest.mark.slow
 
-TOP_K, MAX_LENGTH, TOLERANCE, START_S = 40, 120, 1e-4, 400
-KEY = "sk-of-this-test"
+TOP_K, MAX_LENGTH, TOLERANCE = 40, 120, 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -45,54 +37,8 @@ def header(folder: Path) -> DatasetHeader:
 
 @pytest.fixture(scope="module")
 def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with _server(folder, tmp_path_factory.mktemp("server") / "log") as url:
+    with vllm_server(folder, tmp_path_factory.mktemp("server") / "log", top_k=TOP_K, max_length=MAX_LENGTH) as url:
         yield url
-
-
-@contextmanager
-def _server(folder: Path, log: Path) -> Iterator[str]:
-    """Started as the engine's own message says, with more log-probs than vLLM allows by default."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--max-logprobs", str(TOP_K), "--logprobs-mode", "raw_logprobs"]
-    command += ["--max-model-len", str(MAX_LENGTH + 1), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", "--api-key", KEY]
-    settings = {
-        "TORCHDYNAMO_DISABLE": "1",  # compiling costs more than it saves, and fails where a folder's name has a space
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "auto",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + START_S
-        while not _answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _answers(address: str) -> bool:
-    try:
-        return urllib3.request("GET", address, retries=False, timeout=5).status == 200
-    except urllib3.exceptions.HTTPError:
-        return False
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +141,7 @@ def test_a_row_whose_logits_a_server_cannot_write_is_unscored_and_the_others_are
         TokenSequence(sample_id=f"r{i}", source_row=i, token_ids=ids, target_spans=spans)
         for i, ids in enumerate(tokens)
     ]
-    with _server(broken, tmp_path / "log") as url:
+    with vllm_server(broken, tmp_path / "log", top_k=TOP_K, max_length=MAX_LENGTH) as url:
         results = _teacher(broken, header, url).score(rows)
     assert results[1] == non_finite("r1", 1)
     for result in (results[0], results[2]):

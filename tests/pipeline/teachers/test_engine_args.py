@@ -25,6 +25,10 @@ CHANGING = {
         "quantization": "fp8",
         "load_format": "dummy",
         "seed": 1,
+        "mm_processor_device": "cuda",
+        "mm_device_do_normalize": True,
+        "mm_encoder_attn_dtype": "fp8",
+        "mm_encoder_attn_backend": "TORCH_SDPA",
         "an_argument_of_a_later_release": True,
     },
     "transformers": {"attn_implementation": "eager", "torch_dtype": "bfloat16", "rope_parameters": {"factor": 2.0}},
@@ -32,7 +36,15 @@ CHANGING = {
     "my_module:MyTeacher": {"temperature": 2.0},
 }
 FREE = {
-    "vllm": {"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "max_num_seqs": 8, "enforce_eager": True},
+    "vllm": {
+        "gpu_memory_utilization": 0.5,
+        "tensor_parallel_size": 2,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "mm_encoder_tp_mode": "data",
+        "skip_mm_profiling": True,
+        "disable_chunked_mm_input": True,
+    },
     "transformers": {"device_map": "auto", "low_cpu_mem_usage": True},
     "endpoint": {"concurrency": 2, "timeout_s": 10.0, "attempts": 1},
 }
