@@ -29,7 +29,6 @@ from coldstill.storage_schema.store import Store
 from .calibration import warn_if_flat
 from .config import CaptureConfig
 from .driver.lease import Lease
-from .driver.media_limit import MediaFileLimit
 from .driver.progress import Progress, ProgressBar
 from .driver.status import read_progress
 from .errors import CaptureIncomplete, TooManyUnits, all_rejected
@@ -152,17 +151,15 @@ def remaining(prepared: Prepared) -> Remaining:
 
 
 def _run_units(prepared: Prepared, pool: WorkerPool, *, lease: Lease, progress: Progress) -> None:
-    """Run the units that are not committed. Raises `CaptureIncomplete`, `LeaseLost`, `TooManyMediaFiles`."""
+    """Run the units that are not committed. Raises `CaptureIncomplete`, `LeaseLost`."""
     plan, (todo, rows_done) = prepared.units, remaining(prepared)
     if not todo:
         return
-    media = MediaFileLimit(prepared.store)
     with ProgressBar(progress, work=pool, rows=plan.total_rows, rows_done=rows_done) as bar:
         for report in pool.run_units(todo):
             lease.check()
             progress.add(report)
             bar.add(report)
-            media.add(report.media_files)
     if pool.failed:
         reasons = [f"unit {failed.unit}: {failed.reason}" for failed in pool.failed[:_MAX_LISTED]]
         more = len(pool.failed) - len(reasons)

@@ -83,10 +83,6 @@ class ImageHostFailed(ColdstillError):
     """A host of images is allowed, and does not answer."""
 
 
-class TooManyMediaFiles(ColdstillError):
-    """The rows need more files in `media/` than a manifest can list."""
-
-
 class EndpointFailed(ColdstillError):
     """The teacher's server cannot be reached, or fails repeatedly."""
 

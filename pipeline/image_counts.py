@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from coldstill.common.images import decoded
 from coldstill.common.processor import ImageExpander
+from coldstill.storage_schema.media import MAX_MEDIA_FILES
 
-from .driver.media_limit import MAX_MEDIA_FILES
 from .teachers.protocol import TokenSequence
 
 _SAMPLED = 64

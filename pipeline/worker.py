@@ -78,7 +78,6 @@ class UnitReport(NamedTuple):
     targets: int
     bytes: int
     reasons: dict[str, int] = {}
-    media_files: int = 0
 
 
 class SpeedReport(NamedTuple):
@@ -264,5 +263,4 @@ def _parts_of(sequences: Sequence[TokenSequence], parts: Sequence[tuple[int, int
 
 def _report(record: CommitRecord) -> UnitReport:
     size, reasons = record.shard.bytes, reject_reasons_of(record)
-    counts = (record.unit, record.rows, record.rejected, record.tokens, record.targets)
-    return UnitReport(*counts, size, reasons, len(record.media))
+    return UnitReport(record.unit, record.rows, record.rejected, record.tokens, record.targets, size, reasons)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from coldstill.common.errors import ColdstillError
-from coldstill.pipeline.errors import SourceAdapterFailed, UnitFailed
+from coldstill.common.processor import ProcessorUnusable
+from coldstill.pipeline.errors import ImageHostFailed, SourceAdapterFailed, UnitFailed
 from coldstill.pipeline.worker import UnitTask
-from coldstill.storage_schema.errors import StorageFailed
+from coldstill.storage_schema.errors import StorageFailed, TooManyMedia
 from coldstill.storage_schema.plan import Unit
 
 from .attempts import Attempts, AttemptStore, CrashReport, Trial, attempts_name
@@ -22,6 +23,8 @@ from .poison_search import next_task, search
 
 TASKS_PER_WORKER = 2
 """The teacher scores one task while the other is read or committed."""
+_ENDS_THE_RUN = (StorageFailed, TooManyMedia, SourceAdapterFailed, ImageHostFailed, ProcessorUnusable)
+"""Errors that are not one unit's own."""
 _FIRST_UNITS = 3
 """When this many units fail before any succeeds, the set-up is wrong, not the units."""
 
@@ -96,8 +99,8 @@ class Dispatcher:
     def raised(self, task: UnitTask, error: ColdstillError) -> None:
         """A unit failed, and its worker survived. Raises `error` if the store or the set-up is the cause."""
         self._end(task)
-        if isinstance(error, StorageFailed | SourceAdapterFailed):
-            raise error  # every other unit would wait for the same store, or call the same function
+        if isinstance(error, _ENDS_THE_RUN):
+            raise error  # every other unit would fail at the same store, function, host or folder
         self._give_up(task.unit, str(error))
         self._count_error(task.unit, error)
 

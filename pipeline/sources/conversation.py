@@ -16,6 +16,8 @@ from coldstill.pipeline.reject_reasons import RejectReason
 Columns = dict[str, Any]
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 IMAGE_TYPES = ("image", "image_url")
+MARK = "<image>"
+"""Stands in a text where an image of the row's column belongs, as in LLaVA's data."""
 _SYNONYMS = {
     "human": "user",
     "prompter": "user",
@@ -101,6 +103,14 @@ def conversation_of(
             raise RowUnusable(RejectReason.NO_PROMPT, "all messages are the assistant's")
     name = layout.name and f"{layout.name}: {', '.join(layout.columns)} -> messages"
     return Conversation(messages, tools, (*layout.columns, source.tools), name)
+
+
+def has_marks(chat: Conversation) -> bool:
+    """Whether a text of the chat has a mark where an image belongs."""
+    contents = [message["content"] for message in chat.messages]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
+    return any(MARK in text for text in texts if isinstance(text, str))
 
 
 def is_image_part(part: object) -> bool:

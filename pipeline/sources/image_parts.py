@@ -16,13 +16,11 @@ from urllib.parse import unquote_to_bytes
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.reject_reasons import RejectReason
 
-from .conversation import Conversation, RowUnusable, is_image_part
+from .conversation import MARK, Conversation, RowUnusable, is_image_part
 
 Content = bytes | str
 """Bytes of an image, or the place where it is."""
 
-MARK = "<image>"
-"""Stands for an image in the text of chats with a column of images, as in LLaVA's data."""
 IMAGE_PART = {"type": "image"}
 _ONE = "image"
 """A second name of the column, for rows with one image, where the settings leave the column at its default."""
@@ -86,11 +84,6 @@ def with_images(chat: Conversation, columns: Mapping[str, Any], source: SourceCo
         of_column = f"{len(column.images)} images in column {column.name!r}" if column.images else "no column of images"
         raise _bad(f"{of_column} for {taken} {'image parts without content' if has_parts else f'marks {MARK}'}")
     return chat._replace(messages=placed, columns=(*chat.columns, *image_columns(source)), images=tuple(images))
-
-
-def has_marks(chat: Conversation) -> bool:
-    """Whether a text of the chat has a mark where an image belongs."""
-    return any(MARK in text for message in chat.messages for text in texts_of(message.get("content")))
 
 
 def texts_of(value: object) -> Iterator[str]:

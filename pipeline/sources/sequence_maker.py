@@ -25,9 +25,9 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import MediaReference
 
 from .chat_template import ChatTemplate, Fitted
-from .conversation import Conversation, RowUnusable, conversation_of
+from .conversation import Conversation, RowUnusable, conversation_of, has_marks
 from .files import SourceRow
-from .image_parts import column_images, has_marks, image_columns, texts_of, with_images
+from .image_parts import column_images, image_columns, texts_of, with_images
 from .image_reader import ImageReader
 from .loss_mask import LossMask
 from .sequences import Document, OverLong, facts_of, joined, prompt, sample_id_of, split
@@ -67,7 +67,7 @@ class SequenceMaker:
         self._max_images = max_images
         self.template = ChatTemplate(tokenizer, source, today=today, processor=processor)
         self._placeholder_id = None if processor is None else placeholder_id(processor)
-        self._images = ImageReader(source)
+        self._images = ImageReader(source) if processor is not None else None
         self._loss_mask = LossMask(self.template, source.loss_on, stops)
         self._mode, self._documents = mode, documents
         self._layouts: Counter[str] = Counter()
@@ -315,7 +315,7 @@ class SequenceMaker:
 
     def _media(self, chat: Conversation | None, positions: list[int]) -> tuple[MediaReference, ...]:
         """The images of a row with their content. Raises `RowUnusable`, `StorageFailed`, `ImageHostFailed`."""
-        return self._images.read(chat.images, positions) if chat else ()
+        return self._images.read(chat.images, positions) if chat and self._images else ()
 
     def _tokens(self, columns: Columns) -> list[int]:
         """Token ids of a row's text, with the special tokens that the tokenizer adds."""

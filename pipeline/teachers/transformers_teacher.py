@@ -52,7 +52,7 @@ class TransformersTeacher:
         """Raises `TeacherUnusable`."""
         self._config, self._header, self._sampling = config, header, sampling
         self._model = load_model(config, header)
-        self._expander = local_expander(config, header)
+        self._expander = local_expander(config, header) if header.about.processor else None
         self._images = self._expander.rules if self._expander else None
         self._extract = TargetExtractor(
             top_k=config.top_k,

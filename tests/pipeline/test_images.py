@@ -15,17 +15,14 @@ from coldstill.common.images import decoded
 from coldstill.common.processor import ImageExpander, ProcessorUnusable, processor_settings, processor_sha256
 from coldstill.pipeline import image_counts
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.driver import media_limit
-from coldstill.pipeline.driver.media_limit import MediaFileLimit
 from coldstill.pipeline.dry_run import dry_run
-from coldstill.pipeline.errors import AllRowsRejected, TemplateDrops, TooManyMediaFiles
+from coldstill.pipeline.errors import AllRowsRejected, TemplateDrops
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.header import HEADER_NAME
-from coldstill.storage_schema.store import Store
 from tests import making
 from tests.pipeline.capturing import capture_config
 from tests.vision import CHAT_TEMPLATE, idefics3_model, image_bytes, llava_model
@@ -173,23 +170,3 @@ def test_a_dry_run_of_a_teacher_of_text_has_no_line_of_images(tmp_path: Path) ->
     dry = dry_run(capture_config(tmp_path), progress=False)
     assert dry.images is None
     assert not [name for name in dry.lines() if "image" in name or "media" in name]
-
-
-def test_a_capture_ends_when_its_files_are_more_than_a_manifest_lists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Files that several units name count once."""
-    monkeypatch.setattr(media_limit, "MAX_MEDIA_FILES", 4)
-    store = Store(tmp_path / "dataset")
-    for name in range(3):
-        store.put(f"media/{name}.png", b"")
-    limit = MediaFileLimit(store)
-    for _ in range(5):
-        limit.add(2)
-    for name in range(3, 5):
-        store.put(f"media/{name}.png", b"")
-    limit.add(0)  # a unit of text
-    with pytest.raises(TooManyMediaFiles, match=r"source\.images_in_row_bytes"):
-        limit.add(2)
-    with pytest.raises(TooManyMediaFiles):
-        MediaFileLimit(store).add(1)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
+from coldstill.common.errors import ColdstillError
+from coldstill.common.processor import ProcessorUnusable
 from coldstill.pipeline.cluster.attempts import Attempts, AttemptStore, CrashReport, Trial
 from coldstill.pipeline.cluster.dispatcher import Dispatcher, WorkerHandle, names_by_unit
 from coldstill.pipeline.cluster.poison_search import MAX_DEATHS
-from coldstill.pipeline.errors import SourceAdapterFailed, TeacherOutputInvalid, UnitFailed
+from coldstill.pipeline.errors import ImageHostFailed, SourceAdapterFailed, TeacherOutputInvalid, UnitFailed
 from coldstill.pipeline.worker import UnitTask
-from coldstill.storage_schema.errors import StorageFailed, StorageFull
+from coldstill.storage_schema.errors import StorageFailed, StorageFull, TooManyMedia
 from coldstill.storage_schema.plan import Unit
 
 ROWS = 8
@@ -139,13 +141,14 @@ def test_a_named_error_fails_one_unit_but_the_first_three_or_a_store_error_end_t
         simulation.dispatcher.raised(UnitTask(unit=2, kind="whole", start=0, stop=ROWS), error)
 
 
-def test_a_source_adapter_that_fails_ends_the_run() -> None:
-    """At any unit: the user corrects the function, and committed units are kept."""
+@pytest.mark.parametrize("error", [SourceAdapterFailed, ImageHostFailed, ProcessorUnusable, TooManyMedia])
+def test_what_is_not_one_units_own_ends_the_run(error: type[ColdstillError]) -> None:
+    """At any unit: the user corrects the function, or waits for the host, and committed units are kept."""
     simulation = Simulation(9, workers=1)
     (worker, first), (_, second), *_ = simulation.dispatcher.assign(simulation.workers)
     simulation.dispatcher.done(first, worker=worker)
-    with pytest.raises(SourceAdapterFailed, match="row 7"):
-        simulation.dispatcher.raised(second, SourceAdapterFailed("row 7"))
+    with pytest.raises(error, match="row 7"):
+        simulation.dispatcher.raised(second, error("row 7"))
 
 
 def test_the_reason_of_a_unit_that_was_given_up_names_the_file_to_delete() -> None:

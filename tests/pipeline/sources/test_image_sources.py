@@ -14,10 +14,11 @@ import pytest
 
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.sources import parquet_rows
-from coldstill.pipeline.sources.files import json_text, parse_row
+from coldstill.pipeline.sources.files import SourceRow, json_text, parse_row
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source, read_index
 from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.store import Store
 from tests.pipeline.sources import templates
 from tests.vision import idefics3_processor, image_bytes, vision_tokenizer
@@ -139,13 +140,19 @@ def test_the_digest_of_a_dataset_is_the_one_of_earlier_releases(tmp_path: Path) 
     assert index.sha256 == hashlib.sha256(lines.encode()).hexdigest()
 
 
-def test_a_teacher_of_text_reads_the_text_of_a_dataset_with_images_without_their_bytes(tmp_path: Path) -> None:
+def test_a_teacher_of_text_refuses_rows_that_show_images_and_reads_the_others(tmp_path: Path) -> None:
+    """Its answers would be about what it was never shown. Images that no text shows are metadata, without bytes."""
     config = _hub(tmp_path)
     maker = SequenceMaker(templates.tokenizer(templates.QWEN25), source=config, max_length=512)
     made = list(maker.sequences(open_source(config).rows()))
-    assert all(isinstance(each, TokenSequence) and each.media == () for each in made)
-    two = made[2]
+    assert isinstance(made[0], TokenSequence)
+    assert {each.reason for each in made[1:] if isinstance(each, Reject)} == {"bad_images"}
+    assert len(made) == ROWS
+    rows = _rows()
+    rows[2]["messages"][0]["content"] = "what is said of these?"
+    two = maker.make(SourceRow(2, rows[2]))
     assert isinstance(two, TokenSequence)
+    assert two.media == ()
     assert two.metadata == {
         "day": "day 2",
         "images": [{"bytes": f"{len(image_bytes(20 + i))} bytes", "path": f"2-{i}.png"} for i in range(2)],
