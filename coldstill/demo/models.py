@@ -185,8 +185,8 @@ def train_steps(
 ) -> float:
     """Take `steps` optimizer steps, step n on the loss `loss_of(n)`; return the mean loss of the last ones.
 
-    Muon updates the matrices inside the model and AdamW everything else, at the peak `rates`: with this few steps that is
-    better than AdamW alone. Both rates fall linearly to 0. The caller removes `checkpoint`.
+    Muon updates the matrices inside the model and AdamW everything else, at the peak `rates`: with this few steps that
+    is better than AdamW alone. Both rates fall linearly to 0. The caller removes `checkpoint`.
     """
     optimizers = _optimizers(model, *rates)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]

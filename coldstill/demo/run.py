@@ -1,4 +1,4 @@
-"""`coldstill demo`: runs the stages in order and skips those whose results exist. The vision demo runs its stages here too.
+"""`coldstill demo`: runs the stages in order and skips those whose results exist.
 
 A demo that was killed resumes at the stage that was interrupted. Stages that need torch, Ray or vLLM run in child
 processes; this process imports none of them. The peak memory that a stage reports is therefore its own. The stderr of a

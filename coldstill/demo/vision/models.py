@@ -1,8 +1,7 @@
 """The vision demo's tokenizer, teacher and student: Idefics3 models, trained on scenes that are drawn as they are read.
 
 `python -m coldstill.demo.vision.models {teacher|student} OUTPUT [--quick]` trains one model in its own process. Results
-are folders that transformers and vLLM load, each with its processor. Both models read the scenes of the part `teacher` in
-different orders.
+are folders that transformers and vLLM load, each with its processor.
 
 A step computes the features of an image once and asks several questions about it, each in a row of its own: answers in
 one row would give each other away. The first scenes have one thing, because a model that has not yet found out what
@@ -154,9 +153,11 @@ def new_model(shape: Shape, tokenizer: Any) -> Any:
 
 
 class Batch(NamedTuple):
-    """Rows of one question each, right-padded: `token_ids int64 [B, T]`, `loss_mask bool [B, T]` and `attention_mask
-    int64 [B, T]`, `pixels float32 [I, 3, SIDE, SIDE]` of the `I` images, and `owners int64`: the image of each image that
-    the rows show, in order."""
+    """Rows of one question each, right-padded.
+
+    `token_ids int64`, `loss_mask bool` and `attention_mask int64` are `[B, T]`. `pixels float32 [I, 3, SIDE, SIDE]` are
+    those of the `I` different images, and `owners int64` has the number of each image that the rows show, in order.
+    """
 
     token_ids: torch.Tensor
     loss_mask: torch.Tensor

@@ -1,7 +1,7 @@
 """Draws images of a few things, and writes chats about them; all of it follows from a seed.
 
-A scene has four cells, two by two, and a thing in one to four of them: a shape or a digit, in one color. A chat is about
-one scene, two scenes or none; each of its turns is a question of one kind and a short answer, in one of two wordings.
+A scene has four cells, two by two, and a thing in one to four of them: a shape or a digit, in one color. A chat is
+about one scene, two scenes or none. Each of its turns is a question of one kind and an answer in one of two wordings.
 
 Each chat has a random stream of its own, made of the seed, the part and its number: any of them can be made alone.
 """

@@ -132,6 +132,10 @@ class Layout(TextLayout):
         return self.text / f"{part}.jsonl"
 
     @property
+    def picture(self) -> Path:
+        return self.root / "answers.png"
+
+    @property
     def answers(self) -> Path:
         """The models' answers to the held-out questions."""
         return self.root / "answers.json"
