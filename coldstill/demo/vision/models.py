@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from coldstill.common.files import new_folder
-from coldstill.demo.models import END, parameter_count, train_steps
+from coldstill.demo.models import parameter_count, train_steps
 
 from .scenes import SIDE, Chat, machine_fonts, make_chat, texts
 from .settings import STUDENT, TEACHER, Layout, Shape, size_of
@@ -32,7 +32,8 @@ from .settings import STUDENT, TEACHER, Layout, Shape, size_of
 if TYPE_CHECKING:
     from PIL import Image
 
-USER, ASSISTANT = "<|user|>", "<|assistant|>"
+END, USER, ASSISTANT = "<end_of_utterance>", "<|user|>", "<|assistant|>"
+"""Idefics3's processor adds the first to any tokenizer that lacks it."""
 IMAGE_TOKENS = ("<fake_token_around_image>", "<image>", "<global-img>")
 """Idefics3's own: an image becomes the first, `<global-img>`, its `<image>` tokens, and the first again."""
 VOCABULARY = 512
@@ -45,7 +46,7 @@ CHAT_TEMPLATE = (
     "{% endmacro %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "<|assistant|>{% generation %}{{ shown(message['content']) }}<|end|>{% endgeneration %}"
+    "<|assistant|>{% generation %}{{ shown(message['content']) }}<end_of_utterance>{% endgeneration %}"
     "{% else %}"
     "<|user|>{{ shown(message['content']) }}"
     "{% endif %}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 RUN_KEYS = ("targets_per_s", "peak_memory_mb", "steps", "wall_s", "taid_t")
 EXAMPLES = 10
 """Questions in the picture: about equally many of each kind."""
+SHORT = {"before": "before", "cross_entropy": "CE", "forward_kl": "FKL", "taid": "TAID"}
 RIGHT, WRONG = "#1a7f37", "#c62828"
 
 
@@ -71,7 +72,7 @@ def show(layout: Layout, console: Console, *, wall_s: float) -> None:
     console.print(_table(summary))
     absence = "PRESENT" if summary["teacher_folder_present_while_training"] else "absent"
     console.print(
-        "KL in nats per target, over the whole vocabulary. "
+        "CE cross-entropy, FKL forward KL. KL in nats per target, over the whole vocabulary.\n"
         f"The teacher's folder was {absence} during training.\n"
         f"{layout.card}\n{layout.page}\n{layout.summary}\n{layout.picture}\n"
         f"[dim]{round(wall_s) // 60}:{round(wall_s) % 60:02} minutes[/dim]",
@@ -89,8 +90,9 @@ def _table(summary: Mapping[str, Any]) -> Any:
     table.add_column("question", no_wrap=True)
     table.add_column("teacher", justify="right")
     for name in (*students, *students):
-        short = NAMES[name].replace("-", "-\n").replace(" ", "\n")
-        table.add_column(short, justify="right", style=None if name in ("before", "cross_entropy") else "bold green")
+        table.add_column(
+            SHORT[name], justify="right", style=None if name in ("before", "cross_entropy") else "bold green"
+        )
 
     def add(name: str, accuracy: Any, kl: Any) -> None:
         right = [f"{accuracy(row):.0%}" for row in (summary["teacher"], *students.values())]
