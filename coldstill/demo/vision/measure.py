@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,10 @@ class Tally:
     """Right answers and KL of one model, by kind of question."""
 
     def __init__(self) -> None:
-        self.questions: dict[str, int] = defaultdict(int)
-        self.right: dict[str, int] = defaultdict(int)
-        self.targets: dict[str, int] = defaultdict(int)
-        self.kl: dict[str, float] = defaultdict(float)
+        self.questions: Counter[str] = Counter()
+        self.right: Counter[str] = Counter()
+        self.targets: Counter[str] = Counter()
+        self.kl = dict.fromkeys(KINDS, 0.0)
 
     def add_answer(self, row: Mapping[str, Any], answer: str) -> None:
         """Count an answer."""
