@@ -175,7 +175,7 @@ def _draw_thing(draw: Any, thing: Thing, rng: random.Random, *, fonts: Sequence[
     top = row * CELL + rng.randint(2, CELL - size - 2)
     right, bottom = left + size, top + size
     if thing.digit is not None:
-        font = _font(rng.choice(fonts) if fonts else None, size + 7)
+        font = _font(rng.choice(fonts) if fonts else None, size + 9)
         middle = left + size // 2, top + size // 2
         draw.text(middle, str(thing.digit), fill=color, font=font, anchor="mm")
     elif thing.shape == "circle":
