@@ -62,8 +62,8 @@ SCENES_PER_STEP, QUESTIONS_PER_SCENE = 16, 5
 RATES = 0.01, 3e-3
 """Peak learning rates of Muon and AdamW. At 0.02, the text demo's rate, Muon needs twice the steps."""
 POSITION_STD = 0.5
-"""Initial size of the position embeddings of patches. At transformers' 0.02 they vanish beside a patch's pixels, and the
-models take twice the steps to find out where things are."""
+"""Initial size of the position embeddings of patches. At transformers' 0.02 they vanish beside a patch's pixels, and
+the models take twice the steps to find out where things are."""
 EASY_SHARE = 0.15
 """Share of the steps in which the most things of a scene rises from one to four."""
 
