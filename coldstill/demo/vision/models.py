@@ -184,7 +184,9 @@ class ChatEncoder:
 
     def batch(self, chats: Sequence[Chat]) -> Batch:
         """All questions of `chats`, one row each."""
-        rows, owners, images = [], [], []
+        rows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        images: list[Image.Image] = []
         for chat in chats:
             own = range(len(images), len(images) + len(chat.scenes))
             images += [scene.image for scene in chat.scenes]

@@ -198,7 +198,7 @@ def make_chat(*, seed: int, part: str, number: int, turns: int = 1, most: int = 
     if share < NO_IMAGE:
         question, answer = rng.choice(FACTS)
         return Chat(scenes=(), turns=(_turn(rng, "text", question, answer, "it is"),))
-    scenes = (draw_scene(rng, fonts=fonts, most=most),)
+    scenes: tuple[Scene, ...] = (draw_scene(rng, fonts=fonts, most=most),)
     questions = list(_questions_of_one(scenes[0]))
     if share < NO_IMAGE + TWO_IMAGES:
         pair = (*scenes, draw_scene(rng, fonts=fonts, most=most))

@@ -130,7 +130,7 @@ def draw_picture(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
     style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
     columns = 5
     with pyplot.rc_context(style):
-        figure = pyplot.figure(figsize=(15, 11), layout="constrained")
+        figure: Any = pyplot.figure(figsize=(15, 11), layout="constrained")
         bars, grid = figure.subfigures(2, 1, height_ratios=[1, 2.4])
         _draw_bars(bars.subplots(), summary)
         cells = grid.subplots(-(-len(rows) // columns), columns, squeeze=False)
