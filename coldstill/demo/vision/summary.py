@@ -130,14 +130,16 @@ def draw_picture(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
     style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
     columns = 5
     with pyplot.rc_context(style):
-        figure: Any = pyplot.figure(figsize=(15, 11), layout="constrained")
-        bars, grid = figure.subfigures(2, 1, height_ratios=[1, 2.4])
+        figure: Any = pyplot.figure(figsize=(15, 12), layout="constrained")
+        bars, grid = figure.subfigures(2, 1, height_ratios=[1, 2.6])
         _draw_bars(bars.subplots(), summary)
-        cells = grid.subplots(-(-len(rows) // columns), columns, squeeze=False)
+        lines = -(-len(rows) // columns)
+        cells = grid.subplots(2 * lines, columns, squeeze=False, height_ratios=[1, 0.4] * lines)
         for axes in cells.flat:
             axes.axis("off")
-        for axes, row in zip(cells.flat, rows, strict=False):
-            _draw_example(axes, row, layout)
+        for number, row in enumerate(rows):
+            line, column = divmod(number, columns)
+            _draw_example(cells[2 * line, column], cells[2 * line + 1, column], row, layout)
         figure.savefig(path, dpi=110, format="png")
         pyplot.close(figure)
 
@@ -158,7 +160,7 @@ def _draw_bars(axes: Any, summary: Mapping[str, Any]) -> None:
     axes.legend(frameon=False, ncols=len(models), loc="upper right", bbox_to_anchor=(1, 1.16))
 
 
-def _draw_example(axes: Any, row: Mapping[str, Any], layout: Layout) -> None:
+def _draw_example(axes: Any, below: Any, row: Mapping[str, Any], layout: Layout) -> None:
     """One question: its images side by side, then the answers, green if they are right."""
     import numpy as np
     from PIL import Image
@@ -169,18 +171,10 @@ def _draw_example(axes: Any, row: Mapping[str, Any], layout: Layout) -> None:
     gap = np.full((shown[0].shape[0], 4, 3), 255, np.uint8)
     image = np.concatenate([part for one in shown for part in (one, gap)][:-1], axis=1)
     axes.imshow(image, interpolation="nearest")
+    axes.set_anchor("S")
     axes.set_title(row["question"], fontsize=10, fontweight="bold")
-    lines = {"teacher": "teacher", **{loss: NAMES[loss] for loss in LOSSES}}
-    for number, (name, title) in enumerate(lines.items()):
+    names = {"teacher": "teacher", **{loss: NAMES[loss] for loss in LOSSES}}
+    for number, (name, title) in enumerate(names.items()):
         answer = row["answers"][name]
-        right = answer_content(answer) == row["content"]
-        axes.annotate(
-            f"{title}: {answer[:44]}",
-            (0.0, 0.0),
-            (0, -13 * (number + 1)),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            color=RIGHT if right else WRONG,
-            fontsize=8.5,
-            annotation_clip=False,
-        )
+        color = RIGHT if answer_content(answer) == row["content"] else WRONG
+        below.text(0, 1 - 0.25 * number, f"{title}: {answer[:44]}", color=color, fontsize=8.5, va="top")
