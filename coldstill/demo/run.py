@@ -158,9 +158,12 @@ def _claim(layout: Layout, size: AnySize, *, quick: bool) -> None:
 
 def run_module(stage: str, module: str, *arguments: str, layout: Layout, quick: bool) -> None:
     """Run a stage that is a module of its own, with the arguments `... OUTPUT [--quick]`."""
-    options = ["--quick"] if quick else []
-    command = [sys.executable, "-m", module, *arguments, str(layout.root), *options]
-    run_stage(stage, command, log=layout.log(stage))
+    run_stage(stage, module_command(module, *arguments, layout=layout, quick=quick), log=layout.log(stage))
+
+
+def module_command(module: str, *arguments: str, layout: Layout, quick: bool) -> list[str]:
+    """The command line of a stage that is a module of its own."""
+    return [sys.executable, "-m", module, *arguments, str(layout.root), *(["--quick"] if quick else [])]
 
 
 def dataset_stages(
@@ -255,6 +258,27 @@ def _away(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.put_away")
 
 
+@contextmanager
+def background_module(stage: str, module: str, *arguments: str, layout: Layout, quick: bool) -> Iterator[None]:
+    """Run a module as `run_module` does while the block runs, with its output in the log only, and wait for its end.
+
+    Raises `StageFailed` with the last lines of the log.
+    """
+    log = layout.log(stage)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = module_command(module, *arguments, layout=layout, quick=quick)
+    with log.open("wb") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), preexec_fn=_end_with_parent)
+    try:
+        yield
+        code = child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    _check(stage, command, code, log=log)
+
+
 def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
     """Run `command` to its end and write both of its streams to `log`.
 
@@ -276,6 +300,10 @@ def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
             raise
         # A time limit, because grandchildren may outlive the command and keep the pipe open.
         copier.join(timeout=5)
+    _check(stage, command, code, log=log)
+
+
+def _check(stage: str, command: Sequence[str], code: int, *, log: Path) -> None:
     if code != 0:
         raise StageFailed(
             f"stage {stage}: {shlex.join(command)}",

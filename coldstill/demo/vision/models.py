@@ -294,6 +294,7 @@ def main() -> None:
     arguments.add_argument("--quick", action="store_true")
     options = arguments.parse_args()
     layout, size = Layout(options.output), size_of(quick=options.quick)
+    torch.set_num_threads(1)  # the other model trains at the same time
     if options.model == "teacher":
         make_model(layout, layout.teacher, TEACHER, steps=size.teacher_steps)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coldstill.common.files import new_folder
-from coldstill.demo.run import Stage, dataset_stages, run_module, run_stages
+from coldstill.demo.run import Stage, background_module, dataset_stages, run_module, run_stages
 
 from .scenes import machine_fonts, write_part
 from .settings import Layout, capture_config, size_of, train_config
@@ -28,6 +28,15 @@ def run_vision_demo(output: Path, *, quick: bool) -> None:
             for part, rows in (("distill", size.distill_rows), ("held_out", size.held_out_rows)):
                 write_part(folder, part, seed=0, rows=rows, fonts=fonts, seen=seen)
 
+    def train_models() -> None:
+        # At the same time, each on a thread of its own: for models this small, two threads gain a third at best.
+        missing = [folder.name for folder in (layout.teacher, layout.student) if not folder.exists()]
+        if len(missing) == 2:
+            with background_module("student", models, "student", layout=layout, quick=quick):
+                run_module("teacher", models, "teacher", layout=layout, quick=quick)
+        else:
+            run_module(missing[0], models, missing[0], layout=layout, quick=quick)
+
     stages = [
         Stage(
             name="images",
@@ -36,16 +45,10 @@ def run_vision_demo(output: Path, *, quick: bool) -> None:
             work=images,
         ),
         Stage(
-            name="teacher",
-            heading="trains a tokenizer and a vision-language teacher from scratch",
-            makes=(layout.teacher,),
-            work=lambda: run_module("teacher", models, "teacher", layout=layout, quick=quick),
-        ),
-        Stage(
-            name="student",
-            heading="pre-trains a smaller student, with another number of tokens for an image",
-            makes=(layout.student,),
-            work=lambda: run_module("student", models, "student", layout=layout, quick=quick),
+            name="models",
+            heading="trains a teacher that sees from scratch, and beside it a smaller student, for fewer steps",
+            makes=(layout.teacher, layout.student),
+            work=train_models,
         ),
         *dataset_stages(layout, capture_config(layout, size), lambda loss: train_config(layout, size, loss=loss)),
         Stage(

@@ -43,6 +43,10 @@ ORDER = ("first", "second")
 KINDS = ("color", "shape", "count", "place", "thing", "digit", "list", "picture", "text")
 """Kinds of questions. `picture` is about two images, `text` about none."""
 
+HARD = ("color", "place", "digit")
+"""Kinds that a model learns last: a thing is found by its shape, or ten digits in several fonts are told apart."""
+HEAD_START = 0.6
+
 FACTS = (
     ("How many sides has a triangle?", "three"),
     ("How many sides has a square?", "four"),
@@ -213,17 +217,19 @@ Question = tuple[str, str, str, str]
 """Kind, text, content of the answer, and the words before it in the longer wording."""
 
 
-def _rank_of(rng: random.Random, questions: list[Question], turns: int) -> dict[Question, tuple[bool, int, float]]:
+def _rank_of(rng: random.Random, questions: list[Question], turns: int) -> dict[Question, tuple[bool, float]]:
     """An order of questions that takes one of each kind, in random order, before a second of any.
 
-    Of several turns the first is the list, which says more about a scene than all other answers together.
+    Of several turns the first is the list, which says more about a scene than all other answers together, and `HARD`
+    kinds come earlier.
     """
     first = {kind: rng.random() for kind in KINDS}
     asked = dict.fromkeys(KINDS, 0)
     rank = {}
     for question in questions:
         kind = question[0]
-        rank[question] = (turns > 1 and kind != "list", asked[kind], first[kind])
+        sooner = HEAD_START if turns > 1 and kind in HARD else 0.0
+        rank[question] = (turns > 1 and kind != "list", asked[kind] + first[kind] - sooner)
         asked[kind] += 1
     return rank
 
