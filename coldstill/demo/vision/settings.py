@@ -84,13 +84,13 @@ class Size:
 
 FULL = Size(
     teacher_steps=1_000,
-    student_steps=300,
-    distill_rows=3_072,
+    student_steps=600,
+    distill_rows=4_096,
     held_out_rows=768,
     rows_per_unit=512,
     top_k=16,
     draws=16,
-    epochs=4.0,
+    epochs=6.0,
     batch_size=32,
     learning_rate=2e-3,
     logging_steps=4,
