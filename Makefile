@@ -21,7 +21,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	pyproject.toml --extra share --extra train --extra dev
 
-.PHONY: help demo test test-slow test-elsewhere test-engines test-capture test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
+.PHONY: help demo demo-vision test test-slow test-elsewhere test-engines test-capture test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
 	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality lock venv clean
 
 help: ## list the commands
@@ -29,6 +29,9 @@ help: ## list the commands
 
 demo: $(INSTALLED) ## capture a teacher and train three students on this machine (QUICK=1: a fifth of the size; OUTPUT=DIR)
 	$(BIN)/coldstill demo $(if $(filter-out 0,$(QUICK)),--quick) $(if $(OUTPUT),--output "$(OUTPUT)")
+
+demo-vision: $(INSTALLED) ## the same with images: a teacher that sees, students that see (QUICK=1; OUTPUT=DIR)
+	$(BIN)/coldstill demo --vision $(if $(filter-out 0,$(QUICK)),--quick) $(if $(OUTPUT),--output "$(OUTPUT)")
 
 # Engine tests run in their own process: vLLM fails to start beside some web servers, and processes that held both engines
 # and Ray's driver have crashed at exit. Two run at a time, because most capture tests wait for workers to start.

@@ -42,3 +42,27 @@ def test_templates_render_chatml_and_mark_the_assistant(
     assert tokenizer.decode(sequence.token_ids) == text
     marked = tokenizer.decode(sequence.token_ids[span_positions(sequence.target_spans) + 1])
     assert marked == "hello\nyou<|im_end|>bye<|im_end|>"
+
+
+@pytest.mark.parametrize("content", ["and?", [{"type": "text", "text": "and?"}]])
+def test_the_template_of_internvl_renders_chatml_with_one_placeholder_for_each_image(
+    tokenizer: PreTrainedTokenizerBase, content: object
+) -> None:
+    images = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what?"}]
+    messages = [
+        {"role": "user", "content": images},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "and a dog"},
+    ]
+    template = (TEMPLATES / "internvl.jinja").read_text()
+    shown = ["<IMG_CONTEXT>\n<IMG_CONTEXT>\nwhat?", "a cat", "and?", "and a dog"]
+    roles = ["user", "assistant"] * 2
+    turns = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(roles, shown, strict=True)]
+    render = tokenizer.apply_chat_template
+    assert render(messages, chat_template=template, tokenize=False) == "".join(turns)
+    prompt = render(messages[:3], chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert prompt == "".join(turns[:3]) + "<|im_start|>assistant\n"
+    encoded = render(messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [id_ for id_, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(marked) == "a cat<|im_end|>and a dog<|im_end|>"

@@ -143,8 +143,9 @@ def test_the_spelling_check_allows(tmp_path: Path, text: str) -> None:
     assert codespell(tmp_path).stdout == ""
 
 
-def test_ci_runs_the_demo_as_on_a_cpu_without_avx512_and_bfloat16() -> None:
-    (demo,) = (line for line in (REPOSITORY / ".ci/run").read_text().splitlines() if "make demo" in line)
+@pytest.mark.parametrize("target", ["demo", "demo-vision"])
+def test_ci_runs_the_demos_as_on_a_cpu_without_avx512_and_bfloat16(target: str) -> None:
+    (demo,) = (line for line in (REPOSITORY / ".ci/run").read_text().splitlines() if f"make {target} " in line)
     assert {"ATEN_CPU_CAPABILITY=avx2", "ONEDNN_MAX_CPU_ISA=AVX2", "QUICK=1"} <= set(demo.split())
 
 

@@ -254,19 +254,31 @@ def evaluate(
 @app.command(rich_help_panel=MAKE)
 def demo(
     output: Annotated[
-        Path, typer.Option(help="Folder for models, dataset and results; a second run resumes there.")
-    ] = Path("demo_output"),
+        Path | None,
+        typer.Option(
+            help="Folder for models, dataset and results; a second run resumes there. By default demo_output, or "
+            "demo_vision_output with --vision."
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A fifth of the size: the same order of results, in under four minutes.")
+    ] = False,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="Teacher and students answer questions about images, in 12 minutes.")
     ] = False,
 ) -> None:
     """Run everything on this machine in 10 minutes: a teacher under vLLM and Ray, its dataset, three students."""
     require_packages(
         "capture-cpu,train,share", "accelerate", "matplotlib", "ray", "tokenizers", "torch", "transformers", "vllm"
     )
+    if vision:
+        from coldstill.demo.vision.run import run_vision_demo
+
+        run_vision_demo(output or Path("demo_vision_output"), quick=quick)
+        return
     from coldstill.demo.run import run_demo
 
-    run_demo(output, quick=quick)
+    run_demo(output or Path("demo_output"), quick=quick)
 
 
 app.add_typer(dataset_commands)

@@ -18,7 +18,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,22 +163,43 @@ def pack(documents: Sequence[Sequence[int]], *, block: int, seed: int) -> torch.
 def pretrain(model: Any, blocks: torch.Tensor, *, checkpoint: Path, label: str) -> float:
     """Train a transformers causal LM for one pass over `blocks int64 [N, T]`; return the mean loss of the last steps.
 
-    The loss is cross-entropy in nats per token. Muon updates the matrices inside the model and AdamW everything else:
-    with this few steps that is better than AdamW alone. Both rates fall linearly to 0. The caller removes `checkpoint`.
+    The loss is cross-entropy in nats per token. The caller removes `checkpoint`.
     """
-    optimizers = _optimizers(model)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def loss_of(step: int) -> torch.Tensor:
+        return _loss(model, blocks[step * BLOCKS_PER_STEP : (step + 1) * BLOCKS_PER_STEP])
+
+    rates = MATRIX_RATE, OTHER_RATE
     steps = len(blocks) // BLOCKS_PER_STEP
+    return train_steps(model, loss_of, steps=steps, rates=rates, checkpoint=checkpoint, label=label)
+
+
+def train_steps(
+    model: Any,
+    loss_of: Callable[[int], torch.Tensor],
+    *,
+    steps: int,
+    rates: tuple[float, float],
+    checkpoint: Path,
+    label: str,
+) -> float:
+    """Take `steps` optimizer steps, step n on the loss `loss_of(n)`; return the mean loss of the last ones.
+
+    Muon updates the matrices inside the model and AdamW everything else, at the peak `rates`: with this few steps that
+    is better than AdamW alone. Both rates fall linearly to 0. The caller removes `checkpoint`.
+    """
+    optimizers = _optimizers(model, *rates)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     first, losses = _resume(checkpoint, model, optimizers)
     saved = time.monotonic()
     model.train()
     with tqdm(total=steps, initial=first, desc=label, unit="step") as bar:
         for step in range(first, steps):
             share = min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
-            for optimizer, rates in zip(optimizers, peaks, strict=True):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                for group, rate in zip(optimizer.param_groups, peak, strict=True):
                     group["lr"] = rate * share
-            loss = _loss(model, blocks[step * BLOCKS_PER_STEP : (step + 1) * BLOCKS_PER_STEP])
+            loss = loss_of(step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -232,15 +253,15 @@ def _orthogonalize(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     return wide.T if is_tall else wide
 
 
-def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Any, matrix_rate: float, other_rate: float) -> list[torch.optim.Optimizer]:
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if inside else others).append(parameter)
     return [
-        _Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1),
-        torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        _Muon(matrices, lr=matrix_rate, weight_decay=0.1),
+        torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol
 
 import yaml
 from rich.console import Console
@@ -28,7 +28,7 @@ from rich.console import Console
 from coldstill.common.errors import ColdstillError
 from coldstill.common.files import new_file, new_folder, read_json, write_json
 
-from .settings import LOSSES, Layout, Size, capture_config, size_of, train_config
+from .settings import LOSSES, Layout, capture_config, size_of, train_config
 from .summary import show, write_summary
 from .text import write_text
 
@@ -59,6 +59,13 @@ class Stage:
         return all(path.exists() for path in self.makes)
 
 
+class AnySize(Protocol):
+    """How much a demo reads and trains on."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+
+
 def run_demo(output: Path, *, quick: bool) -> None:
     """Run the missing stages of the demo in `output` and print its summary.
 
@@ -66,11 +73,59 @@ def run_demo(output: Path, *, quick: bool) -> None:
     """
     size = size_of(quick=quick)
     layout = Layout(output.resolve())
+
+    def text() -> None:
+        with new_folder(layout.text) as folder:
+            write_text(folder, distill_rows=size.distill_rows, held_out_rows=size.held_out_rows)
+
+    models, measure = (f"coldstill.demo.{name}" for name in ("models", "measure"))
+    stages = [
+        Stage(
+            name="text",
+            heading="collects this machine's Python library, as raw text and as instruction pairs",
+            makes=(layout.text,),
+            work=text,
+        ),
+        Stage(
+            name="teacher",
+            heading="trains a tokenizer and a teacher from scratch",
+            makes=(layout.tokenizer, layout.teacher),
+            work=lambda: run_module("teacher", models, "teacher", layout=layout, quick=quick),
+        ),
+        Stage(
+            name="student",
+            heading="pre-trains a smaller student on the teacher's text",
+            makes=(layout.student,),
+            work=lambda: run_module("student", models, "student", layout=layout, quick=quick),
+        ),
+        *dataset_stages(layout, capture_config(layout, size), lambda loss: train_config(layout, size, loss=loss)),
+        Stage(
+            name="measure",
+            heading="measures the KL to the teacher, on files that no model was trained on",
+            makes=(layout.measurements,),
+            work=lambda: run_module("measure", measure, layout=layout, quick=quick),
+        ),
+        Stage(
+            name="summary",
+            heading="writes one table and one chart",
+            makes=(layout.summary, layout.picture),
+            work=lambda: write_summary(layout, size),
+        ),
+    ]
+    run_stages(stages, layout, size, quick=quick, show=show)
+
+
+def run_stages(
+    stages: Sequence[Stage], layout: Layout, size: AnySize, *, quick: bool, show: Callable[..., None]
+) -> None:
+    """Run the missing stages in the layout's folder, then `show(layout, console, wall_s=)`.
+
+    Raises `OutputOfAnotherSize`, or `StageFailed` with the last lines of the failed stage.
+    """
     console = Console(highlight=False)
     _claim(layout, size, quick=quick)
     bring_back(layout.teacher)
     started = time.monotonic()
-    stages = _stages(layout, size, quick=quick)
     for number, stage in enumerate(stages, start=1):
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         state = "  [dim]already done[/dim]" if stage.done else ""
@@ -84,7 +139,7 @@ def run_demo(output: Path, *, quick: bool) -> None:
     show(layout, console, wall_s=time.monotonic() - started)
 
 
-def _claim(layout: Layout, size: Size, *, quick: bool) -> None:
+def _claim(layout: Layout, size: AnySize, *, quick: bool) -> None:
     """Record the size in the output folder. Raises `OutputOfAnotherSize` if the folder has another one."""
     wanted = size.as_dict()
     if layout.size.exists():
@@ -101,41 +156,46 @@ def _claim(layout: Layout, size: Size, *, quick: bool) -> None:
     write_json(layout.size, wanted)
 
 
-def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
+def run_module(stage: str, module: str, *arguments: str, layout: Layout, quick: bool) -> None:
+    """Run a stage that is a module of its own, with the arguments `... OUTPUT [--quick]`."""
+    run_stage(stage, module_command(module, *arguments, layout=layout, quick=quick), log=layout.log(stage))
+
+
+def module_command(module: str, *arguments: str, layout: Layout, quick: bool) -> list[str]:
+    """The command line of a stage that is a module of its own."""
+    return [sys.executable, "-m", module, *arguments, str(layout.root), *(["--quick"] if quick else [])]
+
+
+def dataset_stages(
+    layout: Layout, capture_settings: dict[str, Any], train_settings: Callable[[str], dict[str, Any]]
+) -> list[Stage]:
+    """The stages from a teacher's folder to trained students; `train_settings(loss)` are those of one run."""
     coldstill = [sys.executable, "-m", "coldstill"]
-    options = ["--quick"] if quick else []
 
-    def module(name: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", f"coldstill.demo.{name}", *arguments, str(layout.root), *options]
-
-    def run(stage: str, command: list[str]) -> None:
-        run_stage(stage, command, log=layout.log(stage))
-
-    def text() -> None:
-        with new_folder(layout.text) as folder:
-            write_text(folder, distill_rows=size.distill_rows, held_out_rows=size.held_out_rows)
+    def run(stage: str, *arguments: str | Path) -> None:
+        run_stage(stage, [*coldstill, *map(str, arguments)], log=layout.log(stage))
 
     def capture() -> None:
-        _write_yaml(layout.capture_config, capture_config(layout, size))
+        _write_yaml(layout.capture_config, capture_settings)
         with new_file(layout.capture_summary) as beside:
-            run("capture", [*coldstill, "capture", str(layout.capture_config), "--summary", str(beside)])
+            run("capture", "capture", layout.capture_config, "--summary", beside)
 
     def verify() -> None:
-        run("verify", [*coldstill, "verify", "--deep", str(layout.dataset)])
+        run("verify", "verify", "--deep", layout.dataset)
         with new_file(layout.verified) as beside:
             beside.write_bytes(layout.log("verify").read_bytes())
 
     def card() -> None:
         with new_file(layout.page) as beside:
-            run("page", [*coldstill, "inspect", str(layout.dataset), "0", "--html", str(beside)])
-        run("card", [*coldstill, "card", "--replace", str(layout.dataset)])
+            run("page", "inspect", layout.dataset, "0", "--html", beside)
+        run("card", "card", "--replace", layout.dataset)
 
     def train(loss: str) -> Callable[[], None]:
         def work() -> None:
-            _write_yaml(layout.train_config(loss), train_config(layout, size, loss=loss))
+            _write_yaml(layout.train_config(loss), train_settings(loss))
             with put_away(layout.teacher):
                 before = layout.teacher.exists()
-                run(f"train_{loss}", [*coldstill, "train", str(layout.train_config(loss))])
+                run(f"train_{loss}", "train", layout.train_config(loss))
                 write_json(
                     layout.teacher_presence(loss), {"teacher_before": before, "teacher_after": layout.teacher.exists()}
                 )
@@ -143,24 +203,6 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
         return work
 
     return [
-        Stage(
-            name="text",
-            heading="collects this machine's Python library, as raw text and as instruction pairs",
-            makes=(layout.text,),
-            work=text,
-        ),
-        Stage(
-            name="teacher",
-            heading="trains a tokenizer and a teacher from scratch",
-            makes=(layout.tokenizer, layout.teacher),
-            work=lambda: run("teacher", module("models", "teacher")),
-        ),
-        Stage(
-            name="student",
-            heading="pre-trains a smaller student on the teacher's text",
-            makes=(layout.student,),
-            work=lambda: run("student", module("models", "student")),
-        ),
         Stage(
             name="capture",
             heading="writes the teacher's top-k log-probs into Parquet shards, with Ray and vLLM",
@@ -187,18 +229,6 @@ def _stages(layout: Layout, size: Size, *, quick: bool) -> list[Stage]:
                 work=train(loss),
             )
             for loss in LOSSES
-        ),
-        Stage(
-            name="measure",
-            heading="measures the KL to the teacher, on files that no model was trained on",
-            makes=(layout.measurements,),
-            work=lambda: run("measure", module("measure")),
-        ),
-        Stage(
-            name="summary",
-            heading="writes one table and one chart",
-            makes=(layout.summary, layout.picture),
-            work=lambda: write_summary(layout, size),
         ),
     ]
 
@@ -228,6 +258,27 @@ def _away(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.put_away")
 
 
+@contextmanager
+def background_module(stage: str, module: str, *arguments: str, layout: Layout, quick: bool) -> Iterator[None]:
+    """Run a module as `run_module` does while the block runs, with its output in the log only, and wait for its end.
+
+    Raises `StageFailed` with the last lines of the log.
+    """
+    log = layout.log(stage)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = module_command(module, *arguments, layout=layout, quick=quick)
+    with log.open("wb") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), preexec_fn=_end_with_parent)
+    try:
+        yield
+        code = child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    _check(stage, command, code, log=log)
+
+
 def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
     """Run `command` to its end and write both of its streams to `log`.
 
@@ -249,6 +300,10 @@ def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
             raise
         # A time limit, because grandchildren may outlive the command and keep the pipe open.
         copier.join(timeout=5)
+    _check(stage, command, code, log=log)
+
+
+def _check(stage: str, command: Sequence[str], code: int, *, log: Path) -> None:
     if code != 0:
         raise StageFailed(
             f"stage {stage}: {shlex.join(command)}",

@@ -17,6 +17,7 @@ from coldstill.demo.run import (
     OutputOfAnotherSize,
     Stage,
     StageFailed,
+    background_module,
     bring_back,
     put_away,
     run_demo,
@@ -86,6 +87,38 @@ def test_a_successful_command_shows_its_progress_and_logs_its_output(
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "50%\r100%\n")
     assert "a table" in (tmp_path / "verify.txt").read_text()
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a module `sleeper SECONDS CODE OUTPUT`, which writes its pid, sleeps, and exits with a code."""
+    program = "import os, pathlib, sys, time\npathlib.Path(sys.argv[-1], 'pid').write_text(str(os.getpid()))\n"
+    program += "print('the reason', flush=True)\ntime.sleep(float(sys.argv[1]))\nsys.exit(int(sys.argv[2]))\n"
+    (tmp_path / "sleeper.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def test_a_stage_in_the_background_is_waited_for_and_its_failure_named(sleeper: Path) -> None:
+    layout = Layout(sleeper)
+    with background_module("student", "sleeper", "0.5", "0", layout=layout, quick=False):
+        assert not (sleeper / "pid").exists() or _alive(int((sleeper / "pid").read_text()))
+    assert not _alive(int((sleeper / "pid").read_text()))
+    assert "the reason" in layout.log("student").read_text()
+    failing = background_module("student", "sleeper", "0", "3", layout=layout, quick=False)
+    with pytest.raises(StageFailed, match=r"(?s)stage student.*exit code 3.*the reason"), failing:
+        pass
+
+
+def test_a_failure_in_the_foreground_ends_the_stage_in_the_background(sleeper: Path) -> None:
+    def fail() -> None:
+        with background_module("student", "sleeper", "60", "0", layout=Layout(sleeper), quick=False):
+            _wait_for(lambda: (sleeper / "pid").exists() and (sleeper / "pid").read_text().isdigit())
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert not _alive(int((sleeper / "pid").read_text()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent was killed")

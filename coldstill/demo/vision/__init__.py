@@ -1,0 +1,1 @@
+"""`coldstill demo --vision`: images, a teacher that sees, capture, three students and their measurement."""
