@@ -15,7 +15,7 @@ from coldstill.storage_schema.errors import FileMissing
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.tools.card.card import CARD_NAME, write_card
 from coldstill.tools.stats.measure import OTHER_TYPES, Stats, measure_stats
-from coldstill.tools.stats.table import show_stats
+from coldstill.tools.stats.table import bytes_per_target, show_stats
 from tests.fuzz.bases import read_files
 from tests.fuzz.tree import Tree
 from tests.storage_schema.hostile.changes import change_row, written
@@ -45,6 +45,15 @@ def test_stats_count_images_and_the_bytes_that_are_stored(dataset: Dataset) -> N
     assert Stats.model_validate_json(stats.model_dump_json()) == stats
     assert "8 (3 jpeg, 4 png, 1 webp), " in shown(stats)
     assert "images per row" in shown(stats)
+
+
+def test_the_bytes_per_target_are_those_of_the_teachers_values(dataset: Dataset) -> None:
+    """With the images in the rows they would say nothing of what a cached target costs."""
+    stats = measure_stats(dataset.store.url, progress=False)
+    of_images = stats.column_bytes["media"]
+    assert of_images > len(SMALL)
+    assert stats.bytes_per_target == (stats.bytes - of_images) / stats.targets
+    assert "media" not in bytes_per_target(stats)
 
 
 def test_stats_of_text_say_nothing_of_images(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -94,8 +94,9 @@ class Stats(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def bytes_per_target(self) -> float | None:
-        """Bytes of all shards per target; None if there are no targets."""
-        return self.bytes / self.targets if self.targets else None
+        """Bytes of all shards, without the images in them, per target; None if there are no targets."""
+        images = self.column_bytes["media"] if self.media else 0
+        return (self.bytes - images) / self.targets if self.targets else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -60,11 +60,11 @@ def rank_shares(stats: Stats) -> dict[str, float]:
 
 
 def bytes_per_target(stats: Stats) -> dict[str, float]:
-    """Bytes per target by column, the largest first; empty without targets."""
+    """Bytes per target by column, the largest first, without images; empty without targets."""
     if not stats.targets:
         return {}
     ordered = sorted(stats.column_bytes.items(), key=lambda item: -item[1])
-    return {name: size / stats.targets for name, size in ordered}
+    return {name: size / stats.targets for name, size in ordered if not (name == "media" and stats.media)}
 
 
 def span(start: float, stop: float) -> str:
