@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
+from itertools import pairwise
 
 from pydantic import Field, model_validator
 
@@ -89,6 +90,9 @@ class Manifest(FrozenModel):
         names = [file.name for file in (*(shard.file for shard in self.shards), *self.files)]
         if len(set(names)) != len(names):
             raise ValueError("a file is listed twice")
+        units = [shard.unit for shard in self.shards]
+        if any(later <= unit for unit, later in pairwise(units)):
+            raise ValueError("the shards are not in the order of their units, or two are of one unit")
         return self
 
     @property

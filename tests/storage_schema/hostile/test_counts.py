@@ -45,6 +45,18 @@ def test_sums_that_add_up_to_more_than_any_dataset_has(tree: Tree, read: Read, n
     assert read(tree)["named"]["open"] == "CommitDamaged"
 
 
+@pytest.mark.parametrize("units", [(0, 0), (1, 0)])
+def test_units_of_shards_that_are_not_distinct_and_in_order(tree: Tree, read: Read, units: tuple[int, int]) -> None:
+    """Programs that write one file for each unit would write one over the other."""
+
+    def lie(document: Any) -> None:
+        for shard, unit in zip(document["shards"], units, strict=False):
+            shard["unit"] = unit
+
+    change_document(tree, MANIFEST_NAME, lie)
+    assert read(tree)["named"]["open"] == "CommitDamaged"
+
+
 @pytest.mark.parametrize("name", ["\u00b2", "\u0663", "0000000", "1", "-1", "9" * 200, "x", ""])
 def test_files_beside_commit_records_are_no_units(tree: Tree, read: Read, name: str) -> None:
     tree.files[f"commits/{name}.json"] = b"{}"
