@@ -79,7 +79,8 @@ class SourceCounts:
 
     rows: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    example: str = ""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first reject of each reason: its row and its detail."""
     layouts: tuple[str, ...] = ()
     own_bytes: int = 0
     """Compressed bytes of what the source gives to the rows: tokens, ids and metadata."""
@@ -119,6 +120,7 @@ class DryRun(BaseModel):
     rejected: dict[str, int] = Field(
         description="Rejects by reason; a row that is split may be counted more than once."
     )
+    reject_examples: dict[str, str] = Field(default={}, description="The first reject of each reason.")
     sequences: int
     tokens: int = Field(description="Tokens of the source; in mode generate, of the prompts.")
     targets: int
@@ -133,10 +135,14 @@ class DryRun(BaseModel):
 
     def lines(self) -> dict[str, object]:
         """All known values, flat, for printing."""
-        known = self.model_dump(exclude={"effort", "images", "rejected", "read_as"})
+        known = self.model_dump(exclude={"effort", "images", "rejected", "reject_examples", "read_as"})
         layouts = {"read as": "; ".join(self.read_as)} if self.read_as else {}
         effort = self.effort.model_dump(exclude_none=True) if self.effort else {}
-        rejects = {f"rejected: {reason}": count for reason, count in self.rejected.items()}
+        rejects: dict[str, object] = {}
+        for reason, count in self.rejected.items():
+            rejects[f"rejected: {reason}"] = count
+            if reason in self.reject_examples:
+                rejects[f"such as: {reason}"] = self.reject_examples[reason]
         images = self.images.model_dump(exclude_none=True) if self.images else {}
         return {**layouts, **known, **images, **rejects, **effort}
 
@@ -151,7 +157,9 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
     require_unique_ids(config, source)
     counts = count_source(config, units=units, source=source, maker=maker, progress=progress)
     if not counts.sequences:
-        raise all_rejected(counts.rejected, what=f"{source.name}: all {counts.rows:,} rows", example=counts.example)
+        raise all_rejected(
+            counts.rejected, what=f"{source.name}: all {counts.rows:,} rows", example=next(iter(counts.examples.values()), "")
+        )
     if probe and counts.sequences:
         report, gpus = _probe(config, source, maker, seconds=probe_s)
         return _with_probe(config, counts, shards=len(units), report=report, gpus=gpus)
@@ -210,6 +218,7 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
     return {
         "rows": counts.rows,
         "rejected": dict(counts.rejected.most_common()),
+        "reject_examples": counts.examples,
         "read_as": counts.layouts,
         "sequences": counts.sequences,
         "tokens": counts.tokens,
@@ -264,7 +273,7 @@ def count_source(
             for made in maker.sequences(source.read(unit)):
                 if isinstance(made, Reject):
                     counts.rejected[str(made.reason)] += 1
-                    counts.example = counts.example or f"row {made.source_row}: {made.detail}"
+                    counts.examples.setdefault(str(made.reason), f"row {made.source_row}: {made.detail}")
                     continue
                 counts.sequences += 1
                 counts.tokens += made.token_ids.size

@@ -102,8 +102,10 @@ def all_rejected(
     counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
     found = f"all are rejected ({counted}), such as {example}"
     fix = "correct the rows, or the settings that select and render them"
+    if columns and not {"no_messages", "no_text", "bad_images"}.isdisjoint(reasons):
+        found += f"\n          columns found: {', '.join([*columns][:_MAX_COLUMNS])}"
     if "no_messages" in reasons or "no_text" in reasons:
-        listed = ", ".join([*(columns or ())][:_MAX_COLUMNS]) or "none"
-        found += f"\n          columns found: {listed}"
         fix = "name the column in source.messages, or in source.prompt and source.response, or in source.text"
+    elif "image_not_found" in reasons:
+        fix = "set source.image_root to the folder of the images, or source.image_hosts to the hosts that have them"
     return AllRowsRejected(what, found=found, wanted="at least one usable row", fix=fix)

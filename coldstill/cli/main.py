@@ -148,13 +148,15 @@ def capture(
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
         return
     result = api.capture(settings, repair=repair).model_dump(exclude_none=True)
-    show_result(_captured(result), title="capture", summary=summary)
+    show_result(_captured(result, settings.output), title="capture", summary=summary)
 
 
-def _captured(result: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a capture with the rejects of each reason in a line of its own."""
+def _captured(result: dict[str, Any], output: str) -> dict[str, Any]:
+    """The summary of a capture with the rejects of each reason in a line of its own, and where they are listed."""
     reasons, layouts = result.pop("reject_reasons"), result.pop("read_as")
     rejected = {f"rejected: {reason}": count for reason, count in reasons.items()}
+    if rejected:
+        rejected["rejects are listed in"] = f"{output.rstrip('/')}/rejects"
     return {**({"read as": "; ".join(layouts)} if layouts else {}), **result, **rejected}
 
 

@@ -41,6 +41,7 @@ _FIRST_BYTES = {
     "image/gif": re.compile(rb"GIF8[79]a"),
     "image/bmp": re.compile(rb"BM"),
 }
+_WANTED = "a whole PNG, JPEG, WebP, GIF or BMP image"
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 _TRANSPARENT = {"RGBA", "LA", "PA", "La", "RGBa"}
 _OPAQUE = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
@@ -93,7 +94,7 @@ def decoded(data: bytes, *, where: str) -> Image.Image:
 
 def _opened(data: bytes, where: str) -> Image.Image:
     """The image with its header read, and no pixel decoded."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if len(data) > MAX_IMAGE_BYTES:
         raise ImageTooLarge(where, found=f"{len(data):,} bytes", wanted=f"at most {MAX_IMAGE_BYTES:,}")
@@ -102,6 +103,9 @@ def _opened(data: bytes, where: str) -> Image.Image:
         frames = getattr(image, "n_frames", 1)
     except Image.DecompressionBombError:
         raise ImageTooLarge(where, found="more pixels than PIL reads", wanted=_pixels(MAX_IMAGE_PIXELS)) from None
+    except UnidentifiedImageError:
+        begin = f"bytes that begin with {data[:FIRST_BYTES]!r}" if data else "no bytes"
+        raise ImageUnreadable(where, found=begin, wanted=_WANTED) from None
     except Exception as error:
         raise _unreadable(where, error) from None
     width, height = image.size
@@ -122,7 +126,7 @@ def _unreadable(where: str, error: Exception) -> ImageUnreadable:
     # Without the address of an object in memory: the text is part of a dataset.
     text = _ADDRESS.sub("the bytes", " ".join(str(error).split()))
     found = f"{type(error).__name__}: {text}"[:200]
-    return ImageUnreadable(where, found=found, wanted="a whole PNG, JPEG, WebP, GIF or BMP image")
+    return ImageUnreadable(where, found=found, wanted=_WANTED)
 
 
 def _pixels(number: int) -> str:

@@ -162,6 +162,19 @@ def _sharegpt(columns: Columns, answered: bool) -> _Layout | None:
     return None
 
 
+def _cauldron(columns: Columns, answered: bool) -> _Layout | None:
+    """`texts`: [{user: ..., assistant: ...}, ...], of The Cauldron and FineVision."""
+    pairs = columns.get("texts")
+    if not isinstance(pairs, list) or not pairs or not all(_is_pair(pair) for pair in pairs):
+        return None
+    messages = [{"role": role, "content": pair[role]} for pair in pairs for role in ("user", "assistant")]
+    return _with_system(_Layout(messages, ("texts",), "The Cauldron"), columns)
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, dict) and all(isinstance(pair.get(role), str) for role in ("user", "assistant"))
+
+
 def _preference(columns: Columns, answered: bool) -> _Layout | None:
     """`chosen` and `rejected`, as whole chats or as answers to `prompt`; the chosen one is read."""
     chosen, prompt = columns.get("chosen"), columns.get("prompt")
@@ -206,7 +219,7 @@ def _alpaca(columns: Columns, answered: bool) -> _Layout | None:
     return _with_system(_Layout(earlier + layout.messages, used, "alpaca"), columns)
 
 
-_LAYOUTS: tuple[Callable[[Columns, bool], _Layout | None], ...] = (_sharegpt, _preference, _trl, _alpaca)
+_LAYOUTS: tuple[Callable[[Columns, bool], _Layout | None], ...] = (_sharegpt, _cauldron, _preference, _trl, _alpaca)
 
 
 def _with_system(layout: _Layout, columns: Columns) -> _Layout:

@@ -51,7 +51,7 @@ class HubDataset(Stream):
 
     def _load(self) -> Iterator[dict[str, Any]]:
         try:
-            from datasets import load_dataset  # type: ignore[import-untyped]
+            from datasets import load_dataset, load_from_disk  # type: ignore[import-untyped]
         except ImportError:
             raise SourceUnreadable(
                 f"source.dataset {self._name}",
@@ -60,9 +60,14 @@ class HubDataset(Stream):
                 fix="pip install datasets",
             ) from None
         config = self._config
-        rows = load_dataset(
-            self._name, config.dataset_config, split=config.split, revision=self._commit, streaming=True
-        )
+        saved = [(Path(self._name) / name).is_file() for name in ("state.json", "dataset_dict.json")]
+        if any(saved):  # of `save_to_disk`, which load_dataset refuses
+            loaded = load_from_disk(self._name)
+            rows = (loaded if saved[0] else loaded[config.split]).to_iterable_dataset()
+        else:
+            rows = load_dataset(
+                self._name, config.dataset_config, split=config.split, revision=self._commit, streaming=True
+            )
         # An image stays the bytes that the dataset has: {bytes, path}.
         yield from rows.decode(False) if "Image(" in str(rows.features) else rows
 

@@ -1,5 +1,8 @@
 """Finds the images of a chat: content parts, `<image>` marks in text, and a column of images beside the messages.
 
+In a chat without marks and image parts, the images of the column come before the first question, as TRL and nanoVLM
+place them: The Cauldron, FineVision and most sets of questions about one image are so.
+
 Each image becomes the content part `{type: image}` of its message, without content: that is what chat templates of
 models that see images read. The row has the bytes of an image, or the place to read them from: a path or an address.
 """
@@ -24,8 +27,12 @@ Content = bytes | str
 IMAGE_PART = {"type": "image"}
 _ONE = "image"
 """A second name of the column, for rows with one image, where the settings leave the column at its default."""
-_KEYS = ("image", "image_url", "bytes", "base64", "url", "path")
+_KEYS = ("image", "image_url", "source", "bytes", "base64", "data", "url", "path")
 """Fields of a part or of an image, in the order in which they are looked at: content before a place."""
+_CONTENT = ("bytes", "base64", "data")
+"""Those whose text is base64."""
+_UNMARKED = "images without marks -> before the first question"
+_NO_COLUMN = "no column of images"
 _DATA = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
 
 
@@ -57,6 +64,9 @@ def with_images(chat: Conversation, columns: Mapping[str, Any], source: SourceCo
     has_parts = any(is_image_part(part) for message in messages for part in _parts_of(message))
     if column.images and not has_parts:
         messages = [_with_marks_as_parts(message) for message in messages]
+        if messages == chat.messages and (placed_first := _before_first_question(messages, len(column.images))):
+            messages = placed_first
+            chat = chat._replace(layout="; ".join(filter(None, (chat.layout, _UNMARKED))))
     following = iter(column.images)
     images: list[Content] = []
     taken = 0
@@ -81,8 +91,13 @@ def with_images(chat: Conversation, columns: Mapping[str, Any], source: SourceCo
                 parts.append(_text_part(part))
         placed.append({**message, "content": parts} if isinstance(message["content"], list) else message)
     if taken != len(column.images):
-        of_column = f"{len(column.images)} images in column {column.name!r}" if column.images else "no column of images"
-        raise _bad(f"{of_column} for {taken} {'image parts without content' if has_parts else f'marks {MARK}'}")
+        of_column = f"images in column {column.name!r}: {len(column.images)}" if column.images else _NO_COLUMN
+        places = f"image parts without {', '.join(_KEYS)}" if has_parts else f"marks {MARK}"
+        raise _bad(f"{of_column}; {places}: {taken}")
+    questions = [message.get("content") for message in chat.messages if message["role"] == "user"]
+    if not images and any(MARK in text for text in texts_of(questions)):
+        # The placeholder of a family may be another text: its teacher would read the mark as text, and see no image.
+        raise _bad(f"{_NO_COLUMN}, which source.images names, for a mark {MARK}")
     return chat._replace(messages=placed, columns=(*chat.columns, *image_columns(source)), images=tuple(images))
 
 
@@ -124,7 +139,7 @@ def _content_of(value: object, what: str, *, depth: int = 0) -> Content | None:
             inner = value.get(key)
             if inner is None or inner in ("", b"", {}):
                 continue
-            if key in ("bytes", "base64") and isinstance(inner, str):
+            if key in _CONTENT and isinstance(inner, str):
                 return _decoded(inner, what) if not inner.startswith("data:") else _of_address(inner, what)
             return _content_of(inner, what, depth=depth + 1)
         return None
@@ -162,6 +177,17 @@ def _text_part(part: object) -> object:
         return part
     kept = {name: value for name, value in part.items() if value is not None and name not in _KEYS}
     return {"type": "text", **kept} if isinstance(kept.get("text"), str) else kept
+
+
+def _before_first_question(messages: list[dict[str, Any]], images: int) -> list[dict[str, Any]] | None:
+    """The messages with image parts at the start of the first question; None if there is no question."""
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        return None
+    content = messages[first]["content"]
+    texts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    asked = {**messages[first], "content": [*(dict(IMAGE_PART) for _ in range(images)), *texts]}
+    return [*messages[:first], asked, *messages[first + 1 :]]
 
 
 def _with_marks_as_parts(message: dict[str, Any]) -> dict[str, Any]:

@@ -41,13 +41,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _make(folder: Path, columns: dict[str, Any], *, mode: Any = "score", **settings: Any) -> TokenSequence | Reject:
-    max_images = settings.pop("max_images", 4)
+def _maker(folder: Path, *, mode: Any = "score", max_images: int = 4, **settings: Any) -> SequenceMaker:
     source = SourceConfig(path=str(folder / "rows.jsonl"), **settings)
-    maker = SequenceMaker(
+    return SequenceMaker(
         PROCESSOR.tokenizer, source=source, max_length=512, processor=PROCESSOR, max_images=max_images, mode=mode
     )
-    return maker.make(SourceRow(3, columns))
+
+
+def _make(folder: Path, columns: dict[str, Any], **settings: Any) -> TokenSequence | Reject:
+    return _maker(folder, **settings).make(SourceRow(3, columns))
 
 
 def _chat(*content: Any) -> list[dict[str, Any]]:
@@ -78,6 +80,12 @@ LAYOUTS: dict[str, Callable[[Path], dict[str, Any]]] = {
         "messages": _asking(
             {"type": "image_url", "image_url": {"url": _uri(RED), "detail": "high"}},
             {"type": "image_url", "image_url": _uri(BLUE)},
+        )
+    },
+    "Anthropic's parts": lambda _: {
+        "messages": _asking(
+            {**IMAGE, "source": {"type": "base64", "media_type": "image/png", "data": _base64(RED)}},
+            {**IMAGE, "source": {"type": "url", "url": "images/blue.jpg"}},
         )
     },
     "bytes and base64": lambda _: {"messages": _asking({**IMAGE, "bytes": RED}, {**IMAGE, "base64": _base64(BLUE)})},
@@ -163,6 +171,68 @@ def test_marks_in_any_turn_take_the_images_in_order(folder: Path) -> None:
     assert [item.data for item in made.media] == [RED, BLUE]
 
 
+UNMARKED = "<s>user:<image><image>which?<end_of_utterance><s>assistant:A<end_of_utterance>"
+UNMARKED += "<s>user:why?<end_of_utterance><s>assistant:B<end_of_utterance>"
+
+
+@pytest.mark.parametrize(
+    ("columns", "system"),
+    [
+        ({"texts": [{"user": "which?", "assistant": "A", "source": "s"}, {"user": "why?", "assistant": "B"}]}, False),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "See."},
+                    {"role": "user", "content": "which?"},
+                    {"role": "assistant", "content": "A"},
+                    {"role": "user", "content": [_text("why?")]},
+                    {"role": "assistant", "content": "B"},
+                ]
+            },
+            True,
+        ),
+        (
+            {
+                "prompt": [
+                    {"role": "user", "content": [_text("which?")]},
+                    {"role": "assistant", "content": "A"},
+                    {"role": "user", "content": "why?"},
+                ],
+                "response": "B",
+            },
+            False,
+        ),
+    ],
+    ids=["The Cauldron", "TRL", "parts of text"],
+)
+def test_images_that_nothing_places_come_before_the_first_question(
+    columns: dict[str, Any], system: bool, folder: Path
+) -> None:
+    maker = _maker(folder)
+    made = maker.make(SourceRow(3, {**columns, "images": [RED, BLUE]}))
+    assert isinstance(made, TokenSequence), made
+    start = "<s>system:See.<end_of_utterance>" if system else ""
+    assert PROCESSOR.tokenizer.decode(made.token_ids) == start + UNMARKED
+    assert [item.data for item in made.media] == [RED, BLUE]
+    assert made.metadata == {}
+    (layout,) = maker.layouts
+    assert layout.endswith("images without marks -> before the first question")
+
+
+def test_a_mark_without_an_image_is_rejected_though_it_is_not_the_teachers_placeholder(folder: Path) -> None:
+    """A misnamed column would otherwise give a dataset whose teacher saw no image."""
+    processor = idefics3_processor(vision_tokenizer())
+    processor.image_token = "<fake_token_around_image>"
+    source = SourceConfig(path=str(folder / "rows.jsonl"))
+    maker = SequenceMaker(processor.tokenizer, source=source, max_length=512, processor=processor, max_images=4)
+    made = maker.make(SourceRow(0, {"prompt": "<image>\nwhat?", "response": "yes", "picture": "images/red.png"}))
+    assert isinstance(made, Reject)
+    assert (made.reason, made.detail) == (
+        "bad_images",
+        "no column of images, which source.images names, for a mark <image>",
+    )
+
+
 @pytest.mark.parametrize("empty", [{}, {"images": None}, {"images": []}, {"image": ""}, {"image": {}}])
 def test_a_row_of_text_stands_between_rows_with_images(folder: Path, empty: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -186,30 +256,35 @@ MISFITS: dict[str, tuple[dict[str, Any], str, str]] = {
     "fewer images than parts": (
         {"messages": _asking(IMAGE, IMAGE), "images": [RED]},
         "bad_images",
-        "1 images in column 'images' for 2 image parts without content",
+        "images in column 'images': 1; image parts without image, image_url, source, bytes, base64, data, url, path: 2",
     ),
     "more images than parts": (
         {"messages": _asking(IMAGE, {**IMAGE, "bytes": BLUE}), "images": [RED, RED]},
         "bad_images",
-        "2 images in column 'images' for 1 image parts without content",
+        "images in column 'images': 2; image parts without image, image_url, source, bytes, base64, data, url, path: 1",
     ),
     "a part without content": (
         {"messages": _chat(IMAGE, _text("what?"))},
         "bad_images",
-        "no column of images for 1 image parts without content",
+        "no column of images; image parts without image, image_url, source, bytes, base64, data, url, path: 1",
     ),
     "fewer marks than images": (
         {"prompt": "<image> what?", "response": "yes", "images": [RED, BLUE]},
         "bad_images",
-        "2 images in column 'images' for 1 marks <image>",
+        "images in column 'images': 2; marks <image>: 1",
     ),
-    "no mark": (
-        {"prompt": "what?", "response": "yes", "image": RED},
+    "no question": (
+        {"messages": [{"role": "assistant", "content": "yes"}], "image": RED},
         "bad_images",
-        "1 images in column 'image' for 0 marks <image>",
+        "images in column 'image': 1; marks <image>: 0",
     ),
     "a mark without a column": (
         {"prompt": "<image> what?", "response": "yes"},
+        "bad_images",
+        "no column of images, which source.images names, for a mark <image>",
+    ),
+    "a mark in an answer": (
+        {"prompt": "what tag?", "response": "<image>"},
         "placeholders_differ",
         "a text holds <image>, which the teacher reads as part of an image",
     ),
