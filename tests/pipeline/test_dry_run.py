@@ -126,6 +126,7 @@ def test_the_command_prints_the_counts_and_writes_them_where_asked(tmp_path: Pat
     document = json.loads((tmp_path / "s").read_text())
     assert document["rows"] == 41
     assert document["rejected: no_messages"] == 1
+    assert document["such as: no_messages"].startswith("row ")
     assert "rejected: no messages" in done.stdout
     assert not (tmp_path / "dataset").exists()
 

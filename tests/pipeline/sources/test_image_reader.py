@@ -100,8 +100,9 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "16 bits": (lambda: _file(Image.new("I;16", (4, 4)), "PNG"), "image_unsupported", "image 0: mode I;16"),
     "animated": (_animated, "image_unsupported", "image 0: 2 frames; wanted one"),
     "truncated": (lambda: image_bytes(1, format="JPEG")[:-200], "image_unreadable", "image 0: OSError: "),
-    "another format": (lambda: _file(Image.new("L", (4, 4)), "TIFF"), "image_unreadable", "image 0: Unidentified"),
-    "no image": (lambda: b"hello", "image_unreadable", "image 0: UnidentifiedImageError: "),
+    "another format": (lambda: _file(Image.new("L", (4, 4)), "TIFF"), "image_unreadable", "image 0: bytes that begin with b'II"),
+    "nothing": (lambda: b"", "image_unreadable", "image 0: no bytes; wanted a whole PNG"),
+    "no image": (lambda: b"hello", "image_unreadable", "image 0: bytes that begin with b'hello'; wanted a whole PNG"),
     "a bomb": (_bomb, "image_too_large", "image 0: "),
     "too many pixels": (lambda: _file(Image.new("1", (9_000, 8_000)), "PNG"), "image_too_large", "image 0: 9,000 x 8"),
 }

@@ -64,6 +64,23 @@ def _hub(folder: Path) -> SourceConfig:
     return SourceConfig(dataset=str(folder / "data"))
 
 
+def _saved(folder: Path) -> SourceConfig:
+    import datasets
+
+    table = datasets.Dataset.from_parquet(str(folder / "data" / "train.parquet"), cache_dir=str(folder / "cache"))
+    table.save_to_disk(str(folder / "saved"))
+    return SourceConfig(dataset=str(folder / "saved"))
+
+
+def _saved_splits(folder: Path) -> SourceConfig:
+    import datasets
+
+    saved = datasets.load_from_disk(str(_saved(folder).dataset))
+    splits = datasets.DatasetDict({"test": saved, "train": saved.select([0])})
+    splits.save_to_disk(str(folder / "splits"))
+    return SourceConfig(dataset=str(folder / "splits"), split="test")
+
+
 def _files(folder: Path) -> list[dict[str, Any]]:
     """The rows with their images as files beside them."""
     rows = _rows()
@@ -84,7 +101,14 @@ def _compressed(folder: Path) -> SourceConfig:
     return SourceConfig(path=str(folder / "rows.jsonl.gz"))
 
 
-SOURCES = {"Parquet": _parquet, "datasets": _hub, "JSON Lines": _lines, "compressed": _compressed}
+SOURCES = {
+    "Parquet": _parquet,
+    "datasets": _hub,
+    "save_to_disk": lambda folder: (_hub(folder), _saved(folder))[1],
+    "save_to_disk of splits": lambda folder: (_hub(folder), _saved_splits(folder))[1],
+    "JSON Lines": _lines,
+    "compressed": _compressed,
+}
 
 
 @pytest.mark.parametrize("is_wide", [False, True], ids=["", "in wide row groups"])

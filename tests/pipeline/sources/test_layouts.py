@@ -24,7 +24,7 @@ from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.tools.verify import verify
-from tests import making
+from tests import making, vision
 from tests.pipeline.capturing import capture_config, do_units
 from tests.pipeline.sources import templates
 from tests.pipeline.sources.templates import QWEN25
@@ -132,6 +132,18 @@ def test_columns_that_nothing_recognizes_are_named_with_the_key_to_set(tmp_path:
     with pytest.raises(AllRowsRejected, match="no_messages"):
         dry_run(config, progress=False)
     assert not Path(config.output).exists()
+
+
+def test_images_that_are_nowhere_are_rejected_with_the_keys_that_say_where(tmp_path: Path) -> None:
+    vision.idefics3_model(tmp_path / "teacher")
+    config = capture_config(tmp_path)
+    making.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "<image> what?", "response": "a", "image": "x.png"}] * 3)
+    wanted = r"(?s)3 image_not_found.*'x.png': No such file.*source\.image_root.*source\.image_hosts"
+    with pytest.raises(AllRowsRejected, match=wanted):
+        prepare(config)
+    making.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "<image> what?", "response": "a", "picture": "x.png"}] * 3)
+    with pytest.raises(AllRowsRejected, match=r"(?s)source\.images names.*columns found: prompt, response, picture"):
+        prepare(config)
 
 
 def test_the_layout_is_said_in_the_summary(tmp_path: Path) -> None:
