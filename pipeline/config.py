@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from coldstill.common.plugins import is_plugin, load_plugin
 from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
 from coldstill.storage_schema.rows import MAX_MEDIA, MAX_MEDIA_BYTES
 
+_HOST = re.compile(r"[^\s/@*\[\]]+")
 ENGINES = ("vllm", "transformers", "endpoint")
 """Built-in engines; others are the user's classes, named as `module:name`."""
 
@@ -100,6 +102,14 @@ class SourceConfig(FrozenModel):
         description="What happens to a row of more than teacher.max_length tokens: reject it, cut off its end, or "
         "split it into rows of that length.",
     )
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                raise ValueError(f"hosts such as images.example.com or 10.0.0.7:8000, not {host!r}")
+        return hosts
 
     @model_validator(mode="after")
     def _one_place(self) -> SourceConfig:

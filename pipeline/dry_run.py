@@ -158,7 +158,9 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
     counts = count_source(config, units=units, source=source, maker=maker, progress=progress)
     if not counts.sequences:
         raise all_rejected(
-            counts.rejected, what=f"{source.name}: all {counts.rows:,} rows", example=next(iter(counts.examples.values()), "")
+            counts.rejected,
+            what=f"{source.name}: all {counts.rows:,} rows",
+            example=next(iter(counts.examples.values()), ""),
         )
     if probe and counts.sequences:
         report, gpus = _probe(config, source, maker, seconds=probe_s)

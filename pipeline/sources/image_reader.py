@@ -35,7 +35,7 @@ from coldstill.common.images import (
 )
 from coldstill.common.visible import visible
 from coldstill.pipeline.config import SourceConfig
-from coldstill.pipeline.errors import ImageHostFailed
+from coldstill.pipeline.errors import ImageHostFailed, SourceNotFound
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.storage_schema.errors import StorageFailed, named_errors
 from coldstill.storage_schema.rows import MediaReference
@@ -70,6 +70,7 @@ class ImageReader:
     def __init__(self, source: SourceConfig):
         self._hosts = frozenset(host.lower() for host in source.image_hosts)
         self._is_remote = _is_remote(source)
+        self._unproven_root = source.image_root
         self._root = source.image_root if source.image_root is not None else _folder_of(source)
         named = (source.path, source.image_root, f"hf://datasets/{source.dataset}" if source.dataset else None)
         self._stores = tuple(start for url in named if url is not None for start in _store_of(url))
@@ -79,8 +80,9 @@ class ImageReader:
     def read(self, images: Sequence[Content], positions: Sequence[int]) -> tuple[MediaReference, ...]:
         """The images with their bytes; `positions`: indices of their placeholders, one for each.
 
-        Raises `RowUnusable` for an image that is absent, not allowed or not usable, and `StorageFailed` or
-        `ImageHostFailed` for a store or host that may answer later.
+        Raises `RowUnusable` for an image that is absent, not allowed or not usable, `SourceNotFound` for a
+        `source.image_root` that does not exist, and `StorageFailed` or `ImageHostFailed` for a store or host that may
+        answer later.
         """
         media = []
         for number, (content, position) in enumerate(zip(images, positions, strict=True)):
@@ -108,7 +110,27 @@ class ImageReader:
             if self._is_remote:
                 raise _not_found(what, place, "an absolute path, which is not read for a source of another machine")
             return _from_disk(path, what, place)
-        return self._below_root(path, what, place)
+        try:
+            return self._below_root(path, what, place)
+        except RowUnusable:
+            self._require_root()
+            raise
+
+    def _require_root(self) -> None:
+        """Check once that the folder exists: without it, all rows with images would be rejected."""
+        root, self._unproven_root = self._unproven_root, None
+        if root is None:
+            return
+        with named_errors(root, "looking for source.image_root"):
+            fs, inner = fsspec.core.url_to_fs(root)
+            if fs.isdir(inner):
+                return
+        raise SourceNotFound(
+            f"source.image_root {root}",
+            found="no such folder",
+            wanted="the folder that relative paths of images start at, on every machine with a worker",
+            fix="correct source.image_root",
+        )
 
     def _below_root(self, path: str, what: str, place: str) -> bytes:
         if self._root is None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from coldstill.common import images
 from coldstill.pipeline.config import SourceConfig
-from coldstill.pipeline.errors import ImageHostFailed
+from coldstill.pipeline.errors import ImageHostFailed, SourceNotFound
 from coldstill.pipeline.sources import image_reader
 from coldstill.pipeline.sources.conversation import RowUnusable
 from coldstill.pipeline.sources.image_reader import ImageReader
@@ -100,7 +100,11 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "16 bits": (lambda: _file(Image.new("I;16", (4, 4)), "PNG"), "image_unsupported", "image 0: mode I;16"),
     "animated": (_animated, "image_unsupported", "image 0: 2 frames; wanted one"),
     "truncated": (lambda: image_bytes(1, format="JPEG")[:-200], "image_unreadable", "image 0: OSError: "),
-    "another format": (lambda: _file(Image.new("L", (4, 4)), "TIFF"), "image_unreadable", "image 0: bytes that begin with b'II"),
+    "another format": (
+        lambda: _file(Image.new("L", (4, 4)), "TIFF"),
+        "image_unreadable",
+        "image 0: bytes that begin with b'II",
+    ),
     "nothing": (lambda: b"", "image_unreadable", "image 0: no bytes; wanted a whole PNG"),
     "no image": (lambda: b"hello", "image_unreadable", "image 0: bytes that begin with b'hello'; wanted a whole PNG"),
     "a bomb": (_bomb, "image_too_large", "image 0: "),
@@ -246,6 +250,30 @@ def test_places_that_cannot_be_read_are_rejected_without_a_path_of_the_machine(
     assert reason == "image_not_found"
     assert detail.startswith(f"image 0, {why}")
     assert str(tmp_path) not in detail
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "of a store"])
+def test_a_root_that_does_not_exist_stops_the_capture(remote: bool, tmp_path: Path) -> None:
+    """Each row with an image would be rejected, and those of text captured."""
+    start = "memory://root-test" if remote else str(tmp_path)
+    path, roots = f"{start}/rows.jsonl", [f"{start}/{name}" for name in ("image", "images")]
+    with fsspec.open(f"{roots[1]}/x.png", "wb") as file:
+        file.write(RED)
+    for place in ("x.png", "absent.png"):
+        with pytest.raises(SourceNotFound, match=r"source\.image_root .*/image\n.*no such folder"):
+            _reader(path, image_root=roots[0]).read([place], [0])
+    reader = _reader(path, image_root=roots[1])
+    for _ in range(2):
+        with pytest.raises(RowUnusable, match="image_not_found"):
+            reader.read(["absent.png"], [0])
+    assert reader.read(["x.png"], [0])[0].data == RED
+
+
+@pytest.mark.parametrize("host", ["https://images.example.com", "example.com/images", "*.example.com", "", "a@b.org"])
+def test_what_is_no_host_is_refused_where_hosts_are_named(host: str) -> None:
+    """It would match no address, and each row with one would be rejected."""
+    with pytest.raises(ValueError, match=r"hosts such as images\.example\.com"):
+        _reader(image_hosts=[host])
 
 
 @pytest.mark.parametrize("source", [{"path": "memory://a/rows.jsonl"}, {"dataset": "some/name"}])
