@@ -101,7 +101,7 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
             findings += found
             bar.update(check.bytes)
             if findings:
-                bar.set_postfix_str(f"{len(findings)} findings")
+                bar.set_postfix_str(f"{len(findings)} findings", refresh=False)
             if len(findings) >= MAX_FINDINGS:
                 return findings[:MAX_FINDINGS]
     if deep and not findings:  # a shard that cannot be read hides what its rows refer to

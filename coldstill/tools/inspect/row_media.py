@@ -59,7 +59,10 @@ def page_media(dataset: Dataset, row: CachedRow, *, tokens: int) -> dict[str, li
     pictures, media = _Pictures(dataset), []
     for shown, item in zip(shown_media(dataset, row), row.media, strict=True):
         if shown.position < tokens:
-            media.append({"at": shown.position, "label": shown.label, "picture": pictures.number_of(item)})
+            number = pictures.number_of(item)
+            problem = pictures.problems.get(item.sha256)
+            label = f"{shown.label[:-1]}, not shown: {visible(problem)}]" if problem else shown.label
+            media.append({"at": shown.position, "label": label, "picture": number})
     return {"media": media, "pictures": pictures.uris}
 
 
@@ -68,6 +71,8 @@ class _Pictures:
 
     def __init__(self, dataset: Dataset):
         self.uris: list[str] = []
+        self.problems: dict[str, str] = {}
+        """Why an image cannot be read, by its digest."""
         self._dataset = dataset
         self._numbers: dict[str, int | None] = {}
         self._pixels = 0
@@ -87,7 +92,11 @@ class _Pictures:
             data = self._dataset.media_content(item)
             if importlib.util.find_spec("PIL") is not None:
                 return self._thumbnail(data)
-        except (ColdstillError, MemoryError):
+        except ColdstillError as error:
+            self.problems[item.sha256] = str(error.found)
+            return None
+        except MemoryError:
+            self.problems[item.sha256] = "not enough memory"
             return None
         kind = type_of_first_bytes(data)
         return _data_uri(kind, data) if kind and len(data) <= MAX_STORED_BYTES else None

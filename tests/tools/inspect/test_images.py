@@ -144,6 +144,8 @@ def test_what_is_no_image_is_a_line_and_never_markup(
     data = page_data(open_row(root, 0))
     assert [one["picture"] for one in data["media"]] == [None, 0, 1]
     assert data["media"][0]["label"].startswith("[image 1: ")
+    assert ", not shown: " in data["media"][0]["label"]
+    assert not any("not shown" in one["label"] for one in data["media"][1:])
     page = write_page(root, 0, tmp_path / "page.html").read_text(encoding="utf-8")
     sound = write_page(dataset.store.url, 0, tmp_path / "sound.html").read_text(encoding="utf-8")
     assert Parts(page).elements == Parts(sound).elements
