@@ -267,7 +267,7 @@ def count_source(
 ) -> SourceCounts:
     """Counts over these units, read in order. Raises the named errors of sources and templates."""
     counts = SourceCounts()
-    images = ImageCounts(maker.processor, config.source.images_in_row_bytes) if maker.processor else None
+    images = ImageCounts(maker.processor, config) if maker.processor else None
     planned = sum(unit.rows for unit in units)
     with tqdm(total=planned, desc="counting", unit=" rows", smoothing=0, disable=not progress) as bar:
         for unit in units:

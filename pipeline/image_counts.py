@@ -1,6 +1,7 @@
 """Counts the images of a source for a dry run: their bytes, their files, and the tokens that the teacher reads them as.
 
-Tokens are counted for the first images and extrapolated: a processor must see an image to say how many it becomes.
+Tokens are counted for the first images and extrapolated: a processor must see an image to say how many it becomes. Rows
+that the capture will reject after that, mostly because they are too long with their images, are counted among these.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from coldstill.common.images import decoded
-from coldstill.common.processor import ImageExpander
 from coldstill.storage_schema.media import MAX_MEDIA_FILES
 
+from .config import CaptureConfig
+from .teachers.image_expansion import RowRejected
+from .teachers.local_expansion import LocalExpander
 from .teachers.protocol import TokenSequence
 
 _SAMPLED = 64
@@ -35,16 +37,21 @@ class ImageEstimate(BaseModel):
 
 
 class ImageCounts:
-    """Counts the images of sequences. `in_row_bytes`: the most that an image in a row may have."""
+    """Counts the images of sequences."""
 
-    def __init__(self, processor: Any, in_row_bytes: int):
-        self._expander, self._in_row_bytes = ImageExpander(processor), in_row_bytes
+    def __init__(self, processor: Any, config: CaptureConfig):
+        """Raises `ProcessorUnusable`."""
+        teacher, self._in_row_bytes = config.teacher, config.source.images_in_row_bytes
+        self._expander = LocalExpander(processor, max_images=teacher.max_images, max_length=teacher.max_length)
+        self._is_prompt = config.mode == "generate"
+        self._sampled_rows = self._sampled_images = self._unfit = 0
+        self._example = ""
         self._rows = self._images = self.bytes_in_rows = self._media_bytes = self._tokens = 0
         self._digests: set[bytes] = set()
         self._lengths: list[int] = []
 
     def add(self, sequence: TokenSequence) -> None:
-        """Count the images of a sequence. Raises `ProcessorUnusable`."""
+        """Count the images of a sequence."""
         self._tokens += sequence.token_ids.size
         self._rows += bool(sequence.media)
         self._images += len(sequence.media)
@@ -55,18 +62,27 @@ class ImageCounts:
             elif digest not in self._digests:
                 self._digests.add(digest)
                 self._media_bytes += len(data)
-        if sequence.media and len(self._lengths) < _SAMPLED:
-            positions = np.array([item.position for item in sequence.media])
-            images = [decoded(item.data or b"", where=item.sha256) for item in sequence.media]
-            (expanded,), _ = self._expander.expand([sequence.token_ids], positions=[positions], images=[images])
-            self._lengths += expanded.lengths.tolist()
+        if sequence.media and self._sampled_images < _SAMPLED:
+            self._sampled_rows += 1
+            self._sampled_images += len(sequence.media)
+            try:
+                expanded = self._expander.expanded(sequence, is_prompt=self._is_prompt)
+                self._lengths += expanded.expansion.lengths.tolist()
+            except RowRejected as rejected:
+                self._unfit += 1
+                self._example = self._example or f"row {sequence.source_row}: {rejected.reason}: {rejected.detail}"
 
     def estimate(self) -> ImageEstimate:
-        """The counts, with a warning if a manifest cannot list the files."""
+        """The counts, with warnings: of rows that will be rejected, and if a manifest cannot list the files."""
         added = (np.mean(self._lengths) - 1) * self._images if self._lengths else 0
-        warning = None
+        warnings = []
+        if self._unfit:
+            warnings.append(
+                f"the capture rejects {self._unfit} of the first {self._sampled_rows} rows with images too, such as "
+                f"{self._example}"
+            )
         if len(self._digests) > MAX_MEDIA_FILES:
-            warning = (
+            warnings.append(
                 f"a manifest lists at most about {MAX_MEDIA_FILES:,} media files: raise source.images_in_row_bytes, "
                 f"or capture parts of the source and merge them"
             )
@@ -77,5 +93,5 @@ class ImageCounts:
             media_files=len(self._digests),
             media_bytes=self._media_bytes,
             tokens_with_images=self._tokens + round(float(added)),
-            warning=warning,
+            warning="; ".join(warnings) or None,
         )

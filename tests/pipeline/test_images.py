@@ -166,6 +166,23 @@ def test_a_dry_run_warns_of_more_files_than_a_manifest_lists(
     assert "source.images_in_row_bytes" in str(dry_run(config, progress=False).lines()["warning"])
 
 
+def test_a_dry_run_warns_of_rows_that_are_too_long_with_their_images(teachers: dict[str, Path], tmp_path: Path) -> None:
+    """Their stored tokens fit, so that nothing but an expansion shows it."""
+    config = _config(tmp_path, teachers["llava"])
+    lengths = []
+    for made in SequenceMaker.of(config).sequences(open_source(config.source).rows()):
+        assert isinstance(made, TokenSequence)
+        lengths.append(made.token_ids.size + 15 * len(made.media))  # each becomes 16 tokens
+    limit = max(lengths) - 1
+    teacher = config.teacher.model_copy(update={"max_length": limit})
+    warning = dry_run(config.model_copy(update={"teacher": teacher}), progress=False).lines()["warning"]
+    over = [length for length in lengths if length > limit]
+    start = f"the capture rejects {len(over)} of the first {ROWS * 3 // 4} rows with images too, such as row "
+    assert str(warning).startswith(start)
+    assert f": over_long: {over[0]} tokens, " in str(warning)
+    assert str(warning).endswith(f"at most {limit}")
+
+
 def test_a_dry_run_of_a_teacher_of_text_has_no_line_of_images(tmp_path: Path) -> None:
     dry = dry_run(capture_config(tmp_path), progress=False)
     assert dry.images is None
