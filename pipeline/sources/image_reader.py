@@ -23,6 +23,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 
 import cachetools
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from coldstill.common.errors import first_line
 from coldstill.common.images import (
@@ -117,13 +118,16 @@ class ImageReader:
             raise
 
     def _require_root(self) -> None:
-        """Check once that the folder exists: without it, all rows with images would be rejected."""
-        root, self._unproven_root = self._unproven_root, None
-        if root is None:
+        """Check that the folder exists: without it, all rows with images would be rejected.
+
+        A local one is checked for each absent image, because a network's folder may go away during a capture.
+        """
+        if (root := self._unproven_root) is None:
             return
         with named_errors(root, "looking for source.image_root"):
             fs, inner = fsspec.core.url_to_fs(root)
             if fs.isdir(inner):
+                self._unproven_root = root if isinstance(fs, LocalFileSystem) else None
                 return
         raise SourceNotFound(
             f"source.image_root {root}",
@@ -225,7 +229,9 @@ def _from_disk(path: str, what: str, place: str) -> bytes:
     except OSError as error:
         if error.errno in _ABSENT:
             raise _not_found(what, place, os.strerror(error.errno or 0)) from None
-        raise
+        with named_errors(place, "reading an image"):
+            raise
+        raise AssertionError from error  # for mypy: the context does not suppress
 
 
 def _from_store(url: str, what: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -22,6 +23,7 @@ from coldstill.pipeline.errors import ImageHostFailed, SourceNotFound
 from coldstill.pipeline.sources import image_reader
 from coldstill.pipeline.sources.conversation import RowUnusable
 from coldstill.pipeline.sources.image_reader import ImageReader
+from coldstill.storage_schema.errors import StorageFailed
 from tests.vision import image_bytes
 
 RED = image_bytes(1)
@@ -267,6 +269,26 @@ def test_a_root_that_does_not_exist_stops_the_capture(remote: bool, tmp_path: Pa
         with pytest.raises(RowUnusable, match="image_not_found"):
             reader.read(["absent.png"], [0])
     assert reader.read(["x.png"], [0])[0].data == RED
+
+
+def test_a_root_that_goes_away_stops_the_capture(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    reader = _reader(image_root=str(tmp_path / "images"))
+    with pytest.raises(RowUnusable, match="image_not_found"):
+        reader.read(["absent.png"], [0])
+    (tmp_path / "images").rmdir()
+    with pytest.raises(SourceNotFound, match=r"source\.image_root"):
+        reader.read(["absent.png"], [0])
+
+
+def test_a_disk_that_fails_is_no_reject_of_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: str) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    reader = _reader(str(tmp_path / "rows.jsonl"))
+    monkeypatch.setattr(image_reader.os, "stat", failing)
+    with pytest.raises(StorageFailed, match="Stale"):
+        reader.read([str(tmp_path / "x.png")], [0])
 
 
 @pytest.mark.parametrize("host", ["https://images.example.com", "example.com/images", "*.example.com", "", "a@b.org"])
