@@ -30,7 +30,7 @@ class SourceConfig(FrozenModel):
         "fsspec opens, a folder, or a pattern such as data/*.jsonl, whose files are read in alphabetical order.",
     )
     dataset: str | None = Field(
-        default=None, description="Instead of a path: a Hub name or a local folder that `datasets` streams."
+        default=None, description="Instead of a path: a Hub name, or a local folder that `datasets` streams or saved."
     )
     dataset_config: str | None = Field(
         default=None, description="Configuration of that dataset, if it has more than one."

@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import cachetools
 import fsspec
@@ -72,7 +72,8 @@ class ImageReader:
         self._hosts = frozenset(host.lower() for host in source.image_hosts)
         self._is_remote = _is_remote(source)
         self._unproven_root = source.image_root
-        self._root = source.image_root if source.image_root is not None else _folder_of(source)
+        root = source.image_root if source.image_root is not None else _folder_of(source)
+        self._root = root if root is None else os.path.expanduser(root)  # as fsspec does for source.path
         named = (source.path, source.image_root, f"hf://datasets/{source.dataset}" if source.dataset else None)
         self._stores = tuple(start for url in named if url is not None for start in _store_of(url))
         self._types: cachetools.LRUCache[str, str] = cachetools.LRUCache(_KNOWN_TYPES)
@@ -106,7 +107,10 @@ class ImageReader:
                 why = "an address of another store than that of the source or of source.image_root"
                 raise _not_found(what, place, why)
             return _from_store(place, what)
-        path = place.removeprefix("file:").removeprefix("//") if scheme == "file" else place
+        path = place
+        if scheme == "file":
+            path = place[len("file:") :].removeprefix("//")
+            path = path if os.path.exists(path) else unquote(path)  # Path.as_uri() quotes, and others do not
         if os.path.isabs(path):
             if self._is_remote:
                 raise _not_found(what, place, "an absolute path, which is not read for a source of another machine")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 import pytest
@@ -271,6 +272,21 @@ def test_a_root_that_does_not_exist_stops_the_capture(remote: bool, tmp_path: Pa
     assert reader.read(["x.png"], [0])[0].data == RED
 
 
+@pytest.mark.parametrize("name", ["a b.png", "50%.png", "50%25.png", "ä#?.png"])
+def test_a_file_address_may_be_quoted(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(RED)
+    for place in ((tmp_path / name).as_uri(), f"file://{tmp_path}/{name}", f"file:{tmp_path}/{name}"):
+        assert _read(place) == RED
+
+
+def test_the_users_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.png").write_bytes(RED)
+    assert _read("x.png", image_root="~/data") == RED
+    assert _read("data/x.png", path="~/rows.jsonl") == RED
+
+
 def test_a_root_that_goes_away_stops_the_capture(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     reader = _reader(image_root=str(tmp_path / "images"))
@@ -309,6 +325,8 @@ def test_rows_of_another_machine_do_not_read_this_ones_files(source: dict[str, s
         f"file:{tmp_path}/x.png",
         "../x.png",
         "a/../../x.png",
+        "file:%2e%2e/x.png",
+        f"file:{quote(str(tmp_path / 'x.png'), safe='')}",
     ):
         with pytest.raises(RowUnusable, match="image_not_found"):
             reader.read([place], [0])
