@@ -195,6 +195,8 @@ def _with_probe(
     share = counts.sequences / report.sequences if answers else counts.tokens / max(1, report.tokens)
     targets = round(report.targets * share) if answers else counts.targets
     size = round(report.bytes * (targets / max(1, report.targets)))
+    if counts.images:
+        size += counts.images.image_bytes_in_rows * (config.sampling.n if answers else 1)
     worker_hours = report.seconds * share / 3600
     price, workers = config.cluster.price_per_gpu_hour, config.cluster.max_workers
     return DryRun(

@@ -35,6 +35,7 @@ from coldstill.pipeline.teachers.protocol import (
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.media import place_media
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.shard import write_shard
 from coldstill.storage_schema.store.retrying import RetryingStore
@@ -228,7 +229,8 @@ def _measure_slice(teacher: Teacher, header: DatasetHeader, sequences: Sequence[
     started = time.monotonic()
     scored = teacher.score(sequences)
     seconds = time.monotonic() - started
-    rows = [one.row for one in scored_of(scored)]
+    # Images as files, which are not written: their bytes are known, and do not grow with the targets.
+    rows = place_media([one.row for one in scored_of(scored)], in_row_bytes=0).rows
     return SpeedReport(
         sequences=len(sequences),
         tokens=sum(row.token_ids.size for row in rows),

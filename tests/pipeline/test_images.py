@@ -15,14 +15,15 @@ from coldstill.common.images import decoded
 from coldstill.common.processor import ImageExpander, ProcessorUnusable, processor_settings, processor_sha256
 from coldstill.pipeline import image_counts
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.dry_run import dry_run
+from coldstill.pipeline.dry_run import _with_probe, count_source, dry_run
 from coldstill.pipeline.errors import AllRowsRejected, TemplateDrops
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.worker import load_for, measure_speed
 from coldstill.storage_schema.commits import Reject
-from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from tests import making
 from tests.pipeline.capturing import capture_config
 from tests.vision import CHAT_TEMPLATE, idefics3_model, image_bytes, llava_model
@@ -181,6 +182,29 @@ def test_a_dry_run_warns_of_rows_that_are_too_long_with_their_images(teachers: d
     assert str(warning).startswith(start)
     assert f": over_long: {over[0]} tokens, " in str(warning)
     assert str(warning).endswith(f"at most {limit}")
+
+
+def test_the_bytes_of_a_probe_are_those_of_values_and_of_the_images_in_rows(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Images in files are no bytes of shards, whatever the probe has seen of them."""
+    sizes = {}
+    for in_row_bytes in (0, 1 << 18):
+        config = _config(tmp_path, teachers["llava"], source={"images_in_row_bytes": in_row_bytes})
+        output = str(tmp_path / f"o{in_row_bytes}")
+        config = config.model_copy(update={"output": output, "calibration_targets": 0})
+        prepared = prepare(config)
+        header = DatasetHeader.from_bytes(prepared.store.read(HEADER_NAME), where=HEADER_NAME)
+        source, maker = open_source(config.source), SequenceMaker.of(config)
+        units = source.plan(config.rows_per_unit)
+        sequences = [made for made in maker.sequences(source.rows()) if isinstance(made, TokenSequence)]
+        report = measure_speed(load_for(config, header), header, sequences, seconds=60)
+        counts = count_source(config, units=units, source=source, maker=maker, progress=False)
+        dry = _with_probe(config, counts, shards=1, report=report, gpus=0.0)
+        assert dry.images is not None
+        sizes[in_row_bytes] = (dry.bytes_most, dry.images.image_bytes_in_rows)
+    assert sizes[0][1] == 0 < sizes[1 << 18][1]
+    assert sizes[1 << 18][0] - sizes[0][0] == pytest.approx(sizes[1 << 18][1], rel=0.05)
 
 
 def test_a_dry_run_of_a_teacher_of_text_has_no_line_of_images(tmp_path: Path) -> None:
