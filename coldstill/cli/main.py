@@ -261,7 +261,12 @@ def demo(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A fifth of the size: the same order of results, in under four minutes.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="A fifth of the size or less, in under four minutes: the same order of results, but with --vision the "
+            "models learn too little to compare them.",
+        ),
     ] = False,
     vision: Annotated[
         bool, typer.Option("--vision", help="Teacher and students answer questions about images, in 12 minutes.")
