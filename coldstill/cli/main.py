@@ -269,7 +269,7 @@ def demo(
         ),
     ] = False,
     vision: Annotated[
-        bool, typer.Option("--vision", help="Teacher and students answer questions about images, in 12 minutes.")
+        bool, typer.Option("--vision", help="Teacher and students answer questions about images, in about 12 minutes.")
     ] = False,
 ) -> None:
     """Run everything on this machine in 10 minutes: a teacher under vLLM and Ray, its dataset, three students."""
