@@ -252,6 +252,7 @@ def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -
         end_token_ids=maker.end_token_ids,
         tokenizer_pipeline_sha256=facts.pipeline_sha256,
         media_in_row_bytes=config.source.images_in_row_bytes if maker.processor else None,
+        max_images=config.teacher.max_images if maker.processor else None,
         processor=_processor_facts(maker.processor) if maker.processor else None,
     )
 

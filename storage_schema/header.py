@@ -160,6 +160,7 @@ class About(BaseModel):
     media_in_row_bytes: int | None = Field(
         default=None, ge=0, description="Media of at most this many bytes are stored in the rows, larger ones as files."
     )
+    max_images: int | None = Field(default=None, ge=1, description="Rows with more images were rejected.")
     processor: ProcessorFacts | None = None
     writer: RowWriter | None = None
 

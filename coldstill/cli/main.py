@@ -263,10 +263,15 @@ def demo(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A fifth of the size: the same order of results, in under four minutes.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="A fifth of the size or less, in under four minutes: the same order of results, but with --vision the "
+            "models learn too little to compare them.",
+        ),
     ] = False,
     vision: Annotated[
-        bool, typer.Option("--vision", help="Teacher and students answer questions about images, in 12 minutes.")
+        bool, typer.Option("--vision", help="Teacher and students answer questions about images, in about 12 minutes.")
     ] = False,
 ) -> None:
     """Run everything on this machine in 10 minutes: a teacher under vLLM and Ray, its dataset, three students."""

@@ -8,7 +8,7 @@ from coldstill.common.files import new_folder
 from coldstill.demo.run import Stage, background_module, dataset_stages, run_module, run_stages
 
 from .scenes import machine_fonts, write_part
-from .settings import Layout, capture_config, size_of, train_config
+from .settings import DISTILL_SEED, HELD_OUT_SEED, Layout, capture_config, size_of, train_config
 from .summary import show, write_summary
 
 
@@ -25,11 +25,14 @@ def run_vision_demo(output: Path, *, quick: bool) -> None:
         seen: set[str] = set()
         fonts = machine_fonts()
         with new_folder(layout.text) as folder:
-            for part, rows in (("distill", size.distill_rows), ("held_out", size.held_out_rows)):
-                write_part(folder, part, seed=0, rows=rows, fonts=fonts, seen=seen)
+            for part, rows, seed in (
+                ("distill", size.distill_rows, DISTILL_SEED),
+                ("held_out", size.held_out_rows, HELD_OUT_SEED),
+            ):
+                write_part(folder, part, seed=seed, rows=rows, fonts=fonts, seen=seen)
 
     def train_models() -> None:
-        # At the same time, each on a thread of its own: for models this small, two threads gain a third at best.
+        # At the same time, each on a thread of its own: a second thread gains models this small little.
         missing = [folder.name for folder in (layout.teacher, layout.student) if not folder.exists()]
         if len(missing) == 2:
             with background_module("student", models, "student", layout=layout, quick=quick):

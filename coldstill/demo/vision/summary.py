@@ -177,4 +177,7 @@ def _draw_example(axes: Any, below: Any, row: Mapping[str, Any], layout: Layout)
     for number, (name, title) in enumerate(names.items()):
         answer = row["answers"][name]
         color = RIGHT if answer_content(answer) == row["content"] else WRONG
-        below.text(0, 1 - 0.25 * number, f"{title}: {answer[:44]}", color=color, fontsize=8.5, va="top")
+        shown_answer = f"{title}: {answer[:56]}"
+        size = 8.5 if len(shown_answer) <= 44 else 6.5
+        # Outside the layout, so that a long answer makes no column wider than the others.
+        below.text(0, 1 - 0.25 * number, shown_answer, color=color, fontsize=size, va="top").set_in_layout(False)

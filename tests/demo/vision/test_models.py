@@ -141,10 +141,10 @@ def test_vllm_can_serve_the_shape_and_the_longest_row_fits(tokenizer: Any, shape
 def test_a_trained_folder_is_a_model_that_sees_images_and_the_loss_falls(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     make_model(Layout(tmp_path), tmp_path / "model", TINY, steps=12)
-    processor = load_processor(str(tmp_path / "model"))
+    processor = load_processor(AutoProcessor, str(tmp_path / "model"))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert sees_images(model.config)
     assert placeholder_id(processor) == model.config.image_token_id
