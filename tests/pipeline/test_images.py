@@ -70,6 +70,7 @@ def test_the_header_states_the_processor_and_where_images_are_stored(teachers: d
     assert header.about.processor.settings_sha256 == processor_sha256(processor)
     assert header.about.processor.settings == json.loads(json.dumps(processor_settings(processor)))
     assert header.about.media_in_row_bytes == 99
+    assert header.about.max_images == 8
     assert header.vocab_size == len(processor.tokenizer)
 
 
@@ -77,6 +78,7 @@ def test_the_header_of_a_teacher_of_text_states_nothing_of_images(tmp_path: Path
     header = prepare(capture_config(tmp_path)).header
     assert b"media" not in header.to_bytes()
     assert b"processor" not in header.to_bytes()
+    assert b"max_images" not in header.to_bytes()
 
 
 def test_a_source_of_text_is_captured_by_a_teacher_that_sees(teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_a_dataset_that_an_earlier_release_started_stays_one_of_text(teachers: d
     config = _config(tmp_path, teachers["llava"], rows=[*making.chat_rows(2), {"messages": chat}])
     prepared = prepare(config)
     earlier = json.loads(prepared.store.read(HEADER_NAME))
-    for name in ("processor", "media_in_row_bytes"):
+    for name in ("processor", "media_in_row_bytes", "max_images"):
         del earlier["about"][name]
     prepared.store.put(HEADER_NAME, json.dumps(earlier).encode())
     header = prepare(config).header
