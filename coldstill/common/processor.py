@@ -179,7 +179,12 @@ class ImageExpander:
             beside = theirs[:start] + theirs[start + len(ours) :]
             if theirs[start : start + len(ours)] == ours and special.issuperset(beside):
                 return
-        raise self._unusable(f"{len(theirs)} tokens of a text that is an image alone, which becomes {len(ours)}")
+        raise ProcessorUnusable(
+            f"processor {type(self.processor).__name__}",
+            found=f"{len(theirs)} tokens for a text that is one image, which becomes {len(ours)} of them",
+            wanted="a processor that writes no text of its own beside an image",
+            fix="choose a model of another family: docs/vision_models.md lists those that were run",
+        )
 
     def token_types(self, token_ids: np.ndarray) -> np.ndarray:
         """`int64`, of the shape of `token_ids`: 1 where a token is a patch of an image, else 0, as transformers has

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from coldstill import load_logit_dataset
 from coldstill.storage_schema.dataset import open_dataset
@@ -26,6 +26,7 @@ from coldstill.trainer.evaluation.evaluate import batches_of, evaluate_on_datase
 from coldstill.trainer.evaluation.measured_model import load_measured
 from coldstill.trainer.evaluation.token_records import token_records
 from coldstill.trainer.finished_student import TrainedLogits
+from coldstill.trainer.student import images as student_images
 from coldstill.trainer.student.forward import model_inputs
 from coldstill.trainer.student.images import images_of
 from coldstill.trainer.train import train
@@ -301,23 +302,18 @@ def test_the_logits_of_a_checkpoint_are_of_a_row_with_an_image(folder: Path, dat
     assert (text - trained.logits).abs().max() > 1e-4
 
 
-def test_a_student_of_text_is_refused_or_trains_on_the_rows_without_images(dataset: Path, tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-
+def text_model(folder: Path) -> Path:
+    """A random tiny Llama with the tokenizer of the students that see images."""
     tokenizer = vision.vision_tokenizer()
-    text = tmp_path / "text"
     torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-        )
-    ).save_pretrained(text)
-    tokenizer.save_pretrained(text)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_student_of_text_is_refused_or_trains_on_the_rows_without_images(dataset: Path, tmp_path: Path) -> None:
+    text = text_model(tmp_path / "text")
     with pytest.raises(StudentSeesNoImages, match="without_images"):
         train(config_of(dataset, text, tmp_path / "run"))
     config = config_of(
@@ -330,7 +326,7 @@ def test_a_student_of_text_is_refused_or_trains_on_the_rows_without_images(datas
     )
     assert train(config).steps == 2
     student = LlamaForCausalLM.from_pretrained(tmp_path / "run/student")
-    with pytest.raises(StudentSeesNoImages):
+    with pytest.raises(StudentSeesNoImages, match="--rows without_images"):
         evaluate_on_dataset(student, dataset)
     rows = [row for row in open_dataset(dataset).rows() if not row.media]
     assert evaluate_on_dataset(student, dataset, rows="without_images").targets == sum(
@@ -352,6 +348,39 @@ def test_a_student_that_sees_images_may_train_on_text_also_packed(
         assert not any("vision" in name or "projector" in name for name in moved)
     with pytest.raises(PackingUnsupported, match="pack_length to null"):
         train(config_of(dataset, llava, tmp_path / "packed", training={"pack_length": 300}))
+
+
+def test_text_of_a_teacher_that_sees_images_trains_a_student_of_text_also_packed(
+    llava: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Its header names a processor, and no row has an image: only the rows tell."""
+    rows = vision.vision_rows(llava, [0] * 6)
+    spoken = vision.vision_dataset(tmp_path / "spoken", [rows[:3], rows[3:]], tokenizer=llava)
+    assert load_logit_dataset(spoken).shows_images
+    assert not load_logit_dataset(spoken).has_images()
+    for student in (text_model(tmp_path / "text"), llava):
+        for pack_length in (None, 300):
+            output = tmp_path / f"{student.name} {pack_length}"
+            config = config_of(spoken, student, output, training={"pack_length": pack_length, "max_steps": 1})
+            assert train(config).steps == 1
+    late = vision.vision_dataset(
+        tmp_path / "late", [rows[:3], vision.vision_rows(llava, [0, 1], seed=1)], tokenizer=llava
+    )
+    assert load_logit_dataset(late).has_images()
+    assert not load_logit_dataset(late, rows="without_images").has_images()
+    with pytest.raises(StudentSeesNoImages, match="without_images"):
+        train(config_of(late, tmp_path / "text", tmp_path / "refused"))
+
+
+def test_a_warning_about_training_on_text_alone_says_why(
+    llava: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(student_images.logger, "warning", said.append)
+    trained = load_logit_dataset(dataset, rows="without_images")
+    model = loaded(llava)
+    student_images.check_dataset_images(trained, images_of(model), model, name="S", packs=False)
+    assert said == ["S sees images, and rows with images are left out: rows of text train its text"]
 
 
 def plain_cross_entropy(folder: Path, dataset: Path) -> float:

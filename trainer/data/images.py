@@ -156,8 +156,9 @@ def sees_no_images(what: str, found: str) -> StudentSeesNoImages:
     return StudentSeesNoImages(
         what,
         found=found,
-        wanted="text alone, or a student whose folder has a model that sees images and its processor",
-        fix="set data.rows to without_images to train on the other rows, or choose a vision-language student",
+        wanted="text alone, or a model that sees images, with its processor in the same folder",
+        fix="set data.rows to without_images (coldstill evaluate: --rows without_images) to use the other rows only, "
+        "or choose a vision-language model",
     )
 
 

@@ -133,9 +133,28 @@ class LogitDataset:
 
     @property
     def shows_images(self) -> bool:
-        """Whether a header or a manifest says that used rows have images. Only the rows tell for sure."""
+        """Whether a header or a manifest says that used rows may have images. Only the rows tell for sure."""
         known = (each.header.about.processor is not None or _media_files(each) for each in self.sources.datasets)
         return not self.sources.without_images and any(known)
+
+    def has_images(self) -> bool:
+        """Whether `shows_images` and a row has an image: a teacher that sees images may have been shown text alone.
+
+        Reads shards up to the first such row, so all of a dataset of text. Raises what `RowReader.rows` raises.
+        """
+        if not self.shows_images:
+            return False
+        reader, datasets = self.sources.reader(), self.sources.datasets
+        try:
+            return any(map(_media_files, datasets)) or any(
+                reader.images(number, shard, group).any()
+                for number, dataset in enumerate(datasets)
+                for shard, record in enumerate(dataset.shards)
+                if record.rows
+                for group in range(reader.groups(number, shard))
+            )
+        finally:
+            reader.close()
 
     @property
     def targets(self) -> int:

@@ -132,10 +132,13 @@ class RowReader:
 
     def numbers(self, dataset: int, shard: int, group: int) -> np.ndarray:
         """`int64 [rows]`: the rows of a group that are used, by their place in it. Raises what `rows` raises."""
+        images = self.images(dataset, shard, group)
+        return np.flatnonzero(images == 0) if self._without_images else np.arange(images.size)
+
+    def images(self, dataset: int, shard: int, group: int) -> np.ndarray:
+        """`int32 [rows]`: images of each row of a group. Raises what `rows` raises."""
         index = self._shards[dataset].index(shard)
-        if not self._without_images:
-            return np.arange(index.group_rows[group])
-        return np.flatnonzero(index.media[index.rows_of(group)] == 0)
+        return index.media[index.rows_of(group)]
 
     def placed(self, wanted: Sequence[RowReference], rows: Sequence[CachedRow]) -> list[Placed]:
         """`rows`, which are those of `wanted`, with the place where their media are."""

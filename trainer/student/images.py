@@ -146,7 +146,11 @@ def check_dataset_images(
     url = dataset.sources.datasets[0].store.url
     if not dataset.shows_images:
         if images is not None:
-            logger.warning(f"{name} sees images, and {url} does not say that it has any: rows of text train its text")
+            without = dataset.sources.without_images
+            why = "rows with images are left out" if without else f"{url} does not say that it has any"
+            logger.warning(f"{name} sees images, and {why}: rows of text train its text")
+    elif (images is None or packs) and not dataset.has_images():
+        return
     elif images is None:
         raise sees_no_images(f"training of the student {name} on {url}", "rows with images")
     elif packs:
@@ -212,7 +216,7 @@ def _require_language_model(student: StudentConfig, config: Any) -> None:
     if sees_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise StudentNotFound(
             f"student {student.name}",
-            found=f"a {config.model_type}, which sees images, and no processor",
+            found=f"model_type {config.model_type}, which sees images, without a processor",
             wanted=f"a folder with {' or '.join(PROCESSOR_FILES[:2])} beside config.json",
             fix="save the model's processor there: AutoProcessor.from_pretrained(...).save_pretrained(FOLDER)"
             + ("; from_scratch then names this folder" if student.model is None else ""),

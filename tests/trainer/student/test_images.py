@@ -73,7 +73,7 @@ def test_without_a_processor_another_family_is_an_error_with_the_way_out(
     folder = Path(shutil.copytree(llava, tmp_path / "copy"))
     (folder / "processor_config.json").unlink()
     for given in ({"model": str(folder)}, {"from_scratch": str(folder)}, {"from_scratch": {"model_type": "llava"}}):
-        with pytest.raises(StudentNotFound, match="no processor") as error:
+        with pytest.raises(StudentNotFound, match="without a processor") as error:
             checked_student(StudentConfig(**given), logits, None)
         assert "save_pretrained(FOLDER)" in error.value.fix
         assert ("from_scratch" in error.value.fix) == ("from_scratch" in given)
