@@ -11,6 +11,7 @@ step, or torch's `prefetch_factor` (2) for each worker.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -117,6 +118,9 @@ class LogitStream(IterableDataset):
         if worker is None:
             yield from prefetch(self._batches(worker=0, workers=1), depth=_PREFETCHED_BATCHES)
         else:
+            # A fork has none of the threads of the tokenizers library and waits for them for ever. The library leaves
+            # them out after a fork by itself, but not if the user's environment says "true".
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
             yield from self._batches(worker=worker.id, workers=worker.num_workers)
 
     def _batches(self, *, worker: int, workers: int) -> Generator[dict[str, Any], None, None]:

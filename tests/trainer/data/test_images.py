@@ -158,6 +158,18 @@ def test_loader_workers_change_nothing_and_a_cursor_resumes(
     assert all_same(list(stream), alone[3:])
 
 
+@pytest.mark.timeout(120)
+def test_loader_workers_do_not_wait_for_threads_that_a_fork_lacks(
+    folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the environment demands the threads of the tokenizers library, and this process has started them."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    images = reads(folder)
+    images.processor.tokenizer(["a text"] * 1000)
+    stream = load_logit_dataset(dataset).stream(batch_size=3, seed=5, epochs=1, images=images)
+    assert names(list(BatchLoader(stream, arguments(tmp_path, dataloader_num_workers=2)))) == names(list(stream))
+
+
 def test_the_order_does_not_depend_on_the_student_s_patches(dataset: Path, llava: Path, tmp_path: Path) -> None:
     idefics = vision.idefics3_model(tmp_path / "idefics", splits=True)
     logits = load_logit_dataset(dataset)
