@@ -21,7 +21,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 	pyproject.toml --extra share --extra train --extra dev
 
-.PHONY: help demo demo-vision test test-slow test-elsewhere test-engines test-capture test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
+.PHONY: help demo demo-vision test test-slow test-elsewhere test-engines test-capture test-trainer test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
 	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality lock venv clean
 
 help: ## list the commands
@@ -35,7 +35,7 @@ demo-vision: $(INSTALLED) ## the same with images: a teacher that sees, students
 
 # Engine tests run in their own process: vLLM fails to start beside some web servers, and processes that held both engines
 # and Ray's driver have crashed at exit. Two run at a time, because most capture tests wait for workers to start.
-PARTS := test-engines test-capture test-rest
+PARTS := test-trainer test-rest test-capture test-engines
 AT_ONCE := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 
 test: lint types ## lint, types and all tests that are not slow
@@ -50,7 +50,8 @@ test-elsewhere: $(INSTALLED) ## the quick tests as another user, on one core, in
 
 test-engines: PART := tests/pipeline/teachers
 test-capture: PART := tests/pipeline --ignore tests/pipeline/teachers
-test-rest: PART := tests --ignore tests/pipeline
+test-trainer: PART := tests/trainer
+test-rest: PART := tests --ignore tests/pipeline --ignore tests/trainer
 $(PARTS): $(INSTALLED)
 	@$(PYTEST) -m "$(MARK)" $(PART)
 
