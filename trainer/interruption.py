@@ -78,6 +78,8 @@ class CheckpointOnSignal(TrainerCallback):
     an unbroken one. If no micro-batch ends within `grace_s` seconds, the run ends without a new checkpoint.
 
     Used as a context manager around the training. All devices stop after the same step, because one signal is enough.
+    A scheduler signals each of them, at slightly different times, so only a signal that this process has received
+    before counts as the first of two.
     """
 
     def __init__(self, *, grace_s: float, saved_step: int = 0):
@@ -85,6 +87,8 @@ class CheckpointOnSignal(TrainerCallback):
         self._grace_s = grace_s
         self._process, self._thread = os.getpid(), threading.get_ident()
         self._signum: int | None = None
+        """The signal that ends the run, of this process or of another device's."""
+        self._has_received = False
         self._is_training = False
         self._timer: threading.Timer | None = None
         self._saved_step = saved_step
@@ -104,8 +108,11 @@ class CheckpointOnSignal(TrainerCallback):
     def _on_signal(self, signum: int, _: object) -> None:
         if os.getpid() != self._process:
             return  # a loader's process: a terminal and Slurm signal it too, and the step needs its batches
-        if self._signum is not None or not self._is_training:
+        if self._has_received or not self._is_training:
             raise self._interrupted(signum)
+        self._has_received = True
+        if self._signum is not None:
+            return  # another device had one, and the checkpoint is being written
         self._signum = signum
         self._timer = threading.Timer(self._grace_s, self._send_again, [signum])
         self._timer.daemon = True

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from coldstill import load_logit_dataset
+from coldstill.common.interrupts import Interrupted
 from coldstill.trainer.errors import NonFiniteLoss
+from coldstill.trainer.interruption import CheckpointOnSignal
 from tests.trainer.training import KillAt, Killed, Seen, build, make_sick, weights_of
 
 SHAPE = {
@@ -24,18 +29,43 @@ SHAPE = {
 }
 
 
-def train(dataset: Path, student: Path, output: Path, *, kill: int | None = None, **shape: Any) -> dict[str, Any]:
-    """One start of a run; its results on this process."""
+class SignalEach(TrainerCallback):
+    """SIGTERM for each process, as a scheduler sends it: for the second one after both have decided to stop."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Signal the first process."""
+        if args.process_index == 0 and state.global_step == self._step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Signal the second process."""
+        if args.process_index == 1 and control.should_training_stop and state.global_step == self._step + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(
+    dataset: Path, student: Path, output: Path, *, kill: int | None = None, end: int | None = None, **shape: Any
+) -> dict[str, Any]:
+    """One start of a run, killed or signaled at a step; its results on this process."""
     seen = Seen()
-    callbacks = [seen] if kill is None else [KillAt(kill), seen]
+    callbacks: list[TrainerCallback] = [seen] if kill is None else [KillAt(kill), seen]
+    on_signal = CheckpointOnSignal(grace_s=60)
+    if end is not None:
+        callbacks = [on_signal, SignalEach(end), seen]
     trainer, gradients = build(
         dataset, student, output, callbacks=callbacks, eval_dataset=load_logit_dataset(dataset), **{**SHAPE, **shape}
     )
     seen.watch(trainer)
     try:
-        trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
+        with on_signal if end is not None else nullcontext():
+            trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
     except Killed:
         return {}
+    except Interrupted as error:
+        return {"said": str(error)}
     return {
         "rows": seen.rows,
         "gradients": gradients.steps,
@@ -82,6 +112,8 @@ def main() -> None:
     found = {"unbroken": train(dataset, student, output / "unbroken")}
     train(dataset, student, output / "killed", kill=3)
     found["resumed"] = train(dataset, student, output / "killed")
+    found["signaled"] = train(dataset, student, output / "signaled", end=2, save_steps=100)
+    found["signaled, resumed"] = train(dataset, student, output / "signaled")
     found["sick"] = sick_row(dataset, student, output / "sick")
     torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

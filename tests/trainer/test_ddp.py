@@ -100,6 +100,14 @@ def test_killed_on_two_ranks_it_ends_with_the_weights_of_an_uninterrupted_run(ra
             torch.testing.assert_close(found["resumed"]["weights"][name], weight, rtol=0, atol=0)
 
 
+def test_signaled_one_after_the_other_both_ranks_save_the_same_step_and_resume(ranks):
+    for found in ranks:
+        assert "The checkpoint of step 3 is kept" in found["signaled"]["said"]
+        assert found["signaled, resumed"]["rows"] == found["unbroken"]["rows"][3:]
+        for name, weight in found["unbroken"]["weights"].items():
+            torch.testing.assert_close(found["signaled, resumed"]["weights"][name], weight, rtol=0, atol=0)
+
+
 def test_a_row_with_a_loss_that_is_not_finite_stops_all_ranks_and_is_named(ranks):
     assert ranks[0]["sick"] == ranks[1]["sick"]
     assert "row-" in ranks[0]["sick"]
