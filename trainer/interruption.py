@@ -89,6 +89,7 @@ class CheckpointOnSignal(TrainerCallback):
         self._signum: int | None = None
         """The signal that ends the run, of this process or of another device's."""
         self._has_received = False
+        self._is_agreed = False
         self._is_training = False
         self._timer: threading.Timer | None = None
         self._saved_step = saved_step
@@ -153,12 +154,13 @@ class CheckpointOnSignal(TrainerCallback):
             received = torch.tensor(self._signum or 0, device=args.device)
             self._signum = int(reduce(received, "sum").item()) and (self._signum or signal.SIGTERM)
             self._signum = self._signum or None
+            self._is_agreed = self._signum is not None
         if self._signum is not None:
             self._stop(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop after a measurement."""
-        if self._signum is not None and args.world_size == 1:
+        """Stop after a measurement; of several devices, only if all do."""
+        if self._signum is not None and (args.world_size == 1 or self._is_agreed):
             self._stop(state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

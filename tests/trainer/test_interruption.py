@@ -9,18 +9,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from coldstill.common.interrupts import Interrupted
 from coldstill.trainer.checkpoints import newest_checkpoint
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.distill_trainer import BatchLoader
+from coldstill.trainer.interruption import CheckpointOnSignal
 from coldstill.trainer.train import train
 from tests import making
 
@@ -162,6 +170,22 @@ def test_a_measurement_that_is_due_is_made_before_the_checkpoint(tiny_dataset, t
         for run in (tmp_path / "run", tmp_path / "unbroken")
     ]
     assert [line["eval_loss"] for line in histories[0]] == [line["eval_loss"] for line in histories[1]]
+
+
+def test_the_grace_period_of_several_devices_ends_with_the_measurement_and_not_in_the_save(tmp_path, monkeypatch):
+    monkeypatch.setattr("coldstill.trainer.interruption.reduce", lambda received, _: received)
+    args = SimpleNamespace(world_size=2, device="cpu", gradient_accumulation_steps=1)
+    state, control = TrainerState(global_step=0), TrainerControl(should_evaluate=True)
+    with CheckpointOnSignal(grace_s=0.5) as on_signal:
+        on_signal.on_train_begin(args, state, control)
+        os.kill(os.getpid(), signal.SIGTERM)
+        state.global_step = 1
+        on_signal.on_step_end(args, state, control)
+        control.should_evaluate = False
+        on_signal.on_evaluate(args, state, control)
+        time.sleep(1)  # the checkpoint is written
+        with pytest.raises(Interrupted, match="The checkpoint of step 1 is kept"):
+            on_signal.on_save(args, state, control)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
