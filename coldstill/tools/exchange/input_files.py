@@ -227,6 +227,13 @@ def _line_starts(file: InputFile) -> Iterator[int]:
                     found="a longer line",
                     wanted=f"at most {MAX_LINE_BYTES} bytes",
                 )
+            if not start and b"\0" in line[:4]:  # json would guess the encoding, line by line
+                raise SourceUnreadable(
+                    file.name,
+                    found="zero bytes at its start, as in UTF-16 and UTF-32",
+                    wanted="UTF-8",
+                    fix=f"convert it first: iconv -f UTF-16 -t UTF-8 {file.name} > utf8.jsonl",
+                )
             if line.strip():
                 yield start
             start += len(line)

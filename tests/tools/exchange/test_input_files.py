@@ -129,6 +129,13 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         JsonTables(input_files(tmp_path, endings=(".jsonl",)), to_table=lambda document: pa.RecordBatch.from_pylist([]))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_encoding_than_utf8_is_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"n": 1}\n{"n": 2}\n'.encode(encoding))
+    with pytest.raises(SourceUnreadable, match=r"(?s)UTF-16.*iconv.*a\.jsonl"):
+        JsonTables(input_files(tmp_path, endings=(".jsonl",)), to_table=lambda document: pa.RecordBatch.from_pylist([]))
+
+
 def test_no_array_is_made_that_no_row_needs() -> None:
     check_size("x", positions=1 << 20, width=128)
     with pytest.raises(UnusableRow, match="at most"):
