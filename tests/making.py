@@ -36,10 +36,11 @@ def targets_of(
     kept = np.arange(top_k) < counts[:, None]
     log_tail, draw_ids, draw_counts = [], [], []
     for n in range(positions):
-        tail = [v for v in range(vocabulary) if v not in set(ids[n, : counts[n]])]
+        kept_here = set(ids[n, : counts[n]].tolist())
+        tail = [v for v in range(vocabulary) if v not in kept_here]
         log_tail.append(max(np.log(probs[n, tail].sum()), LOG_FLOOR) if tail else LOG_FLOOR)
         drawn = rng.choice(vocabulary, size=draws, p=probs[n])
-        outside = [v for v in drawn if v in set(tail)]
+        outside = [v for v in drawn if v not in kept_here]
         draw_ids.extend(outside)
         draw_counts.append(len(outside))
     owner = np.repeat(np.arange(positions), np.array(draw_counts, int))
