@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from coldstill.pipeline.capture import capture
+from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.driver.status import read_status
 from coldstill.pipeline.dry_run import dry_run
@@ -25,7 +26,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.tools.verify import verify
 from tests import making, vision
-from tests.pipeline.capturing import capture_config, do_units
+from tests.pipeline.capturing import OneWorkerPool, capture_config, do_units
 from tests.pipeline.sources import templates
 from tests.pipeline.sources.templates import QWEN25
 
@@ -242,7 +243,10 @@ def test_duplicate_ids_are_refused_or_numbered_by_choice(tmp_path: Path, format_
     assert [row.sample_id for row in made] == [f"q{n % 6}#{n}" for n in range(8)]
 
 
-def test_a_capture_without_a_usable_row_ends_with_the_reasons_and_seals_nothing(tmp_path: Path) -> None:
+def test_a_capture_without_a_usable_row_ends_with_the_reasons_and_seals_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "WorkerPool", OneWorkerPool)
     config = capture_config(tmp_path, source={"adapter": "tests.pipeline.sources.test_adapter:give_nothing"})
     with pytest.raises(AllRowsRejected, match=r"(?s)41 adapter_dropped.*row 0"):
         capture(config)
@@ -251,7 +255,8 @@ def test_a_capture_without_a_usable_row_ends_with_the_reasons_and_seals_nothing(
         capture(config)
 
 
-def test_reject_reasons_stand_in_summary_and_status(tmp_path: Path) -> None:
+def test_reject_reasons_stand_in_summary_and_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "WorkerPool", OneWorkerPool)
     config = capture_config(tmp_path)
     summary = capture(config)
     assert (summary.rejected, summary.reject_reasons) == (1, {"no_messages": 1})
