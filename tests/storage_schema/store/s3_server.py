@@ -52,7 +52,7 @@ class S3Server:
         self.requests: list[tuple[str, str]] = []
         self.lists: list[str] = []
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
         """End the server."""

@@ -285,7 +285,7 @@ def test_google_is_asked_to_create_only_what_is_absent() -> None:
     pytest.importorskip("gcsfs")
     server = HTTPServer(("127.0.0.1", 0), GoogleUploads)
     server.asked = []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     script = (
         "from coldstill.storage_schema.store import Store; store = Store('gs://bucket/dataset')\n"
         "print(store.create('a', b'1'), store.create('a', b'2'), store.put('a', b'3'))"
