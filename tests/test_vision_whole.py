@@ -1,4 +1,4 @@
-"""Laws of the whole way of images: a capture on Ray, its dataset, and students of two families trained from it."""
+"""Laws of the whole way of images: a capture, on Ray too, its dataset, and students of two families trained from it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from coldstill.common.images import decoded
+from coldstill.pipeline.capture import capture
+from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.storage_schema.commits import committed_units
 from coldstill.storage_schema.dataset import open_dataset
@@ -25,7 +27,7 @@ from coldstill.tools.verify import verify
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.train import train
 from tests import making, vision
-from tests.pipeline.capturing import contents, write_config
+from tests.pipeline.capturing import OneWorkerPool, contents, write_config
 
 SMALL, LARGE = 1 << 12, 1 << 16
 """Bytes: images of 12 x 8 pixels are below the first, those of 200 x 160 above it."""
@@ -123,10 +125,13 @@ def test_a_capture_by_vllm_on_ray_that_is_killed_equals_an_unbroken_one_and_the_
         assert np.abs(ours.targets.label_logprob - theirs.targets.label_logprob).max() < 2e-2  # steps of the grid
 
 
-def test_students_of_two_families_train_from_one_capture_and_answer(tmp_path: Path) -> None:
+def test_students_of_two_families_train_from_one_capture_and_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second one expands an image to another number of tokens than the teacher."""
+    monkeypatch.setattr(pool, "WorkerPool", OneWorkerPool)
     config = vision_config(tmp_path, teacher={"engine": "transformers"})
-    finished(started(write_config(tmp_path / "capture.yaml", config)))
+    capture(config)
     require_whole(tmp_path / "dataset", tmp_path)
     Path(tmp_path / "teacher").rename(tmp_path / "away")
     for name, make in (("idefics3", vision.idefics3_model), ("llava", vision.llava_model)):
