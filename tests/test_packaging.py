@@ -167,6 +167,7 @@ def test_the_base_lists_a_captures_keys(base: Path) -> None:
     assert "teacher.top_k" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_capture_and_a_training_run_beside_a_users_files_of_any_name(full: Path, tmp_path: Path) -> None:
     """On real Ray, from a directory whose files would be imported in place of ours if ours were top-level names."""
     for name in HOSTILE:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from coldstill.cli.main import main
 from coldstill.pipeline.capture import capture
 from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.driver.status import read_status
@@ -233,6 +234,7 @@ def test_a_worker_that_dies_at_each_start_ends_the_capture_by_name(
         capture(capture_config(tmp_path, calibration_targets=calibration_targets))
 
 
+@pytest.mark.slow  # `test_nodes.py` holds the rule without a cluster
 def test_a_worker_that_could_never_start_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ClusterTooSmall, match="gpus_per_worker"):
         capture(capture_config(tmp_path, cluster={"gpus_per_worker": 64}))
@@ -256,11 +258,20 @@ def test_a_workers_named_error_reaches_the_user_with_exit_code_1(tmp_path: Path)
         (["nonsense"], "key=value"),
     ],
 )
-def test_bad_settings_are_named_with_exit_code_1(tmp_path: Path, words: list[str], message: str) -> None:
-    process = _start(write_config(tmp_path / "capture.yaml", capture_config(tmp_path)), *words)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert message in err
+def test_bad_settings_are_named_with_exit_code_1(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    path = write_config(tmp_path / "capture.yaml", capture_config(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["coldstill", "capture", str(path), *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert message in " ".join(err.split())
     assert "Traceback" not in err
 
 

@@ -483,7 +483,7 @@ class Best(TrainerCallback):
     "student",
     [
         {"dtype": "bfloat16"},
-        {"dtype": "bfloat16", "weights": "bfloat16"},
+        pytest.param({"dtype": "bfloat16", "weights": "bfloat16"}, marks=pytest.mark.slow),
         {"weights": "bfloat16", "lora": {"r": 4, "merge": True}},
         {"from_scratch": ""},
     ],
