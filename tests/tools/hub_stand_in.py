@@ -91,7 +91,7 @@ class _Cut(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else the client's delayed acknowledgement holds each body for 40 ms
+    disable_nagle_algorithm = True  # else the client's delayed acknowledgment holds each body for 40 ms
     hub: HubStandIn
     _cut_answer = False
 

@@ -53,7 +53,7 @@ class ModelServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else the client's delayed acknowledgement holds each body for 40 ms
+    disable_nagle_algorithm = True  # else the client's delayed acknowledgment holds each body for 40 ms
     server: ModelServer
 
     def log_message(self, *_: object) -> None:
