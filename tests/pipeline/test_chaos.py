@@ -51,6 +51,7 @@ def test_drivers_and_workers_on_ray_killed_at_any_moment_lose_and_double_nothing
     assert tally.kills == 4
 
 
+@pytest.mark.slow
 def test_drivers_and_workers_with_real_vllm_killed_at_any_moment_lose_and_double_nothing(tmp_path: Path) -> None:
     tally = _tally(VLLM, tmp_path, kills=2)
     assert tally.is_lawful, tally
