@@ -30,6 +30,7 @@ from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
+from .sharding import is_sharded, resharding, validate_sharded_student, whole
 from .step_record import StepRecord, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.images import check_dataset_images, image_probe, images_of
@@ -143,13 +144,8 @@ class DistillTrainer(TrainingLoop):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UnsupportedArgument(
-                "accelerate's configuration",
-                found="deepspeed" if self.is_deepspeed_enabled else "fsdp",
-                wanted="no sharding, because the student must fit one device",
-                fix="start several devices with torchrun",
-            )
+        if self.is_fsdp_enabled:
+            self.model.to(self.args.device)  # for the checks; it is sharded from there when the training begins
         check_attention(innermost(self.model), name=name)
         with self.accelerator.autocast():
             self.head = distill_in_forward(self.model, token_count=header.token_count, fused=fused_head)
@@ -166,6 +162,8 @@ class DistillTrainer(TrainingLoop):
                     pack_length=pack_length,
                     formula=self.head.formula,
                 )
+        if self.is_fsdp_enabled:
+            validate_sharded_student(self.head, sees_images=self.images is not None)
         if self.head.formula is None and fused_head:
             logger.warning(
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"
@@ -210,6 +208,8 @@ class DistillTrainer(TrainingLoop):
         """
         require_finite_weights(self.model)
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        # Of a sharded student all devices compute them, and the first writes them in `_save`.
+        self._trained = self._logits() if is_sharded(self.model) else None
         if self.args.should_save:
             begin_checkpoint(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -226,7 +226,7 @@ class DistillTrainer(TrainingLoop):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Keep the norm for the check before the optimizer step."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         if self.accelerator.scaler is None and norm is not None:
             self.record.gradient_norm = norm
         return norm
@@ -286,13 +286,14 @@ class DistillTrainer(TrainingLoop):
         began = time.time()
         batches = self.get_eval_dataloader(dataset)
         self._use_averaged_weights()
-        with naming_dead_workers(), self.accelerator.autocast():
+        with naming_dead_workers(), resharding(self.model), self.accelerator.autocast():
             found = evaluate_student(
                 self.model,
                 batches,
                 token_count=dataset.header.token_count,
                 draws=draws_per_position(dataset),
                 reduce=lambda sums: self.accelerator.reduce(sums, "sum"),
+                sharded=is_sharded(self.model),
             ).metrics()
         found = {"loss": found[self._eval_loss_name(found)], **found}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -346,8 +347,12 @@ class DistillTrainer(TrainingLoop):
             and output_dir is not None
             and _IS_CHECKPOINT(Path(output_dir).name)
         ):
-            row = (self._row,) if self.images is None else image_probe(self.images, innermost(self.model))
-            TrainedLogits.of(self.model, *row).write(Path(output_dir))
+            (self._trained or self._logits()).write(Path(output_dir))
+
+    def _logits(self) -> TrainedLogits:
+        row = (self._row,) if self.images is None else image_probe(self.images, innermost(self.model))
+        with resharding(self.model):
+            return TrainedLogits.of(self.model, *row)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card `README.md` to the output folder."""

@@ -1,0 +1,222 @@
+"""Students sharded over several devices by FSDP2 of torch, set up by accelerate's configuration.
+
+Each device holds a part of each weight, of its gradient and of its optimizer state. accelerate groups the weights:
+one group for each layer, and one for the last norm and the head, with the embeddings if they share the head's weight.
+The head's group is gathered once in a forward pass and stays whole until its gradient is reduced, so the loss, which
+computes the head in chunks, finds a plain tensor and gathers nothing itself (https://github.com/huggingface/trl/pull/6530
+describes one gather per chunk).
+
+Checkpoints hold whole tensors under the names and numbers of an unsharded run. So each loads as a plain model, and a
+run that was started with DDP on as many devices resumes here, and the other way round.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_map_only
+from transformers import TrainingArguments
+
+from .errors import UnsupportedArgument
+from .student.forward import Distilling, head_of, innermost
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "sgd", "adagrad", "rmsprop")
+"""Optimizers of torch that compute each element on its own, so that they do the same on a part of a tensor. Adafactor
+and the 8-bit optimizers keep sums over a whole tensor or blocks of one."""
+_PAGE = "docs/several_gpus.md"
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether FSDP2 has sharded `model`, which it does when the training begins."""
+    return isinstance(model, FSDPModule)
+
+
+def validate_activation_checkpointing(args: TrainingArguments) -> None:
+    """Raise `UnsupportedArgument` if accelerate would recompute activations; transformers raises an error without a way
+    out where both would."""
+    name = "activation_checkpointing"
+    environment = os.environ if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else {}
+    found = (getattr(args, "fsdp_plugin_args", None) or {}).get(name) or environment.get(f"FSDP_{name.upper()}", "")
+    if str(found).lower() in ("true", "1", "yes", "on"):
+        raise _refused(
+            f"fsdp_{name}",
+            True,
+            "false, because it draws other random numbers when it recomputes",
+            "set it to false, and student.gradient_checkpointing: true",
+        )
+
+
+def validate_sharding(accelerator: Any, args: TrainingArguments) -> None:
+    """Raise `UnsupportedArgument` for a way of sharding, or a setting of it, that training cannot honor.
+
+    Sets how FSDP2 casts: weights to bfloat16 for the forward pass, gradients to float32 before they are summed, inputs
+    and outputs not at all. accelerate would also cast the teacher's log-probs, the loss and the sums to bfloat16.
+    """
+    state = accelerator.state
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise _refused("DeepSpeed", "deepspeed", "FSDP2, or no sharding", f"use FSDP version 2 instead ({_PAGE})")
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise _refused("fsdp_version", plugin.fsdp_version, 2, "set fsdp_version: 2")
+    if getattr(accelerator, "parallelism_config", None) is not None:
+        raise _refused("parallelism_config", accelerator.parallelism_config, None, "remove it")
+    wanted = "bf16" if args.bf16 else "no"
+    if accelerator.mixed_precision != wanted:
+        raise _refused(
+            "mixed_precision",
+            accelerator.mixed_precision,
+            wanted,
+            f"set mixed_precision: '{wanted}', or student.dtype to the precision that you want, float32 or bfloat16",
+        )
+    settings = {
+        "fsdp_cpu_ram_efficient_loading": (
+            plugin.cpu_ram_efficient_loading,
+            "false, because each process checks its student before the first step",
+        ),
+        "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "false: it is not tested"),
+        "fsdp_ignored_modules": (plugin.ignored_modules, "none: their gradients would not be summed over devices"),
+    }
+    for name, (found, wants) in settings.items():
+        if found:
+            raise _refused(name, found, wants, "set it to false, or remove it")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise _refused(
+            "fsdp_state_dict_type",
+            plugin.state_dict_type.name,
+            "FULL_STATE_DICT, because each checkpoint loads as a plain model",
+            "set fsdp_state_dict_type: FULL_STATE_DICT",
+        )
+    if args.torch_compile:
+        raise _refused("torch_compile", True, False, "set it to false")
+    if args.optim.value not in OPTIMIZERS:
+        raise UnsupportedArgument(
+            "the optimizer of a sharded student",
+            found=args.optim.value,
+            wanted=f"one that computes each element on its own: {', '.join(OPTIMIZERS)}",
+            fix="set training.optimizer to adamw_torch_fused, or train without FSDP",
+        )
+    # Gradients that wait for the last micro-batch of a step would wait whole, on each device.
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if args.bf16:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def validate_sharded_student(distilling: Distilling, *, sees_images: bool) -> None:
+    """Raise `UnsupportedArgument` for a student that FSDP2 cannot train here.
+
+    `sees_images`: one device may have images in a step in which another has none, and wait for its vision tower.
+    `distilling`: how its loss is computed.
+    """
+    if sees_images:
+        found, wanted = "one that sees images", "one that reads text alone: all devices run the same layers"
+    elif not distilling.wrapping.transparent:
+        found, wanted = "a wrapper that changes its logits, such as prompt tuning", "all weights, or LoRA adapters"
+    else:
+        return
+    raise UnsupportedArgument(
+        "the student, with FSDP", found=found, wanted=wanted, fix="train with torchrun, without FSDP"
+    )
+
+
+def keep_head_whole(model: Any) -> None:
+    """Keep the head of a sharded model gathered from its forward pass to its gradient.
+
+    accelerate's own groups do so. With a policy by size, the head may be a group that is dropped after its own forward.
+    """
+    head = head_of(innermost(model))
+    if isinstance(head, FSDPModule):
+        head.set_reshard_after_forward(False, recurse=False)
+
+
+def reshard(model: Any) -> None:
+    """Drop the gathered weights of a sharded model, which would be old ones once the shards change."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@contextmanager
+def resharding(model: Any) -> Iterator[None]:
+    """Forward passes without a backward pass: their gathered weights are dropped at the end."""
+    try:
+        yield
+    finally:
+        if is_sharded(model):
+            reshard(model)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This device's part of a sharded tensor; a plain one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Any) -> Any:
+    """A sharded tensor gathered, on all devices; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(state: Any, *, keep: bool) -> Any:
+    """`state` of nested dicts and lists with each sharded tensor whole and on the CPU. Call it on all devices.
+
+    `keep`: whether this device needs the result; else the tensors are None. One tensor at a time is on a device.
+    """
+
+    def gather(tensor: DTensor) -> torch.Tensor | None:
+        full = tensor.full_tensor()
+        return full.cpu() if keep else None
+
+    return tree_map_only(DTensor, gather, state)
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load the `state_dict` of an unsharded optimizer, the same on all devices; each takes its part of each tensor."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, of_weight in state["state"].items():
+        weight = weights[number]
+        for name, value in of_weight.items():
+            if isinstance(weight, DTensor) and isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                of_weight[name] = _shard(value, weight)
+    optimizer.load_state_dict(state)
+
+
+def load_sharded_weights(model: Any, folder: Path) -> None:
+    """Load the weights of the checkpoint in `folder` into a sharded model; each device takes its part of each tensor.
+
+    Raises `RuntimeError` if the weights have other names or shapes than those of the model.
+    """
+    reshard(model)
+    if isinstance(model, PeftModel):
+        like = next(weight for weight in model.parameters() if isinstance(weight, DTensor))
+        adapters = {name: _shard(value, like) for name, value in load_peft_weights(str(folder), device="cpu").items()}
+        set_peft_model_state_dict(model, adapters, adapter_name=model.active_adapter)
+        return
+    plain: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    saved = plain.from_pretrained(folder, dtype="auto").state_dict()
+    sharded = model.state_dict()
+    model.load_state_dict(
+        {
+            name: _shard(value, sharded[name]) if isinstance(sharded.get(name), DTensor) else value
+            for name, value in saved.items()
+        }
+    )
+
+
+def _shard(value: torch.Tensor, like: DTensor) -> DTensor:
+    """This device's part of `value`, which all devices hold, placed as `like` is."""
+    return distribute_tensor(value, like.device_mesh, [Shard(0)], src_data_rank=None)
+
+
+def _refused(setting: str, found: Any, wanted: Any, fix: str) -> UnsupportedArgument:
+    return UnsupportedArgument(f"accelerate's configuration: {setting}", found=found, wanted=wanted, fix=fix)
