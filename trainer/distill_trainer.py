@@ -163,7 +163,8 @@ class DistillTrainer(TrainingLoop):
                     formula=self.head.formula,
                 )
         if self.is_fsdp_enabled:
-            validate_sharded_student(self.head, sees_images=self.images is not None)
+            sees_images = self.images is not None
+            validate_sharded_student(self.model, self.head, sees_images=sees_images, mixed=self.args.bf16)
         if self.head.formula is None and fused_head:
             logger.warning(
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"

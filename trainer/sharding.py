@@ -113,21 +113,26 @@ def validate_sharding(accelerator: Any, args: TrainingArguments) -> None:
         )
 
 
-def validate_sharded_student(distilling: Distilling, *, sees_images: bool) -> None:
+def validate_sharded_student(model: Any, distilling: Distilling, *, sees_images: bool, mixed: bool) -> None:
     """Raise `UnsupportedArgument` for a student that FSDP2 cannot train here.
 
     `sees_images`: one device may have images in a step in which another has none, and wait for its vision tower.
-    `distilling`: how its loss is computed.
+    `distilling`: how its loss is computed. `mixed`: it computes in bfloat16 by autocast.
     """
+    fix = "train with torchrun, without FSDP"
     if sees_images:
         found, wanted = "one that sees images", "one that reads text alone: all devices run the same layers"
     elif not distilling.wrapping.transparent:
         found, wanted = "a wrapper that changes its logits, such as prompt tuning", "all weights, or LoRA adapters"
+    elif mixed and any(weight.requires_grad and weight.element_size() < 4 for weight in model.parameters()):
+        found, wanted = (
+            "trained weights of 16 bits, and autocast",
+            "float32 weights: accelerate would widen them unasked",
+        )
+        fix = "set student.weights to float32, or student.dtype to float32"
     else:
         return
-    raise UnsupportedArgument(
-        "the student, with FSDP", found=found, wanted=wanted, fix="train with torchrun, without FSDP"
-    )
+    raise UnsupportedArgument("the student, with FSDP", found=found, wanted=wanted, fix=fix)
 
 
 def keep_head_whole(model: Any) -> None:
@@ -178,6 +183,20 @@ def gathered(state: Any, *, keep: bool) -> Any:
         return full.cpu() if keep else None
 
     return tree_map_only(DTensor, gather, state)
+
+
+def whole_weights(model: Any, *, keep: bool) -> dict[str, Any]:
+    """The `state_dict` of a sharded model with whole tensors on the CPU, for `save_pretrained`. Call it on all devices.
+
+    Names that share a weight share its tensor, as in a plain model. Frozen weights under adapters of peft are left out,
+    because it saves none of them. `keep`: as of `gathered`.
+    """
+    reshard(model)
+    weights = model.state_dict(keep_vars=True)
+    if isinstance(model, PeftModel):
+        weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    tensors = {id(weight): gathered(weight.detach(), keep=keep) for weight in weights.values()}
+    return {name: tensors[id(weight)] for name, weight in weights.items()}
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:

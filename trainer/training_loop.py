@@ -22,11 +22,13 @@ from .errors import UnsupportedArgument
 from .interruption import naming_dead_workers, outlive_sigterm, worker_died
 from .sharding import (
     gathered,
+    is_sharded,
     keep_head_whole,
     load_optimizer_state,
     load_sharded_weights,
     validate_activation_checkpointing,
     validate_sharding,
+    whole_weights,
 )
 
 _ENDING_S = 1.0
@@ -107,10 +109,18 @@ class TrainingLoop(Trainer):
     length: RunLength
     _loading: Path
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the weights that evaluation measures; transformers would save those of a schedule-free step."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights that evaluation measures; transformers would save those of a schedule-free step. If they are
+        sharded, call it on all devices."""
         self._use_averaged_weights()
-        super().save_model(*args, **kwargs)
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _run_epoch(
         self,

@@ -17,10 +17,8 @@ from transformers import LlamaForCausalLM
 
 from coldstill.common.errors import ColdstillError
 from coldstill.trainer.config import LoraConfig, StudentConfig, TrainConfig
-from coldstill.trainer.data.collate import collate
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.loss_kernels import fused_head
-from coldstill.trainer.sharding import whole
 from coldstill.trainer.student.lora import with_adapters
 from coldstill.trainer.train import train as train_whole_run
 from tests import making
@@ -29,7 +27,7 @@ from tests.trainer.training import build, weights_of
 
 PLAIN = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
 ADAM = {**PLAIN, "optim": "adamw_torch", "learning_rate": 1e-3}
-PACKED = {**PLAIN, "pack_length": 40, "gradient_checkpointing": True}
+PACKED = {**PLAIN, "pack_length": 40, "gradient_checkpointing": True, "max_steps": 2}
 
 
 def on_one(shape: dict[str, Any]) -> dict[str, Any]:
@@ -84,12 +82,12 @@ def gathers(dataset: Path, student: Path, output: Path) -> dict[str, int]:
     trainer, _ = build(dataset, student, output, max_steps=1)
     trainer.train()
     trainer.model.train()
-    rows = list(load_logit_dataset(dataset).rows_of(range(4)))
+    batch = next(iter(load_logit_dataset(dataset).stream(batch_size=4, seed=0)))
     found, budget = {}, fused_head.CHUNK_BYTES["cpu"]
     for name, size in (("one chunk", budget), ("many chunks", 4 * making.VOCABULARY)):
         fused_head.CHUNK_BYTES["cpu"] = size
         with CommDebugMode() as counted:
-            trainer.compute_loss(trainer.model, collate(rows)).backward()
+            trainer.compute_loss(trainer.model, batch).backward()
         found[name] = {str(op): count for op, count in counted.get_comm_counts().items()}
     fused_head.CHUNK_BYTES["cpu"] = budget
     return found
@@ -135,7 +133,48 @@ def quick(dataset: Path, student: Path, output: Path) -> dict[str, Any]:
 
 def slow(dataset: Path, student: Path, output: Path) -> dict[str, Any]:
     """What the slow tests read."""
-    return {}
+    tied = making.tiny_llama(output / f"tied-{os.environ['RANK']}", tie_word_embeddings=True)
+    entropy = {"loss": "cross_entropy", **PLAIN}
+    found: dict[str, Any] = {
+        "taid, tied": train(dataset, tied, output / "taid-tied", **PLAIN),
+        "cross_entropy": train(dataset, student, output / "entropy", **entropy),
+        "cross_entropy, tied": train(dataset, tied, output / "entropy-tied", **entropy),
+        "packed": train(dataset, student, output / "packed", **PACKED),
+        "logits": train(dataset, student, output / "logits", fused_head=False, **PLAIN),
+        "lora": train(dataset, adapted(student), output / "lora", **ADAM),
+        "frozen": train(dataset, frozen(student), output / "frozen", **PLAIN),
+        "gathers": gathers(dataset, student, output / "gathers"),
+    }
+    train(dataset, adapted(student), output / "lora-killed", kill=2, **ADAM)
+    found["lora, resumed"] = train(dataset, adapted(student), output / "lora-killed", **ADAM)
+    train(dataset, tied, output / "tied-killed", kill=2, **ADAM)
+    found["tied, resumed"] = train(dataset, tied, output / "tied-killed", **ADAM)
+    with unsharded():
+        found["ddp"] = train(dataset, student, output / "ddp", **ADAM)
+        train(dataset, student, output / "ddp-fsdp", kill=2, **ADAM)
+        train(dataset, adapted(student), output / "lora-ddp-fsdp", kill=2, **ADAM)
+    found["ddp, resumed"] = train(dataset, student, output / "ddp-fsdp", **ADAM)
+    found["lora, ddp, resumed"] = train(dataset, adapted(student), output / "lora-ddp-fsdp", **ADAM)
+    train(dataset, student, output / "fsdp-ddp", kill=2, **ADAM)
+    with unsharded():
+        found["fsdp, resumed by ddp"] = train(dataset, student, output / "fsdp-ddp", **ADAM)
+    for name, changes in (("whole run", {}), ("whole run in bfloat16", {"dtype": "bfloat16"})):
+        config = config_of(dataset, student, output / name)
+        config = config.model_copy(update={"student": config.student.model_copy(update=changes)})
+        found[name] = train_whole_run(config).model_dump()
+    best = build(
+        dataset,
+        student,
+        output / "best",
+        eval_dataset=load_logit_dataset(dataset),
+        **{**ADAM, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"},
+        save_steps=1,
+        metric_for_best_model="eval_loss",
+        load_best_model_at_end=True,
+    )[0]
+    best.train()
+    found["best"] = {"folder": best.state.best_model_checkpoint, "weights": weights_of(best.model)}
+    return found
 
 
 def shard_on_the_cpu() -> None:
