@@ -5,7 +5,6 @@ Shape letters: `B` rows, `T` tokens, `M` target positions, `V` ids of the tokeni
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -41,8 +40,6 @@ from .student.wrapper import check_wrapping
 from .training_loop import BatchLoader, TrainingLoop
 
 logger = logging.get_logger(__name__)
-
-_IS_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+").fullmatch
 
 
 class DistillTrainer(TrainingLoop):
@@ -163,8 +160,7 @@ class DistillTrainer(TrainingLoop):
                     formula=self.head.formula,
                 )
         if self.is_fsdp_enabled:
-            sees_images = self.images is not None
-            validate_sharded_student(self.model, self.head, sees_images=sees_images, mixed=self.args.bf16)
+            validate_sharded_student(self.model, self.head, images=self.images, mixed=self.args.bf16)
         if self.head.formula is None and fused_head:
             logger.warning(
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"
@@ -209,8 +205,8 @@ class DistillTrainer(TrainingLoop):
         """
         require_finite_weights(self.model)
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        # Of a sharded student all devices compute them, and the first writes them in `_save`.
-        self._trained = self._logits() if is_sharded(self.model) else None
+        # What the weights compute: the finished student is held against it. Each device takes part if it is sharded.
+        trained = self._trained_logits() if self.args.should_save or is_sharded(self.model) else None
         if self.args.should_save:
             begin_checkpoint(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -220,10 +216,20 @@ class DistillTrainer(TrainingLoop):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if trained is not None:
+                trained.write(folder)
             finish_checkpoint(folder)
             # Not before: until here, an older one may be the only one that outlasts a power cut.
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best and str(folder.parent / Path(best).name), use_mtime=True)
+
+    def _trained_logits(self) -> TrainedLogits | None:
+        if self._row is None:
+            return None
+        self._use_averaged_weights()
+        row = (self._row,) if self.images is None else image_probe(self.images, innermost(self.model))
+        with resharding(self.model):
+            return TrainedLogits.of(self.model, *row)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Keep the norm for the check before the optimizer step."""
@@ -338,22 +344,6 @@ class DistillTrainer(TrainingLoop):
         if "loss" in logs:
             logs = {**logs, **self.record.take_logs()}
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        # With the weights of a checkpoint, what they compute: the finished student is held against it.
-        if (
-            self._row is not None
-            and self.args.should_save
-            and output_dir is not None
-            and _IS_CHECKPOINT(Path(output_dir).name)
-        ):
-            (self._trained or self._logits()).write(Path(output_dir))
-
-    def _logits(self) -> TrainedLogits:
-        row = (self._row,) if self.images is None else image_probe(self.images, innermost(self.model))
-        with resharding(self.model):
-            return TrainedLogits.of(self.model, *row)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card `README.md` to the output folder."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
@@ -31,7 +32,6 @@ from .student.forward import Distilling, head_of, innermost
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "sgd", "adagrad", "rmsprop")
 """Optimizers of torch that compute each element on its own, so that they do the same on a part of a tensor. Adafactor
 and the 8-bit optimizers keep sums over a whole tensor or blocks of one."""
-_PAGE = "docs/several_gpus.md"
 
 
 def is_sharded(model: Any) -> bool:
@@ -40,17 +40,17 @@ def is_sharded(model: Any) -> bool:
 
 
 def validate_activation_checkpointing(args: TrainingArguments) -> None:
-    """Raise `UnsupportedArgument` if accelerate would recompute activations; transformers raises an error without a way
-    out where both would."""
+    """Raise `UnsupportedArgument` if accelerate would recompute activations. Where transformers would too, it raises an
+    error without a way out, so this is checked before."""
     name = "activation_checkpointing"
     environment = os.environ if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else {}
     found = (getattr(args, "fsdp_plugin_args", None) or {}).get(name) or environment.get(f"FSDP_{name.upper()}", "")
     if str(found).lower() in ("true", "1", "yes", "on"):
-        raise _refused(
-            f"fsdp_{name}",
-            True,
-            "false, because it draws other random numbers when it recomputes",
-            "set it to false, and student.gradient_checkpointing: true",
+        raise UnsupportedArgument(
+            f"accelerate's configuration: fsdp_{name}",
+            found=True,
+            wanted="false, because it draws other random numbers when it recomputes",
+            fix="set it to false, and student.gradient_checkpointing to true",
         )
 
 
@@ -60,44 +60,49 @@ def validate_sharding(accelerator: Any, args: TrainingArguments) -> None:
     Sets how FSDP2 casts: weights to bfloat16 for the forward pass, gradients to float32 before they are summed, inputs
     and outputs not at all. accelerate would also cast the teacher's log-probs, the loss and the sums to bfloat16.
     """
-    state = accelerator.state
-    if getattr(state, "deepspeed_plugin", None) is not None:
-        raise _refused("DeepSpeed", "deepspeed", "FSDP2, or no sharding", f"use FSDP version 2 instead ({_PAGE})")
-    plugin = getattr(state, "fsdp_plugin", None)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        raise UnsupportedArgument(
+            "accelerate's configuration",
+            found="DeepSpeed",
+            wanted="FSDP version 2 for a student that is too large for one device, or no sharding",
+            fix="start with accelerate launch --config_file examples/fsdp.yaml",
+        )
     if plugin is None:
         return
-    if plugin.fsdp_version != 2:
-        raise _refused("fsdp_version", plugin.fsdp_version, 2, "set fsdp_version: 2")
-    if getattr(accelerator, "parallelism_config", None) is not None:
-        raise _refused("parallelism_config", accelerator.parallelism_config, None, "remove it")
-    wanted = "bf16" if args.bf16 else "no"
-    if accelerator.mixed_precision != wanted:
-        raise _refused(
-            "mixed_precision",
-            accelerator.mixed_precision,
-            wanted,
-            f"set mixed_precision: '{wanted}', or student.dtype to the precision that you want, float32 or bfloat16",
-        )
-    settings = {
-        "fsdp_cpu_ram_efficient_loading": (
-            plugin.cpu_ram_efficient_loading,
-            "false, because each process checks its student before the first step",
+    precision = "bf16" if args.bf16 else "no"
+    state_dict = str(plugin.state_dict_type).rpartition(".")[2]
+    policy = getattr(getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy), "__name__", "")
+    offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    for setting, found, wanted, reason in (
+        ("fsdp_version", plugin.fsdp_version, 2, "version 1 is deprecated in transformers"),
+        ("fsdp_state_dict_type", state_dict, "FULL_STATE_DICT", "each checkpoint loads as a plain model"),
+        ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, False, "each process checks its student"),
+        ("fsdp_offload_params", offload, False, "weights in the memory of the host are not tested"),
+        ("fsdp_ignored_modules", plugin.ignored_modules, None, "their gradients would not be summed over devices"),
+        (
+            "parallelism_config",
+            getattr(accelerator, "parallelism_config", None),
+            None,
+            "each device has rows of its own",
         ),
-        "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "false: it is not tested"),
-        "fsdp_ignored_modules": (plugin.ignored_modules, "none: their gradients would not be summed over devices"),
-    }
-    for name, (found, wants) in settings.items():
-        if found:
-            raise _refused(name, found, wants, "set it to false, or remove it")
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise _refused(
-            "fsdp_state_dict_type",
-            plugin.state_dict_type.name,
-            "FULL_STATE_DICT, because each checkpoint loads as a plain model",
-            "set fsdp_state_dict_type: FULL_STATE_DICT",
+        ("mixed_precision", accelerator.mixed_precision, precision, "this is what student.dtype says"),
+        ("torch_compile", args.torch_compile, False, "it is not tested with FSDP"),
+    ):
+        if found != wanted:
+            raise UnsupportedArgument(
+                f"accelerate's configuration: {setting}",
+                found=found,
+                wanted=f"{wanted}, because {reason}",
+                fix=f"set {setting}: {wanted}" if wanted else f"remove {setting}, or set it to {wanted}",
+            )
+    if policy == size_based_auto_wrap_policy.__name__:
+        raise UnsupportedArgument(
+            "accelerate's configuration: fsdp_auto_wrap_policy",
+            found="SIZE_BASED_WRAP",
+            wanted="TRANSFORMER_BASED_WRAP: by size, a head would be parted from embeddings that share its weight",
+            fix="set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
         )
-    if args.torch_compile:
-        raise _refused("torch_compile", True, False, "set it to false")
     if args.optim.value not in OPTIMIZERS:
         raise UnsupportedArgument(
             "the optimizer of a sharded student",
@@ -113,21 +118,21 @@ def validate_sharding(accelerator: Any, args: TrainingArguments) -> None:
         )
 
 
-def validate_sharded_student(model: Any, distilling: Distilling, *, sees_images: bool, mixed: bool) -> None:
+def validate_sharded_student(model: Any, distilling: Distilling, *, images: Any, mixed: bool) -> None:
     """Raise `UnsupportedArgument` for a student that FSDP2 cannot train here.
 
-    `sees_images`: one device may have images in a step in which another has none, and wait for its vision tower.
-    `distilling`: how its loss is computed. `mixed`: it computes in bfloat16 by autocast.
+    `distilling`: how its loss is computed. `images`: how it reads images, if it does: a device whose rows have none
+    would not take part in the vision tower of the others. `mixed`: it computes in bfloat16, whatever its weights are.
     """
     fix = "train with torchrun, without FSDP"
-    if sees_images:
+    if images is not None:
         found, wanted = "one that sees images", "one that reads text alone: all devices run the same layers"
     elif not distilling.wrapping.transparent:
         found, wanted = "a wrapper that changes its logits, such as prompt tuning", "all weights, or LoRA adapters"
     elif mixed and any(weight.requires_grad and weight.element_size() < 4 for weight in model.parameters()):
         found, wanted = (
-            "trained weights of 16 bits, and autocast",
-            "float32 weights: accelerate would widen them unasked",
+            "trained weights of 16 bits and mixed precision",
+            "float32: accelerate would widen these weights",
         )
         fix = "set student.weights to float32, or student.dtype to float32"
     else:
@@ -138,7 +143,7 @@ def validate_sharded_student(model: Any, distilling: Distilling, *, sees_images:
 def keep_head_whole(model: Any) -> None:
     """Keep the head of a sharded model gathered from its forward pass to its gradient.
 
-    accelerate's own groups do so. With a policy by size, the head may be a group that is dropped after its own forward.
+    accelerate's own groups do so, but for a head whose class is listed in fsdp_transformer_layer_cls_to_wrap.
     """
     head = head_of(innermost(model))
     if isinstance(head, FSDPModule):
@@ -235,7 +240,3 @@ def load_sharded_weights(model: Any, folder: Path) -> None:
 def _shard(value: torch.Tensor, like: DTensor) -> DTensor:
     """This device's part of `value`, which all devices hold, placed as `like` is."""
     return distribute_tensor(value, like.device_mesh, [Shard(0)], src_data_rank=None)
-
-
-def _refused(setting: str, found: Any, wanted: Any, fix: str) -> UnsupportedArgument:
-    return UnsupportedArgument(f"accelerate's configuration: {setting}", found=found, wanted=wanted, fix=fix)

@@ -1,5 +1,5 @@
 """The program of each of the two processes of `test_fsdp.py`; with torchrun:
-`torchrun --nproc_per_node 2 -m tests.trainer.fsdp_run CASES DATASET STUDENT OUTPUT`, CASES `quick` or `slow`."""
+`torchrun --nproc_per_node 2 -m tests.trainer.fsdp_run DATASET STUDENT OUTPUT CASES`, CASES `quick` or `slow`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor.debug import CommDebugMode
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from coldstill.common.errors import ColdstillError
 from coldstill.trainer.config import LoraConfig, StudentConfig, TrainConfig
@@ -25,14 +28,10 @@ from tests import making
 from tests.trainer.ddp_run import sick_row, train
 from tests.trainer.training import build, weights_of
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fsdp.yaml"
 PLAIN = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
 ADAM = {**PLAIN, "optim": "adamw_torch", "learning_rate": 1e-3}
 PACKED = {**PLAIN, "pack_length": 40, "gradient_checkpointing": True, "max_steps": 2}
-
-
-def on_one(shape: dict[str, Any]) -> dict[str, Any]:
-    """The settings of one process that takes the steps of two."""
-    return {**shape, "gradient_accumulation_steps": 2 * shape["gradient_accumulation_steps"]}
 
 
 def adapted(student: Path) -> Any:
@@ -53,12 +52,44 @@ def frozen(student: Path) -> Any:
     return model
 
 
-def config_of(dataset: Path, student: Path, output: Path, **training: Any) -> TrainConfig:
+def tied(student: Path) -> Any:
+    """The student with one weight for its embeddings and its head."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig.from_pretrained(student, tie_word_embeddings=True))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student made of a folder, and settings of its training."""
+
+    shape: dict[str, Any]
+    student: Callable[[Path], Any] = LlamaForCausalLM.from_pretrained
+
+    @property
+    def on_one(self) -> dict[str, Any]:
+        """The settings of one process that takes the steps of two."""
+        return {**self.shape, "gradient_accumulation_steps": 2 * self.shape["gradient_accumulation_steps"]}
+
+
+CASES = {
+    "taid, tied": Case(PLAIN, tied),
+    "cross_entropy": Case({"loss": "cross_entropy", **PLAIN}),
+    "cross_entropy, tied": Case({"loss": "cross_entropy", **PLAIN}, tied),
+    "packed, gradient checkpointing": Case(PACKED),
+    "adam": Case(ADAM),
+    "tied, adam": Case(ADAM, tied),
+    "own logits": Case({"fused_head": False, **PLAIN}),
+    "lora": Case(ADAM, adapted),
+    "frozen": Case(PLAIN, frozen),
+}
+
+
+def config_of(dataset: Path, student: Path, output: Path, *, dtype: str = "float32", **training: Any) -> TrainConfig:
     """A run of `coldstill train` with measurements and a best checkpoint."""
     return TrainConfig(
         dataset=str(dataset),
         output=str(output),
-        student=StudentConfig(model=str(student)),
+        student=StudentConfig(model=str(student), dtype=dtype),
         eval_dataset=str(dataset),
         training={
             "batch_size": 2,
@@ -75,6 +106,22 @@ def killed_and_resumed(output: Path, *arguments: Any, **shape: Any) -> dict[str,
     """Results of a run that is killed in its fourth optimizer step."""
     train(*arguments, output, kill=2, **shape)
     return train(*arguments, output, **shape)
+
+
+def best_of(dataset: Path, student: Path, output: Path) -> dict[str, Any]:
+    """The best checkpoint of a run that gets worse, and the weights that the run ends with."""
+    measured = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer, _ = build(
+        dataset,
+        student,
+        output,
+        eval_dataset=load_logit_dataset(dataset),
+        metric_for_best_model="eval_loss",
+        load_best_model_at_end=True,
+        **{**ADAM, "learning_rate": 0.05, **measured},
+    )
+    trainer.train()
+    return {"folder": trainer.state.best_model_checkpoint, "weights": weights_of(trainer.model)}
 
 
 def gathers(dataset: Path, student: Path, output: Path) -> dict[str, int]:
@@ -124,57 +171,45 @@ def quick(dataset: Path, student: Path, output: Path) -> dict[str, Any]:
     """What the quick tests read."""
     return {
         "taid": train(dataset, student, output / "taid", **PLAIN),
-        "adam": train(dataset, student, output / "adam", **ADAM),
-        "resumed": killed_and_resumed(output / "resumed", dataset, student, **ADAM),
+        "resumed": killed_and_resumed(output / "resumed", dataset, student, **PLAIN),
+        "gathers": gathers(dataset, student, output / "gathers"),
         "sick row": sick_row(dataset, student, output / "sick"),
         "sick weight": error_of(lambda: build(dataset, spoiled(student), output / "bad", max_steps=1)[0].train()),
     }
 
 
 def slow(dataset: Path, student: Path, output: Path) -> dict[str, Any]:
-    """What the slow tests read."""
-    tied = making.tiny_llama(output / f"tied-{os.environ['RANK']}", tie_word_embeddings=True)
-    entropy = {"loss": "cross_entropy", **PLAIN}
-    found: dict[str, Any] = {
-        "taid, tied": train(dataset, tied, output / "taid-tied", **PLAIN),
-        "cross_entropy": train(dataset, student, output / "entropy", **entropy),
-        "cross_entropy, tied": train(dataset, tied, output / "entropy-tied", **entropy),
-        "packed": train(dataset, student, output / "packed", **PACKED),
-        "logits": train(dataset, student, output / "logits", fused_head=False, **PLAIN),
-        "lora": train(dataset, adapted(student), output / "lora", **ADAM),
-        "frozen": train(dataset, frozen(student), output / "frozen", **PLAIN),
-        "gathers": gathers(dataset, student, output / "gathers"),
-    }
-    train(dataset, adapted(student), output / "lora-killed", kill=2, **ADAM)
-    found["lora, resumed"] = train(dataset, adapted(student), output / "lora-killed", **ADAM)
-    train(dataset, tied, output / "tied-killed", kill=2, **ADAM)
-    found["tied, resumed"] = train(dataset, tied, output / "tied-killed", **ADAM)
-    with unsharded():
-        found["ddp"] = train(dataset, student, output / "ddp", **ADAM)
-        train(dataset, student, output / "ddp-fsdp", kill=2, **ADAM)
-        train(dataset, adapted(student), output / "lora-ddp-fsdp", kill=2, **ADAM)
-    found["ddp, resumed"] = train(dataset, student, output / "ddp-fsdp", **ADAM)
-    found["lora, ddp, resumed"] = train(dataset, adapted(student), output / "lora-ddp-fsdp", **ADAM)
-    train(dataset, student, output / "fsdp-ddp", kill=2, **ADAM)
-    with unsharded():
-        found["fsdp, resumed by ddp"] = train(dataset, student, output / "fsdp-ddp", **ADAM)
-    for name, changes in (("whole run", {}), ("whole run in bfloat16", {"dtype": "bfloat16"})):
-        config = config_of(dataset, student, output / name)
-        config = config.model_copy(update={"student": config.student.model_copy(update=changes)})
-        found[name] = train_whole_run(config).model_dump()
-    best = build(
-        dataset,
-        student,
-        output / "best",
-        eval_dataset=load_logit_dataset(dataset),
-        **{**ADAM, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"},
-        save_steps=1,
-        metric_for_best_model="eval_loss",
-        load_best_model_at_end=True,
-    )[0]
-    best.train()
-    found["best"] = {"folder": best.state.best_model_checkpoint, "weights": weights_of(best.model)}
+    """What the slow tests read: the results of training, by a name of `CASES` and what was done."""
+    found: dict[str, Any] = {}
+    for name, case in CASES.items():
+        found[name] = train(dataset, case.student(student), output / name, **case.shape)
+    for name in ("tied, adam", "lora"):
+        case = CASES[name]
+        train(dataset, case.student(student), output / f"{name} killed", kill=2, **case.shape)
+        found[f"{name}, resumed"] = train(dataset, case.student(student), output / f"{name} killed", **case.shape)
+        with unsharded():
+            found[f"{name}, ddp"] = train(dataset, case.student(student), output / f"{name} ddp", **case.shape)
+            train(dataset, case.student(student), output / f"{name} from ddp", kill=2, **case.shape)
+        found[f"{name}, from ddp"] = train(dataset, case.student(student), output / f"{name} from ddp", **case.shape)
+        train(dataset, case.student(student), output / f"{name} to ddp", kill=2, **case.shape)
+        with unsharded():
+            found[f"{name}, to ddp"] = train(dataset, case.student(student), output / f"{name} to ddp", **case.shape)
+    for name, dtype in (("run", "float32"), ("run in bfloat16", "bfloat16")):
+        found[name] = train_whole_run(config_of(dataset, student, output / name, dtype=dtype)).model_dump()
+    found["best"] = best_of(dataset, student, output / "best")
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer,Linear"
+    found["gathers, head alone"] = gathers(dataset, student, output / "alone")
     return found
+
+
+def launched(**changes: Any) -> dict[str, str]:
+    """The environment that `accelerate launch --config_file examples/fsdp.yaml` gives its processes for FSDP; `changes`
+    to the settings of the file."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(EXAMPLE), "-m", "coldstill"])
+    arguments, *_ = _validate_launch_command(arguments)
+    for name, value in changes.items():
+        setattr(arguments, name, value)
+    return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if "FSDP" in name}
 
 
 def shard_on_the_cpu() -> None:
@@ -194,16 +229,10 @@ def shard_on_the_cpu() -> None:
 
 def main() -> None:
     """Write the results of this process to OUTPUT."""
-    # What `accelerate launch --config_file examples/fsdp.yaml` sets.
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    }
+    os.environ |= launched()
     shard_on_the_cpu()
-    cases = {"quick": quick, "slow": slow}[sys.argv[1]]
-    dataset, student, output = map(Path, sys.argv[2:5])
+    cases = {"quick": quick, "slow": slow}[sys.argv[4]]
+    dataset, student, output = map(Path, sys.argv[1:4])
     found = cases(dataset, student, output)
     torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
