@@ -29,9 +29,9 @@ from transformers import TrainingArguments
 from .errors import UnsupportedArgument
 from .student.forward import Distilling, head_of, innermost
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "sgd", "adagrad", "rmsprop")
-"""Optimizers of torch that compute each element on its own, so that they do the same on a part of a tensor. Adafactor
-and the 8-bit optimizers keep sums over a whole tensor or blocks of one."""
+OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""They compute each element on its own, so they do the same on a part of a tensor, and make their state at the first
+step, of the parts. Adafactor and the 8-bit optimizers keep sums over a whole tensor or over blocks of one."""
 
 
 def is_sharded(model: Any) -> bool:
@@ -103,18 +103,22 @@ def validate_sharding(accelerator: Any, args: TrainingArguments) -> None:
             wanted="TRANSFORMER_BASED_WRAP: by size, a head would be parted from embeddings that share its weight",
             fix="set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
         )
-    if args.optim.value not in OPTIMIZERS:
-        raise UnsupportedArgument(
-            "the optimizer of a sharded student",
-            found=args.optim.value,
-            wanted=f"one that computes each element on its own: {', '.join(OPTIMIZERS)}",
-            fix="set training.optimizer to adamw_torch_fused, or train without FSDP",
-        )
     # Gradients that wait for the last micro-batch of a step would wait whole, on each device.
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if args.bf16:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def validate_sharded_optimizer(optimizer: Any) -> None:
+    """Raise `UnsupportedArgument` for an optimizer that would compute something else on parts of tensors."""
+    if type(optimizer) not in OPTIMIZERS:
+        raise UnsupportedArgument(
+            "the optimizer of a sharded student",
+            found=type(optimizer).__name__,
+            wanted=f"one that computes each element on its own: {', '.join(cls.__name__ for cls in OPTIMIZERS)}",
+            fix="set training.optimizer to adamw_torch_fused, or train without FSDP",
         )
 
 

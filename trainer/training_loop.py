@@ -27,6 +27,7 @@ from .sharding import (
     load_optimizer_state,
     load_sharded_weights,
     validate_activation_checkpointing,
+    validate_sharded_optimizer,
     validate_sharding,
     whole_weights,
 )
@@ -183,6 +184,13 @@ class TrainingLoop(Trainer):
         validate_activation_checkpointing(self.args)
         super().create_accelerator_and_postprocess()
         validate_sharding(self.accelerator, self.args)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As transformers. Raises `UnsupportedArgument` for one that cannot train a sharded student."""
+        found = super().create_optimizer(model)
+        if self.is_fsdp_enabled:
+            validate_sharded_optimizer(found)
+        return found
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._prepare_for_training(*args, **kwargs)

@@ -126,7 +126,8 @@ def best_of(dataset: Path, student: Path, output: Path) -> dict[str, Any]:
 
 def gathers(dataset: Path, student: Path, output: Path) -> dict[str, int]:
     """Collectives of the forward and backward pass of one micro-batch, by the number of chunks of the loss."""
-    trainer, _ = build(dataset, student, output, max_steps=1)
+    trainer, _ = build(dataset, student, output, max_steps=1, gradient_accumulation_steps=2)
+    trainer.accelerator.no_sync = None  # a call fails: a gradient that waits for others would wait whole
     trainer.train()
     trainer.model.train()
     batch = next(iter(load_logit_dataset(dataset).stream(batch_size=4, seed=0)))

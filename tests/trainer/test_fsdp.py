@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArgumen
 from coldstill.trainer.checkpoint_files import damage
 from coldstill.trainer.errors import CheckpointMismatch, UnsupportedArgument
 from coldstill.trainer.finished_student import TrainedLogits
-from coldstill.trainer.sharding import validate_activation_checkpointing, validate_sharded_student, validate_sharding
+from coldstill.trainer.sharding import (
+    validate_activation_checkpointing,
+    validate_sharded_optimizer,
+    validate_sharded_student,
+    validate_sharding,
+)
 from coldstill.trainer.student.forward import distill_in_forward
 from coldstill.trainer.student.wrapper import Wrapping
 from coldstill.trainer.train import train as train_whole_run
@@ -246,7 +252,6 @@ def test_a_setting_that_training_cannot_honor_is_refused_with_a_way_out(monkeypa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optim": "adafactor"}, "adamw_torch_fused"),
         ({"optim": "adamw_torch", "torch_compile": True}, "torch_compile"),
         ({"bf16": True}, "mixed_precision"),
     ],
@@ -254,6 +259,13 @@ def test_a_setting_that_training_cannot_honor_is_refused_with_a_way_out(monkeypa
 def test_an_argument_that_does_not_fit_fsdp_is_refused(monkeypatch, tmp_path, changes, words):
     with pytest.raises(UnsupportedArgument, match=words):
         validate_sharding(accelerator(monkeypatch), arguments(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "Adagrad", "Adafactor", "Muon"])
+def test_an_optimizer_that_reads_more_than_one_element_or_begins_before_sharding_is_refused(kind):
+    optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(2, 2))])
+    with nullcontext() if kind in ("AdamW", "Adam", "SGD") else pytest.raises(UnsupportedArgument, match=kind):
+        validate_sharded_optimizer(optimizer)
 
 
 def test_deepspeed_is_refused_with_fsdp_as_the_way_out(tmp_path):
