@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
 
 from coldstill.trainer.checkpoint_files import damage
 from coldstill.trainer.errors import CheckpointMismatch, UnsupportedArgument
+from coldstill.trainer.evaluation.evaluate import _in_step
 from coldstill.trainer.finished_student import TrainedLogits
 from coldstill.trainer.sharding import (
     validate_activation_checkpointing,
@@ -29,7 +32,7 @@ from coldstill.trainer.student.wrapper import Wrapping
 from coldstill.trainer.train import train as train_whole_run
 from tests import making
 from tests.trainer.ddp_run import train
-from tests.trainer.fsdp_run import CASES, PLAIN, Case, config_of, launched
+from tests.trainer.fsdp_run import CASES, EXAMPLE, PLAIN, Case, config_of, launched
 from tests.trainer.test_ddp import run_ranks
 from tests.trainer.training import arguments, build
 
@@ -127,6 +130,18 @@ def test_a_value_that_is_not_finite_on_one_shard_stops_both_with_the_same_error(
     assert ranks[0][what] == ranks[1][what]
     assert ("row-" if what == "sick row" else "model.layers.1.mlp.up_proj.weight") in ranks[0][what]
     assert what == "sick row" or "1 of 2,048" in ranks[0][what]
+
+
+@pytest.mark.parametrize("own", [[3, 0, 2], [0], []])
+def test_a_shard_without_a_batch_or_targets_runs_a_token_for_each_pass_of_the_others(own):
+    """The other process, which the sum over both counts in, has four batches."""
+    passes: list[str] = []
+    others = iter([1.0, 1.0, 1.0, 1.0, 0.0])
+    student = SimpleNamespace(device="cpu", take_part=lambda: passes.append("token"))
+    batches = [{"targets": SimpleNamespace(count=count)} for count in own]
+    for batch in _in_step(batches, student, lambda mine: mine + next(others)):
+        passes.append(batch["targets"].count)
+    assert passes == [*(count or "token" for count in own), *["token"] * (4 - len(own))]
 
 
 @pytest.mark.slow
@@ -266,6 +281,12 @@ def test_an_optimizer_that_reads_more_than_one_element_or_begins_before_sharding
     optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(2, 2))])
     with nullcontext() if kind in ("AdamW", "Adam", "SGD") else pytest.raises(UnsupportedArgument, match=kind):
         validate_sharded_optimizer(optimizer)
+
+
+def test_the_page_shows_the_example() -> None:
+    page = (EXAMPLE.parents[1] / "docs/several_gpus.md").read_text()
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert yaml.safe_load(shown) == yaml.safe_load(EXAMPLE.read_text())
 
 
 def test_deepspeed_is_refused_with_fsdp_as_the_way_out(tmp_path):
