@@ -3,8 +3,8 @@
 Each device holds a part of each weight, of its gradient and of its optimizer state. accelerate groups the weights:
 one group for each layer, and one for the last norm and the head, with the embeddings if they share the head's weight.
 The head's group is gathered once in a forward pass and stays whole until its gradient is reduced, so the loss, which
-computes the head in chunks, finds a plain tensor and gathers nothing itself (https://github.com/huggingface/trl/pull/6530
-describes one gather per chunk).
+computes the head in chunks, finds a plain tensor and gathers nothing itself, not even once per chunk as in
+https://github.com/huggingface/trl/issues/6076.
 
 Checkpoints hold whole tensors under the names and numbers of an unsharded run. So each loads as a plain model, and a
 run that was started with DDP on as many devices resumes here, and the other way round.
@@ -80,12 +80,7 @@ def validate_sharding(accelerator: Any, args: TrainingArguments) -> None:
         ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, False, "each process checks its student"),
         ("fsdp_offload_params", offload, False, "weights in the memory of the host are not tested"),
         ("fsdp_ignored_modules", plugin.ignored_modules, None, "their gradients would not be summed over devices"),
-        (
-            "parallelism_config",
-            getattr(accelerator, "parallelism_config", None),
-            None,
-            "each device has rows of its own",
-        ),
+        ("parallelism_config", accelerator.parallelism_config, None, "each device has its own rows"),
         ("mixed_precision", accelerator.mixed_precision, precision, "this is what student.dtype says"),
         ("torch_compile", args.torch_compile, False, "it is not tested with FSDP"),
     ):
@@ -134,10 +129,7 @@ def validate_sharded_student(model: Any, distilling: Distilling, *, images: Any,
     elif not distilling.wrapping.transparent:
         found, wanted = "a wrapper that changes its logits, such as prompt tuning", "all weights, or LoRA adapters"
     elif mixed and any(weight.requires_grad and weight.element_size() < 4 for weight in model.parameters()):
-        found, wanted = (
-            "trained weights of 16 bits and mixed precision",
-            "float32: accelerate would widen these weights",
-        )
+        found, wanted = "trained weights of 16 bits and mixed precision", "float32, as accelerate would make them"
         fix = "set student.weights to float32, or student.dtype to float32"
     else:
         return

@@ -25,7 +25,6 @@ from .sharding import (
     is_sharded,
     keep_head_whole,
     load_optimizer_state,
-    load_sharded_weights,
     validate_activation_checkpointing,
     validate_sharded_optimizer,
     validate_sharding,
@@ -168,14 +167,14 @@ class TrainingLoop(Trainer):
         self.state.best_model_checkpoint = str(best)
         self._loading = best
         if self.is_fsdp_enabled:
-            load_sharded_weights(self.model, best)
+            load_saved_weights(self.model, best)
         else:
             super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._loading = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled:
-            load_sharded_weights(self.model, self._loading)
+            load_saved_weights(self.model, self._loading)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
