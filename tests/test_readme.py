@@ -24,7 +24,8 @@ DOCUMENTS = [
     *sorted((REPOSITORY / "docs").rglob("*.md")),
     *sorted((REPOSITORY / "storage_schema").rglob("*.md")),
 ]
-EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+OF_ACCELERATE = "fsdp.yaml"
+EXAMPLES = sorted(path for path in (REPOSITORY / "examples").rglob("*.yaml") if path.name != OF_ACCELERATE)
 MODELS: dict[str, type[BaseModel]] = {"capture": CaptureConfig, "train": TrainConfig}
 FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
 

@@ -34,6 +34,7 @@ from .checkpoint_files import damage, lacks_training_state
 from .data.images import StudentImages
 from .data.logit_dataset import LogitDataset
 from .errors import CheckpointDamaged, CheckpointMismatch
+from .sharding import is_sharded, load_sharded_weights
 from .step_record import StepRecord
 
 logger = logging.get_logger(__name__)
@@ -192,10 +193,13 @@ def whole_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_saved_weights(model: Any, folder: Path) -> None:
-    """Load the weights that `save_pretrained` of the class of `model` wrote to `folder`. Raises `CheckpointDamaged`."""
-    saved = type(model).from_pretrained(folder, dtype="auto")
+    """Load the weights that `save_pretrained` of the class of `model` wrote to `folder`, also into shards. Raises
+    `CheckpointDamaged`."""
     try:
-        model.load_state_dict(saved.state_dict())
+        if is_sharded(model):
+            load_sharded_weights(model, folder)
+        else:
+            model.load_state_dict(type(model).from_pretrained(folder, dtype="auto").state_dict())
     except RuntimeError as error:
         raise _damaged(folder, first_line(error)) from error
 

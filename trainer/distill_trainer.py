@@ -5,7 +5,6 @@ Shape letters: `B` rows, `T` tokens, `M` target positions, `V` ids of the tokeni
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -30,6 +29,7 @@ from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, state_of
+from .sharding import is_sharded, resharding, validate_sharded_student, whole
 from .step_record import StepRecord, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.images import check_dataset_images, image_probe, images_of
@@ -40,8 +40,6 @@ from .student.wrapper import check_wrapping
 from .training_loop import BatchLoader, TrainingLoop
 
 logger = logging.get_logger(__name__)
-
-_IS_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+").fullmatch
 
 
 class DistillTrainer(TrainingLoop):
@@ -143,13 +141,8 @@ class DistillTrainer(TrainingLoop):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UnsupportedArgument(
-                "accelerate's configuration",
-                found="deepspeed" if self.is_deepspeed_enabled else "fsdp",
-                wanted="no sharding, because the student must fit one device",
-                fix="start several devices with torchrun",
-            )
+        if self.is_fsdp_enabled:
+            self.model.to(self.args.device)  # for the checks; it is sharded from there when the training begins
         check_attention(innermost(self.model), name=name)
         with self.accelerator.autocast():
             self.head = distill_in_forward(self.model, token_count=header.token_count, fused=fused_head)
@@ -166,6 +159,8 @@ class DistillTrainer(TrainingLoop):
                     pack_length=pack_length,
                     formula=self.head.formula,
                 )
+        if self.is_fsdp_enabled:
+            validate_sharded_student(self.model, self.head, images=self.images, mixed=self.args.bf16)
         if self.head.formula is None and fused_head:
             logger.warning(
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"
@@ -210,6 +205,8 @@ class DistillTrainer(TrainingLoop):
         """
         require_finite_weights(self.model)
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        # What the weights compute: the finished student is held against it. Each device takes part if it is sharded.
+        trained = self._trained_logits() if self.args.should_save or is_sharded(self.model) else None
         if self.args.should_save:
             begin_checkpoint(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -219,14 +216,24 @@ class DistillTrainer(TrainingLoop):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if trained is not None:
+                trained.write(folder)
             finish_checkpoint(folder)
             # Not before: until here, an older one may be the only one that outlasts a power cut.
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best and str(folder.parent / Path(best).name), use_mtime=True)
 
+    def _trained_logits(self) -> TrainedLogits | None:
+        if self._row is None:
+            return None
+        self._use_averaged_weights()
+        row = (self._row,) if self.images is None else image_probe(self.images, innermost(self.model))
+        with resharding(self.model):
+            return TrainedLogits.of(self.model, *row)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Keep the norm for the check before the optimizer step."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         if self.accelerator.scaler is None and norm is not None:
             self.record.gradient_norm = norm
         return norm
@@ -286,13 +293,14 @@ class DistillTrainer(TrainingLoop):
         began = time.time()
         batches = self.get_eval_dataloader(dataset)
         self._use_averaged_weights()
-        with naming_dead_workers(), self.accelerator.autocast():
+        with naming_dead_workers(), resharding(self.model), self.accelerator.autocast():
             found = evaluate_student(
                 self.model,
                 batches,
                 token_count=dataset.header.token_count,
                 draws=draws_per_position(dataset),
                 reduce=lambda sums: self.accelerator.reduce(sums, "sum"),
+                sharded=is_sharded(self.model),
             ).metrics()
         found = {"loss": found[self._eval_loss_name(found)], **found}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -336,18 +344,6 @@ class DistillTrainer(TrainingLoop):
         if "loss" in logs:
             logs = {**logs, **self.record.take_logs()}
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        # With the weights of a checkpoint, what they compute: the finished student is held against it.
-        if (
-            self._row is not None
-            and self.args.should_save
-            and output_dir is not None
-            and _IS_CHECKPOINT(Path(output_dir).name)
-        ):
-            row = (self._row,) if self.images is None else image_probe(self.images, innermost(self.model))
-            TrainedLogits.of(self.model, *row).write(Path(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card `README.md` to the output folder."""

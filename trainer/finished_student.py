@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .data.logit_dataset import LogitDataset
 from .errors import StudentDiffers
 from .losses import read_loss
 from .losses.base import Loss
+from .sharding import is_sharded
 from .student.forward import innermost
 from .student.images import STUDENT_FILES, image_probe, images_of, processor_files
 from .student.load import check_attention, fit_end_tokens
@@ -62,8 +64,8 @@ _RESUME_ONLY = (
 
 @dataclass(frozen=True)
 class TrainedLogits:
-    """`logits float32 [P, V]` of a model at evenly spaced positions of `tokens int64 [T]`; of a row with an image, at
-    its last positions."""
+    """`logits [P, V]` of a model at evenly spaced positions of `tokens int64 [T]`; of a row with an image, at its last
+    positions. They are float32, but for a sharded model that computes in bfloat16."""
 
     tokens: torch.Tensor
     logits: torch.Tensor
@@ -73,7 +75,9 @@ class TrainedLogits:
     def of(
         cls, model: torch.nn.Module, tokens: torch.Tensor, images: Mapping[str, torch.Tensor] | None = None
     ) -> TrainedLogits:
-        """Those of `model` in evaluation mode, in the precision of its weights. `images`: inputs beside the tokens."""
+        """Those of `model` in evaluation mode, in the precision of its weights. `images`: inputs beside the tokens.
+
+        A sharded model computes on all devices at once, and in bfloat16 if it trains so: then the logits are too."""
         inner = innermost(model)
         device = inner.device
         inputs = {"input_ids": tokens[None].to(device), "attention_mask": torch.ones_like(tokens)[None].to(device)}
@@ -81,10 +85,12 @@ class TrainedLogits:
             inputs[name] = value.to(device, inner.dtype if value.is_floating_point() else None)
         with evaluation_mode(model):
             # The forward of the class: in training, that of the object is under the autocast of accelerate.
-            logits = type(model).forward(model, **inputs, use_cache=False).logits[0]
+            forward = model if is_sharded(model) else MethodType(type(model).forward, model)
+            logits = forward(**inputs, use_cache=False).logits[0]
         first = max(0, len(logits) - MOST_POSITIONS) if images else 0
         picked = torch.linspace(first, len(logits) - 1, min(MOST_POSITIONS, len(logits))).round().long()
-        return cls(tokens.cpu(), logits[picked.to(device)].float().cpu().contiguous())
+        kept = logits[picked.to(device)].cpu().contiguous()
+        return cls(tokens.cpu(), kept if is_sharded(model) else kept.float())
 
     def write(self, checkpoint: Path) -> None:
         """Write them to the folder of a checkpoint."""
@@ -170,6 +176,8 @@ def _check_student(
         row = torch.arange(MOST_TOKENS // 4) % header.token_count
         trained = _logits(_reloaded(config, adapter[0] if adapter else chosen.folder, header, files), row)
     model = _reloaded(config, student, header)
+    if trained.logits.dtype == torch.bfloat16:
+        model.to(torch.bfloat16)
     found = _logits(model, trained.tokens)
     if not torch.equal(found.tokens, trained.tokens):
         differs = f"an image that becomes {len(found.tokens)} tokens with its text, not {len(trained.tokens)}"

@@ -21,6 +21,7 @@ from .errors import NonFiniteGradient, NonFiniteLoss, NonFiniteWeights
 from .loss_kernels.fused_head import LossValues
 from .losses.base import LossState
 from .losses.taid_schedule import TaidSchedule
+from .sharding import is_sharded, local_part
 
 MOST_NAMED = 20
 """Rows that one error message lists."""
@@ -171,14 +172,21 @@ _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def require_finite_weights(model: torch.nn.Module | None) -> None:
-    """Raise `NonFiniteWeights` for the first weight of `model` with a value that is not finite."""
+    """Raise `NonFiniteWeights` for the first weight of `model` with a value that is not finite; if it is sharded, on
+    all devices alike. Call it on all of them."""
     weights = {} if model is None else {n: w.detach() for n, w in model.named_parameters() if w.dtype in _CHECKED}
-    if not weights or bool(torch.stack([weight.isfinite().all() for weight in weights.values()]).all()):
+    if not weights:
         return
-    name, weight = next((name, weight) for name, weight in weights.items() if not weight.isfinite().all())
+    broken = torch.stack([(~local_part(weight).isfinite()).sum() for weight in weights.values()])
+    if is_sharded(model):
+        broken = reduce(broken, "sum")
+    if not broken.any():
+        return
+    place = int(broken.nonzero()[0])
+    name, weight = list(weights.items())[place]
     raise NonFiniteWeights(
         f"weight {name} of the student",
-        found=f"{int((~weight.isfinite()).sum()):,} of {weight.numel():,} values that are not finite",
+        found=f"{int(broken[place]):,} of {weight.numel():,} values that are not finite",
         wanted="finite weights; no checkpoint of them is written",
         fix="choose another student, or lower training.learning_rate if it had finite weights at the start; if a "
         "checkpoint holds such weights, delete it to resume from the one before",

@@ -50,7 +50,7 @@ class TrainSummary(FrozenModel):
 def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> TrainSummary:
     """Train the student of `config` on its dataset; `callbacks` are callbacks of transformers.
 
-    Under torchrun, each process trains on its share of every step, and the first process writes.
+    Under torchrun or accelerate launch, each process trains on its share of every step, and the first process writes.
 
     Ctrl-C, SIGTERM and SIGHUP save a checkpoint and raise `Interrupted`. Raises the errors of `load_logit_dataset`,
     `load_student` and `DistillTrainer`, and `CheckpointMismatch`, `NonFiniteLoss`, `StorageFull`,

@@ -13,12 +13,23 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .arguments import RunLength
 from .checkpoints import load_saved_weights, whole_checkpoint
 from .data.stream import LogitStream, PassingErrors, raising_passed
 from .errors import UnsupportedArgument
 from .interruption import naming_dead_workers, outlive_sigterm, worker_died
+from .sharding import (
+    gathered,
+    is_sharded,
+    keep_head_whole,
+    load_optimizer_state,
+    validate_activation_checkpointing,
+    validate_sharded_optimizer,
+    validate_sharding,
+    whole_weights,
+)
 
 _ENDING_S = 1.0
 """Time for a killed process to be seen as ended."""
@@ -91,16 +102,25 @@ class OnePass:
 
 
 class TrainingLoop(Trainer):
-    """The Trainer of transformers for one loader of the length of a run, and for schedule-free optimizers."""
+    """The Trainer of transformers for one loader of the length of a run, for schedule-free optimizers, and for students
+    that FSDP2 shards, whose checkpoints have the files of an unsharded run."""
 
     control: TrainerControl
     length: RunLength
     _loading: Path
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the weights that evaluation measures; transformers would save those of a schedule-free step."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights that evaluation measures; transformers would save those of a schedule-free step. If they are
+        sharded, call it on all devices."""
         self._use_averaged_weights()
-        super().save_model(*args, **kwargs)
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _run_epoch(
         self,
@@ -146,11 +166,53 @@ class TrainingLoop(Trainer):
         whole_checkpoint(best)
         self.state.best_model_checkpoint = str(best)
         self._loading = best
-        super()._load_best_model()
+        if self.is_fsdp_enabled:
+            load_saved_weights(self.model, best)
+        else:
+            super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._loading = Path(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:
+            load_saved_weights(self.model, self._loading)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Raise `UnsupportedArgument` for a way of sharding that training cannot honor."""
+        validate_activation_checkpointing(self.args)
+        super().create_accelerator_and_postprocess()
+        validate_sharding(self.accelerator, self.args)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As transformers. Raises `UnsupportedArgument` for one that cannot train a sharded student."""
+        found = super().create_optimizer(model)
+        if self.is_fsdp_enabled:
+            validate_sharded_optimizer(found)
+        return found
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            keep_head_whole(self.model)
+        return found
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gathered(self.optimizer.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
+        load_optimizer_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Load the weights by the model's own class if their saved names are others than those in memory.

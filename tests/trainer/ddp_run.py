@@ -70,7 +70,7 @@ def train(
         "rows": seen.rows,
         "gradients": gradients.steps,
         "weights": weights_of(trainer.model),
-        "schedule": trainer.record.schedule.state_dict(),
+        "schedule": trainer.record.schedule and trainer.record.schedule.state_dict(),
         "targets": trainer.record.targets,
         "epoch": trainer.state.epoch,
         "log": [line for line in trainer.state.log_history if "loss" in line],

@@ -41,7 +41,8 @@ HONORED = words(
     hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model
     greater_is_better full_determinism seed data_seed use_cpu accelerator_config dataloader_num_workers
     dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context ddp_find_unused_parameters
-    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics
+    ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics fsdp
+    fsdp_config
     """
 )
 
@@ -53,7 +54,6 @@ WITHOUT_EFFECT = {
     "eval_accumulation_steps": "evaluation keeps no predictions",
     "eval_do_concat_batches": "evaluation keeps no predictions",
     "eval_use_gather_object": "evaluation keeps no predictions",
-    "fsdp_config": "fsdp is refused",
     "ignore_data_skip": "a resumed run seeks its place and skips no batch",
     "label_names": "batches hold targets",
     "length_column_name": "train_sampling_strategy is refused",

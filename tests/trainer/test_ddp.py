@@ -27,12 +27,12 @@ def ranks(sealed: Path, tiny_student: Path, tmp_path_factory: pytest.TempPathFac
     return run_ranks(sealed, tiny_student, tmp_path_factory.mktemp("ddp"))
 
 
-def run_ranks(dataset: Path, student: Path, output: Path, *arguments: str) -> list[dict]:
+def run_ranks(dataset: Path, student: Path, output: Path, *arguments: str, program: str = "ddp_run") -> list[dict]:
     """Results of two gloo processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.trainer.ddp_run", *map(str, (dataset, student, output)), *arguments]
+    command = [sys.executable, "-m", f"tests.trainer.{program}", *map(str, (dataset, student, output)), *arguments]
     here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 from coldstill import DistillTrainer, load_logit_dataset
 from coldstill.trainer.data.collate import collate
 from coldstill.trainer.data.logit_dataset import LogitDataset
+from coldstill.trainer.sharding import whole
 
 OURS = ("loss", "pack_length", "fused_head", "eval_dataset", "optimizer_cls_and_kwargs")
 """Parameters of `DistillTrainer` that a test sets through `build`."""
@@ -23,7 +24,7 @@ class Gradients(TrainerCallback):
         self.steps: list[torch.Tensor] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
-        learned = [weight.grad.flatten().clone() for weight in model.parameters() if weight.grad is not None]
+        learned = [whole(weight.grad).flatten().clone() for weight in model.parameters() if weight.grad is not None]
         self.steps.append(torch.cat(learned))
 
 
@@ -113,5 +114,5 @@ def mean_loss(trainer: DistillTrainer, rows: list[Any]) -> float:
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of its weights."""
-    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    """A copy of its weights, whole if they are sharded."""
+    return {name: whole(weight.detach()).clone() for name, weight in model.state_dict().items()}

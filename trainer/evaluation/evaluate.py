@@ -22,7 +22,7 @@ from coldstill.trainer.student.images import images_of
 from coldstill.trainer.student.tokenizer import check_model_tokenizer
 
 from .figures import Figures, cache_figures, dense_figures, draws_per_position
-from .measured_model import LogitReader, measuring
+from .measured_model import LogitReader, ShardedLogitReader, measuring
 from .report import EvaluationReport, EvaluationSums
 
 CHUNK_BYTES = 128 << 20
@@ -40,6 +40,7 @@ def evaluate_student(
     teacher: Any = None,
     chunk_bytes: int = CHUNK_BYTES,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    sharded: bool = False,
 ) -> EvaluationReport:
     """Measure `model` at all target positions of the finite `batches`, in evaluation mode and without gradients.
 
@@ -48,14 +49,16 @@ def evaluate_student(
     - `draws`: draws per position at capture, as `figures.draws_per_position` returns them; 0 skips the estimates.
     - `teacher`: a resident teacher for the dense divergences, on any device; same requirements as `model`.
     - `reduce`: sums a float64 tensor over processes, if each process evaluates its own batches.
+    - `sharded`: FSDP2 has sharded `model`. A process without a batch, or whose batch has no target, then runs a token,
+      because the others need its part of the weights.
 
     Raises `NoTargets`, `NonFiniteLogits`.
     """
     sums = EvaluationSums()
     with measuring(model, teacher):
-        student = LogitReader(model, token_count=token_count)
+        student = (ShardedLogitReader if sharded else LogitReader)(model, token_count=token_count)
         resident = None if teacher is None else LogitReader(teacher, token_count=token_count)
-        for batch in batches:
+        for batch in _in_step(batches, student, reduce) if sharded and reduce is not None else batches:
             for figures in batch_figures(batch, student, resident, draws=draws, chunk_bytes=chunk_bytes):
                 sums.add(figures)
         device = student.device
@@ -64,6 +67,21 @@ def evaluate_student(
     if sums.targets == 0:
         raise NoTargets("evaluation", found="no target position in any batch", wanted="at least one")
     return sums.report()
+
+
+def _in_step(
+    batches: Iterable[Mapping[str, Any]], student: Any, reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[Mapping[str, Any]]:
+    """The batches of this process that have targets; one pass of each process for each of any process."""
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        if not reduce(torch.tensor(float(batch is not None), device=student.device)):
+            return
+        if batch is None or batch["targets"].count == 0:
+            student.take_part()
+        else:
+            yield batch
 
 
 def evaluate_on_dataset(

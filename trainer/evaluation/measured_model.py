@@ -16,7 +16,14 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.student.forward import before_head, find_head, innermost, model_inputs
+from coldstill.trainer.student.forward import (
+    HeadFormula,
+    before_head,
+    distilling_of,
+    find_head,
+    innermost,
+    model_inputs,
+)
 from coldstill.trainer.student.load import check_attention
 from coldstill.trainer.student.tokenizer import check_tokenizer, load_with_images, tokenizer_files
 from coldstill.trainer.student.wrapper import find_wrapping, without_parallel
@@ -90,5 +97,34 @@ class LogitReader:
             logits = found[row, position + self._added, : self.token_count]
             return lambda start, stop: logits[start:stop]
         hidden = before_head(self._model, **inputs, use_cache=False)[0][row, position]
-        model, formula = self._model, self._formula
+        return self._of_parts(hidden, self._formula)
+
+    def _of_parts(self, hidden: torch.Tensor, formula: HeadFormula) -> LogitsOfPart:
+        model = self._model
         return lambda start, stop: formula.logits(model, hidden[start:stop])[:, : self.token_count]
+
+
+class ShardedLogitReader(LogitReader):
+    """Logits of a student that FSDP2 has sharded and that `distill_in_forward` has prepared.
+
+    A forward pass gathers weights from all devices, so each device must run as many as the others.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, token_count: int):
+        """`model`: the root of the sharded modules."""
+        self.token_count = token_count
+        self._root, self._model = model, innermost(model)
+        self._formula = distilling_of(self._model).formula
+
+    def read(self, batch: Mapping[str, Any], targets: SparseTargets) -> LogitsOfPart:
+        """Run the forward pass of `batch`; the result gives the logits at `targets`."""
+        inputs = {name: value.to(self.device) for name, value in model_inputs(batch, self._model).items()}
+        found = self._root(**inputs, targets=targets.to(self.device))
+        if self._formula is None:
+            return lambda start, stop: found["logits"][start:stop]
+        return self._of_parts(found["hidden"], self._formula)
+
+    def take_part(self) -> None:
+        """Run the forward pass of one token, where another device has a batch and this one has none."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._root(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)

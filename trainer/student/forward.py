@@ -1,6 +1,7 @@
 """The distilling forward pass: a causal LM that is called with targets returns their loss.
 
     model(input_ids=..., targets=..., objective=..., t=..., weight=...) -> {"loss": scalar, "values": LossValues}
+    model(input_ids=..., targets=...) -> {"hidden": [M, D]}, the head's input, or {"logits": [M, V]} without a formula
 
 Shape letters: `B` rows, `T` tokens, `M` target positions, `D` width, `V` rows of the head.
 
@@ -90,6 +91,12 @@ def distill_in_forward(model: torch.nn.Module, *, token_count: int, fused: bool 
     return state
 
 
+def distilling_of(model: PreTrainedModel) -> Distilling:
+    """The settings of the distilling forward of `model`, which `distill_in_forward` has set."""
+    state: Distilling = getattr(model, _STATE)
+    return state
+
+
 def model_inputs(batch: Mapping[str, Any], model: torch.nn.Module | None = None) -> dict[str, torch.Tensor]:
     """The arguments of a student's forward pass: token ids, what separates the rows, and the inputs of images.
 
@@ -133,8 +140,7 @@ def _forward_of(owner: type[PreTrainedModel]) -> Any:
     ) -> Any:
         if targets is None:
             return plain(self, *args, **inputs)
-        assert objective is not None
-        state: Distilling = getattr(self, _STATE)
+        state = distilling_of(self)
         position = targets.position + state.wrapping.added
         # peft passes arguments it was not given as None.
         given = {name: value for name, value in inputs.items() if value is not None}
@@ -148,9 +154,13 @@ def _forward_of(owner: type[PreTrainedModel]) -> Any:
                 hidden, output = before_head(self, *args, **given)
         if state.formula is None:
             logits = output.logits[targets.row, position, : state.token_count]
+            if objective is None:
+                return {"logits": logits}
             loss, values = loss_on_logits(logits, targets, objective, t=t, weight=weight)
         else:
             hidden = hidden[targets.row, position]
+            if objective is None:
+                return {"hidden": hidden}
             if state.formula.scale != 1:
                 hidden = hidden * state.formula.scale
             head = state.formula.head(self, token_count=state.token_count)
