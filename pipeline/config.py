@@ -37,8 +37,8 @@ class SourceConfig(FrozenModel):
     rows_of: str | None = Field(
         default=None,
         description="Instead of a path: a sealed Coldstill dataset, local or a URL, whose rows are scored as they are, "
-        "without template and tokenizer, in mode score. The teacher needs the tokenizer of that dataset; a work unit is "
-        "one of its shards.",
+        "without template and tokenizer, in mode score. The teacher needs that dataset's tokenizer; a work unit is one "
+        "of its shards.",
     )
     round: int = Field(
         default=0,
@@ -130,7 +130,8 @@ class SourceConfig(FrozenModel):
         if sum(place is not None for place in (self.path, self.dataset, self.rows_of)) != 1:
             raise ValueError("exactly one of path and dataset, or rows_of instead")
         fields = {name: field for name, field in type(self).model_fields.items() if name not in _OF_ROWS}
-        changed = [name for name in fields if getattr(self, name) != fields[name].get_default(call_default_factory=True)]
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.rows_of is not None and changed:
             raise ValueError(f"no source.{changed[0]} with rows_of, whose rows are scored as they are")
         if self.rows_of is None and self.round:

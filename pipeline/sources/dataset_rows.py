@@ -145,10 +145,12 @@ class StoredSequences:
         if rows.about.writer is not None or rows.mode != "generate":
             return rows.about.writer
         teacher, adapter = rows.teacher, rows.teacher.adapter
-        parts = [teacher, *([adapter] if adapter else [])]
+        names, prints = [teacher.name], [teacher.weights_fingerprint]
+        if adapter is not None:
+            names, prints = [*names, adapter.name], [*prints, adapter.weights_fingerprint]
         return RowWriter(
-            name=" + ".join(part.name for part in parts),
+            name=" + ".join(names),
             revision=teacher.revision,
-            weights_fingerprint=" + ".join(part.weights_fingerprint for part in parts),
+            weights_fingerprint=" + ".join(prints),
             round=self._round,
         )
