@@ -61,6 +61,10 @@ class RoundsChanged(ColdstillError):
     """The output folder holds rounds with other settings."""
 
 
+class RoundsDamaged(ColdstillError):
+    """The record of rounds cannot be read."""
+
+
 class RoundsRunning(ColdstillError):
     """Another process runs rounds in this folder."""
 
@@ -84,7 +88,7 @@ def run_rounds(config: RoundsConfig, *, console: Console | None = None) -> Round
     """Run the parts that are not done and return what was made. Safe to call again after any kill.
 
     Ctrl-C and SIGTERM end the running part and raise `Interrupted`. Raises `RoundsChanged`, `RoundsRunning`,
-    `PartFailed`, `TokenizerMismatch`, and `ConfigInvalid` for settings that a part refuses.
+    `RoundsDamaged`, `PartFailed`, `TokenizerMismatch`, and `ConfigInvalid` for settings that a part refuses.
     """
     console = console or Console(highlight=False)
     parts, output = parts_of(config), Path(config.output)
@@ -205,11 +209,13 @@ def _is_alive(pid: str, host: str) -> bool:
 
 
 def _claim(config: RoundsConfig) -> None:
-    """Record the settings at the first start, and compare them at later ones. Raises `RoundsChanged`."""
+    """Record the settings at the first start, and compare them at later ones.
+
+    Raises `RoundsChanged`, `RoundsDamaged`.
+    """
     path, settings = Path(config.output) / RECORD_NAME, _identity(config)
     if path.exists():
-        stored = read_json(path)["settings"]
-        difference = _first_difference("", stored, settings)
+        difference = _first_difference("", read_record(path.parent)[1], settings)
         if difference is not None:
             key, before, now = difference
             raise RoundsChanged(
@@ -227,6 +233,21 @@ def _claim(config: RoundsConfig) -> None:
                 fix=f"set rounds to {begun} or more, or choose another output",
             )
     write_json(path, {"rounds": config.rounds, "settings": settings})
+
+
+def read_record(output: Path) -> tuple[int, dict[str, Any]]:
+    """Number of rounds and settings of the last start. Raises `RoundsDamaged`."""
+    path = output / RECORD_NAME
+    try:
+        document = read_json(path)
+        return int(document["rounds"]), dict(document["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RoundsDamaged(
+            str(path),
+            found=f"{type(error).__name__}: {error}",
+            wanted="the record of `coldstill rounds`",
+            fix="delete this file and re-run the same command: it writes the record again",
+        ) from None
 
 
 def _identity(config: RoundsConfig) -> dict[str, Any]:

@@ -9,14 +9,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from coldstill.common.errors import ColdstillError
-from coldstill.common.files import read_json
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.driver.status import Status, read_status
 from coldstill.storage_schema.errors import DatasetNotFound
 
 from .parts import HEADINGS, SUMMARY_NAME, Part, PartName, part_folder, student_folder
-from .run import LOCK_NAME, RECORD_NAME
+from .run import LOCK_NAME, RECORD_NAME, read_record
 
 State = Literal["running", "stopped", "finished"]
 MEANING: dict[State, str] = {
@@ -24,10 +22,6 @@ MEANING: dict[State, str] = {
     "stopped": "no part is running: re-run the same command to resume",
     "finished": "all rounds are done",
 }
-
-
-class RoundsDamaged(ColdstillError):
-    """The record of rounds cannot be read."""
 
 
 class RoundsStatus(FrozenModel):
@@ -57,15 +51,7 @@ def holds_rounds(root: str) -> bool:
 def read_rounds_status(root: str) -> RoundsStatus:
     """The status of the rounds in a folder. Raises `RoundsDamaged`, and what `read_status` raises."""
     folder = Path(root)
-    try:
-        rounds = int(read_json(folder / RECORD_NAME)["rounds"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RoundsDamaged(
-            f"{folder / RECORD_NAME}",
-            found=f"{type(error).__name__}: {error}",
-            wanted="the record of `coldstill rounds`",
-            fix="delete this file and re-run the same command: it writes the record again",
-        ) from None
+    rounds, _ = read_record(folder)
     parts = [
         Part(round=number, name=name, folder=part_folder(folder, number, name), settings={})
         for number in range(rounds)
