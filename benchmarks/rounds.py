@@ -1,10 +1,10 @@
 """Rounds against the same number of steps on the source's own answers: the student's error on what it writes itself.
 
-    python -m benchmarks.rounds OUTPUT      a second start resumes
-    QUICK=1 ...                             one seed, small models, in about three minutes; nothing is stored
+    python -m benchmarks.rounds DEMO OUTPUT    DEMO: the output folder of a finished `coldstill demo`
+    QUICK=1 ...                                one seed and few prompts, in about three minutes; nothing is stored
 
-Teacher, student and prompts are those of `coldstill demo` (Python functions; models are trained first). Each side
-trains the same student in three legs with the same settings, optimizer steps and rows per step:
+Teacher, student and prompts (Python functions) are those of the demo. A second start resumes. Each side trains the same
+student in three legs with the same settings, optimizer steps and rows per step:
 
 * rounds: `coldstill rounds`, three rounds; the student answers the prompts, the teacher scores the answers;
 * text: the teacher scores the source's own answers to the same prompts once, and each leg trains on that dataset.
@@ -34,11 +34,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from coldstill.common.files import new_file, new_folder, read_json, write_json
+from coldstill.common.files import new_file, read_json, write_json
 from coldstill.demo.measure import StudentSums, batches, target_logprobs
 from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
-from coldstill.demo.text import read_rows, write_text
+from coldstill.demo.text import read_rows
 from coldstill.rounds.config import RoundsConfig
 from coldstill.rounds.run import run_rounds
 
@@ -57,31 +57,30 @@ class Size:
     held_out: int
     answer_tokens: int
     seeds: int
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     batch_size: int = 8
 
 
 QUICK = Size(prompts=64, held_out=32, answer_tokens=48, seeds=1)
-FULL = Size(prompts=384, held_out=192, answer_tokens=96, seeds=2)
+FULL = Size(prompts=256, held_out=192, answer_tokens=96, seeds=3)
 
 
 class Bench:
-    """The models, the prompts and the runs of one output folder."""
+    """The demo's models and prompts, and the runs of one output folder."""
 
-    def __init__(self, output: Path, *, quick: bool):
-        self.output, self.quick, self.size = output, quick, QUICK if quick else FULL
-        self.layout = Layout(output / "demo")
+    def __init__(self, demo: Path, output: Path, *, quick: bool):
+        self.output, self.size, self.layout = output, QUICK if quick else FULL, Layout(demo)
+        self.prompts, self.held_out = output / "prompts.jsonl", output / "held_out.jsonl"
 
     def prepare(self) -> None:
-        """Make the text and train both models, unless they exist."""
-        if not self.layout.text.exists():
-            with new_folder(self.layout.text) as folder:
-                write_text(folder, distill_rows=self.size.prompts, held_out_rows=self.size.held_out)
-        for model, folder in (("teacher", self.layout.teacher), ("student", self.layout.student)):
-            if not folder.exists():
-                quick = ["--quick"] if self.quick else []
-                command = [sys.executable, "-m", "coldstill.demo.models", model, str(self.layout.root), *quick]
-                subprocess.run(command, check=True)
+        """Write the first prompts and the first held-out rows of the demo's text, which is in random order."""
+        for path, part, count in (
+            (self.prompts, "distill", self.size.prompts),
+            (self.held_out, "held_out", self.size.held_out),
+        ):
+            lines = self.layout.rows(part, "pairs").read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+            with new_file(path) as beside:
+                beside.write_text("".join(lines), encoding="utf-8")
 
     def leg(self, side: str, leg: int, seed: int) -> None:
         """Run one leg of a side. What is done already is passed over."""
@@ -100,7 +99,7 @@ class Bench:
         return {
             "output": str(root),
             "rounds": rounds,
-            "source": {"path": str(self.layout.rows("distill", "pairs"))},
+            "source": {"path": str(self.prompts)},
             "sampling": {"max_tokens": self.size.answer_tokens, "seed": 1000 * seed},
             "writer": {"engine": "transformers", "max_length": MAX_TOKENS},
             "teacher": self._teacher(),
@@ -128,7 +127,7 @@ class Bench:
         dataset = self.output / "text"
         capture = {
             "output": str(dataset),
-            "source": {"path": str(self.layout.rows("distill", "pairs"))},
+            "source": {"path": str(self.prompts)},
             "teacher": self._teacher(),
             "rows_per_unit": 128,
         }
@@ -151,7 +150,7 @@ class Bench:
     def measure(self, side: str, seed: int) -> dict[str, float]:
         """KL(teacher || student), nats per target, on the student's own answers and on the text; both held out."""
         teacher, student = _load(self.layout.teacher), _load(self.student(side, seed))
-        rows = read_rows(self.layout.rows("held_out", "pairs"))
+        rows = read_rows(self.held_out)
         tokenizer = load_tokenizer(self.layout.tokenizer)
         on_text = list(batches(rows, tokenizer))
         prompts = [
@@ -216,10 +215,11 @@ def _kl(of: Any, to: Any, encoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) 
 def main() -> None:
     """Run the missing legs, measure, print the table, and store a full run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder for models, datasets and runs; a second start resumes")
+    parser.add_argument("demo", type=Path, help="output folder of a finished `coldstill demo`")
+    parser.add_argument("output", type=Path, help="folder for datasets and runs; a second start resumes")
     options = parser.parse_args()
     quick = os.environ.get("QUICK", "0") not in ("", "0")
-    bench = Bench(options.output.resolve(), quick=quick)
+    bench = Bench(options.demo.resolve(), options.output.resolve(), quick=quick)
     bench.prepare()
     sides = [side for side in SIDES if not quick or side != "rounds, lightning_opd"]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in (BEFORE, *sides)}
@@ -256,7 +256,7 @@ def _report(found: dict[str, list[dict[str, float]]], size: Size, *, quick: bool
     finish(
         "rounds",
         {"rounds_over_text": ratios, "sides": found, "settings": json.loads(json.dumps(settings))},
-        command="python -m benchmarks.rounds OUTPUT",
+        command="python -m benchmarks.rounds DEMO OUTPUT",
         quick=quick,
     )
 
