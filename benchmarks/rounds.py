@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ FULL = Size(prompts=256, held_out=192, answer_tokens=96, seeds=3)
 class Bench:
     """The demo's models and prompts, and the runs of one output folder."""
 
-    def __init__(self, demo: Path, output: Path, *, quick: bool):
-        self.output, self.size, self.layout = output, QUICK if quick else FULL, Layout(demo)
+    def __init__(self, demo: Path, output: Path, size: Size):
+        self.output, self.size, self.layout = output, size, Layout(demo)
         self.prompts, self.held_out = output / "prompts.jsonl", output / "held_out.jsonl"
 
     def prepare(self) -> None:
@@ -87,7 +87,7 @@ class Bench:
         root = self.output / f"seed-{seed}" / side.replace(", ", "_")
         if side == "text":
             self._text_leg(root, leg, seed)
-        else:
+        elif not (root / f"round-{leg:02}" / "train" / "train_summary.json").exists():
             run_rounds(RoundsConfig.model_validate(self._rounds(root, side, leg + 1, seed)))
 
     def student(self, side: str, seed: int) -> Path:
@@ -217,9 +217,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="output folder of a finished `coldstill demo`")
     parser.add_argument("output", type=Path, help="folder for datasets and runs; a second start resumes")
+    for name in ("prompts", "held_out", "answer_tokens", "seeds"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=None, help=f"instead of {getattr(FULL, name)}"
+        )
     options = parser.parse_args()
     quick = os.environ.get("QUICK", "0") not in ("", "0")
-    bench = Bench(options.demo.resolve(), options.output.resolve(), quick=quick)
+    changed = {name: value for name, value in vars(options).items() if hasattr(FULL, name) and value is not None}
+    size = replace(QUICK if quick else FULL, **changed)
+    bench = Bench(options.demo.resolve(), options.output.resolve(), size)
     bench.prepare()
     sides = [side for side in SIDES if not quick or side != "rounds, lightning_opd"]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in (BEFORE, *sides)}
