@@ -166,7 +166,13 @@ class Bench:
             "kl_on_text": _kl(teacher, student, on_text),
             "reverse_kl_on_own_answers": _kl(student, teacher, on_own),
             "own_answer_tokens": sum(int(mask.sum()) for _, mask in on_own) / len(rows),
+            "trained_targets": self._targets(side, seed),
         }
+
+    def _targets(self, side: str, seed: int) -> int:
+        """Targets of all legs; steps and rows are equal, and answers can be shorter than the text."""
+        runs = sorted(self.student(side, seed).parents[2].glob("round-*/train/train_summary.json"))
+        return 0 if side == BEFORE else sum(read_json(path)["targets"] for path in runs)
 
 
 def _coldstill(command: str, path: Path, settings: dict[str, Any]) -> None:
@@ -245,10 +251,12 @@ def _report(found: dict[str, list[dict[str, float]]], size: Size, *, quick: bool
     from benchmarks.report import finish
 
     measures = ("kl_on_own_answers", "kl_on_text")
-    table = Table("side", "KL on own answers", "KL on text", "tokens of an answer", title="held out, nats per target")
+    columns = ("side", "KL on own answers", "KL on text", "tokens of an answer", "trained targets")
+    table = Table(*columns, title="held out, nats per target")
     for side, figures in found.items():
-        means = [statistics.mean(one[name] for one in figures) for name in (*measures, "own_answer_tokens")]
-        table.add_row(side, f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[2]:.1f}")
+        names = (*measures, "own_answer_tokens", "trained_targets")
+        means = [statistics.mean(one[name] for one in figures) for name in names]
+        table.add_row(side, f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[2]:.1f}", f"{means[3]:,.0f}")
     Console().print(table)
     ratios = {
         name: {
