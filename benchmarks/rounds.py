@@ -227,13 +227,14 @@ def main() -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=None, help=f"instead of {getattr(FULL, name)}"
         )
+    parser.add_argument("--lightning-opd", action="store_true", help="also run rounds with the loss lightning_opd")
     options = parser.parse_args()
     quick = os.environ.get("QUICK", "0") not in ("", "0")
     changed = {name: value for name, value in vars(options).items() if hasattr(FULL, name) and value is not None}
     size = replace(QUICK if quick else FULL, **changed)
     bench = Bench(options.demo.resolve(), options.output.resolve(), size)
     bench.prepare()
-    sides = [side for side in SIDES if not quick or side != "rounds, lightning_opd"]
+    sides = [side for side, loss in SIDES.items() if loss != "lightning_opd" or options.lightning_opd]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in (BEFORE, *sides)}
     for seed in range(bench.size.seeds):
         for leg in range(ROUNDS):
