@@ -19,7 +19,7 @@ import yaml
 
 from coldstill.rounds.config import RoundsConfig
 from coldstill.rounds.parts import parts_of, student_folder
-from coldstill.rounds.run import LOCK_NAME, RoundsChanged, RoundsRunning, run_rounds
+from coldstill.rounds.run import LOCK_NAME, PartFailed, RoundsChanged, RoundsRunning, run_rounds
 from coldstill.rounds.status import read_rounds_status
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
@@ -202,3 +202,13 @@ def test_fewer_rounds_than_were_begun_are_refused(tmp_path: Path, monkeypatch: p
         run_rounds(config.model_copy(update={"rounds": 2}))
     run_rounds(config.model_copy(update={"rounds": 4}))
     assert (tmp_path / "rounds" / LOCK_NAME).exists()
+
+
+def test_a_part_that_fails_is_named_with_the_command_that_runs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coldstill.rounds.run.PROGRAM", "json.tool")  # a module that takes no such arguments
+    config = RoundsConfig.model_validate(settings(tmp_path))
+    with pytest.raises(PartFailed, match=r"round-00/answers: coldstill capture \S+answers\.yaml\n.*exit code [12]"):
+        run_rounds(config)
+    assert read_rounds_status(config.output).state == "stopped"
