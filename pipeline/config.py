@@ -14,6 +14,8 @@ from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
 from coldstill.storage_schema.rows import MAX_MEDIA, MAX_MEDIA_BYTES
 
 _HOST = re.compile(r"[^\s/@*\[\]]+")
+_OF_ROWS = ("rows_of", "round", "images_in_row_bytes")
+"""Settings of the source that have an effect on rows of a dataset."""
 ENGINES = ("vllm", "transformers", "endpoint")
 """Built-in engines; others are the user's classes, named as `module:name`."""
 
@@ -31,6 +33,18 @@ class SourceConfig(FrozenModel):
     )
     dataset: str | None = Field(
         default=None, description="Instead of a path: a Hub name, or a local folder that `datasets` streams or saved."
+    )
+    rows_of: str | None = Field(
+        default=None,
+        description="Instead of a path: a sealed Coldstill dataset, local or a URL, whose rows are scored as they are, "
+        "without template and tokenizer, in mode score. The teacher needs that dataset's tokenizer; a work unit is one "
+        "of its shards.",
+    )
+    round: int = Field(
+        default=0,
+        ge=0,
+        description="With rows_of: number of the round in which those rows were written, if a model wrote them; "
+        "recorded in the header.",
     )
     dataset_config: str | None = Field(
         default=None, description="Configuration of that dataset, if it has more than one."
@@ -113,8 +127,15 @@ class SourceConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _one_place(self) -> SourceConfig:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("exactly one of path and dataset")
+        if sum(place is not None for place in (self.path, self.dataset, self.rows_of)) != 1:
+            raise ValueError("exactly one of path and dataset, or rows_of instead")
+        fields = {name: field for name, field in type(self).model_fields.items() if name not in _OF_ROWS}
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.rows_of is not None and changed:
+            raise ValueError(f"no source.{changed[0]} with rows_of, whose rows are scored as they are")
+        if self.rows_of is None and self.round:
+            raise ValueError(f"source.round 0 without rows_of, not {self.round}")
         return self
 
 
@@ -335,3 +356,9 @@ class CaptureConfig(FrozenModel):
     license: str | None = renamed_field(
         "license", old="licence", default=None, description="License of the dataset, recorded in its header."
     )
+
+    @model_validator(mode="after")
+    def _rows_are_scored(self) -> CaptureConfig:
+        if self.source.rows_of is not None and self.mode != "score":
+            raise ValueError(f"mode score with source.rows_of, whose rows have their answers, not mode {self.mode}")
+        return self

@@ -153,7 +153,7 @@ def _require_usable(config: CaptureConfig, maker: SequenceMaker, rows: Sequence[
     if not lost:
         raise all_rejected(
             Counter(problem.reason.value for problem in problems),
-            what=f"{config.source.path or config.source.dataset}: the first {len(rows)} rows",
+            what=f"{config.source.path or config.source.dataset or config.source.rows_of}: the first {len(rows)} rows",
             example=f"row {rows[0].number}: {problems[0].detail}",
             columns=next((row.columns for row in rows if row.columns), None),
         )
@@ -176,8 +176,8 @@ def require_unique_ids(config: CaptureConfig, source: Source) -> None:
     """
     settings = config.source
     has_ids = any((row.columns or {}).get(settings.id) for row in source.head(_CHECKED_ROWS))
-    if settings.duplicate_ids != "refuse" or settings.adapter is not None or not has_ids:
-        return  # the user's function runs on the workers, not on all rows here
+    if settings.duplicate_ids != "refuse" or settings.adapter is not None or settings.rows_of or not has_ids:
+        return  # the user's function runs on the workers, not on all rows here; a dataset's ids stay what they are
 
     def ids() -> Iterator[str]:
         for row in source.rows(only=settings.id):
@@ -215,7 +215,7 @@ def make_header(
 ) -> DatasetHeader:
     """The header of a capture, without an id rank table."""
     teacher = config.teacher
-    return DatasetHeader(
+    header = DatasetHeader(
         teacher=_teacher_facts(teacher, model_config),
         tokenizer_fingerprint=facts.fingerprint,
         chat_template_sha256=maker.template_sha256,
@@ -240,6 +240,7 @@ def make_header(
         source_sha256=source_sha256,
         about=_about(config, maker, facts),
     )
+    return maker.stored.header(header) if maker.stored else header
 
 
 def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -> About:

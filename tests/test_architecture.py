@@ -16,7 +16,7 @@ import grimp
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-ROOMS = ("common", "storage_schema", "tools", "pipeline", "trainer", "demo", "cli")
+ROOMS = ("common", "storage_schema", "tools", "pipeline", "trainer", "demo", "rounds", "cli")
 LINKED = ("storage_schema", "pipeline", "trainer")
 ALLOWED = {
     "common": set(),
@@ -25,7 +25,8 @@ ALLOWED = {
     "pipeline": {"common", "storage_schema"},
     "trainer": {"common", "storage_schema"},
     "demo": {"common", "storage_schema", "tools", "pipeline", "trainer"},
-    "cli": {"common", "storage_schema", "tools", "pipeline", "trainer", "demo", "api"},
+    "rounds": {"common", "storage_schema", "tools", "pipeline", "trainer"},
+    "cli": {"common", "storage_schema", "tools", "pipeline", "trainer", "demo", "rounds", "api"},
 }
 
 

@@ -112,6 +112,7 @@ class DistillTrainer(TrainingLoop):
             mean_tail_mass=train_dataset.mean_tail_mass(),
             dense=train_dataset.is_dense,
             draw_logprobs=train_dataset.draw_logprobs,
+            not_by_student=train_dataset.not_by_student,
         )
         self.order = data_order(args, train_dataset, pack_length=pack_length, images=self.images)
         of_all_devices = train_dataset.stream(

@@ -98,6 +98,10 @@ class DenseLossOnly(ColdstillError):
     """The loss needs all log-probs of the vocabulary, and the dataset holds a part of them."""
 
 
+class NotStudentRows(ColdstillError):
+    """The loss needs rows that the student wrote, and the source or the teacher wrote those of a dataset."""
+
+
 class NonFiniteLoss(ColdstillError):
     """The loss of some rows is not finite; training stopped before the optimizer step."""
 

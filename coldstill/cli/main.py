@@ -44,6 +44,7 @@ class _Commands(TyperGroup):
 _RESUME = {
     "capture": "Committed units are kept; re-run the same command to resume.",
     "train": "Checkpoints are kept; re-run the same command to resume from the newest one.",
+    "rounds": "Finished parts are kept; re-run the same command to resume.",
     "demo": "Finished stages are kept; re-run the same command to resume.",
     **dict.fromkeys(
         ("push", "pull", "import", "merge", "split", "subset"),
@@ -59,7 +60,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach a small model with a big one, without keeping the big one in memory.\n\n"
     "`capture` runs the teacher once and writes a dataset of its next-token distributions. `train` trains students "
-    "from that dataset alone. `demo` runs both on this machine, without a network.",
+    "from that dataset alone. `rounds` repeats both on the student's own answers. `demo` captures and trains on this "
+    "machine, without a network.",
 )
 MAKE = "Capture and train"
 
@@ -162,29 +164,36 @@ def _captured(result: dict[str, Any], output: str) -> dict[str, Any]:
 
 @app.command(rich_help_panel=MAKE)
 def status(
-    root: Annotated[str, typer.Argument(metavar="ROOT", help="The capture's output: a folder, s3:// or gs://.")],
+    root: Annotated[
+        str,
+        typer.Argument(metavar="ROOT", help="Output of a capture (a folder, s3:// or gs://) or of rounds."),
+    ],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document; with --watch, one per line.")
     ] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh until the capture ends or its driver dies.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until it ends or its driver dies.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two refreshes of --watch.")] = 10.0,
 ) -> None:
-    """Show the progress of a capture: units done and failed, speed, time left, cost.
+    """Show the progress of a capture: units done and failed, speed, time left, cost; or of rounds, and of their part.
 
     Reads only the output directory, so it works from any machine, during the capture, after a crash and after the end.
     """
     from coldstill.pipeline.driver.status import read_status
+    from coldstill.rounds.status import holds_rounds, read_rounds_status
 
-    from .status_table import show_status, watch_status
+    from .status_table import AnyStatus, show_status, watch_status
+
+    def read() -> AnyStatus:
+        return read_rounds_status(root) if holds_rounds(root) else read_status(root)
 
     if watch and not as_json:
-        watch_status(lambda: read_status(root), every_s=every, console=Console())
+        watch_status(read, every_s=every, console=Console())
         return
-    found = read_status(root)
+    found = read()
     while watch and not found.is_over:
         typer.echo(found.model_dump_json())
         time.sleep(every)
-        found = read_status(root)
+        found = read()
     if as_json:
         typer.echo(found.model_dump_json())
     else:
@@ -203,6 +212,33 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
     settings = load_config(config, model=TrainConfig, overrides=overrides or ())
     _hide_loading_bars()
     show_result(api.train(settings).model_dump(), title="train", summary=summary)
+
+
+@app.command(rich_help_panel=MAKE, cls=_command_with_keys("coldstill.rounds.config", "RoundsConfig"))
+def rounds(
+    config: Config,
+    overrides: Overrides = None,
+    summary: Summary = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the prompts, print the parts and what a round costs, write nothing.")
+    ] = False,
+) -> None:
+    """Let the student answer prompts, the teacher score them and the student train on the scores, several times.
+
+    Re-run the same command to resume after an interruption: finished parts are kept.
+    """
+    require_packages("capture,train", "accelerate", "ray", "torch", "transformers")
+    from coldstill.rounds.config import RoundsConfig
+
+    settings = load_config(config, model=RoundsConfig, overrides=overrides or ())
+    if dry_run:
+        from coldstill.rounds.estimate import estimate_rounds
+
+        show_result(estimate_rounds(settings), title="dry run", summary=summary)
+        return
+    from coldstill.rounds.run import run_rounds
+
+    show_result(run_rounds(settings).model_dump(), title="rounds", summary=summary)
 
 
 @app.command(rich_help_panel=MAKE)

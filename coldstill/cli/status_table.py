@@ -1,4 +1,4 @@
-"""The status of a capture as a table on the terminal, printed once or refreshed."""
+"""The status of a capture or of rounds as a table on the terminal, printed once or refreshed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from rich.text import Text
 
 from coldstill.common.visible import NEWLINE, visible
 from coldstill.pipeline.driver.status import MEANING, Status
+from coldstill.rounds.parts import HEADINGS
+from coldstill.rounds.status import MEANING as MEANING_OF_ROUNDS
+from coldstill.rounds.status import RoundsStatus
 
 MOST_SHOWN = 10
 """Failed units and workers that the tables list at most; `--json` lists all of them."""
 
 
-def show_status(status: Status, *, console: Console) -> None:
+AnyStatus = Status | RoundsStatus
+
+
+def show_status(status: AnyStatus, *, console: Console) -> None:
     """Print the status once."""
     console.print(_view(status))
 
 
-def watch_status(read: Callable[[], Status], *, every_s: float, console: Console) -> Status:
-    """Refresh the status every `every_s` seconds until the capture is over; return the last one."""
+def watch_status(read: Callable[[], AnyStatus], *, every_s: float, console: Console) -> AnyStatus:
+    """Refresh the status every `every_s` seconds until what it shows is over; return the last one."""
     status = read()
     with Live(_view(status), console=console, auto_refresh=False) as live:
         while not status.is_over:
@@ -46,7 +52,9 @@ def duration(seconds: float | None) -> str:
     return " ".join(parts[:2])
 
 
-def _view(status: Status) -> RenderableType:
+def _view(status: AnyStatus) -> RenderableType:
+    if isinstance(status, RoundsStatus):
+        return _view_of_rounds(status)
     table = Table(title=_plain(status.root), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -54,6 +62,21 @@ def _view(status: Status) -> RenderableType:
         table.add_row(name, _plain(value))
     lists = [_failed(status)] * bool(status.failed) + [_running(status)] * bool(status.running)
     return Group(table, *lists)
+
+
+def _view_of_rounds(status: RoundsStatus) -> RenderableType:
+    table = Table(title=_plain(status.root), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("state", f"{status.state}: {MEANING_OF_ROUNDS[status.state]}")
+    table.add_row("rounds", f"{status.rounds_done} of {status.rounds} done")
+    if status.part is not None:
+        table.add_row("now", f"round-{status.round:02}/{status.part}: {HEADINGS[status.part]}")
+    if status.steps_done is not None:
+        table.add_row("checkpoint", f"step {status.steps_done:,}")
+    if status.student is not None:
+        table.add_row("newest student", _plain(status.student))
+    return Group(table, *([_view(status.capture)] if status.capture else []))
 
 
 def _lines(status: Status) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ itself ends at once on both, without a `finally`.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -102,3 +103,10 @@ def keeping_handlers() -> Iterator[None]:
         for signum, handler in before.items():
             if handler is not None:  # None: it was not set from Python
                 signal.signal(signum, handler)
+
+
+def end_with_parent() -> None:
+    """For `preexec_fn` of `subprocess`: the kernel sends the child SIGTERM when its parent dies, on Linux only."""
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)

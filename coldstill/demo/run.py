@@ -7,11 +7,9 @@ child (progress bars) also goes to the terminal; its stdout goes to the log only
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +25,7 @@ from rich.console import Console
 
 from coldstill.common.errors import ColdstillError
 from coldstill.common.files import new_file, new_folder, read_json, write_json
+from coldstill.common.interrupts import end_with_parent
 
 from .settings import LOSSES, Layout, capture_config, size_of, train_config
 from .summary import show, write_summary
@@ -268,7 +267,7 @@ def background_module(stage: str, module: str, *arguments: str, layout: Layout, 
     log.parent.mkdir(parents=True, exist_ok=True)
     command = module_command(module, *arguments, layout=layout, quick=quick)
     with log.open("wb") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), preexec_fn=_end_with_parent)
+        child = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), preexec_fn=end_with_parent)
     try:
         yield
         code = child.wait()
@@ -287,7 +286,7 @@ def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as log_file:
         child = subprocess.Popen(
-            command, stdout=log_file, stderr=subprocess.PIPE, env=_environment(), preexec_fn=_end_with_parent
+            command, stdout=log_file, stderr=subprocess.PIPE, env=_environment(), preexec_fn=end_with_parent
         )
         assert child.stderr is not None
         copier = threading.Thread(target=_copy_stderr, args=(child.stderr, log_file.fileno()), daemon=True)
@@ -332,13 +331,6 @@ def _environment() -> dict[str, str]:
         "COLUMNS": str(size.columns),
         "LINES": str(size.lines),
     }
-
-
-def _end_with_parent() -> None:
-    """End the stage when the demo is killed, so that a second start finds no earlier stage still running."""
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
 def _last_lines(log: Path) -> str:

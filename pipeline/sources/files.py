@@ -57,13 +57,14 @@ class Survey(NamedTuple):
     """The result of one pass over a source.
 
     `sha256` of the content; number of `rows`; `starts int64 [units]`: where each unit starts, None if that is its first
-    row number; `files` with their row counts.
+    row number; `files` with their row counts; `unit_rows int64 [units]`: rows of each unit, None if the settings tell.
     """
 
     sha256: str
     rows: int
     starts: np.ndarray | None
     files: tuple[SourceFile, ...]
+    unit_rows: np.ndarray | None = None
 
 
 class Reader(ABC):

@@ -26,6 +26,7 @@ from coldstill.storage_schema.rows import MediaReference
 
 from .chat_template import ChatTemplate, Fitted
 from .conversation import Conversation, RowUnusable, conversation_of, has_marks
+from .dataset_rows import StoredSequences
 from .files import SourceRow
 from .image_parts import column_images, image_columns, texts_of, with_images
 from .image_reader import ImageReader
@@ -56,10 +57,12 @@ class SequenceMaker:
         today: date | None = None,
         processor: Any | ProcessorUnusable | None = None,
         max_images: int = TeacherConfig.model_fields["max_images"].default,
+        stored: StoredSequences | None = None,
     ):
         """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence. `processor`: that of a
         teacher that sees images, or why it cannot be loaded, which the first row with an image raises; `max_images` of
-        a row."""
+        a row. `stored`: the rows are those of a dataset, scored as they are."""
+        self.stored = stored
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
         self._unusable = processor if isinstance(processor, ProcessorUnusable) else None
         processor = None if self._unusable else processor
@@ -76,6 +79,8 @@ class SequenceMaker:
             "generate": self._prompted,
             "pretrain": self._isolated,
         }[mode]
+        if stored is not None:
+            self._made = self._as_stored
         if mode == "pretrain" and documents == "concat" and tokenizer.eos_token_id is None:
             raise TeacherUnusable(
                 tokenizer.name_or_path,
@@ -111,6 +116,9 @@ class SequenceMaker:
             today=template_date_of(header) if header else today,
             processor=_processor_of(config.teacher, header),
             max_images=config.teacher.max_images,
+            stored=StoredSequences(config.source.rows_of, tokenizer, writer_round=config.source.round)
+            if config.source.rows_of is not None
+            else None,
         )
 
     @property
@@ -226,6 +234,16 @@ class SequenceMaker:
         if len(token_ids) <= self.max_length or self.over_long != "reject":
             facts = facts._replace(media=self._media(chat, positions))
         yield from split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
+
+    def _as_stored(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
+        assert self.stored is not None
+        yield self.stored.sequence(
+            number,
+            columns,
+            max_length=self.max_length,
+            max_images=self._max_images,
+            placeholder=self._placeholder_id,
+        )
 
     def _prompted(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         chat = self._chat(columns, answered=False)

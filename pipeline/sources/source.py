@@ -35,6 +35,7 @@ from coldstill.pipeline.errors import (
 from coldstill.storage_schema.plan import MAX_UNITS, Plan, Unit
 from coldstill.storage_schema.store import Store
 
+from .dataset_rows import DatasetRows
 from .files import Reader, SourceFile, SourceRow, Stream, Survey, changed, find_files, is_folder, sample_sha256
 from .hub_dataset import HubDataset
 from .json_lines import COMPRESSIONS, CompressedLines, JsonDocuments, JsonLines, is_document
@@ -69,7 +70,7 @@ class Source:
 
     def __init__(self, config: SourceConfig, store: Store | None = None):
         self._config, self._store = config, store
-        self.name = config.path or f"dataset {config.dataset}"
+        self.name = config.path or config.rows_of or f"dataset {config.dataset}"
         self._adapt = _loaded_adapter(config.adapter) if config.adapter else None
         self._index = read_index(store) if store is not None else None
         if self._index is None:
@@ -164,6 +165,8 @@ class Source:
     def _origin(self) -> Reader | Stream:
         """The source as it is now."""
         path = self._config.path
+        if self._config.rows_of is not None:
+            return DatasetRows(self._config.rows_of)
         if path is None:
             return HubDataset(self._config)
         if not glob.has_magic(path) and not _has_known_ending(path) and not is_folder(path):
@@ -176,6 +179,8 @@ class Source:
         index = self._index
         if index is not None and index.parts and self._store is not None:
             return StagedRows(self._store, index.parts)
+        if self._config.rows_of is not None and isinstance(self._origin, DatasetRows):
+            return self._origin
         if index is not None and (self._store is not None or isinstance(self._origin, Reader)):
             return _reader_of(index.files)
         origin = self._origin
@@ -361,6 +366,9 @@ def _require_settings(config: SourceConfig, index: SourceIndex) -> None:
 
 
 def _plan(name: str, survey: Survey, rows_per_unit: int) -> Plan:
+    if survey.unit_rows is not None:
+        first = np.cumsum(survey.unit_rows) - survey.unit_rows
+        return Plan(start=first, first_row=first, rows=survey.unit_rows)
     units = -(-survey.rows // rows_per_unit)
     if not units:
         raise _empty(name)

@@ -15,6 +15,7 @@ from coldstill.cli import main as commands
 from coldstill.cli.main import main
 from coldstill.common.config_file import ConfigInvalid, ConfigNotFound, described_keys, load_config
 from coldstill.pipeline.config import CaptureConfig
+from coldstill.rounds.config import RoundsConfig
 from coldstill.trainer.config import TrainConfig
 
 CAPTURE = {"output": "o", "source": {"path": "x.jsonl"}, "teacher": {"model": "m"}}
@@ -78,7 +79,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(str(tmp_path / "absent.yaml"), model=CaptureConfig)
 
 
-@pytest.mark.parametrize(("command", "model"), [("capture", CaptureConfig), ("train", TrainConfig)])
+@pytest.mark.parametrize(
+    ("command", "model"), [("capture", CaptureConfig), ("train", TrainConfig), ("rounds", RoundsConfig)]
+)
 def test_help_lists_every_key_with_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, model: type
 ) -> None:

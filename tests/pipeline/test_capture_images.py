@@ -106,6 +106,21 @@ def test_answers_to_prompts_with_images_are_captured(tmp_path: Path, model: Path
         assert row.target_spans[0, 0] > max((medium.position for medium in row.media), default=0)
 
 
+def test_rows_with_images_of_a_dataset_are_scored_again_with_their_images(tmp_path: Path, model: Path) -> None:
+    plain = _captured(_config(tmp_path, model, "transformers", "plain"), units=9)
+    config = _config(tmp_path, model, "transformers", "again")
+    source = {"rows_of": str(plain), "images_in_row_bytes": 0}
+    again = _captured(CaptureConfig.model_validate({**config.model_dump(), "source": source}), units=9)
+    assert [*(again / "media").iterdir()] != []
+    for found, wanted in zip(_rows(again), _rows(plain), strict=True):
+        assert found.sample_id == wanted.sample_id
+        assert [(one.position, one.sha256) for one in found.media] == [
+            (one.position, one.sha256) for one in wanted.media
+        ]
+        np.testing.assert_array_equal(found.token_ids, wanted.token_ids)
+        np.testing.assert_array_equal(found.targets.logprobs, wanted.targets.logprobs)
+
+
 @pytest.mark.slow
 def test_vllm_captures_what_transformers_captures_and_equal_bytes_after_an_interruption(
     tmp_path: Path, model: Path

@@ -120,6 +120,12 @@ class LogitDataset:
         return all(dataset.header.draw_logprobs for dataset in self.sources.datasets)
 
     @property
+    def not_by_student(self) -> tuple[str, ...]:
+        """Places of the datasets whose answers the source or the teacher wrote; their headers name no other writer."""
+        datasets = self.sources.datasets
+        return tuple(each.store.url for each in datasets if each.header.about.writer is None)
+
+    @property
     def is_dense(self) -> bool:
         """Whether every id of the vocabulary is kept at every position."""
         headers = [dataset.header for dataset in self.sources.datasets]

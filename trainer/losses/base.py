@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from coldstill.common.models import FrozenModel
-from coldstill.trainer.errors import DenseLossOnly, NoDrawLogprobs, NoDraws
+from coldstill.trainer.errors import DenseLossOnly, NoDrawLogprobs, NoDraws, NotStudentRows
 
 from .taid_schedule import TaidSchedule
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from coldstill.trainer.loss_kernels.logit_view import StudentLogProbs
     from coldstill.trainer.targets import SparseTargets
 
-Need = Literal["draws", "draw_logprobs", "dense"]
-"""`draws`: tail draws. `draw_logprobs`: the teacher's log-probs of the draws. `dense`: every id of the vocabulary."""
+Need = Literal["draws", "draw_logprobs", "dense", "student_rows"]
+"""`draws`: tail draws. `draw_logprobs`: the teacher's log-probs of the draws. `dense`: every id of the vocabulary.
+`student_rows`: rows whose answers a student wrote."""
 
 TAIL_NEEDS: dict[str, frozenset[Need]] = {
     "mixture": frozenset({"draws"}),
@@ -87,6 +88,11 @@ class Loss(FrozenModel, ABC):
         """The treatments of the tail that the loss has, besides `auto`."""
         field = cls.model_fields.get("tail")
         return () if field is None else tuple(tail for tail in get_args(field.annotation) if tail != "auto")
+
+    @property
+    def all_needs(self) -> frozenset[Need]:
+        """`needs`, and what the chosen options need."""
+        return self.needs
 
     @property
     def heading(self) -> str:
@@ -185,13 +191,20 @@ class LossState(ABC):
 
 
 def build_objective(
-    loss: Loss, *, draws: int, mean_tail_mass: float, dense: bool = False, draw_logprobs: bool = False
+    loss: Loss,
+    *,
+    draws: int,
+    mean_tail_mass: float,
+    dense: bool = False,
+    draw_logprobs: bool = False,
+    not_by_student: Sequence[str] = ("the dataset",),
 ) -> Objective:
     """What training minimizes with `loss`, on a dataset with these facts. Logs a warning if it is a bound.
 
     `draws`: per position, as captured. `mean_tail_mass`: mass outside the kept ids, mean over all targets. `dense`:
     every id of the vocabulary is kept at every position. `draw_logprobs`: the dataset has the draws' log-probs.
-    Raises `NoDraws`, `NoDrawLogprobs`, `DenseLossOnly`.
+    `not_by_student`: names of the datasets whose rows no student wrote.
+    Raises `NoDraws`, `NoDrawLogprobs`, `DenseLossOnly`, `NotStudentRows`.
     """
     from coldstill.trainer.loss_kernels.fused_head import Objective
 
@@ -199,8 +212,8 @@ def build_objective(
     if tail == "auto":
         tail = "mixture" if draws and "mixture" in loss.tails() else "bucket"
         loss = loss.model_copy(update={"tail": tail})
-    needs = loss.needs | TAIL_NEEDS.get(tail or "", frozenset())
-    key, chosen = ("loss.name", loss.name) if needs == loss.needs else ("loss.tail", tail)
+    needs = loss.all_needs | TAIL_NEEDS.get(tail or "", frozenset())
+    key, chosen = ("loss.name", loss.name) if needs == loss.all_needs else ("loss.tail", tail)
     if "draws" in needs and draws == 0:
         raise NoDraws(
             key,
@@ -221,6 +234,14 @@ def build_objective(
             found=f"{chosen}, and a dataset with {mean_tail_mass:.4f} of the teacher's mass outside its kept ids",
             wanted="a dataset that keeps every id of the vocabulary",
             fix="choose another loss, such as taid or forward_kl, or capture with top_k equal to the vocabulary",
+        )
+    if "student_rows" in needs and not_by_student:
+        raise NotStudentRows(
+            "loss.name",
+            found=f"{loss.name}, and rows that the source or the teacher wrote: {', '.join(not_by_student)}",
+            wanted="rows that the student wrote and the teacher scored",
+            fix="make them with `coldstill rounds`, or with source.rows_of of answers in mode generate; choose another "
+            "loss, such as forward_kl, for other rows, or set loss.any_rows to true",
         )
     if not dense:
         _warn_of_truncation(loss, tail, mean_tail_mass)

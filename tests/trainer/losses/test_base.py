@@ -19,6 +19,7 @@ from coldstill.trainer.losses.base import Loss, LossState, TeacherLoss, build_ob
 from coldstill.trainer.losses.cross_entropy import CrossEntropy
 from coldstill.trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
 from coldstill.trainer.losses.dkd import Dkd
+from coldstill.trainer.losses.lightning_opd import LightningOpd
 from coldstill.trainer.losses.taid import ForwardKl, MassCorrectedTaid, Taid
 from tests import reference
 from tests.trainer.losses.scenes import cut, scene, value_and_gradient
@@ -26,7 +27,12 @@ from tests.trainer.losses.scenes import cut, scene, value_and_gradient
 
 def build(name: str, *, draws: int = 4, mass: float = 0.01, dense: bool = False, **options) -> Objective:
     return build_objective(
-        read_loss({"name": name, **options}), draws=draws, mean_tail_mass=mass, dense=dense, draw_logprobs=True
+        read_loss({"name": name, **options}),
+        draws=draws,
+        mean_tail_mass=mass,
+        dense=dense,
+        draw_logprobs=True,
+        not_by_student=(),
     )
 
 
@@ -46,6 +52,7 @@ def build(name: str, *, draws: int = 4, mass: float = 0.01, dense: bool = False,
         ("adaptive_kl", {"mu": 0.7}, AdaptiveKl(mu=0.7, tail="bucket")),
         ("dkd", {}, Dkd(alpha=1.0, beta=0.5, tail="bucket")),
         ("dkd", {"beta": 8.0}, Dkd(alpha=1.0, beta=8.0, tail="bucket")),
+        ("lightning_opd", {}, LightningOpd(any_rows=False)),
     ],
 )
 def test_a_name_and_its_options_are_one_loss(name, options, wanted):

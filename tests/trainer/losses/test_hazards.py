@@ -15,6 +15,7 @@ from coldstill.trainer.losses.adaptive_kl import AdaptiveKl
 from coldstill.trainer.losses.cross_entropy import CrossEntropy
 from coldstill.trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
 from coldstill.trainer.losses.dkd import Dkd
+from coldstill.trainer.losses.lightning_opd import LightningOpd
 from coldstill.trainer.losses.taid import ForwardKl, MassCorrectedTaid, Taid
 from coldstill.trainer.targets import SparseTargets
 from tests import reference
@@ -36,6 +37,7 @@ def every_loss() -> dict[str, Objective]:
         "skew_reverse_kl": SkewReverseKl(),
         "adaptive_kl": AdaptiveKl(),
         "dkd": Dkd(),
+        "lightning_opd": LightningOpd(),
         "cross_entropy": CrossEntropy(),
     }
     return {name: Objective(loss) for name, loss in losses.items()}

@@ -47,6 +47,7 @@ def section(given: object) -> LossConfig:
         ("skew_reverse_kl", {"alpha": 0.1}),
         ("adaptive_kl", {"mu": 0.5}),
         ("dkd", {"alpha": 1.0, "beta": 0.5}),
+        ("lightning_opd", {"any_rows": False}),
         ("cross_entropy", {}),
     ],
 )

@@ -1,0 +1,1 @@
+"""Rounds of distillation: the student answers prompts, the teacher scores the answers, the student trains on them."""

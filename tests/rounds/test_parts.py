@@ -1,0 +1,94 @@
+"""The parts' settings are those of ordinary commands, and the settings of rounds are checked by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.rounds.config import RoundsConfig
+from coldstill.rounds.estimate import estimate_rounds
+from coldstill.rounds.parts import parts_of
+from coldstill.trainer.config import TrainConfig
+from tests.rounds.test_run import settings
+
+DOCUMENT = {
+    "output": "o",
+    "rounds": 3,
+    "source": {"path": "x.jsonl", "template_date": "2026-01-02"},
+    "teacher": {"model": "t"},
+    "student": {"model": "s"},
+    "training": {"push_to_hub": "me/student"},
+}
+
+
+def config_of(**changes: Any) -> RoundsConfig:
+    return check_config({**DOCUMENT, **changes}, model=RoundsConfig, where="rounds.yaml")
+
+
+def test_every_part_is_a_configuration_of_its_command_and_round_trips_through_its_file(tmp_path: Path) -> None:
+    config = config_of(output=str(tmp_path), start_datasets=["teacher written"], decay=0.5, sampling={"seed": 7})
+    parts = parts_of(config)
+    assert [part.title for part in parts] == [
+        f"round-0{number}/{name}" for number in range(3) for name in ("answers", "scores", "train")
+    ]
+    for part in parts:
+        part.write_config()
+        model: Any = TrainConfig if part.command == "train" else CaptureConfig
+        read = load_config(str(part.config_path), model=model)
+        assert read == model.model_validate(part.settings)
+        assert read.output == str(part.folder)
+    answers, scores, train = (yaml.safe_load(part.config_path.read_text()) for part in parts[6:])
+    assert answers["teacher"]["model"] == train["student"]["model"] == str(tmp_path / "round-01/train/student")
+    assert answers["sampling"]["seed"] == 9
+    assert scores["source"] == {"rows_of": str(tmp_path / "round-02/answers"), "round": 2}
+    assert train["dataset"] == ["teacher written", *(str(tmp_path / f"round-0{n}/scores") for n in range(3))]
+    assert train["data"]["weights"] == [0.125, 0.25, 0.5, 1.0]
+    pushed = ["push_to_hub" in part.settings.get("training", {}) for part in parts if part.command == "train"]
+    assert pushed == [False, False, True]
+
+
+def test_the_first_round_trains_the_given_student_on_one_dataset() -> None:
+    answers, _, train = parts_of(config_of())[:3]
+    assert answers.settings["teacher"]["model"] == train.settings["student"]["model"] == "s"
+    assert train.settings["dataset"] == "o/round-00/scores"
+    assert "weights" not in train.settings["data"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "greater than or equal to 1"),
+        ({"decay": 0}, "greater than 0"),
+        ({"rouns": 2}, r"did you mean rounds\?"),
+        ({"output": "s3://bucket/x"}, "a local folder as output"),
+        ({"source": {"rows_of": "d"}}, "not source.rows_of"),
+        ({"student": {"from_scratch": {"model_type": "llama"}}}, "cannot answer prompts"),
+        ({"student": {"model": "s", "lora": {}}}, "lora.merge true"),
+        ({"data": {"weights": [1.0]}}, "decay instead of data.weights"),
+        ({"writer": {"max_length": 4096}}, "at least writer.max_length, 4096, not 2048"),
+        ({"training": {"best_metric": "eval_loss"}}, "needs eval_dataset"),
+    ],
+)
+def test_a_wrong_setting_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigInvalid, match=message):
+        config_of(**changes)
+
+
+def test_every_key_has_a_sentence() -> None:
+    for key, _, sentence in described_keys(RoundsConfig):
+        assert sentence.endswith("."), key
+
+
+def test_a_dry_run_counts_the_prompts_and_names_the_parts(tmp_path: Path) -> None:
+    config = RoundsConfig.model_validate(settings(tmp_path))
+    found = estimate_rounds(config)
+    assert found["prompts"] == found["answers of a round"] == 8
+    assert found["targets of a round, at most"] == 48
+    assert found["optimizer steps of the first round"] == 3
+    assert found["round-01/train"] == f"coldstill train {tmp_path}/rounds/round-01/train.yaml"
+    assert not (tmp_path / "rounds").exists()
