@@ -122,7 +122,7 @@ class DryRun(BaseModel):
     )
     reject_examples: dict[str, str] = Field(default={}, description="The first reject of each reason.")
     sequences: int
-    tokens: int = Field(description="Tokens of the source; in mode generate, of the prompts.")
+    tokens: int = Field(description="Tokens of the source as the teacher reads them; in mode generate, of the prompts.")
     targets: int
     targets_are: Literal["counted", "at most", "by the probe's answers"]
     read_as: tuple[str, ...] = Field(default=(), description="How columns of recognized layouts were read.")
@@ -284,7 +284,7 @@ def count_source(
                 counts.targets += _targets(config, made)
                 if images:
                     images.add(made)
-                tokens.append(made.token_ids)
+                tokens.append(made.as_stored.token_ids)
                 columns.append(f"{made.sample_id} {json.dumps(made.metadata, ensure_ascii=False)}")
             counts.own_bytes += _compressed(b"".join(ids.tobytes() for ids in tokens))
             counts.own_bytes += _compressed("\n".join(columns).encode())
@@ -305,7 +305,8 @@ def _compressed(data: bytes) -> int:
 def _targets(config: CaptureConfig, sequence: TokenSequence) -> int:
     if config.mode != "generate":
         return int(span_positions(sequence.target_spans).size)
-    room = config.teacher.max_length - sequence.token_ids.size
+    room = config.teacher.max_length - sequence.as_stored.token_ids.size
+    room = min(room, config.teacher.read_length - sequence.token_ids.size)
     return config.sampling.n * min(config.sampling.max_tokens, room)
 
 

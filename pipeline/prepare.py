@@ -238,6 +238,7 @@ def make_header(
         over_long=maker.over_long,
         rows_per_unit=config.rows_per_unit,
         source_sha256=source_sha256,
+        teacher_prompt=maker.teacher_prompt,
         about=_about(config, maker, facts),
     )
 
@@ -253,6 +254,7 @@ def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -
         tokenizer_pipeline_sha256=facts.pipeline_sha256,
         media_in_row_bytes=config.source.images_in_row_bytes if maker.processor else None,
         max_images=config.teacher.max_images if maker.processor else None,
+        max_read_length=config.teacher.max_read_length,
         processor=_processor_facts(maker.processor) if maker.processor else None,
     )
 

@@ -233,7 +233,7 @@ def _measure_slice(teacher: Teacher, header: DatasetHeader, sequences: Sequence[
     rows = place_media([one.row for one in scored_of(scored)], in_row_bytes=0).rows
     return SpeedReport(
         sequences=len(sequences),
-        tokens=sum(row.token_ids.size for row in rows),
+        tokens=sum(one.sequence.token_ids.size for one in scored_of(scored)),
         targets=sum(row.targets.positions for row in rows),
         seconds=seconds,
         bytes=len(write_shard(rows, header=header)),

@@ -194,12 +194,13 @@ def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
             fix="choose a smaller teacher.top_k, or the tokenizer that belongs to the model",
         )
     context = getattr(text_config, "max_position_embeddings", None)
-    if context and config.max_length > context:
+    if context and config.read_length > context:
+        key = "max_read_length" if config.max_read_length else "max_length"
         raise TeacherUnusable(
-            "teacher.max_length",
-            found=config.max_length,
+            f"teacher.{key}",
+            found=config.read_length,
             wanted=f"at most {context}, the context of {config.model}",
-            fix="lower teacher.max_length",
+            fix=f"set teacher.{key}: {context}, or less",
         )
     return model_config
 
