@@ -21,7 +21,7 @@ ENGINES = ("vllm", "transformers", "endpoint")
 
 TEACHER_PROMPT_KEYS = ("teacher_system", "teacher_prompt", "teacher_messages", "teacher_template_arguments")
 """Keys of `source` that give the teacher another prompt than the row's."""
-_READ_FACTOR = 4
+READ_FACTOR = 4
 """Default of `max_read_length`, in `max_length`: room for a prompt of some documents."""
 
 Part = Literal["system", "developer", "text_beside_calls", "reasoning", "tool_calls", "tool_results", "tools"]
@@ -220,7 +220,7 @@ class TeacherConfig(FrozenModel):
         ge=2,
         le=MAX_TOKENS,
         description="Maximum number of tokens that the teacher reads for a row, where it reads another prompt than the "
-        f"row's; by default {_READ_FACTOR} times max_length. A longer row is rejected, never cut.",
+        f"row's; by default {READ_FACTOR} times max_length, within the model's context. A longer row is rejected.",
     )
     max_images: int = Field(
         default=8, ge=1, le=MAX_MEDIA, description="Maximum number of images of a row, for a teacher that sees images."
@@ -233,7 +233,7 @@ class TeacherConfig(FrozenModel):
 
     @property
     def read_length(self) -> int:
-        """The maximum number of tokens of a sequence that the engine gets."""
+        """The maximum number of tokens of a sequence that the engine gets; see `checkpoint.with_read_length`."""
         return self.max_read_length or self.max_length
 
     @property
@@ -341,12 +341,9 @@ class CaptureConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _teacher_prompt_fits(self) -> CaptureConfig:
-        keys, teacher = ", ".join(self.source.teacher_prompt_rule), self.teacher
+        keys = ", ".join(self.source.teacher_prompt_rule)
         if keys and self.mode == "pretrain":
             raise ValueError(f"mode score or generate with source.{keys}, not pretrain: documents have no prompt")
-        if teacher.max_read_length is not None and not keys:
+        if self.teacher.max_read_length is not None and not keys:
             raise ValueError(f"teacher.max_read_length with one of source.{', source.'.join(TEACHER_PROMPT_KEYS)} only")
-        if keys and teacher.max_read_length is None:
-            length = min(_READ_FACTOR * teacher.max_length, MAX_TOKENS)
-            object.__setattr__(self, "teacher", teacher.model_copy(update={"max_read_length": length}))
         return self

@@ -29,7 +29,7 @@ from .image_counts import ImageCounts, ImageEstimate
 from .prepare import make_header, open_checked, require_unique_ids
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source
-from .teachers.checkpoint import load_model_config, tokenizer_files
+from .teachers.checkpoint import load_model_config, tokenizer_files, with_read_length
 from .teachers.protocol import TokenSequence
 from .worker import SpeedReport
 
@@ -152,6 +152,7 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
 
     Raises the named errors of the configuration, source and teacher.
     """
+    config = with_read_length(config)
     source, maker = open_checked(config)  # without a store: nothing is staged
     units = source.plan(config.rows_per_unit)
     require_unique_ids(config, source)

@@ -42,6 +42,7 @@ from .teachers.checkpoint import (
     quantization_of,
     tokenizer_files,
     weights_fingerprint,
+    with_read_length,
 )
 from .teachers.engine_args import engine_args_that_change_values
 
@@ -72,6 +73,7 @@ def prepare(
     `rank_ids` makes the id rank table of a new dataset by a calibration pass; without it there is no table.
     Raises `HeaderMismatch` for a changed configuration, and the errors of sources, templates and teachers.
     """
+    config = with_read_length(config)
     store = Store(config.output)
     store.require_writable()
     restore_header(store)

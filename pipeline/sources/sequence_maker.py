@@ -18,7 +18,12 @@ from coldstill.common.processor import ProcessorUnusable, placeholder_id
 from coldstill.pipeline.config import CaptureConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.teachers.checkpoint import end_token_ids, load_teacher_processor, load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import (
+    end_token_ids,
+    load_teacher_processor,
+    load_tokenizer,
+    with_read_length,
+)
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.header import DatasetHeader, TeacherPrompt
@@ -108,6 +113,7 @@ class SequenceMaker:
         It has no processor if an earlier release started it, or if the processor could not be loaded then: such a
         dataset has no images.
         """
+        config = with_read_length(config)
         tokenizer = tokenizer or load_tokenizer(config.teacher)
         return cls(
             tokenizer,

@@ -16,6 +16,7 @@ from coldstill.pipeline.errors import AllRowsRejected
 from coldstill.pipeline.prepare import open_checked
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
+from coldstill.pipeline.teachers.checkpoint import with_read_length
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import span_positions
@@ -307,14 +308,23 @@ def _capture(**changes: Any) -> CaptureConfig:
     return CaptureConfig.model_validate({"output": "x", "source": source, "teacher": teacher, **changes})
 
 
-def test_the_bound_of_the_teachers_side_is_four_rows_by_default_and_belongs_to_a_teachers_prompt() -> None:
-    prompted = {"teacher_system": "s"}
-    assert _capture().teacher.max_read_length is None
-    assert _capture().teacher.read_length == 100
-    assert _capture(source=prompted).teacher.read_length == 400
-    assert _capture(source=prompted, teacher={"max_read_length": 50}).teacher.read_length == 50
-    again = CaptureConfig.model_validate(_capture(source=prompted).model_dump())
-    assert again == _capture(source=prompted)
+def test_the_bound_of_the_teachers_side_is_four_rows_within_the_context_and_belongs_to_a_teachers_prompt(
+    tmp_path: Path,
+) -> None:
+    prompted, model = {"teacher_system": "s"}, str(making.chat_model(tmp_path / "teacher", context=700))
+
+    def length(max_length: int, **changes: Any) -> int:
+        return with_read_length(
+            _capture(teacher={"model": model, "max_length": max_length}, **changes)
+        ).teacher.read_length
+
+    assert length(100) == 100
+    assert length(100, source=prompted) == 400
+    assert length(300, source=prompted) == 700, "the model's context"
+    assert length(900, source=prompted) == 900, "which the check of max_length names"
+    own = _capture(source=prompted, teacher={"max_read_length": 50})
+    assert with_read_length(own) is own
+    assert own.teacher.read_length == 50
     with pytest.raises(ValidationError, match=r"max_read_length with one of source\.teacher_system"):
         _capture(teacher={"max_read_length": 500})
     with pytest.raises(ValidationError, match=r"score or generate with source\.teacher_system, not pretrain"):
