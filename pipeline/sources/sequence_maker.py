@@ -29,12 +29,12 @@ from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.header import DatasetHeader, TeacherPrompt
 from coldstill.storage_schema.rows import MediaReference
 
-from .chat_side import ChatSide
 from .chat_template import ChatTemplate
 from .conversation import Conversation, RowUnusable, conversation_of, has_marks
 from .files import SourceRow
 from .image_parts import column_images, image_columns, texts_of, with_images
 from .image_reader import ImageReader
+from .loss_mask import ChatSide
 from .sequences import Document, OverLong, facts_of, joined, prompt, sample_id_of, split
 from .teacher_prompt import PromptRule
 

@@ -23,8 +23,8 @@ from coldstill.pipeline.teachers.protocol import StoredRow, TokenSequence
 from coldstill.storage_schema.header import TeacherPrompt
 from coldstill.storage_schema.rows import MediaReference, spans_from_mask
 
-from .chat_side import ChatSide
 from .conversation import Conversation, RowUnusable, conversation_of, turns_of
+from .loss_mask import ChatSide
 
 _KINDS = {
     "teacher_system": "system",
