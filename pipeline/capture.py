@@ -30,7 +30,7 @@ from .calibration import warn_if_flat
 from .config import CaptureConfig
 from .driver.lease import Lease
 from .driver.progress import Progress, ProgressBar
-from .driver.status import read_progress
+from .driver.status import read_progress, teacher_saw
 from .errors import CaptureIncomplete, TooManyUnits, all_rejected
 from .prepare import Prepared, prepare
 from .reject_reasons import reject_reasons_of
@@ -54,6 +54,7 @@ class CaptureSummary(BaseModel):
     rejected: int
     reject_reasons: dict[str, int] = Field(default={}, description="Rejected rows by reason.")
     read_as: tuple[str, ...] = Field(default=(), description="How columns of recognized layouts were read.")
+    teacher_saw: str | None = Field(default=None, description="That the teacher had another prompt, if it had one.")
     tokens: int
     targets: int
     bytes: int = Field(description="Bytes of all shards.")
@@ -98,7 +99,7 @@ def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
                 if not seals_left:
                     raise
                 tqdm.write(f"{error.what}: {error.found}. They are made again.", file=sys.stderr)
-    return _summary(store, time.monotonic() - started, reopened, read_as=prepared.layouts)
+    return _summary(prepared, time.monotonic() - started, reopened)
 
 
 @contextmanager
@@ -199,7 +200,8 @@ def _example(store: Store) -> str:
     return f"row {reject.get('source_row')}: {reject.get('detail')}"
 
 
-def _summary(store: Store, wall_s: float, reopened: Reopened, *, read_as: tuple[str, ...]) -> CaptureSummary:
+def _summary(prepared: Prepared, wall_s: float, reopened: Reopened) -> CaptureSummary:
+    store = prepared.store
     manifest, dataset_id = read_manifest(store)
     record = read_progress(store)
     seconds, rejected = (record.score_seconds, record.rejected) if record else (None, None)
@@ -214,7 +216,8 @@ def _summary(store: Store, wall_s: float, reopened: Reopened, *, read_as: tuple[
         rows=manifest.rows,
         rejected=manifest.rejected,
         reject_reasons=rejected or {},
-        read_as=read_as,
+        read_as=prepared.layouts,
+        teacher_saw=teacher_saw(prepared.header),
         tokens=manifest.tokens,
         targets=manifest.targets,
         bytes=size,

@@ -13,11 +13,18 @@ from coldstill.common.plugins import is_plugin, load_plugin
 from coldstill.storage_schema.header import MAX_DRAWS, MAX_TOKENS, MAX_TOP_K
 from coldstill.storage_schema.rows import MAX_MEDIA, MAX_MEDIA_BYTES
 
+from .cluster_config import ClusterConfig
+
 _HOST = re.compile(r"[^\s/@*\[\]]+")
 _OF_ROWS = ("rows_of", "round", "images_in_row_bytes")
 """Settings of the source that have an effect on rows of a dataset."""
 ENGINES = ("vllm", "transformers", "endpoint")
 """Built-in engines; others are the user's classes, named as `module:name`."""
+
+TEACHER_PROMPT_KEYS = ("teacher_system", "teacher_prompt", "teacher_messages", "teacher_template_arguments")
+"""Keys of `source` that give the teacher another prompt than the row's."""
+READ_FACTOR = 4
+"""Default of `max_read_length`, in `max_length`: room for a prompt of some documents."""
 
 Part = Literal["system", "developer", "text_beside_calls", "reasoning", "tool_calls", "tool_results", "tools"]
 """Parts of a chat that a chat template may leave out, if the settings accept it; never the text of a turn."""
@@ -101,6 +108,25 @@ class SourceConfig(FrozenModel):
     template_arguments: dict[str, Any] = Field(
         default_factory=dict, description="Extra variables for the chat template, such as enable_thinking."
     )
+    teacher_system: str | None = Field(
+        default=None,
+        min_length=1,
+        description="System message that only the teacher reads, in place of the chat's own one if it has one; see "
+        "docs/teacher_prompt.md.",
+    )
+    teacher_prompt: str | None = Field(
+        default=None,
+        description="Column with a prompt, as text or messages, that only the teacher reads, in place of all messages "
+        "before the first target turn.",
+    )
+    teacher_messages: str | None = Field(
+        default=None,
+        description="Column with the whole chat as only the teacher reads it; its target turns are those of the row.",
+    )
+    teacher_template_arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template for the teacher only, on top of template_arguments.",
+    )
     template_date: date | None = Field(
         default=None,
         description="Date for a chat template that asks for today's, such as 2026-11-28; by default the day on which "
@@ -136,6 +162,22 @@ class SourceConfig(FrozenModel):
             raise ValueError(f"no source.{changed[0]} with rows_of, whose rows are scored as they are")
         if self.rows_of is None and self.round:
             raise ValueError(f"source.round 0 without rows_of, not {self.round}")
+        return self
+
+    @property
+    def teacher_prompt_rule(self) -> dict[str, Any]:
+        """The keys that give the teacher another prompt than the row's, with their values; empty if none is set."""
+        return {name: value for name in TEACHER_PROMPT_KEYS if (value := getattr(self, name))}
+
+    @model_validator(mode="after")
+    def _one_teacher_prompt(self) -> SourceConfig:
+        keys = self.teacher_prompt_rule
+        if "teacher_messages" in keys and (others := keys.keys() & {"teacher_system", "teacher_prompt"}):
+            raise ValueError(f"teacher_messages, the teacher's whole chat, without {', '.join(sorted(others))}")
+        if keys and self.over_long != "reject":
+            raise ValueError(f"over_long reject with {next(iter(keys))}, not {self.over_long}: answers stay whole")
+        if keys and self.loss_on == "all":
+            raise ValueError(f"loss_on assistant or last_turn with {next(iter(keys))}, not all: prompts differ")
         return self
 
 
@@ -194,6 +236,13 @@ class TeacherConfig(FrozenModel):
         le=MAX_TOKENS,
         description="Maximum length of a row, in tokens; images count as the teacher expands them.",
     )
+    max_read_length: int | None = Field(
+        default=None,
+        ge=2,
+        le=MAX_TOKENS,
+        description="Maximum number of tokens that the teacher reads for a row, where it reads another prompt than the "
+        f"row's; by default {READ_FACTOR} times max_length, within the model's context. A longer row is rejected.",
+    )
     max_images: int = Field(
         default=8, ge=1, le=MAX_MEDIA, description="Maximum number of images of a row, for a teacher that sees images."
     )
@@ -202,6 +251,11 @@ class TeacherConfig(FrozenModel):
         description="Extra arguments of vLLM's LLM class or of from_pretrained; for engine endpoint: served_model, "
         "concurrency, timeout_s, attempts.",
     )
+
+    @property
+    def read_length(self) -> int:
+        """The maximum number of tokens of a sequence that the engine gets; see `checkpoint.with_read_length`."""
+        return self.max_read_length or self.max_length
 
     @property
     def is_own_class(self) -> bool:
@@ -254,57 +308,6 @@ class SamplingConfig(FrozenModel):
     def _answers_differ(self) -> SamplingConfig:
         if self.temperature == 0 and self.n > 1:
             raise ValueError(f"n 1 with temperature 0, whose answers to a prompt are all the same, not n {self.n}")
-        return self
-
-
-class ClusterConfig(FrozenModel):
-    """Where the capture runs."""
-
-    min_workers: int = Field(
-        default=1, ge=1, description="Number of workers that must be ready before work units are assigned."
-    )
-    max_workers: int = Field(
-        default=1, ge=1, description="Maximum number of workers: Ray actors, each with its own engine."
-    )
-    cpus_per_worker: float | None = Field(
-        default=None,
-        gt=0,
-        description="CPU cores that Ray reserves per worker; also its number of OpenMP threads, unless OMP_NUM_THREADS "
-        "is set. By default 1; on one machine without a GPU, the workers share all cores.",
-    )
-    gpus_per_worker: float | None = Field(
-        default=None,
-        ge=0,
-        description="GPUs that Ray reserves per worker; by default tensor times pipeline parallel size if the cluster "
-        "has GPUs.",
-    )
-    address: str | None = Field(
-        default=None,
-        description="Address of the Ray cluster to join; by default RAY_ADDRESS, or else a new one on this machine.",
-    )
-    hung_after_s: float = Field(
-        default=600, gt=0, description="Seconds without progress after which a worker counts as hung and exits."
-    )
-    store_retry_s: float = renamed_field(
-        "store_retry_s",
-        old="store_patience_s",
-        default=300,
-        ge=0,
-        description="Seconds for which a failed access to the output store is retried before the capture ends.",
-    )
-    driver_dead_after_s: float = Field(
-        default=120,
-        gt=0,
-        description="Seconds without a heartbeat after which another driver may take over the capture.",
-    )
-    price_per_gpu_hour: float | None = Field(
-        default=None, ge=0, description="Price of one GPU for one hour, in any currency, for `status` and `--dry-run`."
-    )
-
-    @model_validator(mode="after")
-    def _bounds_in_order(self) -> ClusterConfig:
-        if self.min_workers > self.max_workers:
-            raise ValueError(f"min_workers at most max_workers, {self.max_workers}, not {self.min_workers}")
         return self
 
 
@@ -361,4 +364,13 @@ class CaptureConfig(FrozenModel):
     def _rows_are_scored(self) -> CaptureConfig:
         if self.source.rows_of is not None and self.mode != "score":
             raise ValueError(f"mode score with source.rows_of, whose rows have their answers, not mode {self.mode}")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_prompt_fits(self) -> CaptureConfig:
+        keys = ", ".join(self.source.teacher_prompt_rule)
+        if keys and self.mode == "pretrain":
+            raise ValueError(f"mode score or generate with source.{keys}, not pretrain: documents have no prompt")
+        if self.teacher.max_read_length is not None and not keys:
+            raise ValueError(f"teacher.max_read_length with one of source.{', source.'.join(TEACHER_PROMPT_KEYS)} only")
         return self

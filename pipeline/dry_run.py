@@ -29,7 +29,7 @@ from .image_counts import ImageCounts, ImageEstimate
 from .prepare import make_header, open_checked, require_unique_ids
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source
-from .teachers.checkpoint import load_model_config, tokenizer_files
+from .teachers.checkpoint import load_model_config, tokenizer_files, with_read_length
 from .teachers.protocol import TokenSequence
 from .worker import SpeedReport
 
@@ -122,7 +122,7 @@ class DryRun(BaseModel):
     )
     reject_examples: dict[str, str] = Field(default={}, description="The first reject of each reason.")
     sequences: int
-    tokens: int = Field(description="Tokens of the source; in mode generate, of the prompts.")
+    tokens: int = Field(description="Tokens of the source as the teacher reads them; in mode generate, of the prompts.")
     targets: int
     targets_are: Literal["counted", "at most", "by the probe's answers"]
     read_as: tuple[str, ...] = Field(default=(), description="How columns of recognized layouts were read.")
@@ -152,6 +152,7 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
 
     Raises the named errors of the configuration, source and teacher.
     """
+    config = with_read_length(config)
     source, maker = open_checked(config)  # without a store: nothing is staged
     units = source.plan(config.rows_per_unit)
     require_unique_ids(config, source)
@@ -284,7 +285,7 @@ def count_source(
                 counts.targets += _targets(config, made)
                 if images:
                     images.add(made)
-                tokens.append(made.token_ids)
+                tokens.append(made.as_stored.token_ids)
                 columns.append(f"{made.sample_id} {json.dumps(made.metadata, ensure_ascii=False)}")
             counts.own_bytes += _compressed(b"".join(ids.tobytes() for ids in tokens))
             counts.own_bytes += _compressed("\n".join(columns).encode())
@@ -305,7 +306,8 @@ def _compressed(data: bytes) -> int:
 def _targets(config: CaptureConfig, sequence: TokenSequence) -> int:
     if config.mode != "generate":
         return int(span_positions(sequence.target_spans).size)
-    room = config.teacher.max_length - sequence.token_ids.size
+    room = config.teacher.max_length - sequence.as_stored.token_ids.size
+    room = min(room, config.teacher.read_length - sequence.token_ids.size)
     return config.sampling.n * min(config.sampling.max_tokens, room)
 
 

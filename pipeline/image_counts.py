@@ -42,7 +42,7 @@ class ImageCounts:
     def __init__(self, processor: Any, config: CaptureConfig):
         """Raises `ProcessorUnusable`."""
         teacher, self._in_row_bytes = config.teacher, config.source.images_in_row_bytes
-        self._expander = LocalExpander(processor, max_images=teacher.max_images, max_length=teacher.max_length)
+        self._expander = LocalExpander(processor, teacher)
         self._is_prompt = config.mode == "generate"
         self._sampled_rows = self._sampled_images = self._unfit = 0
         self._example = ""

@@ -42,6 +42,7 @@ from .teachers.checkpoint import (
     quantization_of,
     tokenizer_files,
     weights_fingerprint,
+    with_read_length,
 )
 from .teachers.engine_args import engine_args_that_change_values
 
@@ -72,6 +73,7 @@ def prepare(
     `rank_ids` makes the id rank table of a new dataset by a calibration pass; without it there is no table.
     Raises `HeaderMismatch` for a changed configuration, and the errors of sources, templates and teachers.
     """
+    config = with_read_length(config)
     store = Store(config.output)
     store.require_writable()
     restore_header(store)
@@ -238,6 +240,7 @@ def make_header(
         over_long=maker.over_long,
         rows_per_unit=config.rows_per_unit,
         source_sha256=source_sha256,
+        teacher_prompt=maker.teacher_prompt,
         about=_about(config, maker, facts),
     )
     return maker.stored.header(header) if maker.stored else header
@@ -254,6 +257,7 @@ def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -
         tokenizer_pipeline_sha256=facts.pipeline_sha256,
         media_in_row_bytes=config.source.images_in_row_bytes if maker.processor else None,
         max_images=config.teacher.max_images if maker.processor else None,
+        max_read_length=config.teacher.max_read_length,
         processor=_processor_facts(maker.processor) if maker.processor else None,
     )
 

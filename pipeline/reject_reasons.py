@@ -44,6 +44,18 @@ class RejectReason(StrEnum):
         "The row has more than teacher.max_length tokens as the teacher reads it, and source.over_long is reject.",
     )
     NO_ROOM = "no_room", "The prompt has teacher.max_length tokens or more, which leaves no room for an answer."
+    NO_TEACHER_PROMPT = (
+        "no_teacher_prompt",
+        "The row has no chat, or nothing in the column with the prompt or the chat that the teacher reads.",
+    )
+    ANSWER_DIFFERS = (
+        "answer_differs",
+        "The target tokens in the chat that the teacher reads are not those of the row.",
+    )
+    TEACHER_OVER_LONG = (
+        "teacher_over_long",
+        "The teacher would read more than teacher.max_read_length tokens, or have no room for an answer below it.",
+    )
     NO_TARGETS = "no_targets", "No token of the row or part is a target."
     BAD_IMAGES = "bad_images", "The row's images do not match its image parts or marks, or cannot belong to them."
     TOO_MANY_IMAGES = "too_many_images", "The row has more images than teacher.max_images."

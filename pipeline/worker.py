@@ -25,6 +25,7 @@ from coldstill.pipeline.errors import TeacherOutputInvalid
 from coldstill.pipeline.reject_reasons import REJECT_REASONS, RejectReason, reject_reasons_of
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
+from coldstill.pipeline.teachers.checkpoint import with_read_length
 from coldstill.pipeline.teachers.protocol import (
     ScoreResult,
     Teacher,
@@ -210,6 +211,7 @@ def load_teacher(config: TeacherConfig, header: DatasetHeader, sampling: Samplin
 
 def load_for(config: CaptureConfig, header: DatasetHeader, load: TeacherLoader = load_teacher) -> Teacher:
     """Load the teacher of a capture. Raises `TeacherUnusable`."""
+    config = with_read_length(config)
     return load(config.teacher, header, config.sampling if config.mode == "generate" else None)
 
 
@@ -233,7 +235,7 @@ def _measure_slice(teacher: Teacher, header: DatasetHeader, sequences: Sequence[
     rows = place_media([one.row for one in scored_of(scored)], in_row_bytes=0).rows
     return SpeedReport(
         sequences=len(sequences),
-        tokens=sum(row.token_ids.size for row in rows),
+        tokens=sum(one.sequence.token_ids.size for one in scored_of(scored)),
         targets=sum(row.targets.positions for row in rows),
         seconds=seconds,
         bytes=len(write_shard(rows, header=header)),

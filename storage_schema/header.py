@@ -161,6 +161,9 @@ class About(BaseModel):
         default=None, ge=0, description="Media of at most this many bytes are stored in the rows, larger ones as files."
     )
     max_images: int | None = Field(default=None, ge=1, description="Rows with more images were rejected.")
+    max_read_length: int | None = Field(
+        default=None, ge=2, description="With a `teacher_prompt`: tokens that the teacher read for a row, at most."
+    )
     processor: ProcessorFacts | None = None
     writer: RowWriter | None = None
 

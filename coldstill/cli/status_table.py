@@ -94,6 +94,8 @@ def _lines(status: Status) -> list[tuple[str, str]]:
         ("tokens", f"{totals.tokens:,}, of which {totals.targets:,} targets"),
         ("shards", f"{totals.bytes:,} bytes"),
     ]
+    if status.teacher_saw:
+        lines.append(("teacher saw", status.teacher_saw))
     if not status.is_over:
         lines += [
             ("workers", f"{status.workers:,} ready"),

@@ -17,8 +17,8 @@ from pydantic import Field
 
 from coldstill.common.models import FrozenModel, parse_document
 from coldstill.storage_schema.commits import committed_units
-from coldstill.storage_schema.errors import CommitDamaged, DatasetNotFound
-from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.errors import CommitDamaged, DatasetNotFound, InvalidHeader, UnsupportedFormat
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, read_manifest
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.store import Store
@@ -112,6 +112,7 @@ class Status(FrozenModel):
     units_failed: int
     rows_planned: int | None = None
     rows_done: int | None = Field(default=None, description="Source rows, rejected ones included.")
+    teacher_saw: str | None = Field(default=None, description="That the teacher has another prompt, if it has one.")
     totals: Totals = Field(
         description="Totals of all starts; the last seconds before a kill are missing until the dataset is sealed."
     )
@@ -135,7 +136,7 @@ def read_status(root: str) -> Status:
     store = Store(root)
     record = read_progress(store)
     if store.exists(MANIFEST_NAME):
-        return _sealed(store, record)
+        return _with_header(store, _sealed(store, record))
     lease = read_lease(store)
     if lease is None and not store.exists(HEADER_NAME):
         raise DatasetNotFound(
@@ -144,7 +145,21 @@ def read_status(root: str) -> Status:
             wanted="the directory that `coldstill capture` calls `output`",
             fix="check the path; a capture that was just started needs a few seconds",
         )
-    return _unsealed(store, record, lease)
+    return _with_header(store, _unsealed(store, record, lease))
+
+
+def _with_header(store: Store, status: Status) -> Status:
+    """The status with what the header says, if there is one that can be read."""
+    with suppress(FileNotFoundError, InvalidHeader, UnsupportedFormat):
+        header = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
+        return status.model_copy(update={"teacher_saw": teacher_saw(header)})
+    return status
+
+
+def teacher_saw(header: DatasetHeader) -> str | None:
+    """What a person must know of a dataset whose teacher had another prompt than the row's."""
+    prompt = header.teacher_prompt
+    return f"more than the student: another prompt than the row's, made by {prompt.kind}" if prompt else None
 
 
 def read_progress(store: Store) -> ProgressRecord | None:

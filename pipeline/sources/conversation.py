@@ -70,6 +70,15 @@ class Conversation(NamedTuple):
         learned = [number for number in range(start, len(self.messages)) if self.is_learned(number)]
         return frozenset(learned[-1:] if last_turn else learned)
 
+    def first_learned(self, *, last_turn: bool) -> int:
+        """Number of the first message whose tokens are targets; the number of messages if there is none.
+
+        `last_turn`: only the last of the assistant's turns may be learned.
+        """
+        turns = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+        learned = filter(self.is_learned, turns[-1:] if last_turn else turns)
+        return next(learned, len(self.messages))
+
 
 class _Layout(NamedTuple):
     """Messages as a row holds them, the columns that they come from, and the name of the layout."""
@@ -103,6 +112,14 @@ def conversation_of(
             raise RowUnusable(RejectReason.NO_PROMPT, "all messages are the assistant's")
     name = layout.name and f"{layout.name}: {', '.join(layout.columns)} -> messages"
     return Conversation(messages, tools, (*layout.columns, source.tools), name)
+
+
+def turns_of(prompt: object, tools: list[Any] | None, *, with_images: bool) -> list[dict[str, Any]]:
+    """The messages of a prompt, as text or as messages. Raises `RowUnusable`."""
+    return [
+        _message(number, message, tools, with_images=with_images)
+        for number, message in enumerate(_turn(prompt, role="user"))
+    ]
 
 
 def has_marks(chat: Conversation) -> bool:

@@ -18,25 +18,29 @@ from coldstill.common.processor import ProcessorUnusable, placeholder_id
 from coldstill.pipeline.config import CaptureConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
-from coldstill.pipeline.teachers.checkpoint import end_token_ids, load_teacher_processor, load_tokenizer
+from coldstill.pipeline.teachers.checkpoint import (
+    end_token_ids,
+    load_teacher_processor,
+    load_tokenizer,
+    with_read_length,
+)
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
-from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header import DatasetHeader, TeacherPrompt
 from coldstill.storage_schema.rows import MediaReference
 
-from .chat_template import ChatTemplate, Fitted
+from .chat_template import ChatTemplate
 from .conversation import Conversation, RowUnusable, conversation_of, has_marks
 from .dataset_rows import StoredSequences
 from .files import SourceRow
 from .image_parts import column_images, image_columns, texts_of, with_images
 from .image_reader import ImageReader
-from .loss_mask import LossMask
+from .loss_mask import ChatSide
 from .sequences import Document, OverLong, facts_of, joined, prompt, sample_id_of, split
+from .teacher_prompt import PromptRule
 
 Mode = Literal["score", "generate", "pretrain"]
 Columns = dict[str, Any]
-_MAX_LOST = 3
-"""Maximum number of dropped parts that a reject names."""
 
 
 class SequenceMaker:
@@ -56,6 +60,7 @@ class SequenceMaker:
         stops: Iterable[int] = (),
         today: date | None = None,
         processor: Any | ProcessorUnusable | None = None,
+        max_read_length: int | None = None,
         max_images: int = TeacherConfig.model_fields["max_images"].default,
         stored: StoredSequences | None = None,
     ):
@@ -71,7 +76,15 @@ class SequenceMaker:
         self.template = ChatTemplate(tokenizer, source, today=today, processor=processor)
         self._placeholder_id = None if processor is None else placeholder_id(processor)
         self._images = ImageReader(source) if processor is not None else None
-        self._loss_mask = LossMask(self.template, source.loss_on, stops)
+        stops = frozenset(stops)
+        self._student = ChatSide(self.template, loss_on=source.loss_on, stops=stops)
+        self._rule: PromptRule | None = None
+        if source.teacher_prompt_rule:
+            template = self.template.changed(arguments=source.teacher_template_arguments)
+            side = ChatSide(template, loss_on=source.loss_on, stops=stops)
+            self._rule = PromptRule(source, side, max_read_length=max_read_length or max_length)
+        self._teacher_columns = self._rule.columns if self._rule else ()
+        self._sees = processor is not None or self._unusable is not None
         self._mode, self._documents = mode, documents
         self._layouts: Counter[str] = Counter()
         self._made: Callable[[int, Columns], Iterator[TokenSequence | Reject]] = {
@@ -105,6 +118,7 @@ class SequenceMaker:
         It has no processor if an earlier release started it, or if the processor could not be loaded then: such a
         dataset has no images.
         """
+        config = with_read_length(config)
         tokenizer = tokenizer or load_tokenizer(config.teacher)
         return cls(
             tokenizer,
@@ -115,6 +129,7 @@ class SequenceMaker:
             stops=end_token_ids(config.teacher, tokenizer),
             today=template_date_of(header) if header else today,
             processor=_processor_of(config.teacher, header),
+            max_read_length=config.teacher.max_read_length,
             max_images=config.teacher.max_images,
             stored=StoredSequences(config.source.rows_of, tokenizer, writer_round=config.source.round)
             if config.source.rows_of is not None
@@ -132,9 +147,14 @@ class SequenceMaker:
         return None if self._mode == "pretrain" else self.template.sha256
 
     @property
+    def teacher_prompt(self) -> TeacherPrompt | None:
+        """How the teacher's prompt is made, if it reads another one than the row's."""
+        return self._rule.facts if self._rule else None
+
+    @property
     def end_token_ids(self) -> tuple[int, ...] | None:
         """Tokens that end an answer of the teacher, in every mode and engine; None in mode pretrain."""
-        return None if self._mode == "pretrain" else self._loss_mask.end_token_ids
+        return None if self._mode == "pretrain" else self._student.end_token_ids
 
     @property
     def over_long(self) -> OverLong:
@@ -200,15 +220,6 @@ class SequenceMaker:
         """How the columns of recognized layouts were read, the most frequent one first."""
         return tuple(name for name, _ in self._layouts.most_common() if name)
 
-    def _whole(self, fitted: Fitted) -> Conversation:
-        """A chat of which the template drops nothing. Raises `RowUnusable`."""
-        if not fitted.lost:
-            return fitted.chat
-        named = "; ".join(part.what for part in fitted.lost[:_MAX_LOST])
-        more = len(fitted.lost) - _MAX_LOST
-        detail = f"{named}; and {more} more" if more > 0 else named
-        raise RowUnusable(RejectReason.TEMPLATE_DROPS, detail, lost=frozenset(part.kind for part in fitted.lost))
-
     def _of_row(self, row: SourceRow) -> Iterator[TokenSequence | Reject]:
         try:
             yield from self._made(row.number, _columns_of(row))
@@ -224,16 +235,16 @@ class SequenceMaker:
         else:
             used = chat.columns
             self._layouts[chat.layout] += 1
-            learned = chat.learned_reasoning(last_turn=self.source.loss_on == "last_turn")
-            chat = self._whole(self.template.fitted(chat, learned=learned))
-            token_ids, loss_mask = self._loss_mask.ids_and_loss_mask(chat)
+            chat, token_ids, mask = self._student.rendered(chat, answered=True)
+            loss_mask = mask or []
         positions = self._placeholders(token_ids, chat)
         for position in positions:  # a teacher predicts text only
             loss_mask[position] = False
-        facts = facts_of(number, columns, self.source, used=used)
+        facts = facts_of(number, columns, self.source, used=(*used, *self._teacher_columns))
         if len(token_ids) <= self.max_length or self.over_long != "reject":
             facts = facts._replace(media=self._media(chat, positions))
-        yield from split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
+        for row in split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long):
+            yield self._as_read(row, chat, columns)
 
     def _as_stored(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         assert self.stored is not None
@@ -252,13 +263,29 @@ class SequenceMaker:
             token_ids = self._tokens(columns)
         else:
             self._layouts[chat.layout] += 1
-            chat = self._whole(self.template.fitted(chat, prompted=True))
-            token_ids, used = self.template.prompt(chat), chat.columns
+            used = chat.columns
+            chat, token_ids, _ = self._student.rendered(chat, answered=False)
         positions = self._placeholders(token_ids, chat)
-        facts = facts_of(number, columns, self.source, used=used)
+        facts = facts_of(number, columns, self.source, used=(*used, *self._teacher_columns))
         if len(token_ids) < self.max_length:
             facts = facts._replace(media=self._media(chat, positions))
-        yield prompt(facts, token_ids, max_length=self.max_length)
+        yield self._as_read(prompt(facts, token_ids, max_length=self.max_length), chat, columns)
+
+    def _as_read(
+        self, row: TokenSequence | Reject, chat: Conversation | None, columns: Columns
+    ) -> TokenSequence | Reject:
+        """What the teacher reads for a row with this `chat`. Raises `RowUnusable`, whose detail names the side."""
+        if self._rule is None or isinstance(row, Reject):
+            return row
+        answered = self._mode == "score"
+        try:
+            theirs = self._seen(self._rule.chat(columns, answered=answered, with_images=self._sees), columns)
+            if chat is not None and theirs.images != chat.images:
+                raise RowUnusable(RejectReason.BAD_IMAGES, f"{len(theirs.images)} images, and the row has others")
+            theirs, token_ids, loss_mask = self._rule.side.rendered(theirs, answered=answered)
+            return self._rule.read(row, token_ids, loss_mask, self._placeholders(token_ids, theirs))
+        except RowUnusable as why:
+            raise RowUnusable(why.reason, f"as the teacher reads it: {why.detail}", lost=why.lost) from None
 
     def _isolated(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         facts, token_ids = self._document(number, columns)
@@ -294,11 +321,12 @@ class SequenceMaker:
 
     def _chat(self, columns: Columns, *, answered: bool) -> Conversation | None:
         """The chat of a row, with its images if the teacher sees any. Raises `RowUnusable`, `ProcessorUnusable`."""
-        sees = self.processor is not None or self._unusable is not None
-        chat = conversation_of(columns, self.source, answered=answered, with_images=sees)
-        if chat is None:
-            return None
-        if not sees:
+        chat = conversation_of(columns, self.source, answered=answered, with_images=self._sees)
+        return None if chat is None else self._seen(chat, columns)
+
+    def _seen(self, chat: Conversation, columns: Columns) -> Conversation:
+        """A chat with its images, checked. Raises `RowUnusable`, `ProcessorUnusable`."""
+        if not self._sees:
             if has_marks(chat) and any(columns.get(name) for name in image_columns(self.source)):
                 raise RowUnusable(RejectReason.BAD_IMAGES, "the row has images, and the teacher reads text only")
             return chat

@@ -31,16 +31,20 @@ def answer_room(
 ) -> int:
     """The maximum number of tokens of an answer. Raises `InvalidRow` for a prompt that is empty or leaves no room.
 
-    `tokens`: those of the prompt as the engine computes it, with its images expanded.
+    `tokens`: those of the prompt as the engine computes it, with its images expanded. The row has these images too.
     """
-    tokens = prompt.token_ids.size if tokens is None else tokens
-    if not 0 < tokens < header.max_length:
-        raise InvalidRow(
-            f"prompt {prompt.sample_id!r}",
-            found=f"{tokens} tokens",
-            wanted=f"1..{header.max_length - 1}, so that teacher.max_length leaves room for an answer",
-        )
-    return min(sampling.max_tokens, header.max_length - tokens)
+    read = prompt.token_ids.size if tokens is None else tokens
+    stored = read + prompt.as_stored.token_ids.size - prompt.token_ids.size
+    bounds = {"max_read_length": (read, header.about.max_read_length or header.max_length)} if prompt.stored else {}
+    bounds["max_length"] = (stored, header.max_length)
+    for key, (size, most) in bounds.items():
+        if not 0 < size < most:
+            raise InvalidRow(
+                f"prompt {prompt.sample_id!r}",
+                found=f"{size} tokens",
+                wanted=f"1..{most - 1}, so that teacher.{key} leaves room for an answer",
+            )
+    return min(sampling.max_tokens, *(most - size for size, most in bounds.values()))
 
 
 def answer_sequence(
@@ -58,6 +62,7 @@ def answer_sequence(
         target_spans=np.array([[first - 1, first + len(tokens) - 1]], np.int32),
         metadata={**prompt.metadata, "finish_reason": finish_reason},
         media=prompt.media,
+        stored=prompt.stored.answered(tokens) if prompt.stored else None,
     )
 
 

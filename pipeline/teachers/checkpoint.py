@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.processor import load_processor, sees_images
-from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.config import READ_FACTOR, CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.image_expansion import ImageRules
@@ -37,7 +37,7 @@ from coldstill.pipeline.teachers.protocol import (
     UnscoredSequence,
     scored_of,
 )
-from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header import MAX_TOKENS, DatasetHeader
 from coldstill.storage_schema.tokenizer import (
     TOKENIZER_FILE,
     TOKENIZER_FILES,
@@ -193,15 +193,34 @@ def load_model_config(config: TeacherConfig, facts: TokenizerFacts) -> Any:
             wanted="top_k <= token ids <= logit columns",
             fix="choose a smaller teacher.top_k, or the tokenizer that belongs to the model",
         )
-    context = getattr(text_config, "max_position_embeddings", None)
-    if context and config.max_length > context:
+    context = _context(model_config)
+    if context and config.read_length > context:
+        key = "max_read_length" if config.max_read_length else "max_length"
         raise TeacherUnusable(
-            "teacher.max_length",
-            found=config.max_length,
+            f"teacher.{key}",
+            found=config.read_length,
             wanted=f"at most {context}, the context of {config.model}",
-            fix="lower teacher.max_length",
+            fix=f"set teacher.{key}: {context}, or less",
         )
     return model_config
+
+
+def with_read_length(config: CaptureConfig) -> CaptureConfig:
+    """The settings with the default of `teacher.max_read_length` in its place, if the teacher has its own prompt.
+
+    Raises `TeacherUnusable` for a model without a `config.json`.
+    """
+    teacher = config.teacher
+    if not config.source.teacher_prompt_rule or teacher.max_read_length is not None:
+        return config
+    most = max(teacher.max_length, _context(_model_config(teacher)) or MAX_TOKENS)
+    length = min(READ_FACTOR * teacher.max_length, most, MAX_TOKENS)
+    return config.model_copy(update={"teacher": teacher.model_copy(update={"max_read_length": length})})
+
+
+def _context(model_config: Any) -> int | None:
+    """The model's maximum number of positions, if it has one."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or None
 
 
 def _model_config(config: TeacherConfig) -> Any:

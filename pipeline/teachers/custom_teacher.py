@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class CheckedTeacher:
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None):
         self._engine, self._header, self._sampling = config.engine, header, sampling
+        self._read_length = header.about.max_read_length or header.max_length
         try:
             self._teacher: Teacher = load_plugin(config.engine, key="teacher.engine")(config, header, sampling)
         except ColdstillError:
@@ -109,6 +111,14 @@ class CheckedTeacher:
             self._check_given(where, item.sequence, given)
         else:
             self._check_answer(where, item.sequence, given, number=number, answers=self._sampling.n)
+        # The class need not look at the stored row.
+        stored = given.stored
+        if stored and self._sampling is not None:
+            stored = stored.answered(item.sequence.token_ids[given.token_ids.size :])
+            if stored.token_ids.size > self._header.max_length:
+                found = f"{stored.token_ids.size} tokens in the stored row"
+                raise self._invalid(where, found, f"at most {self._header.max_length}")
+        item = item._replace(sequence=replace(item.sequence, stored=stored))
         self._check_arrays(where, item)
         if _is_nan(item.targets):
             return non_finite(item.sequence.sample_id, item.sequence.source_row)
@@ -143,8 +153,8 @@ class CheckedTeacher:
             raise self._invalid(where, "an answer to another prompt", "the prompt's own tokens, then the answer's")
         if sequence.media != prompt.media:
             raise self._invalid(where, f"{len(sequence.media)} images", f"the {len(prompt.media)} of the prompt")
-        if not first < size <= self._header.max_length:
-            raise self._invalid(where, f"{size} tokens", f"{first + 1}..{self._header.max_length}")
+        if not first < size <= self._read_length:
+            raise self._invalid(where, f"{size} tokens", f"{first + 1}..{self._read_length}")
         if not np.array_equal(sequence.target_spans, [[first - 1, size - 1]]):
             found = f"target spans {np.asarray(sequence.target_spans).tolist()}"
             raise self._invalid(where, found, f"[[{first - 1}, {size - 1}]], the tokens of the answer")

@@ -37,7 +37,7 @@ def serve_command(config: TeacherConfig, *, images: bool = False) -> str:
     """The command that starts a server with suitable responses; of rows with images too."""
     command = (
         f"vllm serve {config.model} --max-logprobs {config.top_k} --logprobs-mode raw_logprobs "
-        f"--max-model-len {config.max_length + 1}"
+        f"--max-model-len {config.read_length + 1}"
     )
     limit = f""" --enable-scale-out --limit-mm-per-prompt '{{"image": {config.max_images}}}'"""
     return command + limit if images else command

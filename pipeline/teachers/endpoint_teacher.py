@@ -191,7 +191,7 @@ class EndpointTeacher:
             return self._images_client.post(
                 PATH,
                 {"model": self._model, **request_body(prompt, row, fields)},
-                at_most=_OTHER_BYTES + _ENTRY_BYTES * self._config.max_length * (self._config.top_k + 1),
+                at_most=_OTHER_BYTES + _ENTRY_BYTES * self._config.read_length * (self._config.top_k + 1),
                 read=read,
             )
         except EndpointFailed as error:
@@ -258,13 +258,14 @@ class EndpointTeacher:
                 wanted=self._model,
                 fix="teacher.engine_args: {served_model: NAME}, or serve the model that teacher.model names",
             )
-        length, needed = card.get("max_model_len"), self._config.max_length + 1
+        length, needed = card.get("max_model_len"), self._config.read_length + 1
         if isinstance(length, int) and length < needed:
+            key = "max_read_length" if self._config.max_read_length else "max_length"
             raise TeacherUnusable(
                 f"{self._client.url}/models: max_model_len of {self._model}",
                 found=length,
                 wanted=f"at least {needed}: a row, and the one token that a server must sample",
-                fix=f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 {serve_command(self._config)}, or a smaller teacher.max_length",
+                fix=f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 {serve_command(self._config)}, or a smaller teacher.{key}",
             )
         return card
 

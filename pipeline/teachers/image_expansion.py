@@ -19,6 +19,7 @@ import numpy as np
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.images import ImageTooLarge, ImageUnreadable, ImageUnsupported, decoded
 from coldstill.common.processor import expanded_positions, placeholder_id
+from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.storage_schema.rows import span_positions
 
@@ -145,16 +146,23 @@ def check_no_images(sequence: TokenSequence) -> None:
         raise _differs(f"{len(sequence.media)} images, and the dataset's header has no processor")
 
 
-def check_length(expansion: Expansion, *, max_length: int, is_prompt: bool) -> None:
-    """Raise `RowRejected` for a row that is longer than `max_length` with its images expanded.
+def check_length(sequence: TokenSequence, expansion: Expansion, *, config: TeacherConfig, is_prompt: bool) -> None:
+    """Raise `RowRejected` for a row that is longer than `max_length` with its images expanded, or of which the teacher
+    reads more than `max_read_length`.
 
     `is_prompt`: the row must leave room for an answer.
     """
-    size, images = expansion.token_ids.size, expansion.images.size
-    if images and size > max_length - is_prompt:
+    read, images = expansion.token_ids.size, expansion.images.size
+    if not images:
+        return  # the source's tokens were counted when they were made
+    size = read + sequence.as_stored.token_ids.size - sequence.token_ids.size
+    of_images = f"{int(expansion.lengths.sum())} of them of {images} images"
+    if size > config.max_length - is_prompt:
         reason = RejectReason.NO_ROOM if is_prompt else RejectReason.OVER_LONG
-        of_images = int(expansion.lengths.sum())
-        raise RowRejected(reason, f"{size} tokens, {of_images} of them of {images} images; at most {max_length}")
+        raise RowRejected(reason, f"{size} tokens, {of_images}; at most {config.max_length}")
+    if read > config.read_length - is_prompt:
+        detail = f"the teacher reads {read} tokens, {of_images}; at most {config.read_length}"
+        raise RowRejected(RejectReason.TEACHER_OVER_LONG, detail)
 
 
 def images_of(sequence: TokenSequence) -> list[Image.Image]:

@@ -41,11 +41,11 @@ class ExpandedRow(NamedTuple):
 class LocalExpander:
     """Expands rows by a processor of transformers. Not thread-safe."""
 
-    def __init__(self, processor: Any, *, max_images: int, max_length: int):
+    def __init__(self, processor: Any, config: TeacherConfig):
         """Raises `ProcessorUnusable`."""
-        self.rules = ImageRules(processor, max_images=max_images)
+        self.rules = ImageRules(processor, max_images=config.max_images)
         self._expander = ImageExpander(processor)
-        self._max_length = max_length
+        self._config = config
 
     def expanded(self, sequence: TokenSequence, *, is_prompt: bool) -> ExpandedRow:
         """The row, proven. `is_prompt`: it must leave room for an answer. Raises `RowRejected`."""
@@ -60,7 +60,7 @@ class LocalExpander:
             raise unsupported(error) from error
         offsets = at + np.cumsum(made.lengths) - made.lengths - np.arange(at.size)
         expansion = self.rules.proven(sequence, made.token_ids, zip(offsets, made.lengths, strict=True))
-        check_length(expansion, max_length=self._max_length, is_prompt=is_prompt)
+        check_length(sequence, expansion, config=self._config, is_prompt=is_prompt)
         return ExpandedRow(expansion, inputs, images)
 
     def token_types(self, expansion: Expansion) -> np.ndarray:
@@ -79,4 +79,4 @@ def local_expander(config: TeacherConfig, header: DatasetHeader) -> LocalExpande
     processor = load_teacher_processor(config) if header.about.processor else None
     if processor is None:
         return None
-    return LocalExpander(processor, max_images=config.max_images, max_length=header.max_length)
+    return LocalExpander(processor, config)

@@ -15,10 +15,35 @@ import numpy as np
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.storage_schema.rows import CachedRow, MediaReference, TeacherTargets
 
+TEACHER_TOKENS = "teacher_tokens"
+"""Key in the metadata of a row: the number of tokens that the teacher read, where its prompt was not the row's."""
+
+
+class StoredRow(NamedTuple):
+    """A row as it is stored, where the teacher reads another prompt: the fields of `TokenSequence` of these names.
+
+    Its spans are as many and as long as the sequence's, and have the same labels.
+    """
+
+    token_ids: np.ndarray
+    target_spans: np.ndarray
+    media: tuple[MediaReference, ...] = ()
+
+    def answered(self, tokens: Sequence[int] | np.ndarray) -> StoredRow:
+        """A prompt with the tokens of an answer to it, all of them targets."""
+        first = self.token_ids.size
+        return StoredRow(
+            np.concatenate([self.token_ids, np.asarray(tokens, np.int32)]),
+            np.array([[first - 1, first + len(tokens) - 1]], np.int32),
+            self.media,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
     """`token_ids int32 [T]`, and the positions to score as `target_spans int32 [n, 2]`; a prompt has no spans.
+
+    These are what the teacher reads. `stored` is the row of the dataset if that has another prompt.
 
     `source_row` is the number of the source row that it was made from; of joined documents, the first one's. `media`
     are its images with their content; each has ONE placeholder token in `token_ids`.
@@ -30,6 +55,12 @@ class TokenSequence:
     target_spans: np.ndarray
     metadata: Mapping[str, Any] = field(default_factory=dict)
     media: tuple[MediaReference, ...] = ()
+    stored: StoredRow | None = None
+
+    @property
+    def as_stored(self) -> StoredRow:
+        """The row of the dataset."""
+        return self.stored or StoredRow(self.token_ids, self.target_spans, self.media)
 
 
 class ScoredSequence(NamedTuple):
@@ -40,14 +71,16 @@ class ScoredSequence(NamedTuple):
 
     @property
     def row(self) -> CachedRow:
-        """The dataset row."""
+        """The dataset row. Where the teacher read another prompt, the metadata say how many tokens it read."""
+        sequence, stored = self.sequence, self.sequence.as_stored
+        read = {TEACHER_TOKENS: int(sequence.token_ids.size)} if sequence.stored else {}
         return CachedRow(
-            sample_id=self.sequence.sample_id,
-            token_ids=self.sequence.token_ids,
-            target_spans=self.sequence.target_spans,
+            sample_id=sequence.sample_id,
+            token_ids=stored.token_ids,
+            target_spans=stored.target_spans,
             targets=self.targets,
-            metadata=self.sequence.metadata,
-            media=self.sequence.media,
+            metadata={**sequence.metadata, **read},
+            media=stored.media,
         )
 
 
@@ -140,8 +173,11 @@ class Teacher(Protocol):
         All sequences are queued before the first is computed: equal calls give equal bits on equal hardware.
         A sequence with `media` has one placeholder token for each image. An engine shows the model
         `images.decoded(medium.data, ...)`, expands the placeholders, and takes the targets at the positions that
-        `image_expansion.ImageRules` proves; a sequence without such a proof is an `UnscoredSequence`. Draws depend on
-        stored positions.
+        `image_expansion.ImageRules` proves; a sequence without such a proof is an `UnscoredSequence`.
+
+        A sequence has at most `config.read_length` tokens. Where the teacher reads another prompt than the row's, the
+        sequence is what the teacher reads, and an engine need not look at its `stored` row. Draws depend on the
+        positions of `sequence.as_stored`.
 
         Raises `TeacherOutputInvalid`.
         """

@@ -105,6 +105,7 @@ class TransformersTeacher:
     @torch.inference_mode()
     def _score_one(self, sequence: TokenSequence) -> ScoreResult:
         positions = span_positions(sequence.target_spans)
+        stored = span_positions(sequence.as_stored.target_spans)
         with self._one_at_a_time:
             try:
                 expansion, inputs = self._expanded(sequence, is_prompt=False)
@@ -114,8 +115,8 @@ class TransformersTeacher:
             wanted = torch.from_numpy(expansion.positions(positions)).to(tokens.device)
             # The head is applied at the wanted positions only: [1, N, V].
             logits = self._model(input_ids=tokens[None], logits_to_keep=wanted, use_cache=False, **inputs).logits[0]
-            summary = self._summary(logits, tokens[wanted + 1], positions, sample_id=sequence.sample_id)
-        return self._result(sequence, summary, positions)
+            summary = self._summary(logits, tokens[wanted + 1], stored, sample_id=sequence.sample_id)
+        return self._result(sequence, summary)
 
     def _expanded(self, sequence: TokenSequence, *, is_prompt: bool) -> tuple[Expansion, dict[str, Any]]:
         """The row as the model computes it, and the model's inputs for its images. Raises `RowRejected`."""
@@ -183,7 +184,7 @@ class TransformersTeacher:
         """One answer of at most `room` tokens. `logits [1, V]` and `cache`, of keys and values: the prompt's."""
         name = answer_name(prompt.sample_id, number, answers=sampling.n)
         uniforms = answer_uniforms(seed=sampling.seed, sample_id=prompt.sample_id, number=number, count=room)
-        positions = prompt.token_ids.size - 1 + np.arange(room)
+        positions = prompt.as_stored.token_ids.size - 1 + np.arange(room)
         answer: list[int] = []
         summaries: list[Summary] = []
         while True:
@@ -208,7 +209,7 @@ class TransformersTeacher:
             prompt, answer, number=number, answers=sampling.n, finish_reason="stop" if is_stopped else "length"
         )
         whole = Summary(*map(torch.cat, zip(*summaries, strict=True)))
-        return self._result(sequence, whole, positions[: len(answer)])
+        return self._result(sequence, whole)
 
     def _forward(
         self, tokens: Tensor, cache: object = None, *, inputs: dict[str, Any] | None = None
@@ -228,11 +229,12 @@ class TransformersTeacher:
         return output.logits[0], grown
 
     def _summary(self, logits: Tensor, labels: Tensor, positions: np.ndarray, *, sample_id: str) -> Summary:
+        """`positions`: those of the stored row."""
         config = self._config
         uniforms = draw_uniforms(positions, draws=config.draws, seed=config.draw_seed, sample_id=sample_id)
         return self._extract(logits, labels.to(logits.device), torch.from_numpy(uniforms).to(logits.device))
 
-    def _result(self, sequence: TokenSequence, summary: Summary, positions: np.ndarray) -> ScoreResult:
+    def _result(self, sequence: TokenSequence, summary: Summary) -> ScoreResult:
         if not bool(summary.finite.all()):
             return non_finite(sequence.sample_id, sequence.source_row)
         return ScoredSequence(sequence, targets_of(summary, draw_logprobs=self._header.draw_logprobs))

@@ -51,11 +51,13 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
     names = {file.name for file in manifest.files}
     has_tokenizer = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}" in names
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
-    teacher = header.teacher
+    teacher, prompt = header.teacher, header.teacher_prompt
+    saw = f"more than the student: another prompt than the row's, made by {prompt.kind}" if prompt else ""
     facts = {
         "teacher": teacher.name + (f" @ {teacher.revision}" if teacher.revision else ""),
         "weights": f"{teacher.dtype}{', ' + teacher.quantization if teacher.quantization else ''}, "
         f"head in {teacher.head_dtype}",
+        **({"teacher saw": saw} if saw else {}),
         "kept": f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}; tail mass {header.tail}",
         "draws": header.draws_in_words,
         "targets on": f"loss on {header.loss_on}, mode {header.mode}",

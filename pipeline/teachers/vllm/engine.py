@@ -71,7 +71,7 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, 
         "revision": config.revision,
         "dtype": config.dtype,
         # vLLM needs room for one sampled token after the prompt.
-        "max_model_len": config.max_length + 1,
+        "max_model_len": config.read_length + 1,
         # The self-check needs as many from the public path.
         "max_logprobs": config.top_k,
         "logprobs_mode": "raw_logprobs",

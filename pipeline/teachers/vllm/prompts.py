@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from coldstill.common.errors import first_line
+from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.teachers.image_expansion import (
     PROCESSOR_ERRORS,
     Expansion,
@@ -52,10 +53,10 @@ class PromptMaker:
     """Makes the prompts of one engine. Thread-safe if `render` is."""
 
     def __init__(
-        self, render: Callable[[dict[str, Any]], Mapping[str, Any]], images: ImageRules | None, *, max_length: int
+        self, render: Callable[[dict[str, Any]], Mapping[str, Any]], images: ImageRules | None, config: TeacherConfig
     ):
         """`render`: vLLM's inputs of a prompt with images. `images`: the rules of a teacher that sees them."""
-        self._render, self._images, self._max_length = render, images, max_length
+        self._render, self._images, self._config = render, images, config
 
     def batches(
         self, sequences: Sequence[TokenSequence], *, is_answered: bool
@@ -91,7 +92,7 @@ class PromptMaker:
             raise unsupported(error) from error
         ranges = [(found.offset, found.length) for found in inputs.get("mm_placeholders", {}).get("image", ())]
         expansion = self._images.proven(sequence, inputs["prompt_token_ids"], ranges)
-        check_length(expansion, max_length=self._max_length, is_prompt=is_answered)
+        check_length(sequence, expansion, config=self._config, is_prompt=is_answered)
         return Prompt(sequence, inputs, expansion)
 
 

@@ -72,7 +72,7 @@ class VllmTeacher:
             load_tokenizer(config).save_pretrained(self._tokenizer_folder.name)
             arguments.setdefault("tokenizer", self._tokenizer_folder.name)
         self._engine = Engine(config, arguments)
-        self._prompts = PromptMaker(self._engine.render, self._images, max_length=config.max_length)
+        self._prompts = PromptMaker(self._engine.render, self._images, config)
         self._settings = TapSettings(
             top_k=header.top_k,
             min_prob=header.min_prob,
@@ -272,8 +272,8 @@ class VllmTeacher:
             "sample_id": prompt.sequence.sample_id,
             "spans": prompt.expansion.spans(spans),
         }
-        if prompt.sequence.media:
-            spec["stored_starts"] = spans[:, 0].tolist()
+        if prompt.sequence.media or prompt.sequence.stored:
+            spec["stored_starts"] = prompt.sequence.as_stored.target_spans[:, 0].tolist()
         return spec
 
     def _answer_spec(self, prompt: Prompt, number: int, sampling: SamplingConfig) -> RequestSpec:
@@ -283,8 +283,8 @@ class VllmTeacher:
             "sample_id": answer_name(sequence.sample_id, number, answers=sampling.n),
             "max_answer_tokens": answer_room(sequence, sampling=sampling, header=self._header, tokens=tokens),
         }
-        if sequence.media:
-            spec["stored_starts"] = [sequence.token_ids.size - 1]
+        if sequence.media or sequence.stored:
+            spec["stored_starts"] = [sequence.as_stored.token_ids.size - 1]
         return spec
 
     def _parameters(self, spec: RequestSpec, *, detokenize: bool = False, **parameters: Any) -> Any:

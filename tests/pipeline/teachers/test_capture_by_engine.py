@@ -8,6 +8,7 @@ import numpy as np
 
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.teachers.protocol import TokenSequence, scored_of
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.manifest import seal
@@ -56,7 +57,10 @@ def test_a_capture_of_answers_stores_prompts_answers_and_what_the_teacher_though
     teacher = load_teacher(config.teacher, dataset.header)
     for row in rows:
         assert row.metadata["finish_reason"] in ("stop", "length")
-        (again,) = teacher.score([row])  # type: ignore[list-item]  # it has all that is asked of a sequence
+        given = TokenSequence(
+            sample_id=row.sample_id, source_row=0, token_ids=row.token_ids, target_spans=row.target_spans
+        )
+        (again,) = scored_of(teacher.score([given]))
         _assert_stored(row, again.targets.label_logprob)
     _captured(capture_config(tmp_path, rows=12, output="again", **changes))
     assert contents(config.output) == contents(tmp_path / "again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.answer_sampling import answer_sequence
 from coldstill.pipeline.teachers.image_expansion import (
@@ -22,7 +24,7 @@ from coldstill.pipeline.teachers.image_expansion import (
     images_of,
     unsupported,
 )
-from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.teachers.protocol import StoredRow, TokenSequence
 from coldstill.pipeline.teachers.target_extractor import draw_uniforms
 from coldstill.pipeline.teachers.vllm.scoring import TappedRequest, TapSettings
 from coldstill.storage_schema.rows import span_positions, spans_from_mask
@@ -188,15 +190,45 @@ def test_an_answer_without_tokens_of_images_keeps_the_images_of_its_prompt() -> 
 @pytest.mark.parametrize(("size", "is_prompt", "fits"), [(9, False, True), (10, False, True), (10, True, False)])
 def test_a_row_may_be_as_long_as_the_maximum_and_a_prompt_leaves_room(size: int, is_prompt: bool, fits: bool) -> None:
     expansion = Expansion(np.arange(size), np.array([1]), np.array([4]))
+    row, config = _row(GOOD[0], GOOD[1], []), TeacherConfig(model="any", max_length=10)
     if fits:
-        check_length(expansion, max_length=10, is_prompt=is_prompt)
+        check_length(row, expansion, config=config, is_prompt=is_prompt)
         with pytest.raises(RowRejected, match="11 tokens, 4 of them of 1 images; at most 10") as long:
-            check_length(expansion._replace(token_ids=np.arange(11)), max_length=10, is_prompt=is_prompt)
+            check_length(row, expansion._replace(token_ids=np.arange(11)), config=config, is_prompt=is_prompt)
         assert long.value.reason is RejectReason.OVER_LONG
     else:
         with pytest.raises(RowRejected) as full:
-            check_length(expansion, max_length=10, is_prompt=is_prompt)
+            check_length(row, expansion, config=config, is_prompt=is_prompt)
         assert full.value.reason is RejectReason.NO_ROOM
+
+
+@pytest.mark.parametrize(
+    ("read", "stored", "reason"),
+    [
+        (20, 10, None),
+        (21, 10, RejectReason.TEACHER_OVER_LONG),
+        (20, 11, RejectReason.OVER_LONG),
+        (6, 11, RejectReason.OVER_LONG),
+    ],
+)
+def test_with_a_prompt_of_the_teachers_own_each_side_has_its_bound(
+    read: int, stored: int, reason: RejectReason | None
+) -> None:
+    """An image of four tokens: both sides have three more tokens than they store."""
+    config = TeacherConfig(model="any", max_length=10, max_read_length=20)
+    theirs = _row(GOOD[0], GOOD[1], [])
+    theirs = replace(
+        theirs,
+        token_ids=np.zeros(read - 3, np.int32),
+        stored=StoredRow(np.zeros(stored - 3, np.int32), theirs.target_spans, theirs.media),
+    )
+    expansion = Expansion(np.arange(read), np.array([1]), np.array([4]))
+    if reason is None:
+        check_length(theirs, expansion, config=config, is_prompt=False)
+    else:
+        with pytest.raises(RowRejected) as long:
+            check_length(theirs, expansion, config=config, is_prompt=False)
+        assert long.value.reason is reason
 
 
 def test_images_that_cannot_be_decoded_are_named_as_a_source_names_them() -> None:

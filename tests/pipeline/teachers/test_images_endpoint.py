@@ -121,7 +121,7 @@ def test_a_server_without_that_endpoint_is_named_at_the_start_with_the_command(f
 def expanded(folder: Path) -> tuple[LocalExpander, TokenSequence, ExpandedRow]:
     from transformers import AutoProcessor
 
-    expander = LocalExpander(AutoProcessor.from_pretrained(folder), max_images=8, max_length=CONTEXT)
+    expander = LocalExpander(AutoProcessor.from_pretrained(folder), config(folder, "transformers"))
     sequence = rows(folder)[2]
     return expander, sequence, expander.expanded(sequence, is_prompt=False)
 
