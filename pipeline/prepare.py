@@ -22,6 +22,7 @@ from coldstill.common.processor import processor_settings, processor_sha256
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, About, Codec, DatasetHeader, ProcessorFacts, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.named_ids import NamedIds
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.repair import restore_header
 from coldstill.storage_schema.store import Store
@@ -121,6 +122,11 @@ def _stored_plan(store: Store) -> Plan | None:
 def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader) -> str:
     """How to get the stored values back. The defaults of some keys have changed between releases."""
     names = [name for name in type(teacher).model_fields if getattr(found, name, None) != getattr(stored, name, None)]
+    if stored.kept_ids != found.kept_ids:
+        column = stored.about.score_ids.column if stored.about.score_ids else "null"
+        return f"set source.score_ids: {column}"
+    if (named := stored.about.score_ids) and found.about.score_ids != named:
+        return f"set source.score_ids: {named.column}, source.max_score_ids: {named.most}, teacher.top_k: {named.top_k}"
     if "draws" in names:  # the header's `kept_draws` is at most `draws`
         names = [name for name in names if name != "kept_draws"]
     keys = ", ".join(f"teacher.{name}: {getattr(stored, name)}" for name in names)
@@ -214,20 +220,21 @@ def make_header(
     config: CaptureConfig, *, model_config: Any, facts: TokenizerFacts, maker: SequenceMaker, source_sha256: str
 ) -> DatasetHeader:
     """The header of a capture, without an id rank table."""
-    teacher = config.teacher
+    teacher, width = config.teacher, config.kept_width(token_count=facts.token_count)
     return DatasetHeader(
         teacher=_teacher_facts(teacher, model_config),
         tokenizer_fingerprint=facts.fingerprint,
         chat_template_sha256=maker.template_sha256,
         vocab_size=model_config.get_text_config().vocab_size,
         token_count=facts.token_count,
-        top_k=teacher.top_k,
+        top_k=width,
+        kept_ids="top_k_and_named" if config.source.score_ids else "top_k",
         min_prob=teacher.min_prob,
         draws=teacher.draws,
         kept_draws=min(teacher.draws, teacher.kept_draws),
         draw_logprobs=teacher.draw_logprobs,
         draw_seed=teacher.draw_seed,
-        codec=Codec.preset(config.fidelity, top_k=teacher.top_k),
+        codec=Codec.preset(config.fidelity, top_k=width),
         tail="exact" if teacher.can_draw else "derived",
         mode=config.mode,
         documents=config.documents if config.mode == "pretrain" else None,
@@ -254,6 +261,9 @@ def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -
         media_in_row_bytes=config.source.images_in_row_bytes if maker.processor else None,
         max_images=config.teacher.max_images if maker.processor else None,
         processor=_processor_facts(maker.processor) if maker.processor else None,
+        score_ids=NamedIds(column=config.source.score_ids, top_k=config.teacher.top_k, most=config.source.max_score_ids)
+        if config.source.score_ids
+        else None,
     )
 
 

@@ -12,12 +12,14 @@ from datetime import date
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from coldstill.common.processor import ProcessorUnusable, placeholder_id
 from coldstill.pipeline.config import CaptureConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.score_ids import BadScoreIds, read_score_ids
 from coldstill.pipeline.teachers.checkpoint import end_token_ids, load_teacher_processor, load_tokenizer
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
@@ -56,15 +58,16 @@ class SequenceMaker:
         today: date | None = None,
         processor: Any | ProcessorUnusable | None = None,
         max_images: int = TeacherConfig.model_fields["max_images"].default,
+        top_k: int = TeacherConfig.model_fields["top_k"].default,
     ):
         """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence. `processor`: that of a
         teacher that sees images, or why it cannot be loaded, which the first row with an image raises; `max_images` of
-        a row."""
+        a row. `top_k`: K, which bounds a row with ids of `source.score_ids`."""
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
         self._unusable = processor if isinstance(processor, ProcessorUnusable) else None
         processor = None if self._unusable else processor
         self.processor: Any | None = processor
-        self._max_images = max_images
+        self._max_images, self._top_k = max_images, top_k
         self.template = ChatTemplate(tokenizer, source, today=today, processor=processor)
         self._placeholder_id = None if processor is None else placeholder_id(processor)
         self._images = ImageReader(source) if processor is not None else None
@@ -111,6 +114,7 @@ class SequenceMaker:
             today=template_date_of(header) if header else today,
             processor=_processor_of(config.teacher, header),
             max_images=config.teacher.max_images,
+            top_k=config.teacher.top_k,
         )
 
     @property
@@ -222,10 +226,27 @@ class SequenceMaker:
         positions = self._placeholders(token_ids, chat)
         for position in positions:  # a teacher predicts text only
             loss_mask[position] = False
-        facts = facts_of(number, columns, self.source, used=used)
+        named = self.source.score_ids
+        facts = facts_of(number, columns, self.source, used=used if named is None else (*used, named))
+        if named is not None:
+            facts = facts._replace(score_ids=self._score_ids(columns.get(named), sum(loss_mask[1:])))
         if len(token_ids) <= self.max_length or self.over_long != "reject":
             facts = facts._replace(media=self._media(chat, positions))
         yield from split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long)
+
+    def _score_ids(self, value: object, targets: int) -> np.ndarray:
+        """The ids that the row names for its `targets`. Raises `RowUnusable`."""
+        most = self.source.max_score_ids
+        width = self._top_k + most
+        try:
+            return read_score_ids(value, targets=targets, token_count=self._token_count, most=most, width=width)
+        except BadScoreIds as error:
+            raise RowUnusable(RejectReason.BAD_SCORE_IDS, f"column {self.source.score_ids}: {error}") from None
+
+    @cached_property
+    def _token_count(self) -> int:
+        """The highest id that the tokenizer can produce, plus one."""
+        return 1 + max(self.tokenizer.get_vocab().values())
 
     def _prompted(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         chat = self._chat(columns, answered=False)

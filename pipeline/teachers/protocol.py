@@ -21,7 +21,8 @@ class TokenSequence:
     """`token_ids int32 [T]`, and the positions to score as `target_spans int32 [n, 2]`; a prompt has no spans.
 
     `source_row` is the number of the source row that it was made from; of joined documents, the first one's. `media`
-    are its images with their content; each has ONE placeholder token in `token_ids`.
+    are its images with their content; each has ONE placeholder token in `token_ids`. `score_ids int32 [1 or N, M]`: ids
+    that the source names for all targets or for each of the `N`, -1 where fewer; they are kept beside the top K.
     """
 
     sample_id: str
@@ -30,6 +31,7 @@ class TokenSequence:
     target_spans: np.ndarray
     metadata: Mapping[str, Any] = field(default_factory=dict)
     media: tuple[MediaReference, ...] = ()
+    score_ids: np.ndarray | None = None
 
 
 class ScoredSequence(NamedTuple):

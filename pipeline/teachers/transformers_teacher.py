@@ -23,6 +23,7 @@ from coldstill.common.errors import first_line
 from coldstill.common.processor import type_input_of
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.score_ids import rows_at
 from coldstill.pipeline.teachers.checkpoint import (
     check_weights,
     end_token_ids,
@@ -37,7 +38,7 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 
 from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
-from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
+from .target_extractor import Summary, TargetExtractor, draw_uniforms, named_on, split_width, targets_of
 
 _LATER = 4
 """Tokens at the end of a row that are replaced to see whether earlier ones depend on them."""
@@ -59,6 +60,7 @@ class TransformersTeacher:
             min_prob=config.min_prob,
             kept_draws=header.kept_draws,
             token_count=header.token_count,
+            named_width=split_width(header)[1],
         )
         self._one_at_a_time = threading.Lock()
         self._progress = 0
@@ -114,7 +116,9 @@ class TransformersTeacher:
             wanted = torch.from_numpy(expansion.positions(positions)).to(tokens.device)
             # The head is applied at the wanted positions only: [1, N, V].
             logits = self._model(input_ids=tokens[None], logits_to_keep=wanted, use_cache=False, **inputs).logits[0]
-            summary = self._summary(logits, tokens[wanted + 1], positions, sample_id=sequence.sample_id)
+            summary = self._summary(
+                logits, tokens[wanted + 1], positions, sample_id=sequence.sample_id, named=sequence.score_ids
+            )
         return self._result(sequence, summary, positions)
 
     def _expanded(self, sequence: TokenSequence, *, is_prompt: bool) -> tuple[Expansion, dict[str, Any]]:
@@ -227,10 +231,24 @@ class TransformersTeacher:
             )
         return output.logits[0], grown
 
-    def _summary(self, logits: Tensor, labels: Tensor, positions: np.ndarray, *, sample_id: str) -> Summary:
+    def _summary(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        positions: np.ndarray,
+        *,
+        sample_id: str,
+        named: np.ndarray | None = None,
+    ) -> Summary:
         config = self._config
         uniforms = draw_uniforms(positions, draws=config.draws, seed=config.draw_seed, sample_id=sample_id)
-        return self._extract(logits, labels.to(logits.device), torch.from_numpy(uniforms).to(logits.device))
+        at = None if named is None else rows_at(named, slice(None), positions.size)
+        return self._extract(
+            logits,
+            labels.to(logits.device),
+            torch.from_numpy(uniforms).to(logits.device),
+            named_on(logits.device, at),
+        )
 
     def _result(self, sequence: TokenSequence, summary: Summary, positions: np.ndarray) -> ScoreResult:
         if not bool(summary.finite.all()):

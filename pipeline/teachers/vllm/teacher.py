@@ -24,6 +24,7 @@ from coldstill.pipeline.teachers.protocol import (
     answer_name,
     non_finite,
 )
+from coldstill.pipeline.teachers.target_extractor import split_width
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 
@@ -73,8 +74,10 @@ class VllmTeacher:
             arguments.setdefault("tokenizer", self._tokenizer_folder.name)
         self._engine = Engine(config, arguments)
         self._prompts = PromptMaker(self._engine.render, self._images, max_length=config.max_length)
+        self._top_k, named_width = split_width(header)
         self._settings = TapSettings(
-            top_k=header.top_k,
+            top_k=self._top_k,
+            named_width=named_width,
             min_prob=header.min_prob,
             draws=header.draws,
             kept_draws=header.kept_draws,
@@ -123,7 +126,7 @@ class VllmTeacher:
         # The public path counts padding columns as tokens; for the comparison, the tap must do so too.
         settings = self._settings
         self._settings = replace(
-            settings, token_count=self._header.vocab_size, draws=0, min_prob=0.0, is_self_check=True
+            settings, token_count=self._header.vocab_size, named_width=0, draws=0, min_prob=0.0, is_self_check=True
         )
         answers = self._engine.call_workers("coldstill_install", asdict(self._settings), self._config.runner)
         problems = [problem for answer in answers for problem in answer["problems"]]
@@ -198,14 +201,14 @@ class VllmTeacher:
 
     def _published(self, prompts: Sequence[Prompt]) -> list[ScoreResult]:
         parameters = self._vllm.SamplingParams(
-            prompt_logprobs=self._header.top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
+            prompt_logprobs=self._top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
         )
         outputs = self._engine.run([Request(prompt.inputs, parameters) for prompt in prompts])
         return [
             read_prompt_logprobs(
                 output.prompt_logprobs,
                 prompt.sequence,
-                top_k=self._header.top_k,
+                top_k=self._top_k,
                 min_prob=self._settings.min_prob,
                 token_count=self._settings.token_count,
                 expansion=prompt.expansion,
@@ -272,6 +275,8 @@ class VllmTeacher:
             "sample_id": prompt.sequence.sample_id,
             "spans": prompt.expansion.spans(spans),
         }
+        if prompt.sequence.score_ids is not None:
+            spec["score_ids"] = prompt.sequence.score_ids.tolist()
         if prompt.sequence.media:
             spec["stored_starts"] = spans[:, 0].tolist()
         return spec
