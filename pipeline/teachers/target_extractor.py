@@ -78,14 +78,10 @@ class TargetExtractor:
           of them are kept. They are chosen by their place, so they are still iid draws from the tail.
         """
         rows = max(1, _WORK_BYTES.get(logits.device.type, _WORK_BYTES["cuda"]) // (4 * self._width))
+        blocks = (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
         parts = [
-            self._block(
-                *(
-                    given if given is None else given[start : start + rows]
-                    for given in (logits, labels, uniforms, named)
-                )
-            )
-            for start in range(0, logits.shape[0], rows)
+            self._block(logits[part], labels[part], uniforms[part], None if named is None else named[part])
+            for part in blocks
         ] or [self._block(logits, labels, uniforms, named)]
         return parts[0] if len(parts) == 1 else Summary(*map(torch.cat, zip(*parts, strict=True)))
 

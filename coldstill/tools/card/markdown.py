@@ -144,6 +144,7 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
     grid = f" (a = {codec.a}, b = {codec.b})" if codec.name == "grid" else ""
     quantized = f", {plain(teacher.quantization)}" if teacher.quantization else ""
     imported = header.mode == "imported"
+    kept = kept_in_words(header.top_k, header.kept_ids, header.about.score_ids)
     over_long = {"reject": "rejected", "cut": "cut", "split": "split"}[header.over_long]
     return {
         "Teacher": plain(teacher.name)
@@ -156,7 +157,7 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         "Targets": f"mode {header.mode}, loss on {header.loss_on}",
         "Kept per target": f"K = {header.top_k:,} ids; how many the teacher has is not known"
         if imported
-        else f"{kept_in_words(header.top_k, header.kept_ids, header.about.score_ids)} of {header.vocab_size:,} ids{floor}",
+        else f"{kept} of {header.vocab_size:,} ids{floor}",
         "Tail mass": _tail(header),
         "Tail draws": header.draws_in_words,
         "Storage": f"format {header.format_version}, codec {codec.name}{grid}, fidelity {codec.fidelity}: "

@@ -53,13 +53,13 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
     has_tokenizer = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}" in names
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
     teacher = header.teacher
+    kept = kept_in_words(header.top_k, header.kept_ids, header.about.score_ids)
     adapter = f" + adapter {teacher.adapter.name}" if teacher.adapter else ""
     facts = {
         "teacher": teacher.name + (f" @ {teacher.revision}" if teacher.revision else "") + adapter,
         "weights": f"{teacher.dtype}{', ' + teacher.quantization if teacher.quantization else ''}, "
         f"head in {teacher.head_dtype}",
-        "kept": f"{kept_in_words(header.top_k, header.kept_ids, header.about.score_ids)} of {header.vocab_size:,} ids{floor}; "
-        f"tail mass {header.tail}",
+        "kept": f"{kept} of {header.vocab_size:,} ids{floor}; tail mass {header.tail}",
         "draws": header.draws_in_words,
         "targets on": f"loss on {header.loss_on}, mode {header.mode}",
         "rows": f"{manifest.rows:,} in {len(dataset.shards):,} shards; {manifest.rejected:,} rejected",
