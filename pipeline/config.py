@@ -134,6 +134,12 @@ class TeacherConfig(FrozenModel):
 
     model: str = Field(description="Folder or Hub name of a causal language model.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of the Hub repository.")
+    adapter: str | None = Field(
+        default=None, description="Folder or Hub name of a LoRA adapter of that model, as peft saves it."
+    )
+    adapter_revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the adapter's Hub repository."
+    )
     engine: str = Field(
         default="vllm",
         description="vllm: fast, in the worker; transformers: slow, the reference; endpoint: an OpenAI-compatible "
@@ -219,6 +225,8 @@ class TeacherConfig(FrozenModel):
         if self.draws and not self.can_draw:
             way = "tap public" if self.engine == "vllm" else f"engine {self.engine}"
             raise ValueError(f"draws 0, not {self.draws}: {way} cannot draw; tap worker and engine transformers can")
+        if self.adapter_revision and not self.adapter:
+            raise ValueError("teacher.adapter with adapter_revision, not adapter_revision alone")
         if (self.engine == "endpoint") != (self.endpoint is not None):
             raise ValueError("teacher.endpoint with engine endpoint, and only with it")
         return self

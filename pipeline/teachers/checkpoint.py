@@ -100,7 +100,7 @@ def _require_reachable(config: TeacherConfig) -> None:
 
 
 def _require_whole_model(config: TeacherConfig) -> None:
-    """Raise `TeacherUnusable` for the folder of an adapter, which transformers and vLLM read in different ways."""
+    """Raise `TeacherUnusable` for the folder of an adapter, whose place is `teacher.adapter`."""
     adapter, whole = _file(config, "adapter_config.json"), _file(config, "config.json")
     if adapter is None:
         return
@@ -108,15 +108,12 @@ def _require_whole_model(config: TeacherConfig) -> None:
         base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError):
         base = "its base model"
-    merge = (
-        f"merge it into {base} first: AutoPeftModelForCausalLM.from_pretrained({config.model!r}).merge_and_unload()"
-        ".save_pretrained(FOLDER), with the tokenizer beside it"
-    )
     raise TeacherUnusable(
         f"teacher.model {config.model}",
         found="an adapter (adapter_config.json) " + ("beside a config.json" if whole else "without a config.json"),
         wanted="a whole model",
-        fix=merge + ("; if these weights are merged already, remove adapter_config.json" if whole else ""),
+        fix=f"set teacher.adapter: {config.model}, and teacher.model to {base}"
+        + ("; if these weights are merged already, remove adapter_config.json" if whole else ""),
     )
 
 

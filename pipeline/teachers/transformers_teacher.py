@@ -24,6 +24,7 @@ from coldstill.common.processor import type_input_of
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.score_ids import rows_at
+from coldstill.pipeline.teachers.adapter import adapter_of, merged_head
 from coldstill.pipeline.teachers.checkpoint import (
     check_weights,
     end_token_ids,
@@ -49,10 +50,17 @@ log = logging.getLogger(__name__)
 class TransformersTeacher:
     """A causal language model of transformers; see `protocol.Teacher`."""
 
-    def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
-        """Raises `TeacherUnusable`."""
+    def __init__(
+        self,
+        config: TeacherConfig,
+        header: DatasetHeader,
+        sampling: SamplingConfig | None = None,
+        *,
+        device: str | None = None,
+    ):
+        """`device`: where the model is computed, by default the GPU if there is one. Raises `TeacherUnusable`."""
         self._config, self._header, self._sampling = config, header, sampling
-        self._model = load_model(config, header)
+        self._model = load_model(config, header, device=device)
         self._expander = local_expander(config, header) if header.about.processor else None
         self._images = self._expander.rules if self._expander else None
         self._extract = TargetExtractor(
@@ -262,7 +270,7 @@ class TransformersTeacher:
         self._progress += 1
 
 
-def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
+def load_model(config: TeacherConfig, header: DatasetHeader, *, device: str | None = None) -> Any:
     """The model in evaluation mode, on the GPU if there is one; its logits have the header's `head_dtype`.
 
     Its attention is the eager one if the default of its class computes something else.
@@ -277,11 +285,15 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
         raise TeacherUnusable(
             config.model, found=first_line(error), wanted="a model that transformers loads", fix=way_out(error)
         ) from error
+    adapter = adapter_of(config) if config.adapter else None
+    if adapter is not None:
+        model = adapter.on(model)
     if "device_map" not in config.engine_args:  # with one, accelerate has placed the model and moves tensors itself
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_attention(model, config)
     if header.teacher.head_dtype == "float32" and model.dtype != torch.float32:
-        model.set_output_embeddings(_float32_head(config, model.get_output_embeddings()))
+        head = model.get_output_embeddings()
+        model.set_output_embeddings(_float32_head(config, head if adapter is None else merged_head(head)))
     return model.eval()
 
 
