@@ -41,11 +41,10 @@ from .teachers.checkpoint import (
     dtype_of,
     head_dtype_of,
     load_model_config,
-    quantization_of,
     tokenizer_files,
     weights_fingerprint,
 )
-from .teachers.engine_args import engine_args_that_change_values
+from .teachers.engine_args import engine_args_that_change_values, quantization_of
 
 _CHECKED_ROWS = 32
 """Number of rows that are tested before the slow steps: reading the whole source, and loading an engine."""

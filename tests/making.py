@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -261,12 +262,20 @@ def lora_adapter(folder: Path, model: Path, *, seed: int = 0, scale: float = 0.3
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    wanted = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(**wanted))
+    wanted: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+        **settings,
+    }
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **wanted)
+    )
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if weight.requires_grad:
                 weight.add_(scale * torch.randn_like(weight) / max(weight.shape) ** 0.5)
             assert "lora_" not in name or weight.abs().sum() > 0
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
     return folder

@@ -28,6 +28,7 @@ from coldstill.common.processor import load_processor, sees_images
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.teachers.engine_args import quantization_of
 from coldstill.pipeline.teachers.image_expansion import ImageRules
 from coldstill.pipeline.teachers.image_probe import PROBE_TOKENS, image_probe
 from coldstill.pipeline.teachers.protocol import (
@@ -236,14 +237,6 @@ def dtype_of(config: TeacherConfig, model_config: Any) -> str:
     if config.dtype != "auto":
         return config.dtype
     return str(getattr(model_config.get_text_config(), "dtype", None) or "float32").removeprefix("torch.")
-
-
-def quantization_of(config: TeacherConfig, model_config: Any) -> str | None:
-    """Name of the weights' quantization: the one set for the engine, or the one that they are stored in."""
-    if configured := config.engine_args.get("quantization"):
-        return str(configured)
-    stored = getattr(model_config, "quantization_config", None)
-    return str(stored.get("quant_method")) if isinstance(stored, dict) else None
 
 
 def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:

@@ -31,6 +31,7 @@ from coldstill.pipeline.teachers.checkpoint import (
     load_tokenizer,
     way_out,
 )
+from coldstill.pipeline.teachers.engine_args import loaded_quantization, require_loaded
 from coldstill.pipeline.teachers.image_expansion import Expansion, RowRejected, as_stored, check_no_images
 from coldstill.pipeline.teachers.image_probe import image_probe
 from coldstill.pipeline.teachers.local_expansion import local_expander
@@ -285,6 +286,8 @@ def load_model(config: TeacherConfig, header: DatasetHeader, *, device: str | No
         raise TeacherUnusable(
             config.model, found=first_line(error), wanted="a model that transformers loads", fix=way_out(error)
         ) from error
+    if loaded := loaded_quantization(model):
+        require_loaded(config, recorded=header.teacher.quantization, loaded=loaded)
     adapter = adapter_of(config) if config.adapter else None
     if adapter is not None:
         model = adapter.on(model)

@@ -187,6 +187,12 @@ class Engine:
             rendered: list[Mapping[str, Any]] = self._engine.renderer.render_cmpl([prompt])
         return rendered[0]
 
+    @property
+    def quantization(self) -> str | None:
+        """The quantization that vLLM has loaded the weights with, by its own name."""
+        found = self._engine.vllm_config.model_config.quantization
+        return None if found is None else str(found)
+
     def call_workers(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of all worker processes, between two steps, and return their results in rank order."""
         answer: Future[list[Any]] = Future()

@@ -22,6 +22,7 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.lora.request import LoRARequest as LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.model_executor.layers.linear import LinearBase
 
 from coldstill.pipeline.teachers.adapter import squared_norm
 
@@ -59,6 +60,7 @@ class TapExtension:
         return {
             "problems": [],
             "runner": runner,
+            "quantized_layers": sum(map(_is_quantized, self.model_runner.model.modules())),
             "vocab_size": self.model_runner.model_config.get_vocab_size(),
             "threads": torch.get_num_threads(),
             "batched_tokens": self.vllm_config.scheduler_config.max_num_batched_tokens,
@@ -104,6 +106,12 @@ class TapExtension:
     def coldstill_arithmetic(self) -> dict[str, Any]:
         """What the self-check's limits depend on; see `self_check.Arithmetic`."""
         return self._coldstill.arithmetic()
+
+
+def _is_quantized(layer: torch.nn.Module) -> bool:
+    method = getattr(layer, "quant_method", None)
+    is_matrix = isinstance(layer, LinearBase) or "MoE" in type(layer).__name__
+    return is_matrix and method is not None and not type(method).__name__.startswith("Unquantized")
 
 
 class Tap:

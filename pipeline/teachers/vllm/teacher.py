@@ -16,6 +16,7 @@ from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers.adapter import Adapter, adapter_of
 from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
 from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer
+from coldstill.pipeline.teachers.engine_args import require_loaded
 from coldstill.pipeline.teachers.image_expansion import RowRejected
 from coldstill.pipeline.teachers.local_expansion import image_rules
 from coldstill.pipeline.teachers.protocol import (
@@ -101,6 +102,7 @@ class VllmTeacher:
             self._facts |= {"recomputed_positions": 0, "mass_beyond_tokens": 0.0}
             self._install_tap()
         else:
+            self._require_quantization(None)
             check_weights(self._by_public_path, header, model=config.model, images=self._images)
         if self._adapter is not None:
             self._check_adapter(self._adapter)
@@ -151,6 +153,8 @@ class VllmTeacher:
                 fix="remove that from teacher.engine_args, install the pinned vLLM release, or set teacher.tap: public",
             )
         facts = answers[0]
+        layers = sum(answer.pop("quantized_layers") for answer in answers)
+        self._require_quantization(layers)
         if facts["vocab_size"] != self._header.vocab_size:
             raise TeacherUnusable(
                 f"logit columns of {self._config.model} in vLLM",
@@ -167,6 +171,13 @@ class VllmTeacher:
             "canary_kl": found.kl,
             "canary_kl_limit": found.kl_limit,
         }
+
+    def _require_quantization(self, layers: int | None) -> None:
+        """Compare what vLLM has loaded with the header, which was made before. Raises `TeacherUnusable`."""
+        loaded, recorded = self._engine.quantization, self._header.teacher.quantization
+        if loaded is not None or recorded is not None or layers:
+            require_loaded(self._config, recorded=recorded, loaded=loaded, layers=layers)
+            self._facts["quantization"] = loaded
 
     def _check_adapter(self, adapter: Adapter) -> None:
         """Prove that the engine applies the adapter; see `adapter_check.py`."""

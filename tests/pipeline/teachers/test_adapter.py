@@ -327,9 +327,8 @@ def test_the_header_and_the_card_name_it_and_another_one_is_another_dataset(tmp_
     facts = open_dataset(plain.output).header.teacher.adapter
     assert facts is not None
     assert facts.name == "adapter"
-    assert (
-        f"| Adapter | adapter; fingerprint {facts.weights_fingerprint} |" in Path(write_card(plain.output)).read_text()
-    )
+    card = Path(write_card(plain.output)).read_text()
+    assert f"| Adapter | adapter; fingerprint {facts.weights_fingerprint} |" in card
     for config in (plain, with_adapter("other"), with_adapter("louder")):
         with pytest.raises(HeaderMismatch, match=r"teacher\.adapter"):
             prepare(config)
