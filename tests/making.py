@@ -266,12 +266,10 @@ def lora_adapter(folder: Path, model: Path, *, seed: int = 0, scale: float = 0.3
         "r": 4,
         "lora_alpha": 8,
         "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
         **settings,
     }
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **wanted)
-    )
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **wanted))
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if weight.requires_grad:
