@@ -98,6 +98,17 @@ class SourceConfig(FrozenModel):
         description="What happens to ids that several rows have. refuse: the capture does not start; number: the row "
         "number is added to each id, as ID#ROW.",
     )
+    score_ids: str | None = Field(
+        default=None,
+        description="Column with token ids that are scored besides the top K, in mode score: a list of ids for all "
+        "target tokens of the row, or a list of such lists, one for each target token.",
+    )
+    max_score_ids: int = Field(
+        default=64,
+        ge=1,
+        lt=MAX_TOP_K,
+        description="Maximum number of those ids at one target token; a row with more is rejected.",
+    )
     loss_on: Literal["assistant", "last_turn", "all"] = Field(
         default="assistant",
         description="Target tokens of a chat: those of all assistant turns, those of the last one, or all tokens.",
@@ -186,6 +197,12 @@ class TeacherConfig(FrozenModel):
 
     model: str = Field(description="Folder or Hub name of a causal language model.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of the Hub repository.")
+    adapter: str | None = Field(
+        default=None, description="Folder or Hub name of a LoRA adapter of that model, as peft saves it."
+    )
+    adapter_revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the adapter's Hub repository."
+    )
     engine: str = Field(
         default="vllm",
         description="vllm: fast, in the worker; transformers: slow, the reference; endpoint: an OpenAI-compatible "
@@ -283,6 +300,8 @@ class TeacherConfig(FrozenModel):
         if self.draws and not self.can_draw:
             way = "tap public" if self.engine == "vllm" else f"engine {self.engine}"
             raise ValueError(f"draws 0, not {self.draws}: {way} cannot draw; tap worker and engine transformers can")
+        if self.adapter_revision and not self.adapter:
+            raise ValueError("teacher.adapter with adapter_revision, not adapter_revision alone")
         if (self.engine == "endpoint") != (self.endpoint is not None):
             raise ValueError("teacher.endpoint with engine endpoint, and only with it")
         return self
@@ -374,3 +393,26 @@ class CaptureConfig(FrozenModel):
         if self.teacher.max_read_length is not None and not keys:
             raise ValueError(f"teacher.max_read_length with one of source.{', source.'.join(TEACHER_PROMPT_KEYS)} only")
         return self
+
+    @model_validator(mode="after")
+    def _can_score_named_ids(self) -> CaptureConfig:
+        if self.source.score_ids is None:
+            return self
+        if self.mode != "score":
+            raise ValueError(f"mode score with source.score_ids, not {self.mode}: only given rows have such a column")
+        if self.teacher.is_own_class or not self.teacher.can_draw:
+            way = "tap public" if self.teacher.engine == "vllm" else f"engine {self.teacher.engine}"
+            raise ValueError(
+                f"engine vllm with tap worker, or engine transformers, with source.score_ids: {way} gives no scores "
+                "at named ids"
+            )
+        kept = self.teacher.top_k + self.source.max_score_ids
+        if kept > MAX_TOP_K:
+            raise ValueError(f"teacher.top_k + source.max_score_ids at most {MAX_TOP_K}, not {kept}")
+        return self
+
+    def kept_width(self, *, token_count: int) -> int:
+        """The header's `top_k`: the maximum number of ids that one position keeps."""
+        if self.source.score_ids is None:
+            return self.teacher.top_k
+        return min(self.teacher.top_k + self.source.max_score_ids, token_count)

@@ -22,6 +22,7 @@ from coldstill.common.processor import processor_settings, processor_sha256
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, About, Codec, DatasetHeader, ProcessorFacts, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.named_ids import NamedIds
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.repair import restore_header
 from coldstill.storage_schema.store import Store
@@ -35,16 +36,16 @@ from .sources.sequence_maker import SequenceMaker
 from .sources.sequences import sample_id_of
 from .sources.source import Source, open_source
 from .sources.staging import remove_staging
+from .teachers.adapter import adapter_of
 from .teachers.checkpoint import (
     dtype_of,
     head_dtype_of,
     load_model_config,
-    quantization_of,
     tokenizer_files,
     weights_fingerprint,
     with_read_length,
 )
-from .teachers.engine_args import engine_args_that_change_values
+from .teachers.engine_args import engine_args_that_change_values, quantization_of
 
 _CHECKED_ROWS = 32
 """Number of rows that are tested before the slow steps: reading the whole source, and loading an engine."""
@@ -79,6 +80,8 @@ def prepare(
     restore_header(store)
     source, maker = open_checked(config, store)
     files = tokenizer_files(maker.tokenizer)
+    if config.teacher.adapter and (adapter := adapter_of(config.teacher)):
+        adapter.check_tokenizer(files, has_own_template=config.source.chat_template is not None)
     facts = fingerprint_bytes(files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
     model_config = load_model_config(config.teacher, facts)
     planned, was_surveyed = _stored_plan(store), source.is_surveyed
@@ -123,6 +126,11 @@ def _stored_plan(store: Store) -> Plan | None:
 def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader) -> str:
     """How to get the stored values back. The defaults of some keys have changed between releases."""
     names = [name for name in type(teacher).model_fields if getattr(found, name, None) != getattr(stored, name, None)]
+    if stored.kept_ids != found.kept_ids:
+        column = stored.about.score_ids.column if stored.about.score_ids else "null"
+        return f"set source.score_ids: {column}"
+    if (named := stored.about.score_ids) and found.about.score_ids != named:
+        return f"set source.score_ids: {named.column}, source.max_score_ids: {named.most}, teacher.top_k: {named.top_k}"
     if "draws" in names:  # the header's `kept_draws` is at most `draws`
         names = [name for name in names if name != "kept_draws"]
     keys = ", ".join(f"teacher.{name}: {getattr(stored, name)}" for name in names)
@@ -216,20 +224,21 @@ def make_header(
     config: CaptureConfig, *, model_config: Any, facts: TokenizerFacts, maker: SequenceMaker, source_sha256: str
 ) -> DatasetHeader:
     """The header of a capture, without an id rank table."""
-    teacher = config.teacher
+    teacher, width = config.teacher, config.kept_width(token_count=facts.token_count)
     header = DatasetHeader(
         teacher=_teacher_facts(teacher, model_config),
         tokenizer_fingerprint=facts.fingerprint,
         chat_template_sha256=maker.template_sha256,
         vocab_size=model_config.get_text_config().vocab_size,
         token_count=facts.token_count,
-        top_k=teacher.top_k,
+        top_k=width,
+        kept_ids="top_k_and_named" if config.source.score_ids else "top_k",
         min_prob=teacher.min_prob,
         draws=teacher.draws,
         kept_draws=min(teacher.draws, teacher.kept_draws),
         draw_logprobs=teacher.draw_logprobs,
         draw_seed=teacher.draw_seed,
-        codec=Codec.preset(config.fidelity, top_k=teacher.top_k),
+        codec=Codec.preset(config.fidelity, top_k=width),
         tail="exact" if teacher.can_draw else "derived",
         mode=config.mode,
         documents=config.documents if config.mode == "pretrain" else None,
@@ -259,6 +268,9 @@ def _about(config: CaptureConfig, maker: SequenceMaker, facts: TokenizerFacts) -
         max_images=config.teacher.max_images if maker.processor else None,
         max_read_length=config.teacher.max_read_length,
         processor=_processor_facts(maker.processor) if maker.processor else None,
+        score_ids=NamedIds(column=config.source.score_ids, top_k=config.teacher.top_k, most=config.source.max_score_ids)
+        if config.source.score_ids
+        else None,
     )
 
 
@@ -280,5 +292,6 @@ def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
         dtype=dtype_of(teacher, model_config),
         head_dtype=head_dtype_of(teacher, model_config),
         quantization=quantization_of(teacher, model_config),
+        adapter=adapter.facts if (adapter := adapter_of(teacher) if teacher.adapter else None) else None,
         engine_args=engine_args_that_change_values(teacher.engine, teacher.engine_args),
     )

@@ -57,6 +57,10 @@ class RejectReason(StrEnum):
         "The teacher would read more than teacher.max_read_length tokens, or have no room for an answer below it.",
     )
     NO_TARGETS = "no_targets", "No token of the row or part is a target."
+    BAD_SCORE_IDS = (
+        "bad_score_ids",
+        "The column source.score_ids holds no token ids, or too many, or another number of lists than target tokens.",
+    )
     BAD_IMAGES = "bad_images", "The row's images do not match its image parts or marks, or cannot belong to them."
     TOO_MANY_IMAGES = "too_many_images", "The row has more images than teacher.max_images."
     IMAGE_NOT_FOUND = "image_not_found", "An image's file or address cannot be read, or is not allowed."

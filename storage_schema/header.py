@@ -22,6 +22,7 @@ from coldstill.common.visible import visible
 
 from .errors import HeaderMismatch, InvalidHeader, UnsupportedFormat
 from .header_format_1 import TEACHER_FIELDS, format_1_fields, from_format_1
+from .named_ids import NamedIds
 
 FORMAT_VERSION = 2
 """The version that is written."""
@@ -166,6 +167,7 @@ class About(BaseModel):
     )
     processor: ProcessorFacts | None = None
     writer: RowWriter | None = None
+    score_ids: NamedIds | None = None
 
     @property
     def stated(self) -> dict[str, JsonValue]:

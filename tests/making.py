@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -253,3 +254,27 @@ def write_jsonl(path: Path, rows: list[object]) -> Path:
     """One JSON document per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def lora_adapter(folder: Path, model: Path, *, seed: int = 0, scale: float = 0.3, **settings: object) -> Path:
+    """A random LoRA adapter of `model`, whose deltas are not zero, as peft saves it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    wanted: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        **settings,
+    }
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **wanted))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad:
+                weight.add_(scale * torch.randn_like(weight) / max(weight.shape) ** 0.5)
+            assert "lora_" not in name or weight.abs().sum() > 0
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder

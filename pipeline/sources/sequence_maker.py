@@ -12,12 +12,14 @@ from datetime import date
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from coldstill.common.processor import ProcessorUnusable, placeholder_id
 from coldstill.pipeline.config import CaptureConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.score_ids import BadScoreIds, read_score_ids
 from coldstill.pipeline.teachers.checkpoint import (
     end_token_ids,
     load_teacher_processor,
@@ -63,16 +65,18 @@ class SequenceMaker:
         max_read_length: int | None = None,
         max_images: int = TeacherConfig.model_fields["max_images"].default,
         stored: StoredSequences | None = None,
+        top_k: int = TeacherConfig.model_fields["top_k"].default,
     ):
         """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence. `processor`: that of a
         teacher that sees images, or why it cannot be loaded, which the first row with an image raises; `max_images` of
-        a row. `stored`: the rows are those of a dataset, scored as they are."""
+        a row. `stored`: the rows are those of a dataset, scored as they are. `top_k`: K, which bounds a row with ids
+        of `source.score_ids`."""
         self.stored = stored
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
         self._unusable = processor if isinstance(processor, ProcessorUnusable) else None
         processor = None if self._unusable else processor
         self.processor: Any | None = processor
-        self._max_images = max_images
+        self._max_images, self._top_k = max_images, top_k
         self.template = ChatTemplate(tokenizer, source, today=today, processor=processor)
         self._placeholder_id = None if processor is None else placeholder_id(processor)
         self._images = ImageReader(source) if processor is not None else None
@@ -134,6 +138,7 @@ class SequenceMaker:
             stored=StoredSequences(config.source.rows_of, tokenizer, writer_round=config.source.round)
             if config.source.rows_of is not None
             else None,
+            top_k=config.teacher.top_k,
         )
 
     @property
@@ -240,7 +245,11 @@ class SequenceMaker:
         positions = self._placeholders(token_ids, chat)
         for position in positions:  # a teacher predicts text only
             loss_mask[position] = False
-        facts = facts_of(number, columns, self.source, used=(*used, *self._teacher_columns))
+        named = self.source.score_ids
+        used = (*used, *self._teacher_columns, *([named] if named else []))
+        facts = facts_of(number, columns, self.source, used=used)
+        if named is not None:
+            facts = facts._replace(score_ids=self._score_ids(columns.get(named), sum(loss_mask[1:])))
         if len(token_ids) <= self.max_length or self.over_long != "reject":
             facts = facts._replace(media=self._media(chat, positions))
         for row in split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long):
@@ -255,6 +264,20 @@ class SequenceMaker:
             max_images=self._max_images,
             placeholder=self._placeholder_id,
         )
+
+    def _score_ids(self, value: object, targets: int) -> np.ndarray:
+        """The ids that the row names for its `targets`. Raises `RowUnusable`."""
+        most = self.source.max_score_ids
+        width = self._top_k + most
+        try:
+            return read_score_ids(value, targets=targets, token_count=self._token_count, most=most, width=width)
+        except BadScoreIds as error:
+            raise RowUnusable(RejectReason.BAD_SCORE_IDS, f"column {self.source.score_ids}: {error}") from None
+
+    @cached_property
+    def _token_count(self) -> int:
+        """The highest id that the tokenizer can produce, plus one."""
+        return 1 + max(self.tokenizer.get_vocab().values())
 
     def _prompted(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         chat = self._chat(columns, answered=False)

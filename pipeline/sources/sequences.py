@@ -15,6 +15,7 @@ import numpy as np
 
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.score_ids import ids_of_part
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import MediaReference, spans_from_mask
@@ -28,12 +29,14 @@ _ROOM_FOR_ID = 64
 
 
 class RowFacts(NamedTuple):
-    """What all sequences of a row share. `media`: the row's images, with their positions in the whole row."""
+    """What all sequences of a row share. `media`: the row's images, with their positions in the whole row; `score_ids`:
+    see `score_ids.read_score_ids`."""
 
     number: int
     sample_id: str
     metadata: Mapping[str, Any]
     media: tuple[MediaReference, ...] = ()
+    score_ids: np.ndarray | None = None
 
     def reject(self, reason: RejectReason, detail: str, *, sample_id: str = "") -> Reject:
         """The row, or one of its parts, as a reject."""
@@ -94,13 +97,22 @@ def split(
 ) -> Iterator[TokenSequence | Reject]:
     """The sequence of a row, or its parts `ID~0`, `ID~1`, ..., which end to end are the row."""
     if len(token_ids) <= max_length or over_long == "cut":
+        facts = _named_in(facts, loss_mask, 0, max_length)
         yield _part(facts, facts.sample_id, 0, token_ids[:max_length], loss_mask[:max_length])
     elif over_long == "reject":
         yield facts.reject(RejectReason.OVER_LONG, f"{len(token_ids)} tokens, at most {max_length}")
     else:
         for number, start in enumerate(range(0, len(token_ids), max_length)):
             part = slice(start, start + max_length)
-            yield _part(facts, f"{facts.sample_id}~{number}", start, token_ids[part], loss_mask[part])
+            of_part = _named_in(facts, loss_mask, start, part.stop)
+            yield _part(of_part, f"{facts.sample_id}~{number}", start, token_ids[part], loss_mask[part])
+
+
+def _named_in(facts: RowFacts, loss_mask: Sequence[bool], start: int, stop: int) -> RowFacts:
+    """The facts of the row's tokens `start..stop`: the ids that the source names for their targets."""
+    if facts.score_ids is None:
+        return facts
+    return facts._replace(score_ids=ids_of_part(facts.score_ids, loss_mask, start, stop))
 
 
 def _part(
@@ -136,6 +148,7 @@ def _sequence(
         target_spans=spans,
         metadata=facts.metadata,
         media=media,
+        score_ids=facts.score_ids,
     )
 
 

@@ -28,6 +28,7 @@ from coldstill.common.processor import load_processor, sees_images
 from coldstill.pipeline.config import READ_FACTOR, CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.teachers.engine_args import quantization_of
 from coldstill.pipeline.teachers.image_expansion import ImageRules
 from coldstill.pipeline.teachers.image_probe import PROBE_TOKENS, image_probe
 from coldstill.pipeline.teachers.protocol import (
@@ -100,7 +101,7 @@ def _require_reachable(config: TeacherConfig) -> None:
 
 
 def _require_whole_model(config: TeacherConfig) -> None:
-    """Raise `TeacherUnusable` for the folder of an adapter, which transformers and vLLM read in different ways."""
+    """Raise `TeacherUnusable` for the folder of an adapter, whose place is `teacher.adapter`."""
     adapter, whole = _file(config, "adapter_config.json"), _file(config, "config.json")
     if adapter is None:
         return
@@ -108,15 +109,12 @@ def _require_whole_model(config: TeacherConfig) -> None:
         base = json.loads(adapter.read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError):
         base = "its base model"
-    merge = (
-        f"merge it into {base} first: AutoPeftModelForCausalLM.from_pretrained({config.model!r}).merge_and_unload()"
-        ".save_pretrained(FOLDER), with the tokenizer beside it"
-    )
     raise TeacherUnusable(
         f"teacher.model {config.model}",
         found="an adapter (adapter_config.json) " + ("beside a config.json" if whole else "without a config.json"),
         wanted="a whole model",
-        fix=merge + ("; if these weights are merged already, remove adapter_config.json" if whole else ""),
+        fix=f"set teacher.adapter: {config.model}, and teacher.model to {base}"
+        + ("; if these weights are merged already, remove adapter_config.json" if whole else ""),
     )
 
 
@@ -258,14 +256,6 @@ def dtype_of(config: TeacherConfig, model_config: Any) -> str:
     if config.dtype != "auto":
         return config.dtype
     return str(getattr(model_config.get_text_config(), "dtype", None) or "float32").removeprefix("torch.")
-
-
-def quantization_of(config: TeacherConfig, model_config: Any) -> str | None:
-    """Name of the weights' quantization: the one set for the engine, or the one that they are stored in."""
-    if configured := config.engine_args.get("quantization"):
-        return str(configured)
-    stored = getattr(model_config, "quantization_config", None)
-    return str(stored.get("quant_method")) if isinstance(stored, dict) else None
 
 
 def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:

@@ -1,4 +1,8 @@
-"""Which of `teacher.engine_args` decide the values of a dataset, and so belong to its header."""
+"""What of a teacher's engine decides the values of a dataset, for its header: arguments, and quantized weights.
+
+The header is made before an engine is loaded, so its quantization is what `config.json` and `teacher.engine_args`
+state; the engine that has loaded the weights then compares.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from coldstill.common.plugins import is_plugin
+from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 
 _FREE = {
@@ -95,3 +100,96 @@ def _portable(text: str) -> str:
     if len(text) > _MAX_TEXT:
         text = f"sha256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
     return text
+
+
+_KERNELS = re.compile(r"^auto_(?=awq|gptq)|_(marlin|bitblas)$")
+_FAMILIES = {
+    "online": "fp8",
+    "fp8_per_tensor": "fp8",
+    "fp8_per_block": "fp8",
+    "fp8_per_channel": "fp8",
+    "deepseek_v4_fp8": "fp8",
+    "finegrained_fp8": "fp8",
+    "gpt_oss_mxfp4": "mxfp4",
+    "auto-round": "inc",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+}
+"""Names of one way to store weights: an engine's name says which kernels read them too."""
+_ANY_KERNEL = frozenset(("moe_wna16", "humming"))
+"""Kernels of vLLM that read weights of several families."""
+
+
+def quantization_of(config: TeacherConfig, model_config: Any) -> str | None:
+    """Name of the weights' quantization: the one set for the engine, or the one that they are stored in."""
+    arguments = config.engine_args
+    if configured := arguments.get("quantization"):
+        return str(configured)
+    settings = arguments.get("quantization_config")
+    if isinstance(settings, Mapping) and config.engine == "transformers":
+        return _method(settings) or "bitsandbytes"
+    if arguments.get("gguf_file") or arguments.get("load_format") == "gguf":
+        return "gguf"
+    if arguments.get("load_format") == "bitsandbytes":
+        return "bitsandbytes"
+    overrides = arguments.get("hf_overrides")
+    if config.engine == "vllm" and isinstance(overrides, Mapping) and "quantization_config" in overrides:
+        return _method(overrides["quantization_config"])
+    return stored_quantization(model_config)
+
+
+def stored_quantization(model_config: Any) -> str | None:
+    """Name of the quantization that a `config.json` states, also beside the settings of its language model."""
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
+    for part in (model_config, text_config):
+        for name in ("quantization_config", "compression_config"):
+            if found := _method(getattr(part, name, None)):
+                return found
+    return None
+
+
+def require_loaded(
+    config: TeacherConfig, *, recorded: str | None, loaded: str | None, layers: int | None = None
+) -> None:
+    """Raise `TeacherUnusable` unless the engine has `loaded` what the header has `recorded`.
+
+    `layers`: the number of its layers that are quantized, if it can be counted. transformers can dequantize weights,
+    which keeps their values: `loaded` is then None.
+    """
+    is_dequantized = loaded is None and recorded is not None and config.engine == "transformers"
+    same = is_dequantized or _family(loaded) == _family(recorded) or (recorded and loaded in _ANY_KERNEL)
+    if same and (layers is None or bool(layers) == (recorded is not None)):
+        return
+    counted = "" if layers is None else f" in {layers} layers"
+    raise TeacherUnusable(
+        f"quantization of {config.model} in engine {config.engine}",
+        found=f"{loaded or 'none'}{counted}",
+        wanted=f"{recorded or 'none'}, which config.json and teacher.engine_args state and the header records",
+        fix="set teacher.engine_args.quantization (vLLM) or .quantization_config (transformers) to what the weights "
+        "are stored in, and choose another output",
+    )
+
+
+def loaded_quantization(model: Any) -> str | None:
+    """Name of the quantization of a model of transformers; None also after it was dequantized."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return _method(getattr(quantizer, "quantization_config", None)) or stored_quantization(model.config)
+
+
+def _family(name: str | None) -> str | None:
+    if name is None:
+        return None
+    plain = _KERNELS.sub("", _KERNELS.sub("", name.lower()))
+    return "modelopt" if plain.startswith("modelopt") else _FAMILIES.get(plain, plain)
+
+
+def _method(settings: object) -> str | None:
+    """`quant_method` of settings, a mapping or an object of transformers."""
+    if settings is None:
+        return None
+    known = settings if isinstance(settings, Mapping) else vars(settings)
+    found = known.get("quant_method")
+    if found is None and (known.get("producer") or {}).get("name") == "modelopt":
+        return "modelopt"
+    found = getattr(found, "value", found)
+    return str(found).lower().replace("compressed_tensors", "compressed-tensors") if found else None

@@ -46,7 +46,8 @@ class TokenSequence:
     These are what the teacher reads. `stored` is the row of the dataset if that has another prompt.
 
     `source_row` is the number of the source row that it was made from; of joined documents, the first one's. `media`
-    are its images with their content; each has ONE placeholder token in `token_ids`.
+    are its images with their content; each has ONE placeholder token in `token_ids`. `score_ids int32 [1 or N, M]`: ids
+    that the source names for all targets or for each of the `N`, -1 where fewer; they are kept beside the top K.
     """
 
     sample_id: str
@@ -55,6 +56,7 @@ class TokenSequence:
     target_spans: np.ndarray
     metadata: Mapping[str, Any] = field(default_factory=dict)
     media: tuple[MediaReference, ...] = ()
+    score_ids: np.ndarray | None = None
     stored: StoredRow | None = None
 
     @property

@@ -2,7 +2,8 @@
 
 The uniforms of the tail draws are a function of (dataset seed, sample id, position, draw) and do not depend on
 batching. Shape letters: `N` target positions, `V` vocabulary (logit columns), `W` columns of work memory (`token_count`
-rounded up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `R` most kept draws of a position.
+rounded up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `R` most kept draws of a position,
+`M` ids that the source names at a position, `L` columns of the kept ids: K, and room for those that are named.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coldstill.common.rng import WORDS_PER_COUNT, to_uniforms
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 _B = 64
@@ -29,7 +31,7 @@ _WORK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 class Summary(NamedTuple):
     """Targets as tensors of fixed shapes on the logits' device: making them never waits for a GPU.
 
-    `ids int32 [N, K]` by descending log-prob, `logprobs float32 [N, K]` (-inf where not kept), `counts int32 [N]`,
+    `ids int32 [N, L]` by descending log-prob, `logprobs float32 [N, L]` (-inf where not kept), `counts int32 [N]`,
     `log_tail`, `label_logprob float32 [N]`. `draw_ids int32 [N, R]` and `draw_logprobs float32 [N, R]`, of which the
     first `draw_counts int32 [N]` of each position are draws. `padding_mass float32 [N]`: the softmax mass that the
     padding columns (from `token_count` on) would have had. `finite bool [N]`: false if a logit was NaN or +inf.
@@ -54,42 +56,56 @@ class TargetExtractor:
     arithmetic.
     """
 
-    def __init__(self, *, top_k: int, min_prob: float, kept_draws: int, token_count: int):
+    def __init__(self, *, top_k: int, min_prob: float, kept_draws: int, token_count: int, named_width: int = 0):
+        """`named_width`: L - K, 0 without named ids."""
         self.top_k, self.min_prob, self.kept_draws, self.token_count = top_k, min_prob, kept_draws, token_count
+        self.named_width = named_width
         self._width = -(-token_count // _B) * _B
         self._work = torch.empty(0, self._width)
 
-    def __call__(self, logits: Tensor, labels: Tensor, uniforms: Tensor) -> Summary:
+    def __call__(self, logits: Tensor, labels: Tensor, uniforms: Tensor, named: Tensor | None = None) -> Summary:
         """Summary of `logits [N, V]` (any float type) with `labels int64 [N]` and `uniforms float64 [N, D]`.
+
+        `named int64 [N, M]`: distinct ids of each position that are kept beside the top K, -1 where fewer.
 
         - Padding columns are removed before the softmax.
         - Totals are float64: a float32 log-softmax over 32,000 entries alone is off by 5e-6.
-        - The kept ids are those of the top K that reach the floor. Tail, label and draws are relative to them.
+        - The kept ids are those of the top K that reach the floor, and all that are named. Tail, label and draws are
+          relative to them.
         - The tail is the sum of the entries outside the kept ids, never 1 minus the rest.
         - Draws: the mass of the kept ids comes first on the unit interval. A uniform inside it is a draw of a kept id
           and is dropped. The others are looked up on the cumulative sum of the tail alone, and the first `kept_draws`
           of them are kept. They are chosen by their place, so they are still iid draws from the tail.
         """
         rows = max(1, _WORK_BYTES.get(logits.device.type, _WORK_BYTES["cuda"]) // (4 * self._width))
+        blocks = (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
         parts = [
-            self._block(logits[start : start + rows], labels[start : start + rows], uniforms[start : start + rows])
-            for start in range(0, logits.shape[0], rows)
-        ] or [self._block(logits, labels, uniforms)]
+            self._block(logits[part], labels[part], uniforms[part], None if named is None else named[part])
+            for part in blocks
+        ] or [self._block(logits, labels, uniforms, named)]
         return parts[0] if len(parts) == 1 else Summary(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _block(self, logits: Tensor, labels: Tensor, uniforms: Tensor) -> Summary:
+    def _block(self, logits: Tensor, labels: Tensor, uniforms: Tensor, named: Tensor | None) -> Summary:
         work = self._scores(logits)
         values, ids = self._top(work)
         best = values[:, :1]
         label = work.gather(1, labels[:, None])[:, 0].double() - best[:, 0].double()
+        marks = _NamedMarks.of(ids, named, width=self._width) if self.named_width and named is not None else None
+        if marks:
+            ids = torch.cat((ids, marks.columns), 1)
+            values = torch.cat((values, work.gather(1, marks.columns)), 1)
         weights = work.sub_(best).exp_()
         kept_weights = weights.gather(1, ids)
+        if marks:
+            kept_weights[:, self.top_k :].masked_fill_(~marks.is_new, 0.0)
         weights.scatter_(1, ids, 0.0)
         blocks = weights.view(-1, self._width // _B, _B).sum(-1)
         wide = kept_weights.double()
         total = blocks.sum(-1, dtype=torch.float64) + wide.sum(-1)
         kept = wide >= self.min_prob * total[:, None]
         kept[:, 0] = True
+        if marks:
+            kept = torch.cat((kept[:, : self.top_k] | marks.top_is_named, marks.is_new), 1)
 
         kept_total = wide.masked_fill(~kept, 0.0).sum(-1)
         # Entries under the floor are part of the tail.
@@ -100,10 +116,13 @@ class TargetExtractor:
             weights.scatter_(1, ids, under)
             blocks.scatter_add_(1, ids // _B, under)
         draws = _tail_draws(weights, blocks, uniforms * total[:, None] - kept_total[:, None], self.kept_draws)
-        logprobs = (values - best).double() - log_total[:, None]
+        ids = torch.where(kept, ids, ids[:, :1])
+        logprobs = ((values - best).double() - log_total[:, None]).masked_fill(~kept, -torch.inf)
+        if self.named_width:
+            ids, logprobs = self._with_named(ids, logprobs, kept)
         return Summary(
-            ids=torch.where(kept, ids, ids[:, :1]).int(),
-            logprobs=logprobs.masked_fill(~kept, -torch.inf).float(),
+            ids=ids.int(),
+            logprobs=logprobs.float(),
             counts=kept.sum(-1).int(),
             log_tail=(torch.log(tail_total) - log_total).clamp(min=LOG_FLOOR, max=0.0).float(),
             label_logprob=(label - log_total).clamp(max=0.0).float(),
@@ -113,6 +132,17 @@ class TargetExtractor:
             padding_mass=self._padding_mass(logits, best[:, 0], total),
             finite=torch.isfinite(total),
         )
+
+    def _with_named(self, ids: Tensor, logprobs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N, L]` by descending log-prob. A named id that has no mass at all is kept with the least log-prob."""
+        logprobs = torch.where(kept, logprobs.clamp(min=LOG_FLOOR), -torch.inf)
+        wide = self.top_k + self.named_width
+        logprobs, order = functional.pad(logprobs, (0, max(0, wide - ids.shape[1])), value=-torch.inf).sort(
+            dim=1, descending=True, stable=True
+        )
+        padded = torch.cat((ids, ids[:, :1].expand(-1, max(0, wide - ids.shape[1]))), 1)
+        # All ids are distinct, so no more than `wide`, or all tokens, are kept.
+        return padded.gather(1, order)[:, :wide], logprobs[:, :wide]
 
     def _scores(self, logits: Tensor) -> Tensor:
         """`float32 [N, W]`: the logits in work memory, -inf from `token_count` on."""
@@ -139,6 +169,25 @@ class TargetExtractor:
             return torch.zeros_like(best)
         mass = torch.exp(logits[:, self.token_count :].float() - best[:, None]).sum(-1)
         return mass / (mass + total.float())
+
+
+class _NamedMarks(NamedTuple):
+    """Named ids against the top K: `columns int64 [N, M]`, an id of the top K where an entry adds nothing; `is_new
+    bool [N, M]`; `top_is_named bool [N, K]`."""
+
+    columns: Tensor
+    is_new: Tensor
+    top_is_named: Tensor
+
+    @classmethod
+    def of(cls, top: Tensor, named: Tensor, *, width: int) -> _NamedMarks:
+        """Marks of `named int64 [N, M]`, -1 for none, beside `top int64 [N, K]`, all below `width`."""
+        is_named = named >= 0
+        # By a table of all tokens: a comparison of all pairs would take K x M bytes for each position.
+        table = torch.zeros(len(top), width + 1, dtype=torch.bool, device=top.device)
+        is_new = is_named & ~table.scatter(1, top, True).gather(1, named.clamp(min=0))
+        top_is_named = table.scatter(1, torch.where(is_named, named, width), True).gather(1, top)
+        return cls(torch.where(is_new, named, top[:, :1]), is_new, top_is_named)
 
 
 class _Draws(NamedTuple):
@@ -227,8 +276,26 @@ def summarize(
     kept_draws: int,
     token_count: int,
     draw_logprobs: bool = False,
+    named: np.ndarray | None = None,
+    named_width: int = 0,
 ) -> TeacherTargets:
     """Targets of `logits [N, V]` with `labels int64 [N]` and `uniforms float64 [N, D]`; see `TargetExtractor`."""
-    extract = TargetExtractor(top_k=top_k, min_prob=min_prob, kept_draws=kept_draws, token_count=token_count)
-    summary = extract(logits, labels, torch.from_numpy(uniforms).to(logits.device))
+    extract = TargetExtractor(
+        top_k=top_k, min_prob=min_prob, kept_draws=kept_draws, token_count=token_count, named_width=named_width
+    )
+    on_device = torch.from_numpy(uniforms).to(logits.device)
+    summary = extract(logits, labels, on_device, named_on(logits.device, named))
     return targets_of(summary, draw_logprobs=draw_logprobs)
+
+
+def split_width(header: DatasetHeader) -> tuple[int, int]:
+    """K, and L - K: the columns for ids that the source names. Together they are the header's `top_k`."""
+    facts = header.about.score_ids
+    if header.kept_ids == "top_k" or facts is None:
+        return header.top_k, 0
+    return facts.top_k, header.top_k - facts.top_k
+
+
+def named_on(device: torch.device, named: np.ndarray | None) -> Tensor | None:
+    """`named int [N, M]` as the extractor takes it."""
+    return None if named is None else torch.from_numpy(named.astype(np.int64)).to(device, non_blocking=True)

@@ -23,12 +23,15 @@ from coldstill.common.errors import first_line
 from coldstill.common.processor import type_input_of
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.score_ids import rows_at
+from coldstill.pipeline.teachers.adapter import adapter_of, merged_head
 from coldstill.pipeline.teachers.checkpoint import (
     check_weights,
     end_token_ids,
     load_tokenizer,
     way_out,
 )
+from coldstill.pipeline.teachers.engine_args import loaded_quantization, require_loaded
 from coldstill.pipeline.teachers.image_expansion import Expansion, RowRejected, as_stored, check_no_images
 from coldstill.pipeline.teachers.image_probe import image_probe
 from coldstill.pipeline.teachers.local_expansion import local_expander
@@ -37,7 +40,7 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 
 from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
-from .target_extractor import Summary, TargetExtractor, draw_uniforms, targets_of
+from .target_extractor import Summary, TargetExtractor, draw_uniforms, named_on, split_width, targets_of
 
 _LATER = 4
 """Tokens at the end of a row that are replaced to see whether earlier ones depend on them."""
@@ -48,10 +51,17 @@ log = logging.getLogger(__name__)
 class TransformersTeacher:
     """A causal language model of transformers; see `protocol.Teacher`."""
 
-    def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
-        """Raises `TeacherUnusable`."""
+    def __init__(
+        self,
+        config: TeacherConfig,
+        header: DatasetHeader,
+        sampling: SamplingConfig | None = None,
+        *,
+        device: str | None = None,
+    ):
+        """`device`: where the model is computed, by default the GPU if there is one. Raises `TeacherUnusable`."""
         self._config, self._header, self._sampling = config, header, sampling
-        self._model = load_model(config, header)
+        self._model = load_model(config, header, device=device)
         self._expander = local_expander(config, header) if header.about.processor else None
         self._images = self._expander.rules if self._expander else None
         self._extract = TargetExtractor(
@@ -59,6 +69,7 @@ class TransformersTeacher:
             min_prob=config.min_prob,
             kept_draws=header.kept_draws,
             token_count=header.token_count,
+            named_width=split_width(header)[1],
         )
         self._one_at_a_time = threading.Lock()
         self._progress = 0
@@ -115,7 +126,9 @@ class TransformersTeacher:
             wanted = torch.from_numpy(expansion.positions(positions)).to(tokens.device)
             # The head is applied at the wanted positions only: [1, N, V].
             logits = self._model(input_ids=tokens[None], logits_to_keep=wanted, use_cache=False, **inputs).logits[0]
-            summary = self._summary(logits, tokens[wanted + 1], stored, sample_id=sequence.sample_id)
+            summary = self._summary(
+                logits, tokens[wanted + 1], stored, sample_id=sequence.sample_id, named=sequence.score_ids
+            )
         return self._result(sequence, summary)
 
     def _expanded(self, sequence: TokenSequence, *, is_prompt: bool) -> tuple[Expansion, dict[str, Any]]:
@@ -228,11 +241,25 @@ class TransformersTeacher:
             )
         return output.logits[0], grown
 
-    def _summary(self, logits: Tensor, labels: Tensor, positions: np.ndarray, *, sample_id: str) -> Summary:
+    def _summary(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        positions: np.ndarray,
+        *,
+        sample_id: str,
+        named: np.ndarray | None = None,
+    ) -> Summary:
         """`positions`: those of the stored row."""
         config = self._config
         uniforms = draw_uniforms(positions, draws=config.draws, seed=config.draw_seed, sample_id=sample_id)
-        return self._extract(logits, labels.to(logits.device), torch.from_numpy(uniforms).to(logits.device))
+        at = None if named is None else rows_at(named, slice(None), positions.size)
+        return self._extract(
+            logits,
+            labels.to(logits.device),
+            torch.from_numpy(uniforms).to(logits.device),
+            named_on(logits.device, at),
+        )
 
     def _result(self, sequence: TokenSequence, summary: Summary) -> ScoreResult:
         if not bool(summary.finite.all()):
@@ -246,7 +273,7 @@ class TransformersTeacher:
         self._progress += 1
 
 
-def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
+def load_model(config: TeacherConfig, header: DatasetHeader, *, device: str | None = None) -> Any:
     """The model in evaluation mode, on the GPU if there is one; its logits have the header's `head_dtype`.
 
     Its attention is the eager one if the default of its class computes something else.
@@ -261,11 +288,17 @@ def load_model(config: TeacherConfig, header: DatasetHeader) -> Any:
         raise TeacherUnusable(
             config.model, found=first_line(error), wanted="a model that transformers loads", fix=way_out(error)
         ) from error
+    if loaded := loaded_quantization(model):
+        require_loaded(config, recorded=header.teacher.quantization, loaded=loaded)
+    adapter = adapter_of(config) if config.adapter else None
+    if adapter is not None:
+        model = adapter.on(model)
     if "device_map" not in config.engine_args:  # with one, accelerate has placed the model and moves tensors itself
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_attention(model, config)
     if header.teacher.head_dtype == "float32" and model.dtype != torch.float32:
-        model.set_output_embeddings(_float32_head(config, model.get_output_embeddings()))
+        head = model.get_output_embeddings()
+        model.set_output_embeddings(_float32_head(config, head if adapter is None else merged_head(head)))
     return model.eval()
 
 

@@ -17,7 +17,8 @@ from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.sources.staging import remove_staging
-from coldstill.pipeline.teachers.checkpoint import dtype_of, head_dtype_of, quantization_of
+from coldstill.pipeline.teachers.checkpoint import dtype_of, head_dtype_of
+from coldstill.pipeline.teachers.engine_args import quantization_of
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch

@@ -129,7 +129,11 @@ class LogitDataset:
     def is_dense(self) -> bool:
         """Whether every id of the vocabulary is kept at every position."""
         headers = [dataset.header for dataset in self.sources.datasets]
-        whole = all(header.top_k == header.token_count and header.min_prob == 0 for header in headers)
+        # With named ids, `top_k` only bounds how many a position keeps.
+        whole = all(
+            header.top_k == header.token_count and header.min_prob == 0 and header.kept_ids == "top_k"
+            for header in headers
+        )
         return whole and self.sources.top_k in (None, headers[0].token_count)
 
     @property

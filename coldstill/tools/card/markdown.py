@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.named_ids import kept_in_words
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 from coldstill.tools.reject_reasons import OTHER_REASONS
 from coldstill.tools.stats.measure import Stats
@@ -122,9 +123,15 @@ def _summary(header: DatasetHeader, stats: Stats) -> str:
             f"{content}, imported from another tool's files. The importer named the teacher; nothing here was compared "
             "with it.\n"
         )
+    named = header.about.score_ids
+    which = (
+        f"{header.top_k:,} most probable tokens"
+        if header.kept_ids == "top_k"
+        else f"{f'{named.top_k:,} ' if named else ''}most probable tokens, and those that the source named,"
+    )
     return (
         f"A teacher model's predictions at {stats.targets:,} target tokens of {stats.rows:,} rows of {content}: the "
-        f"{header.top_k:,} most probable tokens with their log-probs, and the log of the probability outside them. A "
+        f"{which} with their log-probs, and the log of the probability outside them. A "
         "student can be trained from them without running the teacher.\n"
     )
 
@@ -137,6 +144,7 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
     grid = f" (a = {codec.a}, b = {codec.b})" if codec.name == "grid" else ""
     quantized = f", {plain(teacher.quantization)}" if teacher.quantization else ""
     imported = header.mode == "imported"
+    kept = kept_in_words(header.top_k, header.kept_ids, header.about.score_ids)
     over_long = {"reject": "rejected", "cut": "cut", "split": "split"}[header.over_long]
     return {
         "Teacher": plain(teacher.name)
@@ -149,7 +157,7 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         "Targets": f"mode {header.mode}, loss on {header.loss_on}",
         "Kept per target": f"K = {header.top_k:,} ids; how many the teacher has is not known"
         if imported
-        else f"K = {header.top_k:,} of {header.vocab_size:,} ids{floor}",
+        else f"{kept} of {header.vocab_size:,} ids{floor}",
         "Tail mass": _tail(header),
         "Tail draws": header.draws_in_words,
         "Storage": f"format {header.format_version}, codec {codec.name}{grid}, fidelity {codec.fidelity}: "

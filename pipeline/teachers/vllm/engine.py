@@ -21,6 +21,7 @@ import torch
 
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
+from coldstill.pipeline.teachers.adapter import Adapter
 from coldstill.pipeline.teachers.checkpoint import way_out
 from coldstill.storage_schema.header import DatasetHeader
 
@@ -45,10 +46,10 @@ _REFUSED_WITH_IMAGES = {
 }
 """Of a teacher that sees images."""
 
-_NO_ADAPTERS = "requests would run without the adapter; merge it into the model, and name the merged folder"
+_NO_ADAPTERS = "teacher.adapter names an adapter, and sets it"
 
 
-def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, Any]:
+def engine_arguments(config: TeacherConfig, header: DatasetHeader, adapter: Adapter | None = None) -> dict[str, Any]:
     """Arguments of vLLM's LLM class: ours, then `teacher.engine_args`. Raises `TeacherUnusable` for refused ones."""
     refused = dict(_REFUSED)
     if config.tap == "public" or header.order == "exact":
@@ -90,6 +91,14 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader) -> dict[str, 
     if sees_images:
         arguments["limit_mm_per_prompt"] = {"image": config.max_images, "video": 0, "audio": 0}
         arguments["mm_processor_cache_gb"] = 0
+    if adapter is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": adapter.vllm_rank,
+            # A head in an adapter's wrapper would read the rows of a batch that the tap does not have.
+            "lora_target_modules": list(adapter.suffixes),
+        }
     if config.tap == "worker":
         arguments["worker_extension_cls"] = "coldstill.pipeline.teachers.vllm.tap.TapExtension"
     if header.teacher.head_dtype != header.teacher.dtype:
@@ -113,10 +122,14 @@ def set_environment(config: TeacherConfig, arguments: dict[str, Any]) -> None:
 
 
 class Request(NamedTuple):
-    """vLLM's inputs, `{"prompt_token_ids": ...}` or the result of `Engine.render`, and its sampling parameters."""
+    """vLLM's inputs, `{"prompt_token_ids": ...}` or the result of `Engine.render`, and its sampling parameters.
+
+    `is_adapted`: whether the engine's adapter applies, if it has one.
+    """
 
     inputs: Mapping[str, Any]
     parameters: Any
+    is_adapted: bool = True
 
 
 class _Call:
@@ -132,8 +145,10 @@ class _Call:
 class Engine:
     """A started engine. Thread-safe."""
 
-    def __init__(self, config: TeacherConfig, arguments: dict[str, Any]):
+    def __init__(self, config: TeacherConfig, arguments: dict[str, Any], adapter: Adapter | None = None):
         """Start the engine. Raises `TeacherUnusable`."""
+        self._adapter_folder = str(adapter.folder) if adapter else None
+        self._adapter: Any = None
         self.steps, self.rendered = 0, 0
         """Steps made, and prompts with images rendered."""
         self.processes: tuple[int, ...] = ()
@@ -172,6 +187,12 @@ class Engine:
             rendered: list[Mapping[str, Any]] = self._engine.renderer.render_cmpl([prompt])
         return rendered[0]
 
+    @property
+    def quantization(self) -> str | None:
+        """The quantization that vLLM has loaded the weights with, by its own name."""
+        found = self._engine.vllm_config.model_config.quantization
+        return None if found is None else str(found)
+
     def call_workers(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of all worker processes, between two steps, and return their results in rank order."""
         answer: Future[list[Any]] = Future()
@@ -195,6 +216,10 @@ class Engine:
             started.set_exception(error)
             return
         self._engine = self._llm.llm_engine
+        if self._adapter_folder is not None:
+            from .tap import ADAPTER_ID, LoRARequest
+
+            self._adapter = LoRARequest("teacher.adapter", ADAPTER_ID, self._adapter_folder)
         children = {process.pid for process in multiprocessing.active_children()}
         self.processes = tuple(pid for pid in children - before if pid)
         started.set_result(None)
@@ -223,7 +248,8 @@ class Engine:
             with _paused(self._engine):
                 for index, request in enumerate(call.requests):
                     name = str(next(self._names))
-                    self._engine.add_request(name, request.inputs, request.parameters)
+                    adapter = self._adapter if request.is_adapted else None
+                    self._engine.add_request(name, request.inputs, request.parameters, lora_request=adapter)
                     self._owners[name] = (call, index)
                     names.append(name)
         except Exception as error:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coldstill.pipeline.teachers.target_extractor import Summary, TargetExtractor, draw_uniforms
+from coldstill.pipeline.score_ids import UNUSED, rows_at
+from coldstill.pipeline.teachers.target_extractor import Summary, TargetExtractor, draw_uniforms, named_on
 from coldstill.storage_schema.rows import TeacherTargets
 
 _LEAST_ROWS, _MOST_ROWS = 16, 4096
@@ -39,10 +40,13 @@ class RequestSpec(TypedDict):
 
     The engine counts the tokens of images, and a stored row does not: `stored_starts` are the stored positions of the
     first target of each span, or of the answer, where they differ. Draws depend on stored positions only.
+
+    `score_ids`: see `TokenSequence`.
     """
 
     number: int
     sample_id: str
+    score_ids: NotRequired[list[list[int]]]
     spans: NotRequired[list[list[int]]]
     stored_starts: NotRequired[list[int]]
     max_answer_tokens: NotRequired[int]
@@ -53,6 +57,8 @@ class TapSettings:
     """What is kept of each distribution; plain values, which are sent to vLLM's worker processes."""
 
     top_k: int
+    named_width: int = 0
+    """Room for ids that the source names, beside K."""
     min_prob: float
     draws: int
     kept_draws: int
@@ -64,7 +70,7 @@ class TapSettings:
 
     def row_bytes(self) -> int:
         """Bytes of one position in a message to the engine's process, at most."""
-        return 8 * self.top_k + 8 * self.kept_draws + 24
+        return 8 * (self.top_k + self.named_width) + 8 * self.kept_draws + 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +122,10 @@ class Arrays:
 
 
 def _layout(settings: TapSettings) -> list[tuple[str, tuple[int, ...], type]]:
-    kept_draws = min(settings.kept_draws, settings.draws)
+    kept_draws, width = min(settings.kept_draws, settings.draws), settings.top_k + settings.named_width
     shapes: dict[str, tuple[tuple[int, ...], type]] = {
-        "ids": ((settings.top_k,), np.int32),
-        "logprobs": ((settings.top_k,), np.float32),
+        "ids": ((width,), np.int32),
+        "logprobs": ((width,), np.float32),
         "counts": ((), np.int32),
         "log_tail": ((), np.float32),
         "label_logprob": ((), np.float32),
@@ -150,6 +156,7 @@ class TappedRequest:
         self.failure = ""
         self.recomputed = 0
         self.padding_mass = 0.0
+        self._named = np.array(spec["score_ids"], np.int64) if settings.named_width and "score_ids" in spec else None
         self._uniforms = draw_uniforms(
             stored, draws=settings.draws, seed=settings.draw_seed, sample_id=spec["sample_id"]
         )
@@ -170,6 +177,10 @@ class TappedRequest:
     def uniforms(self, part: slice) -> np.ndarray:
         """`float64 [n, D]` of these positions."""
         return self._uniforms[part]
+
+    def named(self, part: slice) -> np.ndarray | None:
+        """`int64 [n, M]`: the ids that the source names at these positions, -1 where fewer; None if it names none."""
+        return None if self._named is None else rows_at(self._named, part, self.positions.size)
 
     def store(self, part: slice, arrays: Arrays, rows: slice, *, finite: np.ndarray, padding_mass: np.ndarray) -> None:
         """Copy `rows` of a step's arrays to these positions."""
@@ -238,6 +249,7 @@ class StepScorer:
             min_prob=settings.min_prob,
             kept_draws=min(settings.kept_draws, settings.draws),
             token_count=settings.token_count,
+            named_width=settings.named_width,
         )
         self._pending: list[_Pending] = []
         self.largest_logit, self.width = 0.0, 0
@@ -256,6 +268,7 @@ class StepScorer:
         rows = torch.from_numpy(np.concatenate([piece.rows for piece in pieces])).to(hidden.device, non_blocking=True)
         labels = np.concatenate([piece.labels for piece in pieces])
         uniforms = np.concatenate([piece.request.uniforms(piece.part) for piece in pieces])
+        named = _joined_names([(piece.request.named(piece.part), piece.labels.size) for piece in pieces])
         parts: list[Summary] = []
         failure = ""
         start = 0
@@ -268,7 +281,8 @@ class StepScorer:
                     self.width = hidden.shape[1]
                     self.largest_logit = max(self.largest_logit, _largest(logits))
                 if self._keeps and not failure:
-                    parts.append(self._summary(logits, labels[block], uniforms[block]))
+                    of_block = None if named is None else named[block]
+                    parts.append(self._summary(logits, labels[block], uniforms[block], of_block))
             except torch.OutOfMemoryError as error:
                 start = block.start if self._halve_blocks() else block.stop
                 failure = failure if start == block.start else f"{type(error).__name__}: {error}"
@@ -296,11 +310,12 @@ class StepScorer:
                 piece.request.store(piece.part, arrays, slice(start, stop), finite=finite, padding_mass=padding_mass)
                 start = stop
 
-    def _summary(self, logits: Tensor, labels: np.ndarray, uniforms: np.ndarray) -> Summary:
+    def _summary(self, logits: Tensor, labels: np.ndarray, uniforms: np.ndarray, named: np.ndarray | None) -> Summary:
         return self._extract(
             logits,
             torch.from_numpy(labels).to(logits.device, non_blocking=True),
             torch.from_numpy(uniforms).to(logits.device, non_blocking=True),
+            named_on(logits.device, named),
         )
 
     def _halve_blocks(self) -> bool:
@@ -319,6 +334,20 @@ class StepScorer:
             arrived = torch.cuda.Event()
             arrived.record()
         self._pending.append(_Pending(pieces, summary, labels, arrived))
+
+
+def _joined_names(parts: Sequence[tuple[np.ndarray | None, int]]) -> np.ndarray | None:
+    """`int64 [n, M]` of the pieces' ids `[positions, M]`, of which M may differ; None if no piece has any."""
+    width = max((names.shape[1] for names, _ in parts if names is not None), default=0)
+    if not width:
+        return None
+    joined = np.full((sum(size for _, size in parts), width), UNUSED, np.int64)
+    start = 0
+    for names, size in parts:
+        if names is not None:
+            joined[start : start + size, : names.shape[1]] = names
+        start += size
+    return joined
 
 
 def _largest(logits: Tensor) -> float:

@@ -206,6 +206,11 @@ def _kl(some: TeacherTargets, others: TeacherTargets) -> np.ndarray:
     return kl
 
 
+def largest_kl(some: Sequence[TeacherTargets], others: Sequence[TeacherTargets]) -> float:
+    """The largest KL of a position, see `_kl`; NaN if one is."""
+    return float(np.concatenate([_kl(one, other) for one, other in zip(some, others, strict=True)]).max())
+
+
 def _normalized(logprobs: np.ndarray, kept: np.ndarray) -> np.ndarray:
     logprobs = np.where(kept, logprobs, -np.inf)
     normalized: np.ndarray = logprobs - np.logaddexp.reduce(logprobs, axis=1, keepdims=True)

@@ -20,6 +20,11 @@ from vllm.distributed.parallel_state import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.lora.request import LoRARequest as LoRARequest
+from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.model_executor.layers.linear import LinearBase
+
+from coldstill.pipeline.teachers.adapter import squared_norm
 
 from .compatibility import problems_of_config, problems_of_runner
 from .scoring import SPEC_KEY, Piece, StepScorer, TappedRequest, TapSettings
@@ -28,6 +33,10 @@ _BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Memory of a block, below the peak that vLLM measures at its start: those activations are free again when the tap
 runs. On a CPU, 8 to 32 MiB are 1.1 times as fast as 64 and 128 at V = 8,192, and 32 MiB is the fastest at 151,936. The
 cause is not proven: larger blocks may need new pages each time."""
+
+
+ADAPTER_ID = 1
+"""vLLM's number of the teacher's adapter."""
 
 
 class TapExtension:
@@ -51,6 +60,7 @@ class TapExtension:
         return {
             "problems": [],
             "runner": runner,
+            "quantized_layers": sum(map(_is_quantized, self.model_runner.model.modules())),
             "vocab_size": self.model_runner.model_config.get_vocab_size(),
             "threads": torch.get_num_threads(),
             "batched_tokens": self.vllm_config.scheduler_config.max_num_batched_tokens,
@@ -71,9 +81,37 @@ class TapExtension:
         """Remove these requests, whose results nobody will take. Returns how many requests the tap still holds."""
         return self._coldstill.drop(numbers)
 
+    def coldstill_adapter(self, modules: list[str]) -> dict[str, float]:
+        """`||scale B A||^2` of the adapter in these layers, as the file names them; only of those that this process
+        has. Call it after a request with the adapter."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        if ADAPTER_ID not in manager.lora_index_to_id:
+            return {}
+        slot = manager.lora_index_to_id.index(ADAPTER_ID)
+        mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+        packed = {part: (name, i) for name, parts in manager.packed_modules.items() for i, part in enumerate(parts)}
+        norms = {}
+        for module in modules:
+            file_name = f"base_model.model.{module}.lora_A.weight"
+            name, _ = parse_fine_tuned_lora_name(file_name, mapper.get_rename_mapper() if mapper else None)
+            whole, part = packed.get(name, (name, None))
+            if whole in manager.modules:
+                layer = manager.modules[whole]
+                pairs = list(zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True))
+                norms[module] = sum(
+                    squared_norm(down[slot, 0], up[slot, 0]) for down, up in (pairs if part is None else [pairs[part]])
+                )
+        return norms
+
     def coldstill_arithmetic(self) -> dict[str, Any]:
         """What the self-check's limits depend on; see `self_check.Arithmetic`."""
         return self._coldstill.arithmetic()
+
+
+def _is_quantized(layer: torch.nn.Module) -> bool:
+    method = getattr(layer, "quant_method", None)
+    is_matrix = isinstance(layer, LinearBase) or "MoE" in type(layer).__name__
+    return is_matrix and method is not None and not type(method).__name__.startswith("Unquantized")
 
 
 class Tap:

@@ -13,8 +13,10 @@ import numpy as np
 
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.teachers.adapter import Adapter, adapter_of
 from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
 from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer
+from coldstill.pipeline.teachers.engine_args import require_loaded
 from coldstill.pipeline.teachers.image_expansion import RowRejected
 from coldstill.pipeline.teachers.local_expansion import image_rules
 from coldstill.pipeline.teachers.protocol import (
@@ -24,9 +26,11 @@ from coldstill.pipeline.teachers.protocol import (
     answer_name,
     non_finite,
 )
+from coldstill.pipeline.teachers.target_extractor import split_width
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 
+from .adapter_check import check_by_peft, check_layers
 from .engine import Engine, Request, engine_arguments, set_environment
 from .prompts import Prompt, PromptMaker
 from .public_path import read_prompt_logprobs
@@ -53,7 +57,15 @@ class VllmTeacher:
                 f"teacher.runner {config.runner}", found=f"{config.model}, which sees images", wanted="runner v1"
             )
         self._images = image_rules(config, header)
-        arguments = engine_arguments(config, header)
+        self._adapter = adapter_of(config) if config.adapter else None
+        if self._adapter is not None and self._images is not None:
+            raise TeacherUnusable(
+                f"teacher.adapter {config.adapter}",
+                found=f"{config.model}, which sees images, and engine vllm",
+                wanted="engine transformers, or a teacher of text only",
+                fix="set teacher.engine: transformers, or merge the adapter with peft's `merge_and_unload`",
+            )
+        arguments = engine_arguments(config, header, self._adapter)
         set_environment(config, arguments)
         try:
             import vllm
@@ -66,15 +78,18 @@ class VllmTeacher:
             ) from error
         self._vllm, self._config, self._header, self._sampling = vllm, config, header, sampling
         self._numbers = itertools.count()
+        self._is_adapted = True
         if sampling is not None and sampling.stop:
             # vLLM finds stop texts by its own tokenizer, which may be of a class that loses text.
             self._tokenizer_folder = tempfile.TemporaryDirectory()
             load_tokenizer(config).save_pretrained(self._tokenizer_folder.name)
             arguments.setdefault("tokenizer", self._tokenizer_folder.name)
-        self._engine = Engine(config, arguments)
+        self._engine = Engine(config, arguments, self._adapter)
         self._prompts = PromptMaker(self._engine.render, self._images, config)
+        self._top_k, named_width = split_width(header)
         self._settings = TapSettings(
-            top_k=header.top_k,
+            top_k=self._top_k,
+            named_width=named_width,
             min_prob=header.min_prob,
             draws=header.draws,
             kept_draws=header.kept_draws,
@@ -87,7 +102,10 @@ class VllmTeacher:
             self._facts |= {"recomputed_positions": 0, "mass_beyond_tokens": 0.0}
             self._install_tap()
         else:
+            self._require_quantization(None)
             check_weights(self._by_public_path, header, model=config.model, images=self._images)
+        if self._adapter is not None:
+            self._check_adapter(self._adapter)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -123,7 +141,7 @@ class VllmTeacher:
         # The public path counts padding columns as tokens; for the comparison, the tap must do so too.
         settings = self._settings
         self._settings = replace(
-            settings, token_count=self._header.vocab_size, draws=0, min_prob=0.0, is_self_check=True
+            settings, token_count=self._header.vocab_size, named_width=0, draws=0, min_prob=0.0, is_self_check=True
         )
         answers = self._engine.call_workers("coldstill_install", asdict(self._settings), self._config.runner)
         problems = [problem for answer in answers for problem in answer["problems"]]
@@ -135,6 +153,8 @@ class VllmTeacher:
                 fix="remove that from teacher.engine_args, install the pinned vLLM release, or set teacher.tap: public",
             )
         facts = answers[0]
+        layers = sum(answer.pop("quantized_layers") for answer in answers)
+        self._require_quantization(layers)
         if facts["vocab_size"] != self._header.vocab_size:
             raise TeacherUnusable(
                 f"logit columns of {self._config.model} in vLLM",
@@ -151,6 +171,34 @@ class VllmTeacher:
             "canary_kl": found.kl,
             "canary_kl_limit": found.kl_limit,
         }
+
+    def _require_quantization(self, layers: int | None) -> None:
+        """Compare what vLLM has loaded with the header, which was made before. Raises `TeacherUnusable`."""
+        loaded, recorded = self._engine.quantization, self._header.teacher.quantization
+        if loaded is not None or recorded is not None or layers:
+            require_loaded(self._config, recorded=recorded, loaded=loaded, layers=layers)
+            self._facts["quantization"] = loaded
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        """Prove that the engine applies the adapter; see `adapter_check.py`."""
+        from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
+
+        adapted = self._by_tap if self._config.tap == "worker" else self._by_public_path
+        if self._config.tap == "worker":
+            answers = self._engine.call_workers("coldstill_adapter", list(adapter.modules))
+            check_layers(adapter, answers, dtype=self._header.teacher.dtype)
+
+        def base(sequences: Sequence[TokenSequence]) -> list[ScoreResult]:
+            self._is_adapted = False
+            try:
+                return adapted(sequences)
+            finally:
+                self._is_adapted = True
+
+        def reference(config: TeacherConfig, header: DatasetHeader) -> TransformersTeacher:
+            return TransformersTeacher(config, header, device="cpu")  # vLLM has the GPU's memory
+
+        self._facts |= check_by_peft(self._config, self._header, adapted=adapted, base=base, load=reference)
 
     def _arithmetic(self) -> Arithmetic:
         """What the self-check's limits depend on, of the scoring so far."""
@@ -189,7 +237,7 @@ class VllmTeacher:
     def _tapped(self, prompts: Sequence[Prompt]) -> list[ScoreResult]:
         specs: list[RequestSpec] = [self._score_spec(prompt) for prompt in prompts]
         requests = [
-            Request(prompt.inputs, self._parameters(spec, max_tokens=1, temperature=0))
+            Request(prompt.inputs, self._parameters(spec, max_tokens=1, temperature=0), self._is_adapted)
             for prompt, spec in zip(prompts, specs, strict=True)
         ]
         with self._dropped_after_errors(specs):
@@ -198,14 +246,14 @@ class VllmTeacher:
 
     def _published(self, prompts: Sequence[Prompt]) -> list[ScoreResult]:
         parameters = self._vllm.SamplingParams(
-            prompt_logprobs=self._header.top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
+            prompt_logprobs=self._top_k, max_tokens=1, temperature=0, flat_logprobs=True, detokenize=False
         )
-        outputs = self._engine.run([Request(prompt.inputs, parameters) for prompt in prompts])
+        outputs = self._engine.run([Request(prompt.inputs, parameters, self._is_adapted) for prompt in prompts])
         return [
             read_prompt_logprobs(
                 output.prompt_logprobs,
                 prompt.sequence,
-                top_k=self._header.top_k,
+                top_k=self._top_k,
                 min_prob=self._settings.min_prob,
                 token_count=self._settings.token_count,
                 expansion=prompt.expansion,
@@ -272,6 +320,8 @@ class VllmTeacher:
             "sample_id": prompt.sequence.sample_id,
             "spans": prompt.expansion.spans(spans),
         }
+        if prompt.sequence.score_ids is not None:
+            spec["score_ids"] = prompt.sequence.score_ids.tolist()
         if prompt.sequence.media or prompt.sequence.stored:
             spec["stored_starts"] = prompt.sequence.as_stored.target_spans[:, 0].tolist()
         return spec

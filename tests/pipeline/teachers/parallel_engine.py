@@ -1,4 +1,4 @@
-"""A vLLM of several processes, in a separate process: `python -m ...parallel_engine text|images FOLDER OUTPUT`.
+"""A vLLM of several processes, in a separate process: `python -m ...parallel_engine text|adapter|images FOLDER OUTPUT`.
 
 Scores the same rows twice and writes both answers, for a test to compare.
 """
@@ -51,12 +51,13 @@ def config(folder: Path, **engine_args: object) -> TeacherConfig:
     """Of the same teacher; chunks of 64 tokens."""
     arguments = {"enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 16, **engine_args}
     fields = {"model": str(folder), "top_k": TOP_K, "min_prob": 0.0, "max_length": 128, "dtype": "float32"}
-    return TeacherConfig.model_validate({**fields, "engine_args": arguments})
+    adapter = {"adapter": str(folder / "adapter")} if (folder / "adapter").is_dir() else {}
+    return TeacherConfig.model_validate({**fields, **adapter, "engine_args": arguments})
 
 
 def teacher_of(kind: str, folder: Path, **engine_args: object) -> tuple[Teacher, list[TokenSequence]]:
-    """The teacher, and the rows to score: of text, or with images."""
-    if kind == "text":
+    """The teacher, and the rows to score: of text, or with images. Its adapter, if any, is in its folder `adapter`."""
+    if kind != "images":
         return load_teacher(config(folder, **engine_args), header(folder)), rows()
     arguments = {"max_num_batched_tokens": 64, "max_num_seqs": 16, **engine_args}
     settings = image_rows.config(folder, "vllm", engine_args=arguments)

@@ -51,7 +51,7 @@ def test_the_folder_of_an_adapter_is_named_with_the_way_out(tmp_path: Path, is_w
     if not is_whole:
         (folder / "config.json").unlink()
     with pytest.raises(
-        TeacherUnusable, match=r"(?s)an adapter.*a whole model.*into my-org/base.*merge_and_unload"
+        TeacherUnusable, match=r"(?s)an adapter.*a whole model.*set teacher\.adapter: .*teacher\.model to my-org/base"
     ) as e:
         load_tokenizer(_config(folder))
     assert ("remove adapter_config.json" in str(e.value)) == is_whole
@@ -59,7 +59,7 @@ def test_the_folder_of_an_adapter_is_named_with_the_way_out(tmp_path: Path, is_w
 
 def test_a_damaged_adapter_config_is_named_too(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("[")
-    with pytest.raises(TeacherUnusable, match="into its base model"):
+    with pytest.raises(TeacherUnusable, match="to its base model"):
         load_tokenizer(_config(tmp_path))
 
 
@@ -69,7 +69,7 @@ def test_a_damaged_adapter_config_is_named_too(tmp_path: Path) -> None:
 def test_arguments_for_adapters_are_refused_by_name(tmp_path: Path, arguments: dict[str, object]) -> None:
     (name,) = arguments
     header = making.tiny_header(making.tiny_tokenizer(tmp_path))
-    with pytest.raises(TeacherUnusable, match=rf"(?s)engine_args\.{name}.*merge it into the model"):
+    with pytest.raises(TeacherUnusable, match=rf"(?s)engine_args\.{name}.*teacher\.adapter names an adapter"):
         engine_arguments(_config(tmp_path, engine_args=arguments), header)
     engine_arguments(_config(tmp_path, engine_args={name: False}), header)
 

@@ -24,12 +24,20 @@ def _text_model(folder: Path) -> Path:
     return making.tiny_llama(folder, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64)
 
 
+def _adapted_model(folder: Path) -> Path:
+    layers = ["q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    making.lora_adapter(folder / "adapter", _text_model(folder), r=20, target_modules=layers)
+    return folder
+
+
 def _image_model(folder: Path) -> Path:
     return vision.idefics3_model(folder, splits=True, vision_heads=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "model"), [("text", _text_model), ("images", _image_model)])
+@pytest.mark.parametrize(
+    ("kind", "model"), [("text", _text_model), ("adapter", _adapted_model), ("images", _image_model)]
+)
 def test_a_teacher_split_over_processes_gives_what_a_whole_one_gives(
     tmp_path: Path, kind: str, model: Callable[[Path], Path]
 ) -> None:
