@@ -12,17 +12,25 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
+from coldstill.common.processor import ProcessorUnusable, placeholder_id
 from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.storage_schema.rows import MediaReference
 
-from .conversation import MARK, Conversation, RowUnusable, is_image_part
+from .conversation import MARK, Conversation, RowUnusable, has_marks, is_image_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Content = bytes | str
 """Bytes of an image, or the place where it is."""
+ReadImages = Callable[[Sequence[Content], Sequence[int]], tuple[MediaReference, ...]]
+"""From the contents of a row's images and the positions of their placeholders to the images."""
 
 IMAGE_PART = {"type": "image"}
 _ONE = "image"
@@ -34,6 +42,77 @@ _CONTENT = ("bytes", "base64", "data")
 _UNMARKED = "images without marks -> before the first question"
 _NO_COLUMN = "no column of images"
 _DATA = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
+
+
+class RowImages:
+    """The images of rows for one teacher: their limits, and their placeholders among the token ids."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: SourceConfig,
+        processor: Any | ProcessorUnusable | None,
+        *,
+        most: int,
+        read: ReadImages | None,
+    ):
+        """`processor`: that of a teacher that sees images, or why it cannot be loaded, which the first row with an
+        image raises; None for one that reads text only. `most`: images of a row. `read`: reads their content."""
+        self._unusable = processor if isinstance(processor, ProcessorUnusable) else None
+        self.processor: Any | None = None if self._unusable else processor
+        self.placeholder_id = None if self.processor is None else placeholder_id(self.processor)
+        self.sees = processor is not None
+        """Whether images of a chat are looked for."""
+        self.most = most
+        self._tokenizer, self._source, self._read = tokenizer, source, read
+
+    def seen(self, chat: Conversation, columns: Mapping[str, Any]) -> Conversation:
+        """A chat with its images, checked. Raises `RowUnusable`, `ProcessorUnusable`."""
+        if not self.sees:
+            if has_marks(chat) and any(columns.get(name) for name in image_columns(self._source)):
+                raise _bad("the row has images, and the teacher reads text only")
+            return chat
+        chat = with_images(chat, columns, self._source)
+        if self._unusable is not None:
+            if chat.images:
+                raise self._unusable
+            return chat
+        if len(chat.images) > self.most:
+            detail = f"{len(chat.images)} images, at most {self.most}"
+            raise RowUnusable(RejectReason.TOO_MANY_IMAGES, detail)
+        for text in texts_of([chat.messages, chat.tools]):
+            self.require_no_image_token(text)
+        return chat
+
+    def require_no_image_token(self, text: str) -> None:
+        """Raise `RowUnusable` for a text with a token that the teacher reads as an image."""
+        token = next((token for token in self._image_tokens if token in text), None)
+        if token is not None:
+            detail = f"a text holds {token}, which the teacher reads as part of an image"
+            raise RowUnusable(RejectReason.PLACEHOLDERS_DIFFER, detail)
+
+    def placeholders(self, token_ids: list[int], chat: Conversation | None) -> list[int]:
+        """Indices of the images' placeholders in a row. Raises `RowUnusable` unless there is one for each image."""
+        if self.processor is None:
+            return []
+        positions = [index for index, id_ in enumerate(token_ids) if id_ == self.placeholder_id]
+        images = len(chat.images) if chat else 0
+        if len(positions) != images:
+            token = self._tokenizer.convert_ids_to_tokens(self.placeholder_id)
+            detail = f"{len(positions)} placeholders {token} for {images} images"
+            raise RowUnusable(RejectReason.PLACEHOLDERS_DIFFER, detail)
+        return positions
+
+    def media(self, chat: Conversation | None, positions: list[int]) -> tuple[MediaReference, ...]:
+        """The images of a row with their content. Raises `RowUnusable`, `StorageFailed`, `ImageHostFailed`."""
+        return self._read(chat.images, positions) if chat and self._read else ()
+
+    @cached_property
+    def _image_tokens(self) -> tuple[str, ...]:
+        """The special tokens that stand for images and videos, which no text may hold."""
+        processor = self.processor
+        ids = {self.placeholder_id, *processor.image_token_ids, *processor.video_token_ids} if processor else set()
+        return tuple(str(self._tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(filter(None, ids)))
 
 
 class _Column(NamedTuple):

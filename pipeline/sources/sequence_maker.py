@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from coldstill.common.processor import ProcessorUnusable, placeholder_id
+from coldstill.common.processor import ProcessorUnusable
 from coldstill.pipeline.config import CaptureConfig, SourceConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
@@ -29,13 +29,12 @@ from coldstill.pipeline.teachers.checkpoint import (
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.header import DatasetHeader, TeacherPrompt
-from coldstill.storage_schema.rows import MediaReference
 
 from .chat_template import ChatTemplate
-from .conversation import Conversation, RowUnusable, conversation_of, has_marks
+from .conversation import Conversation, RowUnusable, conversation_of
 from .dataset_rows import StoredSequences
 from .files import SourceRow
-from .image_parts import column_images, image_columns, texts_of, with_images
+from .image_parts import RowImages, column_images, image_columns
 from .image_reader import ImageReader
 from .loss_mask import ChatSide
 from .sequences import Document, OverLong, facts_of, joined, prompt, sample_id_of, split
@@ -73,13 +72,11 @@ class SequenceMaker:
         of `source.score_ids`."""
         self.stored = stored
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
-        self._unusable = processor if isinstance(processor, ProcessorUnusable) else None
-        processor = None if self._unusable else processor
-        self.processor: Any | None = processor
-        self._max_images, self._top_k = max_images, top_k
-        self.template = ChatTemplate(tokenizer, source, today=today, processor=processor)
-        self._placeholder_id = None if processor is None else placeholder_id(processor)
-        self._images = ImageReader(source) if processor is not None else None
+        read = None if processor is None else ImageReader(source).read
+        self._images = RowImages(tokenizer, source, processor, most=max_images, read=read)
+        self.processor: Any | None = self._images.processor
+        self._top_k = top_k
+        self.template = ChatTemplate(tokenizer, source, today=today, processor=self.processor)
         stops = frozenset(stops)
         self._student = ChatSide(self.template, loss_on=source.loss_on, stops=stops)
         self._rule: PromptRule | None = None
@@ -88,7 +85,6 @@ class SequenceMaker:
             side = ChatSide(template, loss_on=source.loss_on, stops=stops)
             self._rule = PromptRule(source, side, max_read_length=max_read_length or max_length)
         self._teacher_columns = self._rule.columns if self._rule else ()
-        self._sees = processor is not None or self._unusable is not None
         self._mode, self._documents = mode, documents
         self._layouts: Counter[str] = Counter()
         self._made: Callable[[int, Columns], Iterator[TokenSequence | Reject]] = {
@@ -242,7 +238,7 @@ class SequenceMaker:
             self._layouts[chat.layout] += 1
             chat, token_ids, mask = self._student.rendered(chat, answered=True)
             loss_mask = mask or []
-        positions = self._placeholders(token_ids, chat)
+        positions = self._images.placeholders(token_ids, chat)
         for position in positions:  # a teacher predicts text only
             loss_mask[position] = False
         named = self.source.score_ids
@@ -251,7 +247,7 @@ class SequenceMaker:
         if named is not None:
             facts = facts._replace(score_ids=self._score_ids(columns.get(named), sum(loss_mask[1:])))
         if len(token_ids) <= self.max_length or self.over_long != "reject":
-            facts = facts._replace(media=self._media(chat, positions))
+            facts = facts._replace(media=self._images.media(chat, positions))
         for row in split(facts, token_ids, loss_mask, max_length=self.max_length, over_long=self.over_long):
             yield self._as_read(row, chat, columns)
 
@@ -261,8 +257,8 @@ class SequenceMaker:
             number,
             columns,
             max_length=self.max_length,
-            max_images=self._max_images,
-            placeholder=self._placeholder_id,
+            max_images=self._images.most,
+            placeholder=self._images.placeholder_id,
         )
 
     def _score_ids(self, value: object, targets: int) -> np.ndarray:
@@ -288,10 +284,10 @@ class SequenceMaker:
             self._layouts[chat.layout] += 1
             used = chat.columns
             chat, token_ids, _ = self._student.rendered(chat, answered=False)
-        positions = self._placeholders(token_ids, chat)
+        positions = self._images.placeholders(token_ids, chat)
         facts = facts_of(number, columns, self.source, used=(*used, *self._teacher_columns))
         if len(token_ids) < self.max_length:
-            facts = facts._replace(media=self._media(chat, positions))
+            facts = facts._replace(media=self._images.media(chat, positions))
         yield self._as_read(prompt(facts, token_ids, max_length=self.max_length), chat, columns)
 
     def _as_read(
@@ -302,11 +298,13 @@ class SequenceMaker:
             return row
         answered = self._mode == "score"
         try:
-            theirs = self._seen(self._rule.chat(columns, answered=answered, with_images=self._sees), columns)
+            theirs = self._images.seen(
+                self._rule.chat(columns, answered=answered, with_images=self._images.sees), columns
+            )
             if chat is not None and theirs.images != chat.images:
                 raise RowUnusable(RejectReason.BAD_IMAGES, f"{len(theirs.images)} images, and the row has others")
             theirs, token_ids, loss_mask = self._rule.side.rendered(theirs, answered=answered)
-            return self._rule.read(row, token_ids, loss_mask, self._placeholders(token_ids, theirs))
+            return self._rule.read(row, token_ids, loss_mask, self._images.placeholders(token_ids, theirs))
         except RowUnusable as why:
             raise RowUnusable(why.reason, f"as the teacher reads it: {why.detail}", lost=why.lost) from None
 
@@ -318,7 +316,7 @@ class SequenceMaker:
     def _document(self, number: int, columns: Columns) -> Document:
         facts = facts_of(number, columns, self.source, used=self._text_columns)
         token_ids, end = self._tokens(columns), self.tokenizer.eos_token_id
-        self._placeholders(token_ids, None)
+        self._images.placeholders(token_ids, None)
         has_end = end is None or token_ids[-1:] == [end]  # some tokenizers append it themselves
         return Document(facts, token_ids if has_end else [*token_ids, end])
 
@@ -328,63 +326,15 @@ class SequenceMaker:
         except RowUnusable as unusable:
             return self._reject(row, unusable)
 
-    # Images
+    def _chat(self, columns: Columns, *, answered: bool) -> Conversation | None:
+        """The chat of a row, with its images if the teacher sees any. Raises `RowUnusable`, `ProcessorUnusable`."""
+        chat = conversation_of(columns, self.source, answered=answered, with_images=self._images.sees)
+        return None if chat is None else self._images.seen(chat, columns)
 
     @cached_property
     def _text_columns(self) -> tuple[str, ...]:
         """The columns of a row without a chat that are no metadata."""
         return (self.source.text, *(image_columns(self.source) if self.processor else ()))
-
-    @cached_property
-    def _image_tokens(self) -> tuple[str, ...]:
-        """The special tokens that stand for images and videos, which no text may hold."""
-        processor = self.processor
-        ids = {self._placeholder_id, *processor.image_token_ids, *processor.video_token_ids} if processor else set()
-        return tuple(str(self.tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(filter(None, ids)))
-
-    def _chat(self, columns: Columns, *, answered: bool) -> Conversation | None:
-        """The chat of a row, with its images if the teacher sees any. Raises `RowUnusable`, `ProcessorUnusable`."""
-        chat = conversation_of(columns, self.source, answered=answered, with_images=self._sees)
-        return None if chat is None else self._seen(chat, columns)
-
-    def _seen(self, chat: Conversation, columns: Columns) -> Conversation:
-        """A chat with its images, checked. Raises `RowUnusable`, `ProcessorUnusable`."""
-        if not self._sees:
-            if has_marks(chat) and any(columns.get(name) for name in image_columns(self.source)):
-                raise RowUnusable(RejectReason.BAD_IMAGES, "the row has images, and the teacher reads text only")
-            return chat
-        chat = with_images(chat, columns, self.source)
-        if self._unusable is not None:
-            if chat.images:
-                raise self._unusable
-            return chat
-        if len(chat.images) > self._max_images:
-            detail = f"{len(chat.images)} images, at most {self._max_images}"
-            raise RowUnusable(RejectReason.TOO_MANY_IMAGES, detail)
-        for text in texts_of([chat.messages, chat.tools]):
-            self._require_no_image_token(text)
-        return chat
-
-    def _require_no_image_token(self, text: str) -> None:
-        token = next((token for token in self._image_tokens if token in text), None)
-        if token is not None:
-            detail = f"a text holds {token}, which the teacher reads as part of an image"
-            raise RowUnusable(RejectReason.PLACEHOLDERS_DIFFER, detail)
-
-    def _placeholders(self, token_ids: list[int], chat: Conversation | None) -> list[int]:
-        """Indices of the images' placeholders in a row. Raises `RowUnusable` unless there is one for each image."""
-        if self.processor is None:
-            return []
-        positions = [index for index, id_ in enumerate(token_ids) if id_ == self._placeholder_id]
-        images = len(chat.images) if chat else 0
-        if len(positions) != images:
-            detail = f"{len(positions)} placeholders {self.template.placeholder} for {images} images"
-            raise RowUnusable(RejectReason.PLACEHOLDERS_DIFFER, detail)
-        return positions
-
-    def _media(self, chat: Conversation | None, positions: list[int]) -> tuple[MediaReference, ...]:
-        """The images of a row with their content. Raises `RowUnusable`, `StorageFailed`, `ImageHostFailed`."""
-        return self._images.read(chat.images, positions) if chat and self._images else ()
 
     def _tokens(self, columns: Columns) -> list[int]:
         """Token ids of a row's text, with the special tokens that the tokenizer adds."""
@@ -400,7 +350,7 @@ class SequenceMaker:
             )
             reason = RejectReason.NO_TEXT if pretrain else RejectReason.NO_MESSAGES
             raise RowUnusable(reason, found)
-        self._require_no_image_token(text)
+        self._images.require_no_image_token(text)
         return list(self.tokenizer(text)["input_ids"])
 
     def _reject(self, row: SourceRow, why: RowUnusable) -> Reject:
