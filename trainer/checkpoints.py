@@ -128,6 +128,7 @@ def data_order(
         "devices": args.world_size,
         # Only where it differs from what checkpoints of earlier releases did.
         **({"rows": "without_images"} if dataset.sources.without_images else {}),
+        **({"ensemble_weights": list(dataset.ensemble_weights)} if dataset.ensemble_weights else {}),
         **({} if images is None else {"processor_sha256": processor_sha256(images.processor)}),
     }
 

@@ -108,6 +108,16 @@ class DataConfig(FrozenModel):
     weights: list[float] | None = Field(
         None, description="Share of the rows from each of several datasets; null is in proportion to their rows."
     )
+    ensemble: list[str] | None = Field(
+        None,
+        min_length=2,
+        description="Instead of dataset, two or more datasets with the same rows, one from each teacher: every row is "
+        "trained on all of them.",
+    )
+    ensemble_weights: list[float] | None = Field(
+        None,
+        description="Weight of each teacher's loss in data.ensemble, divided by their sum; null weighs all equally.",
+    )
     top_k: int | None = Field(
         None, ge=1, description="Kept ids used per position; the others join the tail, and null uses all."
     )
@@ -203,7 +213,9 @@ class TrainingConfig(FrozenModel):
 class TrainConfig(FrozenModel):
     """All settings of a training run."""
 
-    dataset: str | list[str] = Field(description="Path or URL of a sealed dataset, or a list of them to mix.")
+    dataset: str | list[str] | None = Field(
+        None, description="Path or URL of a sealed dataset, or a list of them to mix; this or data.ensemble is needed."
+    )
     output: str = Field(description="Local folder for checkpoints, the finished student and the summary.")
     student: StudentConfig = Field(description="The student model.")
     eval_dataset: str | None = Field(
@@ -216,6 +228,16 @@ class TrainConfig(FrozenModel):
     training: TrainingConfig = Field(
         default_factory=TrainingConfig, description="Optimizer, batches, checkpoints and evaluation."
     )
+
+    @model_validator(mode="after")
+    def _one_of_dataset_and_ensemble(self) -> TrainConfig:
+        if (self.dataset is None) == (self.data.ensemble is None):
+            raise ValueError("set exactly one of dataset and data.ensemble")
+        if self.data.ensemble is None and self.data.ensemble_weights is not None:
+            raise ValueError("data.ensemble_weights needs data.ensemble; the key for a mixed dataset is data.weights")
+        if self.data.ensemble is not None and self.data.weights is not None:
+            raise ValueError("data.weights needs several datasets to mix; data.ensemble has data.ensemble_weights")
+        return self
 
     @model_validator(mode="after")
     def _best_metric_needs_a_dataset(self) -> TrainConfig:

@@ -28,7 +28,7 @@ from .evaluation.figures import draws_per_position
 from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
 from .losses import PluginLoss, read_loss
-from .losses.base import Loss, build_objective, state_of
+from .losses.base import Loss, build_objective, join_objectives, state_of
 from .sharding import is_sharded, resharding, validate_sharded_student, whole
 from .step_record import StepRecord, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
@@ -106,14 +106,8 @@ class DistillTrainer(TrainingLoop):
         for part in (train_dataset, *evaluated):
             if part is not None:
                 check_dataset_images(part, self.images, innermost(student), name=name, packs=pack_length is not None)
-        self.objective = build_objective(
-            self.distillation_loss,
-            draws=train_dataset.draws,
-            mean_tail_mass=train_dataset.mean_tail_mass(),
-            dense=train_dataset.is_dense,
-            draw_logprobs=train_dataset.draw_logprobs,
-            not_by_student=train_dataset.not_by_student,
-        )
+        objectives = [build_objective(self.distillation_loss, **part.facts()) for part in train_dataset.by_teacher]
+        self.objective = join_objectives(objectives, train_dataset.ensemble_weights)
         self.order = data_order(args, train_dataset, pack_length=pack_length, images=self.images)
         of_all_devices = train_dataset.stream(
             batch_size=args.per_device_train_batch_size, seed=self.order["seed"], pack_length=pack_length
@@ -351,8 +345,9 @@ class DistillTrainer(TrainingLoop):
         if self.is_world_process_zero():
             card = model_card(
                 student=innermost(self.model).config.name_or_path,
-                headers=[source.header for source in self.train_dataset.sources.datasets],
+                headers=[source.header for source in self.train_dataset.all_datasets],
                 dataset_ids=self.train_dataset.dataset_ids,
+                shares=self.train_dataset.shares(),
                 loss=self.distillation_loss,
                 record=self.record.state()["attributes"],
                 steps=self.state.global_step,

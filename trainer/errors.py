@@ -17,6 +17,10 @@ class InvalidMixture(ColdstillError):
     """Datasets or weights that cannot be mixed."""
 
 
+class EnsembleMismatch(ColdstillError):
+    """The datasets of an ensemble do not hold the same rows."""
+
+
 class NoTargets(ColdstillError):
     """A dataset has no target position, so nothing can be learned from it."""
 

@@ -144,8 +144,9 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
     _check_student(config, dataset.header, chosen, written, files)
     card = model_card(
         student=config.student.model or "",
-        headers=[source.header for source in dataset.sources.datasets],
+        headers=[source.header for source in dataset.all_datasets],
         dataset_ids=dataset.dataset_ids,
+        shares=dataset.shares(),
         loss=read_loss(config.loss),
         record=chosen.record,
         steps=chosen.step,
@@ -258,6 +259,7 @@ def model_card(
     student: str,
     headers: Sequence[DatasetHeader],
     dataset_ids: Sequence[str],
+    shares: Mapping[str, Sequence[float]] | None = None,
     loss: Loss,
     record: Mapping[str, Any],
     steps: int,
@@ -267,8 +269,8 @@ def model_card(
 ) -> str:
     """The text of the student's `README.md`: Markdown with the Hub's metadata.
 
-    `student`: the model before training; only the name of a local folder is shown. `record`: the state of `StepRecord`
-    at the end. `recipe`: the settings that repeat the run.
+    `student`: the model before training; only the name of a local folder is shown. `shares`: of the datasets, by
+    what they are shares of. `record`: the state of `StepRecord` at the end. `recipe`: the settings that repeat the run.
     """
     base = Path(student).name if Path(student).is_dir() else student
     data = ModelCardData(
@@ -279,7 +281,7 @@ def model_card(
     )
     facts = {
         "initial student": base or "random weights",
-        "teacher": ", ".join(_teacher(header) for header in headers),
+        "teacher": "; ".join(_teacher(header) for header in headers),
         "dataset id": ", ".join(dataset_ids),
         "dataset license": ", ".join(header.about.license or "not stated" for header in headers),
         "loss": loss.heading,
@@ -287,6 +289,8 @@ def model_card(
         "optimizer steps": f"{steps:,}",
         "target positions": f"{record['targets']:,}",
     }
+    for name, values in (shares or {}).items():
+        facts[name] = ", ".join(f"{value:.3g}" for value in values)
     if record["schedule"] is not None:
         facts["final t"] = f"{record['schedule']['t']:.4f}"
     lines = ["---", data.to_yaml(), "---", "", f"# {base or 'Student'}, distilled from cached teacher logits", ""]
@@ -325,7 +329,8 @@ def _copy(checkpoint: Path, folder: Path) -> None:
 
 def _recipe(config: TrainConfig) -> dict[str, Any]:
     """The settings that differ from the defaults, without paths of this machine."""
-    recipe = config.model_dump(exclude={"dataset", "output", "eval_dataset"}, exclude_defaults=True)
+    paths: dict[str, Any] = {"dataset": True, "output": True, "eval_dataset": True, "data": {"ensemble"}}
+    recipe = config.model_dump(exclude=paths, exclude_defaults=True)
     if Path(config.student.name).is_dir():
         recipe["student"]["model"] = Path(config.student.name).name
     return recipe

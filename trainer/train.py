@@ -32,11 +32,13 @@ from .losses import run_identity
 class TrainSummary(FrozenModel):
     """Facts of a finished run. Targets, seconds and memory cover all its starts.
 
-    `steps`: optimizer steps of the run. `student_step`: the step of the checkpoint that became the student.
-    `peak_memory_mb`: in MiB, of the GPU if there is one, else resident memory. `taid_t`: t at the end, None without it.
+    `teachers`: name of the teacher of each dataset. `steps`: optimizer steps of the run. `student_step`: the step of
+    the checkpoint that became the student. `peak_memory_mb`: in MiB, of the GPU if there is one, else resident memory.
+    `taid_t`: t at the end, None without it.
     """
 
     dataset_ids: list[str]
+    teachers: list[str] = []
     loss: str
     steps: int
     student_step: int
@@ -164,11 +166,13 @@ def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
     # Runs of earlier releases, which had no such settings, resume.
     later = {"freeze"} if not config.student.freeze else set()
     of_data = {"seed", "weights", "top_k", "draws"} | ({"rows"} if config.data.rows != "all" else set())
+    # The weights in use, so that a run by the default and one that names it are the same.
+    ensemble = {"ensemble_weights": list(dataset.ensemble_weights)} if dataset.ensemble_weights else {}
     return {
         "dataset_ids": list(dataset.dataset_ids),
         "student": config.student.model_dump(exclude={"gradient_checkpointing", *later}),
         "loss": run_identity(config.loss),
-        "data": config.data.model_dump(include=of_data),
+        "data": config.data.model_dump(include=of_data) | ensemble,
         "training": config.training.model_dump(exclude=changeable),
     }
 
@@ -177,6 +181,7 @@ def _summary(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) -> Tr
     record = last.record
     return TrainSummary(
         dataset_ids=list(dataset.dataset_ids),
+        teachers=[source.header.teacher.name for source in dataset.all_datasets],
         loss=config.loss.name,
         steps=last.step,
         student_step=last.best.step,

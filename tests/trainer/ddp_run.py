@@ -1,5 +1,5 @@
 """The program of each of the two processes of `test_ddp.py`; with torchrun:
-`torchrun --nproc_per_node 2 -m tests.trainer.ddp_run DATASET STUDENT OUTPUT [images]`."""
+`torchrun --nproc_per_node 2 -m tests.trainer.ddp_run DATASET STUDENT OUTPUT [images | ensemble SECOND]`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from coldstill import load_logit_dataset
 from coldstill.common.interrupts import Interrupted
+from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import NonFiniteLoss
 from coldstill.trainer.interruption import CheckpointOnSignal
 from tests.trainer.training import KillAt, Killed, Seen, build, make_sick, weights_of
@@ -47,16 +48,23 @@ class SignalEach(TrainerCallback):
 
 
 def train(
-    dataset: Path, student: Path, output: Path, *, kill: int | None = None, end: int | None = None, **shape: Any
+    dataset: Path | LogitDataset,
+    student: Path,
+    output: Path,
+    *,
+    kill: int | None = None,
+    end: int | None = None,
+    **shape: Any,
 ) -> dict[str, Any]:
     """One start of a run, killed or signaled at a step; its results on this process."""
+    held_out = load_logit_dataset(dataset) if isinstance(dataset, Path) else dataset.by_teacher[0]
     seen = Seen()
     callbacks: list[TrainerCallback] = [seen] if kill is None else [KillAt(kill), seen]
     on_signal = CheckpointOnSignal(grace_s=60)
     if end is not None:
         callbacks = [on_signal, SignalEach(end), seen]
     trainer, gradients = build(
-        dataset, student, output, callbacks=callbacks, eval_dataset=load_logit_dataset(dataset), **{**SHAPE, **shape}
+        dataset, student, output, callbacks=callbacks, eval_dataset=held_out, **{**SHAPE, **shape}
     )
     seen.watch(trainer)
     try:
@@ -106,6 +114,11 @@ def main() -> None:
     dataset, student, output = map(Path, sys.argv[1:4])
     if sys.argv[4:] == ["images"]:
         found: dict[str, Any] = train_on_images(dataset, student, output / "images")
+        torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
+        torch.distributed.destroy_process_group()
+        return
+    if sys.argv[4:5] == ["ensemble"]:
+        found = train(load_logit_dataset(ensemble=[dataset, sys.argv[5]]), student, output / "ensemble")
         torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
         torch.distributed.destroy_process_group()
         return

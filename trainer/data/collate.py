@@ -83,7 +83,7 @@ def collate_packs(
     of_pack = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])[of_sample]
     labels = np.full_like(ids, IGNORED)
     labels[of_pack, position] = following = ids[of_pack, position + 1]
-    targets = _targets(rows, top_k, labels=following, row=of_pack, position=position)
+    targets = targets_at(rows, top_k, labels=following, row=of_pack, position=position)
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
@@ -98,7 +98,8 @@ def _as_stored(rows: Sequence[CachedRow]) -> list[ReadRow]:
     return [ReadRow(row.token_ids, row.positions) for row in rows]
 
 
-def _targets(rows: Sequence[CachedRow], top_k: int | None, **places: np.ndarray) -> SparseTargets:
+def targets_at(rows: Sequence[CachedRow], top_k: int | None, **places: np.ndarray) -> SparseTargets:
+    """The targets of `rows`, in order, at the `places` that `SparseTargets.from_joined` takes."""
     stored = joined([row.targets for row in rows])
     if top_k is None or top_k >= stored.top_k:
         return SparseTargets.from_joined(stored, **places)

@@ -18,6 +18,7 @@ from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import Store
 from coldstill.trainer.errors import InvalidMixture, MoreThanStored, NoTargets, UnsupportedArgument
 
+from .ensemble import check_ensemble
 from .images import StudentImages
 from .media import MediaCache
 from .row_reader import Sources
@@ -35,9 +36,11 @@ _SAMPLED_ROWS = 8
 
 
 def load_logit_dataset(
-    path: str | Path | Sequence[str | Path],
+    path: str | Path | Sequence[str | Path] | None = None,
     *,
     weights: Sequence[float] | None = None,
+    ensemble: Sequence[str | Path] | None = None,
+    ensemble_weights: Sequence[float] | None = None,
     top_k: int | None = None,
     draws: int | None = None,
     rows: Rows = "all",
@@ -47,6 +50,8 @@ def load_logit_dataset(
     """Open the sealed dataset at a local path or fsspec URL, or several to mix.
 
     - `weights`: the share of the rows from each dataset; by default in proportion to their rows.
+    - `ensemble`: instead of `path`, several datasets with the same rows, one from each teacher. The loss of a position
+      is the sum of each teacher's, with `ensemble_weights` divided by their sum; by default all are equal.
     - `top_k`, `draws`: kept ids and tail draws used per position; by default all. A smaller `top_k` turns the ids it
       cuts into draws of known weight. `draws` counts as the capture does: draws from the full distribution, of which
       those in the tail were kept.
@@ -54,17 +59,25 @@ def load_logit_dataset(
     - `cache_dir`: folder for copies of remote shards and media, at most `cache_bytes` together; by default `shards` in
       `$COLDSTILL_CACHE` or `~/.cache/coldstill`.
 
-    Raises the errors of `open_dataset`, `NoTargets`, `TokenizerMismatch`, `InvalidMixture`, `MoreThanStored`.
+    Raises the errors of `open_dataset`, `NoTargets`, `TokenizerMismatch`, `InvalidMixture`, `MoreThanStored`,
+    `EnsembleMismatch`.
     """
-    paths = [path] if isinstance(path, (str, Path)) else list(path)
-    if not paths:
-        raise InvalidMixture("datasets", found="none", wanted="at least one path")
-    datasets = [open_dataset(each) for each in paths]
-    for dataset in datasets:
-        _check(dataset, first=datasets[0], top_k=top_k, draws=draws)
+    if (path is None) == (ensemble is None):
+        raise InvalidMixture("datasets", found="none" if path is None else "path and ensemble", wanted="one of both")
+    paths = [path] if isinstance(path, (str, Path)) else list(path or ensemble or ())
+    if len(paths) < (1 if ensemble is None else 2):
+        raise InvalidMixture("datasets", found=len(paths), wanted="at least one path, and two for an ensemble")
+    opened = [open_dataset(each) for each in paths]
+    for dataset in opened:
+        _check(dataset, first=opened[0], top_k=top_k, draws=draws)
+    count, parts = len(opened), list[float]()
+    if ensemble is not None:
+        count, parts = 1, _shares("ensemble_weights", ensemble_weights, [1.0] * len(opened))
+        check_ensemble(opened)
+    datasets, partners = opened[:count], opened[count:]
     default = Path(os.environ.get("COLDSTILL_CACHE") or Path.home() / ".cache" / "coldstill", "shards")
     folder = default if cache_dir is None else Path(cache_dir)
-    copies_media = any(not each.store.is_local and _media_files(each) for each in datasets)
+    copies_media = any(not each.store.is_local and _media_files(each) for each in opened)
     media_bytes = cache_bytes // _MEDIA_SHARE if copies_media else 0
     sources = Sources(
         datasets=datasets,
@@ -75,12 +88,19 @@ def load_logit_dataset(
         media_cache=MediaCache(folder, most_bytes=media_bytes),
         without_images=rows == "without_images",
         rows=sum(len(dataset) for dataset in datasets),
+        partners=partners,
+        shares=[part / sum(parts) for part in parts],
     )
     counts = [float(count) for count in _counted(sources)]
-    shares = counts if weights is None else [float(share) for share in weights]
-    if len(shares) != len(datasets) or not all(0 < share < float("inf") for share in shares):
-        raise InvalidMixture("weights", found=shares, wanted=f"{len(datasets)} finite numbers above 0, one per dataset")
-    return LogitDataset(replace(sources, weights=shares, rows=int(sum(counts))))
+    return LogitDataset(replace(sources, weights=_shares("weights", weights, counts), rows=int(sum(counts))))
+
+
+def _shares(name: str, given: Sequence[float] | None, default: list[float]) -> list[float]:
+    """The weight of each dataset. Raises `InvalidMixture`."""
+    shares = default if given is None else [float(share) for share in given]
+    if len(shares) != len(default) or not all(0 < share < float("inf") for share in shares):
+        raise InvalidMixture(name, found=shares, wanted=f"{len(default)} finite numbers above 0, one per dataset")
+    return shares
 
 
 class LogitDataset:
@@ -102,7 +122,34 @@ class LogitDataset:
     @property
     def dataset_ids(self) -> tuple[str, ...]:
         """Ids of the datasets, in order."""
-        return tuple(dataset.dataset_id for dataset in self.sources.datasets)
+        return tuple(dataset.dataset_id for dataset in self.all_datasets)
+
+    @property
+    def all_datasets(self) -> tuple[Dataset, ...]:
+        """The datasets that are mixed, or those of an ensemble."""
+        return (*self.sources.datasets, *self.sources.partners)
+
+    @property
+    def ensemble_weights(self) -> tuple[float, ...]:
+        """Weight of each teacher of an ensemble, with the sum 1; empty without one."""
+        return tuple(self.sources.shares)
+
+    def shares(self) -> dict[str, Sequence[float]]:
+        """For cards: the share of each of several datasets in an epoch's rows, or in the loss of every row."""
+        if self.ensemble_weights:
+            return {"share of each teacher in the loss of every row": self.ensemble_weights}
+        weights = self.sources.weights
+        if len(weights) == 1:
+            return {}
+        return {"share of the rows from each dataset": [weight / sum(weights) for weight in weights]}
+
+    @property
+    def by_teacher(self) -> tuple[LogitDataset, ...]:
+        """The dataset of each teacher of an ensemble; this one alone without one."""
+        if not self.sources.partners:
+            return (self,)
+        parts = [replace(self.sources, datasets=[one], partners=(), shares=()) for one in self.all_datasets]
+        return tuple(map(LogitDataset, parts))
 
     @property
     def draws(self) -> int:
@@ -170,6 +217,16 @@ class LogitDataset:
     def targets(self) -> int:
         """Target positions of all datasets."""
         return sum(dataset.manifest.targets for dataset in self.sources.datasets)
+
+    def facts(self) -> dict[str, Any]:
+        """What `build_objective` needs to know of the targets. Raises `Dataset.row`'s errors."""
+        return {
+            "draws": self.draws,
+            "mean_tail_mass": self.mean_tail_mass(),
+            "dense": self.is_dense,
+            "draw_logprobs": self.draw_logprobs,
+            "not_by_student": self.not_by_student,
+        }
 
     def mean_tail_mass(self) -> float:
         """The teacher's mean mass outside the kept ids, from a few rows of each dataset. Raises `Dataset.row`'s

@@ -6,6 +6,7 @@ process of a machine makes. A process reads the frames of its own rows only, and
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -56,8 +57,9 @@ class Sources:
 
     `weights`: the share of the rows that comes from each dataset, of any sum. `top_k`, `draws`: kept ids and draws per
     position, all if None. `cache`: copies of remote shards, `media_cache`: of remote media. `without_images`: rows that
-    have media are passed over. `rows`: of an epoch. `verified`: per dataset, the stamps of the local shards that were
-    verified.
+    have media are passed over. `rows`: of an epoch. `partners`: further datasets with the rows of the only one in
+    `datasets`, one for each other teacher of an ensemble; `shares`: of all its teachers, in that order, with the sum 1.
+    `verified`: per dataset, the partners last, the stamps of the local shards that were verified.
     """
 
     datasets: Sequence[Dataset]
@@ -68,15 +70,18 @@ class Sources:
     media_cache: MediaCache
     without_images: bool
     rows: int
+    partners: Sequence[Dataset] = ()
+    shares: Sequence[float] = ()
     verified: Sequence[dict[int, Stamp]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "verified", tuple({} for _ in self.datasets))
+        object.__setattr__(self, "verified", tuple({} for _ in (*self.datasets, *self.partners)))
 
     def reader(self) -> RowReader:
         """A reader for the calling thread. Close it after use."""
         return RowReader(
             self.datasets,
+            partners=self.partners,
             cache=self.cache,
             media_cache=self.media_cache,
             without_images=self.without_images,
@@ -88,7 +93,7 @@ class Sources:
         rows = reader.rows(wanted)
         if self.draws is None:
             return rows
-        taken = [self.datasets[reference.dataset].header.draws for reference in wanted]
+        taken = [reader.datasets[reference.dataset].header.draws for reference in wanted]
         return [
             with_fewer_draws(row, taken=most, wanted=self.draws, seed=seed) if self.draws < most else row
             for row, most in zip(rows, taken, strict=True)
@@ -96,17 +101,21 @@ class Sources:
 
 
 class RowReader:
-    """Rows of several datasets, for one thread of one process."""
+    """Rows of several datasets, for one thread of one process. `partners`, which have the rows of the first dataset,
+    are numbered after the others."""
 
     def __init__(
         self,
         datasets: Sequence[Dataset],
         *,
+        partners: Sequence[Dataset] = (),
         cache: ShardCache,
         media_cache: MediaCache,
         without_images: bool,
         verified: Sequence[dict[int, Stamp]],
     ):
+        self._partners = range(len(datasets), len(datasets) + len(partners))
+        datasets = (*datasets, *partners)
         self.datasets, self._without_images = datasets, without_images
         self._shards = [
             LocalShards(dataset, cache=cache, verified=known) for dataset, known in zip(datasets, verified, strict=True)
@@ -119,7 +128,24 @@ class RowReader:
 
     def prefetch(self, dataset: int, shards: Iterable[int]) -> None:
         """Prepare the `shards` that are read next in the background."""
+        shards = list(shards)
         self._shards[dataset].prefetch(shards)
+        for partner in self._partners:
+            self._shards[partner].prefetch(dict.fromkeys(one for shard in shards for one in self._same(shard, partner)))
+
+    def number_of(self, row: RowReference) -> int:
+        """The number of `row` in its dataset. Raises what `rows` raises."""
+        inside = self._shards[row.dataset].index(row.shard).rows_of(row.group).start + row.row
+        return self.datasets[row.dataset].first_row(row.shard) + inside
+
+    def reference(self, dataset: int, number: int) -> RowReference:
+        """Row number `number` of a dataset, which has that many rows. Raises what `rows` raises."""
+        shard = self._shard_of(dataset, number)
+        index = self._shards[dataset].index(shard)
+        inside = number - self.datasets[dataset].first_row(shard)
+        starts = np.cumsum(index.group_rows) - index.group_rows
+        group = int(np.searchsorted(starts, inside, "right")) - 1
+        return RowReference(dataset, shard, group, inside - int(starts[group]), int(index.lengths[inside]))
 
     def groups(self, dataset: int, shard: int) -> int:
         """Row groups of a shard. Raises what `rows` raises."""
@@ -164,6 +190,16 @@ class RowReader:
         """End the background threads."""
         for shards in self._shards:
             shards.close()
+
+    def _shard_of(self, dataset: int, number: int) -> int:
+        # Empty shards begin at the number of the next row, which the last of them all has.
+        found = self.datasets[dataset]
+        return bisect_right(range(len(found.shards)), number, key=found.first_row) - 1
+
+    def _same(self, shard: int, partner: int) -> range:
+        """The shards of a partner that have the rows of `shard` of the first dataset."""
+        first, rows = self.datasets[0].first_row(shard), self.datasets[0].shards[shard].rows
+        return range(self._shard_of(partner, first), self._shard_of(partner, first + max(rows, 1) - 1) + 1)
 
     def _decoded(self, group: tuple[int, int, int], wanted: Sequence[RowReference]) -> list[CachedRow]:
         """Rows of one row group. Neighbors in `wanted` are decoded together."""

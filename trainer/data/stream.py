@@ -20,14 +20,16 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.errors import CursorMismatch, PackingUnsupported
 
 from .batch_sampler import BatchSampler, Pack
 from .collate import collate, collate_packs
+from .ensemble import ensemble_targets
 from .images import RowExpander, StudentImages, require_no_images
 from .packing import packs_of
 from .prefetch import prefetch
-from .row_reader import RowReader, Sources
+from .row_reader import RowReader, RowReference, Sources
 from .shuffled_rows import Mixture, ShuffledRows
 
 CURSOR_VERSION = 1
@@ -110,7 +112,7 @@ class LogitStream(IterableDataset):
         self._cursor = cursor
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises `RowTooLong`, what `RowReader.rows` raises, and what `RowExpander.expand` raises.
+        """Raises `RowTooLong`, `EnsembleMismatch`, what `RowReader.rows` raises, and what `RowExpander.expand` raises.
 
         A row with images raises `StudentSeesNoImages` for a student that sees none, and `PackingUnsupported` in a pack.
         """
@@ -143,7 +145,8 @@ class LogitStream(IterableDataset):
 
     def _sampler(self, reader: RowReader) -> BatchSampler:
         datasets = [
-            ShuffledRows(reader, number, seed=self.seed, shuffle=self.shuffle) for number in range(len(reader.datasets))
+            ShuffledRows(reader, number, seed=self.seed, shuffle=self.shuffle)
+            for number in range(len(self._sources.datasets))
         ]
         mixture = Mixture(datasets, weights=self._sources.weights, seed=self.seed)
         sampler = BatchSampler(
@@ -163,6 +166,20 @@ class LogitStream(IterableDataset):
     def _collated(self, reader: RowReader, packs: list[Pack], expander: RowExpander | None) -> dict[str, Any]:
         wanted = [row for pack in packs for row in pack]
         rows = self._sources.read(reader, wanted, seed=self.seed)
+        batch = self._batch_of(reader, packs, wanted, rows, expander)
+        if self._sources.partners:
+            targets = ensemble_targets(self._sources, reader, wanted, rows, batch["targets"], seed=self.seed)
+            batch["targets"] = targets
+        return batch
+
+    def _batch_of(
+        self,
+        reader: RowReader,
+        packs: list[Pack],
+        wanted: list[RowReference],
+        rows: list[CachedRow],
+        expander: RowExpander | None,
+    ) -> dict[str, Any]:
         if expander is None:
             require_no_images(reader.placed(wanted, rows))
         if self.pack_length is None:
@@ -179,7 +196,7 @@ class LogitStream(IterableDataset):
         packs = 0.0
         reader = self._sources.reader()
         try:
-            for number, (dataset, weight) in enumerate(zip(reader.datasets, self._sources.weights, strict=True)):
+            for number, (dataset, weight) in enumerate(zip(self._sources.datasets, self._sources.weights, strict=True)):
                 sample = [min(length, pack_length) for length in islice(_lengths(reader, number), _SAMPLED_LENGTHS)]
                 of_all = dataset.manifest.tokens / len(dataset)
                 tokens_of_row = sum(sample) / len(sample) if self._sources.without_images else of_all
@@ -199,11 +216,16 @@ class LogitStream(IterableDataset):
             "shuffle": self.shuffle,
             "pack_length": self.pack_length,
             **({"rows": "without_images"} if self._sources.without_images else {}),
+            **({"ensemble": self._ensemble()} if self._sources.partners else {}),
         }
+
+    def _ensemble(self) -> dict[str, Any]:
+        ids = [dataset.dataset_id for dataset in self._sources.partners]
+        return {"datasets": ids, "weights": list(self._sources.shares)}
 
     def _check(self, cursor: dict[str, Any]) -> None:
         identity = self._identity()
-        for name in dict.fromkeys((*identity, "rows")):
+        for name in dict.fromkeys((*identity, "rows", "ensemble")):
             if cursor.get(name) != identity.get(name):
                 raise CursorMismatch(
                     f"cursor: {name}",

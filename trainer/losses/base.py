@@ -190,6 +190,59 @@ class LossState(ABC):
         """Restore what `state_dict` returned."""
 
 
+class TeacherStates(LossState):
+    """The states of one loss for several teachers. A checkpoint keeps them in the order of the teachers."""
+
+    def __init__(self, states: Sequence[LossState]):
+        self._states = states
+        super().__init__(sums=0)
+
+    def reset(self) -> None:
+        for state in self._states:
+            state.reset()
+
+    def take(self) -> torch.Tensor:
+        import torch
+
+        parts = [state.take() for state in self._states]
+        self._widths = [part.numel() for part in parts]
+        return torch.cat([part.to(parts[0].device) for part in parts])
+
+    def initial_state(self) -> dict[str, Any]:
+        return {"teachers": [state.initial_state() for state in self._states]}
+
+    def update(self, sums: Sequence[float], *, step: int, total_steps: int) -> None:
+        start = 0
+        for state, width in zip(self._states, self._widths, strict=True):
+            state.update(sums[start : start + width], step=step, total_steps=total_steps)
+            start += width
+
+    def logs(self) -> dict[str, float]:
+        """Those of each teacher, with its number from 1 behind each name."""
+        found = enumerate((state.logs() for state in self._states), start=1)
+        return {f"{name}_{number}": value for number, logs in found for name, value in logs.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teachers": [state.state_dict() for state in self._states]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for one, saved in zip(self._states, state["teachers"], strict=True):
+            one.load_state_dict(saved)
+
+
+def join_objectives(objectives: Sequence[Objective], shares: Sequence[float]) -> Objective:
+    """The weighted sum of what training minimizes with each teacher of an ensemble; without `shares` the only one."""
+    if not shares:
+        (objective,) = objectives
+        return objective
+    from coldstill.trainer.loss_kernels.ensemble import EnsembleObjective, TeacherLosses
+
+    states = [state for objective in objectives if (state := state_of(objective)) is not None]
+    losses = tuple(objective.distillation for objective in objectives)
+    joined = TeacherLosses(losses, tuple(shares), TeacherStates(states) if states else None)
+    return EnsembleObjective(joined, objectives[0].cross_entropy_share)
+
+
 def build_objective(
     loss: Loss,
     *,

@@ -65,6 +65,8 @@ def same(one: Any, other: Any) -> bool:
     """Whether two batches, or parts of them, are bitwise equal."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, tuple):
+        return all_same(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
     if hasattr(one, "logprobs"):
