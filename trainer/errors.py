@@ -54,6 +54,14 @@ class StudentNotFound(ColdstillError):
     """No model that transformers can load has the student's name."""
 
 
+class TokenizerNotAligned(ColdstillError):
+    """The text of a teacher's tokens cannot be aligned with the tokens of a student that has another tokenizer."""
+
+
+class OtherTokenizerUnsupported(ColdstillError):
+    """A setting that a student with another tokenizer than the dataset's cannot be trained with."""
+
+
 class StudentHeadTooSmall(ColdstillError):
     """The student's head has fewer rows than the dataset's tokenizer has ids."""
 
