@@ -158,7 +158,8 @@ class RowAligner:
                 yield int(numbers[0]), numbers
 
     def _chat(self, stored: ByteText) -> _Sides:
-        assert self.teacher_chat is not None and self.student_chat is not None
+        assert self.teacher_chat is not None
+        assert self.student_chat is not None
         found = self.teacher_chat.messages(stored)
         if found is None:
             raise RowSkipped(Skipped.CHAT_NOT_RECOVERED)
@@ -188,9 +189,10 @@ class RowAligner:
                 for side, one in ((stored, turn), (student, other))
             ]
             spans.append(_Span(numbers[0], numbers[1], turn.start, other.start))
-            ends = self.teacher_chat.place_behind(stored, turn.stop), self.student_chat.place_behind(student, other.stop)
-            if ends[0] is not None and ends[1] is not None:
-                pairs.append((ends[0], ends[1]))
+            end = self.teacher_chat.place_behind(stored, turn.stop)
+            their_end = self.student_chat.place_behind(student, other.stop)
+            if end is not None and their_end is not None:
+                pairs.append((end, their_end))
         return _Sides(student, spans, pairs)
 
 
@@ -209,24 +211,27 @@ def _aligned(row: CachedRow, stored: ByteText, sides: _Sides) -> AlignedRow:
         of_student = student.starts[span.student] - span.student_start, student.ends[span.student] - span.student_start
         found = align(*of_teacher, *of_student)
         covered[span.student] = _covered(*of_teacher, target_of[span.teacher] >= 0, *of_student)
-        if not found.count:
+        if not found.number:
             continue
         inside, theirs = found.of_teacher >= 0, found.of_student >= 0
         targets = target_of[span.teacher[inside]]
-        counts = [np.bincount(side[side >= 0], minlength=found.count) for side in (found.of_teacher, found.of_student)]
-        known = np.bincount(found.of_teacher[inside], targets >= 0, minlength=found.count) == counts[0]
+        counts = [np.bincount(side[side >= 0], minlength=found.number) for side in (found.of_teacher, found.of_student)]
+        known = np.bincount(found.of_teacher[inside], targets >= 0, minlength=found.number) == counts[0]
         # The first token of a row is predicted by nothing.
-        known &= np.bincount(found.of_student[theirs], span.student[theirs] > 0, minlength=found.count) == counts[1]
+        predicted = span.student[theirs] > 0
+        known &= np.bincount(found.of_student[theirs], predicted, minlength=found.number) == counts[1]
         known &= (counts[0] > 0) & (counts[1] > 0) & (counts[1] <= MAX_CHUNK_TOKENS)
-        total = np.bincount(found.of_teacher[inside], np.where(targets >= 0, labels[targets], 0), minlength=found.count)
-        first = np.full(found.count, -1, np.int64)
+        total = np.bincount(
+            found.of_teacher[inside], np.where(targets >= 0, labels[targets], 0), minlength=found.number
+        )
+        first = np.full(found.number, -1, np.int64)
         first[found.of_teacher[inside][::-1]] = targets[::-1]
         single = known & (counts[0] == 1) & (counts[1] == 1)
         numbers, each = span.student[theirs], found.of_student[theirs]
         chunk[numbers] = np.where(known[each], chunks + each, -1)
         logprob[numbers] = np.where(known[each], total[each], 0)
         source[numbers] = np.where(single[each], first[each], -1)
-        chunks += found.count
+        chunks += found.number
     for teacher_place, place in sides.pairs:
         if place > 0 and target_of[teacher_place] >= 0:
             covered[place], chunk[place], sizes[place] = True, chunks, 0

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ class ChatTurns:
                 problem = problem or "the template changes the text of messages"
                 continue
             opening[roles[0]] = parts[0]
-            for pair, part in zip(zip(roles, roles[1:], strict=False), parts[1:-1], strict=True):
+            for pair, part in zip(pairwise(roles), parts[1:-1], strict=True):
                 between[pair] = tuple(dict.fromkeys((*between.get(pair, ()), part)))
             closing = parts[-1]
         if not opening or not all(map(all, between.values())):
@@ -101,13 +102,10 @@ class ChatTurns:
 
     @cached_property
     def end_id(self) -> int | None:
-        """The special token right behind an answer, None if there is none."""
+        """The special token right behind an answer, None if there is none. Raises `TokenizerNotAligned`."""
+        _ = self.borders
         chat = self.render([_message("user", _MARKS[0]), _message("assistant", _MARKS[1])])
-        return self.end_behind(chat, chat.text.rindex(_MARKS[1].encode()) + len(_MARKS[1]))
-
-    def end_behind(self, chat: ByteText, stop: int) -> int | None:
-        """The id of the special token that begins at the byte `stop`."""
-        place = self.place_behind(chat, stop)
+        place = self.place_behind(chat, chat.text.rindex(_MARKS[1].encode()) + len(_MARKS[1]))
         return None if place is None else int(chat.ids[place])
 
     def place_behind(self, chat: ByteText, stop: int) -> int | None:

@@ -23,7 +23,7 @@ class Chunks(NamedTuple):
     of_student: np.ndarray
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """C."""
         return max(0, self.borders.size - 1)
 

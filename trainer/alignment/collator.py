@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.rows import CachedRow
@@ -19,6 +19,7 @@ from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import TokenizerNotAligned
+from coldstill.trainer.student.tokenizer import StudentTokenizer
 
 from .aligned_rows import AlignedRow, RowAligner, RowSkipped
 from .chat_turns import ChatTurns
@@ -27,17 +28,6 @@ from .targets import collate_aligned
 from .token_bytes import TokenBytes
 
 _SAMPLED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class StudentTokenizer:
-    """The student's `tokenizer` of transformers and its `tokenizer.json`. `name`: the student's, for messages.
-    `context`: its most tokens of a row, None if not known."""
-
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_json: bytes
-    name: str
-    context: int | None
 
 
 @dataclass(frozen=True)
@@ -62,8 +52,11 @@ class AlignedCollator:
         return {**collate_aligned(rows, aligned, self.id_map, top_k=top_k), "skipped": skipped}
 
 
-def collator_of(dataset: LogitDataset, student: StudentTokenizer) -> AlignedCollator:
-    """The collator of a dataset. Raises `TokenizerNotAligned`, and what `Dataset.tokenizer_files` raises."""
+def collator_of(dataset: LogitDataset, student: StudentTokenizer, *, context: int | None) -> AlignedCollator:
+    """The collator of a dataset. `context`: the student's most tokens of a row.
+
+    Raises `TokenizerNotAligned`, and what `Dataset.tokenizer_files` raises.
+    """
     of_student = TokenBytes(student.tokenizer_json, where=f"the student {student.name}")
     known: dict[Any, RowAligner] = {}
     aligners, by_role = [], dict[int, int]()
@@ -73,14 +66,20 @@ def collator_of(dataset: LogitDataset, student: StudentTokenizer) -> AlignedColl
         is_chat = source.header.chat_template_sha256 is not None
         said = (*files.values(), is_chat, str(about.template_arguments), about.template_date, about.end_token_ids)
         if said not in known:
-            known[said] = _aligner(source, files, of_student, student, is_chat=is_chat)
+            known[said] = _aligner(source, files, of_student, student, is_chat=is_chat, context=context)
             by_role = {**_roles_in_map(known[said]), **by_role}
         aligners.append(known[said])
     return AlignedCollator(aligners, map_ids(aligners[0].teacher, of_student, by_role=by_role))
 
 
 def _aligner(
-    source: Dataset, files: dict[str, bytes], of_student: TokenBytes, student: StudentTokenizer, *, is_chat: bool
+    source: Dataset,
+    files: dict[str, bytes],
+    of_student: TokenBytes,
+    student: StudentTokenizer,
+    *,
+    is_chat: bool,
+    context: int | None,
 ) -> RowAligner:
     where = f"the dataset {source.store.url}"
     if TOKENIZER_FILE not in files:
@@ -111,7 +110,7 @@ def _aligner(
             **({} if tokenizer.bos_token_id is None else {tokenizer.bos_token_id: next(iter(begins), None)}),
             **{end: theirs.eos_token_id for end in ends if end is not None},
         },
-        context=student.context,
+        context=context,
     )
     for chat in (aligner.teacher_chat, aligner.student_chat):
         if chat is not None:
@@ -181,7 +180,7 @@ def sampled(dataset: LogitDataset, collator: AlignedCollator) -> Sampled:
         rows += len(taken)
         skipped.update(reason for _, reason in batch["skipped"])
     found = Sampled(rows, (int(positions[0]), int(positions[1]), int(positions[2])), skipped)
-    if rows and skipped.total() > rows / 2 or not positions[:2].any():
+    if (rows and skipped.total() > rows / 2) or not positions[:2].any():
         raise TokenizerNotAligned(
             f"rows of {dataset.sources.datasets[0].store.url} for a student with another tokenizer",
             found=str(found),

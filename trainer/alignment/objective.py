@@ -82,6 +82,23 @@ class AlignmentCounts(LossState):
         self._state = dict(state)
 
 
+def alignment_counts(record: Mapping[str, Any]) -> dict[str, float] | None:
+    """The state of `AlignmentCounts` in the state of a `StepRecord`; None for a run without."""
+    saved = record["memory"]
+    return dict(saved) if saved is not None and COUNTS[0] in saved else None
+
+
+def alignment_facts(counts: Mapping[str, float]) -> dict[str, str]:
+    """What the model card says of `AlignmentCounts`."""
+    total = max(1, sum(counts[name] for name in COUNTS[:3]))
+    one, larger, lost = (f"{counts[name] / total:.1%}" for name in COUNTS[:3])
+    return {
+        "student's tokenizer": "not the teacher's: its tokens were aligned with the teacher's by bytes of the text",
+        "target tokens by kind": f"{one} one token of the same bytes, {larger} in larger chunks (ALM), {lost} lost",
+        "rows skipped": f"{counts['skipped_rows']:,} of {counts['rows']:,}",
+    }
+
+
 @dataclass(frozen=True)
 class _Stated:
     """Carries the counts to where the trainer finds the state of a loss."""

@@ -110,7 +110,9 @@ def _targets(
 
     firsts = np.cumsum([0, *(each.positions.size for each in rows)])
     source = _numbered([one.source for one in aligned], firsts)
-    chunk = _numbered([one.chunk for one in aligned], np.cumsum([0, *(one.chunk.max(initial=-1) + 1 for one in aligned)]))
+    chunk = _numbered(
+        [one.chunk for one in aligned], np.cumsum([0, *(one.chunk.max(initial=-1) + 1 for one in aligned)])
+    )
     exact = source >= 0
     labels_of_teacher = np.concatenate([each.token_ids[each.positions + 1] for each in rows])
     exact[exact] = id_map[labels_of_teacher[source[exact]]] == labels[exact]
@@ -136,9 +138,7 @@ def _targets(
         label_logprob=filled(chunk_logprob.clone(), mapped.label_logprob),
         draws=filled(torch.zeros(count, drawn, dtype=torch.long), mapped.draws),
         draw_weights=filled(torch.zeros(count, drawn), mapped.draw_weights),
-        draw_logprobs=None
-        if mapped.draw_logprobs is None
-        else filled(torch.zeros(count, drawn), mapped.draw_logprobs),
+        draw_logprobs=None if mapped.draw_logprobs is None else filled(torch.zeros(count, drawn), mapped.draw_logprobs),
         row=torch.from_numpy(row),
         position=torch.from_numpy(position),
         exact=torch.from_numpy(exact),
