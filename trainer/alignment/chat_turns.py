@@ -155,7 +155,8 @@ class ChatTurns:
 
     def _same_specials(self, row: ByteText, rendered: ByteText) -> bool:
         of_row = np.flatnonzero(self._tokens.special[row.ids])
-        of_rendered = np.flatnonzero(self._tokens.special[rendered.ids])[: of_row.size]
+        beginning = rendered.ends <= len(row.text)
+        of_rendered = np.flatnonzero(self._tokens.special[rendered.ids] & beginning)
         return (
             of_row.size == of_rendered.size
             and bool((row.ids[of_row] == rendered.ids[of_rendered]).all())

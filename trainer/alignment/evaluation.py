@@ -35,8 +35,8 @@ def evaluate_text(
     """Figures of the text over all target positions of `batches`, in evaluation mode and without gradients.
 
     `cross_entropy`, which is also the `loss`, and `accuracy` are means over the student's target tokens.
-    `bits_per_byte` is the cross-entropy of tokens of text over their bytes, in bits. `reduce` sums a float64 tensor over
-    processes. Raises `NoTargets`.
+    `bits_per_byte` is the cross-entropy of tokens of text over their bytes, in bits. `reduce` sums a float64 tensor
+    over processes. Raises `NoTargets`.
     """
     sums = torch.zeros(8, dtype=torch.float64)
     with measuring(model):

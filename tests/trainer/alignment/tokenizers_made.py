@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,6 @@ def _sentencepiece(folder: Path, model: models.Model, vocabulary: int, template:
 
 def _with_special(backend: Tokenizer, special: set[str]) -> Tokenizer:
     """The tokenizer with these added tokens alone: the trainer makes the bytes special too."""
-    import json
-
     document = json.loads(backend.to_str())
     document["added_tokens"] = [added for added in document["added_tokens"] if added["content"] in special]
     return Tokenizer.from_str(json.dumps(document))
@@ -173,9 +172,8 @@ def chat_rows(tokenizer: Path, count: int = 16) -> list[CachedRow]:
             start = begin + len(message["content"])
             if message["role"] == "assistant":
                 offsets = encoded["offset_mapping"]
-                is_target |= np.array(
-                    [begin <= first and last <= start + len(end) and last > begin for first, last in offsets]
-                )
+                stop = start + len(end)
+                is_target |= np.array([begin <= first and begin < last <= stop for first, last in offsets])
         rows.append(text_row(number, encoded["input_ids"], is_target, vocabulary=len(loaded)))
     return rows
 
