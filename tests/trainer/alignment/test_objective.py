@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from coldstill.trainer.alignment.targets import AlignedTargets
 from coldstill.trainer.loss_kernels.fused_head import Head, Objective, loss_on_hidden, loss_on_logits
 from coldstill.trainer.losses.divergences import ReverseKl
 from coldstill.trainer.losses.taid import ForwardKl, Taid
+from coldstill.trainer.targets import SparseTargets
 from tests.trainer.loss_kernels.random_targets import random_targets
 
 POSITIONS, VOCABULARY, WIDTH = 24, 19, 7
@@ -44,6 +46,11 @@ def aligned_targets(seed: int = 0) -> AlignedTargets:
     )
 
 
+def all_of(targets: AlignedTargets) -> SparseTargets:
+    """All positions as plain targets, of which the slow reference takes single ones."""
+    return SparseTargets(**{item.name: getattr(targets, item.name) for item in fields(SparseTargets)})
+
+
 def objective(inner: Objective | None, **changes: float) -> AlignedObjective:
     return AlignedObjective.of(inner, **{"one_to_one": 0.7, "chunks": 1.3, "temperature": 50.0, **changes})
 
@@ -60,7 +67,7 @@ def slow_total(logits: np.ndarray, targets: AlignedTargets, inner: Objective, ta
     labels = targets.labels.numpy()
     surprise = -log_q[np.arange(POSITIONS), labels]
     total = share * surprise.sum()
-    values = loss_on_logits(torch.from_numpy(logits), targets.distributions_of_all(), inner, t=0.6)[1].distillation
+    values = loss_on_logits(torch.from_numpy(logits), all_of(targets), inner, t=0.6)[1].distillation
     for chunk, members in itertools.groupby(range(POSITIONS), lambda n: int(targets.chunk[n])):
         numbers = list(members)
         if targets.exact[numbers[0]]:
@@ -69,19 +76,6 @@ def slow_total(logits: np.ndarray, targets: AlignedTargets, inner: Objective, ta
             a = -float(targets.chunk_logprob[numbers[0]])
             total += (1 - share) * 1.3 * slow_alm(a, surprise[numbers].sum(), tau)
     return float(total)
-
-
-@pytest.fixture(autouse=True)
-def _plain_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All positions as plain targets, which the slow reference takes single ones of."""
-    from dataclasses import fields
-
-    from coldstill.trainer.targets import SparseTargets
-
-    def of_all(self: AlignedTargets) -> SparseTargets:
-        return SparseTargets(**{item.name: getattr(self, item.name) for item in fields(SparseTargets)})
-
-    monkeypatch.setattr(AlignedTargets, "distributions_of_all", of_all, raising=False)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
