@@ -64,8 +64,8 @@ class Bench:
         self._tokenizer("teacher", vocabulary=2048, digits=False)
         self._tokenizer("student", vocabulary=640, digits=True)
         if not (folder / "teacher" / "config.json").exists():
-            self._train_teacher(steps=60 if quick else 500)
-        for name, rows in (("distill", 240 if quick else 800), ("held_out", 60 if quick else 200)):
+            self._train_teacher(steps=60 if quick else 260)
+        for name, rows in (("distill", 160 if quick else 400), ("held_out", 40 if quick else 120)):
             if not (folder / name / MANIFEST_NAME).exists():
                 self._capture(name, rows)
 
@@ -91,7 +91,7 @@ class Bench:
                 "data": {"seed": seed, "other_tokenizer": options.get("other_tokenizer", {})},
                 "training": {
                     "batch_size": ROWS_PER_STEP,
-                    "epochs": 1 if self._quick else 3,
+                    "epochs": 1 if self._quick else 2,
                     "learning_rate": 3e-3,
                     "warmup_ratio": 0.05,
                     "eval_steps": 1_000_000,
@@ -145,7 +145,7 @@ class Bench:
         count = len(ids) // TEACHER_TOKENS
         blocks = torch.tensor(ids[: count * TEACHER_TOKENS]).view(count, TEACHER_TOKENS)
         blocks = blocks[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-        model = _llama(len(tokenizer), width=160, layers=4, seed=0)
+        model = _llama(len(tokenizer), width=128, layers=3, seed=0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, fused=True)
         for step in tqdm(range(steps), desc="teacher"):
             for group in optimizer.param_groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.errors import TokenizerMismatch
 
 
 class UnsupportedArgument(ColdstillError, ValueError):
@@ -54,7 +55,7 @@ class StudentNotFound(ColdstillError):
     """No model that transformers can load has the student's name."""
 
 
-class TokenizerNotAligned(ColdstillError):
+class TokenizerNotAligned(TokenizerMismatch):
     """The text of a teacher's tokens cannot be aligned with the tokens of a student that has another tokenizer."""
 
 

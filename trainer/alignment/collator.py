@@ -28,6 +28,8 @@ from .targets import collate_aligned
 from .token_bytes import TokenBytes
 
 _SAMPLED_ROWS = 64
+_DAY = date(2025, 1, 1)
+"""Shown by a template that asks for today's date where the dataset names none: a resumed run must read equal rows."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _aligner(
             Path(folder, name).write_bytes(data)
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
     about = source.header.about
-    day = date.fromisoformat(about.template_date) if about.template_date else None
+    day = date.fromisoformat(about.template_date) if about.template_date else _DAY
     theirs: Any = student.tokenizer
     ends = dict.fromkeys([tokenizer.eos_token_id, *(about.end_token_ids or ())])
     begins = _begins(theirs, of_student)

@@ -147,37 +147,43 @@ class StudentTokenizer:
 
 def other_tokenizer(model: Any, dataset: LogitDataset, tokenizer: Any = None) -> StudentTokenizer | None:
     """The tokenizer of the student `model` if its ids are not the dataset's; `tokenizer` is preferred to the one beside
-    its weights. None too if none is found, or none that the tokenizers library wrote: `checked_student` says so.
+    its weights. None too if none is found, or none that the tokenizers library wrote: `checked_student` says so. A
+    student from scratch has the dataset's.
 
     Raises `StudentNotFound`, `TokenizerNotFound`, `TokenizerUnfaithful`.
     """
-    name = model if isinstance(model, str) else getattr(model, "model", None)
-    if not isinstance(model, str | StudentConfig):
-        plain = innermost(model)
-        name = plain.config.name_or_path or type(plain).__name__
+    if isinstance(model, StudentConfig) and model.model is None:
+        return None
+    named = isinstance(model, str | StudentConfig)
+    path_name = (model if isinstance(model, str) else model.model) if named else innermost(model).config.name_or_path
+    name = str(path_name or type(innermost(model)).__name__)
     if hasattr(tokenizer, "image_processor"):
         tokenizer = tokenizer.tokenizer
+    beside = None
+    try:
+        path = model_folder(path_name) / TOKENIZER_FILE if path_name else None
+        beside = path.read_bytes() if path is not None and path.is_file() else None
+    except StudentNotFound:
+        pass
+    written = beside
     if tokenizer is not None:
         if not getattr(tokenizer, "is_fast", False):
             return None
         written = tokenizer.backend_tokenizer.to_str().encode()
-    else:
-        try:
-            path = None if name is None else model_folder(name) / TOKENIZER_FILE
-        except StudentNotFound:
-            path = None
-        if path is None or not path.is_file():
-            return None
-        written = path.read_bytes()
-    if not has_other_ids(written, dataset.header, name=str(name)):
+    if written is None or not has_other_ids(written, dataset.header, name=name):
         return None
-    return StudentTokenizer(load_tokenizer(str(name)) if tokenizer is None else tokenizer, written, str(name))
+    if named and beside is not None and _fingerprint(beside, name) != _fingerprint(written, name):
+        return None  # two tokenizers of one student: `checked_student` rejects one of them
+    return StudentTokenizer(load_tokenizer(name) if tokenizer is None else tokenizer, written, name)
 
 
 def has_other_ids(tokenizer_json: bytes, header: DatasetHeader, *, name: str) -> bool:
     """Whether the ids of this tokenizer have other meanings than those of the dataset. Raises `TokenizerNotFound`."""
-    found = fingerprint_bytes(tokenizer_json, where=f"tokenizer of the student {name}").fingerprint
-    return found != header.tokenizer_fingerprint
+    return _fingerprint(tokenizer_json, name) != header.tokenizer_fingerprint
+
+
+def _fingerprint(tokenizer_json: bytes, name: str) -> str:
+    return fingerprint_bytes(tokenizer_json, where=f"tokenizer of the student {name}").fingerprint
 
 
 def checked_student(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from datetime import date
 from pathlib import Path
 
@@ -9,14 +11,18 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets, span_positions, spans_from_mask
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
+from coldstill.trainer.alignment.aligned_rows import RowAligner
 from coldstill.trainer.alignment.chat_turns import ChatTurns
 from coldstill.trainer.alignment.token_bytes import ByteText, TokenBytes
 from coldstill.trainer.errors import TokenizerNotAligned
+from tests.pipeline.sources.families import real
 from tests.pipeline.sources.families.styles import FAMILIES, Family
 
 from . import tokenizers_made as made
 
+REAL = real.folders()
 CHATS = [
     [("user", "hi\nthere"), ("assistant", "Good\n\nday é.")],
     [("user", "a"), ("assistant", "b b"), ("user", "c"), ("assistant", "d  d <|x|>")],
@@ -81,3 +87,46 @@ def test_a_template_that_is_none_is_a_named_error(tmp_path: Path) -> None:
     tokens = TokenBytes((folder / TOKENIZER_FILE).read_bytes(), where="the student x")
     with pytest.raises(TokenizerNotAligned, match="chat template of the student x"):
         _ = ChatTurns(PreTrainedTokenizerFast.from_pretrained(folder), tokens).borders
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason=f"{real.VARIABLE} names no folder of tokenizers")
+def test_chats_of_real_tokenizers_are_rendered_for_each_other() -> None:
+    """Each answer is aligned whole: at most a token at its border is lost, and its end is one token on both sides."""
+    sides: dict[str, tuple[TokenBytes, ChatTurns]] = {}
+    for name in sorted({"llama3_1", "qwen2_5", "gemma3", "mistral_nemo"} & set(REAL)):
+        family, tokenizer, _ = real.family_and_tokenizer(name, REAL[name])
+        tokens = TokenBytes((REAL[name] / TOKENIZER_FILE).read_bytes(), where=name)
+        sides[name] = tokens, ChatTurns(tokenizer, tokens, arguments=family.arguments, day=date(2026, 1, 1))
+    for one, other in itertools.permutations(sides, 2):
+        (teacher, teacher_chat), (student, student_chat) = sides[one], sides[other]
+        aligner = RowAligner(
+            teacher=teacher,
+            student=student,
+            teacher_chat=teacher_chat,
+            student_chat=student_chat,
+            begin=None,
+            begins=(),
+            roles={},
+            context=None,
+        )
+        for texts in itertools.pairwise(made.TEXTS):
+            question, answer = (text.strip() for text in texts)
+            row = teacher_chat.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+            start = row.text.rindex(answer.encode())
+            is_target = (row.starts >= start) & (row.ends <= start + len(answer.encode()))
+            is_target[teacher_chat.place_behind(row, start + len(answer.encode()))] = True
+            spans = spans_from_mask(is_target)
+            positions = span_positions(spans)
+            targets = dataclasses.replace(
+                TeacherTargets.empty(positions.size, 1), label_logprob=-np.ones(positions.size)
+            )
+            found = aligner.align(
+                CachedRow(sample_id="row", token_ids=row.ids, target_spans=spans, targets=targets, metadata={})
+            )
+            written = b"".join(student.of_id[id_] for id_ in found.token_ids[found.positions[:-1] + 1])
+            assert written == answer.encode(), (one, other)
+            assert (found.chunk < 0).sum() <= 1
+            assert found.token_ids[found.positions[-1] + 1] == student_chat.end_id
+            assert found.source[-1] == positions.size - 1
