@@ -38,7 +38,8 @@ from .student.tokenizer import load_with_images, other_tokenizer, special_tokens
 MOST_ROWS = 40
 """Most rows of a table. Of longer logs, evenly spaced lines are shown, with the first and the last."""
 BARS = " ▁▂▃▄▅▆▇█"
-LOGGED = ("step", "epoch", "taid_t", "taid_momentum", "loss", "bucket_kl", "learning_rate", "grad_norm")
+_SHARES = ("share_one_to_one", "share_in_larger_chunks", "share_lost", "skipped_rows")
+LOGGED = ("step", "epoch", "taid_t", "taid_momentum", "loss", "bucket_kl", *_SHARES, "learning_rate", "grad_norm")
 LOGITS_NAME = "trained_logits.safetensors"
 """File of a checkpoint with the logits of a few tokens, as the model in training computed them."""
 MOST_TOKENS, MOST_POSITIONS = 64, 16

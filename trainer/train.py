@@ -48,7 +48,7 @@ class TrainSummary(FrozenModel):
     wall_s: float
     peak_memory_mb: float
     taid_t: float | None
-    other_tokenizer: dict[str, float] | None = None
+    other_tokenizer: dict[str, int | float] | None = None
 
     @model_serializer(mode="wrap")
     def _without_unused(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
