@@ -3,9 +3,9 @@
     python -m benchmarks.other_tokenizer OUTPUT
     QUICK=1 ...          a teacher of fewer steps, one seed, two sides; nothing is stored
 
-The text is Python's standard library. The teacher has byte-level BPE of 2,048 ids, and the student, a smaller model
-with random weights, another one of 768 ids, learned from other files, that splits numbers into digits. The capture is a real one; students
-are trained by `coldstill.train` on the same rows and steps, with three seeds:
+The text is Python's standard library. The teacher has byte-level BPE of 2,048 ids. The student is a smaller model with
+random weights, and has 768 other ids, learned from other files, with numbers split into digits. The capture is a real
+one; students are trained by `coldstill.train` on the same rows and steps, with three seeds:
 
 * cross-entropy on the student's own tokens: the text alone;
 * forward KL on tokens of the same bytes, and ALM on larger chunks;
