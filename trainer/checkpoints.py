@@ -29,6 +29,7 @@ from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.files import write_json
 from coldstill.common.processor import processor_sha256
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
+from coldstill.storage_schema.header import DatasetHeader
 
 from .checkpoint_files import damage, lacks_training_state
 from .data.images import StudentImages
@@ -115,10 +116,15 @@ class ResumePoint:
 
 
 def data_order(
-    args: TrainingArguments, dataset: LogitDataset, *, pack_length: int | None, images: StudentImages | None = None
+    args: TrainingArguments,
+    dataset: LogitDataset,
+    *,
+    pack_length: int | None,
+    images: StudentImages | None = None,
+    own_header: DatasetHeader | None = None,
 ) -> dict[str, Any]:
     """What determines the rows of each optimizer step and the patches of their images. A checkpoint stores it, and a
-    resumed run must have the same."""
+    resumed run must have the same. `own_header`: with the ids of the student's own tokenizer, if they are others."""
     return {
         "dataset_ids": list(dataset.dataset_ids),
         "seed": args.seed if args.data_seed is None else args.data_seed,
@@ -130,6 +136,7 @@ def data_order(
         **({"rows": "without_images"} if dataset.sources.without_images else {}),
         **({"ensemble_weights": list(dataset.ensemble_weights)} if dataset.ensemble_weights else {}),
         **({} if images is None else {"processor_sha256": processor_sha256(images.processor)}),
+        **({} if own_header is None else {"student_tokenizer": own_header.tokenizer_fingerprint}),
     }
 
 

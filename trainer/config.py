@@ -96,6 +96,23 @@ class StudentConfig(FrozenModel):
         return f"{self.from_scratch} from scratch"
 
 
+class OtherTokenizerConfig(FrozenModel):
+    """What a student with another tokenizer than the dataset's learns from; ignored for any other."""
+
+    one_to_one: float = Field(
+        1.0, ge=0, description="Weight of the loss at tokens that are one token of the same bytes for the teacher."
+    )
+    chunks: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of ALM (arXiv 2503.20083) on the chunks where both tokenizations meet only after several "
+        "tokens.",
+    )
+    temperature: float = Field(
+        100.0, ge=1, description="Temperature of ALM: chunks are compared by their probability to the power of 1 / it."
+    )
+
+
 class DataConfig(FrozenModel):
     """The order of the rows, and how much of each stored distribution is used."""
 
@@ -128,6 +145,10 @@ class DataConfig(FrozenModel):
         "all",
         description="without_images passes over rows that have images, for a student that sees none; then all shards "
         "are read once at the start, to count the others.",
+    )
+    other_tokenizer: OtherTokenizerConfig = Field(
+        default_factory=OtherTokenizerConfig,
+        description="How a student learns whose tokenizer is not the dataset's; unused if it is.",
     )
     cache_dir: str | None = Field(
         None,

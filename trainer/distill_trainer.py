@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
 from transformers.utils import logging
 
+from .alignment.student import AlignedStudent
 from .arguments import adapt_arguments, rank_by_metric, validate_arguments, validate_parameters
 from .checkpoint_files import begin_checkpoint, finish_checkpoint
 from .checkpoints import Checkpoint, ResumePoint, data_order, newest_checkpoint, resume_point
-from .config import StudentConfig
+from .config import OtherTokenizerConfig, StudentConfig
 from .data.logit_dataset import LogitDataset, check_eval_dataset, require_logit_dataset
 from .data.stream import LogitStream
 from .errors import UnsupportedArgument
@@ -27,15 +28,17 @@ from .evaluation.evaluate import evaluate_student
 from .evaluation.figures import draws_per_position
 from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
+from .loss_kernels.fused_head import Objective
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, join_objectives, state_of
 from .sharding import is_sharded, resharding, validate_sharded_student, whole
 from .step_record import StepRecord, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
-from .student.images import check_dataset_images, image_probe, images_of
+from .student.images import check_dataset_images, context_of, image_probe, images_of
 from .student.load import check_attention, check_trainable
 from .student.packing_check import check_packing
 from .student.tokenizer import checked_student
+from .student.tokenizer import other_tokenizer as read_other_tokenizer
 from .student.wrapper import check_wrapping
 from .training_loop import BatchLoader, TrainingLoop
 
@@ -61,6 +64,7 @@ class DistillTrainer(TrainingLoop):
         loss: str | Mapping[str, Any] | Loss | PluginLoss = "taid",
         pack_length: int | None = None,
         fused_head: bool = True,
+        other_tokenizer: OtherTokenizerConfig | None = None,
         eval_dataset: LogitDataset | dict[str, LogitDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -75,9 +79,10 @@ class DistillTrainer(TrainingLoop):
           object such as `Taid(t_start=0.2)`, also of your own class.
         - `pack_length`: tokens of a pack; None pads each row of a batch to the longest.
         - `fused_head`: compute the head and the loss in chunks; False uses the logits of the model's own forward pass.
-        - `processing_class`: the student's tokenizer or processor, saved with each checkpoint. It is checked against
-          the dataset's, and so is the tokenizer beside the weights of a student given by name. A model object without
-          `processing_class` is checked by its `name_or_path`; a warning is logged if there is no tokenizer.
+        - `processing_class`: the student's tokenizer or processor, saved with each checkpoint. It is compared with the
+          dataset's, and so is the tokenizer beside the weights of a student given by name. A model object without
+          `processing_class` is compared by its `name_or_path`; a warning is logged if there is no tokenizer.
+        - `other_tokenizer`: how a student learns whose tokenizer is not the dataset's (docs/other_tokenizer.md).
         - A model that sees images reads them by the processor given, or by the one beside its weights; without one it
           is trained on text alone.
         - `unsupported`: other parameters of Trainer; the error says what to do instead.
@@ -85,10 +90,10 @@ class DistillTrainer(TrainingLoop):
         `args.data_seed`, or `args.seed` if it is None, determines the order of the rows. Other arguments are those of
         Trainer.
 
-        Raises `TokenizerMismatch`, `StudentHeadTooSmall`, `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`,
-        `PackingUnsupported`, `WrapperUnsupported`, `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`,
-        `ImageTokenMismatch`, what `read_loss` and `build_objective` raise, and `UnsupportedArgument` for arguments that
-        would have no effect or lose state.
+        Raises `TokenizerMismatch`, `TokenizerNotAligned`, `OtherTokenizerUnsupported`, `StudentHeadTooSmall`,
+        `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`, `PackingUnsupported`, `WrapperUnsupported`,
+        `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`, what `read_loss` and
+        `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or lose state.
         """
         validate_parameters(unsupported)
         args = args or TrainingArguments("trainer_output")
@@ -98,17 +103,31 @@ class DistillTrainer(TrainingLoop):
             check_eval_dataset(eval_dataset, train_dataset)
         args = rank_by_metric(args, eval_dataset)
         self.distillation_loss = read_loss(loss)
-        header = train_dataset.header
-        student, name = checked_student(model, train_dataset, processing_class)
+        other = read_other_tokenizer(model, train_dataset, processing_class)
+        self.aligned = other and AlignedStudent(other, other_tokenizer or OtherTokenizerConfig(), train_dataset)
+        header = self.aligned.header if self.aligned else train_dataset.header
+        own = header if self.aligned else None
+        student, name = checked_student(model, train_dataset, processing_class, own_header=own)
         check_trainable(student, name=name)
         self.images = images_of(innermost(student))
-        evaluated = eval_dataset.values() if isinstance(eval_dataset, Mapping) else (eval_dataset,)
+        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
+        evaluated = [part for part in evaluated if part is not None]
         for part in (train_dataset, *evaluated):
-            if part is not None:
-                check_dataset_images(part, self.images, innermost(student), name=name, packs=pack_length is not None)
-        objectives = [build_objective(self.distillation_loss, **part.facts()) for part in train_dataset.by_teacher]
-        self.objective = join_objectives(objectives, train_dataset.ensemble_weights)
-        self.order = data_order(args, train_dataset, pack_length=pack_length, images=self.images)
+            check_dataset_images(part, self.images, innermost(student), name=name, packs=pack_length is not None)
+        if self.aligned:
+            self.objective: Objective = self.aligned.prepare(
+                train_dataset,
+                self.distillation_loss,
+                evaluated=evaluated,
+                pack_length=pack_length,
+                context=context_of(innermost(student).config),
+                sees_images=self.images is not None,
+                best_metric=args.metric_for_best_model,
+            )
+        else:
+            objectives = [build_objective(self.distillation_loss, **part.facts()) for part in train_dataset.by_teacher]
+            self.objective = join_objectives(objectives, train_dataset.ensemble_weights)
+        self.order = data_order(args, train_dataset, pack_length=pack_length, images=self.images, own_header=own)
         of_all_devices = train_dataset.stream(
             batch_size=args.per_device_train_batch_size, seed=self.order["seed"], pack_length=pack_length
         )
@@ -155,7 +174,10 @@ class DistillTrainer(TrainingLoop):
                     formula=self.head.formula,
                 )
         if self.is_fsdp_enabled:
-            validate_sharded_student(self.model, self.head, images=self.images, mixed=self.args.bf16)
+            aligned = self.aligned is not None
+            validate_sharded_student(
+                self.model, self.head, images=self.images, mixed=self.args.bf16, is_aligned=aligned
+            )
         if self.head.formula is None and fused_head:
             logger.warning(
                 f"the loss of {name} is taken from its own logits, which needs more memory: {self.head.reason}"
@@ -241,6 +263,8 @@ class DistillTrainer(TrainingLoop):
         count = sum(batch["targets"].count for batch in batches)
         if self.args.world_size > 1:
             count = int(self.accelerator.reduce(torch.tensor(count, device=device), "sum"))
+        if self.aligned:
+            self.aligned.count(batches)
         self.record.open_step(targets=count, cursor=batches[-1]["cursor"])
         self._row = first_row(batches[-1])
         return batches, count
@@ -288,16 +312,23 @@ class DistillTrainer(TrainingLoop):
         began = time.time()
         batches = self.get_eval_dataloader(dataset)
         self._use_averaged_weights()
+
+        def reduce(sums: torch.Tensor) -> torch.Tensor:
+            return self.accelerator.reduce(sums, "sum")
+
         with naming_dead_workers(), resharding(self.model), self.accelerator.autocast():
-            found = evaluate_student(
-                self.model,
-                batches,
-                token_count=dataset.header.token_count,
-                draws=draws_per_position(dataset),
-                reduce=lambda sums: self.accelerator.reduce(sums, "sum"),
-                sharded=is_sharded(self.model),
-            ).metrics()
-        found = {"loss": found[self._eval_loss_name(found)], **found}
+            if self.aligned:
+                found = self.aligned.evaluate(self.model, batches, reduce=reduce)
+            else:
+                found = evaluate_student(
+                    self.model,
+                    batches,
+                    token_count=dataset.header.token_count,
+                    draws=draws_per_position(dataset),
+                    reduce=reduce,
+                    sharded=is_sharded(self.model),
+                ).metrics()
+                found = {"loss": found[self._eval_loss_name(found)], **found}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=dataset.rows)
         self.log(metrics)
@@ -321,19 +352,6 @@ class DistillTrainer(TrainingLoop):
         check_eval_dataset(dataset, self.train_dataset)
         return BatchLoader(self._stream(dataset, batch_size=self.args.eval_batch_size, epochs=1), self.args)
 
-    def get_test_dataloader(self, test_dataset: LogitDataset) -> BatchLoader:
-        """The same as `get_eval_dataloader` of this dataset."""
-        return self.get_eval_dataloader(test_dataset)
-
-    def predict(self, *_: Any, **__: Any) -> Any:
-        """Raise `UnsupportedArgument`: the logits of all positions would not fit in memory."""
-        raise UnsupportedArgument(
-            "predict()",
-            found="a request for the logits of all target positions",
-            wanted="figures, which are measured in parts",
-            fix="call evaluate(test_dataset, metric_key_prefix='test')",
-        )
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `bucket_kl` to training lines, and with TAID `taid_t` (of the next step) and `taid_momentum`."""
         if "loss" in logs:
@@ -356,23 +374,6 @@ class DistillTrainer(TrainingLoop):
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
-    def _evaluated(self, chosen: Any) -> Any:
-        """The dataset or datasets that `chosen` means: a dataset, a name of one, or None for all of them."""
-        dataset = self.eval_dataset if chosen is None else chosen
-        if isinstance(dataset, str):
-            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-            if dataset not in named:
-                raise UnsupportedArgument(
-                    "eval_dataset",
-                    found=repr(dataset),
-                    wanted=f"one of {', '.join(map(repr, named))}" if named else "a dataset of load_logit_dataset",
-                    fix="pass eval_dataset={NAME: dataset} to DistillTrainer",
-                )
-            return named[dataset]
-        if dataset is None:
-            raise ValueError("evaluate() needs an eval_dataset, here or in DistillTrainer(...)")
-        return dataset
-
     def _eval_loss_name(self, found: Mapping[str, float]) -> str:
         return next(name for name in self.distillation_loss.eval_loss if name in found)
 
@@ -387,4 +388,5 @@ class DistillTrainer(TrainingLoop):
             rank=self.args.process_index,
             world_size=self.args.world_size,
             images=self.images,
+            collator=self.aligned.collator(dataset) if self.aligned else None,
         )

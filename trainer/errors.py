@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.errors import TokenizerMismatch
 
 
 class UnsupportedArgument(ColdstillError, ValueError):
@@ -56,6 +57,14 @@ class LoaderWorkerDied(ColdstillError):
 
 class StudentNotFound(ColdstillError):
     """No model that transformers can load has the student's name."""
+
+
+class TokenizerNotAligned(TokenizerMismatch):
+    """The text of a teacher's tokens cannot be aligned with the tokens of a student that has another tokenizer."""
+
+
+class OtherTokenizerUnsupported(ColdstillError):
+    """A setting that a student with another tokenizer than the dataset's cannot be trained with."""
 
 
 class StudentHeadTooSmall(ColdstillError):

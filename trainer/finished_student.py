@@ -21,6 +21,8 @@ from coldstill.common.attention import evaluation_mode
 from coldstill.common.files import write_json
 from coldstill.storage_schema.header import DatasetHeader
 
+from .alignment.objective import alignment_counts, alignment_facts
+from .alignment.student import header_of_student
 from .checkpoint_files import FILES_NAME
 from .checkpoints import ADAPTER_FOLDER, REPORT_NAME, STUDENT_FOLDER, Checkpoint
 from .config import TrainConfig
@@ -33,12 +35,13 @@ from .student.forward import innermost
 from .student.images import STUDENT_FILES, image_probe, images_of, processor_files
 from .student.load import check_attention, fit_end_tokens
 from .student.lora import merged
-from .student.tokenizer import load_with_images, special_tokens, tokenizer_files, warn_if_unfaithful
+from .student.tokenizer import load_with_images, other_tokenizer, special_tokens, tokenizer_files, warn_if_unfaithful
 
 MOST_ROWS = 40
 """Most rows of a table. Of longer logs, evenly spaced lines are shown, with the first and the last."""
 BARS = " ▁▂▃▄▅▆▇█"
-LOGGED = ("step", "epoch", "taid_t", "taid_momentum", "loss", "bucket_kl", "learning_rate", "grad_norm")
+_SHARES = ("share_one_to_one", "share_in_larger_chunks", "share_lost", "skipped_rows")
+LOGGED = ("step", "epoch", "taid_t", "taid_momentum", "loss", "bucket_kl", *_SHARES, "learning_rate", "grad_norm")
 LOGITS_NAME = "trained_logits.safetensors"
 """File of a checkpoint with the logits of a few tokens, as the model in training computed them."""
 MOST_TOKENS, MOST_POSITIONS = 64, 16
@@ -124,13 +127,15 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
         shutil.rmtree(folder, ignore_errors=True)
     lora, written = config.student.lora, [student]
     files = tokenizer_files(config.student, dataset.sources.datasets[0])
+    other = other_tokenizer(config.student, dataset)
+    header = dataset.header if other is None else header_of_student(dataset, other)
     of_images = processor_files(config.student)
     if lora is not None and lora.merge:
         assert config.student.model is not None
         _copy(chosen.folder, adapter)
         options = {"images": True} if of_images else {}
         model = merged(config.student.model, adapter, dtype=getattr(torch, config.student.weights), **options)
-        fit_end_tokens(model, special_tokens(files, dataset.header), name=config.student.name)
+        fit_end_tokens(model, special_tokens(files, header), name=config.student.name)
         model.save_pretrained(student)
         written.append(adapter)
         del model
@@ -141,7 +146,7 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
         for folder in written:
             (folder / name).write_bytes(data)
     warn_if_unfaithful(student)
-    _check_student(config, dataset.header, chosen, written, files)
+    _check_student(config, header, chosen, written, files)
     card = model_card(
         student=config.student.model or "",
         headers=[source.header for source in dataset.all_datasets],
@@ -293,6 +298,8 @@ def model_card(
         facts[name] = ", ".join(f"{value:.3g}" for value in values)
     if record["schedule"] is not None:
         facts["final t"] = f"{record['schedule']['t']:.4f}"
+    if (counts := alignment_counts(record)) is not None:
+        facts |= alignment_facts(counts)
     lines = ["---", data.to_yaml(), "---", "", f"# {base or 'Student'}, distilled from cached teacher logits", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {_escaped(value)} |" for name, value in facts.items())]
     if recipe is not None:

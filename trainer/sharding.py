@@ -117,17 +117,20 @@ def validate_sharded_optimizer(optimizer: Any) -> None:
         )
 
 
-def validate_sharded_student(model: Any, distilling: Distilling, *, images: Any, mixed: bool) -> None:
+def validate_sharded_student(model: Any, distilling: Distilling, *, images: Any, mixed: bool, is_aligned: bool) -> None:
     """Raise `UnsupportedArgument` for a student that FSDP2 cannot train here.
 
     `distilling`: how its loss is computed. `images`: how it reads images, if it does: a device whose rows have none
     would not take part in the vision tower of the others. `mixed`: it computes in bfloat16, whatever its weights are.
+    `is_aligned`: its tokenizer is not the dataset's, which is not tested.
     """
     fix = "train with torchrun, without FSDP"
     if images is not None:
         found, wanted = "one that sees images", "one that reads text alone: all devices run the same layers"
     elif not distilling.wrapping.transparent:
         found, wanted = "a wrapper that changes its logits, such as prompt tuning", "all weights, or LoRA adapters"
+    elif is_aligned:
+        found, wanted = "one whose tokenizer is not the dataset's", "one with the dataset's tokenizer"
     elif mixed and any(weight.requires_grad and weight.element_size() < 4 for weight in model.parameters()):
         found, wanted = "trained weights of 16 bits and mixed precision", "float32, as accelerate would make them"
         fix = "set student.weights to float32, or student.dtype to float32"

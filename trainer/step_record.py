@@ -99,7 +99,9 @@ class StepRecord(TrainerCallback, ExportableState):
         if broken or broken_gradients:
             require_finite_weights(model)
             raise self._not_finite(int(broken), step=state.global_step + 1)
-        self._means = (distillation / self._step_targets, bucket_kl / self._step_targets)
+        # A step of rows that were all skipped has no target.
+        targets = max(1, self._step_targets)
+        self._means = (distillation / targets, bucket_kl / targets)
         self._state_sums = state_sums
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -100,22 +100,31 @@ class SparseTargets:
         """`bool [M, K]`: which entries are used."""
         return self.logprobs > -torch.inf
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same targets on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> SparseTargets:
+    def pin_memory(self) -> Self:
         """The same targets in page-locked memory; torch's DataLoader calls this."""
         return self._map(torch.Tensor.pin_memory)
 
-    def part(self, start: int, stop: int) -> SparseTargets:
+    def borders(self, size: int) -> list[tuple[int, int]]:
+        """Start and stop of parts of at most `size` positions, of one size; one empty part if there are no positions.
+
+        A last part that is a sliver would move the head's whole gradient for a few positions.
+        """
+        parts = max(1, -(-self.count // size))
+        step = max(1, -(-self.count // parts))
+        return [(start, min(start + step, self.count)) for start in range(0, max(self.count, 1), step)]
+
+    def part(self, start: int, stop: int) -> Self:
         """The positions from `start` up to `stop`, as views."""
         return self._map(lambda tensor: tensor[start:stop])
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SparseTargets:
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         found = {item.name: getattr(self, item.name) for item in fields(self)}
         mapped: dict[str, Any] = {name: None if it is None else function(it) for name, it in found.items()}
-        return SparseTargets(**mapped)
+        return type(self)(**mapped)
 
 
 def joined(targets: Sequence[TeacherTargets]) -> TeacherTargets:

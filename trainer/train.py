@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from coldstill.common.files import write_json
 from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
 
+from .alignment.objective import alignment_counts
 from .arguments import validate_optimizer
 from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_failed_writes, newest_checkpoint
-from .config import TrainConfig
+from .config import OtherTokenizerConfig, TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
 from .evaluation.report import measured_metrics
@@ -35,6 +37,7 @@ class TrainSummary(FrozenModel):
     `teachers`: name of the teacher of each dataset. `steps`: optimizer steps of the run. `student_step`: the step of
     the checkpoint that became the student. `peak_memory_mb`: in MiB, of the GPU if there is one, else resident memory.
     `taid_t`: t at the end, None without it.
+    `other_tokenizer`: `AlignmentCounts` of a student with another tokenizer than the dataset's; left out for any other.
     """
 
     dataset_ids: list[str]
@@ -47,6 +50,12 @@ class TrainSummary(FrozenModel):
     wall_s: float
     peak_memory_mb: float
     taid_t: float | None
+    other_tokenizer: dict[str, int | float] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = fields(self)
+        return {name: value for name, value in found.items() if name != "other_tokenizer" or value is not None}
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> TrainSummary:
@@ -62,7 +71,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
         torch.set_num_threads(config.training.threads)
     args = _arguments(config)
     output = Path(config.output)
-    dataset = load_logit_dataset(config.dataset, **config.data.model_dump(exclude={"seed"}))
+    dataset = load_logit_dataset(config.dataset, **config.data.model_dump(exclude={"seed", "other_tokenizer"}))
     with naming_failed_writes(output):
         claim(output, _identity(config, dataset), write=args.process_index == 0)
     if (output / SUMMARY_NAME).exists():
@@ -113,6 +122,7 @@ def _build(
         train_dataset=dataset,
         loss=config.loss,
         pack_length=config.training.pack_length,
+        other_tokenizer=config.data.other_tokenizer,
         eval_dataset=None
         if config.eval_dataset is None
         else load_logit_dataset(config.eval_dataset, rows=config.data.rows),
@@ -168,6 +178,8 @@ def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
     of_data = {"seed", "weights", "top_k", "draws"} | ({"rows"} if config.data.rows != "all" else set())
     # The weights in use, so that a run by the default and one that names it are the same.
     ensemble = {"ensemble_weights": list(dataset.ensemble_weights)} if dataset.ensemble_weights else {}
+    if config.data.other_tokenizer != OtherTokenizerConfig():
+        of_data.add("other_tokenizer")
     return {
         "dataset_ids": list(dataset.dataset_ids),
         "student": config.student.model_dump(exclude={"gradient_checkpointing", *later}),
@@ -190,4 +202,5 @@ def _summary(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) -> Tr
         wall_s=round(record["seconds"], 3),
         peak_memory_mb=round(record["peak_memory_mb"], 1),
         taid_t=None if record["schedule"] is None else record["schedule"]["t"],
+        other_tokenizer=alignment_counts(record),
     )

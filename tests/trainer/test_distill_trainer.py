@@ -230,7 +230,7 @@ def test_a_tokenizer_or_a_head_that_does_not_fit_is_a_named_error(tiny_dataset, 
     DistillTrainer(str(tiny_student), args, train_dataset=dataset, processing_class=right)
     small = LlamaForCausalLM.from_pretrained(making.tiny_llama(tmp_path / "small", vocabulary=60))
     with pytest.raises(StudentHeadTooSmall):
-        DistillTrainer(small, args, train_dataset=dataset)
+        DistillTrainer(small, args, train_dataset=dataset, processing_class=right)
 
 
 def test_a_measurement_has_what_best_model_and_early_stopping_look_for(tiny_dataset, tiny_student, tmp_path):

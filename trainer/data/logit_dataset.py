@@ -23,7 +23,7 @@ from .images import StudentImages
 from .media import MediaCache
 from .row_reader import Sources
 from .shard_cache import ShardCache
-from .stream import LogitStream
+from .stream import Collator, LogitStream
 from .subsample import with_smaller_top_k
 
 CACHE_BYTES = 32 << 30
@@ -244,10 +244,12 @@ class LogitDataset:
         rank: int = 0,
         world_size: int = 1,
         images: StudentImages | None = None,
+        collator: Collator | None = None,
     ) -> LogitStream:
         """Batches of `batch_size` rows, or of packs of `pack_length` tokens; endless unless `epochs` is given.
 
-        `images`: how the student reads images; without it, rows with images are an error.
+        `images`: how the student reads images; without it, rows with images are an error. `collator`: makes batches of
+        single rows in another way, such as in the tokens of another tokenizer.
         """
         return LogitStream(
             self.sources,
@@ -259,6 +261,7 @@ class LogitDataset:
             rank=rank,
             world_size=world_size,
             images=images,
+            collator=collator,
         )
 
     @cached_property

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -69,6 +69,14 @@ def raising_passed(items: Iterable[Any]) -> Iterator[dict[str, Any]]:
         yield item
 
 
+class Collator(Protocol):
+    """Makes batches in another way than `collate`; several threads and processes use a copy of one object."""
+
+    def collate(self, rows: Sequence[CachedRow], datasets: Sequence[int], *, top_k: int | None) -> dict[str, Any]:
+        """A batch with at least the keys of `collate`. `datasets`: the number of the dataset of each row."""
+        ...
+
+
 class LogitStream(IterableDataset):
     """Made by `LogitDataset.stream`. Each pass over it begins at the place of `seek`."""
 
@@ -84,8 +92,9 @@ class LogitStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         images: StudentImages | None = None,
+        collator: Collator | None = None,
     ):
-        self._sources, self._images = sources, images
+        self._sources, self._images, self._collator = sources, images, collator
         self.batch_size, self.pack_length, self.epochs = batch_size, pack_length, epochs
         self.seed, self.shuffle = seed, shuffle
         self.rank, self.world_size = rank, world_size
@@ -166,6 +175,8 @@ class LogitStream(IterableDataset):
     def _collated(self, reader: RowReader, packs: list[Pack], expander: RowExpander | None) -> dict[str, Any]:
         wanted = [row for pack in packs for row in pack]
         rows = self._sources.read(reader, wanted, seed=self.seed)
+        if self._collator is not None:
+            return self._collator.collate(rows, [row.dataset for row in wanted], top_k=self._sources.top_k)
         batch = self._batch_of(reader, packs, wanted, rows, expander)
         if self._sources.partners:
             targets = ensemble_targets(self._sources, reader, wanted, rows, batch["targets"], seed=self.seed)

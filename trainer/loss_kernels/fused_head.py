@@ -158,8 +158,8 @@ class _OnHidden(torch.autograd.Function):
         # Gradients are always off in here; `needs_input_grad` tells which inputs require one, not whether it is wanted.
         needs = [grad_enabled and it for it in ctx.needs_input_grad[:3]]
         with torch.autocast(device, enabled=False):
-            chunks = _Chunks(hidden, head, factors=factors, needs=needs, chunk_bytes=chunk_bytes)
-            for start, stop in chunks.borders():
+            chunks = _Chunks(hidden, head, targets, factors=factors, needs=needs, chunk_bytes=chunk_bytes)
+            for start, stop in chunks.borders:
                 logits = chunks.logits(start, stop)
                 part = targets.part(start, stop)
                 values = objective.forward_backward_(logits, part, t=t, with_gradient=any(needs))
@@ -184,7 +184,14 @@ class _Chunks:
     """The memory of one call: logits of a chunk, gradients of the whole."""
 
     def __init__(
-        self, hidden: torch.Tensor, head: Head, *, factors: torch.dtype, needs: list[bool], chunk_bytes: int | None
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        targets: SparseTargets,
+        *,
+        factors: torch.dtype,
+        needs: list[bool],
+        chunk_bytes: int | None,
     ):
         self._head = head
         self._wide = torch.promote_types(factors, torch.float32)
@@ -192,10 +199,9 @@ class _Chunks:
         self._weight = self._factor(head.weight[: head.token_count].to(factors))
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes
         rows = max(1, budget // (head.token_count * self._wide.itemsize))
-        # Chunks of one size: the last one is not a sliver that moves the head's whole gradient for a few positions.
-        count = max(1, -(-hidden.shape[0] // rows))
-        self._rows = max(1, -(-hidden.shape[0] // count))
-        self._logits = hidden.new_empty(self._rows, head.token_count, dtype=self._wide)
+        self.borders = targets.borders(rows)
+        longest = max(stop - start for start, stop in self.borders)
+        self._logits = hidden.new_empty(longest, head.token_count, dtype=self._wide)
         self._slope = torch.empty_like(self._logits) if head.softcap is not None and any(needs) else None
         self.by_hidden = torch.empty_like(hidden) if needs[0] else None
         self.by_weight = torch.empty_like(head.weight, dtype=self._wide) if needs[1] else None
@@ -206,11 +212,6 @@ class _Chunks:
     def _factor(self, tensor: torch.Tensor) -> torch.Tensor:
         # Only CUDA multiplies 16-bit factors into float32; elsewhere their rounded values are multiplied in float32.
         return tensor if tensor.is_cuda else tensor.to(self._wide)
-
-    def borders(self) -> list[tuple[int, int]]:
-        """Start and stop of each chunk; one empty chunk if there are no positions."""
-        size = self._hidden.shape[0]
-        return [(start, min(start + self._rows, size)) for start in range(0, max(size, 1), self._rows)]
 
     def logits(self, start: int, stop: int) -> torch.Tensor:
         """`[C, V]`, in the memory that every chunk uses."""

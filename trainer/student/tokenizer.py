@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,66 @@ def check_model_tokenizer(model: Any, dataset: Dataset, *, name: str) -> None:
     )
 
 
-def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, str]:
+@dataclass(frozen=True)
+class StudentTokenizer:
+    """The student's own `tokenizer` of transformers, its `tokenizer.json`, and the student's name for messages."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_json: bytes
+    name: str
+
+
+def other_tokenizer(model: Any, dataset: LogitDataset, tokenizer: Any = None) -> StudentTokenizer | None:
+    """The tokenizer of the student `model` if its ids are not the dataset's; `tokenizer` is preferred to the one beside
+    its weights. None too if none is found, or none that the tokenizers library wrote: `checked_student` says so. A
+    student from scratch has the dataset's.
+
+    Raises `StudentNotFound`, `TokenizerNotFound`, `TokenizerUnfaithful`.
+    """
+    if isinstance(model, StudentConfig) and model.model is None:
+        return None
+    named = isinstance(model, str | StudentConfig)
+    path_name = (model if isinstance(model, str) else model.model) if named else innermost(model).config.name_or_path
+    name = str(path_name or type(innermost(model)).__name__)
+    if hasattr(tokenizer, "image_processor"):
+        tokenizer = tokenizer.tokenizer
+    beside = None
+    try:
+        path = model_folder(path_name) / TOKENIZER_FILE if path_name else None
+        beside = path.read_bytes() if path is not None and path.is_file() else None
+    except StudentNotFound:
+        pass
+    written = beside
+    if tokenizer is not None:
+        if not getattr(tokenizer, "is_fast", False):
+            return None
+        written = tokenizer.backend_tokenizer.to_str().encode()
+    if written is None or not has_other_ids(written, dataset.header, name=name):
+        return None
+    if named and beside is not None and _fingerprint(beside, name) != _fingerprint(written, name):
+        return None  # two tokenizers of one student: `checked_student` rejects one of them
+    return StudentTokenizer(load_tokenizer(name) if tokenizer is None else tokenizer, written, name)
+
+
+def has_other_ids(tokenizer_json: bytes, header: DatasetHeader, *, name: str) -> bool:
+    """Whether the ids of this tokenizer have other meanings than those of the dataset. Raises `TokenizerNotFound`."""
+    return _fingerprint(tokenizer_json, name) != header.tokenizer_fingerprint
+
+
+def _fingerprint(tokenizer_json: bytes, name: str) -> str:
+    return fingerprint_bytes(tokenizer_json, where=f"tokenizer of the student {name}").fingerprint
+
+
+def checked_student(
+    model: Any,
+    dataset: LogitDataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    own_header: DatasetHeader | None = None,
+) -> tuple[Any, str]:
     """The student and its name in messages, after the check of its head and token ids.
+
+    `own_header`: the dataset's header with the ids of the student's own tokenizer, if they are others.
 
     A `model` given as a folder or hub name, or as a `StudentConfig`, is loaded. `tokenizer` is preferred to the one
     beside the weights of a model object, because its head may have been extended in memory. `images_of` then returns
@@ -146,18 +205,21 @@ def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedToke
     raises.
     """
     first = dataset.sources.datasets[0]
+    header = dataset.header if own_header is None else own_header
     config = StudentConfig(model=model) if isinstance(model, str) else model
     if not isinstance(config, StudentConfig):
         plain = innermost(model)
         name = plain.config.name_or_path or type(plain).__name__
-        check_head(plain, dataset.header, name=name)
-        if tokenizer is None:
+        check_head(plain, header, name=name)
+        if own_header is not None:
+            pass
+        elif tokenizer is None:
             check_model_tokenizer(plain, first, name=name)
         else:
             check_processing_class(tokenizer, first, name=name)
         set_images(plain, images_of(plain, tokenizer))
         return model, name
-    if tokenizer is not None:
+    if tokenizer is not None and own_header is None:
         check_processing_class(tokenizer, first, name=config.name)
     special, files = None, dict[str, bytes]()
     try:
@@ -166,9 +228,10 @@ def checked_student(model: Any, dataset: LogitDataset, tokenizer: PreTrainedToke
         if tokenizer is None:
             raise
     else:
-        check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=config.name)
-        special = special_tokens(files, dataset.header)
-    return load_with_images(config, dataset.header, special, files=files), config.name
+        if own_header is None:
+            check_tokenizer(files[TOKENIZER_FILE], header, name=config.name)
+        special = special_tokens(files, header)
+    return load_with_images(config, header, special, files=files), config.name
 
 
 def load_with_images(

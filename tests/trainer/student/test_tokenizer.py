@@ -17,7 +17,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch, TokenizerNotFound
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint
-from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.config import StudentConfig, TrainConfig
 from coldstill.trainer.errors import StudentNotFound, UnsupportedArgument
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
 from coldstill.trainer.student.tokenizer import (
@@ -119,18 +119,23 @@ def _refused(enter: Callable[[], object]) -> bool:
     return False
 
 
-def test_a_student_of_other_ids_is_refused_at_every_entrance(
+def test_a_student_of_other_ids_is_aligned_in_training_and_refused_where_its_tokenizer_is_not_clear_or_compared(
     tiny_dataset: Path, tiny_student: Path, other_student: Path, tmp_path: Path
 ) -> None:
     dataset, args = load_logit_dataset(tiny_dataset), arguments(tmp_path)
     right = LlamaForCausalLM.from_pretrained(tiny_student)
     other = LlamaForCausalLM.from_pretrained(other_student)
     tokenizer = AutoTokenizer.from_pretrained(other_student)
+    for model, processing_class in (
+        (str(other_student), None),
+        (StudentConfig(model=str(other_student)), tokenizer),
+        (other, None),
+        (right, tokenizer),
+    ):
+        trainer = DistillTrainer(model, args, train_dataset=dataset, processing_class=processing_class)
+        assert trainer.aligned is not None
+    assert DistillTrainer(right, args, train_dataset=dataset).aligned is None
     entrances = [
-        lambda: DistillTrainer(str(other_student), train_dataset=dataset),
-        lambda: DistillTrainer(str(other_student), args, train_dataset=dataset),
-        lambda: DistillTrainer(other, args, train_dataset=dataset),
-        lambda: DistillTrainer(right, args, train_dataset=dataset, processing_class=tokenizer),
         lambda: DistillTrainer(str(tiny_student), args, train_dataset=dataset, processing_class=tokenizer),
         lambda: DistillTrainer(
             str(other_student),
@@ -138,7 +143,6 @@ def test_a_student_of_other_ids_is_refused_at_every_entrance(
             train_dataset=dataset,
             processing_class=AutoTokenizer.from_pretrained(tiny_student),
         ),
-        lambda: train(_config(tiny_dataset, other_student, tmp_path / "run")),
         lambda: evaluate(other_student, tiny_dataset),
         lambda: evaluate(tiny_student, tiny_dataset, teacher=other_student),
         lambda: evaluate_on_dataset(other, tiny_dataset),
@@ -160,7 +164,6 @@ def test_a_dataset_of_other_ids_is_refused_at_every_entrance(
         lambda: trainer.get_eval_dataloader(other),
         lambda: trainer.get_test_dataloader(other),
         lambda: train(_config(tiny_dataset, tiny_student, tmp_path / "run", eval_dataset=str(other_dataset))),
-        lambda: train(_config(other_dataset, tiny_student, tmp_path / "run")),
         lambda: load_logit_dataset([tiny_dataset, other_dataset]),
         lambda: evaluate(tiny_student, other_dataset),
     ]

@@ -1,0 +1,132 @@
+"""Laws of recovering the messages of a stored chat from its tokens and the teacher's template."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from coldstill.storage_schema.rows import CachedRow, TeacherTargets, span_positions, spans_from_mask
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
+from coldstill.trainer.alignment.aligned_rows import RowAligner
+from coldstill.trainer.alignment.chat_turns import ChatTurns
+from coldstill.trainer.alignment.token_bytes import ByteText, TokenBytes
+from coldstill.trainer.errors import TokenizerNotAligned
+from tests.pipeline.sources.families import real
+from tests.pipeline.sources.families.styles import FAMILIES, Family
+
+from . import tokenizers_made as made
+
+REAL = real.folders()
+CHATS = [
+    [("user", "hi\nthere"), ("assistant", "Good\n\nday é.")],
+    [("user", "a"), ("assistant", "b b"), ("user", "c"), ("assistant", "d  d <|x|>")],
+    [("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+]
+NO_SYSTEM = {"Gemma 2", "Gemma 3", "Mistral v0.1", "Mixtral", "Mistral Nemo"}
+"""Their templates reject a system message, or write it into the user's."""
+
+
+def turns_of(family: Family) -> ChatTurns:
+    tokenizer = family.tokenizer()
+    tokens = TokenBytes(tokenizer.backend_tokenizer.to_str().encode(), where=family.name)
+    return ChatTurns(tokenizer, tokens, arguments=family.arguments, day=date(2026, 1, 1))
+
+
+def cut(row: ByteText, count: int) -> ByteText:
+    return ByteText(row.ids[:count], row.text[: row.ends[count - 1]], row.ends[:count])
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_messages_of_a_chat_are_recovered_from_its_tokens(family: Family) -> None:
+    turns = turns_of(family)
+    for chat in CHATS[: 2 if family.name in NO_SYSTEM else 3]:
+        wanted = [{"role": role, "content": content} for role, content in chat]
+        row = turns.render(wanted)
+        messages, places = turns.messages(row)
+        assert messages == wanted
+        assert [row.text[turn.start : turn.stop].decode() for turn in places] == [text for _, text in chat]
+        if family.name.startswith(("Qwen2.5", "Llama 3", "Zephyr")):
+            end = turns.place_behind(row, places[-1].stop)
+            assert row.ids[end] == turns.end_id
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in ("Llama 3", "Qwen2.5", "Zephyr", "Mistral v7")])
+def test_a_row_that_was_cut_in_its_last_answer_is_a_proven_beginning(family: Family) -> None:
+    turns = turns_of(family)
+    chat = [*CHATS[1][:3], ("assistant", "an answer")]
+    row = turns.render([{"role": role, "content": content} for role, content in chat])
+    for left_out in (1, 2, 4):
+        messages, places = turns.messages(cut(row, row.ids.size - left_out))
+        assert [message["role"] for message in messages] == [role for role, _ in chat]
+        assert chat[-1][1].startswith(messages[-1]["content"])
+        assert places[-1].stop <= row.ends[row.ids.size - left_out - 1]
+
+
+def test_what_cannot_be_proven_is_not_recovered(tokenizers: dict[str, Path]) -> None:
+    folder = tokenizers["bytes"]
+    tokens = TokenBytes((folder / TOKENIZER_FILE).read_bytes(), where="the dataset")
+    turns = ChatTurns(PreTrainedTokenizerFast.from_pretrained(folder), tokens)
+    row = turns.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert turns.messages(row) is not None
+    for text in ("plain text", "<|im_start|>user\na<|im_end|>\n", "<|im_start|>tool\na<|im_end|>\n"):
+        assert turns.messages(tokens.encode(text)) is None
+    # The same text with the end of the turn as ordinary tokens is another row.
+    end = turns.place_behind(row, row.text.index(b"b<|") + 1)
+    spelled = [tokens.id_of(character) for character in "<|im_end|>"]
+    assert turns.messages(tokens.read(np.concatenate([row.ids[:end], spelled, row.ids[end + 1 :]]))) is None
+
+
+def test_a_template_that_is_none_is_a_named_error(tmp_path: Path) -> None:
+    folder = made.byte_level(tmp_path, template=None)
+    tokens = TokenBytes((folder / TOKENIZER_FILE).read_bytes(), where="the student x")
+    with pytest.raises(TokenizerNotAligned, match="chat template of the student x"):
+        _ = ChatTurns(PreTrainedTokenizerFast.from_pretrained(folder), tokens).borders
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason=f"{real.VARIABLE} names no folder of tokenizers")
+def test_chats_of_real_tokenizers_are_rendered_for_each_other() -> None:
+    """Each answer is aligned whole: at most a token at its border is lost, and its end is one token on both sides."""
+    sides: dict[str, tuple[TokenBytes, ChatTurns]] = {}
+    for name in sorted({"llama3_1", "qwen2_5", "gemma3", "mistral_nemo"} & set(REAL)):
+        family, tokenizer, _ = real.family_and_tokenizer(name, REAL[name])
+        tokens = TokenBytes((REAL[name] / TOKENIZER_FILE).read_bytes(), where=name)
+        sides[name] = tokens, ChatTurns(tokenizer, tokens, arguments=family.arguments, day=date(2026, 1, 1))
+    for one, other in itertools.permutations(sides, 2):
+        (teacher, teacher_chat), (student, student_chat) = sides[one], sides[other]
+        aligner = RowAligner(
+            teacher=teacher,
+            student=student,
+            teacher_chat=teacher_chat,
+            student_chat=student_chat,
+            begin=None,
+            begins=(),
+            roles={},
+            context=None,
+        )
+        for texts in itertools.pairwise(made.TEXTS):
+            question, answer = (text.strip() for text in texts)
+            row = teacher_chat.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+            start = row.text.rindex(answer.encode())
+            is_target = (row.starts >= start) & (row.ends <= start + len(answer.encode()))
+            is_target[teacher_chat.place_behind(row, start + len(answer.encode()))] = True
+            spans = spans_from_mask(is_target)
+            positions = span_positions(spans)
+            targets = dataclasses.replace(
+                TeacherTargets.empty(positions.size, 1), label_logprob=-np.ones(positions.size)
+            )
+            found = aligner.align(
+                CachedRow(sample_id="row", token_ids=row.ids, target_spans=spans, targets=targets, metadata={})
+            )
+            written = b"".join(student.of_id[id_] for id_ in found.token_ids[found.positions[:-1] + 1])
+            assert written == answer.encode(), (one, other)
+            assert (found.chunk < 0).sum() <= 1
+            assert found.token_ids[found.positions[-1] + 1] == student_chat.end_id
+            assert found.source[-1] == positions.size - 1

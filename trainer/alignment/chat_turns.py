@@ -1,0 +1,179 @@
+"""Recovers the messages of a stored chat, and renders them by the student's chat template.
+
+A dataset stores token ids. What a template writes between two messages is learned by rendering chats of marks, and a
+row is split there. The result is proven: rendering the recovered messages gives the bytes and special tokens of the row
+again. A row that was cut is a beginning of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from coldstill.common.errors import first_line
+from coldstill.trainer.errors import TokenizerNotAligned
+
+from .token_bytes import ByteText, TokenBytes
+
+_MARKS = [f"Qz{number}kX" for number in range(5)]
+
+
+class Turn(NamedTuple):
+    """A message, whose content is the bytes `start` to `stop` of the text."""
+
+    role: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Borders:
+    """What the template writes before the first message and between messages.
+
+    `opening`: by the role of the first message. `between`: by the roles of two neighbors; several texts where a
+    template writes the last answer in another way. `closing`: behind the last answer.
+    """
+
+    opening: dict[str, bytes]
+    between: dict[tuple[str, str], tuple[bytes, ...]]
+    closing: bytes
+
+
+class ChatTurns:
+    """The chat template of `tokenizer`. It can be pickled.
+
+    `arguments`: of the template. `day`: the date that a template shows, if it asks for one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: TokenBytes,
+        *,
+        arguments: dict[str, Any] | None = None,
+        day: date | None = None,
+    ):
+        self._tokenizer, self._tokens = tokenizer, tokens
+        self._arguments, self._day = arguments or {}, day
+
+    def render(self, messages: Sequence[dict[str, str]]) -> ByteText:
+        """The tokens of a chat. Raises any exception: a template is a program."""
+        arguments = dict(self._arguments)
+        if self._day is not None:
+            arguments.setdefault("strftime_now", datetime.combine(self._day, time()).strftime)
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments)
+        return self._tokens.encode(str(text))
+
+    @cached_property
+    def borders(self) -> Borders:
+        """Raises `TokenizerNotAligned` if no chat can be rendered, or the template changes the marks."""
+        opening: dict[str, bytes] = {}
+        between: dict[tuple[str, str], tuple[bytes, ...]] = {}
+        closing, problem = b"", ""
+        for roles in (("user", "assistant") * 2, ("system", *("user", "assistant") * 2)):
+            try:
+                text = self.render([_message(role, mark) for role, mark in zip(roles, _MARKS, strict=False)]).text
+            except Exception as error:
+                problem = problem or first_line(error)
+                continue
+            parts = _split_at(text, [mark.encode() for mark in _MARKS[: len(roles)]])
+            if parts is None:
+                problem = problem or "the template changes the text of messages"
+                continue
+            opening[roles[0]] = parts[0]
+            for pair, part in zip(pairwise(roles), parts[1:-1], strict=True):
+                between[pair] = tuple(dict.fromkeys((*between.get(pair, ()), part)))
+            closing = parts[-1]
+        if not opening or not all(map(all, between.values())):
+            raise TokenizerNotAligned(
+                f"chat template of {self._tokens.where}",
+                found=problem or "no text between two messages",
+                wanted="a template that renders chats of user and assistant",
+                fix="save the tokenizer with its chat_template, or capture the chats as text",
+            )
+        return Borders(opening, between, closing)
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The special token right behind an answer, None if there is none. Raises `TokenizerNotAligned`."""
+        _ = self.borders
+        chat = self.render([_message("user", _MARKS[0]), _message("assistant", _MARKS[1])])
+        place = self.place_behind(chat, chat.text.rindex(_MARKS[1].encode()) + len(_MARKS[1]))
+        return None if place is None else int(chat.ids[place])
+
+    def place_behind(self, chat: ByteText, stop: int) -> int | None:
+        """The number of the special token that begins at the byte `stop`."""
+        place = int(np.searchsorted(chat.ends, stop, side="right"))
+        begins = place < chat.ids.size and chat.starts[place] == stop
+        return place if begins and self._tokens.special[chat.ids[place]] else None
+
+    def turns(self, text: bytes) -> list[list[Turn]]:
+        """The ways in which `text` may be split into turns; most probable first."""
+        # The longest opening first: one may show a default system message before that of the user.
+        by_length = sorted(self.borders.opening.items(), key=lambda item: -len(item[1]))
+        found = [self._split(text, role, len(part)) for role, part in by_length if text.startswith(part)]
+        return [turns for turns in found if turns]
+
+    def messages(self, row: ByteText) -> tuple[list[dict[str, str]], list[Turn]] | None:
+        """The proven messages of a row and their places in it; None if no split can be proven."""
+        for turns in self.turns(row.text):
+            try:
+                messages = [_message(turn.role, row.text[turn.start : turn.stop].decode()) for turn in turns]
+                rendered = self.render(messages)
+            except Exception:  # bytes that are no text, or a program that rejects the messages
+                continue
+            if rendered.text.startswith(row.text) and self._same_specials(row, rendered):
+                return messages, turns
+        return None
+
+    def _split(self, text: bytes, role: str, start: int) -> list[Turn]:
+        turns: list[Turn] = []
+        while True:
+            following = [
+                (found, -len(part), after)
+                for (before, after), parts in self.borders.between.items()
+                for part in parts
+                if before == role and (found := text.find(part, start)) >= 0
+            ]
+            if not following:
+                break
+            stop, length, after = min(following)
+            turns.append(Turn(role, start, stop))
+            role, start = after, stop - length
+        if role != "assistant":
+            return []
+        closing, rest = self.borders.closing, text[start:]
+        size = next(size for size in range(len(closing), -1, -1) if rest.endswith(closing[:size]))
+        return [*turns, Turn(role, start, len(text) - size)]
+
+    def _same_specials(self, row: ByteText, rendered: ByteText) -> bool:
+        of_row = np.flatnonzero(self._tokens.special[row.ids])
+        beginning = rendered.ends <= len(row.text)
+        of_rendered = np.flatnonzero(self._tokens.special[rendered.ids] & beginning)
+        return (
+            of_row.size == of_rendered.size
+            and bool((row.ids[of_row] == rendered.ids[of_rendered]).all())
+            and bool((row.ends[of_row] == rendered.ends[of_rendered]).all())
+        )
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _split_at(text: bytes, marks: Sequence[bytes]) -> list[bytes] | None:
+    """The parts of `text` between `marks`, which are in it in order and once each; None otherwise."""
+    parts = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found or mark in text:
+            return None
+        parts.append(before)
+    return [*parts, text]
