@@ -245,10 +245,11 @@ def main() -> None:
             if not path.exists():
                 write_json(path, bench.measure(side, seed))
             found[side].append(read_json(path))
-    _report(found, bench.size, quick=quick)
+    words = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
+    _report(found, bench.size, quick=quick, words=words)
 
 
-def _report(found: dict[str, list[dict[str, float]]], size: Size, *, quick: bool) -> None:
+def _report(found: dict[str, list[dict[str, float]]], size: Size, *, quick: bool, words: str) -> None:
     from benchmarks.report import finish
 
     measures = ("kl_on_own_answers", "kl_on_text")
@@ -271,7 +272,7 @@ def _report(found: dict[str, list[dict[str, float]]], size: Size, *, quick: bool
     finish(
         "rounds",
         {"rounds_over_text": ratios, "sides": found, "settings": json.loads(json.dumps(settings))},
-        command="python -m benchmarks.rounds DEMO OUTPUT",
+        command=f"python -m benchmarks.rounds DEMO OUTPUT{words}",
         quick=quick,
     )
 

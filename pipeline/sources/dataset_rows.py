@@ -94,6 +94,11 @@ class StoredSequences:
                 fix="choose a teacher with the tokenizer of these rows, or capture their text with source.path",
             )
 
+    def has_media(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row has images."""
+        row: CachedRow = columns[_ROW]
+        return bool(row.media)
+
     def sequence(
         self, number: int, columns: Mapping[str, Any], *, max_length: int, max_images: int, placeholder: int | None
     ) -> TokenSequence:

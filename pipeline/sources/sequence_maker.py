@@ -253,6 +253,8 @@ class SequenceMaker:
 
     def _as_stored(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         assert self.stored is not None
+        if self._unusable is not None and self.stored.has_media(columns):
+            raise self._unusable
         yield self.stored.sequence(
             number,
             columns,
