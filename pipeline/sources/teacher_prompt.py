@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.errors import TemplateDrops
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.protocol import StoredRow, TokenSequence
 from coldstill.storage_schema.header import TeacherPrompt
@@ -39,8 +41,20 @@ class PromptRule:
     """How the settings make the chat that the teacher reads."""
 
     def __init__(self, source: SourceConfig, side: ChatSide, *, max_read_length: int):
-        """`side`: renders chats with the template's variables for the teacher."""
+        """`side`: renders chats with the template's variables for the teacher.
+
+        Raises `TemplateDrops` for a variable that the template does not read: the teacher would see nothing of it.
+        """
         self._source, self.side, self._max_read_length = source, side, max_read_length
+        template = side.template
+        ignored = [name for name in source.teacher_template_arguments if not _mentions(template.text, name)]
+        if ignored:
+            raise TemplateDrops(
+                template.name,
+                found=f"no variable {', '.join(ignored)}",
+                wanted="a template that reads all of source.teacher_template_arguments",
+                fix="correct the name, or remove it from source.teacher_template_arguments",
+            )
         self.columns = tuple(filter(None, (source.teacher_prompt, source.teacher_messages)))
         """Columns that are read; they are no metadata of the row."""
 
@@ -107,6 +121,10 @@ class PromptRule:
             media=_moved(row.media, placeholders),
             stored=StoredRow(row.token_ids, row.target_spans, row.media),
         )
+
+
+def _mentions(template: str | None, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template or "") is not None
 
 
 def _not_learned(message: dict[str, Any]) -> dict[str, Any]:

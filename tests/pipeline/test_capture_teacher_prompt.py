@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -30,7 +31,7 @@ from coldstill.tools.derive.merge import merge
 from coldstill.tools.derive.subset import subset
 from coldstill.tools.inspect.terminal import show_dataset
 from coldstill.tools.verify import verify
-from tests import making
+from tests import making, vision
 from tests.pipeline.capturing import capture_config, contents
 
 SYSTEM = "Answer in a sentence."
@@ -188,3 +189,44 @@ def test_a_dry_run_and_its_probe_count_what_the_teacher_reads(tmp_path: Path, ch
         assert sum(first) == 2 * dry.tokens + answers
         assert report.tokens > dry.tokens / 2
         assert dry.targets == 23 * 2 * 12
+
+
+def _data_uri(seed: int) -> str:
+    return f"data:image/png;base64,{base64.b64encode(vision.image_bytes(seed, size=(40, 50))).decode()}"
+
+
+def test_rows_with_images_are_read_after_the_teachers_prompt_with_the_same_images(tmp_path: Path) -> None:
+    """The column of images serves both sides; a chat of the teacher with another image is rejected."""
+    model = vision.idefics3_model(tmp_path / "tiles", splits=True, seed=2)
+    (tmp_path / "teacher").mkdir()
+    rows: list[Any] = []
+    for number in range(5):
+        image = _data_uri(number)
+        question = {"role": "user", "content": "<image>Which number?" if number % 2 else "Which?"}
+        chat = [question, {"role": "assistant", "content": f"It is {number}."}]
+        seen = [{**question, "content": f"It is {number}. {question['content']}"}, chat[1]]
+        rows.append({"id": str(number), "messages": chat, "seen": seen, "images": [image] if number % 2 else []})
+    parts = [[{"type": "image", "image": _data_uri(seed)}, {"type": "text", "text": "Which?"}] for seed in (7, 8)]
+    own, seen = ([{"role": "user", "content": content}, rows[0]["messages"][1]] for content in parts)
+    rows.append({"id": "5", "messages": own, "seen": seen, "images": []})
+    making.write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    def captured(output: str, **source: Any) -> Dataset:
+        source["path"] = str(tmp_path / "rows.jsonl")
+        teacher = {"model": str(model), "max_length": 200}
+        changes = {"source": source, "teacher": teacher, "output": str(tmp_path / output)}
+        return _captured(capture_config(tmp_path, calibration_targets=0, **changes))
+
+    ordinary = {row.sample_id: row for row in captured("ordinary").rows()}
+    prompted = captured("prompted", teacher_messages="seen")
+    found = {row.sample_id: row for row in prompted.rows()}
+    assert list(found) == ["0", "1", "2", "3", "4"]
+    assert [len(row.media) for row in found.values()] == [0, 1, 0, 1, 0]
+    for name, row in found.items():
+        np.testing.assert_array_equal(row.token_ids, ordinary[name].token_ids)
+        assert row.media == ordinary[name].media
+        assert not np.array_equal(row.targets.label_logprob, ordinary[name].targets.label_logprob)
+        assert row.metadata["teacher_tokens"] > row.token_ids.size
+    (path,) = Path(prompted.store.root, "rejects").iterdir()
+    reject = json.loads(path.read_text())
+    assert (reject["sample_id"], reject["reason"]) == ("5", "bad_images")

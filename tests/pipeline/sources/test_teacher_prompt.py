@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coldstill.pipeline.config import CaptureConfig, SourceConfig
-from coldstill.pipeline.errors import AllRowsRejected
+from coldstill.pipeline.errors import AllRowsRejected, TemplateDrops
 from coldstill.pipeline.prepare import open_checked
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
@@ -149,7 +149,7 @@ def test_arguments_are_the_teachers_alone_and_come_on_top(tokenizer: Any, tmp_pa
         ({"teacher_system": "be kind"}, {}),
         ({"teacher_prompt": "with"}, {"with": CHAT[:2]}),
         ({"teacher_messages": "seen"}, {"seen": CHAT[:3]}),
-        ({"teacher_template_arguments": {"any": 1}}, {}),
+        ({"teacher_template_arguments": {"message": None}}, {}),
     ],
 )
 def test_a_teacher_that_reads_what_the_row_holds_gets_the_row_of_an_ordinary_capture(
@@ -191,6 +191,11 @@ def test_a_template_without_generation_prompt_gives_targets_at_the_last_token_of
     assert made.stored.target_spans.tolist() == [[len("hi"), len("hi") + len("hello") + 1]]
     assert made.target_spans.tolist() == [[8, 14]]
     assert _labels(made.token_ids, made.target_spans) == _labels(made.stored.token_ids, made.stored.target_spans)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(TemplateDrops, match=r"(?s)no variable enable_thinking.*teacher_template_arguments"):
+        _make(tokenizer, {"messages": CHAT}, teacher_template_arguments={"enable_thinking": False})
 
 
 # What cannot be scored is rejected by name
