@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.header import MAX_VOCAB_SIZE
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
@@ -319,7 +320,9 @@ def bytes_per_target(config: CaptureConfig) -> Bounds:
 def _bytes(config: CaptureConfig, sharpness: str) -> float:
     teacher = config.teacher
     has_floor = teacher.min_prob >= FLOOR and config.fidelity != "exact"
-    entries = _at(BYTES_PER_TARGET[config.fidelity, has_floor, sharpness], teacher.top_k)
+    entries = _at(
+        BYTES_PER_TARGET[config.fidelity, has_floor, sharpness], config.kept_width(token_count=MAX_VOCAB_SIZE)
+    )
     draws = _at(BYTES_OF_DRAWS[sharpness], teacher.top_k) * min(teacher.draws, 2 * teacher.kept_draws) / DRAWS
     logprobs = 2 * draws if teacher.draw_logprobs else 0.0
     return (RANKED if config.calibration_targets and config.fidelity != "exact" else 1.0) * entries + draws + logprobs

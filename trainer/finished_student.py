@@ -345,7 +345,9 @@ def _recipe(config: TrainConfig) -> dict[str, Any]:
 
 def _teacher(header: DatasetHeader) -> str:
     revision = f" at {header.teacher.revision[:12]}" if header.teacher.revision else ""
-    return f"{header.teacher.name}{revision}, top {header.top_k} log-probs, {header.draws} draws"
+    adapter = f" with adapter {header.teacher.adapter.name}" if header.teacher.adapter else ""
+    most = "top" if header.kept_ids == "top_k" else "most probable and named ids, at most"
+    return f"{header.teacher.name}{revision}{adapter}, {most} {header.top_k} log-probs, {header.draws} draws"
 
 
 def _escaped(text: str) -> str:

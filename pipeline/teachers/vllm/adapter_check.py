@@ -59,15 +59,19 @@ def check_by_peft(
     config: TeacherConfig, header: DatasetHeader, *, adapted: Score, base: Score, load: Callable[..., Any]
 ) -> dict[str, float]:
     """Compare the engine with `adapted` and without it, `base`, with transformers and peft: `load(config, header)` is
-    a teacher of engine transformers. Returns facts for the commit records; none for a large or remote model.
+    a teacher of engine transformers. Returns facts for the commit records; none for a large, remote or quantized
+    model.
 
     Raises `TeacherOutputInvalid`.
     """
+    if header.teacher.quantization is not None:
+        return {}  # transformers may have no kernels for it on a CPU
     files = list(Path(config.model).glob("*.safetensors")) if Path(config.model).is_dir() else []
     if not files or sum(file.stat().st_size for file in files) > SMALL_BYTES:
         return {}
     sequences = random_sequences(_LENGTHS, header, seed=0)
-    plain = config.model_copy(update={"engine": "transformers", "engine_args": {}})
+    trusted = {name: value for name, value in config.engine_args.items() if name == "trust_remote_code"}
+    plain = config.model_copy(update={"engine": "transformers", "engine_args": trusted})
     reference = [one.targets for one in scored_of(load(plain, header).score(sequences))]
     unadapted = [
         one.targets for one in scored_of(load(plain.model_copy(update={"adapter": None}), header).score(sequences))

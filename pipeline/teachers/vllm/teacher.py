@@ -198,7 +198,15 @@ class VllmTeacher:
         def reference(config: TeacherConfig, header: DatasetHeader) -> TransformersTeacher:
             return TransformersTeacher(config, header, device="cpu")  # vLLM has the GPU's memory
 
-        self._facts |= check_by_peft(self._config, self._header, adapted=adapted, base=base, load=reference)
+        found = check_by_peft(self._config, self._header, adapted=adapted, base=base, load=reference)
+        if self._config.tap == "public" and not found:
+            raise TeacherUnusable(
+                f"teacher.adapter {adapter.name} with teacher.tap public",
+                found="a base model that is large, quantized or not in a folder, so that peft cannot be compared with",
+                wanted="tap worker, which compares the layers",
+                fix="set teacher.tap: worker, or merge the adapter into the model with peft's `merge_and_unload`",
+            )
+        self._facts |= found
 
     def _arithmetic(self) -> Arithmetic:
         """What the self-check's limits depend on, of the scoring so far."""
