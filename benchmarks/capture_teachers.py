@@ -13,7 +13,8 @@ import numpy as np
 
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.teachers.protocol import TokenSequence
-from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.header import Codec, DatasetHeader
+from coldstill.storage_schema.header_facts import TeacherFacts
 
 CONTEXT = 512
 

@@ -9,7 +9,8 @@ from benchmarks.codec_rivals import Rival
 from benchmarks.codec_sides import Case, Side
 from benchmarks.small_language_model import CONTEXT, VOCABULARY
 from coldstill.storage_schema.codec import STREAMS, RowCodec
-from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.header import Codec, DatasetHeader
+from coldstill.storage_schema.header_facts import TeacherFacts
 from coldstill.storage_schema.rows import TeacherTargets
 from coldstill.storage_schema.shard import read_shard, write_shard
 

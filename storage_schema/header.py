@@ -21,8 +21,8 @@ from coldstill.common.models import FrozenModel, parse_document
 from coldstill.common.visible import visible
 
 from .errors import HeaderMismatch, InvalidHeader, UnsupportedFormat
+from .header_facts import About, TeacherFacts, TeacherPrompt
 from .header_format_1 import TEACHER_FIELDS, format_1_fields, from_format_1
-from .named_ids import NamedIds
 
 FORMAT_VERSION = 2
 """The version that is written."""
@@ -77,108 +77,6 @@ class Codec(FrozenModel):
         if (self.name == "grid") != (self.a is not None) or (self.name == "grid") != (self.b is not None):
             raise ValueError("codec grid needs both parameters a and b, codec float16 takes none")
         return self
-
-
-class AdapterFacts(FrozenModel):
-    """An adapter on top of the teacher's weights."""
-
-    name: str = Field(description="Hub name, or the last folder of a local path.")
-    weights_fingerprint: str = Field(description="Digest like that of the teacher's weights.")
-
-
-class TeacherFacts(FrozenModel):
-    """The teacher model and the numeric types of its engine."""
-
-    name: str = Field(description="Hub name, or the last folder of a local path.")
-    revision: str | None = Field(default=None, description="Commit of the Hub repository, for a model of the Hub.")
-    weights_fingerprint: str = Field(description="Digest of names, sizes and samples of the weight files.")
-    dtype: str = Field(description="Data type of the weights in the engine.")
-    head_dtype: str = Field(description="Data type of the logits that the log-probs were computed from.")
-    quantization: str | None = Field(default=None, description="Quantization of the weights, if any.")
-    adapter: AdapterFacts | None = Field(default=None, description="Adapter on top of the weights, such as LoRA.")
-    engine_args: dict[str, JsonValue] = Field(
-        default_factory=dict, description="Arguments of the engine that change values, such as a RoPE scale."
-    )
-
-
-class TeacherPrompt(FrozenModel):
-    """The prompt of the teacher where it is not that of the row."""
-
-    kind: str = Field(max_length=64, description="What made it, such as `system` or `column`.")
-    sha256: str = Field(pattern=_SHA256, description="Digest of the text, or of the rule, that made it.")
-
-
-class ProcessorFacts(FrozenModel):
-    """The processor that turned images into the teacher's inputs."""
-
-    name: str = Field(description="Class name.")
-    settings_sha256: str = Field(pattern=_SHA256, description="Digest of its settings.")
-    settings: dict[str, JsonValue] = Field(
-        default_factory=dict,
-        description="The settings that decide how many patches an image becomes; `image_token_id` is the placeholder.",
-    )
-
-    @property
-    def image_token_id(self) -> int | None:
-        """The token that stands for one image in a row's `token_ids`, if the settings have it."""
-        found = self.settings.get("image_token_id")
-        return found if isinstance(found, int) and not isinstance(found, bool) else None
-
-
-class RowWriter(FrozenModel):
-    """The model that wrote the answers of the rows, where it was not the source or the teacher."""
-
-    name: str = Field(description="Hub name, or the last folder of a local path.")
-    revision: str | None = Field(default=None, description="Commit of the Hub repository, for a model of the Hub.")
-    weights_fingerprint: str = Field(description="Digest like that of the teacher's weights.")
-    round: int = Field(ge=0, description="Number of the round of captures, from 0.")
-
-
-class About(BaseModel):
-    """Facts that a reader may ignore. Unknown ones are kept."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    license: str | None = Field(default=None, description="License of the dataset.")
-    normalized_over: Literal["vocabulary", "kept"] | None = Field(
-        default=None,
-        description="What the importer stated that the log-probs were normalized over: `vocabulary`, the full softmax; "
-        "`kept`, the kept ids, so that the tail is lost.",
-    )
-    source_adapter: str | None = Field(
-        default=None, description="Function that turned rows of the source into chats or text, `module:name`."
-    )
-    template_arguments: dict[str, JsonValue] | None = Field(default=None, description="Arguments of the chat template.")
-    template_date: str | None = Field(
-        default=None, pattern=r"^\d{4}-\d\d-\d\d$", description="The date given to a chat template that shows today's."
-    )
-    end_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        default=None, max_length=1024, description="Token ids at which the teacher stops."
-    )
-    tokenizer_pipeline_sha256: str | None = Field(
-        default=None, pattern=_SHA256, description="Digest of the tokenizer's steps between text and tokens."
-    )
-    media_in_row_bytes: int | None = Field(
-        default=None, ge=0, description="Media of at most this many bytes are stored in the rows, larger ones as files."
-    )
-    max_images: int | None = Field(default=None, ge=1, description="Rows with more images were rejected.")
-    max_read_length: int | None = Field(
-        default=None, ge=2, description="With a `teacher_prompt`: tokens that the teacher read for a row, at most."
-    )
-    processor: ProcessorFacts | None = None
-    writer: RowWriter | None = None
-    score_ids: NamedIds | None = None
-
-    @property
-    def stated(self) -> dict[str, JsonValue]:
-        """The facts that are known, as JSON; those of later releases too."""
-        return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
-
-    def shared(self, other: About) -> About:
-        """The facts that are equal in both."""
-        theirs = other.stated
-        equal = {name: value for name, value in self.stated.items() if name in theirs and theirs[name] == value}
-        return About.model_validate_json(json.dumps(equal))
 
 
 class DatasetHeader(FrozenModel):
@@ -328,6 +226,15 @@ class DatasetHeader(FrozenModel):
     def has_plain_draws(self) -> bool:
         """Whether each position has D independent draws from the full softmax."""
         return (self.draw_method, self.draw_from, self.draw_number) == ("iid", "softmax", "fixed")
+
+    @property
+    def kept_in_words(self) -> str:
+        """Which ids a position keeps, for people."""
+        if self.kept_ids == "top_k":
+            return f"K = {self.top_k:,}"
+        named = self.about.score_ids
+        of_top = f"the {named.top_k:,} most probable ones" if named else "the most probable ones"
+        return f"at most {self.top_k:,}: {of_top}, and those that the source named,"
 
     @property
     def draws_in_words(self) -> str:

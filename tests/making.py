@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from coldstill.storage_schema.commits import commit_unit
-from coldstill.storage_schema.header import Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.header import Codec, DatasetHeader
+from coldstill.storage_schema.header_facts import TeacherFacts
 from coldstill.storage_schema.manifest import Manifest, seal
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
 from coldstill.storage_schema.rows import LOG_FLOOR, CachedRow, TeacherTargets, span_positions, spans_from_mask

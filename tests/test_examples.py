@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coldstill.common.config_file import load_config
-from coldstill.pipeline.config import CaptureConfig, SourceConfig
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence

@@ -221,7 +221,7 @@ def vision_dataset(
     from dataclasses import replace
 
     from coldstill.storage_schema.commits import commit_unit
-    from coldstill.storage_schema.header import ProcessorFacts
+    from coldstill.storage_schema.header_facts import ProcessorFacts
     from coldstill.storage_schema.manifest import seal
     from tests.making import begin_dataset, tiny_header
 

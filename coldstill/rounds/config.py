@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from coldstill.common.models import FrozenModel
-from coldstill.pipeline.config import ClusterConfig, SamplingConfig, SourceConfig, TeacherConfig
+from coldstill.pipeline.config import ClusterConfig, SamplingConfig, TeacherConfig
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.storage_schema.header import MAX_TOKENS
 from coldstill.trainer.config import DataConfig, StudentConfig, TrainingConfig
 from coldstill.trainer.losses import LossConfig

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from coldstill.common.processor import placeholder_id
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import SourceNotFound, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.source_config import SourceConfig
 
 from .conversation import Conversation, RowUnusable, is_image_part
 from .kept_text import REASONING_FIELDS, Lost, lost_parts

@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.source_config import SourceConfig
 
 Columns = dict[str, Any]
 _ROLES = {"system", "developer", "user", "assistant", "tool"}

@@ -19,7 +19,8 @@ from coldstill.pipeline.teachers.checkpoint import tokenizer_files
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
-from coldstill.storage_schema.header import DatasetHeader, RowWriter
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import RowWriter
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import CachedRow

@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError, first_line
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import SourceNotFound, SourceUnreadable
+from coldstill.pipeline.source_config import SourceConfig
 
 from .files import SourceFile, Stream, digested_text, files_below, json_text, without_nulls
 

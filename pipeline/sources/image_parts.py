@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from coldstill.common.processor import ProcessorUnusable, placeholder_id
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.storage_schema.rows import MediaReference
 
 from .conversation import MARK, Conversation, RowUnusable, has_marks, is_image_part
@@ -73,9 +73,9 @@ class RowImages:
                 raise _bad("the row has images, and the teacher reads text only")
             return chat
         chat = with_images(chat, columns, self._source)
-        if self._unusable is not None:
-            if chat.images:
-                raise self._unusable
+        if chat.images:
+            self.require_processor()
+        if self.processor is None:
             return chat
         if len(chat.images) > self.most:
             detail = f"{len(chat.images)} images, at most {self.most}"
@@ -83,6 +83,11 @@ class RowImages:
         for text in texts_of([chat.messages, chat.tools]):
             self.require_no_image_token(text)
         return chat
+
+    def require_processor(self) -> None:
+        """Raise `ProcessorUnusable` if the teacher's processor could not be loaded."""
+        if self._unusable is not None:
+            raise self._unusable
 
     def require_no_image_token(self, text: str) -> None:
         """Raise `RowUnusable` for a text with a token that the teacher reads as an image."""

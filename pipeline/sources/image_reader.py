@@ -35,9 +35,9 @@ from coldstill.common.images import (
     image_type,
 )
 from coldstill.common.visible import visible
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import ImageHostFailed, SourceNotFound
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.storage_schema.errors import StorageFailed, named_errors
 from coldstill.storage_schema.rows import MediaReference
 

@@ -16,10 +16,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from coldstill.common.processor import ProcessorUnusable
-from coldstill.pipeline.config import CaptureConfig, SourceConfig, TeacherConfig
+from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.score_ids import BadScoreIds, read_score_ids
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.teachers.checkpoint import (
     end_token_ids,
     load_teacher_processor,
@@ -28,7 +29,8 @@ from coldstill.pipeline.teachers.checkpoint import (
 )
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
-from coldstill.storage_schema.header import DatasetHeader, TeacherPrompt
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import TeacherPrompt
 
 from .chat_template import ChatTemplate
 from .conversation import Conversation, RowUnusable, conversation_of
@@ -253,8 +255,8 @@ class SequenceMaker:
 
     def _as_stored(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         assert self.stored is not None
-        if self._unusable is not None and self.stored.has_media(columns):
-            raise self._unusable
+        if self.stored.has_media(columns):
+            self._images.require_processor()
         yield self.stored.sequence(
             number,
             columns,

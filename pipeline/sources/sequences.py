@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.score_ids import ids_of_part
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import MediaReference, spans_from_mask

@@ -23,7 +23,6 @@ from pydantic import Field
 from coldstill.common.errors import first_line
 from coldstill.common.models import FrozenModel, parse_document
 from coldstill.common.plugins import load_plugin
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import (
     SourceAdapterFailed,
     SourceChanged,
@@ -32,6 +31,7 @@ from coldstill.pipeline.errors import (
     SourceUnreadable,
     TooManyUnits,
 )
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.storage_schema.plan import MAX_UNITS, Plan, Unit
 from coldstill.storage_schema.store import Store
 

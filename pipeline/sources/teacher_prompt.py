@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import TemplateDrops
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.teachers.protocol import StoredRow, TokenSequence
-from coldstill.storage_schema.header import TeacherPrompt
+from coldstill.storage_schema.header_facts import TeacherPrompt
 from coldstill.storage_schema.rows import MediaReference, spans_from_mask
 
 from .conversation import Conversation, RowUnusable, conversation_of, turns_of

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.storage_schema.header import AdapterFacts
+from coldstill.storage_schema.header_facts import AdapterFacts
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
 SETTINGS_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

@@ -22,7 +22,8 @@ from coldstill.pipeline.teachers.engine_args import quantization_of
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch
-from coldstill.storage_schema.header import HEADER_NAME, About
+from coldstill.storage_schema.header import HEADER_NAME
+from coldstill.storage_schema.header_facts import About
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.store import Store
 from coldstill.tools.verify import verify

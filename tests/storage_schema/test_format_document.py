@@ -19,11 +19,10 @@ from coldstill.storage_schema.header import (
     MAX_TOKENS,
     MAX_TOP_K,
     MAX_VOCAB_SIZE,
-    About,
     Codec,
     DatasetHeader,
-    ProcessorFacts,
 )
+from coldstill.storage_schema.header_facts import About, ProcessorFacts
 from coldstill.storage_schema.header_format_1 import FIELDS
 from coldstill.storage_schema.media import MAX_IN_ROW_BYTES, MAX_MEDIA_FILES
 from coldstill.storage_schema.rows import MAX_MEDIA, MAX_MEDIA_BYTES, TeacherTargets, is_media_path

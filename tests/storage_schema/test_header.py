@@ -13,7 +13,8 @@ from coldstill.storage_schema.commits import commit_unit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import FileDamaged, HeaderMismatch, InvalidHeader, UnsupportedFormat
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME
-from coldstill.storage_schema.header import About, DatasetHeader
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import About
 from coldstill.storage_schema.manifest import read_manifest, seal
 from coldstill.storage_schema.store import Store
 from coldstill.tools.derive.subset import subset

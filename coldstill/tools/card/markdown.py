@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.named_ids import kept_in_words
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 from coldstill.tools.reject_reasons import OTHER_REASONS
 from coldstill.tools.stats.measure import Stats
@@ -144,7 +143,7 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
     grid = f" (a = {codec.a}, b = {codec.b})" if codec.name == "grid" else ""
     quantized = f", {plain(teacher.quantization)}" if teacher.quantization else ""
     imported = header.mode == "imported"
-    kept = kept_in_words(header.top_k, header.kept_ids, header.about.score_ids)
+    kept = header.kept_in_words
     over_long = {"reject": "rejected", "cut": "cut", "split": "split"}[header.over_long]
     return {
         "Teacher": plain(teacher.name)

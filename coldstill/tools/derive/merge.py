@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.storage_schema.header import HEADER_NAME, About, DatasetHeader, ProcessorFacts
+from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
+from coldstill.storage_schema.header_facts import About, ProcessorFacts
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.tools.errors import InvalidRequest, MediaClash

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.commits import Reject, commit_unit, committed_units
 from coldstill.storage_schema.errors import InvalidHeader
-from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader, TeacherFacts
+from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
+from coldstill.storage_schema.header_facts import TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME, Manifest, read_manifest, seal
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.rows import CachedRow

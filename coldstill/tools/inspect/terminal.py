@@ -16,7 +16,6 @@ from rich.text import Text
 
 from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.named_ids import kept_in_words
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 
 from .row_facts import InspectedRow, open_row
@@ -54,7 +53,7 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
     teacher, prompt = header.teacher, header.teacher_prompt
     saw = f"more than the student: another prompt than the row's, made by {prompt.kind}" if prompt else ""
-    kept = kept_in_words(header.top_k, header.kept_ids, header.about.score_ids)
+    kept = header.kept_in_words
     adapter = f" + adapter {teacher.adapter.name}" if teacher.adapter else ""
     facts = {
         "teacher": teacher.name + (f" @ {teacher.revision}" if teacher.revision else "") + adapter,

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from coldstill.common.plugins import PluginNotFound
-from coldstill.pipeline.config import CaptureConfig, SourceConfig
+from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.dry_run import dry_run
 from coldstill.pipeline.errors import AllRowsRejected, SourceAdapterFailed, SourceChanged
 from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.sources.staging import remove_staging
 from coldstill.pipeline.worker import CaptureWorker

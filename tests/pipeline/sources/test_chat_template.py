@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import TemplateCannotMark
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence

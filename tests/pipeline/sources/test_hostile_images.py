@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import TemplateCannotMark
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import parse_row
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence

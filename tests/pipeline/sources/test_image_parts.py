@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from coldstill.common.processor import ProcessorUnusable
-from coldstill.pipeline.config import CaptureConfig, SourceConfig
+from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from coldstill.common import images
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import ImageHostFailed, SourceNotFound
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources import image_reader
 from coldstill.pipeline.sources.conversation import RowUnusable
 from coldstill.pipeline.sources.image_reader import ImageReader

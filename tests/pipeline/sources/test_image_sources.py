@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources import parquet_rows
 from coldstill.pipeline.sources.files import SourceRow, json_text, parse_row
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker

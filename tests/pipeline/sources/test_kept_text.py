@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import TemplateDrops
 from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.kept_text import arguments_stand
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker

@@ -12,11 +12,11 @@ import pytest
 
 from coldstill.pipeline.capture import capture
 from coldstill.pipeline.cluster import pool
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.driver.status import read_status
 from coldstill.pipeline.dry_run import dry_run
 from coldstill.pipeline.errors import AllRowsRejected, DuplicateIds, SourceNotFound, SourceUnreadable
 from coldstill.pipeline.prepare import prepare
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import TemplateCannotMark
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import SourceNotFound, TemplateCannotMark
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence

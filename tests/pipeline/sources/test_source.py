@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from coldstill.pipeline.config import SourceConfig
 from coldstill.pipeline.errors import SourceChanged, SourceEmpty, SourceNotFound, SourceUnreadable, TooManyUnits
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources import json_lines, parquet_rows
 from coldstill.pipeline.sources import source as source_module
 from coldstill.pipeline.sources.source import Source, open_source

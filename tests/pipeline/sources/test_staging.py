@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources import staging
 from coldstill.pipeline.sources.source import open_source, read_index
 from coldstill.pipeline.sources.staging import remove_staging

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from coldstill.pipeline.config import CaptureConfig, SourceConfig
+from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import AllRowsRejected, TemplateDrops
 from coldstill.pipeline.prepare import open_checked
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.checkpoint import with_read_length

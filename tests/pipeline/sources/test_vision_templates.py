@@ -8,7 +8,7 @@ import pytest
 
 from coldstill.common.images import decoded
 from coldstill.common.processor import ImageExpander, placeholder_id
-from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence

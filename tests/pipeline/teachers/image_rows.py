@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from coldstill.common.processor import processor_settings, processor_sha256
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.teachers.protocol import TokenSequence
-from coldstill.storage_schema.header import About, DatasetHeader, ProcessorFacts
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import About, ProcessorFacts
 from coldstill.storage_schema.rows import MediaReference, spans_from_mask
 from tests import making, vision
 

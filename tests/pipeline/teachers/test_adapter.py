@@ -23,8 +23,8 @@ from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import NamedIds
 from coldstill.storage_schema.manifest import seal
-from coldstill.storage_schema.named_ids import NamedIds
 from coldstill.storage_schema.rows import TeacherTargets
 from coldstill.tools.card.card import write_card
 from tests import making

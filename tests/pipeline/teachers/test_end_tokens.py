@@ -16,7 +16,7 @@ from coldstill.pipeline.teachers.checkpoint import end_token_ids
 from coldstill.pipeline.teachers.endpoint_payload import answer_fields
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
-from coldstill.storage_schema.header import About
+from coldstill.storage_schema.header_facts import About
 from tests import making
 from tests.pipeline.capturing import capture_config
 

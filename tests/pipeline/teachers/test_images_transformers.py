@@ -17,7 +17,7 @@ from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.protocol import ScoredSequence, TokenSequence, UnscoredSequence, scored_of
 from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
-from coldstill.storage_schema.header import About
+from coldstill.storage_schema.header_facts import About
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from tests import vision
 from tests.pipeline.teachers.image_rows import CONTEXT, Reference, config, header, medium, row, rows

@@ -28,7 +28,8 @@ from coldstill.pipeline.teachers.protocol import (
 )
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.errors import InvalidRow
-from coldstill.storage_schema.header import About, DatasetHeader
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import About
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from tests import making, vision
 from tests.pipeline.teachers import image_rows

@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coldstill.pipeline.config import SamplingConfig, SourceConfig, TeacherConfig
+from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.checkpoint import load_tokenizer
@@ -24,7 +25,8 @@ from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenS
 from coldstill.pipeline.teachers.vllm import teacher as teacher_module
 from coldstill.pipeline.teachers.vllm.scoring import StepScorer
 from coldstill.pipeline.worker import load_teacher
-from coldstill.storage_schema.header import About, DatasetHeader
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import About
 from coldstill.storage_schema.rows import TeacherTargets
 from tests import making
 

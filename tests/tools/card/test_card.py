@@ -19,7 +19,8 @@ from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema.commits import Reject, commit_unit
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import DatasetNotSealed
-from coldstill.storage_schema.header import DatasetHeader, TeacherFacts
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.store import Store
 from coldstill.tools.card.card import CARD_NAME, HUB_LICENSES, PLOT_NAME, license_fields, size_category, write_card

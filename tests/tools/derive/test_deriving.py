@@ -16,7 +16,8 @@ import pytest
 from coldstill.storage_schema.commits import commit_name, committed_units
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import CommitDamaged, HeaderMismatch, UnsupportedStore
-from coldstill.storage_schema.header import About, DatasetHeader
+from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import About
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
 from coldstill.storage_schema.store import Store
 from coldstill.tools.derive import deriving

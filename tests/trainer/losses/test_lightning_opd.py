@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coldstill import load_logit_dataset
-from coldstill.storage_schema.header import About, RowWriter
+from coldstill.storage_schema.header_facts import About, RowWriter
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import NotStudentRows
 from coldstill.trainer.losses.lightning_opd import LightningOpd

@@ -10,7 +10,7 @@ import re
 from typing import Any, Literal
 
 from coldstill.common.errors import ColdstillError
-from coldstill.pipeline.config import SourceConfig
+from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources.conversation import Conversation
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker

@@ -1,0 +1,122 @@
+"""Facts of a header: teacher, adapter, prompt, processor, writer, named ids, and those that a reader may ignore."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from coldstill.common.models import FrozenModel
+
+_SHA256 = "^[0-9a-f]{64}$"
+
+
+class AdapterFacts(FrozenModel):
+    """An adapter on top of the teacher's weights."""
+
+    name: str = Field(description="Hub name, or the last folder of a local path.")
+    weights_fingerprint: str = Field(description="Digest like that of the teacher's weights.")
+
+
+class TeacherFacts(FrozenModel):
+    """The teacher model and the numeric types of its engine."""
+
+    name: str = Field(description="Hub name, or the last folder of a local path.")
+    revision: str | None = Field(default=None, description="Commit of the Hub repository, for a model of the Hub.")
+    weights_fingerprint: str = Field(description="Digest of names, sizes and samples of the weight files.")
+    dtype: str = Field(description="Data type of the weights in the engine.")
+    head_dtype: str = Field(description="Data type of the logits that the log-probs were computed from.")
+    quantization: str | None = Field(default=None, description="Quantization of the weights, if any.")
+    adapter: AdapterFacts | None = Field(default=None, description="Adapter on top of the weights, such as LoRA.")
+    engine_args: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Arguments of the engine that change values, such as a RoPE scale."
+    )
+
+
+class TeacherPrompt(FrozenModel):
+    """The prompt of the teacher where it is not that of the row."""
+
+    kind: str = Field(max_length=64, description="What made it, such as `system` or `column`.")
+    sha256: str = Field(pattern=_SHA256, description="Digest of the text, or of the rule, that made it.")
+
+
+class ProcessorFacts(FrozenModel):
+    """The processor that turned images into the teacher's inputs."""
+
+    name: str = Field(description="Class name.")
+    settings_sha256: str = Field(pattern=_SHA256, description="Digest of its settings.")
+    settings: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="The settings that decide how many patches an image becomes; `image_token_id` is the placeholder.",
+    )
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token that stands for one image in a row's `token_ids`, if the settings have it."""
+        found = self.settings.get("image_token_id")
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+class RowWriter(FrozenModel):
+    """The model that wrote the answers of the rows, where it was not the source or the teacher."""
+
+    name: str = Field(description="Hub name, or the last folder of a local path.")
+    revision: str | None = Field(default=None, description="Commit of the Hub repository, for a model of the Hub.")
+    weights_fingerprint: str = Field(description="Digest like that of the teacher's weights.")
+    round: int = Field(ge=0, description="Number of the round of captures, from 0.")
+
+
+class NamedIds(FrozenModel):
+    """The source column that named the ids, and how many of each kind a position keeps."""
+
+    column: str = Field(max_length=256, description="Column of the source.")
+    top_k: int = Field(ge=1, description="Number of the most probable ids that may be kept.")
+    most: int = Field(ge=1, description="Maximum number of named ids per position.")
+
+
+class About(BaseModel):
+    """Facts that a reader may ignore. Unknown ones are kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    license: str | None = Field(default=None, description="License of the dataset.")
+    normalized_over: Literal["vocabulary", "kept"] | None = Field(
+        default=None,
+        description="What the importer stated that the log-probs were normalized over: `vocabulary`, the full softmax; "
+        "`kept`, the kept ids, so that the tail is lost.",
+    )
+    source_adapter: str | None = Field(
+        default=None, description="Function that turned rows of the source into chats or text, `module:name`."
+    )
+    template_arguments: dict[str, JsonValue] | None = Field(default=None, description="Arguments of the chat template.")
+    template_date: str | None = Field(
+        default=None, pattern=r"^\d{4}-\d\d-\d\d$", description="The date given to a chat template that shows today's."
+    )
+    end_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, max_length=1024, description="Token ids at which the teacher stops."
+    )
+    tokenizer_pipeline_sha256: str | None = Field(
+        default=None, pattern=_SHA256, description="Digest of the tokenizer's steps between text and tokens."
+    )
+    media_in_row_bytes: int | None = Field(
+        default=None, ge=0, description="Media of at most this many bytes are stored in the rows, larger ones as files."
+    )
+    max_images: int | None = Field(default=None, ge=1, description="Rows with more images were rejected.")
+    max_read_length: int | None = Field(
+        default=None, ge=2, description="With a `teacher_prompt`: tokens that the teacher read for a row, at most."
+    )
+    processor: ProcessorFacts | None = None
+    writer: RowWriter | None = None
+    score_ids: NamedIds | None = None
+
+    @property
+    def stated(self) -> dict[str, JsonValue]:
+        """The facts that are known, as JSON; those of later releases too."""
+        return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
+
+    def shared(self, other: About) -> About:
+        """The facts that are equal in both."""
+        theirs = other.stated
+        equal = {name: value for name, value in self.stated.items() if name in theirs and theirs[name] == value}
+        return About.model_validate_json(json.dumps(equal))
