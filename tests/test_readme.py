@@ -24,7 +24,9 @@ DOCUMENTS = [
     *sorted((REPOSITORY / "docs").rglob("*.md")),
     *sorted((REPOSITORY / "storage_schema").rglob("*.md")),
 ]
-EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))  # those of debug/: test_examples.py
+OF_ACCELERATE = "fsdp.yaml"
+EXAMPLES = sorted(path for path in (REPOSITORY / "examples").glob("*.yaml") if path.name != OF_ACCELERATE)
+"""Those of `debug/` are tested in test_examples.py."""
 MODELS: dict[str, type[BaseModel]] = {"capture": CaptureConfig, "train": TrainConfig}
 FENCE = re.compile(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
 
