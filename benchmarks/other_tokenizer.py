@@ -92,6 +92,7 @@ class Bench:
                     "warmup_ratio": 0.05,
                     "save_steps": 1_000_000,
                     "logging_steps": 20,
+                    "dataloader_workers": 0,
                     "seed": seed,
                 },
             }
@@ -210,8 +211,8 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     sides, seeds = (QUICK_SIDES, 1) if quick else (tuple(SIDES), 3)
     bench, log = Bench(folder, quick=quick), folder / "runs.jsonl"
-    for seed in range(seeds):
-        for side in sides:
+    for side in sides:
+        for seed in range(seeds):
             if (side, seed) not in _done(log):
                 record = {"side": side, "seed": seed, **bench.run(side, seed=seed)}
                 with log.open("a", encoding="utf-8") as lines:

@@ -28,6 +28,7 @@ TEMPLATES = REPOSITORY / "examples" / "chat_templates"
 SETTINGS = {
     "capture": "coldstill.pipeline.config:CaptureConfig",
     "train": "coldstill.trainer.config:TrainConfig",
+    "rounds": "coldstill.rounds.config:RoundsConfig",
 }
 """The class of a debug config by the first word of its name, which is the command."""
 SYSTEM = {

@@ -169,8 +169,7 @@ class LogitDataset:
     @property
     def not_by_student(self) -> tuple[str, ...]:
         """Places of the datasets whose answers the source or the teacher wrote; their headers name no other writer."""
-        datasets = self.sources.datasets
-        return tuple(each.store.url for each in datasets if each.header.about.writer is None)
+        return tuple(each.store.url for each in self.all_datasets if each.header.about.writer is None)
 
     @property
     def is_dense(self) -> bool:
