@@ -8,8 +8,9 @@ random weights, and has 768 other ids, learned from other files, with numbers sp
 one; students are trained by `coldstill.train` on the same rows and steps, with three seeds:
 
 * cross-entropy on the student's own tokens: the text alone;
-* forward KL on tokens of the same bytes, and ALM on larger chunks;
-* ALM alone.
+* forward KL on tokens of the same bytes, and ALM on larger chunks.
+
+Each side is trained on 400 rows in 2 passes, and on 120 rows in 12: with much text for its steps, and with little.
 
 Prints bits per byte of held-out text. Each finished run is written to OUTPUT/runs.jsonl; a second start makes the
 missing ones only.
@@ -20,6 +21,7 @@ Shape letters: `B` rows, `T` tokens.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -44,50 +46,49 @@ CHARACTERS = 600
 """Of a row."""
 TEACHER_TOKENS, ROWS_PER_STEP = 192, 8
 SIDES: dict[str, dict[str, Any]] = {
-    "cross-entropy": {"loss": {"name": "cross_entropy"}},
-    "forward KL + ALM": {"loss": {"name": "forward_kl"}},
-    "ALM alone": {"loss": {"name": "forward_kl"}, "other_tokenizer": {"one_to_one": 0.0}},
+    "cross-entropy": {"name": "cross_entropy"},
+    "forward KL + ALM": {"name": "forward_kl"},
 }
-QUICK_SIDES = ("cross-entropy", "forward KL + ALM")
+AMOUNTS = {"400 rows, 2 passes": (400, 2), "120 rows, 12 passes": (120, 12)}
+QUICK_AMOUNTS = {"160 rows, 1 pass": (160, 1)}
+HELD_OUT_ROWS = 120
 
 
 class Bench:
     """Text, tokenizers, teacher and captures in `folder`; what exists is kept."""
 
     def __init__(self, folder: Path, *, quick: bool):
-        self.folder, self._quick = folder, quick
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._texts = _texts()
         self._tokenizer("teacher", part="teacher", vocabulary=2048, digits=False)
         self._tokenizer("student", part="distill", vocabulary=768, digits=True)
         if not (folder / "teacher" / "config.json").exists():
             self._train_teacher(steps=60 if quick else 260)
-        for name, rows in (("distill", 160 if quick else 400), ("held_out", 40 if quick else 120)):
-            if not (folder / name / MANIFEST_NAME).exists():
-                self._capture(name, rows)
+        self._held_out = self._capture("held_out", 40 if quick else HELD_OUT_ROWS)
 
-    def run(self, side: str, *, seed: int) -> dict[str, Any]:
+    def run(self, amount: str, side: str, *, seed: int) -> dict[str, Any]:
         """Train a student and measure its bits per byte on held-out text."""
         from transformers import PreTrainedTokenizerFast
 
         from coldstill import train
 
-        student, output = self.folder / f"student_{seed}", self.folder / "runs" / f"{side} {seed}"
+        student, output = self.folder / f"student_{seed}", self.folder / "runs" / f"{amount} {side} {seed}"
         if not student.exists():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / "tokenizer_student")
             _llama(len(tokenizer), width=96, layers=2, seed=seed).save_pretrained(student)
             tokenizer.save_pretrained(student)
-        options = SIDES[side]
+        rows, passes = {**AMOUNTS, **QUICK_AMOUNTS}[amount]
         summary = train(
             {
-                "dataset": str(self.folder / "distill"),
+                "dataset": str(self._capture("distill", rows)),
                 "output": str(output),
                 "student": {"model": str(student)},
-                "loss": options["loss"],
-                "data": {"seed": seed, "other_tokenizer": options.get("other_tokenizer", {})},
+                "loss": SIDES[side],
+                "data": {"seed": seed},
                 "training": {
                     "batch_size": ROWS_PER_STEP,
-                    "epochs": 1 if self._quick else 2,
+                    "epochs": passes,
                     "learning_rate": 3e-3,
                     "warmup_ratio": 0.05,
                     "save_steps": 1_000_000,
@@ -104,7 +105,7 @@ class Bench:
 
         from coldstill import DistillTrainer, load_logit_dataset
 
-        held_out = load_logit_dataset(str(self.folder / "held_out"))
+        held_out = load_logit_dataset(str(self._held_out))
         args = TrainingArguments(str(self.folder / "measured"), report_to="none", use_cpu=True)
         model = AutoModelForCausalLM.from_pretrained(student)
         trainer = DistillTrainer(model, args, train_dataset=held_out, loss="cross_entropy", eval_dataset=held_out)
@@ -152,13 +153,16 @@ class Bench:
         tokenizer.save_pretrained(self.folder / "teacher")
         model.save_pretrained(self.folder / "teacher")
 
-    def _capture(self, name: str, count: int) -> None:
-        path = self.folder / f"{name}.jsonl"
+    def _capture(self, name: str, count: int) -> Path:
+        """The dataset of the first `count` rows of a part."""
+        root, path = self.folder / f"{name}_{count}", self.folder / f"{name}_{count}.jsonl"
+        if (root / MANIFEST_NAME).exists():
+            return root
         rows = [{"id": f"{name}-{number}", "text": text} for number, text in enumerate(self._texts[name][:count])]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         teacher = {"model": str(self.folder / "teacher"), "engine": "transformers", "max_length": 1000}
         document = {
-            "output": str(self.folder / name),
+            "output": str(root),
             "mode": "pretrain",
             "source": {"path": str(path)},
             "teacher": teacher,
@@ -170,6 +174,7 @@ class Bench:
         for unit in tqdm(plan_from_bytes(worker.store.read(PLAN_NAME), where=PLAN_NAME), desc=name, leave=False):
             worker.run(unit.index)
         seal(worker.store)
+        return root
 
 
 def _texts() -> dict[str, list[str]]:
@@ -209,30 +214,28 @@ def main() -> None:
     folder = parser.parse_args().output
     quick = os.environ.get("QUICK", "0") not in ("", "0")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    sides, seeds = (QUICK_SIDES, 1) if quick else (tuple(SIDES), 3)
+    amounts, seeds = (QUICK_AMOUNTS, 1) if quick else (AMOUNTS, 3)
     bench, log = Bench(folder, quick=quick), folder / "runs.jsonl"
-    for side in sides:
-        for seed in range(seeds):
-            if (side, seed) not in _done(log):
-                record = {"side": side, "seed": seed, **bench.run(side, seed=seed)}
-                with log.open("a", encoding="utf-8") as lines:
-                    print(json.dumps(record), file=lines, flush=True)
+    for amount, side, seed in itertools.product(amounts, SIDES, range(seeds)):
+        if (amount, side, seed) not in _done(log):
+            record = {"amount": amount, "side": side, "seed": seed, **bench.run(amount, side, seed=seed)}
+            with log.open("a", encoding="utf-8") as lines:
+                print(json.dumps(record), file=lines, flush=True)
     done = _done(log)
-    table = Table("side", "bits per byte", "lowest", "highest", title="held-out text, other tokenizer")
-    for side in sides:
-        values = [done[side, seed]["bits_per_byte"] for seed in range(seeds)]
-        table.add_row(side, *(f"{value:.4f}" for value in (statistics.mean(values), min(values), max(values))))
-    Console().print(table)
-    figures = {
-        "bits_per_byte": {side: [done[side, seed]["bits_per_byte"] for seed in range(seeds)] for side in sides},
-        "log": list(done.values()),
-    }
+    figures: dict[str, Any] = {"bits_per_byte": {}, "log": list(done.values())}
+    for amount in amounts:
+        table = Table("side", "bits per byte", "lowest", "highest", title=f"held-out text, {amount}")
+        found = {side: [done[amount, side, seed]["bits_per_byte"] for seed in range(seeds)] for side in SIDES}
+        for side, values in found.items():
+            table.add_row(side, *(f"{value:.4f}" for value in (statistics.mean(values), min(values), max(values))))
+        Console().print(table)
+        figures["bits_per_byte"][amount] = found
     finish("other_tokenizer", figures, command="make bench-other-tokenizer", quick=quick)
 
 
-def _done(log: Path) -> dict[tuple[str, int], dict[str, Any]]:
+def _done(log: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return {(record["side"], record["seed"]): record for record in map(json.loads, lines)}
+    return {(record["amount"], record["side"], record["seed"]): record for record in map(json.loads, lines)}
 
 
 if __name__ == "__main__":
