@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -67,6 +68,10 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """Raises the named errors of the loader's processes as they are, and `LoaderWorkerDied`."""
         batches = super().__iter__()
+        end = getattr(batches, "_shutdown_workers", lambda: None)
+        # An uncaught error keeps this frame to the end of Python. There multiprocessing sends its processes SIGTERM,
+        # which these outlive, and waits for them.
+        atexit.register(end)
         try:
             with naming_dead_workers():
                 try:
@@ -80,7 +85,8 @@ class BatchLoader(DataLoader):
         finally:
             # torch would end its processes when the iterator is collected. After an error that is late: the cycle with
             # the traceback has taken down their queues, and each process is waited for in vain, five seconds long.
-            getattr(batches, "_shutdown_workers", lambda: None)()
+            atexit.unregister(end)
+            end()
 
 
 def _has_ended(process: Any) -> bool:

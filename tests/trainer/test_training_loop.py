@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -101,3 +106,30 @@ def test_a_process_that_ends_while_its_batch_is_fetched_is_named(tiny_dataset, t
             patch.setattr(inner, "_next_data", fault)
             with pytest.raises(error):
                 next(iter(loader))
+
+
+UNCAUGHT = """
+import sys
+from pathlib import Path
+from coldstill import load_logit_dataset
+from coldstill.trainer.training_loop import BatchLoader
+from tests.trainer.training import arguments
+
+if __name__ == "__main__":
+    dataset = load_logit_dataset(Path(sys.argv[1]))
+    args = arguments(Path(sys.argv[2]), dataloader_num_workers=2)
+    batches = iter(BatchLoader(dataset.stream(batch_size=2, seed=0), args))
+    next(batches)
+    raise KeyError("uncaught")
+"""
+
+
+def test_a_script_that_an_uncaught_error_ends_waits_for_no_process(tiny_dataset, tmp_path):
+    """The loader's processes outlive SIGTERM, which multiprocessing sends at the end before it waits for them."""
+    script = tmp_path / "script.py"
+    script.write_text(UNCAUGHT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(tiny_dataset), str(tmp_path / "out")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert "KeyError: 'uncaught'" in ended.stderr
