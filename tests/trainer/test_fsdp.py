@@ -298,12 +298,13 @@ def test_deepspeed_is_refused_with_fsdp_as_the_way_out(tmp_path):
 def test_students_that_cannot_be_sharded_are_refused_by_name(tiny_student):
     model = LlamaForCausalLM.from_pretrained(tiny_student)
     plain = distill_in_forward(model, token_count=making.VOCABULARY)
-    validate_sharded_student(model, plain, images=None, mixed=True)
+    validate_sharded_student(model, plain, images=None, mixed=True, is_aligned=False)
     prompted = dataclasses.replace(plain, wrapping=Wrapping(added=2, transparent=False))
     for given, distilling, images, words in (
         (model, plain, object(), "images"),
+        (model, plain, None, "tokenizer"),
         (model, prompted, None, "prompt tuning"),
         (model.bfloat16(), plain, None, "student.weights"),
     ):
         with pytest.raises(UnsupportedArgument, match=words):
-            validate_sharded_student(given, distilling, images=images, mixed=True)
+            validate_sharded_student(given, distilling, images=images, mixed=True, is_aligned=words == "tokenizer")

@@ -84,7 +84,7 @@ class AlignmentCounts(LossState):
 
 def alignment_counts(record: Mapping[str, Any]) -> dict[str, float] | None:
     """The state of `AlignmentCounts` in the state of a `StepRecord`; None for a run without."""
-    saved = record["memory"]
+    saved = record.get("memory")
     return dict(saved) if saved is not None and COUNTS[0] in saved else None
 
 
