@@ -93,6 +93,7 @@ class SourceConfig(FrozenModel):
     )
     score_ids: str | None = Field(
         default=None,
+        min_length=1,
         description="Column with token ids that are scored besides the top K, in mode score: a list of ids for all "
         "target tokens of the row, or a list of such lists, one for each target token.",
     )
@@ -120,11 +121,13 @@ class SourceConfig(FrozenModel):
     )
     teacher_prompt: str | None = Field(
         default=None,
+        min_length=1,
         description="Column with a prompt, as text or messages, that only the teacher reads, in place of all messages "
         "before the first target turn.",
     )
     teacher_messages: str | None = Field(
         default=None,
+        min_length=1,
         description="Column with the whole chat as only the teacher reads it; its target turns are those of the row.",
     )
     teacher_template_arguments: dict[str, Any] = Field(

@@ -108,6 +108,9 @@ class About(BaseModel):
     )
     processor: ProcessorFacts | None = None
     writer: RowWriter | None = None
+    writer_prompt: TeacherPrompt | None = Field(
+        default=None, description="How the prompt was made that `writer` read, where it was not that of the row."
+    )
     score_ids: NamedIds | None = None
 
     @property

@@ -55,5 +55,9 @@ def _rebuild(cls: type[ColdstillError], what: str, found: object, wanted: object
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class name if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's message, or its class name if the message is empty.
+
+    A first line that ends with a colon only announces the next one, which follows it here.
+    """
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if first.endswith(":") and more else first

@@ -87,6 +87,9 @@ class RoundsConfig(FrozenModel):
             raise ValueError(f"a local folder as output, where a student can be trained, not {self.output}")
         if self.source.rows_of is not None:
             raise ValueError("prompts in source.path or source.dataset, not source.rows_of")
+        if rule := self.source.teacher_prompt_rule:
+            # The writer would read that prompt, and the teacher, which scores the stored rows, would not.
+            raise ValueError(f"no source.{next(iter(rule))}: teacher and student read the same prompt in rounds")
         if self.student.model is None:
             raise ValueError("student.model, because a student from scratch cannot answer prompts")
         if self.student.lora is not None and not self.student.lora.merge:

@@ -9,15 +9,15 @@ from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.dry_run import bytes_per_target, dry_run
 
 from .config import RoundsConfig
-from .parts import parts_of
+from .run import checked_parts
 
 
 def estimate_rounds(config: RoundsConfig) -> dict[str, Any]:
     """The commands of all parts, and upper limits of one round: the student's answers may be shorter.
 
-    Reads all prompts once. Raises the named errors of the configuration, source and student.
+    Reads all prompts once. Raises what `checked_parts` raises, and the named errors of source and student.
     """
-    parts = parts_of(config)
+    parts = checked_parts(config)
     answers, scores = (CaptureConfig.model_validate(part.settings) for part in parts[:2])
     found = dry_run(answers)
     rows = found.sequences * config.sampling.n

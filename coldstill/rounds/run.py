@@ -91,11 +91,7 @@ def run_rounds(config: RoundsConfig, *, console: Console | None = None) -> Round
     `RoundsDamaged`, `PartFailed`, `TokenizerMismatch`, and `ConfigInvalid` for settings that a part refuses.
     """
     console = console or Console(highlight=False)
-    parts, output = parts_of(config), Path(config.output)
-    for part in parts[:3]:  # those of the other rounds differ in paths and seeds
-        model: Any = TrainConfig if part.command == "train" else CaptureConfig
-        check_config(part.settings, model=model, where=part.title)
-    _require_one_tokenizer(config)
+    parts, output = checked_parts(config), Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     with raising_interrupts(), _locked(output) as lock:
         _claim(config)
@@ -109,6 +105,16 @@ def run_rounds(config: RoundsConfig, *, console: Console | None = None) -> Round
                 part.write_config()
                 _run(part, lock=lock)
     return _summary(config)
+
+
+def checked_parts(config: RoundsConfig) -> list[Part]:
+    """All parts, in their order. Raises `ConfigInvalid` for settings that a part refuses, and `TokenizerMismatch`."""
+    parts = parts_of(config)
+    for part in parts[:3]:  # those of the other rounds differ in paths and seeds
+        model: Any = TrainConfig if part.command == "train" else CaptureConfig
+        check_config(part.settings, model=model, where=part.title)
+    _require_one_tokenizer(config)
+    return parts
 
 
 def _run(part: Part, *, lock: int) -> None:

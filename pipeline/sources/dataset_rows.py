@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from coldstill.pipeline.errors import SourceEmpty
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.checkpoint import tokenizer_files
-from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.pipeline.teachers.protocol import TEACHER_TOKENS, TokenSequence
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.header_facts import RowWriter
+from coldstill.storage_schema.header_facts import RowWriter, TeacherPrompt
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import CachedRow
@@ -124,7 +124,7 @@ class StoredSequences:
             source_row=number,
             token_ids=np.array(row.token_ids, np.int32),
             target_spans=np.array(row.target_spans, np.int32),
-            metadata=row.metadata,
+            metadata=self._metadata(row),
             media=row.media,
         )
 
@@ -134,7 +134,10 @@ class StoredSequences:
         facts: dict[str, object] = {name: getattr(rows.about, name) for name in _FROM_ROWS}
         if rows.about.end_token_ids is None:
             facts["end_token_ids"] = None  # of documents, which the teacher does not end
-        about = header.about.model_copy(update={**facts, "writer": self._writer()})
+        writer = self._writer()
+        about = header.about.model_copy(
+            update={**facts, "writer": writer, "writer_prompt": self._writer_prompt(writer)}
+        )
         return header.model_copy(
             update={
                 "chat_template_sha256": rows.chat_template_sha256,
@@ -144,6 +147,17 @@ class StoredSequences:
                 "about": about,
             }
         )
+
+    def _metadata(self, row: CachedRow) -> Mapping[str, Any]:
+        """The row's metadata without the length of a prompt that this teacher does not read."""
+        if self._rows.teacher_prompt is None:
+            return row.metadata
+        return {name: value for name, value in row.metadata.items() if name != TEACHER_TOKENS}
+
+    def _writer_prompt(self, writer: RowWriter | None) -> TeacherPrompt | None:
+        """How the prompt was made that the writer read; None if it read that of the row."""
+        is_new = writer is not None and self._rows.about.writer is None
+        return self._rows.teacher_prompt if is_new else self._rows.about.writer_prompt
 
     def _writer(self) -> RowWriter | None:
         """The model that wrote the answers; None if the source of the rows did."""

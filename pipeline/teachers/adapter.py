@@ -144,9 +144,7 @@ class Adapter:
             adapted = PeftModel.from_pretrained(model, str(self.folder))
             loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         except (ValueError, RuntimeError, KeyError, TypeError, ImportError, OSError) as error:
-            raise self._unusable(
-                first_line(error), "an adapter of teacher.model", f"name the model that it was trained on, {self._base}"
-            ) from error
+            raise self._unusable(first_line(error), "an adapter of teacher.model", self._other_base) from error
         # peft only warns of tensors that fit no layer, and leaves out those of layers that it does not find.
         whole = {re.sub(r"\.default(?=\.|$)", "", name) for name in adapted.state_dict()}
         strange = [name for name in self.tensors if name not in loaded and name not in whole]
@@ -156,13 +154,20 @@ class Adapter:
             raise self._unusable(
                 f"{problem}, such as {(strange or missing)[0]}",
                 "one tensor for each place",
-                f"name the model that it was trained on, {self._base}",
+                self._other_base,
             )
         return adapted.get_base_model()
 
     @property
     def _base(self) -> str:
         return str(self.settings.get("base_model_name_or_path") or "its base model")
+
+    @property
+    def _other_base(self) -> str:
+        return (
+            f"name the model that it was trained on, {self._base}; if teacher.model is that one, {SETTINGS_NAME} and "
+            f"{WEIGHTS_NAME} do not belong together: load the adapter with peft and save it"
+        )
 
     @property
     def _merge(self) -> str:

@@ -40,7 +40,12 @@ def test_an_error_is_pickled_with_its_class_and_all_its_facts() -> None:
     ("error", "line"),
     [
         (ValueError("one\ntwo"), "one"),
-        (ValueError("\n  one  \ntwo"), "one  "),
+        (ValueError("\n  one  \ntwo"), "one"),
+        (
+            RuntimeError("Error(s) in loading X:\n\n\tsize mismatch for y\n\tmore"),
+            "Error(s) in loading X: size mismatch for y",
+        ),
+        (ValueError("nothing follows:"), "nothing follows:"),
         (ValueError(""), "ValueError"),
         (ValueError(" \n "), "ValueError"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),

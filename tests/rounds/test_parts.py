@@ -13,7 +13,9 @@ from coldstill.pipeline.config import CaptureConfig
 from coldstill.rounds.config import RoundsConfig
 from coldstill.rounds.estimate import estimate_rounds
 from coldstill.rounds.parts import parts_of
+from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.trainer.config import TrainConfig
+from tests import making
 from tests.rounds.test_run import settings
 
 DOCUMENT = {
@@ -67,6 +69,10 @@ def test_the_first_round_trains_the_given_student_on_one_dataset() -> None:
         ({"rouns": 2}, r"did you mean rounds\?"),
         ({"output": "s3://bucket/x"}, "a local folder as output"),
         ({"source": {"rows_of": "d"}}, "not source.rows_of"),
+        ({"source": {"path": "x", "teacher_system": "Be brief."}}, "no source.teacher_system"),
+        ({"source": {"path": "x", "teacher_prompt": "p"}}, "no source.teacher_prompt"),
+        ({"source": {"path": "x", "teacher_messages": "m"}}, "no source.teacher_messages"),
+        ({"source": {"path": "x", "teacher_template_arguments": {"a": 1}}}, "no source.teacher_template_arguments"),
         ({"student": {"from_scratch": {"model_type": "llama"}}}, "cannot answer prompts"),
         ({"student": {"model": "s", "lora": {}}}, "lora.merge true"),
         ({"data": {"weights": [1.0]}}, "decay instead of data.weights"),
@@ -92,3 +98,15 @@ def test_a_dry_run_counts_the_prompts_and_names_the_parts(tmp_path: Path) -> Non
     assert found["optimizer steps of the first round"] == 3
     assert found["round-01/train"] == f"coldstill train {tmp_path}/rounds/round-01/train.yaml"
     assert not (tmp_path / "rounds").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path: Path) -> None:
+    document = settings(tmp_path)
+    for section, key, value in (("source", "score_ids", "x"), ("teacher", "max_read_length", 100)):
+        changed = {**document, section: {**document[section], key: value}}
+        with pytest.raises(ConfigInvalid, match=key):
+            estimate_rounds(RoundsConfig.model_validate(changed))
+    other = making.tiny_llama(tmp_path / "other")
+    changed = {**document, "student": {**document["student"], "model": str(other)}}
+    with pytest.raises(TokenizerMismatch, match="tokenizer of the student"):
+        estimate_rounds(RoundsConfig.model_validate(changed))

@@ -168,8 +168,9 @@ class LogitDataset:
 
     @property
     def not_by_student(self) -> tuple[str, ...]:
-        """Places of the datasets whose answers the source or the teacher wrote; their headers name no other writer."""
-        return tuple(each.store.url for each in self.all_datasets if each.header.about.writer is None)
+        """Places of the datasets whose answers no student wrote under the row's prompt, by their headers."""
+        headers = [(each.store.url, each.header.about) for each in self.all_datasets]
+        return tuple(url for url, about in headers if about.writer is None or about.writer_prompt is not None)
 
     @property
     def is_dense(self) -> bool:

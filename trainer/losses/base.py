@@ -291,7 +291,8 @@ def build_objective(
     if "student_rows" in needs and not_by_student:
         raise NotStudentRows(
             "loss.name",
-            found=f"{loss.name}, and rows that the source or the teacher wrote: {', '.join(not_by_student)}",
+            found=f"{loss.name}, and rows that the source or the teacher wrote, or a student under another prompt: "
+            f"{', '.join(not_by_student)}",
             wanted="rows that the student wrote and the teacher scored",
             fix="make them with `coldstill rounds`, or with source.rows_of of answers in mode generate; choose another "
             "loss, such as forward_kl, for other rows, or set loss.any_rows to true",

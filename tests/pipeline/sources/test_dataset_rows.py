@@ -155,3 +155,22 @@ def test_settings_without_effect_on_stored_rows_are_refused(changes: dict[str, o
     document = {"output": "o", "teacher": {"model": "m"}, **changes}
     with pytest.raises(ConfigInvalid, match=message):
         check_config(document, model=CaptureConfig, where="x.yaml")
+
+
+def test_rows_written_under_another_prompt_keep_that_fact_and_not_the_length_of_that_prompt(tmp_path: Path) -> None:
+    """The teacher that scores them reads the row itself, so `teacher_tokens` would not be true of it."""
+    prompt = {"source": {"teacher_system": "Answer in a sentence."}, "sampling": {"max_tokens": 6}}
+    answers = _sealed(capture_config(tmp_path, rows=6, output="answers", mode="generate", **prompt))
+    assert all("teacher_tokens" in row.metadata for row in answers.rows())
+    scores = _sealed(_again(tmp_path, "answers", output="scores"))
+    header = scores.header
+    assert (header.teacher_prompt, header.about.writer_prompt) == (None, answers.header.teacher_prompt)
+    for one, other in zip(scores.rows(), answers.rows(), strict=True):
+        assert one.metadata == {name: value for name, value in other.metadata.items() if name != "teacher_tokens"}
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+    assert (
+        _sealed(_again(tmp_path, "scores", output="third")).header.about.writer_prompt == answers.header.teacher_prompt
+    )
+    own = _sealed(capture_config(tmp_path, rows=6, output="own", mode="generate", sampling={"max_tokens": 6}))
+    own = _sealed(_again(tmp_path, "own", output="own scores"))
+    assert own.header.about.writer_prompt is None

@@ -301,6 +301,9 @@ def test_the_teachers_side_has_a_bound_of_its_own_and_is_never_cut(tokenizer: An
         ({"teacher_prompt": "p", "over_long": "split"}, "over_long reject with teacher_prompt, not split"),
         ({"teacher_system": "s", "loss_on": "all"}, "loss_on assistant or last_turn with teacher_system"),
         ({"teacher_system": ""}, "at least 1 character"),
+        ({"teacher_prompt": ""}, "at least 1 character"),  # else an ordinary capture, without a word
+        ({"teacher_messages": ""}, "at least 1 character"),
+        ({"score_ids": ""}, "at least 1 character"),
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -277,6 +277,13 @@ def test_an_adapter_of_another_model_is_named(folder: Path, header: DatasetHeade
             _load(_config(folder, adapter), header)
 
 
+def test_settings_and_weights_of_two_adapters_are_named(folder: Path, header: DatasetHeader, tmp_path: Path) -> None:
+    adapter = making.lora_adapter(tmp_path / "adapter", folder)
+    _change(adapter, r=3)
+    with pytest.raises(TeacherUnusable, match=r"(?s)size mismatch for .*do not belong together"):
+        _load(_config(folder, adapter), header)
+
+
 @pytest.mark.parametrize("engine", ["endpoint", "tests.chaos.teacher:ChaosTeacher"])
 def test_engines_that_load_the_model_themselves_refuse_an_adapter(folder: Path, wide: Path, engine: str) -> None:
     endpoint = {"endpoint": "http://host/v1"} if engine == "endpoint" else {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coldstill import load_logit_dataset
-from coldstill.storage_schema.header_facts import About, RowWriter
+from coldstill.storage_schema.header_facts import About, RowWriter, TeacherPrompt
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import NotStudentRows
 from coldstill.trainer.losses.lightning_opd import LightningOpd
@@ -48,9 +48,9 @@ def test_over_what_the_writer_samples_the_gradient_is_that_of_reverse_kl_and_k_d
         np.testing.assert_allclose(expected, reference.slope(reverse_kl, student[m]), atol=1e-8)
 
 
-def _dataset(root: Path, tokenizer: Path, *, writer: RowWriter | None, seed: int) -> Path:
+def _dataset(root: Path, tokenizer: Path, *, writer: RowWriter | None, seed: int, **about: TeacherPrompt) -> Path:
     rng = np.random.default_rng(seed)
-    header = making.tiny_header(tokenizer, about=About(writer=writer))
+    header = making.tiny_header(tokenizer, about=About(writer=writer, **about))
     rows = [[making.random_row(rng, f"row-{seed}-{number}") for number in range(8)]]
     making.write_dataset(root, rows, header=header, tokenizer=tokenizer)
     return root
@@ -62,8 +62,10 @@ def test_rows_that_no_student_wrote_are_refused_at_every_entrance_and_named(tmp_
     trainer, _ = build(own, tiny_student, tmp_path / "a", loss="lightning_opd")
     assert trainer.distillation_loss == LightningOpd()
     mix = load_logit_dataset([own, other])
-    for dataset in (other, mix):
-        with pytest.raises(NotStudentRows, match=str(other)):
+    prompted = TeacherPrompt(kind="system", sha256="0" * 64)
+    under = _dataset(tmp_path / "under", tokenizer_folder, writer=WRITER, seed=2, writer_prompt=prompted)
+    for dataset, named in ((other, other), (mix, other), (under, under)):
+        with pytest.raises(NotStudentRows, match=str(named)):
             build(dataset, tiny_student, tmp_path / "b", loss="lightning_opd")
     config = {"output": str(tmp_path / "run"), "student": {"model": str(tiny_student)}, "training": {"max_steps": 1}}
     for dataset in (str(other), [str(own), str(other)]):
