@@ -27,7 +27,7 @@ class Skipped(StrEnum):
 
     CHAT_NOT_RECOVERED = "its messages cannot be proven from its tokens and the teacher's chat template"
     CHAT_NOT_RENDERED = "the student's chat template fails or changes its messages"
-    SPECIAL_TOKEN = "it has a special token in its text that is neither a begin nor an end"
+    SPECIAL_TOKEN = "it has a special token in its text, or text that is one for the student"
     NO_TEXT = "it has no text"
     NOT_UTF8 = "its tokens are not text in UTF-8"
     TEXT_CHANGED = "the student's tokenizer changes its text"
@@ -182,6 +182,11 @@ class RowAligner:
             raise RowSkipped(Skipped.CHAT_NOT_RENDERED)
         spans, pairs = [], []
         for turn, other in zip(turns, theirs, strict=True):
+            # Text such as `<|im_end|>` may be a special token of one side and ordinary tokens of the other.
+            mine = self.teacher.specials_in(stored, turn.start, turn.stop)
+            image = self.student.specials_in(student, other.start, other.stop)
+            if [place[:2] for place in mine] != [place[:2] for place in image]:
+                raise RowSkipped(Skipped.SPECIAL_TOKEN)
             if turn.role != "assistant":
                 continue
             numbers = [
