@@ -121,6 +121,54 @@ def test_text_that_is_special_on_one_side_only_is_skipped(tokenizers: dict[str, 
         assert caught.value.reason == Skipped.SPECIAL_TOKEN
 
 
+def test_the_first_token_of_an_answer_is_learned_where_it_holds_a_space_of_the_template(
+    tokenizers: dict[str, Path],
+) -> None:
+    """`[/INST] the`: the student's ` the` is the teacher's `the`, with its log-prob; no target is left out."""
+    sides = {}
+    for name in ("bytes", "unigram", "pieces"):
+        tokens = TokenBytes((tokenizers[name] / TOKENIZER_FILE).read_bytes(), where=name)
+        sides[name] = tokens, ChatTurns(PreTrainedTokenizerFast.from_pretrained(tokenizers[name]), tokens)
+    for one, other in (("bytes", "unigram"), ("bytes", "pieces"), ("pieces", "bytes"), ("unigram", "bytes")):
+        (teacher, teacher_chat), (student, student_chat) = sides[one], sides[other]
+        aligner = RowAligner(
+            teacher=teacher,
+            student=student,
+            teacher_chat=teacher_chat,
+            student_chat=student_chat,
+            begin=None,
+            begins=(),
+            roles={},
+            context=None,
+        )
+        answers = ["the weather of the day", "the dog"]
+        chat = [(role, text) for answer in answers for role, text in (("user", "a"), ("assistant", answer))]
+        row = teacher_chat.render([{"role": role, "content": text} for role, text in chat])
+        labels = -np.arange(1.0, row.ids.size)
+        targets = dataclasses.replace(TeacherTargets.empty(labels.size, 1), label_logprob=labels)
+        spans = spans_from_mask(np.arange(row.ids.size) > 0)
+        found = aligner.align(
+            CachedRow(sample_id="row", token_ids=row.ids, target_spans=spans, targets=targets, metadata={})
+        )
+        written = b"".join(student.of_id[id_] for id_ in found.token_ids[found.positions + 1]).decode()
+        end = student_chat.end_id
+        assert written.replace(" ", "") == "".join(
+            answer.replace(" ", "") + (student.of_id[end].decode() if end is not None else "") for answer in answers
+        ), (one, other)
+        assert found.byte_counts.sum() == sum(map(len, answers))
+        # Each teacher's token of an answer counts once.
+        wanted = 0.0
+        start = 0
+        for answer in answers:
+            start = row.text.index(answer.encode(), start)
+            stop = start + len(answer)
+            inside = (row.ends > start) & (row.ends <= stop)
+            inside[teacher_chat.place_behind(row, stop)] = True
+            wanted += labels[np.flatnonzero(inside) - 1].sum()
+        first = np.flatnonzero(np.diff(found.chunk, prepend=-2))
+        assert found.chunk_logprob[first].sum() == pytest.approx(wanted)
+
+
 def test_what_cannot_be_proven_is_not_recovered(tokenizers: dict[str, Path]) -> None:
     folder = tokenizers["bytes"]
     tokens = TokenBytes((folder / TOKENIZER_FILE).read_bytes(), where="the dataset")
