@@ -73,6 +73,11 @@ def test_each_target_of_the_student_follows_from_stored_targets_of_the_same_byte
                 continue
             covered += len(numbers)
             is_end = bool(aligner.student.special[ids[0]])
+            # The first token of an answer may hold a space of the student's template.
+            of_template = 0 if is_end else len(text) - int(aligned.byte_counts[numbers].sum())
+            assert text[:of_template] == (b" " if of_template else b"")
+            assert not of_template or (kind == "chat" and student != "more bytes")
+            text = text[of_template:]
             run = run_of(text, row, stored, aligner.teacher.special, begin=place, is_end=is_end)
             place = run.stop
             wanted = sum(labels[target_of[n]] for n in run)
