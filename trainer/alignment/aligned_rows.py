@@ -259,8 +259,8 @@ def _aligned(row: CachedRow, stored: ByteText, sides: _Sides) -> AlignedRow:
 
 
 def _tokens_of(side: ByteText, turn: Turn) -> np.ndarray:
-    """The tokens of a message. The first may hold spaces that the template writes before it, as ` The` of `[/INST] The`:
-    the template fixes them, so that token and `The` of the other side are one event."""
+    """The tokens of a message. The first may hold spaces of the template, as ` The` of `[/INST] The`: they are fixed by
+    the template, so that token and `The` of the other side are one event."""
     inside = (side.starts >= turn.start) & (side.ends <= turn.stop)
     first = int(np.searchsorted(side.ends, turn.start, side="right"))
     if first < side.ids.size and side.starts[first] < turn.start and side.ends[first] <= turn.stop:

@@ -7,7 +7,6 @@ again. A row that was cut is a beginning of that, or ends within what the templa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -137,7 +136,7 @@ class ChatTurns:
             except Exception:  # bytes that are no text, or a program that rejects the messages
                 continue
             # Behind the last message the row may have the beginning of a longer chat, as `_splits` has found.
-            size = len(os.path.commonprefix([rendered.text, text]))
+            size = _common(rendered.text, text)
             if size >= turns[-1].stop and self._same_specials(row, rendered, size):
                 return messages, turns
         return None
@@ -180,6 +179,15 @@ def _without_half_character(text: bytes) -> bytes:
         if error.reason == "unexpected end of data":
             return text[: error.start]
     return text
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes both texts begin with."""
+    size = min(len(one), len(other))
+    if not size:
+        return 0
+    differs = np.frombuffer(one, np.uint8, size) != np.frombuffer(other, np.uint8, size)
+    return int(differs.argmax()) if differs.any() else size
 
 
 def _message(role: str, content: str) -> dict[str, str]:
