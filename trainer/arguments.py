@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
@@ -194,11 +194,11 @@ def validate_parameters(given: Mapping[str, Any]) -> None:
             )
 
 
-def rank_by_metric(args: TrainingArguments, datasets: Any) -> TrainingArguments:
+def rank_by_metric(args: TrainingArguments, datasets: Any, *, only: Collection[str] | None = None) -> TrainingArguments:
     """A copy of `args` whose `greater_is_better` is the better direction of `metric_for_best_model`.
 
     `datasets`: what is evaluated, one dataset or several by name. The direction of a scheduler that follows the metric,
-    such as reduce_lr_on_plateau, is set too.
+    such as reduce_lr_on_plateau, is set too. `only`: names of the metrics that may be chosen, None for all.
 
     Raises `UnknownMetric` for a name that no evaluation of the run reports, and `UnsupportedArgument` for a run without
     evaluation or a scheduler of the other direction.
@@ -214,6 +214,7 @@ def rank_by_metric(args: TrainingArguments, datasets: Any) -> TrainingArguments:
         f"eval_{part}_{metric}" if part else f"eval_{metric}": better
         for part, dataset in parts.items()
         for metric, better in measured_metrics(dataset).items()
+        if only is None or metric in only
     }
     full = name if name.startswith("eval_") else f"eval_{name}"
     if full not in known:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
 from transformers.utils import logging
 
+from .alignment.evaluation import RANKING
 from .alignment.student import AlignedStudent
 from .arguments import adapt_arguments, rank_by_metric, validate_arguments, validate_parameters
 from .checkpoint_files import begin_checkpoint, finish_checkpoint
@@ -101,9 +102,9 @@ class DistillTrainer(TrainingLoop):
         require_logit_dataset(train_dataset, name="train_dataset")
         if eval_dataset is not None:
             check_eval_dataset(eval_dataset, train_dataset)
-        args = rank_by_metric(args, eval_dataset)
         self.distillation_loss = read_loss(loss)
         other = read_other_tokenizer(model, train_dataset, processing_class)
+        args = rank_by_metric(args, eval_dataset, only=RANKING if other else None)
         self.aligned = other and AlignedStudent(other, other_tokenizer or OtherTokenizerConfig(), train_dataset)
         header = self.aligned.header if self.aligned else train_dataset.header
         own = header if self.aligned else None
@@ -122,7 +123,6 @@ class DistillTrainer(TrainingLoop):
                 pack_length=pack_length,
                 context=context_of(innermost(student).config),
                 sees_images=self.images is not None,
-                best_metric=args.metric_for_best_model,
             )
         else:
             objectives = [build_objective(self.distillation_loss, **part.facts()) for part in train_dataset.by_teacher]

@@ -17,7 +17,7 @@ import numpy as np
 
 from coldstill.storage_schema.rows import CachedRow
 
-from .chat_turns import ChatTurns
+from .chat_turns import ChatTurns, Turn
 from .chunks import MAX_CHUNK_TOKENS, align
 from .token_bytes import ByteText, TokenBytes
 
@@ -27,7 +27,7 @@ class Skipped(StrEnum):
 
     CHAT_NOT_RECOVERED = "its messages cannot be proven from its tokens and the teacher's chat template"
     CHAT_NOT_RENDERED = "the student's chat template fails or changes its messages"
-    SPECIAL_TOKEN = "it has a special token in its text that is neither a begin nor an end"
+    SPECIAL_TOKEN = "it has a special token in its text, or text that is one for the student"
     NO_TEXT = "it has no text"
     NOT_UTF8 = "its tokens are not text in UTF-8"
     TEXT_CHANGED = "the student's tokenizer changes its text"
@@ -70,12 +70,14 @@ class AlignedRow:
 
 class _Span(NamedTuple):
     """Tokens of both sides that write the same text: numbers `teacher` and `student`, and the byte of each side's text
-    at which that text begins, so that offsets agree after it is taken off."""
+    at which that text begins, so that offsets agree after it is taken off. `of_message`: the first token of a side may
+    begin before that, with a space of the template."""
 
     teacher: np.ndarray
     student: np.ndarray
     teacher_start: int
     student_start: int
+    of_message: bool = False
 
 
 class _Sides(NamedTuple):
@@ -182,13 +184,15 @@ class RowAligner:
             raise RowSkipped(Skipped.CHAT_NOT_RENDERED)
         spans, pairs = [], []
         for turn, other in zip(turns, theirs, strict=True):
+            # Text such as `<|im_end|>` may be a special token of one side and ordinary tokens of the other.
+            mine = self.teacher.specials_in(stored, turn.start, turn.stop)
+            image = self.student.specials_in(student, other.start, other.stop)
+            if [place[:2] for place in mine] != [place[:2] for place in image]:
+                raise RowSkipped(Skipped.SPECIAL_TOKEN)
             if turn.role != "assistant":
                 continue
-            numbers = [
-                np.flatnonzero((side.starts >= one.start) & (side.ends <= one.stop))
-                for side, one in ((stored, turn), (student, other))
-            ]
-            spans.append(_Span(numbers[0], numbers[1], turn.start, other.start))
+            numbers = [_tokens_of(side, one) for side, one in ((stored, turn), (student, other))]
+            spans.append(_Span(numbers[0], numbers[1], turn.start, other.start, of_message=True))
             end = self.teacher_chat.place_behind(stored, turn.stop)
             their_end = self.student_chat.place_behind(student, other.stop)
             if end is not None and their_end is not None:
@@ -207,8 +211,11 @@ def _aligned(row: CachedRow, stored: ByteText, sides: _Sides) -> AlignedRow:
     labels = row.targets.label_logprob.astype(np.float64)
     sizes = student.ends - student.starts
     for span in sides.spans:
-        of_teacher = stored.starts[span.teacher] - span.teacher_start, stored.ends[span.teacher] - span.teacher_start
-        of_student = student.starts[span.student] - span.student_start, student.ends[span.student] - span.student_start
+        of_teacher = _places(stored, span.teacher, span.teacher_start)
+        of_student = _places(student, span.student, span.student_start)
+        if span.of_message:
+            of_teacher, of_student = (of_teacher[0].clip(0), of_teacher[1]), (of_student[0].clip(0), of_student[1])
+            sizes[span.student] = of_student[1] - of_student[0]
         found = align(*of_teacher, *of_student)
         covered[span.student] = _covered(*of_teacher, target_of[span.teacher] >= 0, *of_student)
         if not found.number:
@@ -249,6 +256,21 @@ def _aligned(row: CachedRow, stored: ByteText, sides: _Sides) -> AlignedRow:
         source=source[tokens],
         byte_counts=sizes[tokens],
     )
+
+
+def _tokens_of(side: ByteText, turn: Turn) -> np.ndarray:
+    """The tokens of a message. The first may hold spaces of the template, as ` The` of `[/INST] The`: they are fixed by
+    the template, so that token and `The` of the other side are one event."""
+    inside = (side.starts >= turn.start) & (side.ends <= turn.stop)
+    first = int(np.searchsorted(side.ends, turn.start, side="right"))
+    if first < side.ids.size and side.starts[first] < turn.start and side.ends[first] <= turn.stop:
+        inside[first] = side.text[side.starts[first] : turn.start].isspace()
+    return np.flatnonzero(inside)
+
+
+def _places(side: ByteText, numbers: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes at which tokens begin and end, counted from `start`."""
+    return side.starts[numbers] - start, side.ends[numbers] - start
 
 
 def _covered(

@@ -2,12 +2,12 @@
 
 A dataset stores token ids. What a template writes between two messages is learned by rendering chats of marks, and a
 row is split there. The result is proven: rendering the recovered messages gives the bytes and special tokens of the row
-again. A row that was cut is a beginning of that.
+again. A row that was cut is a beginning of that, or ends within what the template writes between two messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
@@ -118,22 +118,31 @@ class ChatTurns:
         """The ways in which `text` may be split into turns; most probable first."""
         # The longest opening first: one may show a default system message before that of the user.
         by_length = sorted(self.borders.opening.items(), key=lambda item: -len(item[1]))
-        found = [self._split(text, role, len(part)) for role, part in by_length if text.startswith(part)]
-        return [turns for turns in found if turns]
+        return [
+            turns
+            for role, part in by_length
+            if text.startswith(part)
+            for turns in self._splits(text, role, len(part))
+            if any(turn.role == "assistant" for turn in turns)
+        ]
 
     def messages(self, row: ByteText) -> tuple[list[dict[str, str]], list[Turn]] | None:
         """The proven messages of a row and their places in it; None if no split can be proven."""
-        for turns in self.turns(row.text):
+        text = _without_half_character(row.text)
+        for turns in self.turns(text):
             try:
-                messages = [_message(turn.role, row.text[turn.start : turn.stop].decode()) for turn in turns]
+                messages = [_message(turn.role, text[turn.start : turn.stop].decode()) for turn in turns]
                 rendered = self.render(messages)
             except Exception:  # bytes that are no text, or a program that rejects the messages
                 continue
-            if rendered.text.startswith(row.text) and self._same_specials(row, rendered):
+            # Behind the last message the row may have the beginning of a longer chat, as `_splits` has found.
+            size = _common(rendered.text, text)
+            if size >= turns[-1].stop and self._same_specials(row, rendered, size):
                 return messages, turns
         return None
 
-    def _split(self, text: bytes, role: str, start: int) -> list[Turn]:
+    def _splits(self, text: bytes, role: str, start: int) -> Iterator[list[Turn]]:
+        """All splits after an opening: they differ in where the content of the last message ends."""
         turns: list[Turn] = []
         while True:
             following = [
@@ -147,21 +156,38 @@ class ChatTurns:
             stop, length, after = min(following)
             turns.append(Turn(role, start, stop))
             role, start = after, stop - length
-        if role != "assistant":
-            return []
-        closing, rest = self.borders.closing, text[start:]
-        size = next(size for size in range(len(closing), -1, -1) if rest.endswith(closing[:size]))
-        return [*turns, Turn(role, start, len(text) - size)]
+        # A row may be cut within what the template writes behind a message. That is no text of the message.
+        endings = [part for (before, _), parts in self.borders.between.items() if before == role for part in parts]
+        if role == "assistant":
+            endings.append(self.borders.closing)
+        rest = text[start:]
+        sizes = {size for part in endings for size in range(1, len(part) + 1) if rest.endswith(part[:size])}
+        # Templates that trim messages render a cut one without the white space at its end.
+        for size in dict.fromkeys([*sorted(sizes, reverse=True), 0, len(rest) - len(rest.rstrip())]):
+            yield [*turns, Turn(role, start, len(text) - size)]
 
-    def _same_specials(self, row: ByteText, rendered: ByteText) -> bool:
-        of_row = np.flatnonzero(self._tokens.special[row.ids])
-        beginning = rendered.ends <= len(row.text)
-        of_rendered = np.flatnonzero(self._tokens.special[rendered.ids] & beginning)
-        return (
-            of_row.size == of_rendered.size
-            and bool((row.ids[of_row] == rendered.ids[of_rendered]).all())
-            and bool((row.ends[of_row] == rendered.ends[of_rendered]).all())
-        )
+    def _same_specials(self, row: ByteText, rendered: ByteText, size: int) -> bool:
+        """Whether the first `size` bytes have the same special tokens."""
+        return self._tokens.specials_in(row, 0, size) == self._tokens.specials_in(rendered, 0, size)
+
+
+def _without_half_character(text: bytes) -> bytes:
+    """The text without the first bytes of a character at its end: a row may be cut within one."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            return text[: error.start]
+    return text
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes both texts begin with."""
+    size = min(len(one), len(other))
+    if not size:
+        return 0
+    differs = np.frombuffer(one, np.uint8, size) != np.frombuffer(other, np.uint8, size)
+    return int(differs.argmax()) if differs.any() else size
 
 
 def _message(role: str, content: str) -> dict[str, str]:

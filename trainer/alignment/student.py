@@ -19,7 +19,7 @@ from coldstill.trainer.student.tokenizer import StudentTokenizer
 
 from .chat_turns import ChatTurns
 from .collator import AlignedCollator, collator_of, sampled
-from .evaluation import RANKING, evaluate_text
+from .evaluation import evaluate_text
 from .objective import AlignedObjective
 from .token_bytes import TokenBytes
 
@@ -49,7 +49,6 @@ class AlignedStudent:
         pack_length: int | None,
         context: int | None,
         sees_images: bool,
-        best_metric: str | None,
     ) -> AlignedObjective:
         """What training minimizes, after the checks of all settings; logs which share of some rows each part gets.
 
@@ -59,7 +58,7 @@ class AlignedStudent:
         """
         if len(dataset.by_teacher) > 1:
             raise _unsupported("data.ensemble", f"{len(dataset.by_teacher)} teachers", "a single dataset, or a mix")
-        self._check(loss, pack_length=pack_length, sees_images=sees_images, best_metric=best_metric)
+        self._check(loss, pack_length=pack_length, sees_images=sees_images)
         self._context, self.objective = context, self._objective(loss, dataset)
         found = sampled(dataset, self.collator(dataset))
         logger.warning(
@@ -107,7 +106,7 @@ class AlignedStudent:
             inner, one_to_one=options.one_to_one, chunks=options.chunks, temperature=options.temperature
         )
 
-    def _check(self, loss: Loss, *, pack_length: int | None, sees_images: bool, best_metric: str | None) -> None:
+    def _check(self, loss: Loss, *, pack_length: int | None, sees_images: bool) -> None:
         if pack_length is not None:
             raise _unsupported("pack_length", pack_length, "null: the student's row lengths are not known beforehand")
         if sees_images:
@@ -120,8 +119,6 @@ class AlignedStudent:
             raise _unsupported("loss.name", f"{loss.name}, which needs every id", "a loss such as taid or forward_kl")
         if not (self._options.one_to_one or self._options.chunks or loss.label_share or isinstance(loss, CrossEntropy)):
             raise _unsupported("data.other_tokenizer", "two weights of 0", "one_to_one or chunks above 0")
-        if best_metric is not None and best_metric.removeprefix("eval_") not in RANKING:
-            raise _unsupported("training.best_metric", best_metric, f"one of {', '.join(RANKING)}")
 
     def _parts(self, loss: Loss) -> str:
         if isinstance(loss, CrossEntropy):

@@ -92,6 +92,12 @@ class TokenBytes:
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         return ByteText(np.array(listed, np.int64), b"".join(parts), ends)
 
+    def specials_in(self, text: ByteText, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """First and last byte, counted from `start`, and id of the special tokens in the bytes `start` to `stop`."""
+        places = np.flatnonzero(self.special[text.ids] & (text.starts >= start) & (text.ends <= stop))
+        starts, ends = text.starts[places] - start, text.ends[places] - start
+        return list(zip(starts.tolist(), ends.tolist(), text.ids[places].tolist(), strict=True))
+
     def _first_of_runs(self, ids: list[int]) -> Iterator[int]:
         """Places of tokens before which the tokenizer puts a space of its own."""
         if self._prepends and ids and not self.special[ids[0]]:

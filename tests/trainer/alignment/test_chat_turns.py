@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets, span_positions, spans_from_mask
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
-from coldstill.trainer.alignment.aligned_rows import RowAligner
+from coldstill.trainer.alignment.aligned_rows import AlignedRow, RowAligner, RowSkipped, Skipped
 from coldstill.trainer.alignment.chat_turns import ChatTurns
 from coldstill.trainer.alignment.token_bytes import ByteText, TokenBytes
 from coldstill.trainer.errors import TokenizerNotAligned
@@ -66,6 +66,107 @@ def test_a_row_that_was_cut_in_its_last_answer_is_a_proven_beginning(family: Fam
         assert [message["role"] for message in messages] == [role for role, _ in chat]
         assert chat[-1][1].startswith(messages[-1]["content"])
         assert places[-1].stop <= row.ends[row.ids.size - left_out - 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_row_cut_anywhere_gives_messages_without_text_of_the_template(family: Family) -> None:
+    if family.name.startswith(("Qwen3", "SmolLM3", "GLM-4.5")):
+        pytest.skip("the template writes an empty thought before the last answer only")
+    turns = turns_of(family)
+    chat = [("user", "one two"), ("assistant", "three four"), ("user", "five six"), ("assistant", "seven 🙂 eight")]
+    row = turns.render([{"role": role, "content": content} for role, content in chat])
+    first_answer = row.text.index(b"three four") + len(b"three four")
+    for count in range(1, row.ids.size + 1):
+        part = cut(row, count)
+        found = turns.messages(part)
+        if len(part.text) >= first_answer:
+            assert found is not None, part.text[-40:]
+        for message, (role, content) in zip(found[0] if found else (), chat, strict=False):
+            assert message["role"] == role
+            assert content.startswith(message["content"]), part.text[-40:]
+
+
+def test_text_that_is_special_on_one_side_only_is_skipped(tokenizers: dict[str, Path]) -> None:
+    """The teacher's `</s>` is ordinary text for the student, and the student's `<|im_end|>` for the teacher."""
+    sides = {}
+    for name in ("bytes", "pieces"):
+        tokens = TokenBytes((tokenizers[name] / TOKENIZER_FILE).read_bytes(), where=name)
+        sides[name] = tokens, ChatTurns(PreTrainedTokenizerFast.from_pretrained(tokenizers[name]), tokens)
+    (teacher, teacher_chat), (student, student_chat) = sides["pieces"], sides["bytes"]
+    aligner = RowAligner(
+        teacher=teacher,
+        student=student,
+        teacher_chat=teacher_chat,
+        student_chat=student_chat,
+        begin=None,
+        begins=(),
+        roles={},
+        context=None,
+    )
+
+    def aligned(question: str, answer: str) -> AlignedRow:
+        row = teacher_chat.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        targets = dataclasses.replace(
+            TeacherTargets.empty(row.ids.size - 1, 1), label_logprob=-np.ones(row.ids.size - 1)
+        )
+        spans = spans_from_mask(np.arange(row.ids.size) > 0)
+        return aligner.align(
+            CachedRow(sample_id="row", token_ids=row.ids, target_spans=spans, targets=targets, metadata={})
+        )
+
+    assert aligned("a", "the dog").positions.size
+    for question, answer in (("a", "the <|im_end|> dog"), ("the </s> dog", "a"), ("the <|im_end|> dog", "a")):
+        with pytest.raises(RowSkipped) as caught:
+            aligned(question, answer)
+        assert caught.value.reason == Skipped.SPECIAL_TOKEN
+
+
+def test_the_first_token_of_an_answer_is_learned_where_it_holds_a_space_of_the_template(
+    tokenizers: dict[str, Path],
+) -> None:
+    """`[/INST] the`: the student's ` the` is the teacher's `the`, with its log-prob; no target is left out."""
+    sides = {}
+    for name in ("bytes", "unigram", "pieces"):
+        tokens = TokenBytes((tokenizers[name] / TOKENIZER_FILE).read_bytes(), where=name)
+        sides[name] = tokens, ChatTurns(PreTrainedTokenizerFast.from_pretrained(tokenizers[name]), tokens)
+    for one, other in (("bytes", "unigram"), ("bytes", "pieces"), ("pieces", "bytes"), ("unigram", "bytes")):
+        (teacher, teacher_chat), (student, student_chat) = sides[one], sides[other]
+        aligner = RowAligner(
+            teacher=teacher,
+            student=student,
+            teacher_chat=teacher_chat,
+            student_chat=student_chat,
+            begin=None,
+            begins=(),
+            roles={},
+            context=None,
+        )
+        answers = ["the weather of the day", "the dog"]
+        chat = [(role, text) for answer in answers for role, text in (("user", "a"), ("assistant", answer))]
+        row = teacher_chat.render([{"role": role, "content": text} for role, text in chat])
+        labels = -np.arange(1.0, row.ids.size)
+        targets = dataclasses.replace(TeacherTargets.empty(labels.size, 1), label_logprob=labels)
+        spans = spans_from_mask(np.arange(row.ids.size) > 0)
+        found = aligner.align(
+            CachedRow(sample_id="row", token_ids=row.ids, target_spans=spans, targets=targets, metadata={})
+        )
+        written = b"".join(student.of_id[id_] for id_ in found.token_ids[found.positions + 1]).decode()
+        end = student_chat.end_id
+        assert written.replace(" ", "") == "".join(
+            answer.replace(" ", "") + (student.of_id[end].decode() if end is not None else "") for answer in answers
+        ), (one, other)
+        assert found.byte_counts.sum() == sum(map(len, answers))
+        # Each teacher's token of an answer counts once.
+        wanted = 0.0
+        start = 0
+        for answer in answers:
+            start = row.text.index(answer.encode(), start)
+            stop = start + len(answer)
+            inside = (row.ends > start) & (row.ends <= stop)
+            inside[teacher_chat.place_behind(row, stop)] = True
+            wanted += labels[np.flatnonzero(inside) - 1].sum()
+        first = np.flatnonzero(np.diff(found.chunk, prepend=-2))
+        assert found.chunk_logprob[first].sum() == pytest.approx(wanted)
 
 
 def test_what_cannot_be_proven_is_not_recovered(tokenizers: dict[str, Path]) -> None:

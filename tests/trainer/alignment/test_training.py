@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from coldstill.trainer.alignment import collator
 from coldstill.trainer.alignment import student as aligned_student
 from coldstill.trainer.alignment.aligned_rows import RowAligner
 from coldstill.trainer.alignment.objective import AlignedObjective
-from coldstill.trainer.errors import OtherTokenizerUnsupported, TokenizerNotAligned
+from coldstill.trainer.errors import OtherTokenizerUnsupported, TokenizerNotAligned, UnknownMetric
 from coldstill.trainer.student import tokenizer as student_tokenizer
 from tests.trainer.ddp_run import train as run_once
 from tests.trainer.test_ddp import run_ranks
@@ -202,14 +203,22 @@ def test_what_such_a_student_cannot_be_trained_with_is_a_named_error(what, datas
         train(config(datasets["text"], students["pieces"], tmp_path, **REFUSED[what]))
 
 
-def test_a_metric_of_the_teacher_cannot_select_the_best_checkpoint(datasets, students, tmp_path: Path) -> None:
+@pytest.mark.parametrize("metric", ["forward_kl_lower_bound", "perplexity", "bits_per_byte"])
+def test_another_metric_is_refused_with_one_that_is_accepted(metric, datasets, students, tmp_path: Path) -> None:
     dataset = load_logit_dataset(datasets["text"])
-    args = arguments(
-        tmp_path, eval_strategy="steps", eval_steps=1, metric_for_best_model="forward_kl_lower_bound", save_steps=1,
-        save_strategy="steps", load_best_model_at_end=True,
-    )  # fmt: skip
-    with pytest.raises(OtherTokenizerUnsupported, match=r"(?s)best_metric.*one of loss, cross_entropy, accuracy"):
-        DistillTrainer(str(students["pieces"]), args, train_dataset=dataset, eval_dataset=dataset)
+
+    def build_with(name: str, evaluated: Any) -> DistillTrainer:
+        args = arguments(
+            tmp_path, eval_strategy="steps", eval_steps=1, metric_for_best_model=name, save_steps=1,
+            save_strategy="steps", load_best_model_at_end=True,
+        )  # fmt: skip
+        return DistillTrainer(str(students["pieces"]), args, train_dataset=dataset, eval_dataset=evaluated)
+
+    for evaluated in (dataset, {"part": dataset}):
+        with pytest.raises(UnknownMetric, match="that this run measures") as caught:
+            build_with(metric, evaluated)
+        assert "perplexity" not in str(caught.value).replace(f"found:  {metric}", "")
+        build_with(str(caught.value).split()[-1], evaluated)
 
 
 def test_rows_that_are_no_chats_of_the_template_are_a_named_error(tokenizers, students, tmp_path: Path) -> None:
