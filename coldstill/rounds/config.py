@@ -96,6 +96,8 @@ class RoundsConfig(FrozenModel):
             raise ValueError("student.lora.merge true, because the next round needs a whole model")
         if self.data.weights is not None:
             raise ValueError("decay instead of data.weights, because the number of datasets grows")
+        if self.decay**self.rounds == 0:
+            raise ValueError(f"a larger decay than {self.decay:g}: the first round's share of the last one's rows is 0")
         if self.teacher.max_length < self.writer.max_length:
             raise ValueError(
                 f"teacher.max_length of at least writer.max_length, {self.writer.max_length}, not "

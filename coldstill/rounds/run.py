@@ -28,9 +28,12 @@ from coldstill.common.errors import ColdstillError
 from coldstill.common.files import read_json, write_json
 from coldstill.common.interrupts import as_interrupted, end_with_parent, raising_interrupts
 from coldstill.pipeline.config import CaptureConfig
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint
 from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.errors import NotStudentRows
+from coldstill.trainer.losses.base import Loss
 
 from .config import MAX_ROUNDS, RoundsConfig
 from .parts import HEADINGS, SUMMARY_NAME, Part, part_folder, parts_of, student_folder
@@ -88,7 +91,7 @@ def run_rounds(config: RoundsConfig, *, console: Console | None = None) -> Round
     """Run the parts that are not done and return what was made. Safe to call again after any kill.
 
     Ctrl-C and SIGTERM end the running part and raise `Interrupted`. Raises `RoundsChanged`, `RoundsRunning`,
-    `RoundsDamaged`, `PartFailed`, `TokenizerMismatch`, and `ConfigInvalid` for settings that a part refuses.
+    `RoundsDamaged`, `PartFailed`, and what `checked_parts` raises.
     """
     console = console or Console(highlight=False)
     parts, output = checked_parts(config), Path(config.output)
@@ -108,12 +111,15 @@ def run_rounds(config: RoundsConfig, *, console: Console | None = None) -> Round
 
 
 def checked_parts(config: RoundsConfig) -> list[Part]:
-    """All parts, in their order. Raises `ConfigInvalid` for settings that a part refuses, and `TokenizerMismatch`."""
+    """All parts, in their order. Raises `ConfigInvalid` for settings that a part refuses, `TokenizerMismatch`,
+    `NotStudentRows`, and for given datasets what `open_dataset` raises."""
     parts = parts_of(config)
     for part in parts[:3]:  # those of the other rounds differ in paths and seeds
         model: Any = TrainConfig if part.command == "train" else CaptureConfig
         check_config(part.settings, model=model, where=part.title)
     _require_one_tokenizer(config)
+    if not all(part.is_done for part in parts):
+        _require_usable_datasets(config)
     return parts
 
 
@@ -292,3 +298,31 @@ def _require_one_tokenizer(config: RoundsConfig) -> None:
             wanted=f"{wanted.token_count} ids, fingerprint {wanted.fingerprint[:12]} ({teacher})",
             fix="choose a student of the teacher's family",
         )
+
+
+def _require_usable_datasets(config: RoundsConfig) -> None:
+    """Open `start_datasets` and `eval_dataset` before any answer is written: training, which reads them, comes last.
+
+    Raises what `open_dataset` raises, `TokenizerMismatch` if the teacher is a local folder, and `NotStudentRows`.
+    """
+    teacher = Path(config.teacher.model)
+    wanted = fingerprint(teacher) if (teacher / TOKENIZER_FILE).is_file() else None
+    needs = config.loss.all_needs if isinstance(config.loss, Loss) else frozenset()
+    for key, paths in (("start_datasets", config.start_datasets), ("eval_dataset", (config.eval_dataset,))):
+        for path in filter(None, paths):
+            header = open_dataset(path).header
+            if wanted is not None and header.tokenizer_fingerprint != wanted.fingerprint:
+                raise TokenizerMismatch(
+                    f"tokenizer of {key} {path}",
+                    found=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]}",
+                    wanted=f"{wanted.token_count} ids, fingerprint {wanted.fingerprint[:12]} ({teacher})",
+                    fix="choose a dataset of the same tokenizer",
+                )
+            by_student = header.about.writer is not None and header.about.writer_prompt is None
+            if key == "start_datasets" and "student_rows" in needs and not by_student:
+                raise NotStudentRows(
+                    f"{key} {path}",
+                    found="rows that the source or the teacher wrote, or a student under another prompt",
+                    wanted=f"rows that the student wrote and the teacher scored, for loss {config.loss.name}",
+                    fix="remove it, choose another loss, such as forward_kl, or set loss.any_rows to true",
+                )

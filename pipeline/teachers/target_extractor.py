@@ -90,7 +90,8 @@ class TargetExtractor:
         values, ids = self._top(work)
         best = values[:, :1]
         label = work.gather(1, labels[:, None])[:, 0].double() - best[:, 0].double()
-        marks = _NamedMarks.of(ids, named, width=self._width) if self.named_width and named is not None else None
+        # Also where K is the whole vocabulary: a named id below the floor is kept.
+        marks = None if named is None else _NamedMarks.of(ids, named, width=self._width)
         if marks:
             ids = torch.cat((ids, marks.columns), 1)
             values = torch.cat((values, work.gather(1, marks.columns)), 1)
@@ -118,7 +119,7 @@ class TargetExtractor:
         draws = _tail_draws(weights, blocks, uniforms * total[:, None] - kept_total[:, None], self.kept_draws)
         ids = torch.where(kept, ids, ids[:, :1])
         logprobs = ((values - best).double() - log_total[:, None]).masked_fill(~kept, -torch.inf)
-        if self.named_width:
+        if marks or self.named_width:
             ids, logprobs = self._with_named(ids, logprobs, kept)
         return Summary(
             ids=ids.int(),

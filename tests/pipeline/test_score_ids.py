@@ -53,8 +53,10 @@ def _sequences(config: CaptureConfig) -> list[TokenSequence | Reject]:
 
 
 @pytest.mark.parametrize("min_prob", [0.0, 0.05])
-@pytest.mark.parametrize("vocabulary", [12, 300, 5000])
-def test_the_named_ids_join_the_top_k_and_leave_the_tail_and_the_draws(vocabulary: int, min_prob: float) -> None:
+@pytest.mark.parametrize(("vocabulary", "top_k"), [(12, 4), (12, 12), (300, 4), (5000, 4)])
+def test_the_named_ids_join_the_top_k_and_leave_the_tail_and_the_draws(
+    vocabulary: int, top_k: int, min_prob: float
+) -> None:
     random = np.random.default_rng(vocabulary)
     logits = torch.from_numpy(3 * random.standard_normal((7, vocabulary))).float()
     named = np.stack([random.choice(vocabulary, 6, replace=False) for _ in range(7)])
@@ -63,25 +65,25 @@ def test_the_named_ids_join_the_top_k_and_leave_the_tail_and_the_draws(vocabular
         logits,
         torch.arange(7),
         np.random.default_rng(1).random((7, 400)),
-        top_k=4,
+        top_k=top_k,
         min_prob=min_prob,
         kept_draws=400,
         token_count=vocabulary,
         named=named,
-        named_width=min(6, vocabulary - 4),
+        named_width=min(6, vocabulary - top_k),
     )
     targets.check(token_count=vocabulary)
     starts = targets.draw_offsets
     for n in range(7):
         z = logits[n].double().numpy()
         p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-        best = sorted(range(vocabulary), key=lambda v: (-p[v], v))[:4]
+        best = sorted(range(vocabulary), key=lambda v: (-p[v], v))[:top_k]
         wanted = {v for rank, v in enumerate(best) if rank == 0 or p[v] >= min_prob} | {*named[n].tolist()} - {-1}
         kept = targets.ids[n, : targets.counts[n]].tolist()
         assert set(kept) == wanted
         np.testing.assert_allclose(targets.logprobs[n, : len(kept)], np.log(p[kept]), atol=2e-6)
         tail = math.fsum(p[v] for v in range(vocabulary) if v not in wanted)
-        np.testing.assert_allclose(targets.log_tail[n], max(math.log(tail), LOG_FLOOR), atol=2e-6)
+        np.testing.assert_allclose(targets.log_tail[n], math.log(tail) if tail else LOG_FLOOR, atol=2e-6)
         drawn = targets.draw_ids[starts[n] : starts[n + 1]]
         assert not set(drawn.tolist()) & wanted
         assert abs(drawn.size / 400 - tail) < 0.1

@@ -13,8 +13,10 @@ from coldstill.pipeline.config import CaptureConfig
 from coldstill.rounds.config import RoundsConfig
 from coldstill.rounds.estimate import estimate_rounds
 from coldstill.rounds.parts import parts_of
-from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.rounds.run import checked_parts, run_rounds
+from coldstill.storage_schema.errors import DatasetNotFound, TokenizerMismatch
 from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.errors import NotStudentRows
 from tests import making
 from tests.rounds.test_run import settings
 
@@ -66,6 +68,7 @@ def test_the_first_round_trains_the_given_student_on_one_dataset() -> None:
     [
         ({"rounds": 0}, "greater than or equal to 1"),
         ({"decay": 0}, "greater than 0"),
+        ({"decay": 1e-200, "rounds": 2}, "larger decay"),
         ({"rouns": 2}, r"did you mean rounds\?"),
         ({"output": "s3://bucket/x"}, "a local folder as output"),
         ({"source": {"rows_of": "d"}}, "not source.rows_of"),
@@ -110,3 +113,34 @@ def test_a_dry_run_refuses_what_the_run_refuses(tmp_path: Path) -> None:
     changed = {**document, "student": {**document["student"], "model": str(other)}}
     with pytest.raises(TokenizerMismatch, match="tokenizer of the student"):
         estimate_rounds(RoundsConfig.model_validate(changed))
+
+
+@pytest.mark.parametrize("key", ["start_datasets", "eval_dataset"])
+def test_given_datasets_are_opened_before_the_student_writes(tmp_path: Path, key: str) -> None:
+    def with_dataset(path: Path, **changes: Any) -> RoundsConfig:
+        given: object = [str(path)] if key == "start_datasets" else str(path)
+        return RoundsConfig.model_validate({**settings(tmp_path), key: given, **changes})
+
+    with pytest.raises(DatasetNotFound, match="missing"):
+        run_rounds(with_dataset(tmp_path / "missing"))
+    other = making.tiny_tokenizer(tmp_path / "other")
+    making.write_dataset(
+        tmp_path / "other-dataset", [making.random_rows(2)], header=making.tiny_header(other), tokenizer=other
+    )
+    with pytest.raises(TokenizerMismatch, match=key):
+        run_rounds(with_dataset(tmp_path / "other-dataset"))
+    assert not (tmp_path / "rounds").exists()
+
+
+def test_rows_of_a_teacher_are_refused_for_a_loss_on_student_rows_before_the_student_writes(tmp_path: Path) -> None:
+    document = settings(tmp_path)
+    teacher = Path(document["teacher"]["model"])
+    written = tmp_path / "written"
+    making.write_dataset(written, [making.random_rows(2)], header=making.tiny_header(teacher), tokenizer=teacher)
+    document["start_datasets"] = [str(written)]
+    with pytest.raises(NotStudentRows, match="start_datasets"):
+        run_rounds(RoundsConfig.model_validate(document))
+    assert not (tmp_path / "rounds").exists()
+    for loss in ({"name": "forward_kl"}, {"name": "lightning_opd", "any_rows": True}):
+        checked_parts(RoundsConfig.model_validate({**document, "loss": loss}))
+    checked_parts(RoundsConfig.model_validate({**document, "start_datasets": [], "eval_dataset": str(written)}))

@@ -156,7 +156,7 @@ class TappedRequest:
         self.failure = ""
         self.recomputed = 0
         self.padding_mass = 0.0
-        self._named = np.array(spec["score_ids"], np.int64) if settings.named_width and "score_ids" in spec else None
+        self._named = np.array(spec["score_ids"], np.int64) if "score_ids" in spec else None
         self._uniforms = draw_uniforms(
             stored, draws=settings.draws, seed=settings.draw_seed, sample_id=spec["sample_id"]
         )
