@@ -23,6 +23,7 @@ from coldstill.common.visible import visible
 from .errors import HeaderMismatch, InvalidHeader, UnsupportedFormat
 from .header_facts import About, TeacherFacts, TeacherPrompt
 from .header_format_1 import TEACHER_FIELDS, format_1_fields, from_format_1
+from .tokenizer import TokenIds
 
 FORMAT_VERSION = 2
 """The version that is written."""
@@ -221,6 +222,17 @@ class DatasetHeader(FrozenModel):
             if theirs[name] != value:
                 name, value, other_value = _first_difference(name, value, theirs[name])
                 raise HeaderMismatch(f"{where}: {name}", found=other_value, wanted=value, fix=fix)
+
+    @property
+    def ids(self) -> TokenIds:
+        """The ids of the tokenizer."""
+        return TokenIds(self.token_count, self.tokenizer_fingerprint)
+
+    @property
+    def teacher_saw(self) -> str | None:
+        """What the teacher saw, for people, where its prompt was not the row's."""
+        prompt = self.teacher_prompt
+        return f"more than the student: another prompt than the row's, made by {prompt.kind}" if prompt else None
 
     @property
     def has_plain_draws(self) -> bool:

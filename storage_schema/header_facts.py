@@ -114,6 +114,11 @@ class About(BaseModel):
     score_ids: NamedIds | None = None
 
     @property
+    def is_by_student(self) -> bool:
+        """Whether a model other than the teacher wrote the answers, under the prompts of the rows."""
+        return self.writer is not None and self.writer_prompt is None
+
+    @property
     def stated(self) -> dict[str, JsonValue]:
         """The facts that are known, as JSON; those of later releases too."""
         return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}

@@ -17,11 +17,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from coldstill.common.errors import first_line
 
-from .errors import TokenizerNotFound, TokenizerUnfaithful
+from .errors import TokenizerMismatch, TokenizerNotFound, TokenizerUnfaithful
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -75,6 +75,28 @@ class TokenizerFacts:
     fingerprint: str
     token_count: int
     pipeline_sha256: str
+
+    @property
+    def ids(self) -> TokenIds:
+        """What decides whether stored ids mean the same."""
+        return TokenIds(self.token_count, self.fingerprint)
+
+
+class TokenIds(NamedTuple):
+    """The ids of a tokenizer: their number, and the digest of their meaning."""
+
+    token_count: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.token_count} ids, fingerprint {self.fingerprint[:12]}"
+
+
+def require_same_ids(where: str, found: TokenIds, wanted: TokenIds, *, of: str, fix: str) -> None:
+    """Raise `TokenizerMismatch` unless the ids found at `where` have the meaning of the `wanted` ones, those `of`
+    something."""
+    if found.fingerprint != wanted.fingerprint:
+        raise TokenizerMismatch(where, found=str(found), wanted=f"{wanted} ({of})", fix=fix)
 
 
 def fingerprint(folder: str | Path) -> TokenizerFacts:

@@ -231,6 +231,12 @@ class TrainingConfig(FrozenModel):
         return self
 
 
+FREE_TRAINING_SETTINGS = frozenset(
+    {"logging_steps", "save_steps", "report_to", "threads", "dataloader_workers", "push_to_hub", "grace_s"}
+)
+"""Settings of `training` that change no weight, and may differ between two starts of a run."""
+
+
 class TrainConfig(FrozenModel):
     """All settings of a training run."""
 

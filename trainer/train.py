@@ -22,7 +22,7 @@ from coldstill.common.models import FrozenModel
 from .alignment.objective import alignment_counts
 from .arguments import validate_optimizer
 from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_failed_writes, newest_checkpoint
-from .config import OtherTokenizerConfig, TrainConfig
+from .config import FREE_TRAINING_SETTINGS, OtherTokenizerConfig, TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
 from .evaluation.report import measured_metrics
@@ -172,7 +172,6 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
 
 def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
     """Everything that determines the weights. A run resumes from a checkpoint only if their identities are equal."""
-    changeable = {"logging_steps", "save_steps", "report_to", "threads", "dataloader_workers", "push_to_hub", "grace_s"}
     # Runs of earlier releases, which had no such settings, resume.
     later = {"freeze"} if not config.student.freeze else set()
     of_data = {"seed", "weights", "top_k", "draws"} | ({"rows"} if config.data.rows != "all" else set())
@@ -185,7 +184,7 @@ def _identity(config: TrainConfig, dataset: LogitDataset) -> dict[str, Any]:
         "student": config.student.model_dump(exclude={"gradient_checkpointing", *later}),
         "loss": run_identity(config.loss),
         "data": config.data.model_dump(include=of_data) | ensemble,
-        "training": config.training.model_dump(exclude=changeable),
+        "training": config.training.model_dump(exclude=set(FREE_TRAINING_SETTINGS)),
     }
 
 

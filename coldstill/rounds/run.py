@@ -29,9 +29,8 @@ from coldstill.common.files import read_json, write_json
 from coldstill.common.interrupts import as_interrupted, end_with_parent, raising_interrupts
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.errors import TokenizerMismatch
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint
-from coldstill.trainer.config import TrainConfig
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint, require_same_ids
+from coldstill.trainer.config import FREE_TRAINING_SETTINGS, TrainConfig
 from coldstill.trainer.errors import NotStudentRows
 from coldstill.trainer.losses.base import Loss
 
@@ -45,19 +44,13 @@ PROGRAM = "coldstill"
 _WAIT_S = 300.0
 """Seconds that a new start waits for the last part of a killed one: training writes a checkpoint before it ends."""
 _FREE: dict[str, set[str]] = {
-    "training": {
-        "logging_steps",
-        "save_steps",
-        "report_to",
-        "threads",
-        "dataloader_workers",
-        "push_to_hub",
-        "grace_s",
-    },
+    "training": {*FREE_TRAINING_SETTINGS},
     "data": {"cache_dir", "cache_bytes"},
     "student": {"gradient_checkpointing"},
 }
-"""Settings that change no dataset and no weight, and may differ between two starts; those of `trainer.train`."""
+"""Settings that change no dataset and no weight, and may differ between two starts."""
+_DEFAULT = "its default"
+"""What a record shows for a setting that it does not state."""
 
 
 class RoundsChanged(ColdstillError):
@@ -279,9 +272,6 @@ def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] 
     return _first_difference(f"{name}.{key}".lstrip("."), before.get(key, _DEFAULT), now.get(key, _DEFAULT))
 
 
-_DEFAULT = "its default"
-
-
 def _require_one_tokenizer(config: RoundsConfig) -> None:
     """Raise `TokenizerMismatch` before any answer is written, if both models are local folders.
 
@@ -290,14 +280,13 @@ def _require_one_tokenizer(config: RoundsConfig) -> None:
     student, teacher = Path(str(config.student.model)), Path(config.teacher.model)
     if not all((folder / TOKENIZER_FILE).is_file() for folder in (student, teacher)):
         return
-    found, wanted = fingerprint(student), fingerprint(teacher)
-    if found.fingerprint != wanted.fingerprint:
-        raise TokenizerMismatch(
-            f"tokenizer of the student {student}",
-            found=f"{found.token_count} ids, fingerprint {found.fingerprint[:12]}",
-            wanted=f"{wanted.token_count} ids, fingerprint {wanted.fingerprint[:12]} ({teacher})",
-            fix="choose a student of the teacher's family",
-        )
+    require_same_ids(
+        f"tokenizer of the student {student}",
+        fingerprint(student).ids,
+        fingerprint(teacher).ids,
+        of=str(teacher),
+        fix="choose a student of the teacher's family",
+    )
 
 
 def _require_usable_datasets(config: RoundsConfig) -> None:
@@ -311,15 +300,10 @@ def _require_usable_datasets(config: RoundsConfig) -> None:
     for key, paths in (("start_datasets", config.start_datasets), ("eval_dataset", (config.eval_dataset,))):
         for path in filter(None, paths):
             header = open_dataset(path).header
-            if wanted is not None and header.tokenizer_fingerprint != wanted.fingerprint:
-                raise TokenizerMismatch(
-                    f"tokenizer of {key} {path}",
-                    found=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]}",
-                    wanted=f"{wanted.token_count} ids, fingerprint {wanted.fingerprint[:12]} ({teacher})",
-                    fix="choose a dataset of the same tokenizer",
-                )
-            by_student = header.about.writer is not None and header.about.writer_prompt is None
-            if key == "start_datasets" and "student_rows" in needs and not by_student:
+            if wanted is not None:
+                fix = "choose a dataset of the same tokenizer"
+                require_same_ids(f"tokenizer of {key} {path}", header.ids, wanted.ids, of=str(teacher), fix=fix)
+            if key == "start_datasets" and "student_rows" in needs and not header.about.is_by_student:
                 raise NotStudentRows(
                     f"{key} {path}",
                     found="rows that the source or the teacher wrote, or a student under another prompt",

@@ -18,13 +18,12 @@ from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.checkpoint import tokenizer_files
 from coldstill.pipeline.teachers.protocol import TEACHER_TOKENS, TokenSequence
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.header_facts import RowWriter, TeacherPrompt
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import CachedRow
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes, require_same_ids
 
 from .conversation import RowUnusable
 from .files import Reader, SourceFile, SourceRow, Survey, changed
@@ -87,13 +86,13 @@ class StoredSequences:
         self._dataset, self._round = open_dataset(root), writer_round
         self._rows: DatasetHeader = self._dataset.header
         facts = fingerprint_bytes(tokenizer_files(tokenizer)[TOKENIZER_FILE], where="the teacher's tokenizer")
-        if facts.fingerprint != self._rows.tokenizer_fingerprint:
-            raise TokenizerMismatch(
-                f"tokenizer of source.rows_of {root}",
-                found=f"{self._rows.token_count} ids, fingerprint {self._rows.tokenizer_fingerprint[:12]}",
-                wanted=f"{facts.token_count} ids, fingerprint {facts.fingerprint[:12]} (the teacher)",
-                fix="choose a teacher with the tokenizer of these rows, or capture their text with source.path",
-            )
+        require_same_ids(
+            f"tokenizer of source.rows_of {root}",
+            self._rows.ids,
+            facts.ids,
+            of="the teacher",
+            fix="choose a teacher with the tokenizer of these rows, or capture their text with source.path",
+        )
 
     def has_media(self, columns: Mapping[str, Any]) -> bool:
         """Whether a row has images."""

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.tokenizer import require_same_ids
 from coldstill.trainer.errors import InvalidMixture, MoreThanStored, NoTargets, UnsupportedArgument
 
 from .ensemble import check_ensemble
@@ -169,8 +169,7 @@ class LogitDataset:
     @property
     def not_by_student(self) -> tuple[str, ...]:
         """Places of the datasets whose answers no student wrote under the row's prompt, by their headers."""
-        headers = [(each.store.url, each.header.about) for each in self.all_datasets]
-        return tuple(url for url, about in headers if about.writer is None or about.writer_prompt is not None)
+        return tuple(each.store.url for each in self.all_datasets if not each.header.about.is_by_student)
 
     @property
     def is_dense(self) -> bool:
@@ -280,17 +279,6 @@ class LogitDataset:
         return float(np.exp(np.concatenate([targets.log_tail for targets in found]), dtype=np.float64).mean())
 
 
-def check_same_ids(where: str, *, fingerprint: str, token_count: int, header: DatasetHeader, of: str, fix: str) -> None:
-    """Raise `TokenizerMismatch` unless `fingerprint` is that of the dataset with `header`, whose name is `of`."""
-    if fingerprint != header.tokenizer_fingerprint:
-        raise TokenizerMismatch(
-            where,
-            found=f"{token_count} ids, fingerprint {fingerprint[:12]}",
-            wanted=f"{header.token_count} ids, fingerprint {header.tokenizer_fingerprint[:12]} ({of})",
-            fix=fix,
-        )
-
-
 def check_eval_dataset(dataset: Any, trained: LogitDataset, *, name: str = "eval_dataset") -> None:
     """Raise `TokenizerMismatch` unless `dataset`, or each dataset of a mapping, has the ids of the `trained` one.
 
@@ -301,12 +289,10 @@ def check_eval_dataset(dataset: Any, trained: LogitDataset, *, name: str = "eval
             check_eval_dataset(part, trained, name=f"{name}[{key!r}]")
         return
     require_logit_dataset(dataset, name=name)
-    header = dataset.header
-    check_same_ids(
+    require_same_ids(
         f"tokenizer of {name} ({dataset.sources.datasets[0].store.url})",
-        fingerprint=header.tokenizer_fingerprint,
-        token_count=header.token_count,
-        header=trained.header,
+        dataset.header.ids,
+        trained.header.ids,
         of=f"the dataset of the training, {trained.sources.datasets[0].store.url}",
         fix="capture held-out rows with a teacher that has the tokenizer of the training's dataset",
     )
@@ -361,14 +347,8 @@ def _check(dataset: Dataset, *, first: Dataset, top_k: int | None, draws: int | 
             wanted="at least one",
             fix="capture again; the dataset's rejects/ folder lists why each row was rejected",
         )
-    check_same_ids(
-        f"tokenizer of {where}",
-        fingerprint=header.tokenizer_fingerprint,
-        token_count=header.token_count,
-        header=first.header,
-        of=first.store.url,
-        fix="mix only datasets with the same tokenizer",
-    )
+    fix = "mix only datasets with the same tokenizer"
+    require_same_ids(f"tokenizer of {where}", header.ids, first.header.ids, of=first.store.url, fix=fix)
     for name, wanted, stored, least in (("top_k", top_k, header.top_k, 1), ("draws", draws, header.draws, 0)):
         if wanted is not None and not least <= wanted <= stored:
             raise MoreThanStored(f"{name} of {where}", found=wanted, wanted=f"{least} to {stored}, the number stored")

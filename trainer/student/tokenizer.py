@@ -23,9 +23,10 @@ from coldstill.storage_schema.tokenizer import (
     fingerprint_bytes,
     first_difference,
     load_faithfully,
+    require_same_ids,
 )
 from coldstill.trainer.config import StudentConfig
-from coldstill.trainer.data.logit_dataset import LogitDataset, check_same_ids
+from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import StudentNotFound
 
 from .forward import innermost
@@ -63,11 +64,10 @@ def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) 
     Also raises `TokenizerNotFound`, if `tokenizer_json` is not a tokenizer.
     """
     facts = fingerprint_bytes(tokenizer_json, where=f"tokenizer of the student {name}")
-    check_same_ids(
+    require_same_ids(
         f"tokenizer of the student {name}",
-        fingerprint=facts.fingerprint,
-        token_count=facts.token_count,
-        header=header,
+        facts.ids,
+        header.ids,
         of=header.teacher.name,
         fix="choose a student of the teacher's family, or capture with a teacher of the student's family",
     )
