@@ -18,7 +18,7 @@ import torch
 
 from coldstill.trainer.targets import SparseTargets
 
-from .fused_head import LossValues, Objective, SparseLoss
+from .fused_head import Objective, SparseLoss
 from .logit_view import StudentLogProbs
 
 
@@ -99,7 +99,10 @@ class TeacherLosses:
 
     def __call__(self, student: StudentLogProbs, targets: EnsembleTargets, *, t: float) -> torch.Tensor:
         """Weighted sum `[M]`."""
-        students = targets.student_by_teacher(student)
+        return self.of_teachers(targets.student_by_teacher(student), targets, t=t)
+
+    def of_teachers(self, students: Sequence[StudentLogProbs], targets: EnsembleTargets, *, t: float) -> torch.Tensor:
+        """Weighted sum `[M]`; `students` is the result of `targets.student_by_teacher`."""
         parts = zip(self.shares, self.losses, students, targets.teachers, strict=True)
         return torch.stack([share * loss(of, teacher, t=t) for share, loss, of, teacher in parts]).sum(0)
 
@@ -110,13 +113,13 @@ class EnsembleObjective(Objective):
 
     distillation: TeacherLosses  # type: ignore[assignment]
 
-    def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float) -> LossValues:
-        """Values of the `M` positions of `EnsembleTargets`; `bucket_kl` is the weighted sum of the teachers' ones."""
+    def compared(
+        self, student: StudentLogProbs, targets: SparseTargets, *, t: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values `[M]` for `EnsembleTargets`: both are weighted sums of the teachers' ones."""
         assert isinstance(targets, EnsembleTargets)
-        share = self.cross_entropy_share
-        distillation = self.distillation(student, targets, t=t)
-        loss = distillation if share == 0 else (1 - share) * distillation - share * student.log_q_label
+        students = targets.student_by_teacher(student)
+        distillation = self.distillation.of_teachers(students, targets, t=t)
         with torch.no_grad():
-            each = zip(self.distillation.shares, targets.student_by_teacher(student), targets.teachers, strict=True)
-            kl = torch.stack([part * of.buckets(teacher).kl() for part, of, teacher in each]).sum(0)
-        return LossValues(loss=loss, distillation=distillation, bucket_kl=kl)
+            each = zip(self.distillation.shares, students, targets.teachers, strict=True)
+            return distillation, torch.stack([part * of.buckets(teacher).kl() for part, of, teacher in each]).sum(0)

@@ -68,10 +68,17 @@ class Objective:
     def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float) -> LossValues:
         """Values of the `M` positions; `loss` is differentiable by autograd with respect to `student`."""
         share = self.cross_entropy_share
-        distillation = self.distillation(student, targets, t=t)
+        distillation, bucket_kl = self.compared(student, targets, t=t)
         loss = distillation if share == 0 else (1 - share) * distillation - share * student.log_q_label
+        return LossValues(loss=loss, distillation=distillation, bucket_kl=bucket_kl.detach())
+
+    def compared(
+        self, student: StudentLogProbs, targets: SparseTargets, *, t: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The values `[M]` of the teacher's part, and of `bucket_kl`, which needs no gradient."""
+        distillation = self.distillation(student, targets, t=t)
         with torch.no_grad():
-            return LossValues(loss=loss, distillation=distillation, bucket_kl=student.buckets(targets).kl())
+            return distillation, student.buckets(targets).kl()
 
     def forward_backward_(
         self,

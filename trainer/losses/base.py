@@ -149,7 +149,7 @@ class LossState(ABC):
 
     def __init__(self, sums: int):
         """`sums`: how many numbers are added up."""
-        self._width = sums
+        self.width = sums
         self.reset()
 
     def reset(self) -> None:
@@ -167,7 +167,7 @@ class LossState(ABC):
         import torch
 
         sums, self._sums = self._sums, None
-        return torch.zeros(self._width, dtype=torch.float64) if sums is None else torch.stack(sums)
+        return torch.zeros(self.width, dtype=torch.float64) if sums is None else torch.stack(sums)
 
     @abstractmethod
     def initial_state(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class TeacherStates(LossState):
 
     def __init__(self, states: Sequence[LossState]):
         self._states = states
-        super().__init__(sums=0)
+        super().__init__(sums=sum(state.width for state in states))
 
     def reset(self) -> None:
         for state in self._states:
@@ -205,7 +205,6 @@ class TeacherStates(LossState):
         import torch
 
         parts = [state.take() for state in self._states]
-        self._widths = [part.numel() for part in parts]
         return torch.cat([part.to(parts[0].device) for part in parts])
 
     def initial_state(self) -> dict[str, Any]:
@@ -213,9 +212,9 @@ class TeacherStates(LossState):
 
     def update(self, sums: Sequence[float], *, step: int, total_steps: int) -> None:
         start = 0
-        for state, width in zip(self._states, self._widths, strict=True):
-            state.update(sums[start : start + width], step=step, total_steps=total_steps)
-            start += width
+        for state in self._states:
+            state.update(sums[start : start + state.width], step=step, total_steps=total_steps)
+            start += state.width
 
     def logs(self) -> dict[str, float]:
         """Those of each teacher, with its number from 1 behind each name."""
