@@ -30,7 +30,7 @@ from .calibration import warn_if_flat
 from .config import CaptureConfig
 from .driver.lease import Lease
 from .driver.progress import Progress, ProgressBar
-from .driver.status import read_progress, teacher_saw
+from .driver.status import read_progress
 from .errors import CaptureIncomplete, TooManyUnits, all_rejected
 from .prepare import Prepared, prepare
 from .reject_reasons import reject_reasons_of
@@ -217,7 +217,7 @@ def _summary(prepared: Prepared, wall_s: float, reopened: Reopened) -> CaptureSu
         rejected=manifest.rejected,
         reject_reasons=rejected or {},
         read_as=prepared.layouts,
-        teacher_saw=teacher_saw(prepared.header),
+        teacher_saw=prepared.header.teacher_saw,
         tokens=manifest.tokens,
         targets=manifest.targets,
         bytes=size,

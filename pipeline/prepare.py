@@ -80,8 +80,8 @@ def prepare(
     restore_header(store)
     source, maker = open_checked(config, store)
     files = tokenizer_files(maker.tokenizer)
-    if config.teacher.adapter and (adapter := adapter_of(config.teacher)):
-        adapter.check_tokenizer(files, has_own_template=config.source.chat_template is not None)
+    if config.teacher.adapter:
+        adapter_of(config.teacher).check_tokenizer(files, has_own_template=config.source.chat_template is not None)
     facts = fingerprint_bytes(files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
     model_config = load_model_config(config.teacher, facts)
     planned, was_surveyed = _stored_plan(store), source.is_surveyed
@@ -292,6 +292,6 @@ def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
         dtype=dtype_of(teacher, model_config),
         head_dtype=head_dtype_of(teacher, model_config),
         quantization=quantization_of(teacher, model_config),
-        adapter=adapter.facts if (adapter := adapter_of(teacher) if teacher.adapter else None) else None,
+        adapter=adapter_of(teacher).facts if teacher.adapter else None,
         engine_args=engine_args_that_change_values(teacher.engine, teacher.engine_args),
     )

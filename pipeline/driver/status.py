@@ -152,14 +152,8 @@ def _with_header(store: Store, status: Status) -> Status:
     """The status with what the header says, if there is one that can be read."""
     with suppress(FileNotFoundError, InvalidHeader, UnsupportedFormat):
         header = DatasetHeader.from_bytes(store.read(HEADER_NAME), where=HEADER_NAME)
-        return status.model_copy(update={"teacher_saw": teacher_saw(header)})
+        return status.model_copy(update={"teacher_saw": header.teacher_saw})
     return status
-
-
-def teacher_saw(header: DatasetHeader) -> str | None:
-    """What a person must know of a dataset whose teacher had another prompt than the row's."""
-    prompt = header.teacher_prompt
-    return f"more than the student: another prompt than the row's, made by {prompt.kind}" if prompt else None
 
 
 def read_progress(store: Store) -> ProgressRecord | None:

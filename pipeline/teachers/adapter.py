@@ -297,9 +297,7 @@ def require_engine(config: TeacherConfig) -> None:
         )
 
 
-def adapter_of(config: TeacherConfig) -> Adapter | None:
-    """The teacher's adapter; None for a plain teacher. Raises `TeacherUnusable`."""
-    if config.adapter is None:
-        return None
+def adapter_of(config: TeacherConfig) -> Adapter:
+    """The adapter that `config.adapter` names. Raises `TeacherUnusable`."""
     require_engine(config)
     return Adapter(config)

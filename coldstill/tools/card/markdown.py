@@ -197,8 +197,7 @@ def _optional_facts(header: DatasetHeader) -> dict[str, str]:
     if teacher.engine_args:
         facts["Engine arguments"] = plain(json.dumps(teacher.engine_args, ensure_ascii=False))
     if header.teacher_prompt:
-        made = f"made by {plain(header.teacher_prompt.kind)}, digest {header.teacher_prompt.sha256}"
-        facts["Prompt"] = f"the teacher saw more than the student: another prompt than the row's, {made}"
+        facts["Prompt"] = f"the teacher saw {plain(str(header.teacher_saw))}, digest {header.teacher_prompt.sha256}"
     if header.kept_ids != "top_k":
         facts["Kept ids"] = "the most probable ones, and those that the source named"
     about = {name: value for name, value in header.about_in_words.items() if name != "processor"}

@@ -51,8 +51,7 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
     names = {file.name for file in manifest.files}
     has_tokenizer = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}" in names
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
-    teacher, prompt = header.teacher, header.teacher_prompt
-    saw = f"more than the student: another prompt than the row's, made by {prompt.kind}" if prompt else ""
+    teacher, saw = header.teacher, header.teacher_saw
     kept = header.kept_in_words
     adapter = f" + adapter {teacher.adapter.name}" if teacher.adapter else ""
     facts = {
