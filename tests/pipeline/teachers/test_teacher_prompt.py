@@ -33,12 +33,11 @@ from coldstill.storage_schema.header_facts import About
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 from tests import making, vision
 from tests.pipeline.teachers import image_rows
+from tests.pipeline.teachers.same_targets import TOLERANCE, assert_equal, assert_same
 from tests.pipeline.teachers.serving import served
 
 HERE = "tests.pipeline.teachers.test_teacher_prompt"
-TOLERANCE = 1e-5
 TOP_K, DRAWS, ROW, READ = 12, 10, 96, 300
-FIELDS = ("ids", "logprobs", "counts", "log_tail", "label_logprob", "draw_ids", "draw_counts", "draw_logprobs")
 
 
 class Pair(NamedTuple):
@@ -162,25 +161,6 @@ def _assert_reference(folder: Path, pair: Pair, result: ScoredSequence) -> None:
     assert np.abs(_reference(folder, pair.own) - wanted).max() > 0.1, "the prompts make no difference"
 
 
-def _assert_same(some: Sequence[TeacherTargets], others: Sequence[TeacherTargets]) -> None:
-    drawn = same = 0
-    for one, other in zip(some, others, strict=True):
-        one, other = one.by_probability(), other.by_probability()
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=TOLERANCE)
-        np.testing.assert_allclose(one.label_logprob, other.label_logprob, atol=TOLERANCE)
-        np.testing.assert_allclose(one.log_tail, other.log_tail, atol=TOLERANCE)
-        if one.draw_ids.size == other.draw_ids.size:
-            same += int((one.draw_ids == other.draw_ids).sum())
-        drawn += other.draw_ids.size
-    assert same >= 0.98 * drawn  # a draw differs only where the cumulative sum passes its uniform by rounding
-
-
-def _assert_equal(some: Sequence[TeacherTargets], others: Sequence[TeacherTargets]) -> None:
-    for one, other in zip(some, others, strict=True):
-        for name in FIELDS:
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-
-
 # transformers
 
 
@@ -201,7 +181,7 @@ def test_draws_depend_on_stored_positions_only(folder: Path, pairs: list[Pair]) 
     teacher = _load(folder, "transformers")
     plain = [replace(pair.read, stored=None) for pair in pairs]
     same = [replace(one, stored=one.as_stored) for one in plain]
-    _assert_equal(_targets(teacher, same), _targets(teacher, plain))
+    assert_equal(_targets(teacher, same), _targets(teacher, plain))
     shifted = _targets(teacher, [pair.read for pair in pairs])
     for one, other in zip(shifted, _targets(teacher, plain), strict=True):
         np.testing.assert_array_equal(one.label_logprob, other.label_logprob)
@@ -353,9 +333,9 @@ def test_the_tap_gives_what_transformers_gives(
     results = scored_of(tap.score([pair.read for pair in pairs]))
     for pair, result in zip(pairs, results, strict=True):
         _assert_reference(folder, pair, result)
-    _assert_same([one.targets for one in results], [one.targets for one in by_transformers])
+    assert_same([one.targets for one in results], [one.targets for one in by_transformers])
     plain = [replace(pair.read, stored=None) for pair in pairs]
-    _assert_equal(_targets(tap, [replace(one, stored=one.as_stored) for one in plain]), _targets(tap, plain))
+    assert_equal(_targets(tap, [replace(one, stored=one.as_stored) for one in plain]), _targets(tap, plain))
 
 
 @pytest.mark.slow
@@ -383,8 +363,8 @@ def test_chunks_and_cached_prefixes_leave_no_position_out(
     arguments = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "enable_prefix_caching": True}
     teacher = _load(folder, "vllm", order="fast", engine_args=arguments)
     wanted = _targets(tap, read)
-    _assert_same(_targets(teacher, read), wanted)
-    _assert_same(_targets(teacher, read), wanted)
+    assert_same(_targets(teacher, read), wanted)
+    assert_same(_targets(teacher, read), wanted)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tests.pipeline.sources.families.styles import FAMILIES, Family
 from . import tokenizers_made as made
 
 REAL = real.folders()
+Side = tuple[TokenBytes, ChatTurns]
 CHATS = [
     [("user", "hi\nthere"), ("assistant", "Good\n\nday é.")],
     [("user", "a"), ("assistant", "b b"), ("user", "c"), ("assistant", "d  d <|x|>")],
@@ -36,6 +37,20 @@ def turns_of(family: Family) -> ChatTurns:
     tokenizer = family.tokenizer()
     tokens = TokenBytes(tokenizer.backend_tokenizer.to_str().encode(), where=family.name)
     return ChatTurns(tokenizer, tokens, arguments=family.arguments, day=date(2026, 1, 1))
+
+
+def aligner_of(teacher: Side, student: Side) -> RowAligner:
+    """Aligns chats of two tokenizers without special roles and bounds."""
+    return RowAligner(
+        teacher=teacher[0],
+        student=student[0],
+        teacher_chat=teacher[1],
+        student_chat=student[1],
+        begin=None,
+        begins=(),
+        roles={},
+        context=None,
+    )
 
 
 def cut(row: ByteText, count: int) -> ByteText:
@@ -92,17 +107,8 @@ def test_text_that_is_special_on_one_side_only_is_skipped(tokenizers: dict[str, 
     for name in ("bytes", "pieces"):
         tokens = TokenBytes((tokenizers[name] / TOKENIZER_FILE).read_bytes(), where=name)
         sides[name] = tokens, ChatTurns(PreTrainedTokenizerFast.from_pretrained(tokenizers[name]), tokens)
-    (teacher, teacher_chat), (student, student_chat) = sides["pieces"], sides["bytes"]
-    aligner = RowAligner(
-        teacher=teacher,
-        student=student,
-        teacher_chat=teacher_chat,
-        student_chat=student_chat,
-        begin=None,
-        begins=(),
-        roles={},
-        context=None,
-    )
+    teacher_chat = sides["pieces"][1]
+    aligner = aligner_of(sides["pieces"], sides["bytes"])
 
     def aligned(question: str, answer: str) -> AlignedRow:
         row = teacher_chat.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
@@ -130,17 +136,8 @@ def test_the_first_token_of_an_answer_is_learned_where_it_holds_a_space_of_the_t
         tokens = TokenBytes((tokenizers[name] / TOKENIZER_FILE).read_bytes(), where=name)
         sides[name] = tokens, ChatTurns(PreTrainedTokenizerFast.from_pretrained(tokenizers[name]), tokens)
     for one, other in (("bytes", "unigram"), ("bytes", "pieces"), ("pieces", "bytes"), ("unigram", "bytes")):
-        (teacher, teacher_chat), (student, student_chat) = sides[one], sides[other]
-        aligner = RowAligner(
-            teacher=teacher,
-            student=student,
-            teacher_chat=teacher_chat,
-            student_chat=student_chat,
-            begin=None,
-            begins=(),
-            roles={},
-            context=None,
-        )
+        (_, teacher_chat), (student, student_chat) = sides[one], sides[other]
+        aligner = aligner_of(sides[one], sides[other])
         answers = ["the weather of the day", "the dog"]
         chat = [(role, text) for answer in answers for role, text in (("user", "a"), ("assistant", answer))]
         row = teacher_chat.render([{"role": role, "content": text} for role, text in chat])
@@ -195,23 +192,14 @@ def test_a_template_that_is_none_is_a_named_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not REAL, reason=f"{real.VARIABLE} names no folder of tokenizers")
 def test_chats_of_real_tokenizers_are_rendered_for_each_other() -> None:
     """Each answer is aligned whole: at most a token at its border is lost, and its end is one token on both sides."""
-    sides: dict[str, tuple[TokenBytes, ChatTurns]] = {}
+    sides: dict[str, Side] = {}
     for name in sorted({"llama3_1", "qwen2_5", "gemma3", "mistral_nemo"} & set(REAL)):
         family, tokenizer, _ = real.family_and_tokenizer(name, REAL[name])
         tokens = TokenBytes((REAL[name] / TOKENIZER_FILE).read_bytes(), where=name)
         sides[name] = tokens, ChatTurns(tokenizer, tokens, arguments=family.arguments, day=date(2026, 1, 1))
     for one, other in itertools.permutations(sides, 2):
-        (teacher, teacher_chat), (student, student_chat) = sides[one], sides[other]
-        aligner = RowAligner(
-            teacher=teacher,
-            student=student,
-            teacher_chat=teacher_chat,
-            student_chat=student_chat,
-            begin=None,
-            begins=(),
-            roles={},
-            context=None,
-        )
+        (_, teacher_chat), (student, student_chat) = sides[one], sides[other]
+        aligner = aligner_of(sides[one], sides[other])
         for texts in itertools.pairwise(made.TEXTS):
             question, answer = (text.strip() for text in texts)
             row = teacher_chat.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])

@@ -30,11 +30,9 @@ from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.rows import TeacherTargets
 from tests import vision
 from tests.pipeline.teachers.image_rows import CONTEXT, config, header, medium, row, rows
+from tests.pipeline.teachers.same_targets import TOLERANCE, assert_equal, assert_same
 
 pytest.importorskip("vllm")
-
-TOLERANCE = 1e-5  # in log-prob, float32 on both sides
-FIELDS = ("ids", "logprobs", "counts", "log_tail", "label_logprob", "draw_ids", "draw_counts", "draw_logprobs")
 
 
 def _load(folder: Path, sampling: SamplingConfig | None = None, changes: dict[str, Any] | None = None, **teacher: Any):  # type: ignore[no-untyped-def]
@@ -48,26 +46,6 @@ def _targets(teacher: Teacher, sequences: Sequence[TokenSequence]) -> list[Teach
     results = teacher.score(sequences)
     assert all(isinstance(result, ScoredSequence) for result in results), results
     return [one.targets for one in scored_of(results)]
-
-
-def _assert_same(some: Sequence[TeacherTargets], others: Sequence[TeacherTargets]) -> None:
-    assert len(some) == len(others)
-    drawn = same = 0
-    for one, other in zip(some, others, strict=True):
-        one, other = one.by_probability(), other.by_probability()
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=TOLERANCE)
-        np.testing.assert_allclose(one.label_logprob, other.label_logprob, atol=TOLERANCE)
-        np.testing.assert_allclose(one.log_tail, other.log_tail, atol=TOLERANCE)
-        if one.draw_ids.size == other.draw_ids.size:
-            same += int((one.draw_ids == other.draw_ids).sum())
-        drawn += other.draw_ids.size
-    assert same >= 0.98 * drawn  # a draw differs only where the cumulative sum passes its uniform by rounding
-
-
-def _assert_equal(some: Sequence[TeacherTargets], others: Sequence[TeacherTargets]) -> None:
-    for one, other in zip(some, others, strict=True):
-        for name in FIELDS:
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +77,7 @@ def by_tap(tap: Any, sequences: list[TokenSequence]) -> list[TeacherTargets]:
 def test_the_tap_gives_what_transformers_gives_for_1_2_and_3_images(
     by_tap: list[TeacherTargets], by_transformers: list[TeacherTargets], folder: Path
 ) -> None:
-    _assert_same(by_tap, by_transformers)
+    assert_same(by_tap, by_transformers)
     for targets in by_tap:
         targets.check(token_count=header(folder).token_count)
 
@@ -107,15 +85,15 @@ def test_the_tap_gives_what_transformers_gives_for_1_2_and_3_images(
 def test_the_same_call_gives_the_same_bits(
     tap: Any, sequences: list[TokenSequence], by_tap: list[TeacherTargets]
 ) -> None:
-    _assert_equal(_targets(tap, sequences), by_tap)
+    assert_equal(_targets(tap, sequences), by_tap)
     _targets(tap, sequences[::-2])  # what the engine has seen before changes nothing
-    _assert_equal(_targets(tap, sequences), by_tap)
+    assert_equal(_targets(tap, sequences), by_tap)
 
 
 def test_values_do_not_depend_on_the_order_of_rows(
     tap: Any, sequences: list[TokenSequence], by_tap: list[TeacherTargets]
 ) -> None:
-    _assert_same(_targets(tap, sequences[::-1])[::-1], by_tap)
+    assert_same(_targets(tap, sequences[::-1])[::-1], by_tap)
 
 
 def test_batches_of_bounded_memory_change_no_value(
@@ -126,12 +104,12 @@ def test_batches_of_bounded_memory_change_no_value(
     monkeypatch.setattr(tap, "_tapped", lambda prompts: sizes.append(len(prompts)) or original(prompts))
     monkeypatch.setattr(prompts_module, "_BATCH_BYTES", 3 * 5 * 3 * 32 * 32 * 4)  # of three images in 2 x 2 tiles
     first = _targets(tap, sequences)
-    _assert_same(first, by_tap)
+    assert_same(first, by_tap)
     assert sum(sizes) == len(sequences)
     assert len(sizes) > 3
     assert max(sizes) < 6
     before = list(sizes)
-    _assert_equal(_targets(tap, sequences), first)  # their borders are those of the rows
+    assert_equal(_targets(tap, sequences), first)  # their borders are those of the rows
     assert sizes == before * 2
 
 
@@ -171,7 +149,7 @@ def test_faults_of_a_row_are_named_and_the_others_are_scored(
     for (reason, sequence), result in zip(faults, results[1:-1], strict=True):
         assert isinstance(result, UnscoredSequence)
         assert (result.sample_id, result.reason) == (sequence.sample_id, reason), result
-    _assert_same([one.targets for one in scored_of(results)], [by_tap[2], by_tap[1]])
+    assert_same([one.targets for one in scored_of(results)], [by_tap[2], by_tap[1]])
     assert f"at most {CONTEXT}" in results[-2].detail
     assert tap._engine.call_workers("coldstill_drop", []) == [0]
 
@@ -227,7 +205,7 @@ def test_overlapping_calls_give_what_calls_alone_give(
     for thread in threads:
         thread.join()
     for part in range(3):
-        _assert_same(results[part], by_tap[part::3])
+        assert_same(results[part], by_tap[part::3])
 
 
 def test_the_self_check_has_a_row_with_an_image(tap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +233,7 @@ def test_images_without_tiles_give_what_transformers_gives(tmp_path: Path) -> No
     reference = _targets(TransformersTeacher(config(folder, "transformers"), header(folder)), sequences)
     teacher = _load(folder)
     before = teacher.progress
-    _assert_same(_targets(teacher, sequences), reference)
+    assert_same(_targets(teacher, sequences), reference)
     assert teacher.progress >= before + 4 + 1  # rows with images are made ready, and a step is made
 
 
@@ -288,8 +266,8 @@ def test_chunks_across_an_image_and_cached_prefixes_leave_no_position_out(
         )
         > 2
     ), "no piece ends inside an image: the test proves nothing"
-    _assert_same(_targets(teacher, sequences), by_tap)
-    _assert_same(_targets(teacher, sequences), by_tap)
+    assert_same(_targets(teacher, sequences), by_tap)
+    assert_same(_targets(teacher, sequences), by_tap)
 
 
 @pytest.mark.slow
@@ -307,7 +285,7 @@ def test_answers_to_images_are_whole_after_preemption_and_equal_a_later_score(fo
     answers = scored_of(results)
     assert {len(answer.sequence.media) for answer in answers} >= {0, 1}
     assert len(answers) > 2
-    _assert_same([answer.targets for answer in answers], _targets(tap, [answer.sequence for answer in answers]))
+    assert_same([answer.targets for answer in answers], _targets(tap, [answer.sequence for answer in answers]))
     counters = {metric.name: metric for metric in generating._engine._llm.get_metrics()}
     assert counters["vllm:num_preemptions"].value > 0, "nothing was preempted: the test proves nothing"
     again = generating.score(prompts)
