@@ -48,9 +48,10 @@ def replace(root: Path) -> None:
     for path in shards_of(root):
         data, facts = bytearray(path.read_bytes()), path.stat()
         data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
-        path.unlink()
-        path.write_bytes(data)
-        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        beside = path.with_name("beside")
+        beside.write_bytes(data)
+        os.utime(beside, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        beside.replace(path)  # at no time is there no file, which a thread that reads ahead would find
 
 
 def overwrite(root: Path) -> None:
