@@ -15,6 +15,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +143,10 @@ class _Call:
         self.done: Future[list[Any]] = Future()
 
 
+class _Ended(Exception):
+    """Ends the engine's thread."""
+
+
 class Engine:
     """A started engine. Thread-safe."""
 
@@ -176,6 +181,14 @@ class Engine:
         call = _Call(requests)
         self._inbox.put(lambda: self._add(call))
         return call.done.result()
+
+    def end(self) -> None:
+        """Free the engine's memory once its calls are done. The thread holds this object, so nothing else does."""
+
+        def call() -> None:
+            raise _Ended
+
+        self._inbox.put(call)
 
     def render(self, prompt: dict[str, Any]) -> Mapping[str, Any]:
         """vLLM's inputs of a prompt with `multi_modal_data`: images expanded, and their tensors.
@@ -223,6 +236,11 @@ class Engine:
         children = {process.pid for process in multiprocessing.active_children()}
         self.processes = tuple(pid for pid in children - before if pid)
         started.set_result(None)
+        with suppress(_Ended):
+            self._run_steps()
+        del self._engine, self._llm
+
+    def _run_steps(self) -> None:
         while True:
             self._run_queued_calls()
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -85,6 +86,7 @@ class VllmTeacher:
             load_tokenizer(config).save_pretrained(self._tokenizer_folder.name)
             arguments.setdefault("tokenizer", self._tokenizer_folder.name)
         self._engine = Engine(config, arguments, self._adapter)
+        weakref.finalize(self, self._engine.end).atexit = False  # a process that ends need not free memory
         self._prompts = PromptMaker(self._engine.render, self._images, config)
         self._top_k, named_width = split_width(header)
         self._settings = TapSettings(
@@ -153,8 +155,7 @@ class VllmTeacher:
                 fix="remove that from teacher.engine_args, install the pinned vLLM release, or set teacher.tap: public",
             )
         facts = answers[0]
-        layers = sum(answer.pop("quantized_layers") for answer in answers)
-        self._require_quantization(layers)
+        self._require_quantization(sum(answer.pop("quantized_layers") for answer in answers))
         if facts["vocab_size"] != self._header.vocab_size:
             raise TeacherUnusable(
                 f"logit columns of {self._config.model} in vLLM",
