@@ -19,6 +19,9 @@ from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER,
 
 VOCABULARY = 64
 
+SMALL_ENGINE: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
+"""`engine_args` of vLLM in tests. An engine lives as long as its process, and a process of the tests holds a dozen."""
+
 
 def targets_of(
     probs: np.ndarray,

@@ -37,7 +37,7 @@ from tests import making
 from tests.pipeline.capturing import capture_config, contents, do_units, write_config
 from tests.pipeline.cluster.faulty import Faults
 
-VLLM = {"engine": "vllm", "draws": 8, "engine_args": {"enforce_eager": True}}
+VLLM = {"engine": "vllm", "draws": 8, "engine_args": making.SMALL_ENGINE}
 
 
 def _start(config_path: Path, *words: str) -> subprocess.Popen[str]:

@@ -51,7 +51,7 @@ def _config(folder: Path, model: Path, engine: str, output: str, **changes: Any)
     (folder / "teacher").mkdir(exist_ok=True)
     teacher = {"model": str(model), "engine": engine, "dtype": "float32", "max_length": 300}
     if engine == "vllm":
-        teacher["engine_args"] = {"enforce_eager": True}
+        teacher["engine_args"] = making.SMALL_ENGINE
     source = {"path": str(path), "images_in_row_bytes": 8000}
     more = {"rows_per_unit": 5, "fidelity": "exact", **changes}
     return capture_config(folder, teacher=teacher, source=source, output=str(folder / output), **more)

@@ -88,7 +88,7 @@ def test_with_the_rows_own_prompt_the_rows_are_byte_for_byte_those_of_an_ordinar
     _assert_equal_rows(_captured(_config(tmp_path, "prompted", **changes)), ordinary)
 
 
-VLLM = {"engine": "vllm", "dtype": "float32", "engine_args": {"enforce_eager": True}}
+VLLM = {"engine": "vllm", "dtype": "float32", "engine_args": making.SMALL_ENGINE}
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import sysconfig
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +88,9 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader, adapter: Adap
     if header.mode == "generate" and not torch.cuda.is_available():
         # vLLM 0.32 on a CPU fails when a request with its own seed is prefilled in chunks.
         arguments["enable_chunked_prefill"] = False
+    if not torch.cuda.is_available():
+        # By itself vLLM takes nearly all memory of the machine. The user's VLLM_CPU_KVCACHE_SPACE, if set, is stronger.
+        arguments["kv_cache_memory_bytes"] = 1 << 30
     if sees_images:
         arguments["limit_mm_per_prompt"] = {"image": config.max_images, "video": 0, "audio": 0}
         arguments["mm_processor_cache_gb"] = 0
@@ -114,7 +116,6 @@ def set_environment(config: TeacherConfig, arguments: dict[str, Any]) -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if one_process else "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if config.runner == "v2" else "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # The one sampled token may exceed the model's context; it is never read.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
@@ -141,10 +142,6 @@ class _Call:
         self.outputs: list[Any] = [None] * len(requests)
         self.missing = len(requests)
         self.done: Future[list[Any]] = Future()
-
-
-class _Ended(Exception):
-    """Ends the engine's thread."""
 
 
 class Engine:
@@ -181,14 +178,6 @@ class Engine:
         call = _Call(requests)
         self._inbox.put(lambda: self._add(call))
         return call.done.result()
-
-    def end(self) -> None:
-        """Free the engine's memory once its calls are done. The thread holds this object, so nothing else does."""
-
-        def call() -> None:
-            raise _Ended
-
-        self._inbox.put(call)
 
     def render(self, prompt: dict[str, Any]) -> Mapping[str, Any]:
         """vLLM's inputs of a prompt with `multi_modal_data`: images expanded, and their tensors.
@@ -236,11 +225,6 @@ class Engine:
         children = {process.pid for process in multiprocessing.active_children()}
         self.processes = tuple(pid for pid in children - before if pid)
         started.set_result(None)
-        with suppress(_Ended):
-            self._run_steps()
-        del self._engine, self._llm
-
-    def _run_steps(self) -> None:
         while True:
             self._run_queued_calls()
             try:

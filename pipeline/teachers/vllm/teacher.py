@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -86,7 +85,6 @@ class VllmTeacher:
             load_tokenizer(config).save_pretrained(self._tokenizer_folder.name)
             arguments.setdefault("tokenizer", self._tokenizer_folder.name)
         self._engine = Engine(config, arguments, self._adapter)
-        weakref.finalize(self, self._engine.end).atexit = False  # a process that ends need not free memory
         self._prompts = PromptMaker(self._engine.render, self._images, config)
         self._top_k, named_width = split_width(header)
         self._settings = TapSettings(
@@ -155,7 +153,8 @@ class VllmTeacher:
                 fix="remove that from teacher.engine_args, install the pinned vLLM release, or set teacher.tap: public",
             )
         facts = answers[0]
-        self._require_quantization(sum(answer.pop("quantized_layers") for answer in answers))
+        layers = sum(answer.pop("quantized_layers") for answer in answers)
+        self._require_quantization(layers)
         if facts["vocab_size"] != self._header.vocab_size:
             raise TeacherUnusable(
                 f"logit columns of {self._config.model} in vLLM",

@@ -96,7 +96,7 @@ def config(folder: Path, engine: str, **changes: Any) -> TeacherConfig:
     fields = {"model": str(folder), "engine": engine, "top_k": TOP_K, "min_prob": 0.0, "max_length": CONTEXT}
     drawing = {"draws": DRAWS, "kept_draws": DRAWS, "draw_logprobs": True, "draw_seed": 9}
     if engine == "vllm":
-        changes["engine_args"] = {"enforce_eager": True, **changes.get("engine_args", {})}
+        changes["engine_args"] = {**making.SMALL_ENGINE, **changes.get("engine_args", {})}
     return TeacherConfig.model_validate({**fields, **drawing, "dtype": "float32", **changes})
 
 

@@ -49,7 +49,7 @@ def header(folder: Path) -> DatasetHeader:
 
 def config(folder: Path, **engine_args: object) -> TeacherConfig:
     """Of the same teacher; chunks of 64 tokens."""
-    arguments = {"enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 16, **engine_args}
+    arguments = {**making.SMALL_ENGINE, "max_num_batched_tokens": 64, "max_num_seqs": 16, **engine_args}
     fields = {"model": str(folder), "top_k": TOP_K, "min_prob": 0.0, "max_length": 128, "dtype": "float32"}
     adapter = {"adapter": str(folder / "adapter")} if (folder / "adapter").is_dir() else {}
     return TeacherConfig.model_validate({**fields, **adapter, "engine_args": arguments})

@@ -45,7 +45,7 @@ WIDE = {
 
 def _config(folder: Path, adapter: Path | None, engine: str = "transformers", **changes: Any) -> TeacherConfig:
     if engine == "vllm":
-        changes["engine_args"] = {"enforce_eager": True, **changes.get("engine_args", {})}
+        changes["engine_args"] = {**making.SMALL_ENGINE, **changes.get("engine_args", {})}
     fields = {"model": str(folder), "engine": engine, "top_k": TOP_K, "min_prob": 0.0, "draws": 0}
     extra = {"adapter": str(adapter)} if adapter else {}
     return TeacherConfig.model_validate({**fields, "max_length": CONTEXT, "dtype": "float32", **extra, **changes})

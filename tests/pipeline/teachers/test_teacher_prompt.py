@@ -119,7 +119,7 @@ def _load(folder: Path, engine: str, sampling: SamplingConfig | None = None, **c
     lengths = {"max_length": ROW, "max_read_length": READ}
     drawing = {"draws": DRAWS, "kept_draws": DRAWS, "draw_logprobs": True, "draw_seed": 9}
     if engine == "vllm":
-        changes["engine_args"] = {"enforce_eager": True, **changes.get("engine_args", {})}
+        changes["engine_args"] = {**making.SMALL_ENGINE, **changes.get("engine_args", {})}
     order = changes.pop("order", "exact")
     config = TeacherConfig.model_validate({**fields, **lengths, **drawing, **changes})
     own = {"draws": config.draws, "kept_draws": config.draws, "draw_logprobs": config.draw_logprobs}

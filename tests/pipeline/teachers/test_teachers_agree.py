@@ -38,7 +38,7 @@ CONTEXT = 300  # of the model, and the longest row: vLLM's one sampled token the
 def _config(folder: Path, engine: str = "vllm", **changes: object) -> TeacherConfig:
     fields = {"model": str(folder), "engine": engine, "top_k": TOP_K, "min_prob": 0.0, "max_length": CONTEXT}
     if engine == "vllm":
-        changes["engine_args"] = {"enforce_eager": True, **changes.get("engine_args", {})}  # type: ignore[dict-item]
+        changes["engine_args"] = {**making.SMALL_ENGINE, **changes.get("engine_args", {})}  # type: ignore[dict-item]
     return TeacherConfig.model_validate({**fields, "dtype": "float32", **changes})
 
 

@@ -1,39 +1,35 @@
-"""An engine lives as long as its teacher."""
+"""The engine's start arguments, and the environment that it is started in."""
 
 from __future__ import annotations
 
-import gc
 import os
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
+from coldstill.pipeline.config import TeacherConfig
+from coldstill.pipeline.teachers.vllm.engine import engine_arguments, set_environment
 from tests import making
-from tests.pipeline.teachers.parallel_engine import teacher_of
 
 
-def _engines() -> set[int | None]:
-    return {thread.ident for thread in threading.enumerate() if thread.name == "engine"}
+@pytest.mark.parametrize("own", [None, 64 << 20])
+def test_the_cache_of_keys_and_values_on_a_cpu_is_bounded_and_the_users_size_is_stronger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int | None
+) -> None:
+    """vLLM's own variable would replace the argument, and its own default is nearly all memory of the machine."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(os, "environ", {})
+    header = making.tiny_header(making.chat_model(tmp_path / "teacher"))
+    named = {} if own is None else {"kv_cache_memory_bytes": own}
+    config = TeacherConfig.model_validate({"model": str(tmp_path / "teacher"), "draws": 0, "engine_args": named})
+    arguments = engine_arguments(config, header)
+    set_environment(config, arguments)
+    assert arguments["kv_cache_memory_bytes"] == (own or 1 << 30)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
 
 
-@pytest.mark.slow
-def test_an_engine_ends_and_frees_its_cache_with_its_teacher(tmp_path: Path) -> None:
-    """The cache of keys and values is 1 GiB on a CPU, and a process with a dozen engines once ran out of memory."""
-    pytest.importorskip("vllm")
-    folder, before = making.tiny_llama(tmp_path / "teacher"), _engines()
-    teacher, rows = teacher_of("text", folder)
-    os.environ.pop("LD_PRELOAD", None)  # set by vLLM for its children; the other tests start children too
-    assert len(teacher.score(rows)) == len(rows)
-    (own,) = _engines() - before
-    held = psutil.Process().memory_info().rss
-    del teacher
-    gc.collect()
-    until = time.monotonic() + 60
-    while own in _engines() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert own not in _engines()
-    gc.collect()
-    assert held - psutil.Process().memory_info().rss > 1 << 29
+def test_a_gpu_gets_what_vllm_finds_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    header = making.tiny_header(making.chat_model(tmp_path / "teacher"))
+    config = TeacherConfig.model_validate({"model": str(tmp_path / "teacher"), "draws": 0})
+    assert "kv_cache_memory_bytes" not in engine_arguments(config, header)
