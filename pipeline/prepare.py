@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from coldstill.common.processor import processor_settings, processor_sha256
+from coldstill.common.weights import hub_fingerprint, weights_fingerprint
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
 from coldstill.storage_schema.header_facts import About, NamedIds, ProcessorFacts, TeacherFacts
@@ -42,7 +43,6 @@ from .teachers.checkpoint import (
     head_dtype_of,
     load_model_config,
     tokenizer_files,
-    weights_fingerprint,
     with_read_length,
 )
 from .teachers.engine_args import engine_args_that_change_values, quantization_of
@@ -288,7 +288,7 @@ def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
     return TeacherFacts(
         name=folder.name if folder.is_dir() else teacher.model,
         revision=None if folder.is_dir() else commit or teacher.revision,
-        weights_fingerprint=weights_fingerprint(folder) if folder.is_dir() else f"commit:{commit}",
+        weights_fingerprint=weights_fingerprint(folder) if folder.is_dir() else hub_fingerprint(commit),
         dtype=dtype_of(teacher, model_config),
         head_dtype=head_dtype_of(teacher, model_config),
         quantization=quantization_of(teacher, model_config),

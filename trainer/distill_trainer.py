@@ -41,6 +41,7 @@ from .student.packing_check import check_packing
 from .student.tokenizer import checked_student
 from .student.tokenizer import other_tokenizer as read_other_tokenizer
 from .student.wrapper import check_wrapping
+from .student.writer import check_writers
 from .training_loop import BatchLoader, TrainingLoop
 
 logger = logging.get_logger(__name__)
@@ -93,8 +94,9 @@ class DistillTrainer(TrainingLoop):
 
         Raises `TokenizerMismatch`, `TokenizerNotAligned`, `OtherTokenizerUnsupported`, `StudentHeadTooSmall`,
         `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`, `PackingUnsupported`, `WrapperUnsupported`,
-        `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`, what `read_loss` and
-        `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or lose state.
+        `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`, `NotStudentRows`, what
+        `read_loss` and `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or
+        lose state.
         """
         validate_parameters(unsupported)
         args = args or TrainingArguments("trainer_output")
@@ -127,6 +129,7 @@ class DistillTrainer(TrainingLoop):
         else:
             objectives = [build_objective(self.distillation_loss, **part.facts()) for part in train_dataset.by_teacher]
             self.objective = join_objectives(objectives, train_dataset.ensemble_weights)
+        check_writers(self.distillation_loss, train_dataset, model)
         self.order = data_order(args, train_dataset, pack_length=pack_length, images=self.images, own_header=own)
         of_all_devices = train_dataset.stream(
             batch_size=args.per_device_train_batch_size, seed=self.order["seed"], pack_length=pack_length
