@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
+from coldstill.common.config_file import ConfigInvalid
+from coldstill.common.errors import first_line
 from coldstill.common.files import new_file
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 
@@ -68,6 +70,18 @@ class Part:
     def is_done(self) -> bool:
         """Whether the last file of the part exists."""
         return (self.folder / (SUMMARY_NAME if self.name == "train" else MANIFEST_NAME)).exists()
+
+    def started_with(self) -> dict[str, Any]:
+        """The settings in the file. Raises `ConfigInvalid` for a file that cannot be read."""
+        try:
+            return dict(yaml.safe_load(self.config_path.read_bytes()))
+        except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigInvalid(
+                str(self.config_path),
+                found=f"{type(error).__name__}: {first_line(error)}",
+                wanted="the settings of a part, as `coldstill rounds` wrote them",
+                fix="delete this file: the part's own output is compared with the settings when it runs",
+            ) from None
 
     def write_config(self) -> None:
         """Write the settings, whole or not at all."""
