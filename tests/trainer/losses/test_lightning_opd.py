@@ -95,9 +95,9 @@ def test_rows_of_another_model_are_refused_by_its_name_and_those_of_earlier_roun
     for student in (tiny_student, StudentConfig(model=str(tiny_student)), str(tiny_student)):
         with pytest.raises(NotStudentRows, match="rows that student wrote in round 0, weights 1111"):
             build(load_logit_dataset(other), student, tmp_path / "a", loss="lightning_opd")
+    scratch = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    scratch |= {"num_attention_heads": 1, "num_key_value_heads": 1}
     with pytest.raises(NotStudentRows, match="student from scratch"):
-        scratch = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-        scratch |= {"num_attention_heads": 1, "num_key_value_heads": 1}
         build(load_logit_dataset(other), StudentConfig(from_scratch=scratch), tmp_path / "a", loss="lightning_opd")
     with pytest.raises(NotStudentRows, match=r"other\b"):
         build(load_logit_dataset([other, same_round]), tiny_student, tmp_path / "a", loss="lightning_opd")
