@@ -249,6 +249,16 @@ class DatasetHeader(FrozenModel):
         return f"at most {self.top_k:,}: {of_top}, and those that the source named,"
 
     @property
+    def width_in_words(self) -> str:
+        """How many ids a position keeps, for people, in a few words."""
+        if self.kept_ids == "top_k":
+            return f"K = {self.top_k:,}"
+        named = self.about.score_ids
+        if named is None:
+            return f"at most {self.top_k:,} ids, named ones among them"
+        return f"K = {named.top_k:,} and at most {named.most:,} named ids"
+
+    @property
     def draws_in_words(self) -> str:
         """How the draws were made, for people."""
         if not self.draws:

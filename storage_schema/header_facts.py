@@ -33,6 +33,11 @@ class TeacherFacts(FrozenModel):
         default_factory=dict, description="Arguments of the engine that change values, such as a RoPE scale."
     )
 
+    @property
+    def full_name(self) -> str:
+        """The name with that of the adapter, for people."""
+        return f"{self.name} + adapter {self.adapter.name}" if self.adapter else self.name
+
 
 class TeacherPrompt(FrozenModel):
     """The prompt of the teacher where it is not that of the row."""

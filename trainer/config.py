@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, KeysClash
 
 from .losses import LossConfig
 from .losses.taid import Taid
@@ -259,7 +259,8 @@ class TrainConfig(FrozenModel):
     @model_validator(mode="after")
     def _one_of_dataset_and_ensemble(self) -> TrainConfig:
         if (self.dataset is None) == (self.data.ensemble is None):
-            raise ValueError("set exactly one of dataset and data.ensemble")
+            found = "nothing, and no data.ensemble" if self.dataset is None else "a value beside data.ensemble"
+            raise KeysClash("exactly one of dataset and data.ensemble", key="dataset", found=found)
         if self.data.ensemble is None and self.data.ensemble_weights is not None:
             raise ValueError("data.ensemble_weights needs data.ensemble; the key for a mixed dataset is data.weights")
         if self.data.ensemble is not None and self.data.weights is not None:
