@@ -68,6 +68,14 @@ def test_the_first_round_trains_the_given_student_on_one_dataset() -> None:
     assert "weights" not in train.settings["data"]
 
 
+def test_adapters_are_merged_so_that_the_next_round_writes_with_the_whole_student() -> None:
+    config = config_of(student={"model": "s", "lora": {"merge": True, "r": 4}}, writer={"max_images": 3})
+    answers, _, train = parts_of(config)[3:6]
+    assert answers.settings["teacher"]["model"] == train.settings["student"]["model"] == "o/round-00/train/student"
+    assert train.settings["student"]["lora"] == {"merge": True, "r": 4}
+    assert answers.settings["teacher"]["max_images"] == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

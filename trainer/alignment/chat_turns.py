@@ -174,10 +174,9 @@ class ChatTurns:
             endings.append(self.borders.closing)
         rest = text[start:]
         sizes = {size for part in endings for size in range(1, len(part) + 1) if rest.endswith(part[:size])}
+        longest = sorted(sizes, reverse=True)[: _MAX_SPLITS // 4]
         # Templates that trim messages render a cut one without the white space at its end.
-        for size in dict.fromkeys(
-            [*sorted(sizes, reverse=True)[: _MAX_SPLITS // 4], 0, len(rest) - len(rest.rstrip())]
-        ):
+        for size in dict.fromkeys([*longest, 0, len(rest) - len(rest.rstrip())]):
             yield [*turns, Turn(role, start, len(text) - size)]
 
     def _same_specials(self, row: ByteText, rendered: ByteText, size: int) -> bool:

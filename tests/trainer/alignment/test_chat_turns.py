@@ -249,3 +249,29 @@ def test_a_row_of_very_many_messages_has_no_split() -> None:
     chat = [{"role": role, "content": "x"} for role in ("user", "assistant")]
     assert turns.messages(turns.render(chat * 40)) is not None
     assert turns.messages(turns.render(chat * 600)) is None
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3.5", "SmolLM3"])
+def test_a_row_cut_behind_an_answer_that_was_not_the_last_is_skipped_by_name(name: str) -> None:
+    """The template writes an empty thought into the last answer only. Without the next turn, the row shows an answer
+    that is the last one and has none, which no chat renders to."""
+    turns = turns_of(next(family for family in FAMILIES if family.name == name))
+    chat = [("user", "one two"), ("assistant", "three four"), ("user", "five six"), ("assistant", "seven eight")]
+    row = turns.render([{"role": role, "content": content} for role, content in chat])
+    aligner = aligner_of((turns._tokens, turns), (turns._tokens, turns))
+
+    def aligned(text: bytes) -> AlignedRow:
+        part = cut(row, int(np.searchsorted(row.ends, row.text.index(text) + len(text))) + 1)
+        targets = TeacherTargets.empty(part.ids.size - 1, 1)
+        spans = spans_from_mask(np.arange(part.ids.size) > 0)
+        targets = dataclasses.replace(targets, label_logprob=-np.ones(part.ids.size - 1))
+        return aligner.align(
+            CachedRow(sample_id="row", token_ids=part.ids, target_spans=spans, targets=targets, metadata={})
+        )
+
+    for end in (b"three four", b"three four<|im_end|>\n"):
+        with pytest.raises(RowSkipped) as caught:
+            aligned(end)
+        assert caught.value.reason == Skipped.CHAT_NOT_RECOVERED
+    for end in (b"five six", b"seven", b"seven eight"):
+        assert aligned(end).positions.size
