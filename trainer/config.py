@@ -100,13 +100,15 @@ class OtherTokenizerConfig(FrozenModel):
     """What a student with another tokenizer than the dataset's learns from; ignored for any other."""
 
     one_to_one: float = Field(
-        1.0, ge=0, description="Weight of the loss at tokens that are one token of the same bytes for the teacher."
+        1.0,
+        ge=0,
+        description="Weight of the loss at tokens that are one token of the teacher, or the first part of one.",
     )
     chunks: float = Field(
         1.0,
         ge=0,
-        description="Weight of ALM (arXiv 2503.20083) on the chunks where both tokenizations meet only after several "
-        "tokens.",
+        description="Weight of ALM (arXiv 2503.20083) on the other tokens of chunks, where both tokenizations meet "
+        "only after several tokens.",
     )
     temperature: float = Field(
         100.0, ge=1, description="Temperature of ALM: chunks are compared by their probability to the power of 1 / it."

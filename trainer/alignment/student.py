@@ -125,8 +125,8 @@ class AlignedStudent:
             return "the cross-entropy of all of them"
         options = self._options
         parts = [
-            f"tokens of the same bytes get {loss.name} with weight {options.one_to_one:g}",
-            f"larger chunks get ALM with weight {options.chunks:g}",
+            f"tokens with the teacher's distribution get {loss.name} with weight {options.one_to_one:g}",
+            f"others in larger chunks get ALM with weight {options.chunks:g}",
             "lost ones get none" if not loss.label_share else f"all get cross-entropy with share {loss.label_share:g}",
         ]
         return ", ".join(parts)
