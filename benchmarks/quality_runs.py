@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -41,12 +41,13 @@ LEARNING_RATE = 2e-3  # the demo's
 class Cache:
     """The part of the teacher that a cache keeps: `top_k` ids, and those of `draws` draws that fall into the tail.
 
-    At most `kept_draws` of them are kept; None is the capture's default.
+    At most `kept_draws` of them are kept; None is the capture's default. `method`: how the draws are made.
     """
 
     top_k: int
     draws: int
-    kept_draws: int | None = None
+    kept_draws: int | None = 32
+    method: Literal["iid", "systematic"] = "iid"
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Bench:
 
     def rows(self, cache: Cache) -> list[CachedRow]:
         """The rows with what `cache` keeps, from a capture that runs if it does not exist yet."""
-        numbers = (cache.top_k, cache.draws, cache.kept_draws)
-        root = self.folder / "_".join(["dataset", *(str(number) for number in numbers if number is not None)])
+        facts = (cache.top_k, cache.draws, cache.kept_draws, cache.method)
+        root = self.folder / "_".join(["dataset", *(str(fact) for fact in facts if fact is not None)])
         if not (root / MANIFEST_NAME).exists():
             self._capture(root, cache)
         return list(open_dataset(str(root)).rows())
@@ -105,6 +106,7 @@ class Bench:
             "engine": "transformers",
             "top_k": cache.top_k,
             "draws": cache.draws,
+            "draw_method": cache.method,
             "max_length": MAX_TOKENS,
         }
         if cache.kept_draws is not None:

@@ -64,14 +64,17 @@ class TeacherConfig(FrozenModel):
         default=64,
         ge=0,
         le=MAX_DRAWS,
-        description="D: number of independent draws from the full softmax at each position; by default 0 if the engine "
-        "cannot draw.",
+        description="D. Systematic: a position gets D times the mass of its tail, which is what lies outside its kept "
+        "ids; iid: D from the full softmax, of which those in the tail are stored. By default 0 if the engine cannot "
+        "draw.",
+    )
+    draw_method: Literal["systematic", "iid"] = Field(
+        default="systematic",
+        description="How draws are made. systematic: at equal distances on the cumulative sum of the tail, with a random "
+        "shift, which halves their noise; iid: independently. By default that of the class for an engine of your own.",
     )
     kept_draws: int = Field(
-        default=32,
-        ge=0,
-        le=MAX_DRAWS,
-        description="Maximum number of tail draws stored per position: the first ones in draw order.",
+        default=64, ge=0, le=MAX_DRAWS, description="Maximum number of tail draws stored per position."
     )
     draw_logprobs: bool = Field(default=False, description="Store the log-prob of each kept draw too.")
     draw_seed: int = Field(default=0, ge=0, lt=1 << 63, description="Seed of the draws.")
@@ -128,11 +131,23 @@ class TeacherConfig(FrozenModel):
         if self.draws and not self.can_draw:
             way = "tap public" if self.engine == "vllm" else f"engine {self.engine}"
             raise ValueError(f"draws 0, not {self.draws}: {way} cannot draw; tap worker and engine transformers can")
+        self._fits_own_method()
         if self.adapter_revision and not self.adapter:
             raise ValueError("teacher.adapter with adapter_revision, not adapter_revision alone")
         if (self.engine == "endpoint") != (self.endpoint is not None):
             raise ValueError("teacher.endpoint with engine endpoint, and only with it")
         return self
+
+    def _fits_own_method(self) -> None:
+        """An engine of the user's own draws in one way, which is recorded."""
+        if not (self.is_own_class and self.draws):
+            return
+        own = getattr(load_plugin(self.engine, key="teacher.engine"), "draw_method", "iid")
+        if "draw_method" in self.model_fields_set and self.draw_method != own:
+            raise ValueError(
+                f"draw_method {own}, not {self.draw_method}: it is how {self.engine} draws, by its attribute draw_method"
+            )
+        object.__setattr__(self, "draw_method", own)
 
 
 class SamplingConfig(FrozenModel):

@@ -93,6 +93,7 @@ class VllmTeacher:
             min_prob=header.min_prob,
             draws=header.draws,
             kept_draws=header.kept_draws,
+            draw_method=header.draw_method,
             draw_logprobs=header.draw_logprobs,
             draw_seed=header.draw_seed,
             token_count=header.token_count,
