@@ -83,13 +83,27 @@ def keep(probs: Tensor, rule: Rule, generator: torch.Generator) -> Kept:
     return Kept(ids, logprobs, mass, draws, weights / weights.sum(1, keepdim=True).clamp_min(1e-300))
 
 
-def target(kept: Kept, student: Tensor) -> Tensor:
-    """`float64 [N, V]`: the forward KL's target; the tail of a position without draws has the shape of `student`."""
-    outside = student.scatter(1, kept.ids, torch.where(kept.logprobs > -torch.inf, 0.0, student.gather(1, kept.ids)))
-    has_none = kept.weights.sum(1) == 0
-    outside *= (has_none * kept.tail / outside.sum(1).clamp_min(1e-300))[:, None]
+@dataclass(frozen=True)
+class Control:
+    """The control variate of TAID's tail: `share` of the draws' noise is taken off, with ratios of at most `limit`."""
+
+    share: float
+    limit: float
+
+
+def target(kept: Kept, student: Tensor, teacher: Tensor, control: Control | None = None) -> Tensor:
+    """`float64 [N, V]`: the forward KL's target; what the draws leave of the tail has the shape of `student [N, V]`."""
+    is_kept = kept.logprobs > -torch.inf
+    outside = student.scatter(1, kept.ids, torch.where(is_kept, 0.0, student.gather(1, kept.ids)))
+    outside /= outside.sum(1, keepdim=True).clamp_min(1e-300)
+    weights = kept.weights
+    if control is not None:
+        of_teacher = teacher.gather(1, kept.draws) / kept.tail.clamp_min(1e-300)[:, None]
+        ratio = outside.gather(1, kept.draws) / of_teacher.clamp_min(1e-300)
+        weights = weights * (1 - control.share * ratio.clamp_max(control.limit))
+    outside *= (kept.tail * (1 - weights.sum(1)))[:, None]
     outside.scatter_add_(1, kept.ids, kept.logprobs.exp())
-    return outside.scatter_add_(1, kept.draws, kept.weights * kept.tail[:, None])
+    return outside.scatter_add_(1, kept.draws, weights * kept.tail[:, None])
 
 
 def _counts(mass: Tensor, rule: Rule, generator: torch.Generator) -> Tensor:

@@ -112,8 +112,8 @@ class DatasetHeader(FrozenModel):
     )
     draw_number: Literal["fixed", "by_tail_mass"] = Field(
         default="fixed",
-        description="`fixed`: D draws at each position; `by_tail_mass`: D times the tail's mass, rounded at random to a "
-        "neighboring whole number, with that mean.",
+        description="`fixed`: D draws at each position; `by_tail_mass`: D times the tail's mass, rounded up or down at "
+        "random, with that mean.",
     )
     draw_weights: Literal["equal"] = Field(
         default="equal", description="`equal`: the draws of a position share its tail mass equally."

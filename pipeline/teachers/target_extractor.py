@@ -1,10 +1,10 @@
 """Turns logits into targets: top K, exact tail, label log-prob and tail draws. Torch only, no engine.
 
 The uniforms of the tail draws are a function of (dataset seed, sample id, position, draw) and do not depend on
-batching; `tail_draws.py` makes draws of them. Shape letters: `N` target positions, `V` vocabulary (logit columns), `W`
-columns of work memory (`token_count` rounded up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws,
-`U` uniforms of a position, `R` most kept draws of a position, `M` ids that the source names at a position, `L` columns
-of the kept ids: K, and room for those that are named.
+batching. Shape letters: `N` target positions, `V` vocabulary (logit columns), `W` columns of work memory (`token_count`
+rounded up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `U` uniforms of a position, `R` most
+kept draws of a position, `M` ids that the source names at a position, `L` columns of the kept ids: K, and room for those
+that are named.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from torch.nn import functional
 from coldstill.common.rng import WORDS_PER_COUNT, to_uniforms
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
-
-from .tail_draws import iid_depths, look_up, systematic_depths
 
 _B = 64
 """Entries of a block. Block maxima find the top K and block sums find a draw, without a second pass over the row.
@@ -133,12 +131,12 @@ class TargetExtractor:
             weights.scatter_(1, ids, under)
             blocks.scatter_add_(1, ids // _B, under)
         if self.systematic_draws:
-            chosen = systematic_depths(
+            chosen = _systematic_depths(
                 uniforms, tail_total, tail_total / total, draws=self.systematic_draws, most=self.kept_draws
             )
         else:
-            chosen = iid_depths(uniforms * total[:, None] - kept_total[:, None], most=self.kept_draws)
-        draws = look_up(weights, blocks, chosen)
+            chosen = _iid_depths(uniforms * total[:, None] - kept_total[:, None], most=self.kept_draws)
+        draws = _look_up(weights, blocks, chosen)
         ids = torch.where(kept, ids, ids[:, :1])
         logprobs = ((values - best).double() - log_total[:, None]).masked_fill(~kept, -torch.inf)
         if marks or self.named_width:
@@ -213,11 +211,94 @@ class _NamedMarks(NamedTuple):
         return cls(torch.where(is_new, named, top[:, :1]), is_new, top_is_named)
 
 
+class _Depths(NamedTuple):
+    """`depths float64 [N, n]` of the cumulative sum of a tail, of which the first `counts int64 [N]` are draws. `most`
+    is R; n may be smaller."""
+
+    depths: Tensor
+    counts: Tensor
+    most: int
+
+
+class _Draws(NamedTuple):
+    """`ids`, `weights [N, R]` and `counts [N]`."""
+
+    ids: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+def _iid_depths(depths: Tensor, *, most: int) -> _Depths:
+    """The first `most` of `depths float64 [N, D]` that are in the tail. Negative depths are draws of kept ids."""
+    hit = depths >= 0
+    place = hit.cumsum(-1) - 1
+    hit &= place < most
+    counts = hit.sum(-1)
+    most = min(most, depths.shape[1])
+    width = _width(counts, most)
+    # Each draw to its place among the kept ones; all others to the column after them, which is cut off.
+    chosen = depths.new_zeros(len(depths), width + 1)
+    chosen.scatter_(1, torch.where(hit, place, width), depths)
+    return _Depths(chosen[:, :width], counts, most)
+
+
+def _systematic_depths(uniforms: Tensor, tails: Tensor, shares: Tensor, *, draws: int, most: int) -> _Depths:
+    """Equally spaced depths of `tails float64 [N]`: `draws` times `shares float64 [N]`, at most `most`.
+
+    `uniforms float64 [N, 2]`: the shift of the depths, as a part of their distance, and what rounds their number up or
+    down, so that its mean is exact. Given the number, each depth is uniform in its own part of the tail, and all parts
+    have the same mass: the draws together are an unbiased sample of the tail. A smaller number is a coarser spacing: a
+    part of a systematic sample in order of ids would not be a sample of the whole tail.
+    """
+    counts = torch.floor(draws * shares + uniforms[:, 1]).nan_to_num(0).clamp(0, most).long()
+    most = min(most, draws)
+    places = torch.arange(_width(counts, most), device=uniforms.device)
+    depths = (places + uniforms[:, :1]) * (tails / counts.clamp(min=1))[:, None]
+    return _Depths(depths, counts, most)
+
+
+def _look_up(weights: Tensor, blocks: Tensor, chosen: _Depths) -> _Draws:
+    """The ids at depths of the cumulative sum of the tails `weights [N, W]`, whose block sums are `blocks [N, W / B]`.
+
+    Inverse CDF on two levels: the block, then inside it. A tail without mass has no draws.
+    """
+    cumulative = blocks.cumsum(-1, dtype=torch.float64)
+    counts = chosen.counts.where(cumulative[:, -1] > 0, 0)
+    width = chosen.depths.shape[1]
+    if not width:
+        nothing = chosen.depths.new_zeros(len(blocks), chosen.most)
+        return _Draws(nothing, nothing, counts)
+    size = weights.shape[1] // blocks.shape[1]
+    depth = torch.minimum(chosen.depths, _below(cumulative[:, -1:]))
+    block = torch.searchsorted(cumulative, depth, right=True).clamp(max=cumulative.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    entries = weights.view(-1, blocks.shape[1], size).gather(1, block[:, :, None].expand(-1, -1, size))
+    inside = entries.cumsum(-1, dtype=torch.float64)
+    # The block's sum is float32: the rest must not step past the last entry that has any mass.
+    rest = torch.minimum(depth - before, _below(inside[:, :, -1]))
+    offset = (inside <= rest[:, :, None]).sum(-1).clamp(max=size - 1)
+    drawn = entries.gather(2, offset[:, :, None])[:, :, 0]
+    unused = (0, chosen.most - width)
+    return _Draws(functional.pad(block * size + offset, unused), functional.pad(drawn, unused), counts)
+
+
+def _width(counts: Tensor, most: int) -> int:
+    """Columns for `counts [N]` draws, at most `most`."""
+    if counts.device.type != "cpu":  # the largest count would be waited for
+        return most
+    return int(counts.max()) if counts.numel() else 0
+
+
+def _below(sums: Tensor) -> Tensor:
+    """The largest numbers below `sums`, which are not negative."""
+    return torch.nextafter(sums, torch.zeros_like(sums))
+
+
 def draw_uniforms(positions: np.ndarray, *, draws: int, seed: int, sample_id: str) -> np.ndarray:
     """`float64 [N, D]` in [0, 1) for the tail draws of one sample at ascending target `positions int64 [N]`.
 
-    `draws` is the number of uniforms, `uniform_count`. Philox4x64-10 (Salmon et al., SC 2011; numpy's), key = (seed, first 8 bytes of sha256 of the sample id), counter =
-    position times the counter values that D draws take.
+    `draws`: their number, `uniform_count`. Philox4x64-10 (Salmon et al., SC 2011; numpy's), key = (seed, first 8 bytes
+    of sha256 of the sample id), counter = position times the counter values that D uniforms take.
     """
     if not positions.size:
         return np.empty((0, draws))

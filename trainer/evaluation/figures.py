@@ -14,7 +14,7 @@ The tail draws of a cache give unbiased estimates of the dense KL and cross-entr
 The first terms are known exactly. Of `D` iid draws from the teacher, those outside S are iid from `p'`, also if only
 some of them were stored. Systematic draws are an unbiased sample of `p'` given their number. With n >= 1 stored draws,
 their mean of `f` is an unbiased estimate of `E_{p'}[f]`; n = 0 gives none. At least one draw is outside S with
-probability `s = 1 - (1 - m_p)^D`; where the number is `D m_p`, rounded at random with that mean, `s = min(1, D m_p)`. So
+probability `s = 1 - (1 - m_p)^D`; where the number is `D m_p`, rounded with that mean, `s = min(1, D m_p)`. So
 
     1[n >= 1] (m_p / s) mean_i f(draw_i)
 
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from coldstill.trainer.data.logit_dataset import LogitDataset
 
 HEAD_IDS = 10
-"""The head of a position is this many of the teacher's most probable ids (TAID, arXiv 2501.16937, table 3)."""
+"""The head of a position is this many of the teacher's most probable ids (TAID, arXiv 2501.16937, table 3), or all K if
+they are fewer."""
 LAST_SHARE = 5
 """The last fifth of the ids: the 80th to 100th percentile of table 3 of the TAID paper."""
 

@@ -5,7 +5,8 @@ Shape letters: `M` target positions, `K` teacher top-k, `N` padded draws.
 TAID (arXiv 2501.16937): `p_t = softmax((1 - t) sg(z_student) + t z_teacher)`, loss `KL(p_t || q)`, gradient
 `q - p_t`. Logits are mixed, never probabilities: mixing those would give forward KL times t at every t.
 
-The cache holds log-probs `l_v` of the teacher on the kept ids S, the mass `m_p` outside S, and some draws from there. With `m_q` the student's mass outside S, and everything but `q` held fixed:
+The cache holds log-probs `l_v` of the teacher on the kept ids S, the mass `m_p` outside S, and some draws from there.
+With `m_q` the student's mass outside S, and everything but `q` held fixed:
 
     a_v = (1 - t) log q_v + t l_v   (v in S),    a_T = (1 - t) log m_q + t log m_p,    P = softmax([a_S, a_T])
     target on S:       P_v
@@ -83,8 +84,8 @@ class Taid(TeacherLoss):
     tail: Literal["auto", "mixture", "bucket", "mass_corrected", "control_variate"] = Field(
         "auto",
         description="Tail outside the top K: mixture uses the cached draws, bucket only the tail's total mass; "
-        "mass_corrected and control_variate also use the draws' log-probs, for the tail's mass at t and for less noise; "
-        "auto is mixture if the dataset has draws, else bucket.",
+        "mass_corrected and control_variate also use the draws' log-probs, for the tail's mass at t, or for less "
+        "noise; auto is mixture if the dataset has draws, else bucket.",
     )
     schedule: Literal["adaptive", "linear"] = Field(
         "adaptive",
@@ -136,8 +137,8 @@ class ForwardKl(TeacherLoss):
     tail: Literal["auto", "mixture", "bucket", "control_variate"] = Field(
         "auto",
         description="Tail outside the top K: mixture uses the cached draws, bucket only the tail's total mass; "
-        "control_variate also uses the draws' log-probs, for less noise; auto is mixture if the dataset has draws, else "
-        "bucket.",
+        "control_variate also uses the draws' log-probs, for less noise; auto is mixture if the dataset has draws, "
+        "else bucket.",
     )
 
     def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 1.0) -> torch.Tensor:
