@@ -163,6 +163,14 @@ def main() -> None:
     _report(lines_of(log), quick=quick)
 
 
+def _is_complete(lines: list[dict[str, Any]], *, quick: bool) -> bool:
+    """Whether all figures and runs are finished."""
+    noise = [line["noise"] for line in lines if "noise" in line]
+    runs = {(line["teacher"], line["seed"], line["side"]) for line in lines if "side" in line}
+    wanted = set() if quick else {(t, seed, side.name) for t in TEACHERS for seed in range(SEEDS) for side in SIDES}
+    return all(job in noise for job in noise_jobs(quick)) and wanted <= runs
+
+
 def _report(lines: list[dict[str, Any]], *, quick: bool) -> None:
     table = Table("teacher", "K", "D", "rule", "bytes", "logits", "hidden", "head", title="noise x 1000, held-out rows")
     noise = [line for line in lines if "noise" in line]
@@ -180,7 +188,12 @@ def _report(lines: list[dict[str, Any]], *, quick: bool) -> None:
         Console().print(table)
     finish(
         "draws",
-        {"noise": noise, "share_of_dense_gain": shares, "runs": [line for line in lines if "side" in line]},
+        {
+            "complete": _is_complete(lines, quick=quick),
+            "share_of_dense_gain": shares,
+            "noise": noise,
+            "runs": [line for line in lines if "side" in line],
+        },
         command="make bench-draws DEMO=DIR",
         quick=quick,
     )

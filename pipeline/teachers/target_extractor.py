@@ -3,8 +3,8 @@
 The uniforms of the tail draws are a function of (dataset seed, sample id, position, draw) and do not depend on
 batching. Shape letters: `N` target positions, `V` vocabulary (logit columns), `W` columns of work memory (`token_count`
 rounded up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `U` uniforms of a position, `R` most
-kept draws of a position, `M` ids that the source names at a position, `L` columns of the kept ids: K, and room for those
-that are named.
+kept draws of a position, `M` ids that the source names at a position, `L` columns of the kept ids: K, and room for
+those that are named.
 """
 
 from __future__ import annotations
