@@ -111,7 +111,9 @@ class DatasetHeader(FrozenModel):
         "the kept ids.",
     )
     draw_number: Literal["fixed", "by_tail_mass"] = Field(
-        default="fixed", description="`fixed`: D draws at each position; `by_tail_mass`: fewer where the tail is small."
+        default="fixed",
+        description="`fixed`: D draws at each position; `by_tail_mass`: D times the tail's mass, rounded up or down at "
+        "random, with that mean.",
     )
     draw_weights: Literal["equal"] = Field(
         default="equal", description="`equal`: the draws of a position share its tail mass equally."
@@ -240,6 +242,11 @@ class DatasetHeader(FrozenModel):
         return (self.draw_method, self.draw_from, self.draw_number) == ("iid", "softmax", "fixed")
 
     @property
+    def has_draws_by_tail_mass(self) -> bool:
+        """Whether each position has D times its tail's mass draws from the tail, rounded at random."""
+        return (self.draw_from, self.draw_number) == ("tail", "by_tail_mass")
+
+    @property
     def kept_in_words(self) -> str:
         """Which ids a position keeps, for people."""
         if self.kept_ids == "top_k":
@@ -263,12 +270,13 @@ class DatasetHeader(FrozenModel):
         """How the draws were made, for people."""
         if not self.draws:
             return "none"
-        number = f"D = {self.draws:,}" if self.draw_number == "fixed" else f"at most D = {self.draws:,}"
+        number, most = f"D = {self.draws:,}", f"at most {self.kept_draws:,}"
         made = {"iid": "independent", "systematic": "systematic"}[self.draw_method]
+        if self.draw_number == "by_tail_mass":
+            return f"{made} draws from the tail, {number} times its mass, {most}"
         if self.draw_from == "tail":
-            return f"{number} {made} draws from the tail, at most {self.kept_draws:,} of them stored"
-        kept = f"those outside the kept ids are stored, at most {self.kept_draws:,}"
-        return f"{number} {made} draws from the full softmax; {kept}"
+            return f"{number} {made} draws from the tail, {most} of them stored"
+        return f"{number} {made} draws from the full softmax; those outside the kept ids are stored, {most}"
 
     @property
     def about_in_words(self) -> dict[str, str]:

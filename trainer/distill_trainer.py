@@ -26,7 +26,7 @@ from .data.logit_dataset import LogitDataset, check_eval_dataset, require_logit_
 from .data.stream import LogitStream
 from .errors import UnsupportedArgument
 from .evaluation.evaluate import evaluate_student
-from .evaluation.figures import draws_per_position
+from .evaluation.figures import drawn_by_tail_mass, draws_per_position
 from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
 from .loss_kernels.fused_head import Objective
@@ -328,6 +328,7 @@ class DistillTrainer(TrainingLoop):
                     batches,
                     token_count=dataset.header.token_count,
                     draws=draws_per_position(dataset),
+                    by_tail_mass=drawn_by_tail_mass(dataset),
                     reduce=reduce,
                     sharded=is_sharded(self.model),
                 ).metrics()

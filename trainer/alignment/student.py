@@ -111,9 +111,9 @@ class AlignedStudent:
             raise _unsupported("pack_length", pack_length, "null: the student's row lengths are not known beforehand")
         if sees_images:
             raise _unsupported(f"student {self._student.name}", "a student that sees images", "a student of text")
-        if getattr(loss, "tail", None) == "mass_corrected":
+        if (tail := getattr(loss, "tail", None)) in ("mass_corrected", "control_variate"):
             raise _unsupported(
-                "loss.tail", "mass_corrected, which needs the student's log-prob of every draw", "mixture or bucket"
+                "loss.tail", f"{tail}, which needs the student's log-prob of every draw", "mixture or bucket"
             )
         if "dense" in loss.needs:
             raise _unsupported("loss.name", f"{loss.name}, which needs every id", "a loss such as taid or forward_kl")

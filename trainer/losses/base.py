@@ -35,6 +35,7 @@ Need = Literal["draws", "draw_logprobs", "dense", "student_rows"]
 TAIL_NEEDS: dict[str, frozenset[Need]] = {
     "mixture": frozenset({"draws"}),
     "mass_corrected": frozenset({"draws", "draw_logprobs"}),
+    "control_variate": frozenset({"draws", "draw_logprobs"}),
 }
 """What a treatment of the tail needs; those that are not named need only the stored tail mass."""
 

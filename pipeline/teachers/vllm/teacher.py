@@ -93,6 +93,7 @@ class VllmTeacher:
             min_prob=header.min_prob,
             draws=header.draws,
             kept_draws=header.kept_draws,
+            draw_method=header.draw_method,
             draw_logprobs=header.draw_logprobs,
             draw_seed=header.draw_seed,
             token_count=header.token_count,
@@ -153,8 +154,7 @@ class VllmTeacher:
                 fix="remove that from teacher.engine_args, install the pinned vLLM release, or set teacher.tap: public",
             )
         facts = answers[0]
-        layers = sum(answer.pop("quantized_layers") for answer in answers)
-        self._require_quantization(layers)
+        self._require_quantization(sum(answer.pop("quantized_layers") for answer in answers))
         if facts["vocab_size"] != self._header.vocab_size:
             raise TeacherUnusable(
                 f"logit columns of {self._config.model} in vLLM",
