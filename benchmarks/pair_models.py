@@ -62,10 +62,34 @@ def write_student(teacher: Path, folder: Path, *, layers: int) -> None:
         AutoTokenizer.from_pretrained(teacher).save_pretrained(beside)
 
 
+def toy_model(vocabulary: int) -> Any:
+    """The toy with random weights, the same at each call."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=64,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    return Gemma3ForCausalLM(config)
+
+
 def make_toy(folder: Path, rows: Path, *, steps: int) -> None:
     """Train the toy teacher on the texts of the file `rows` and write it into `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     texts = [row["text"] for row in read_rows(rows)]
     backend = Tokenizer(models.BPE())
@@ -82,25 +106,7 @@ def make_toy(folder: Path, rows: Path, *, steps: int) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
     )
-    torch.manual_seed(0)
-    model: Any = Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=6,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            query_pre_attn_scalar=32,
-            sliding_window=64,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-            max_position_embeddings=512,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-        )
-    )
+    model = toy_model(len(tokenizer))
     ids = [id_ for text in texts for id_ in tokenizer(text)["input_ids"]]
     count = len(ids) // TOY_TOKENS
     blocks = torch.tensor(ids[: count * TOY_TOKENS]).view(count, TOY_TOKENS)

@@ -45,12 +45,12 @@ FULL = Size(
     seeds=3,
 )
 QUICK = Size(
-    rows={"train": 240, "validation": 16, "test": 32},
+    rows={"train": 120, "validation": 8, "test": 16},
     rows_per_step=4,
     layers=(3,),
     rates=(2e-3,),
     seeds=1,
-    toy_steps=150,
+    toy_steps=100,
 )
 CALIBRATION_ROWS = {"train": 12, "validation": 4, "test": 4}
 LOG = "runs.jsonl"
