@@ -61,8 +61,9 @@ SIDES = (
 class Size:
     """How much is captured, trained and measured. Rows have up to `max_length` tokens.
 
-    `steps`: optimizer steps of a run. `layers`: of the students, the main one first. `rates`: learning rates that each side is tried with, the first one
-    first. `embeddings`: whether the student's embeddings, which are its head too, are trained.
+    `steps`: optimizer steps of a run. `layers`: of the students, the main one first. `rates`: learning rates that each
+    side is tried with, the first one first. `embeddings`: whether the student's embeddings, which are its head too, are
+    trained.
     """
 
     rows: dict[str, int]
