@@ -19,10 +19,16 @@ import numpy as np
 from tqdm import tqdm
 
 from coldstill.common.processor import processor_settings, processor_sha256
-from coldstill.common.weights import hub_fingerprint, weights_fingerprint
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
-from coldstill.storage_schema.header_facts import About, NamedIds, ProcessorFacts, TeacherFacts
+from coldstill.storage_schema.header_facts import (
+    About,
+    NamedIds,
+    ProcessorFacts,
+    TeacherFacts,
+    hub_fingerprint,
+    weights_fingerprint,
+)
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.repair import restore_header

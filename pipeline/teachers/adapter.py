@@ -20,10 +20,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from coldstill.common.errors import first_line
-from coldstill.common.weights import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, adapter_fingerprint
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.storage_schema.header_facts import AdapterFacts
+from coldstill.storage_schema.header_facts import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, AdapterFacts, adapter_fingerprint
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
 _TEMPLATE_NAME = "chat_template.jinja"

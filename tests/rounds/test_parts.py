@@ -11,7 +11,6 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
-from coldstill.common.weights import weights_fingerprint
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.rounds.config import RoundsConfig
@@ -19,7 +18,7 @@ from coldstill.rounds.estimate import estimate_rounds
 from coldstill.rounds.parts import parts_of
 from coldstill.rounds.run import RECORD_NAME, RoundsChanged, RoundsDamaged, checked_parts, run_rounds
 from coldstill.storage_schema.errors import DatasetNotFound, TokenizerMismatch
-from coldstill.storage_schema.header_facts import About, RowWriter
+from coldstill.storage_schema.header_facts import About, RowWriter, weights_fingerprint
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import NotStudentRows
 from tests import making

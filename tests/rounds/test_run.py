@@ -17,13 +17,13 @@ import psutil
 import pytest
 import yaml
 
-from coldstill.common.weights import weights_fingerprint
 from coldstill.rounds.config import RoundsConfig
 from coldstill.rounds.parts import parts_of, student_folder
 from coldstill.rounds.run import LOCK_NAME, PartFailed, RoundsChanged, RoundsRunning, run_rounds
 from coldstill.rounds.status import read_rounds_status
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.storage_schema.header_facts import weights_fingerprint
 from tests import making
 
 ROOT = Path(__file__).parents[2]

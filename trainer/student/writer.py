@@ -17,14 +17,14 @@ from peft import PeftConfig
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from coldstill.common.weights import (
+from coldstill.storage_schema.header_facts import (
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
+    RowWriter,
     adapter_fingerprint,
     hub_fingerprint,
     weights_fingerprint,
 )
-from coldstill.storage_schema.header_facts import RowWriter
 from coldstill.trainer.config import StudentConfig
 from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import NotStudentRows

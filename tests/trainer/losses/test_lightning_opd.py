@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from coldstill import load_logit_dataset
-from coldstill.common.weights import weights_fingerprint
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.teachers.adapter import Adapter
-from coldstill.storage_schema.header_facts import About, RowWriter, TeacherPrompt
+from coldstill.storage_schema.header_facts import About, RowWriter, TeacherPrompt, weights_fingerprint
 from coldstill.trainer.config import StudentConfig, TrainConfig
 from coldstill.trainer.errors import NotStudentRows
 from coldstill.trainer.losses.lightning_opd import LightningOpd
