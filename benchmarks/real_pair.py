@@ -124,12 +124,12 @@ def show_plan(output: Path, size: Size) -> None:
     speeds = calibration(output, size)
     table = Table("run", "learning rate", "minutes", title="planned runs")
     total = speeds["prepare_s"] if not done else 0.0
-    table.add_row("rows, students, capture, teacher", "", f"{speeds['prepare_s'] / 60:.0f}" if not done else "done")
+    table.add_row("rows, students, capture, teacher", "", f"{speeds['prepare_s'] / 60:.1f}" if not done else "done")
     for run, side, final in planned(SIDES, size, done):
         seconds = expected_seconds(run, done, speeds, size)
         total += 0 if run in done else seconds
         rate = f"{run.rate:g}" if final else "of validation"
-        minutes = "done" if run in done else f"{seconds / 60:.0f}"
+        minutes = "done" if run in done else f"{seconds / 60:.1f}"
         table.add_row(f"{run.layers} layers, seed {run.seed}: {side.name}", rate, minutes)
     Console(width=TABLE_WIDTH).print(table)
     print(f"{total / 3600:.1f} hours in one process; two processes on two cores take about half of it")
