@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +63,7 @@ class Size:
 
     `steps`: optimizer steps of a run. `layers`: of the students, the main one first. `rates`: learning rates that each
     side is tried with, the first one first. `embeddings`: whether the student's embeddings, which are its head too, are
-    trained.
+    trained. `toy_steps`: steps of the toy teacher; 0 for the real one.
     """
 
     rows: dict[str, int]
@@ -164,30 +164,35 @@ class Bench:
             found[part] = held_out(states, self.head, path=self._states(f"{part}_borders"))
         return found
 
-    def run(self, run: Run, side: Side) -> dict[str, Any] | None:
-        """Train and measure a student and return its figures; None if another process has this run.
+    def lock(self, run: Run) -> AbstractContextManager[bool]:
+        """Whether no other process has this run; none can take it until the block ends."""
+        return _locked(self.output / "runs" / f"{run.folder}.lock")
 
-        The run's folder is removed once it is measured, because a student of each run would fill the disk.
+    def run(self, run: Run, side: Side) -> dict[str, Any]:
+        """Train and measure a student and return its figures. Call it in the block of `lock`.
+
+        The run's folder is removed once it is measured, because a student of each run would fill the disk. `seconds`
+        are those of this start: for a resumed run they are fewer than it took.
         """
-        with _locked(self.output / "runs" / f"{run.folder}.lock") as free:
-            if not free:
-                return None
-            began = time.monotonic()
-            summary = self.train(run, side)
-            folder = self.output / "runs" / run.folder
-            measuring = time.monotonic()
-            figures = self.measured(folder / "student")
-            seconds = {"wall_s": summary.wall_s, "measure_s": round(time.monotonic() - measuring, 1)}
-            shutil.rmtree(folder)
-            return {
-                **vars(run),
-                **figures,
-                "targets": summary.targets,
-                "taid_t": summary.taid_t,
-                "targets_per_s": summary.targets_per_s,
-                **seconds,
-                "seconds": round(time.monotonic() - began, 1),
-            }
+        began = time.monotonic()
+        summary = self.train(run, side)
+        folder = self.output / "runs" / run.folder
+        measuring = time.monotonic()
+        model = _load(folder / "student")
+        with bfloat16_factors():
+            figures = {name: _rounded(student_figures(model, part)) for name, part in self.parts.items()}
+        now = time.monotonic()
+        shutil.rmtree(folder)
+        return {
+            **vars(run),
+            **figures,
+            "targets": summary.targets,
+            "taid_t": summary.taid_t,
+            "targets_per_s": summary.targets_per_s,
+            "wall_s": summary.wall_s,
+            "measure_s": round(now - measuring, 1),
+            "seconds": round(now - began, 1),
+        }
 
     def train(self, run: Run, side: Side) -> TrainSummary:
         """Train the student of a run in its folder."""
@@ -219,17 +224,20 @@ class Bench:
         }
         return TrainConfig.model_validate(document)
 
-    def measured(self, student: Path) -> dict[str, dict[str, float]]:
-        """Held-out figures of a student's folder, by part."""
-        model = _load(student)
-        with bfloat16_factors():
-            return {name: _rounded(student_figures(model, part)) for name, part in self.parts.items()}
-
-    def before(self, layers: int) -> dict[str, dict[str, float]]:
-        """Held-out figures of the student before training; a file keeps them."""
+    def before(self, layers: int) -> dict[str, float]:
+        """Figures of the student before training, on the test part; a file keeps them."""
         path = self.output / f"before_{layers}.json"
         if not path.exists():
-            write_json(path, self.measured(self.student(layers)))
+            with bfloat16_factors():
+                write_json(path, _rounded(student_figures(_load(self.student(layers)), self.parts["test"])))
+        return dict(read_json(path))
+
+    def of_teacher(self, *, top_k: int) -> dict[str, float]:
+        """Figures of the teacher on the test part; a file keeps them."""
+        path = self.output / f"teacher_{top_k}.json"
+        if not path.exists():
+            with bfloat16_factors():
+                write_json(path, _rounded(teacher_figures(self.parts["test"], top_k=top_k)))
         return dict(read_json(path))
 
     def facts(self) -> dict[str, Any]:
@@ -248,9 +256,7 @@ class Bench:
             "targets": targets,
             "bytes_per_target": round(files / targets, 1),
             "held_out_targets": {name: len(part.labels) for name, part in self.parts.items()},
-            "teacher_held_out": {
-                name: _rounded(teacher_figures(part, top_k=header.top_k)) for name, part in self.parts.items()
-            },
+            "teacher_on_test": self.of_teacher(top_k=header.top_k),
         }
 
     def _capture(self) -> None:

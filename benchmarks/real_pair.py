@@ -70,6 +70,9 @@ COLUMNS = {
 """Figures of the table and their short names."""
 
 
+TABLE_WIDTH = 110
+
+
 def main() -> None:
     """Run the missing runs, print the table, and store what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,12 +109,13 @@ def run_missing(bench: Bench) -> None:
         run, side = next(((run, side) for run, side in todo if run not in taken), (None, None))
         if run is None or side is None:
             return
-        record = bench.run(run, side)
-        if record is None:
-            taken.add(run)
-            continue
-        with log.open("a", encoding="utf-8") as lines:
-            print(json.dumps(record), file=lines, flush=True)
+        with bench.lock(run) as is_free:
+            if not is_free:
+                taken.add(run)
+            elif run not in read_log(log):  # another process may have ended it between reading and locking
+                record = bench.run(run, side)
+                with log.open("a", encoding="utf-8") as lines:
+                    print(json.dumps(record), file=lines, flush=True)
 
 
 def show_plan(output: Path, size: Size) -> None:
@@ -120,14 +124,14 @@ def show_plan(output: Path, size: Size) -> None:
     speeds = calibration(output, size)
     table = Table("run", "learning rate", "minutes", title="planned runs")
     total = speeds["prepare_s"] if not done else 0.0
-    table.add_row("rows, students, capture, teacher", "", f"{speeds['prepare_s'] / 60:.0f}" if not done else "done")
+    table.add_row("rows, students, capture, teacher", "", f"{speeds['prepare_s'] / 60:.1f}" if not done else "done")
     for run, side, final in planned(SIDES, size, done):
         seconds = expected_seconds(run, done, speeds, size)
         total += 0 if run in done else seconds
         rate = f"{run.rate:g}" if final else "of validation"
-        minutes = "done" if run in done else f"{seconds / 60:.0f}"
+        minutes = "done" if run in done else f"{seconds / 60:.1f}"
         table.add_row(f"{run.layers} layers, seed {run.seed}: {side.name}", rate, minutes)
-    Console().print(table)
+    Console(width=TABLE_WIDTH).print(table)
     print(f"{total / 3600:.1f} hours in one process; two processes on two cores take about half of it")
 
 
@@ -161,7 +165,6 @@ def calibration(output: Path, size: Size) -> dict[str, Any]:
     for layers in size.layers:
         for kind, side in (("cached", CROSS_ENTROPY), ("dense", DENSE)):
             record = bench.run(Run(layers, side.name, size.rates[0], 0, CALIBRATION_STEPS), side)
-            assert record is not None
             found["seconds_per_step"][f"{layers} layers, {kind}"] = record["wall_s"] / CALIBRATION_STEPS
             found["load_s"] = record["seconds"] - record["wall_s"] - record["measure_s"]
             found["measure_seconds_per_row"] = record["measure_s"] / sum(CALIBRATION_ROWS[part] for part in HELD_OUT)
@@ -180,15 +183,16 @@ def report(bench: Bench, *, quick: bool, command: str) -> None:
     size, log = bench.size, bench.output / LOG
     done = {run: record for run, record in read_log(log).items() if run.steps == size.steps}
     plan = {run for run, _, _ in planned(SIDES, size, done)}
-    before = {layers: bench.before(layers)["test"] for layers in size.layers}
+    of_layers = reported(SIDES, size, done)
+    before = {layers: bench.before(layers) for layers in of_layers}
     figures: dict[str, Any] = {
         "runs": {"done": sum(run in done for run in plan), "planned": len(plan)},
         "facts": bench.facts(),
         "settings": json.loads(json.dumps(vars(size))),
-        "before": before,
+        "before": {str(layers): found for layers, found in before.items()},
         "sides": {},
     }
-    for layers, of_sides in reported(SIDES, size, done).items():
+    for layers, of_sides in of_layers.items():
         of_dense = shares(of_sides, floor=CROSS_ENTROPY.name, dense=DENSE.name)
         table = Table("side", "rate", "seeds", *COLUMNS.values(), "share", title=f"{layers} layers, test part")
         table.add_row("before", "", "", *(f"{before[layers][name]:.3f}" for name in COLUMNS), "")
@@ -197,7 +201,7 @@ def report(bench: Bench, *, quick: bool, command: str) -> None:
             share = f"{statistics.mean(of_dense[side]):.3f}" if of_dense[side] else ""
             rate = f"{records[0]['rate']:g}"
             table.add_row(side, rate, str(len(records)), *(f"{mean:.3f}" for mean in means), share)
-        Console().print(table)
+        Console(width=TABLE_WIDTH).print(table)
         figures["sides"][str(layers)] = {
             side: {
                 "rate": records[0]["rate"],
