@@ -21,7 +21,7 @@ READ_FACTOR = 4
 
 
 _TOP_K_WITHOUT_DRAWS = 16
-"""Without draws the loss learns nothing of the tail but its mass, so that more ids are worth their bytes."""
+"""Without draws a cache holds nothing of the tail but its mass, so that more ids are worth their bytes."""
 
 
 class TeacherConfig(FrozenModel):

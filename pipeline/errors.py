@@ -24,7 +24,7 @@ class SourceChanged(ColdstillError):
 
 
 class WriterRoundUnused(ColdstillError):
-    """`source.round` is set, and the rows of `source.rows_of` have a writer of another round, or none."""
+    """`source.round` is not 0, and the rows of `source.rows_of` have a writer of another round, or none."""
 
 
 class SourceAdapterFailed(ColdstillError):

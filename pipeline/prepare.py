@@ -132,7 +132,8 @@ def _stored_plan(store: Store) -> Plan | None:
 
 
 def _defaults_at_start(teacher: TeacherConfig, stored: DatasetHeader) -> dict[str, Any]:
-    """What the capture was started with, where a key of the draws is not set: earlier releases had other defaults."""
+    """What the capture was started with, where `draw_method` or `kept_draws` is not set: earlier releases had other
+    defaults. Another `top_k` must be set, because engines take it from the configuration."""
     unset = {} if "draw_method" in teacher.model_fields_set or teacher.is_own_class else _SYSTEMATIC
     names = [*unset, *({"kept_draws"} - teacher.model_fields_set)]
     return {name: getattr(stored, name) for name in names} if teacher.draws == stored.draws else {}

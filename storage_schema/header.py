@@ -103,7 +103,8 @@ class DatasetHeader(FrozenModel):
     draws: int = Field(ge=0, le=MAX_DRAWS, description="D: maximum number of draws at each position.")
     draw_method: Literal["iid", "systematic"] = Field(
         default="iid",
-        description="`iid`: independent draws; `systematic`: equally spaced points of it, shifted at random.",
+        description="`iid`: independent draws; `systematic`: equally spaced points of the distribution, shifted at "
+        "random.",
     )
     draw_from: Literal["softmax", "tail"] = Field(
         default="softmax",
@@ -118,9 +119,7 @@ class DatasetHeader(FrozenModel):
     draw_weights: Literal["equal"] = Field(
         default="equal", description="`equal`: the draws of a position share its tail mass equally."
     )
-    kept_draws: int = Field(
-        ge=0, le=MAX_DRAWS, description="Maximum number of tail draws kept per position: the first ones in draw order."
-    )
+    kept_draws: int = Field(ge=0, le=MAX_DRAWS, description="Maximum number of tail draws kept per position.")
     draw_logprobs: bool = Field(default=False, description="Whether the log-prob of each kept draw is stored.")
     kept_ids: Literal["top_k", "top_k_and_named"] = Field(
         default="top_k",

@@ -110,7 +110,7 @@ class RoundsConfig(FrozenModel):
                 f"teacher.max_length of at least writer.max_length, {self.writer.max_length}, not "
                 f"{self.teacher.max_length}: the teacher scores whole answers"
             )
-        if self.teacher.max_images < self.writer.max_images:
+        if "max_images" in self.writer.model_fields_set and self.teacher.max_images < self.writer.max_images:
             raise ValueError(
                 f"teacher.max_images of at least writer.max_images, {self.writer.max_images}, not "
                 f"{self.teacher.max_images}: the teacher scores all answers"

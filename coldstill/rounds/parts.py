@@ -21,6 +21,7 @@ import yaml
 from coldstill.common.config_file import ConfigInvalid
 from coldstill.common.errors import first_line
 from coldstill.common.files import new_file
+from coldstill.pipeline.config import TeacherConfig
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 
 from .config import RoundsConfig
@@ -117,6 +118,7 @@ def _parts_of_round(config: RoundsConfig, number: int) -> list[Part]:
             "teacher": {
                 "model": last,
                 **config.writer.model_dump(mode="json"),
+                "max_images": min(config.writer.max_images, config.teacher.max_images),
                 "top_k": _ANSWERS_TOP_K,
                 "draws": 0,
             },
@@ -127,7 +129,7 @@ def _parts_of_round(config: RoundsConfig, number: int) -> list[Part]:
         "scores": {
             "output": str(folders["scores"]),
             "source": {"rows_of": str(folders["answers"]), "round": number},
-            "teacher": _stated(config.teacher),
+            "teacher": stated_teacher(config.teacher),
             **_shared(config),
         },
         "train": _training(config, number, student=str(last)),
@@ -166,6 +168,13 @@ def _training(config: RoundsConfig, number: int, *, student: str) -> dict[str, A
         },
         **({"training": training} if training else {}),
     }
+
+
+def stated_teacher(teacher: TeacherConfig) -> dict[str, Any]:
+    """The stated settings, and how much of a distribution is kept: what is not set there depends on other settings and
+    on the release."""
+    kept = {name: getattr(teacher, name) for name in ("top_k", "draws", "kept_draws", "draw_method")}
+    return {**_stated(teacher), **kept}
 
 
 def _stated(section: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from coldstill.trainer.config import FREE_TRAINING_SETTINGS, TrainConfig
 
 from .checks import require_usable_models
 from .config import MAX_ROUNDS, RoundsConfig
-from .parts import HEADINGS, SUMMARY_NAME, Part, part_folder, parts_of, student_folder
+from .parts import HEADINGS, SUMMARY_NAME, Part, part_folder, parts_of, stated_teacher, student_folder
 
 RECORD_NAME = "rounds.json"
 LOCK_NAME = "rounds.lock"
@@ -285,6 +285,7 @@ def _identity(config: RoundsConfig) -> dict[str, Any]:
     """The settings that decide the datasets and the weights, without those that have their default value."""
     exclude: dict[str, Any] = {"output": True, "rounds": True, "cluster": True, **_FREE}
     stated = config.model_dump(mode="json", exclude_defaults=True, exclude=exclude)
+    stated["teacher"] = stated_teacher(config.teacher)
     return {name: value for name, value in stated.items() if value != {}}
 
 

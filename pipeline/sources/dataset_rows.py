@@ -163,7 +163,7 @@ class StoredSequences:
                 "source.round",
                 found=f"{stated}, and {found}",
                 wanted="the round in which a model wrote these rows",
-                fix="remove source.round: the header of the rows says all about their writer",
+                fix="remove source.round: the header of the rows names their writer",
             )
 
     def _metadata(self, row: CachedRow) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
-from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.rounds.config import RoundsConfig
 from coldstill.rounds.estimate import estimate_rounds
@@ -73,6 +73,23 @@ def test_adapters_are_merged_so_that_the_next_round_writes_with_the_whole_studen
     assert answers.settings["teacher"]["model"] == train.settings["student"]["model"] == "o/round-00/train/student"
     assert train.settings["student"]["lora"] == {"merge": True, "r": 4}
     assert answers.settings["teacher"]["max_images"] == 3
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [{}, {"draws": 0}, {"draws": 0, "top_k": 8}, {"draws": 0, "top_k": 16}, {"top_k": 16, "kept_draws": 32}],
+)
+@pytest.mark.parametrize("draw_method", ["iid", "systematic"])
+def test_the_scores_keep_what_the_teachers_settings_mean(teacher: dict[str, Any], draw_method: str) -> None:
+    """A default of one key depends on another: a key that is left out may get another value in the part."""
+    wanted = TeacherConfig.model_validate({"model": "t", "draw_method": draw_method, **teacher})
+    scores = parts_of(config_of(teacher={"model": "t", "draw_method": draw_method, **teacher}))[1]
+    assert CaptureConfig.model_validate(scores.settings).teacher == wanted
+
+
+def test_a_teacher_of_few_images_needs_no_setting_of_the_writer() -> None:
+    answers = parts_of(config_of(teacher={"model": "t", "max_images": 4}))[0]
+    assert answers.settings["teacher"]["max_images"] == 4
 
 
 @pytest.mark.parametrize(

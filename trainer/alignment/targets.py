@@ -161,8 +161,8 @@ def _mapped(teacher: SparseTargets, source: torch.Tensor, images: torch.Tensor, 
     The mass of an image is that of all kept ids with that image, and of draws with it: a draw stands for its weight of
     the tail. Kept ids without an image join the tail. A draw without one is left out, and the weights of the others
     stay shares of the whole tail: with `m` the stored tail and `m'` the new one, that of each is `m / m'` of what it
-    was. So the target of each image is unbiased, and the mass of ids without an image has the shape of the student's
-    own tail.
+    was. The mass of ids without an image has the shape of the student's own tail. Given that there are draws, and that
+    not all of them join a kept image, the target of each image is unbiased.
     """
     found = {item.name: getattr(teacher, item.name) for item in fields(SparseTargets)}
     chosen: dict[str, Any] = {name: None if it is None else it[source] for name, it in found.items()}
@@ -181,7 +181,7 @@ def _mapped(teacher: SparseTargets, source: torch.Tensor, images: torch.Tensor, 
     place = torch.searchsorted(ids, drawn).clamp_max(ids.shape[1] - 1)
     joins = (ids.gather(1, place) == drawn) & (drawn >= 0) & (of_draws > 0)
     share = torch.where(joins, one.draw_weights.double(), 0)
-    # Where all draws join, one more is thought to join none: a tail without mass would be wrong.
+    # Where all n draws join, n / (n + 1) of the tail does (Laplace's rule): a tail without mass would be wrong.
     count = (of_draws > 0).sum(1)
     share *= (count / (count + 1) / share.sum(1).clamp_min(1e-9)).clamp_max(1)[:, None]
     mass = mass.scatter_add(1, place, share * old_tail.exp()[:, None])

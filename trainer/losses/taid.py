@@ -37,8 +37,9 @@ within the tail is mixed as in `mixture`. At t = 1 r is 1, and the correction ha
 THE CONTROL VARIATE. The draws are a noisy view of p', but the same draws are as noisy a view of q', which is known: the
 mean of `q'_v / p'_v` at the draws is q' in expectation. `control_variate` takes the share `CONTROL_SHARE` of that noise
 off: the weight w of a draw becomes `w (1 - share * q'_v / p'_v)`, which may be negative, and what is missing to 1 has
-the student's shape. The expectation stays, but where a ratio is above `LARGEST_CONTROL`: there the target is nearer to
-the student's by what the limit takes off.
+the student's shape. The expected target stays, but where a ratio is above `LARGEST_CONTROL`: there it is nearer to the
+student's by what the limit takes off. The value is that of `mixture`, so that the schedule of t and the logs do not
+depend on the choice.
 """
 
 from __future__ import annotations
@@ -201,8 +202,12 @@ def _interpolated_kl(student: StudentLogProbs, targets: SparseTargets, t: float,
     value = both.expect(log_target.exp(), log_target - both.log_q)
     if tail == "bucket":
         return value
-    factors = _noise_removed(student.detach(), targets) if tail == "control_variate" else None
-    return value + tail_term(student, targets, t * log_target[:, -1].exp(), factors)
+    mass = t * log_target[:, -1].exp()
+    plain = tail_term(student, targets, mass)
+    if tail != "control_variate":
+        return value + plain
+    with_less_noise = tail_term(student, targets, mass, _noise_removed(student.detach(), targets))
+    return value + with_less_noise + (plain - with_less_noise).detach()
 
 
 def _interpolated(both: Buckets, t: float) -> torch.Tensor:

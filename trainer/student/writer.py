@@ -41,9 +41,8 @@ def check_writers(loss: Loss, dataset: LogitDataset, student: torch.nn.Module | 
     """
     if "student_rows" not in loss.all_needs:
         return
-    own, name = None, _name_of(student)
-    if name is not None:
-        own = student_fingerprint(name)
+    name, commit = _loaded_from(student)
+    own = None if name is None else hub_fingerprint(commit) if commit else student_fingerprint(name)
     of_datasets = [(each.store.url, each.header.about.writer) for each in dataset.all_datasets]
     writers = [writer for _, writer in of_datasets if writer is not None]
     foreign = foreign_writers(writers, own=own)
@@ -54,7 +53,7 @@ def check_writers(loss: Loss, dataset: LogitDataset, student: torch.nn.Module | 
                 found=f"rows that {writer.name} wrote in round {writer.round}, weights {writer.weights_fingerprint}",
                 wanted=f"rows of the student {name or 'from scratch'}, weights {own or 'that no file holds'}, or of an "
                 "earlier round than its newest ones",
-                fix=f"let this student answer, as `coldstill rounds` does, or {other_rows_fix(loss)}",
+                fix=f"capture the answers of this student, as `coldstill rounds` does, or {other_rows_fix(loss)}",
             )
 
 
@@ -89,11 +88,12 @@ def student_fingerprint(name: str) -> str | None:
         return None
 
 
-def _name_of(student: torch.nn.Module | str | StudentConfig) -> str | None:
-    """Folder or Hub name of the student's weights, None for random ones."""
+def _loaded_from(student: torch.nn.Module | str | StudentConfig) -> tuple[str | None, str | None]:
+    """Folder or Hub name of the student's weights, None for random ones; and, of a loaded model of the Hub, the commit,
+    which may not be the newest."""
     if isinstance(student, str):
-        return student
+        return student, None
     if isinstance(student, StudentConfig):
-        return student.model
+        return student.model, None
     config: Any = innermost(student).config
-    return config.name_or_path or None
+    return config.name_or_path or None, getattr(config, "_commit_hash", None)

@@ -148,8 +148,8 @@ def images_of(teacher: Path, student: Path) -> dict[int, int]:
 def test_the_target_of_a_token_is_all_mass_of_the_texts_that_begin_with_it(
     student: str, drawn: bool, datasets, students, tokenizers
 ) -> None:
-    """With each tail id drawn as often as its probability says, it is exact for every token, tail included. The targets
-    are linear in the draws, so this is the mean over all captures."""
+    """With each tail id drawn as often as its probability says, it is exact for every token, tail included. Not all
+    draws join a kept id here: then the targets are linear in the draws, so this is the mean over all captures."""
     collate = collator(datasets["text"], students[student])
     row, probs = dense_row(collate, draws=0, top_k=4 if drawn else 30, seed=0)
     parts = []
@@ -214,7 +214,7 @@ def test_a_first_token_and_the_rest_of_its_chunk_have_the_probability_of_the_tea
 
 
 def test_a_tail_whose_draws_all_join_kept_ids_keeps_mass(datasets, students, tokenizers) -> None:
-    """One more draw is thought to be elsewhere: losses take the log of the tail."""
+    """Losses take the log of the tail: of n draws that all join, n / (n + 1) of its mass does."""
     collate = collator(datasets["text"], students["fewer bytes"])
     row, _ = dense_row(collate, draws=2, top_k=30, seed=1)
     images = images_of(tokenizers["bytes"], tokenizers["fewer bytes"])

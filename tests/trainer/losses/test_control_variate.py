@@ -65,6 +65,17 @@ def test_the_target_is_the_formula_for_each_draw(t: float) -> None:
     assert reached > 0
 
 
+@pytest.mark.parametrize("t", TIMES)
+def test_the_value_is_that_of_the_mixture(t: float) -> None:
+    """The adaptive schedule follows the value, and logs of two tails are compared."""
+    student, teacher, draws = scene()
+    targets = cut(teacher, top_k=7, draws=draws)
+    value, gradient = value_and_gradient(CONTROLLED, student, targets, t)
+    wanted, of_mixture = value_and_gradient(Taid(), student, targets, t)
+    np.testing.assert_allclose(np.asarray(value.loss), np.asarray(wanted.loss), atol=1e-12)
+    assert np.abs(gradient - of_mixture).max() > 1e-3 or t == 0
+
+
 def test_it_is_a_tail_of_forward_kl_too() -> None:
     student, teacher, draws = scene()
     targets = cut(teacher, top_k=7, draws=draws)
