@@ -22,7 +22,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	pyproject.toml --extra share --extra train --extra dev
 
 .PHONY: help demo demo-vision test test-slow test-elsewhere test-engines test-capture test-trainer test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
-	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-rounds bench-other-tokenizer bench-real plots debug lock venv clean
+	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-rounds bench-other-tokenizer bench-real plots debug lock venv clean
 
 help: ## list the commands
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -105,6 +105,10 @@ bench-step: $(INSTALLED) ## a whole training step: TAID from a cache and plain f
 
 bench-quality: $(INSTALLED) ## quality of students by K and draws (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.quality "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_quality)"
+
+bench-draws: $(INSTALLED) ## ways of drawing: noise of the gradient, quality, bytes (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws_bytes
+	QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_draws)"
 
 bench-rounds: $(INSTALLED) ## rounds against the source's own answers (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.rounds "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_rounds)"

@@ -38,7 +38,7 @@ def our_header(case: Case, fidelity: Fidelity, *, id_ranks: tuple[int, ...] = ()
         loss_on="all",
         max_length=CONTEXT + 1,
         over_long="cut",
-        rows_per_unit=len(case.rows),
+        rows_per_unit=max(1, len(case.rows)),
         source_sha256="0" * 64,
     )
 

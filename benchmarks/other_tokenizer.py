@@ -1,31 +1,37 @@
 """A student with another tokenizer than the teacher: does the cache teach it more than the text alone?
 
     python -m benchmarks.other_tokenizer OUTPUT
-    QUICK=1 ...          a teacher of fewer steps, one seed, two sides; nothing is stored
+    QUICK=1 ...          weaker teachers, one seed, fewer sides, no search; nothing is stored
 
-The text is Python's standard library. The teacher has byte-level BPE of 2,048 ids. The student is a smaller model with
-random weights, and has 768 other ids, learned from other files, with numbers split into digits. The capture is a real
-one; students are trained by `coldstill.train` on the same rows and steps, with three seeds:
+Two texts, each with a teacher of its own: an invented language, whose entropy is known
+(`benchmarks/invented_text.py`), and Python's standard library, on which a teacher this small stays weak. Teacher
+and student have byte-level BPE of different sizes, learned from different texts; the student's splits numbers into
+digits. Captures are real ones. Students are smaller, start from random weights, and are trained by `coldstill.train`
+on the same few rows, with three seeds:
 
 * cross-entropy on the student's own tokens: the text alone;
-* forward KL on tokens of the same bytes, and ALM on larger chunks.
+* forward KL where the teacher's distribution is one of the student's next token, and ALM elsewhere, with options;
+* on the invented language, both losses for a student with the teacher's tokenizer. Only if forward KL wins here by more
+  than the seeds differ is the teacher good enough to say anything of another tokenizer.
 
-Each side is trained on 400 rows in 2 passes, and on 120 rows in 12: with much text for its steps, and with little.
+On the invented language each side has its own learning rate and number of passes. With seed 0 and a validation part, a
+search goes from pair to pair of a grid of factors of two until all neighbors are worse; only the number of passes has
+a limit. On Python, all sides have the same.
 
-Prints bits per byte of held-out text. Each finished run is written to OUTPUT/runs.jsonl; a second start makes the
-missing ones only.
-
-Shape letters: `B` rows, `T` tokens.
+Prints bits per byte of held-out text, of students and teachers. Each finished run is written to OUTPUT/TEXT/runs.jsonl;
+a second start makes the missing ones only.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
 import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from benchmarks.invented_text import InventedLanguage
 from benchmarks.report import finish
 from coldstill.demo.text import module_files
 from coldstill.pipeline.config import CaptureConfig
@@ -42,54 +49,82 @@ from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 
-CHARACTERS = 600
-"""Of a row."""
 TEACHER_TOKENS, ROWS_PER_STEP = 192, 8
-SIDES: dict[str, dict[str, Any]] = {
-    "cross-entropy": {"name": "cross_entropy"},
-    "forward KL + ALM": {"name": "forward_kl"},
+SEEDS = 3
+MOST_PASSES = 80
+"""Of the search: about 600 steps of 60 rows."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """`loss`: as in a configuration. `same_tokenizer`: the student has the teacher's."""
+
+    loss: Mapping[str, Any]
+    same_tokenizer: bool = False
+
+
+OTHER = {
+    "cross-entropy": Side({"name": "cross_entropy"}),
+    "forward KL + ALM": Side({"name": "forward_kl"}),
 }
-AMOUNTS = {"400 rows, 2 passes": (400, 2), "120 rows, 12 passes": (120, 12)}
-QUICK_AMOUNTS = {"160 rows, 1 pass": (160, 1)}
-HELD_OUT_ROWS = 120
+ALL = {
+    **OTHER,
+    "same tokenizer, cross-entropy": Side({"name": "cross_entropy"}, same_tokenizer=True),
+    "same tokenizer, forward KL": Side({"name": "forward_kl"}, same_tokenizer=True),
+    "forward KL + ALM, 0.3 cross-entropy": Side({"name": "forward_kl", "cross_entropy_share": 0.3}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One text. `texts`: by part. `vocabularies`: of teacher and student. `trials`: passes and learning rate by number
+    of rows of the students' training. `search`: whether these are where each side's search begins. `held_out`: rows of
+    the validation and of the test part; the first is empty without a search."""
+
+    texts: Callable[[], dict[str, list[str]]]
+    vocabularies: tuple[int, int]
+    teacher_steps: int
+    teacher_rate: float
+    trials: Mapping[int, tuple[int, float]]
+    sides: Mapping[str, Side]
+    held_out: int
+    search: bool
 
 
 class Bench:
-    """Text, tokenizers, teacher and captures in `folder`; what exists is kept."""
+    """Text, tokenizers, teacher and captures of a study in `folder`; what exists is kept."""
 
-    def __init__(self, folder: Path, *, quick: bool):
-        self.folder = folder
+    def __init__(self, folder: Path, study: Study):
+        self.folder, self.study = folder, study
         folder.mkdir(parents=True, exist_ok=True)
-        self._texts = _texts()
-        self._tokenizer("teacher", part="teacher", vocabulary=2048, digits=False)
-        self._tokenizer("student", part="distill", vocabulary=768, digits=True)
+        self._texts = study.texts()
+        self._tokenizer("teacher", part="teacher", vocabulary=study.vocabularies[0], digits=False)
+        self._tokenizer("student", part="distill", vocabulary=study.vocabularies[1], digits=True)
         if not (folder / "teacher" / "config.json").exists():
-            self._train_teacher(steps=60 if quick else 260)
-        self._held_out = self._capture("held_out", 40 if quick else HELD_OUT_ROWS)
+            self._train_teacher()
 
-    def run(self, amount: str, side: str, *, seed: int) -> dict[str, Any]:
-        """Train a student and measure its bits per byte on held-out text."""
-        from transformers import PreTrainedTokenizerFast
+    def teacher(self) -> float:
+        """Bits per byte of the test part."""
+        return self._measured(self.folder / "teacher", part="held_out")
 
+    def run(self, side: str, *, rows: int, passes: int, rate: float, seed: int) -> dict[str, Any]:
+        """Train a student and measure its bits per byte of the validation and the test part."""
         from coldstill import train
 
-        student, output = self.folder / f"student_{seed}", self.folder / "runs" / f"{amount} {side} {seed}"
-        if not student.exists():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / "tokenizer_student")
-            _llama(len(tokenizer), width=96, layers=2, seed=seed).save_pretrained(student)
-            tokenizer.save_pretrained(student)
-        rows, passes = {**AMOUNTS, **QUICK_AMOUNTS}[amount]
+        chosen = self.study.sides[side]
+        student = self._student(seed, kind="teacher" if chosen.same_tokenizer else "student")
+        output = self.folder / "runs" / f"{side}, {rows} rows, {passes} passes, {rate:g}, {seed}"
         summary = train(
             {
                 "dataset": str(self._capture("distill", rows)),
                 "output": str(output),
                 "student": {"model": str(student)},
-                "loss": SIDES[side],
+                "loss": dict(chosen.loss),
                 "data": {"seed": seed},
                 "training": {
                     "batch_size": ROWS_PER_STEP,
                     "epochs": passes,
-                    "learning_rate": 3e-3,
+                    "learning_rate": rate,
                     "warmup_ratio": 0.05,
                     "save_steps": 1_000_000,
                     "logging_steps": 20,
@@ -98,18 +133,34 @@ class Bench:
                 },
             }
         )
-        return {"bits_per_byte": self._measured(output / "student"), "counts": summary.other_tokenizer}
+        found: dict[str, Any] = {"bits_per_byte": self._measured(output / "student", part="held_out")}
+        if self.study.search:
+            found["validation"] = self._measured(output / "student", part="validation")
+        return {**found, "counts": summary.other_tokenizer}
 
-    def _measured(self, student: Path) -> float:
-        from transformers import AutoModelForCausalLM, TrainingArguments
+    def _measured(self, model: Path, *, part: str) -> float:
+        """Bits per byte of a part's text behind the first token of each row, by the model's own tokenizer."""
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-        from coldstill import DistillTrainer, load_logit_dataset
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(model)
+        network = AutoModelForCausalLM.from_pretrained(model).eval()
+        nats = size = 0.0
+        for text in self._texts[part][: self.study.held_out]:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            with torch.inference_mode():
+                nats += network(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            size += len(text.encode()) - len(tokenizer.decode(ids[0, :1]).encode())
+        return round(nats / size / math.log(2), 5)
 
-        held_out = load_logit_dataset(str(self._held_out))
-        args = TrainingArguments(str(self.folder / "measured"), report_to="none", use_cpu=True)
-        model = AutoModelForCausalLM.from_pretrained(student)
-        trainer = DistillTrainer(model, args, train_dataset=held_out, loss="cross_entropy", eval_dataset=held_out)
-        return round(trainer.evaluate()["eval_bits_per_byte"], 5)
+    def _student(self, seed: int, *, kind: str) -> Path:
+        from transformers import PreTrainedTokenizerFast
+
+        folder = self.folder / f"{kind}_tokens_student_{seed}"
+        if not folder.exists():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / f"tokenizer_{kind}")
+            _llama(len(tokenizer), width=96, layers=2, seed=seed).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return folder
 
     def _tokenizer(self, name: str, *, part: str, vocabulary: int, digits: bool) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -131,7 +182,7 @@ class Bench:
         backend.train_from_iterator(self._texts[part][:2000], trainer)
         PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
 
-    def _train_teacher(self, *, steps: int) -> None:
+    def _train_teacher(self) -> None:
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / "tokenizer_teacher")
@@ -139,11 +190,15 @@ class Bench:
         count = len(ids) // TEACHER_TOKENS
         blocks = torch.tensor(ids[: count * TEACHER_TOKENS]).view(count, TEACHER_TOKENS)
         blocks = blocks[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-        model = _llama(len(tokenizer), width=128, layers=3, seed=0)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, fused=True)
+        model, steps, rate = (
+            _llama(len(tokenizer), width=128, layers=3, seed=0),
+            self.study.teacher_steps,
+            self.study.teacher_rate,
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
         for step in tqdm(range(steps), desc="teacher"):
             for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = rate * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
             rows = blocks[torch.arange(step * ROWS_PER_STEP, (step + 1) * ROWS_PER_STEP) % count]
             loss = model(rows, labels=rows).loss
             loss.backward()
@@ -177,13 +232,21 @@ class Bench:
         return root
 
 
-def _texts() -> dict[str, list[str]]:
-    """Pieces of modules by part, in an order that spreads each module over all."""
+def _python() -> dict[str, list[str]]:
+    """Pieces of 600 characters of modules by part, in an order that spreads each module over all."""
     found: dict[str, list[tuple[int, str]]] = {"teacher": [], "distill": [], "held_out": []}
     for file in module_files():
-        for number, start in enumerate(range(0, len(file.text) - CHARACTERS, CHARACTERS)):
-            found[file.part].append((number, file.text[start : start + CHARACTERS]))
+        for number, start in enumerate(range(0, len(file.text) - 600, 600)):
+            found[file.part].append((number, file.text[start : start + 600]))
     return {part: [text for _, text in sorted(pieces, key=lambda it: it[0])] for part, pieces in found.items()}
+
+
+def _invented(teacher_rows: int) -> dict[str, list[str]]:
+    language = InventedLanguage()
+    counts = {"teacher": teacher_rows, "distill": 1000, "validation": 100, "held_out": 100}
+    return {
+        part: language.texts(count, characters=400, seed=number) for number, (part, count) in enumerate(counts.items())
+    }
 
 
 def _llama(vocabulary: int, *, width: int, layers: int, seed: int) -> Any:
@@ -207,35 +270,104 @@ def _llama(vocabulary: int, *, width: int, layers: int, seed: int) -> Any:
     )
 
 
+STUDIES = {
+    "invented language": Study(
+        texts=partial(_invented, 12_000),
+        vocabularies=(1024, 512),
+        teacher_steps=1200,
+        teacher_rate=4e-3,
+        trials={60: (40, 4e-3)},
+        sides=ALL,
+        held_out=100,
+        search=True,
+    ),
+    "Python": Study(
+        texts=_python,
+        vocabularies=(2048, 768),
+        teacher_steps=260,
+        teacher_rate=3e-3,
+        trials={400: (2, 3e-3), 120: (12, 3e-3)},
+        sides=OTHER,
+        held_out=120,
+        search=False,
+    ),
+}
+
+
 def main() -> None:
-    """Train the missing students, print the table, and store a full run."""
+    """Train the missing students, print the tables, and store a full run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder for models, captures and the log; a second start resumes")
     folder = parser.parse_args().output
     quick = os.environ.get("QUICK", "0") not in ("", "0")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    amounts, seeds = (QUICK_AMOUNTS, 1) if quick else (AMOUNTS, 3)
-    bench, log = Bench(folder, quick=quick), folder / "runs.jsonl"
-    for amount, side, seed in itertools.product(amounts, SIDES, range(seeds)):
-        if (amount, side, seed) not in _done(log):
-            record = {"amount": amount, "side": side, "seed": seed, **bench.run(amount, side, seed=seed)}
-            with log.open("a", encoding="utf-8") as lines:
-                print(json.dumps(record), file=lines, flush=True)
-    done = _done(log)
-    figures: dict[str, Any] = {"bits_per_byte": {}, "log": list(done.values())}
-    for amount in amounts:
-        table = Table("side", "bits per byte", "lowest", "highest", title=f"held-out text, {amount}")
-        found = {side: [done[amount, side, seed]["bits_per_byte"] for seed in range(seeds)] for side in SIDES}
-        for side, values in found.items():
-            table.add_row(side, *(f"{value:.4f}" for value in (statistics.mean(values), min(values), max(values))))
-        Console().print(table)
-        figures["bits_per_byte"][amount] = found
+    figures = {
+        name: _figures(name, _quick(study) if quick else study, folder / name, quick=quick)
+        for name, study in STUDIES.items()
+    }
     finish("other_tokenizer", figures, command="make bench-other-tokenizer", quick=quick)
 
 
-def _done(log: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return {(record["amount"], record["side"], record["seed"]): record for record in map(json.loads, lines)}
+def _quick(study: Study) -> Study:
+    rows = min(study.trials)
+    texts = partial(_invented, 1200) if study.search else study.texts
+    trials = {rows: (4, study.trials[rows][1])}
+    return replace(study, texts=texts, teacher_steps=60, trials=trials, sides=OTHER, held_out=20, search=False)
+
+
+def _figures(name: str, study: Study, folder: Path, *, quick: bool) -> dict[str, Any]:
+    bench, log = Bench(folder, study), folder / "runs.jsonl"
+    done: dict[str, dict[str, Any]] = {}
+    if log.exists():
+        done = {_key(record): record for record in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+
+    def found(**what: Any) -> dict[str, Any]:
+        if _key(what) not in done:
+            done[_key(what)] = {**what, **bench.run(**what)}
+            with log.open("a", encoding="utf-8") as lines:
+                print(json.dumps(done[_key(what)]), file=lines, flush=True)
+        return done[_key(what)]
+
+    figures: dict[str, Any] = {"teacher": bench.teacher(), "students": {}}
+    if isinstance(study.texts, partial):
+        figures["entropy_of_the_source"] = round(InventedLanguage().entropy(), 5)
+    for rows, start in study.trials.items():
+        title = f"{name}, {rows} rows; teacher {figures['teacher']:.4f}"
+        table = Table("side", "passes", "rate", "bits per byte", "lowest", "highest", title=title)
+        for side in study.sides:
+            seen = partial(found, side=side, rows=rows)
+            passes, rate = best_neighbor(partial(_validation, seen), *start) if study.search else start
+            runs = [seen(passes=passes, rate=rate, seed=seed) for seed in range(1 if quick else SEEDS)]
+            values = [run["bits_per_byte"] for run in runs]
+            numbers = (f"{value:.4f}" for value in (statistics.mean(values), min(values), max(values)))
+            table.add_row(side, str(passes), f"{rate:g}", *numbers)
+            figures["students"].setdefault(f"{rows} rows", {})[side] = {
+                "passes": passes,
+                "rate": rate,
+                "bits_per_byte": values,
+            }
+        Console().print(table)
+    return {**figures, "log": list(done.values())}
+
+
+def best_neighbor(value: Callable[[int, float], float], passes: int, rate: float) -> tuple[int, float]:
+    """The pair `(passes, rate)` whose neighbors, at half and twice of either, all have a higher `value`.
+
+    `passes` stays within 1 and `MOST_PASSES`."""
+    while True:
+        near = [(passes, rate), (passes, rate * 2), (passes, rate / 2), (passes * 2, rate), (passes // 2, rate)]
+        best = min((pair for pair in near if 1 <= pair[0] <= MOST_PASSES), key=lambda pair: value(*pair))
+        if best == (passes, rate):
+            return best
+        passes, rate = best
+
+
+def _validation(seen: Callable[..., dict[str, Any]], passes: int, rate: float) -> float:
+    return float(seen(passes=passes, rate=rate, seed=0)["validation"])
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    return str([record[name] for name in ("side", "rows", "passes", "rate", "seed")])
 
 
 if __name__ == "__main__":

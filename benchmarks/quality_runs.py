@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -41,12 +41,20 @@ LEARNING_RATE = 2e-3  # the demo's
 class Cache:
     """The part of the teacher that a cache keeps: `top_k` ids, and those of `draws` draws that fall into the tail.
 
-    At most `kept_draws` of them are kept; None is the capture's default.
+    At most `kept_draws` of them are kept; None is the capture's default. `method`: how the draws are made. `logprobs`:
+    with their log-probs, by which the loss takes off a part of their noise.
     """
 
     top_k: int
     draws: int
-    kept_draws: int | None = None
+    kept_draws: int | None = 32
+    method: Literal["iid", "systematic"] = "iid"
+    logprobs: bool = False
+
+    @property
+    def tail(self) -> Literal["auto", "control_variate"]:
+        """The loss's treatment of the tail."""
+        return "control_variate" if self.logprobs else "auto"
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,8 @@ class Bench:
 
     def rows(self, cache: Cache) -> list[CachedRow]:
         """The rows with what `cache` keeps, from a capture that runs if it does not exist yet."""
-        numbers = (cache.top_k, cache.draws, cache.kept_draws)
-        root = self.folder / "_".join(["dataset", *(str(number) for number in numbers if number is not None)])
+        facts = (cache.top_k, cache.draws, cache.kept_draws, cache.method, "logprobs" if cache.logprobs else None)
+        root = self.folder / "_".join(["dataset", *(str(fact) for fact in facts if fact is not None)])
         if not (root / MANIFEST_NAME).exists():
             self._capture(root, cache)
         return list(open_dataset(str(root)).rows())
@@ -105,6 +113,8 @@ class Bench:
             "engine": "transformers",
             "top_k": cache.top_k,
             "draws": cache.draws,
+            "draw_method": cache.method,
+            "draw_logprobs": cache.logprobs,
             "max_length": MAX_TOKENS,
         }
         if cache.kept_draws is not None:
@@ -146,8 +156,10 @@ class Bench:
         """Mean loss over the batch's targets, nats."""
         logits, targets = _logits(student, batch), batch["targets"]
         if side.cache is not None:
-            loss = RenormalizedTaid() if side.renormalize else Taid()
-            objective = build_objective(loss, draws=side.cache.draws, mean_tail_mass=0.0)
+            loss = RenormalizedTaid() if side.renormalize else Taid(tail=side.cache.tail)
+            objective = build_objective(
+                loss, draws=side.cache.draws, mean_tail_mass=0.0, draw_logprobs=side.cache.logprobs
+            )
             return loss_on_logits(logits, targets, objective, t=t, weight=1 / targets.count)[0]
         if side.name == "plain fine-tuning":
             return torch.nn.functional.cross_entropy(logits, targets.labels)

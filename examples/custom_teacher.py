@@ -19,7 +19,7 @@ import transformers
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
-from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize
+from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize, systematic_draws, uniform_count
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
 
@@ -29,6 +29,8 @@ class EnsembleTeacher(Teacher):
 
     tail = "exact"
     """Whole distributions are known here: exact tails, and `teacher.draws` may be above 0."""
+    draw_method = "systematic"
+    """How `summarize` makes the draws below."""
 
     def __init__(self, config: TeacherConfig, header: DatasetHeader, sampling: SamplingConfig | None = None):
         if sampling is not None:
@@ -57,15 +59,17 @@ class EnsembleTeacher(Teacher):
         tokens = torch.from_numpy(sequence.token_ids).long().to(self._models[0].device)
         own, other = (self._probs(model, tokens)[positions] for model in self._models)
         self._scored += 1
+        uniforms = uniform_count(header.draws, draw_method=header.draw_method)
         return summarize(
             torch.lerp(own, other, self._share).log(),
             tokens[positions + 1],  # target position t holds the distribution of token t + 1
-            draw_uniforms(positions, draws=header.draws, seed=header.draw_seed, sample_id=sequence.sample_id),
+            draw_uniforms(positions, draws=uniforms, seed=header.draw_seed, sample_id=sequence.sample_id),
             top_k=header.top_k,
             min_prob=header.min_prob,
             kept_draws=header.kept_draws,
             token_count=header.token_count,
             draw_logprobs=header.draw_logprobs,
+            systematic_draws=systematic_draws(header),
         )
 
     def _probs(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,10 @@ READ_FACTOR = 4
 """Default of `max_read_length`, in `max_length`: room for a prompt of some documents."""
 
 
+_TOP_K_WITHOUT_DRAWS = 16
+"""Without draws a cache holds nothing of the tail but its mass, so that more ids are worth their bytes."""
+
+
 class TeacherConfig(FrozenModel):
     """The teacher, and which part of its distributions is stored."""
 
@@ -56,7 +60,12 @@ class TeacherConfig(FrozenModel):
         description="Data type of the logits. auto: float32 if the engine can, because bfloat16 rounding changes half "
         "of the ranks; model: that of the weights.",
     )
-    top_k: int = Field(default=16, ge=1, le=MAX_TOP_K, description="K: maximum number of token ids kept per position.")
+    top_k: int = Field(
+        default=8,
+        ge=1,
+        le=MAX_TOP_K,
+        description="K: maximum number of token ids kept per position; by default 16 without draws.",
+    )
     min_prob: float = Field(
         default=1e-4, ge=0, lt=1, description="Token ids of the top K with a lower probability are not kept."
     )
@@ -64,14 +73,17 @@ class TeacherConfig(FrozenModel):
         default=64,
         ge=0,
         le=MAX_DRAWS,
-        description="D: number of independent draws from the full softmax at each position; by default 0 if the engine "
-        "cannot draw.",
+        description="D. Systematic: a position gets D times the mass of its tail, which is what lies outside its kept "
+        "ids; iid: D from the full softmax, of which those in the tail are stored. By default 0 if the engine cannot "
+        "draw.",
+    )
+    draw_method: Literal["systematic", "iid"] = Field(
+        default="systematic",
+        description="How draws are made. systematic: at equal distances on the cumulative sum of the tail, with a "
+        "random shift, for less noise; iid: independently. An engine of your own has that of its class.",
     )
     kept_draws: int = Field(
-        default=32,
-        ge=0,
-        le=MAX_DRAWS,
-        description="Maximum number of tail draws stored per position: the first ones in draw order.",
+        default=64, ge=0, le=MAX_DRAWS, description="Maximum number of tail draws stored per position."
     )
     draw_logprobs: bool = Field(default=False, description="Store the log-prob of each kept draw too.")
     draw_seed: int = Field(default=0, ge=0, lt=1 << 63, description="Seed of the draws.")
@@ -125,14 +137,28 @@ class TeacherConfig(FrozenModel):
     def _fits_the_engine(self) -> TeacherConfig:
         if self.draws and not self.can_draw and "draws" not in self.model_fields_set:
             object.__setattr__(self, "draws", 0)  # the model is frozen
+        if not self.draws and "top_k" not in self.model_fields_set:
+            object.__setattr__(self, "top_k", _TOP_K_WITHOUT_DRAWS)
         if self.draws and not self.can_draw:
             way = "tap public" if self.engine == "vllm" else f"engine {self.engine}"
             raise ValueError(f"draws 0, not {self.draws}: {way} cannot draw; tap worker and engine transformers can")
+        self._fits_own_method()
         if self.adapter_revision and not self.adapter:
             raise ValueError("teacher.adapter with adapter_revision, not adapter_revision alone")
         if (self.engine == "endpoint") != (self.endpoint is not None):
             raise ValueError("teacher.endpoint with engine endpoint, and only with it")
         return self
+
+    def _fits_own_method(self) -> None:
+        """An engine of the user's own draws in one way, which is recorded."""
+        if not (self.is_own_class and self.draws):
+            return
+        own = getattr(load_plugin(self.engine, key="teacher.engine"), "draw_method", "iid")
+        if "draw_method" in self.model_fields_set and self.draw_method != own:
+            raise ValueError(
+                f"draw_method {own}, not {self.draw_method}: so {self.engine} draws, by its attribute draw_method"
+            )
+        object.__setattr__(self, "draw_method", own)
 
 
 class SamplingConfig(FrozenModel):

@@ -59,8 +59,16 @@ BYTES_PER_TARGET = {
     ("exact", False, "flat"): (45.9, 89.2, 176.7, 352.8),
 }
 """By fidelity, whether min_prob excludes ids below `FLOOR`, and sharpness: bytes at each of `TOP_KS`, without draws."""
-BYTES_OF_DRAWS = {"sharp": (4.5, 3.0, 1.9, 1.1), "flat": (30.6, 29.2, 27.3, 24.7)}
-"""Bytes per target that `DRAWS` draws add, at each of `TOP_KS`."""
+BYTES_OF_DRAWS = {
+    ("iid", "sharp"): dict(zip(TOP_KS, (4.5, 3.0, 1.9, 1.1), strict=True)),
+    ("iid", "flat"): dict(zip(TOP_KS, (30.6, 29.2, 27.3, 24.7), strict=True)),
+    ("systematic", "sharp"): {4: 9.5, 8: 7.0, 16: 4.8, 32: 3.3, 64: 2.1, 128: 1.4},
+    ("systematic", "flat"): {4: 47.3, 8: 44.1, 16: 40.5, 32: 36.6, 64: 32.7, 128: 28.5},
+}
+"""Bytes per target that `DRAWS` draws add, by K; of iid ones at most 32 are kept. The systematic ones are those of
+`benchmarks/results/draws_bytes_2_cores.json`."""
+BYTES_BESIDE_IDS = 2.0
+"""Least bytes of a target beside its ids: its tail, label and counts. Estimates below the least measured K use it."""
 RANKED = 0.92
 """Factor by which an id rank table changes the bytes."""
 BYTES_PER_TOKEN = 1.5
@@ -323,13 +331,15 @@ def _bytes(config: CaptureConfig, sharpness: str) -> float:
     entries = _at(
         BYTES_PER_TARGET[config.fidelity, has_floor, sharpness], config.kept_width(token_count=MAX_VOCAB_SIZE)
     )
-    draws = _at(BYTES_OF_DRAWS[sharpness], teacher.top_k) * min(teacher.draws, 2 * teacher.kept_draws) / DRAWS
+    of_draws = BYTES_OF_DRAWS[teacher.draw_method, sharpness]
+    draws = float(np.interp(teacher.top_k, list(of_draws), list(of_draws.values())))
+    draws *= min(teacher.draws, 2 * teacher.kept_draws) / DRAWS
     logprobs = 2 * draws if teacher.draw_logprobs else 0.0
     return (RANKED if config.calibration_targets and config.fidelity != "exact" else 1.0) * entries + draws + logprobs
 
 
 def _at(values: tuple[float, ...], top_k: int) -> float:
-    """Linear interpolation between the measured K; proportional to K outside of them."""
+    """Linear interpolation between the measured K and a position without ids; proportional to K above them."""
     if top_k > TOP_KS[-1]:
         return values[-1] * top_k / TOP_KS[-1]
-    return float(np.interp(top_k, TOP_KS, values)) if top_k >= TOP_KS[0] else values[0] * top_k / TOP_KS[0]
+    return float(np.interp(top_k, (0, *TOP_KS), (BYTES_BESIDE_IDS, *values)))

@@ -23,6 +23,10 @@ class SourceChanged(ColdstillError):
     """The source differs from the one that the capture was started with."""
 
 
+class WriterRoundUnused(ColdstillError):
+    """`source.round` is not 0, and the rows of `source.rows_of` have a writer of another round, or none."""
+
+
 class SourceAdapterFailed(ColdstillError):
     """The function `source.adapter` raised an exception, or returned something other than a dict or None."""
 

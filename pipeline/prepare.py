@@ -21,7 +21,14 @@ from tqdm import tqdm
 from coldstill.common.processor import processor_settings, processor_sha256
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
-from coldstill.storage_schema.header_facts import About, NamedIds, ProcessorFacts, TeacherFacts
+from coldstill.storage_schema.header_facts import (
+    About,
+    NamedIds,
+    ProcessorFacts,
+    TeacherFacts,
+    hub_fingerprint,
+    weights_fingerprint,
+)
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.repair import restore_header
@@ -42,7 +49,6 @@ from .teachers.checkpoint import (
     head_dtype_of,
     load_model_config,
     tokenizer_files,
-    weights_fingerprint,
     with_read_length,
 )
 from .teachers.engine_args import engine_args_that_change_values, quantization_of
@@ -51,6 +57,8 @@ _CHECKED_ROWS = 32
 """Number of rows that are tested before the slow steps: reading the whole source, and loading an engine."""
 _MAX_LISTED = 3
 """Maximum number of duplicate ids in the error message."""
+_SYSTEMATIC: dict[str, Any] = {"draw_method": "systematic", "draw_from": "tail", "draw_number": "by_tail_mass"}
+"""What the header records of systematic draws."""
 _LOSS_ON = {"generate": "last_turn", "pretrain": "all"}
 """Target tokens of the modes in which source.loss_on has no effect: the teacher's answer; every token."""
 
@@ -99,7 +107,7 @@ def prepare(
     if planned is not None and stored.source_sha256 != header.source_sha256 and not was_surveyed:
         remove_staging(store)  # it was made just now, from another source than the plan's
     stored.require_equal(
-        header.model_copy(update={"id_ranks": stored.id_ranks}),
+        header.model_copy(update={"id_ranks": stored.id_ranks, **_defaults_at_start(config.teacher, stored)}),
         where="the configuration",
         fix=f"{store.url} was started with another value: {_restore(config.teacher, header, stored)}, or choose "
         "another output",
@@ -123,6 +131,14 @@ def _stored_plan(store: Store) -> Plan | None:
         return None
 
 
+def _defaults_at_start(teacher: TeacherConfig, stored: DatasetHeader) -> dict[str, Any]:
+    """What the capture was started with, where `draw_method` or `kept_draws` is not set: earlier releases had other
+    defaults. Another `top_k` must be set, because engines take it from the configuration."""
+    unset = {} if "draw_method" in teacher.model_fields_set or teacher.is_own_class else _SYSTEMATIC
+    names = [*unset, *({"kept_draws"} - teacher.model_fields_set)]
+    return {name: getattr(stored, name) for name in names} if teacher.draws == stored.draws else {}
+
+
 def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader) -> str:
     """How to get the stored values back. The defaults of some keys have changed between releases."""
     names = [name for name in type(teacher).model_fields if getattr(found, name, None) != getattr(stored, name, None)]
@@ -132,7 +148,7 @@ def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader
     if (named := stored.about.score_ids) and found.about.score_ids != named:
         return f"set source.score_ids: {named.column}, source.max_score_ids: {named.most}, teacher.top_k: {named.top_k}"
     if "draws" in names:  # the header's `kept_draws` is at most `draws`
-        names = [name for name in names if name != "kept_draws"]
+        names = [name for name in names if name != "kept_draws" and (stored.draws or name != "draw_method")]
     keys = ", ".join(f"teacher.{name}: {getattr(stored, name)}" for name in names)
     return f"set {keys}" if keys else "restore it"
 
@@ -235,6 +251,7 @@ def make_header(
         kept_ids="top_k_and_named" if config.source.score_ids else "top_k",
         min_prob=teacher.min_prob,
         draws=teacher.draws,
+        **_SYSTEMATIC if teacher.draws and teacher.draw_method == "systematic" else {},
         kept_draws=min(teacher.draws, teacher.kept_draws),
         draw_logprobs=teacher.draw_logprobs,
         draw_seed=teacher.draw_seed,
@@ -288,7 +305,7 @@ def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
     return TeacherFacts(
         name=folder.name if folder.is_dir() else teacher.model,
         revision=None if folder.is_dir() else commit or teacher.revision,
-        weights_fingerprint=weights_fingerprint(folder) if folder.is_dir() else f"commit:{commit}",
+        weights_fingerprint=weights_fingerprint(folder) if folder.is_dir() else hub_fingerprint(commit),
         dtype=dtype_of(teacher, model_config),
         head_dtype=head_dtype_of(teacher, model_config),
         quantization=quantization_of(teacher, model_config),

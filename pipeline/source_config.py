@@ -44,7 +44,7 @@ class SourceConfig(FrozenModel):
         default=0,
         ge=0,
         description="With rows_of: number of the round in which those rows were written, if a model wrote them; "
-        "recorded in the header.",
+        "recorded in the header. Rows whose header names their writer keep its round.",
     )
     dataset_config: str | None = Field(
         default=None, description="Configuration of that dataset, if it has more than one."

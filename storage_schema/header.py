@@ -103,7 +103,8 @@ class DatasetHeader(FrozenModel):
     draws: int = Field(ge=0, le=MAX_DRAWS, description="D: maximum number of draws at each position.")
     draw_method: Literal["iid", "systematic"] = Field(
         default="iid",
-        description="`iid`: independent draws; `systematic`: equally spaced points of it, shifted at random.",
+        description="`iid`: independent draws; `systematic`: equally spaced points of the distribution, shifted at "
+        "random.",
     )
     draw_from: Literal["softmax", "tail"] = Field(
         default="softmax",
@@ -111,14 +112,14 @@ class DatasetHeader(FrozenModel):
         "the kept ids.",
     )
     draw_number: Literal["fixed", "by_tail_mass"] = Field(
-        default="fixed", description="`fixed`: D draws at each position; `by_tail_mass`: fewer where the tail is small."
+        default="fixed",
+        description="`fixed`: D draws at each position; `by_tail_mass`: D times the tail's mass, rounded up or down at "
+        "random, with that mean.",
     )
     draw_weights: Literal["equal"] = Field(
         default="equal", description="`equal`: the draws of a position share its tail mass equally."
     )
-    kept_draws: int = Field(
-        ge=0, le=MAX_DRAWS, description="Maximum number of tail draws kept per position: the first ones in draw order."
-    )
+    kept_draws: int = Field(ge=0, le=MAX_DRAWS, description="Maximum number of tail draws kept per position.")
     draw_logprobs: bool = Field(default=False, description="Whether the log-prob of each kept draw is stored.")
     kept_ids: Literal["top_k", "top_k_and_named"] = Field(
         default="top_k",
@@ -240,6 +241,11 @@ class DatasetHeader(FrozenModel):
         return (self.draw_method, self.draw_from, self.draw_number) == ("iid", "softmax", "fixed")
 
     @property
+    def has_draws_by_tail_mass(self) -> bool:
+        """Whether each position has D times its tail's mass draws from the tail, rounded at random."""
+        return (self.draw_from, self.draw_number) == ("tail", "by_tail_mass")
+
+    @property
     def kept_in_words(self) -> str:
         """Which ids a position keeps, for people."""
         if self.kept_ids == "top_k":
@@ -249,16 +255,27 @@ class DatasetHeader(FrozenModel):
         return f"at most {self.top_k:,}: {of_top}, and those that the source named,"
 
     @property
+    def width_in_words(self) -> str:
+        """How many ids a position keeps, for people, in a few words."""
+        if self.kept_ids == "top_k":
+            return f"K = {self.top_k:,}"
+        named = self.about.score_ids
+        if named is None:
+            return f"at most {self.top_k:,} ids, named ones among them"
+        return f"K = {named.top_k:,} and at most {named.most:,} named ids"
+
+    @property
     def draws_in_words(self) -> str:
         """How the draws were made, for people."""
         if not self.draws:
             return "none"
-        number = f"D = {self.draws:,}" if self.draw_number == "fixed" else f"at most D = {self.draws:,}"
+        number, most = f"D = {self.draws:,}", f"at most {self.kept_draws:,}"
         made = {"iid": "independent", "systematic": "systematic"}[self.draw_method]
+        if self.draw_number == "by_tail_mass":
+            return f"{made} draws from the tail, {number} times its mass, {most}"
         if self.draw_from == "tail":
-            return f"{number} {made} draws from the tail, at most {self.kept_draws:,} of them stored"
-        kept = f"those outside the kept ids are stored, at most {self.kept_draws:,}"
-        return f"{number} {made} draws from the full softmax; {kept}"
+            return f"{number} {made} draws from the tail, {most} of them stored"
+        return f"{number} {made} draws from the full softmax; those outside the kept ids are stored, {most}"
 
     @property
     def about_in_words(self) -> dict[str, str]:

@@ -1,8 +1,13 @@
-"""Facts of a header: teacher, adapter, prompt, processor, writer, named ids, and those that a reader may ignore."""
+"""Facts of a header: teacher, adapter, prompt, processor, writer, named ids, and those that a reader may ignore.
+
+Below them, the digests of a model's and an adapter's files by which a header names who scored and who wrote the rows.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -10,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from coldstill.common.models import FrozenModel
 
 _SHA256 = "^[0-9a-f]{64}$"
+ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WEIGHTS = ("*.safetensors", "*.bin")
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 << 10
 
 
 class AdapterFacts(FrozenModel):
@@ -32,6 +41,11 @@ class TeacherFacts(FrozenModel):
     engine_args: dict[str, JsonValue] = Field(
         default_factory=dict, description="Arguments of the engine that change values, such as a RoPE scale."
     )
+
+    @property
+    def full_name(self) -> str:
+        """The name with that of the adapter, for people."""
+        return f"{self.name} + adapter {self.adapter.name}" if self.adapter else self.name
 
 
 class TeacherPrompt(FrozenModel):
@@ -128,3 +142,38 @@ class About(BaseModel):
         theirs = other.stated
         equal = {name: value for name, value in self.stated.items() if name in theirs and theirs[name] == value}
         return About.model_validate_json(json.dumps(equal))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """A digest of the weights, equal for equal copies, without reading hundreds of gigabytes.
+
+    sha256 over name, size and 64 evenly spaced samples of 64 KiB of each weight file in `folder`, and over
+    `config.json`. The samples include the header at the start of a safetensors file.
+    """
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    if config.exists():
+        digest.update(config.read_bytes())
+    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"\n{path.name} {size}\n".encode())
+        step = max(_SAMPLE_BYTES, size // _SAMPLES)
+        with path.open("rb") as file:
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def hub_fingerprint(commit: str | None) -> str:
+    """What stands for the digest of a model of the Hub, whose files a commit fixes."""
+    return f"commit:{commit}"
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """sha256 over the whole settings and weights of the adapter in `folder`. Raises `OSError`."""
+    digest = hashlib.sha256()
+    for name in (ADAPTER_SETTINGS, ADAPTER_WEIGHTS):
+        with (folder / name).open("rb") as file:
+            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

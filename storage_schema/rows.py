@@ -45,8 +45,8 @@ class TeacherTargets:
     `min_prob` drops some); unused entries repeat the position's first id with log-prob -inf. `log_tail float32 [N]`:
     log of the mass outside the kept ids. `label_logprob float32 [N]`: log-prob of the token that follows.
 
-    `draw_ids int32 [R]`, `draw_counts int32 [N]`: those of `D` iid draws from the full softmax that fell outside the
-    kept ids, position by position, a multiset. `draw_logprobs float32 [R]`: their log-probs, if they are stored.
+    `draw_ids int32 [R]`, `draw_counts int32 [N]`: draws from outside the kept ids, made as the header says,
+    position by position, a multiset. `draw_logprobs float32 [R]`: their log-probs, if they are stored.
     """
 
     ids: np.ndarray

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from coldstill.common.models import FrozenModel
+from coldstill.common.models import FrozenModel, KeysClash
 
 from .losses import LossConfig
 from .losses.taid import Taid
@@ -100,13 +100,15 @@ class OtherTokenizerConfig(FrozenModel):
     """What a student with another tokenizer than the dataset's learns from; ignored for any other."""
 
     one_to_one: float = Field(
-        1.0, ge=0, description="Weight of the loss at tokens that are one token of the same bytes for the teacher."
+        1.0,
+        ge=0,
+        description="Weight of the loss at tokens that are one token of the teacher, or the first part of one.",
     )
     chunks: float = Field(
         1.0,
         ge=0,
-        description="Weight of ALM (arXiv 2503.20083) on the chunks where both tokenizations meet only after several "
-        "tokens.",
+        description="Weight of ALM (arXiv 2503.20083) on the other tokens of chunks, where both tokenizations meet "
+        "only after several tokens.",
     )
     temperature: float = Field(
         100.0, ge=1, description="Temperature of ALM: chunks are compared by their probability to the power of 1 / it."
@@ -259,7 +261,8 @@ class TrainConfig(FrozenModel):
     @model_validator(mode="after")
     def _one_of_dataset_and_ensemble(self) -> TrainConfig:
         if (self.dataset is None) == (self.data.ensemble is None):
-            raise ValueError("set exactly one of dataset and data.ensemble")
+            found = "nothing, and no data.ensemble" if self.dataset is None else "a value beside data.ensemble"
+            raise KeysClash("exactly one of dataset and data.ensemble", key="dataset", found=found)
         if self.data.ensemble is None and self.data.ensemble_weights is not None:
             raise ValueError("data.ensemble_weights needs data.ensemble; the key for a mixed dataset is data.weights")
         if self.data.ensemble is not None and self.data.weights is not None:

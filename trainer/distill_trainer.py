@@ -26,7 +26,7 @@ from .data.logit_dataset import LogitDataset, check_eval_dataset, require_logit_
 from .data.stream import LogitStream
 from .errors import UnsupportedArgument
 from .evaluation.evaluate import evaluate_student
-from .evaluation.figures import draws_per_position
+from .evaluation.figures import drawn_by_tail_mass, draws_per_position
 from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
 from .loss_kernels.fused_head import Objective
@@ -41,6 +41,7 @@ from .student.packing_check import check_packing
 from .student.tokenizer import checked_student
 from .student.tokenizer import other_tokenizer as read_other_tokenizer
 from .student.wrapper import check_wrapping
+from .student.writer import check_writers
 from .training_loop import BatchLoader, TrainingLoop
 
 logger = logging.get_logger(__name__)
@@ -93,8 +94,9 @@ class DistillTrainer(TrainingLoop):
 
         Raises `TokenizerMismatch`, `TokenizerNotAligned`, `OtherTokenizerUnsupported`, `StudentHeadTooSmall`,
         `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`, `PackingUnsupported`, `WrapperUnsupported`,
-        `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`, what `read_loss` and
-        `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or lose state.
+        `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`, `NotStudentRows`, what
+        `read_loss` and `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or
+        lose state.
         """
         validate_parameters(unsupported)
         args = args or TrainingArguments("trainer_output")
@@ -127,6 +129,7 @@ class DistillTrainer(TrainingLoop):
         else:
             objectives = [build_objective(self.distillation_loss, **part.facts()) for part in train_dataset.by_teacher]
             self.objective = join_objectives(objectives, train_dataset.ensemble_weights)
+        check_writers(self.distillation_loss, train_dataset, model)
         self.order = data_order(args, train_dataset, pack_length=pack_length, images=self.images, own_header=own)
         of_all_devices = train_dataset.stream(
             batch_size=args.per_device_train_batch_size, seed=self.order["seed"], pack_length=pack_length
@@ -325,6 +328,7 @@ class DistillTrainer(TrainingLoop):
                     batches,
                     token_count=dataset.header.token_count,
                     draws=draws_per_position(dataset),
+                    by_tail_mass=drawn_by_tail_mass(dataset),
                     reduce=reduce,
                     sharded=is_sharded(self.model),
                 ).metrics()

@@ -112,7 +112,7 @@ class DenseLossOnly(ColdstillError):
 
 
 class NotStudentRows(ColdstillError):
-    """The loss needs rows that the student wrote, and the source or the teacher wrote those of a dataset."""
+    """The loss needs rows that the student wrote, and another model or the source wrote those of a dataset."""
 
 
 class NonFiniteLoss(ColdstillError):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from .errors import ColdstillError
-from .models import other_names
+from .models import KeysClash, other_names
 
 
 class ConfigNotFound(ColdstillError):
@@ -169,8 +169,11 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
     if first["type"] != "extra_forbidden":
         # The input of a check over several keys is a whole section, which would be longer than the message.
         found = None if isinstance(first["input"], dict) else repr(first["input"])[:200]
+        problem = first.get("ctx", {}).get("error")
+        if isinstance(problem, KeysClash):
+            key, found = ".".join([*location, problem.key]), problem.found
         return ConfigInvalid(
-            f"{path}: {key}",
+            f"{path}: {key}" if key else path,
             found="nothing" if first["type"] == "missing" else found,
             wanted=first["msg"].removeprefix("Value error, "),
             fix=_number_in_digits(first["input"]),

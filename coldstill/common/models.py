@@ -24,6 +24,14 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class KeysClash(ValueError):
+    """Raised by a check over several keys of a section: `key` is the one to change, and `found` what is wrong there."""
+
+    def __init__(self, wanted: str, *, key: str, found: str):
+        super().__init__(wanted)
+        self.key, self.found = key, found
+
+
 def renamed_field(name: str, *, old: str, **options: Any) -> Any:
     """A pydantic `Field` called `name` that files written before its renaming may still call `old`.
 

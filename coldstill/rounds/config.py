@@ -13,6 +13,7 @@ from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import ClusterConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.source_config import SourceConfig
 from coldstill.storage_schema.header import MAX_TOKENS
+from coldstill.storage_schema.rows import MAX_MEDIA
 from coldstill.trainer.config import DataConfig, StudentConfig, TrainingConfig
 from coldstill.trainer.losses import LossConfig
 from coldstill.trainer.losses.taid import Taid
@@ -31,6 +32,12 @@ class WriterConfig(FrozenModel):
     )
     max_length: int = Field(
         default=2048, ge=2, le=MAX_TOKENS, description="Maximum length of a prompt with its answer, in tokens."
+    )
+    max_images: int = Field(
+        default=8,
+        ge=1,
+        le=MAX_MEDIA,
+        description="Maximum number of images of a prompt, for a student that sees images.",
     )
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Extra arguments of vLLM's LLM class or of from_pretrained."
@@ -102,6 +109,11 @@ class RoundsConfig(FrozenModel):
             raise ValueError(
                 f"teacher.max_length of at least writer.max_length, {self.writer.max_length}, not "
                 f"{self.teacher.max_length}: the teacher scores whole answers"
+            )
+        if "max_images" in self.writer.model_fields_set and self.teacher.max_images < self.writer.max_images:
+            raise ValueError(
+                f"teacher.max_images of at least writer.max_images, {self.writer.max_images}, not "
+                f"{self.teacher.max_images}: the teacher scores all answers"
             )
         if self.training.best_metric is not None and self.eval_dataset is None:
             raise ValueError("training.best_metric needs eval_dataset")

@@ -18,7 +18,10 @@ from typing import Any, Literal
 
 import yaml
 
+from coldstill.common.config_file import ConfigInvalid
+from coldstill.common.errors import first_line
 from coldstill.common.files import new_file
+from coldstill.pipeline.config import TeacherConfig
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 
 from .config import RoundsConfig
@@ -69,6 +72,18 @@ class Part:
         """Whether the last file of the part exists."""
         return (self.folder / (SUMMARY_NAME if self.name == "train" else MANIFEST_NAME)).exists()
 
+    def started_with(self) -> dict[str, Any]:
+        """The settings in the file. Raises `ConfigInvalid` for a file that cannot be read."""
+        try:
+            return dict(yaml.safe_load(self.config_path.read_bytes()))
+        except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigInvalid(
+                str(self.config_path),
+                found=f"{type(error).__name__}: {first_line(error)}",
+                wanted="the settings of a part, as `coldstill rounds` wrote them",
+                fix="delete this file: the part's own output is compared with the settings when it runs",
+            ) from None
+
     def write_config(self) -> None:
         """Write the settings, whole or not at all."""
         with new_file(self.config_path) as beside:
@@ -103,6 +118,7 @@ def _parts_of_round(config: RoundsConfig, number: int) -> list[Part]:
             "teacher": {
                 "model": last,
                 **config.writer.model_dump(mode="json"),
+                "max_images": min(config.writer.max_images, config.teacher.max_images),
                 "top_k": _ANSWERS_TOP_K,
                 "draws": 0,
             },
@@ -113,7 +129,7 @@ def _parts_of_round(config: RoundsConfig, number: int) -> list[Part]:
         "scores": {
             "output": str(folders["scores"]),
             "source": {"rows_of": str(folders["answers"]), "round": number},
-            "teacher": _stated(config.teacher),
+            "teacher": stated_teacher(config.teacher),
             **_shared(config),
         },
         "train": _training(config, number, student=str(last)),
@@ -152,6 +168,13 @@ def _training(config: RoundsConfig, number: int, *, student: str) -> dict[str, A
         },
         **({"training": training} if training else {}),
     }
+
+
+def stated_teacher(teacher: TeacherConfig) -> dict[str, Any]:
+    """The stated settings, and how much of a distribution is kept: what is not set there depends on other settings and
+    on the release."""
+    kept = {name: getattr(teacher, name) for name in ("top_k", "draws", "kept_draws", "draw_method")}
+    return {**_stated(teacher), **kept}
 
 
 def _stated(section: Any) -> dict[str, Any]:

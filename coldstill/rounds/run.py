@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,11 @@ from coldstill.common.errors import ColdstillError
 from coldstill.common.files import read_json, write_json
 from coldstill.common.interrupts import as_interrupted, end_with_parent, raising_interrupts
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint, require_same_ids
 from coldstill.trainer.config import FREE_TRAINING_SETTINGS, TrainConfig
-from coldstill.trainer.errors import NotStudentRows
-from coldstill.trainer.losses.base import Loss
 
+from .checks import require_usable_models
 from .config import MAX_ROUNDS, RoundsConfig
-from .parts import HEADINGS, SUMMARY_NAME, Part, part_folder, parts_of, student_folder
+from .parts import HEADINGS, SUMMARY_NAME, Part, part_folder, parts_of, stated_teacher, student_folder
 
 RECORD_NAME = "rounds.json"
 LOCK_NAME = "rounds.lock"
@@ -90,7 +87,7 @@ def run_rounds(config: RoundsConfig, *, console: Console | None = None) -> Round
     parts, output = checked_parts(config), Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     with raising_interrupts(), _locked(output) as lock:
-        _claim(config)
+        _claim(config, parts)
         for part in parts:
             done = "  [dim]already done[/dim]" if part.is_done else ""
             console.print(
@@ -104,15 +101,12 @@ def run_rounds(config: RoundsConfig, *, console: Console | None = None) -> Round
 
 
 def checked_parts(config: RoundsConfig) -> list[Part]:
-    """All parts, in their order. Raises `ConfigInvalid` for settings that a part refuses, `TokenizerMismatch`,
-    `NotStudentRows`, and for given datasets what `open_dataset` raises."""
+    """All parts, in their order. Raises `ConfigInvalid` for settings that a part refuses, and what
+    `require_usable_models` raises."""
     parts = parts_of(config)
-    for part in parts[:3]:  # those of the other rounds differ in paths and seeds
-        model: Any = TrainConfig if part.command == "train" else CaptureConfig
-        check_config(part.settings, model=model, where=part.title)
-    _require_one_tokenizer(config)
-    if not all(part.is_done for part in parts):
-        _require_usable_datasets(config)
+    for part in (*parts[:3], *parts[-3:]):  # those between differ in paths, and their seeds are smaller than the last
+        check_config(part.settings, model=_model_of(part), where=part.title)
+    require_usable_models(config, parts)
     return parts
 
 
@@ -213,8 +207,8 @@ def _is_alive(pid: str, host: str) -> bool:
     return True
 
 
-def _claim(config: RoundsConfig) -> None:
-    """Record the settings at the first start, and compare them at later ones.
+def _claim(config: RoundsConfig, parts: list[Part]) -> None:
+    """Record the settings at the first start, and compare them at later ones; without a record, with those of parts.
 
     Raises `RoundsChanged`, `RoundsDamaged`.
     """
@@ -237,6 +231,8 @@ def _claim(config: RoundsConfig) -> None:
                 wanted=f"at least {begun}, the number of rounds that were begun",
                 fix=f"set rounds to {begun} or more, or choose another output",
             )
+    else:
+        _require_settings_of_parts(parts)
     write_json(path, {"rounds": config.rounds, "settings": settings})
 
 
@@ -251,14 +247,45 @@ def read_record(output: Path) -> tuple[int, dict[str, Any]]:
             str(path),
             found=f"{type(error).__name__}: {error}",
             wanted="the record of `coldstill rounds`",
-            fix="delete this file and re-run the same command: it writes the record again",
+            fix="delete this file and re-run `coldstill rounds` with the configuration of these rounds: it is compared "
+            "with the settings of their parts",
         ) from None
+
+
+def _require_settings_of_parts(parts: list[Part]) -> None:
+    """Raise `RoundsChanged` if a part was started with other settings, by the file beside its folder."""
+    for part in parts:
+        if not part.config_path.exists():
+            continue
+        before_now = (_fixed(part, settings) for settings in (part.started_with(), part.settings))
+        difference = _first_difference("", *before_now)
+        if difference is not None:
+            key, before, now = difference
+            raise RoundsChanged(
+                f"{part.config_path}: {key}",
+                found=now,
+                wanted=f"{before}, as when this part was started",
+                fix="restore the setting, or choose another output; rounds and cluster may be changed",
+            )
+
+
+def _fixed(part: Part, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a part's settings that may not differ between two starts, without defaults. Raises `ConfigInvalid`."""
+    checked = check_config(settings, model=_model_of(part), where=str(part.config_path))
+    exclude: dict[str, Any] = {"cluster": True, **(_FREE if part.name == "train" else {})}
+    stated = checked.model_dump(mode="json", exclude_defaults=True, exclude=exclude)
+    return {name: value for name, value in stated.items() if value != {}}
+
+
+def _model_of(part: Part) -> Any:
+    return TrainConfig if part.command == "train" else CaptureConfig
 
 
 def _identity(config: RoundsConfig) -> dict[str, Any]:
     """The settings that decide the datasets and the weights, without those that have their default value."""
     exclude: dict[str, Any] = {"output": True, "rounds": True, "cluster": True, **_FREE}
     stated = config.model_dump(mode="json", exclude_defaults=True, exclude=exclude)
+    stated["teacher"] = stated_teacher(config.teacher)
     return {name: value for name, value in stated.items() if value != {}}
 
 
@@ -270,43 +297,3 @@ def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] 
         return name, before, now
     key = next(key for key in sorted({*before, *now}) if before.get(key, _DEFAULT) != now.get(key, _DEFAULT))
     return _first_difference(f"{name}.{key}".lstrip("."), before.get(key, _DEFAULT), now.get(key, _DEFAULT))
-
-
-def _require_one_tokenizer(config: RoundsConfig) -> None:
-    """Raise `TokenizerMismatch` before any answer is written, if both models are local folders.
-
-    For models of the Hub, the capture of the scores makes the same check.
-    """
-    student, teacher = Path(str(config.student.model)), Path(config.teacher.model)
-    if not all((folder / TOKENIZER_FILE).is_file() for folder in (student, teacher)):
-        return
-    require_same_ids(
-        f"tokenizer of the student {student}",
-        fingerprint(student).ids,
-        fingerprint(teacher).ids,
-        of=str(teacher),
-        fix="choose a student of the teacher's family",
-    )
-
-
-def _require_usable_datasets(config: RoundsConfig) -> None:
-    """Open `start_datasets` and `eval_dataset` before any answer is written: training, which reads them, comes last.
-
-    Raises what `open_dataset` raises, `TokenizerMismatch` if the teacher is a local folder, and `NotStudentRows`.
-    """
-    teacher = Path(config.teacher.model)
-    wanted = fingerprint(teacher) if (teacher / TOKENIZER_FILE).is_file() else None
-    needs = config.loss.all_needs if isinstance(config.loss, Loss) else frozenset()
-    for key, paths in (("start_datasets", config.start_datasets), ("eval_dataset", (config.eval_dataset,))):
-        for path in filter(None, paths):
-            header = open_dataset(path).header
-            if wanted is not None:
-                fix = "choose a dataset of the same tokenizer"
-                require_same_ids(f"tokenizer of {key} {path}", header.ids, wanted.ids, of=str(teacher), fix=fix)
-            if key == "start_datasets" and "student_rows" in needs and not header.about.is_by_student:
-                raise NotStudentRows(
-                    f"{key} {path}",
-                    found="rows that the source or the teacher wrote, or a student under another prompt",
-                    wanted=f"rows that the student wrote and the teacher scored, for loss {config.loss.name}",
-                    fix="remove it, choose another loss, such as forward_kl, or set loss.any_rows to true",
-                )

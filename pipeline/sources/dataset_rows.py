@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from coldstill.pipeline.errors import SourceEmpty
+from coldstill.pipeline.errors import SourceEmpty, WriterRoundUnused
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.teachers.checkpoint import tokenizer_files
 from coldstill.pipeline.teachers.protocol import TEACHER_TOKENS, TokenSequence
@@ -79,12 +79,17 @@ class DatasetRows(Reader):
 class StoredSequences:
     """Makes the sequences of a sealed dataset's rows, and the facts that a header takes from that dataset.
 
-    Raises what `open_dataset` raises, and `TokenizerMismatch` for a teacher whose ids mean other tokens.
+    `writer_round`: the round in which a model wrote the rows; None if that is not set.
+
+    Raises what `open_dataset` raises, `TokenizerMismatch` for a teacher whose ids mean other tokens, and
+    `WriterRoundUnused` for a round that the header of the rows contradicts.
     """
 
-    def __init__(self, root: str, tokenizer: PreTrainedTokenizerBase, *, writer_round: int):
-        self._dataset, self._round = open_dataset(root), writer_round
+    def __init__(self, root: str, tokenizer: PreTrainedTokenizerBase, *, writer_round: int | None):
+        self._dataset, self._round = open_dataset(root), writer_round or 0
         self._rows: DatasetHeader = self._dataset.header
+        if writer_round is not None:
+            self._require_round(writer_round)
         facts = fingerprint_bytes(tokenizer_files(tokenizer)[TOKENIZER_FILE], where="the teacher's tokenizer")
         require_same_ids(
             f"tokenizer of source.rows_of {root}",
@@ -146,6 +151,20 @@ class StoredSequences:
                 "about": about,
             }
         )
+
+    def _require_round(self, stated: int) -> None:
+        """Raise `WriterRoundUnused` if the rows have a writer of another round, or none at all."""
+        writer = self._writer()
+        if (0 if writer is None else writer.round) != stated:
+            found = f"the source wrote {self._dataset.store.url}"
+            if writer is not None:
+                found = f"{writer.name} wrote {self._dataset.store.url} in round {writer.round}, by its header"
+            raise WriterRoundUnused(
+                "source.round",
+                found=f"{stated}, and {found}",
+                wanted="the round in which a model wrote these rows",
+                fix="remove source.round: the header of the rows names their writer",
+            )
 
     def _metadata(self, row: CachedRow) -> Mapping[str, Any]:
         """The row's metadata without the length of a prompt that this teacher does not read."""

@@ -133,7 +133,7 @@ class SequenceMaker:
             processor=_processor_of(config.teacher, header),
             max_read_length=config.teacher.max_read_length,
             max_images=config.teacher.max_images,
-            stored=StoredSequences(config.source.rows_of, tokenizer, writer_round=config.source.round)
+            stored=StoredSequences(config.source.rows_of, tokenizer, writer_round=config.source.round or None)
             if config.source.rows_of is not None
             else None,
             top_k=config.teacher.top_k,

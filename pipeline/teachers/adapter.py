@@ -6,7 +6,6 @@ Shape letters: `r` rank, `I` inputs and `O` outputs of a layer.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import re
@@ -23,10 +22,9 @@ from torch import Tensor, nn
 from coldstill.common.errors import first_line
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.storage_schema.header_facts import AdapterFacts
+from coldstill.storage_schema.header_facts import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, AdapterFacts, adapter_fingerprint
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
 
-SETTINGS_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _TEMPLATE_NAME = "chat_template.jinja"
 
 _NEUTRAL = frozenset(
@@ -64,20 +62,16 @@ class Adapter:
     @property
     def facts(self) -> AdapterFacts:
         """What the header says of it. The digest is over the whole files: alpha changes values as weights do."""
-        digest = hashlib.sha256()
-        for name in (SETTINGS_NAME, WEIGHTS_NAME):
-            with (self.folder / name).open("rb") as file:
-                digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-        return AdapterFacts(name=self.name, weights_fingerprint=digest.hexdigest())
+        return AdapterFacts(name=self.name, weights_fingerprint=adapter_fingerprint(self.folder))
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """Names of the stored tensors."""
         try:
-            with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
+            with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
                 return tuple(sorted(file.keys()))
         except Exception as error:  # its own error class is not exported
-            raise self._unusable(f"{WEIGHTS_NAME}: {first_line(error)}", "a whole file", "save it again") from error
+            raise self._unusable(f"{ADAPTER_WEIGHTS}: {first_line(error)}", "a whole file", "save it again") from error
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -98,7 +92,7 @@ class Adapter:
     def squared_norms(self) -> dict[str, float]:
         """`||scale B A||^2` by layer: what the adapter adds to its weights, in float64."""
         norms = {}
-        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
+        with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
             for module in self.modules:
                 down, up = (file.get_tensor(f"base_model.model.{module}.lora_{side}.weight") for side in "AB")
                 norms[module] = self._scale(module, down.shape[0]) ** 2 * squared_norm(down, up)
@@ -165,8 +159,8 @@ class Adapter:
     @property
     def _other_base(self) -> str:
         return (
-            f"name the model that it was trained on, {self._base}; if teacher.model is that one, {SETTINGS_NAME} and "
-            f"{WEIGHTS_NAME} do not belong together: load the adapter with peft and save it"
+            f"name the model that it was trained on, {self._base}; if teacher.model is that one, "
+            f"{ADAPTER_SETTINGS} and {ADAPTER_WEIGHTS} do not belong together: load the adapter with peft and save it"
         )
 
     @property
@@ -180,7 +174,7 @@ class Adapter:
         folder = Path(name)
         if not folder.is_dir():
             try:
-                wanted = [SETTINGS_NAME, WEIGHTS_NAME, TOKENIZER_FILE, _TEMPLATE_NAME]
+                wanted = [ADAPTER_SETTINGS, ADAPTER_WEIGHTS, TOKENIZER_FILE, _TEMPLATE_NAME]
                 folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
             except (OSError, ValueError) as error:
                 raise TeacherUnusable(
@@ -189,7 +183,7 @@ class Adapter:
                     wanted="a folder or Hub name of a LoRA adapter",
                     fix="check teacher.adapter and teacher.adapter_revision",
                 ) from error
-        for file in (SETTINGS_NAME, WEIGHTS_NAME):
+        for file in (ADAPTER_SETTINGS, ADAPTER_WEIGHTS):
             if not (folder / file).is_file():
                 raise self._unusable(
                     f"no {file}", "an adapter as peft's `save_pretrained` writes it", "load it with peft and save it"
@@ -198,10 +192,10 @@ class Adapter:
 
     def _read_settings(self) -> dict[str, Any]:
         with suppress(ValueError):
-            settings = json.loads((self.folder / SETTINGS_NAME).read_bytes())
+            settings = json.loads((self.folder / ADAPTER_SETTINGS).read_bytes())
             if isinstance(settings, dict):
                 return settings
-        raise self._unusable(f"{SETTINGS_NAME}, which is not a JSON object", "settings of peft", "save it again")
+        raise self._unusable(f"{ADAPTER_SETTINGS}, which is not a JSON object", "settings of peft", "save it again")
 
     def _require_lora(self) -> None:
         if (kind := self.settings.get("peft_type")) != "LORA":
@@ -243,7 +237,7 @@ class Adapter:
             yield f"rank {self._largest_rank()}, above {VLLM_RANKS[-1]}"
 
     def _largest_rank(self) -> int:
-        with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
+        with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
             sizes = [file.get_slice(name).get_shape()[0] for name in self.tensors if name.endswith("lora_A.weight")]
         return max([int(self.settings.get("r") or 1), *(self.settings.get("rank_pattern") or {}).values(), *sizes])
 

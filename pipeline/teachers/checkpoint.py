@@ -6,7 +6,6 @@ Only this file chooses the data type of the logits, so that header and engine ag
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import socket
@@ -47,9 +46,6 @@ from coldstill.storage_schema.tokenizer import (
     without_code,
 )
 
-_WEIGHTS = ("*.safetensors", "*.bin")
-_SAMPLES = 64
-_SAMPLE_BYTES = 64 << 10
 _PLAIN = {"float32", "bfloat16", "float16"}
 
 TRIES = 3
@@ -228,27 +224,6 @@ def _model_config(config: TeacherConfig) -> Any:
         )
     except (ValueError, OSError, ImportError) as error:
         raise _cannot_load(config, "config.json", error) from None
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """A digest of the weights, equal for equal copies, without reading hundreds of gigabytes.
-
-    sha256 over name, size and 64 evenly spaced samples of 64 KiB of each weight file in `folder`, and over
-    `config.json`. The samples include the header at the start of a safetensors file.
-    """
-    digest = hashlib.sha256()
-    config = folder / "config.json"
-    if config.exists():
-        digest.update(config.read_bytes())
-    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"\n{path.name} {size}\n".encode())
-        step = max(_SAMPLE_BYTES, size // _SAMPLES)
-        with path.open("rb") as file:
-            for start in range(0, size, step):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def dtype_of(config: TeacherConfig, model_config: Any) -> str:

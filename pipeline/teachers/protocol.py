@@ -129,7 +129,10 @@ class Teacher(Protocol):
 
     The class attribute `tail` becomes the header's `tail`; a class without one is `"derived"`. `"exact"`: `log_tail` is
     the log of the summed mass of all entries outside the kept ids, and the engine can draw (`teacher.draws` above 0).
-    `"derived"`: `log_tail` is log(max(1 - sum of kept, 1e-6)), without draws.
+    `"derived"`: `log_tail` is log(max(1 - sum of kept, 1e-6)), without draws. The class attribute `draw_method` becomes
+    `teacher.draw_method` and the header's; a class without one is `"iid"`: of D independent draws from the softmax, the
+    targets have those outside the kept ids. `"systematic"`: what `target_extractor.summarize` makes with
+    `systematic_draws`.
 
     With `order: fast` calls may overlap in several threads; with `order: exact` the caller makes one call at a time.
     A named error (a `ColdstillError`) fails the work unit. Any other exception ends the worker, as a crash would, and

@@ -2,8 +2,9 @@
 
 The uniforms of the tail draws are a function of (dataset seed, sample id, position, draw) and do not depend on
 batching. Shape letters: `N` target positions, `V` vocabulary (logit columns), `W` columns of work memory (`token_count`
-rounded up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `R` most kept draws of a position,
-`M` ids that the source names at a position, `L` columns of the kept ids: K, and room for those that are named.
+rounded up to whole blocks), `B` entries of a block, `K` teacher top-k, `D` draws, `U` uniforms of a position, `R` most
+kept draws of a position, `M` ids that the source names at a position, `L` columns of the kept ids: K, and room for
+those that are named.
 """
 
 from __future__ import annotations
@@ -56,15 +57,25 @@ class TargetExtractor:
     arithmetic.
     """
 
-    def __init__(self, *, top_k: int, min_prob: float, kept_draws: int, token_count: int, named_width: int = 0):
-        """`named_width`: L - K, 0 without named ids."""
+    def __init__(
+        self,
+        *,
+        top_k: int,
+        min_prob: float,
+        kept_draws: int,
+        token_count: int,
+        named_width: int = 0,
+        systematic_draws: int = 0,
+    ):
+        """`named_width`: L - K, 0 without named ids. `systematic_draws`: D, if the draws are systematic; 0 if they are
+        independent."""
         self.top_k, self.min_prob, self.kept_draws, self.token_count = top_k, min_prob, kept_draws, token_count
-        self.named_width = named_width
+        self.named_width, self.systematic_draws = named_width, systematic_draws
         self._width = -(-token_count // _B) * _B
         self._work = torch.empty(0, self._width)
 
     def __call__(self, logits: Tensor, labels: Tensor, uniforms: Tensor, named: Tensor | None = None) -> Summary:
-        """Summary of `logits [N, V]` (any float type) with `labels int64 [N]` and `uniforms float64 [N, D]`.
+        """Summary of `logits [N, V]` (any float type) with `labels int64 [N]` and `uniforms float64 [N, U]`.
 
         `named int64 [N, M]`: distinct ids of each position that are kept beside the top K, -1 where fewer.
 
@@ -73,9 +84,12 @@ class TargetExtractor:
         - The kept ids are those of the top K that reach the floor, and all that are named. Tail, label and draws are
           relative to them.
         - The tail is the sum of the entries outside the kept ids, never 1 minus the rest.
-        - Draws: the mass of the kept ids comes first on the unit interval. A uniform inside it is a draw of a kept id
-          and is dropped. The others are looked up on the cumulative sum of the tail alone, and the first `kept_draws`
-          of them are kept. They are chosen by their place, so they are still iid draws from the tail.
+        - Independent draws (U = D): the mass of the kept ids comes first on the unit interval. A uniform inside it is a
+          draw of a kept id and is dropped. The others are looked up on the cumulative sum of the tail alone, and the
+          first `kept_draws` of them are kept. They are chosen by their place, so they are still iid draws from the
+          tail.
+        - Systematic draws (U = 2): D times the tail's mass, rounded up or down by the second uniform, at most
+          `kept_draws`; at equal distances on the cumulative sum of the tail, with the first uniform as their shift.
         """
         rows = max(1, _WORK_BYTES.get(logits.device.type, _WORK_BYTES["cuda"]) // (4 * self._width))
         blocks = (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
@@ -116,7 +130,13 @@ class TargetExtractor:
             under = kept_weights.masked_fill(kept, 0.0)
             weights.scatter_(1, ids, under)
             blocks.scatter_add_(1, ids // _B, under)
-        draws = _tail_draws(weights, blocks, uniforms * total[:, None] - kept_total[:, None], self.kept_draws)
+        if self.systematic_draws:
+            chosen = _systematic_depths(
+                uniforms, tail_total, tail_total / total, draws=self.systematic_draws, most=self.kept_draws
+            )
+        else:
+            chosen = _iid_depths(uniforms * total[:, None] - kept_total[:, None], most=self.kept_draws)
+        draws = _look_up(weights, blocks, chosen)
         ids = torch.where(kept, ids, ids[:, :1])
         logprobs = ((values - best).double() - log_total[:, None]).masked_fill(~kept, -torch.inf)
         if marks or self.named_width:
@@ -191,6 +211,15 @@ class _NamedMarks(NamedTuple):
         return cls(torch.where(is_new, named, top[:, :1]), is_new, top_is_named)
 
 
+class _Depths(NamedTuple):
+    """`depths float64 [N, n]` of the cumulative sum of a tail, of which the first `counts int64 [N]` are draws. `most`
+    is R; n may be smaller."""
+
+    depths: Tensor
+    counts: Tensor
+    most: int
+
+
 class _Draws(NamedTuple):
     """`ids`, `weights [N, R]` and `counts [N]`."""
 
@@ -199,34 +228,65 @@ class _Draws(NamedTuple):
     counts: Tensor
 
 
-def _tail_draws(weights: Tensor, blocks: Tensor, depths: Tensor, kept_draws: int) -> _Draws:
-    """Draws from the tail `weights [N, W]` with block sums `blocks [N, W / B]`, at `depths float64 [N, D]` of its
-    cumulative sum. Negative depths are draws of kept ids. Inverse CDF on two levels: the block, then inside it."""
-    cumulative = blocks.cumsum(-1, dtype=torch.float64)
-    hit = (depths >= 0) & (cumulative[:, -1:] > 0)
+def _iid_depths(depths: Tensor, *, most: int) -> _Depths:
+    """The first `most` of `depths float64 [N, D]` that are in the tail. Negative depths are draws of kept ids."""
+    hit = depths >= 0
     place = hit.cumsum(-1) - 1
-    hit &= place < kept_draws
+    hit &= place < most
     counts = hit.sum(-1)
-    most = width = min(kept_draws, depths.shape[1])
-    if depths.device.type == "cpu":  # elsewhere this would wait for the device
-        width = int(counts.max()) if counts.numel() else 0
-    if not width:
-        nothing = depths.new_zeros(len(depths), most)
-        return _Draws(nothing, nothing, counts)
+    most = min(most, depths.shape[1])
+    width = _width(counts, most)
     # Each draw to its place among the kept ones; all others to the column after them, which is cut off.
-    depth = depths.new_zeros(len(depths), width + 1)
-    depth.scatter_(1, torch.where(hit, place, width), depths)
-    depth = torch.minimum(depth[:, :width], _below(cumulative[:, -1:]))
+    chosen = depths.new_zeros(len(depths), width + 1)
+    chosen.scatter_(1, torch.where(hit, place, width), depths)
+    return _Depths(chosen[:, :width], counts, most)
+
+
+def _systematic_depths(uniforms: Tensor, tails: Tensor, shares: Tensor, *, draws: int, most: int) -> _Depths:
+    """Equally spaced depths of `tails float64 [N]`: `draws` times `shares float64 [N]`, at most `most`.
+
+    `uniforms float64 [N, 2]`: the shift of the depths, as a part of their distance, and what rounds their number up or
+    down, so that its mean is exact. Given the number, each depth is uniform in its own part of the tail, and all parts
+    have the same mass: the draws together are an unbiased sample of the tail. A smaller number is a coarser spacing: a
+    part of a systematic sample in order of ids would not be a sample of the whole tail.
+    """
+    counts = torch.floor(draws * shares + uniforms[:, 1]).nan_to_num(0).clamp(0, most).long()
+    most = min(most, draws)
+    places = torch.arange(_width(counts, most), device=uniforms.device)
+    depths = (places + uniforms[:, :1]) * (tails / counts.clamp(min=1))[:, None]
+    return _Depths(depths, counts, most)
+
+
+def _look_up(weights: Tensor, blocks: Tensor, chosen: _Depths) -> _Draws:
+    """The ids at depths of the cumulative sum of the tails `weights [N, W]`, whose block sums are `blocks [N, W / B]`.
+
+    Inverse CDF on two levels: the block, then inside it. A tail without mass has no draws.
+    """
+    cumulative = blocks.cumsum(-1, dtype=torch.float64)
+    counts = chosen.counts.where(cumulative[:, -1] > 0, 0)
+    width = chosen.depths.shape[1]
+    if not width:
+        nothing = chosen.depths.new_zeros(len(blocks), chosen.most)
+        return _Draws(nothing, nothing, counts)
+    size = weights.shape[1] // blocks.shape[1]
+    depth = torch.minimum(chosen.depths, _below(cumulative[:, -1:]))
     block = torch.searchsorted(cumulative, depth, right=True).clamp(max=cumulative.shape[1] - 1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    entries = weights.view(-1, blocks.shape[1], _B).gather(1, block[:, :, None].expand(-1, -1, _B))
+    entries = weights.view(-1, blocks.shape[1], size).gather(1, block[:, :, None].expand(-1, -1, size))
     inside = entries.cumsum(-1, dtype=torch.float64)
     # The block's sum is float32: the rest must not step past the last entry that has any mass.
     rest = torch.minimum(depth - before, _below(inside[:, :, -1]))
-    offset = (inside <= rest[:, :, None]).sum(-1).clamp(max=_B - 1)
+    offset = (inside <= rest[:, :, None]).sum(-1).clamp(max=size - 1)
     drawn = entries.gather(2, offset[:, :, None])[:, :, 0]
-    unused = (0, most - width)
-    return _Draws(functional.pad(block * _B + offset, unused), functional.pad(drawn, unused), counts)
+    unused = (0, chosen.most - width)
+    return _Draws(functional.pad(block * size + offset, unused), functional.pad(drawn, unused), counts)
+
+
+def _width(counts: Tensor, most: int) -> int:
+    """Columns for `counts [N]` draws, at most `most`."""
+    if counts.device.type != "cpu":  # the largest count would be waited for
+        return most
+    return int(counts.max()) if counts.numel() else 0
 
 
 def _below(sums: Tensor) -> Tensor:
@@ -237,8 +297,8 @@ def _below(sums: Tensor) -> Tensor:
 def draw_uniforms(positions: np.ndarray, *, draws: int, seed: int, sample_id: str) -> np.ndarray:
     """`float64 [N, D]` in [0, 1) for the tail draws of one sample at ascending target `positions int64 [N]`.
 
-    Philox4x64-10 (Salmon et al., SC 2011; numpy's), key = (seed, first 8 bytes of sha256 of the sample id), counter =
-    position times the counter values that D draws take.
+    `draws`: their number, `uniform_count`. Philox4x64-10 (Salmon et al., SC 2011; numpy's), key = (seed, first 8 bytes
+    of sha256 of the sample id), counter = position times the counter values that D uniforms take.
     """
     if not positions.size:
         return np.empty((0, draws))
@@ -248,6 +308,11 @@ def draw_uniforms(positions: np.ndarray, *, draws: int, seed: int, sample_id: st
     generator = np.random.Philox(key=np.array([seed, sample_key], np.uint64)).advance(first * counts)
     words = generator.random_raw((last - first + 1, counts * WORDS_PER_COUNT))
     return to_uniforms(words[positions - first, :draws])
+
+
+def uniform_count(draws: int, *, draw_method: str) -> int:
+    """U: how many uniforms a position with D draws takes. Two place all systematic draws."""
+    return min(draws, 1) * 2 if draw_method == "systematic" else draws
 
 
 def targets_of(summary: Summary, *, draw_logprobs: bool = False) -> TeacherTargets:
@@ -279,10 +344,16 @@ def summarize(
     draw_logprobs: bool = False,
     named: np.ndarray | None = None,
     named_width: int = 0,
+    systematic_draws: int = 0,
 ) -> TeacherTargets:
-    """Targets of `logits [N, V]` with `labels int64 [N]` and `uniforms float64 [N, D]`; see `TargetExtractor`."""
+    """Targets of `logits [N, V]` with `labels int64 [N]` and `uniforms float64 [N, U]`; see `TargetExtractor`."""
     extract = TargetExtractor(
-        top_k=top_k, min_prob=min_prob, kept_draws=kept_draws, token_count=token_count, named_width=named_width
+        top_k=top_k,
+        min_prob=min_prob,
+        kept_draws=kept_draws,
+        token_count=token_count,
+        named_width=named_width,
+        systematic_draws=systematic_draws,
     )
     on_device = torch.from_numpy(uniforms).to(logits.device)
     summary = extract(logits, labels, on_device, named_on(logits.device, named))
@@ -295,6 +366,11 @@ def split_width(header: DatasetHeader) -> tuple[int, int]:
     if header.kept_ids == "top_k" or facts is None:
         return header.top_k, 0
     return facts.top_k, header.top_k - facts.top_k
+
+
+def systematic_draws(header: DatasetHeader) -> int:
+    """D, where the draws are systematic; 0 where they are independent."""
+    return header.draws if header.draw_method == "systematic" else 0
 
 
 def named_on(device: torch.device, named: np.ndarray | None) -> Tensor | None:

@@ -40,7 +40,16 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import span_positions
 
 from .answer_sampling import StopTexts, answer_room, answer_sequence, answer_uniforms, next_token
-from .target_extractor import Summary, TargetExtractor, draw_uniforms, named_on, split_width, targets_of
+from .target_extractor import (
+    Summary,
+    TargetExtractor,
+    draw_uniforms,
+    named_on,
+    split_width,
+    systematic_draws,
+    targets_of,
+    uniform_count,
+)
 
 _LATER = 4
 """Tokens at the end of a row that are replaced to see whether earlier ones depend on them."""
@@ -70,6 +79,7 @@ class TransformersTeacher:
             kept_draws=header.kept_draws,
             token_count=header.token_count,
             named_width=split_width(header)[1],
+            systematic_draws=systematic_draws(header),
         )
         self._one_at_a_time = threading.Lock()
         self._progress = 0
@@ -251,8 +261,9 @@ class TransformersTeacher:
         named: np.ndarray | None = None,
     ) -> Summary:
         """`positions`: those of the stored row."""
-        config = self._config
-        uniforms = draw_uniforms(positions, draws=config.draws, seed=config.draw_seed, sample_id=sample_id)
+        header = self._header
+        count = uniform_count(header.draws, draw_method=header.draw_method)
+        uniforms = draw_uniforms(positions, draws=count, seed=header.draw_seed, sample_id=sample_id)
         at = None if named is None else rows_at(named, slice(None), positions.size)
         return self._extract(
             logits,

@@ -88,6 +88,34 @@ def test_with_the_rows_own_prompt_the_rows_are_byte_for_byte_those_of_an_ordinar
     _assert_equal_rows(_captured(_config(tmp_path, "prompted", **changes)), ordinary)
 
 
+def test_named_ids_are_scored_under_the_teachers_prompt_at_the_targets_of_the_row(tmp_path: Path) -> None:
+    """Under the row's own prompt, the values are those of an ordinary capture; under another, those of its rows."""
+    chats: list[dict[str, Any]] = making.chat_rows(23)  # type: ignore[assignment]
+    plain, prompted = tmp_path / "plain.jsonl", tmp_path / "prompted.jsonl"
+    with_system = [
+        {**chat, "ids": [3, 250], "messages": [{"role": "system", "content": SYSTEM}, *chat["messages"]]}
+        for chat in chats
+    ]
+    making.write_jsonl(plain, [{**chat, "ids": [3, 250]} for chat in chats])
+    making.write_jsonl(prompted, with_system)  # type: ignore[arg-type]
+    named = {"score_ids": "ids", "max_score_ids": 2}
+
+    def captured(output: str, path: Path, **source: Any) -> Dataset:
+        return _captured(_config(tmp_path, output, system=None, source={"path": str(path), **named, **source}))
+
+    ordinary = captured("ordinary", prompted)
+    _assert_equal_rows(captured("same prompt", prompted, teacher_system=SYSTEM), ordinary)
+    another = captured("another prompt", plain, teacher_system=SYSTEM)
+    assert another.header.kept_ids == "top_k_and_named"
+    for mine, wanted in zip(another.rows(), ordinary.rows(), strict=True):
+        assert mine.token_ids.size < wanted.token_ids.size
+        assert mine.labels.tolist() == wanted.labels.tolist()
+        for id_ in (3, 250):
+            assert mine.targets.among_kept(np.full(mine.targets.positions, id_)).all()
+        for one, other in ((mine.targets.ids, wanted.targets.ids), (mine.targets.logprobs, wanted.targets.logprobs)):
+            np.testing.assert_array_equal(one, other)
+
+
 VLLM = {"engine": "vllm", "dtype": "float32", "engine_args": making.SMALL_ENGINE}
 
 

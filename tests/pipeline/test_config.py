@@ -95,10 +95,12 @@ CANNOT_DRAW: list[dict[str, Any]] = [
 ]
 
 
-def test_a_capture_keeps_the_top_16_and_64_draws_by_default() -> None:
+def test_a_capture_keeps_the_top_8_and_64_systematic_draws_by_default() -> None:
     for settings in ({}, {"engine": "transformers"}):
         teacher = TeacherConfig.model_validate({"model": "m", **settings})
-        assert (teacher.top_k, teacher.draws) == (16, 64)
+        assert (teacher.top_k, teacher.draws, teacher.kept_draws) == (8, 64, 64)
+        assert teacher.draw_method == "systematic"
+    assert TeacherConfig.model_validate({"model": "m", "draws": 0}).top_k == 16
 
 
 @pytest.mark.parametrize("settings", CANNOT_DRAW, ids=lambda settings: "-".join(settings))
@@ -115,7 +117,7 @@ def test_an_engine_that_cannot_draw_has_no_draws_by_default_and_refuses_them_if_
 def test_the_shipped_examples_show_the_defaults(name: str) -> None:
     teacher = load_config(str(REPOSITORY / "examples" / name), model=CaptureConfig).teacher
     assert {"top_k", "draws"} <= teacher.model_fields_set
-    assert (teacher.top_k, teacher.draws) == (16, 64)
+    assert (teacher.top_k, teacher.draws) == (8, 64)
     assert teacher.engine_args["max_num_batched_tokens"] > 2048, "the tap needs no memory for the logits of a batch"
 
 

@@ -94,7 +94,8 @@ def test_the_expected_bytes_are_those_of_the_stored_benchmark() -> None:
     for (fidelity, has_floor, sharpness), values in BYTES_PER_TARGET.items():
         found = [of(fidelity, 1e-4 if has_floor else 0.0, 0, sharpness, top_k) for top_k in TOP_KS]
         assert values == pytest.approx(found, rel=0.05)
-    for sharpness, values in BYTES_OF_DRAWS.items():
+    for sharpness in ("sharp", "flat"):
+        values = list(BYTES_OF_DRAWS["iid", sharpness].values())
         found = [of("fine", 0.0, 64, sharpness, k) - of("fine", 0.0, 0, sharpness, k) for k in TOP_KS]
         assert values == pytest.approx(found, rel=0.1, abs=0.2)
 
@@ -110,12 +111,27 @@ def settings(**teacher: object) -> CaptureConfig:
 
 
 def test_more_ids_and_draws_are_more_bytes() -> None:
-    sizes = [bytes_per_target(settings(top_k=top_k, min_prob=0.0)).most for top_k in (1, 8, 16, 50, 64, 128, 256)]
+    bare = {"min_prob": 0.0, "draws": 0}
+    sizes = [bytes_per_target(settings(top_k=top_k, **bare)).most for top_k in (1, 8, 16, 50, 64, 128, 256)]
     assert sizes == sorted(sizes)
     assert sizes[-1] == pytest.approx(2 * sizes[-2])
-    plain, drawn = bytes_per_target(settings(top_k=16, draws=0)), bytes_per_target(settings(top_k=16, draws=64))
-    assert drawn.most - plain.most == pytest.approx(30.6)
-    assert drawn.least > plain.least
+    plain = bytes_per_target(settings(top_k=16, draws=0))
+    for method, of_draws in (("iid", 30.6), ("systematic", 40.5)):
+        drawn = bytes_per_target(settings(top_k=16, draws=64, draw_method=method))
+        assert drawn.most - plain.most == pytest.approx(of_draws)
+        assert drawn.least > plain.least
+
+
+def test_the_estimate_of_systematic_draws_is_the_stored_measurement() -> None:
+    stored = json.loads(RESULT.with_name("draws_bytes_2_cores.json").read_text())
+    for sharpness in ("flat", "sharp"):
+        bytes_of = {(line["top_k"], line["draws"]): line["bytes"] for line in stored[sharpness]}
+        estimated = BYTES_OF_DRAWS["systematic", sharpness]
+        for top_k, value in estimated.items():
+            assert value == pytest.approx(bytes_of[top_k, "systematic"] - bytes_of[top_k, "none"], abs=0.06)
+        found = bytes_per_target(settings(top_k=8, draws=0))
+        estimate = found.most if sharpness == "flat" else found.least
+        assert estimate == pytest.approx(bytes_of[8, "none"], rel=0.2)
 
 
 def test_the_command_prints_the_counts_and_writes_them_where_asked(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from coldstill.pipeline.config import CaptureConfig, TeacherConfig
@@ -198,7 +199,8 @@ def test_one_row_that_cannot_be_marked_is_a_reject_wherever_it_is(tmp_path: Path
 def test_a_capture_that_was_begun_in_format_1_ends_in_format_1(tmp_path: Path) -> None:
     config = capture_config(tmp_path, license="MIT")
     begun = prepare(config)
-    old = begun.header.model_copy(update={"format_version": 1, "about": About(license="MIT")})
+    plain = {"draw_method": "iid", "draw_from": "softmax", "draw_number": "fixed"}  # format 1 has no other draws
+    old = begun.header.model_copy(update={"format_version": 1, "about": About(license="MIT"), **plain})
     begun.store.put(HEADER_NAME, old.to_bytes())
 
     assert prepare(config).header == old
@@ -209,6 +211,45 @@ def test_a_capture_that_was_begun_in_format_1_ends_in_format_1(tmp_path: Path) -
     assert dataset.header == old
     assert len(dataset.faithfulness_sample()) > 0
     assert verify(config.output, deep=True, progress=False) == []
+
+
+def test_the_header_records_how_draws_are_made(tmp_path: Path) -> None:
+    systematic = prepare(capture_config(tmp_path)).header
+    assert (systematic.draw_method, systematic.draw_from, systematic.draw_number) == (
+        "systematic",
+        "tail",
+        "by_tail_mass",
+    )
+    for name, changes in (("independent", {"draw_method": "iid"}), ("none", {"draws": 0})):
+        assert prepare(capture_config(tmp_path, output=name, teacher=changes)).header.has_plain_draws
+
+
+def test_a_capture_has_the_draws_that_its_header_records(tmp_path: Path) -> None:
+    """The number is D times the tail's mass, rounded up or down; the tail is known to half a step of the grid."""
+    config = capture_config(tmp_path, rows=12, teacher={"draws": 32, "top_k": 6})
+    store = prepare(config).store
+    do_units(config)
+    seal(store)
+    counts, wanted = [], []
+    for row in open_dataset(config.output).rows():
+        counts.append(row.targets.draw_counts)
+        wanted.append(32 * np.exp(row.targets.log_tail, dtype=np.float64))
+    assert np.abs(np.concatenate(counts) - np.concatenate(wanted)).max() < 1.5
+    assert np.concatenate(counts).mean() == pytest.approx(np.concatenate(wanted).mean(), abs=0.1)
+
+
+def test_a_capture_of_an_earlier_release_resumes_with_the_draws_that_it_was_started_with(tmp_path: Path) -> None:
+    """Its draws were independent, and at most 32 of them were kept; the configuration says nothing about either."""
+    old = {"draws": 64, "draw_method": "iid", "kept_draws": 32}
+    begun = prepare(capture_config(tmp_path, teacher=old))
+    config = capture_config(tmp_path, teacher={"draws": 64})
+    assert prepare(config).header == begun.header
+    do_units(config)
+    assert seal(begun.store).rows == 40
+    other = capture_config(tmp_path, teacher={"draws": 64, "draw_method": "systematic"})
+    with pytest.raises(HeaderMismatch) as raised:
+        prepare(other)
+    assert "teacher.draw_method: iid" in raised.value.fix
 
 
 def test_a_capture_started_with_older_defaults_resumes_with_the_keys_that_the_error_names(tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoTokenizer
 
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
-from coldstill.pipeline.config import CaptureConfig
+from coldstill.pipeline.config import CaptureConfig, TeacherConfig
+from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.rounds.config import RoundsConfig
 from coldstill.rounds.estimate import estimate_rounds
 from coldstill.rounds.parts import parts_of
-from coldstill.rounds.run import checked_parts, run_rounds
+from coldstill.rounds.run import RECORD_NAME, RoundsChanged, RoundsDamaged, checked_parts, run_rounds
 from coldstill.storage_schema.errors import DatasetNotFound, TokenizerMismatch
+from coldstill.storage_schema.header_facts import About, RowWriter, weights_fingerprint
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import NotStudentRows
 from tests import making
@@ -63,6 +67,31 @@ def test_the_first_round_trains_the_given_student_on_one_dataset() -> None:
     assert "weights" not in train.settings["data"]
 
 
+def test_adapters_are_merged_so_that_the_next_round_writes_with_the_whole_student() -> None:
+    config = config_of(student={"model": "s", "lora": {"merge": True, "r": 4}}, writer={"max_images": 3})
+    answers, _, train = parts_of(config)[3:6]
+    assert answers.settings["teacher"]["model"] == train.settings["student"]["model"] == "o/round-00/train/student"
+    assert train.settings["student"]["lora"] == {"merge": True, "r": 4}
+    assert answers.settings["teacher"]["max_images"] == 3
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [{}, {"draws": 0}, {"draws": 0, "top_k": 8}, {"draws": 0, "top_k": 16}, {"top_k": 16, "kept_draws": 32}],
+)
+@pytest.mark.parametrize("draw_method", ["iid", "systematic"])
+def test_the_scores_keep_what_the_teachers_settings_mean(teacher: dict[str, Any], draw_method: str) -> None:
+    """A default of one key depends on another: a key that is left out may get another value in the part."""
+    wanted = TeacherConfig.model_validate({"model": "t", "draw_method": draw_method, **teacher})
+    scores = parts_of(config_of(teacher={"model": "t", "draw_method": draw_method, **teacher}))[1]
+    assert CaptureConfig.model_validate(scores.settings).teacher == wanted
+
+
+def test_a_teacher_of_few_images_needs_no_setting_of_the_writer() -> None:
+    answers = parts_of(config_of(teacher={"model": "t", "max_images": 4}))[0]
+    assert answers.settings["teacher"]["max_images"] == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -80,6 +109,7 @@ def test_the_first_round_trains_the_given_student_on_one_dataset() -> None:
         ({"student": {"model": "s", "lora": {}}}, "lora.merge true"),
         ({"data": {"weights": [1.0]}}, "decay instead of data.weights"),
         ({"writer": {"max_length": 4096}}, "at least writer.max_length, 4096, not 2048"),
+        ({"writer": {"max_images": 9}}, "at least writer.max_images, 9, not 8"),
         ({"training": {"best_metric": "eval_loss"}}, "needs eval_dataset"),
     ],
 )
@@ -144,3 +174,86 @@ def test_rows_of_a_teacher_are_refused_for_a_loss_on_student_rows_before_the_stu
     for loss in ({"name": "forward_kl"}, {"name": "lightning_opd", "any_rows": True}):
         checked_parts(RoundsConfig.model_validate({**document, "loss": loss}))
     checked_parts(RoundsConfig.model_validate({**document, "start_datasets": [], "eval_dataset": str(written)}))
+
+
+def test_start_datasets_of_another_model_are_refused_as_every_training_would(tmp_path: Path) -> None:
+    document = settings(tmp_path)
+    teacher, student = Path(document["teacher"]["model"]), Path(document["student"]["model"])
+    own, others = weights_fingerprint(student), weights_fingerprint(teacher)
+
+    def start(name: str, weights: str, number: int) -> RoundsConfig:
+        about = About(writer=RowWriter(name="student", weights_fingerprint=weights, round=number))
+        header = making.tiny_header(teacher, about=about)
+        making.write_dataset(tmp_path / name, [making.random_rows(2)], header=header, tokenizer=teacher)
+        return RoundsConfig.model_validate({**document, "start_datasets": [str(tmp_path / name)]})
+
+    checked_parts(start("own", own, 0))
+    for name, weights, number in (("other", others, 0), ("later", own, 1)):
+        with pytest.raises(NotStudentRows, match=f"start_datasets .*{name}"):
+            checked_parts(start(name, weights, number))
+
+
+def test_models_of_the_hub_are_compared_before_the_student_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = settings(tmp_path)
+    other = making.tiny_llama(tmp_path / "other")
+    folders = {"me/teacher": document["teacher"]["model"], "me/student": str(other)}
+    load = AutoTokenizer.from_pretrained
+
+    def from_hub(name: str, **_: object) -> Any:
+        return load(folders[name])
+
+    monkeypatch.setattr("coldstill.pipeline.teachers.checkpoint._require_reachable", lambda _: None)
+    monkeypatch.setattr("coldstill.pipeline.teachers.checkpoint._file", lambda *_: None)
+    monkeypatch.setattr(
+        "coldstill.pipeline.teachers.checkpoint._model_config", lambda c: AutoConfig.from_pretrained(folders[c.model])
+    )
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_hub)
+    for section, name in (("teacher", "me/teacher"), ("student", "me/student")):
+        document[section] = {**document[section], "model": name}
+    with pytest.raises(TokenizerMismatch, match="tokenizer of the student me/student"):
+        run_rounds(RoundsConfig.model_validate(document))
+    assert not (tmp_path / "rounds").exists()
+
+
+def test_a_teacher_with_too_little_context_is_refused_before_the_student_writes(tmp_path: Path) -> None:
+    document = settings(tmp_path)
+    document["teacher"]["max_length"] = 513
+    with pytest.raises(TeacherUnusable, match="at most 512"):
+        run_rounds(RoundsConfig.model_validate(document))
+    assert not (tmp_path / "rounds").exists()
+
+
+@pytest.mark.parametrize("section", ["sampling", "data"])
+def test_a_seed_that_only_the_last_round_cannot_have_is_refused_at_the_start(tmp_path: Path, section: str) -> None:
+    document = settings(tmp_path, rounds=5)
+    document[section] = {**document.get(section, {}), "seed": (1 << 63) - 4}
+    with pytest.raises(ConfigInvalid, match=rf"round-04/\w+: {section}\.seed"):
+        checked_parts(RoundsConfig.model_validate(document))
+    document[section]["seed"] -= 1
+    checked_parts(RoundsConfig.model_validate(document))
+
+
+def test_without_its_record_rounds_are_held_against_the_settings_of_their_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RoundsConfig.model_validate(settings(tmp_path))
+    monkeypatch.setattr("coldstill.rounds.run._run", lambda part, **_: part.folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr("coldstill.rounds.run._summary", lambda _: None)
+    run_rounds(config)
+    record = tmp_path / "rounds" / RECORD_NAME
+    stored = record.read_bytes()
+    record.write_text("{")
+    with pytest.raises(RoundsDamaged, match="delete this file"):
+        run_rounds(config)
+    for section, key, value in (("sampling", "max_tokens", 7), ("teacher", "top_k", 9), ("training", "max_steps", 4)):
+        record.unlink(missing_ok=True)
+        changed = {**config.model_dump(exclude_unset=True), section: {**settings(tmp_path)[section], key: value}}
+        with pytest.raises(RoundsChanged, match=rf"\.yaml: {section}\.{key}"):
+            run_rounds(RoundsConfig.model_validate(changed))
+        assert not record.exists()
+    free = {"cluster": {"cpus_per_worker": 0.25}, "training": {**settings(tmp_path)["training"], "logging_steps": 7}}
+    run_rounds(RoundsConfig.model_validate(settings(tmp_path, **free, rounds=3)))
+    run_rounds(config.model_copy(update={"rounds": 3}))
+    assert json.loads(record.read_bytes())["settings"] == json.loads(stored)["settings"]

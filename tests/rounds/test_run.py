@@ -23,6 +23,7 @@ from coldstill.rounds.run import LOCK_NAME, PartFailed, RoundsChanged, RoundsRun
 from coldstill.rounds.status import read_rounds_status
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
+from coldstill.storage_schema.header_facts import weights_fingerprint
 from tests import making
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +183,22 @@ def test_with_ray_a_killed_driver_ends_its_part_and_the_same_command_resumes(tmp
     out = finish(start(path, ray=True))
     assert "round-00/scores (1 of 1)" in out
     assert read_rounds_status(str(output)).state == "finished"
+
+
+@pytest.mark.slow
+def test_the_merged_student_of_a_round_is_the_writer_of_the_next(tmp_path: Path) -> None:
+    """With a loss on the student's own rows, which compares the weights of both."""
+    document = settings(tmp_path)
+    document["student"]["lora"] = {"merge": True, "r": 4}
+    finish(start(write(tmp_path / "rounds.yaml", document)))
+    output = Path(document["output"])
+    written = [open_dataset(output / f"round-0{number}/scores").header.about.writer for number in range(2)]
+    folders = [Path(document["student"]["model"]), student_folder(output, 0)]
+    prints = [weights_fingerprint(folder) for folder in folders]
+    assert prints[0] != prints[1]
+    assert [(writer.weights_fingerprint, writer.round) for writer in written if writer] == list(
+        zip(prints, (0, 1), strict=True)
+    )
 
 
 def test_a_student_with_another_tokenizer_is_refused_before_it_writes(tmp_path: Path) -> None:

@@ -185,7 +185,10 @@ def test_a_loss_that_one_teacher_cannot_serve_is_a_named_error(parts, tmp_path):
     ("changes", "named"),
     [
         ({}, "exactly one of dataset and data.ensemble"),
+        ({}, r"^train\.yaml: dataset\n +found: +nothing, and no data\.ensemble\n"),
         ({"dataset": "a", "data": {"ensemble": ["a", "b"]}}, "exactly one of dataset and data.ensemble"),
+        ({"dataset": "a", "data": {"ensemble": ["a", "b"]}}, r"^train\.yaml: dataset\n +found: +a value beside"),
+        ({"dataset": "a", "training": {"best_metric": "eval_loss"}}, r"^train\.yaml\n"),
         ({"data": {"ensemble": ["a"]}}, "data.ensemble"),
         ({"dataset": ["a", "b"], "data": {"ensemble_weights": [1, 1]}}, "data.ensemble_weights needs data.ensemble"),
         ({"data": {"ensemble": ["a", "b"], "weights": [1, 1]}}, "data.weights needs several datasets"),

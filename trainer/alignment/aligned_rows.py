@@ -50,8 +50,8 @@ class AlignedRow:
     `token_ids int64 [S]`. `positions int64 [M]`: target positions, ascending; position t is followed by a token that
     the teacher's targets cover whole. `chunk int64 [M]`: the number of the chunk of that token, ascending from 0; -1 if
     the token is lost. `chunk_logprob float64 [M]`: the teacher's log-prob of that chunk. `source int64 [M]`: the stored
-    target, of `N`, where the chunk is one token on both sides; -1 elsewhere. `byte_counts int64 [M]`: bytes of text of
-    the token.
+    target, of `N`, at the first token of a chunk that is one token of the teacher; -1 elsewhere.
+    `byte_counts int64 [M]`: bytes of text of the token.
     """
 
     token_ids: np.ndarray
@@ -233,11 +233,12 @@ def _aligned(row: CachedRow, stored: ByteText, sides: _Sides) -> AlignedRow:
         )
         first = np.full(found.number, -1, np.int64)
         first[found.of_teacher[inside][::-1]] = targets[::-1]
-        single = known & (counts[0] == 1) & (counts[1] == 1)
+        single = known & (counts[0] == 1)
         numbers, each = span.student[theirs], found.of_student[theirs]
+        begins = np.diff(each, prepend=-1) > 0
         chunk[numbers] = np.where(known[each], chunks + each, -1)
         logprob[numbers] = np.where(known[each], total[each], 0)
-        source[numbers] = np.where(single[each], first[each], -1)
+        source[numbers] = np.where(single[each] & begins, first[each], -1)
         chunks += found.number
     for teacher_place, place in sides.pairs:
         if place > 0 and target_of[teacher_place] >= 0:

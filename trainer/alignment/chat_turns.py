@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,11 @@ from coldstill.trainer.errors import TokenizerNotAligned
 from .token_bytes import ByteText, TokenBytes
 
 _MARKS = [f"Qz{number}kX" for number in range(5)]
+_MAX_SPLITS = 64
+"""Splits of a row that are rendered. Rows of known families have a few; a stranger's template could make thousands."""
+_MAX_TURNS = 1024
+_MAX_BORDER = 16 << 10
+"""Bytes that a template may write between two messages; known families write at most some hundred."""
 
 
 class Turn(NamedTuple):
@@ -87,6 +92,9 @@ class ChatTurns:
             if parts is None:
                 problem = problem or "the template changes the text of messages"
                 continue
+            if (most := max(map(len, parts[1:]))) > _MAX_BORDER:
+                problem = problem or f"{most:,} bytes around a message, more than {_MAX_BORDER:,}"
+                continue
             opening[roles[0]] = parts[0]
             for pair, part in zip(pairwise(roles), parts[1:-1], strict=True):
                 between[pair] = tuple(dict.fromkeys((*between.get(pair, ()), part)))
@@ -115,16 +123,17 @@ class ChatTurns:
         return place if begins and self._tokens.special[chat.ids[place]] else None
 
     def turns(self, text: bytes) -> list[list[Turn]]:
-        """The ways in which `text` may be split into turns; most probable first."""
+        """The ways in which `text` may be split into turns; most probable first, at most `_MAX_SPLITS`."""
         # The longest opening first: one may show a default system message before that of the user.
         by_length = sorted(self.borders.opening.items(), key=lambda item: -len(item[1]))
-        return [
+        found = (
             turns
             for role, part in by_length
             if text.startswith(part)
             for turns in self._splits(text, role, len(part))
             if any(turn.role == "assistant" for turn in turns)
-        ]
+        )
+        return list(islice(found, _MAX_SPLITS))
 
     def messages(self, row: ByteText) -> tuple[list[dict[str, str]], list[Turn]] | None:
         """The proven messages of a row and their places in it; None if no split can be proven."""
@@ -142,7 +151,8 @@ class ChatTurns:
         return None
 
     def _splits(self, text: bytes, role: str, start: int) -> Iterator[list[Turn]]:
-        """All splits after an opening: they differ in where the content of the last message ends."""
+        """The splits after an opening: they differ in where the content of the last message ends. None if there are
+        more than `_MAX_TURNS` messages."""
         turns: list[Turn] = []
         while True:
             following = [
@@ -156,14 +166,17 @@ class ChatTurns:
             stop, length, after = min(following)
             turns.append(Turn(role, start, stop))
             role, start = after, stop - length
+            if len(turns) > _MAX_TURNS:
+                return
         # A row may be cut within what the template writes behind a message. That is no text of the message.
         endings = [part for (before, _), parts in self.borders.between.items() if before == role for part in parts]
         if role == "assistant":
             endings.append(self.borders.closing)
         rest = text[start:]
         sizes = {size for part in endings for size in range(1, len(part) + 1) if rest.endswith(part[:size])}
+        longest = sorted(sizes, reverse=True)[: _MAX_SPLITS // 4]
         # Templates that trim messages render a cut one without the white space at its end.
-        for size in dict.fromkeys([*sorted(sizes, reverse=True), 0, len(rest) - len(rest.rstrip())]):
+        for size in dict.fromkeys([*longest, 0, len(rest) - len(rest.rstrip())]):
             yield [*turns, Turn(role, start, len(text) - size)]
 
     def _same_specials(self, row: ByteText, rendered: ByteText, size: int) -> bool:

@@ -144,8 +144,8 @@ def _roles_in_map(aligner: RowAligner) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Counts of the sampled rows of a dataset. `positions`: the student's target positions that are one token on both
-    sides, in larger chunks, lost. `skipped`: rows by reason."""
+    """Counts of the sampled rows of a dataset. `positions`: the student's target positions with the teacher's
+    distribution, other ones in chunks, lost ones. `skipped`: rows by reason."""
 
     rows: int
     positions: tuple[int, int, int]
@@ -153,7 +153,7 @@ class Sampled:
 
     def __str__(self) -> str:
         total = max(1, sum(self.positions))
-        kinds = ("one token of the same bytes", "in larger chunks", "lost")
+        kinds = ("with the teacher's distribution", "others in larger chunks", "lost")
         shares = ", ".join(f"{count / total:.1%} {kind}" for kind, count in zip(kinds, self.positions, strict=True))
         text = f"of {total:,} target tokens of the student in {self.rows} rows, {shares}"
         if self.skipped:

@@ -1,8 +1,10 @@
-"""What a student with another tokenizer minimizes: the loss on tokens of the same bytes, ALM on larger chunks.
+"""What a student with another tokenizer minimizes: the loss where it has the teacher's distribution, ALM elsewhere.
 
-Shape letters: `M` target positions of the student, `E` of them with a token of the same bytes, `C` larger chunks.
+Shape letters: `M` target positions of the student, `E` of them with the teacher's distribution (`exact`), `C` chunks
+with other tokens.
 
-ALM (arXiv 2503.20083) compares the two probabilities of a chunk c of text. With a temperature tau:
+ALM (arXiv 2503.20083) compares the two probabilities of a chunk c of text, or of what follows its first token where
+that is exact. With a temperature tau:
 
     x = P_teacher(c)^(1/tau),  y = P_student(c)^(1/tau),  loss = x log(x / y) + (1 - x) log((1 - x) / (1 - y))
 
@@ -92,9 +94,10 @@ def alignment_facts(counts: Mapping[str, float]) -> dict[str, str]:
     """What the model card says of `AlignmentCounts`."""
     total = max(1, sum(counts[name] for name in COUNTS[:3]))
     one, larger, lost = (f"{counts[name] / total:.1%}" for name in COUNTS[:3])
+    kinds = f"{one} with the teacher's distribution, {larger} others in larger chunks (ALM), {lost} lost"
     return {
         "student's tokenizer": "not the teacher's: its tokens were aligned with the teacher's by bytes of the text",
-        "target tokens by kind": f"{one} one token of the same bytes, {larger} in larger chunks (ALM), {lost} lost",
+        "target tokens by kind": kinds,
         "rows skipped": f"{counts['skipped_rows']:,} of {counts['rows']:,}",
     }
 
@@ -108,10 +111,10 @@ class _Stated:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignedObjective(Objective):
-    """`one_to_one * loss` at tokens of the same bytes, `chunks * ALM` at larger chunks, mixed with the labels'
+    """`one_to_one * loss` at exact tokens, `chunks * ALM` at other tokens of chunks, mixed with the labels'
     cross-entropy as by `cross_entropy_share`.
 
-    `inner`: the loss at tokens of the same bytes; None is the cross-entropy of all positions alone.
+    `inner`: the loss at exact tokens; None is the cross-entropy of all positions alone.
     """
 
     inner: Objective | None

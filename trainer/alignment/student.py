@@ -111,9 +111,9 @@ class AlignedStudent:
             raise _unsupported("pack_length", pack_length, "null: the student's row lengths are not known beforehand")
         if sees_images:
             raise _unsupported(f"student {self._student.name}", "a student that sees images", "a student of text")
-        if getattr(loss, "tail", None) == "mass_corrected":
+        if (tail := getattr(loss, "tail", None)) in ("mass_corrected", "control_variate"):
             raise _unsupported(
-                "loss.tail", "mass_corrected, which needs the student's log-prob of every draw", "mixture or bucket"
+                "loss.tail", f"{tail}, which needs the student's log-prob of every draw", "mixture or bucket"
             )
         if "dense" in loss.needs:
             raise _unsupported("loss.name", f"{loss.name}, which needs every id", "a loss such as taid or forward_kl")
@@ -125,8 +125,8 @@ class AlignedStudent:
             return "the cross-entropy of all of them"
         options = self._options
         parts = [
-            f"tokens of the same bytes get {loss.name} with weight {options.one_to_one:g}",
-            f"larger chunks get ALM with weight {options.chunks:g}",
+            f"tokens with the teacher's distribution get {loss.name} with weight {options.one_to_one:g}",
+            f"others in larger chunks get ALM with weight {options.chunks:g}",
             "lost ones get none" if not loss.label_share else f"all get cross-entropy with share {loss.label_share:g}",
         ]
         return ", ".join(parts)

@@ -1,7 +1,7 @@
 """`AlignedTargets`: a batch's targets in the student's tokens, made of the stored ones.
 
-Shape letters: `M` target positions of the student, `K` teacher top-k, `N` most draws, `E` positions whose chunk is one
-token on both sides and of which a kept id is an id of the student.
+Shape letters: `M` target positions of the student, `K` teacher top-k, `N` most draws, `E` positions at the first token
+of a chunk that is one token of the teacher, and of which a kept id has an image of the student.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from .aligned_rows import AlignedRow
 class AlignedTargets(SparseTargets):
     """Targets of a student with another tokenizer; all ids are the student's.
 
-    `exact bool [M]`: E positions whose distribution is the teacher's at a token of the same bytes. Ids without a token
-    of the student are in the tail. At all others, the distribution is the label alone and means nothing.
-    `chunk int64 [M]`: the chunk of the label in this batch, -1 if it is lost; the tokens of a chunk follow each other.
-    `chunk_logprob float32 [M]`: the teacher's log-prob of all tokens of that chunk. `byte_counts int64 [M]`: bytes of
+    `exact bool [M]`: E positions whose distribution is the teacher's of the student's next token: the mass of each of
+    the teacher's ids is at the first token that writes its bytes. Ids without such a token are in the tail. At all
+    others, the distribution is the label alone and means nothing. `chunk int64 [M]`: the chunk of the label in this
+    batch, -1 if it is lost; the tokens of a chunk follow each other. `chunk_logprob float32 [M]`: the teacher's
+    log-prob of the chunk's tokens that are not `exact`, given the one that is. `byte_counts int64 [M]`: bytes of
     text of the label.
     """
 
@@ -39,7 +40,7 @@ class AlignedTargets(SparseTargets):
 
     @property
     def in_larger_chunk(self) -> torch.Tensor:
-        """`bool [M]`: labels in a chunk that is not `exact`."""
+        """`bool [M]`: labels in a chunk that are not `exact`."""
         return ~self.exact & (self.chunk >= 0)
 
     def distributions(self) -> SparseTargets:
@@ -106,7 +107,10 @@ def _targets(
     if top_k is not None and top_k < stored.top_k:
         stored, shares = with_smaller_top_k(stored, top_k)
     places = np.zeros(stored.positions, np.int64)  # of the stored positions, which the mapping does not need
-    teacher = SparseTargets.from_joined(stored, labels=places, row=places, position=places, draw_weights=shares)
+    labels_of_teacher = np.concatenate([each.token_ids[each.positions + 1] for each in rows])
+    teacher = SparseTargets.from_joined(
+        stored, labels=labels_of_teacher, row=places, position=places, draw_weights=shares
+    )
 
     firsts = np.cumsum([0, *(each.positions.size for each in rows)])
     source = _numbered([one.source for one in aligned], firsts)
@@ -114,11 +118,15 @@ def _targets(
         [one.chunk for one in aligned], np.cumsum([0, *(one.chunk.max(initial=-1) + 1 for one in aligned)])
     )
     exact = source >= 0
-    labels_of_teacher = np.concatenate([each.token_ids[each.positions + 1] for each in rows])
     exact[exact] = id_map[labels_of_teacher[source[exact]]] == labels[exact]
     images = torch.from_numpy(id_map)
     exact[exact] = ((images[teacher.ids] >= 0) & teacher.kept)[source[exact]].any(1).numpy()
-    mapped = _mapped(teacher, torch.from_numpy(source[exact]), images)
+    mapped = _mapped(teacher, torch.from_numpy(source[exact]), images, torch.from_numpy(labels[exact]))
+    # The rest of the chunk, given its first token.
+    chunk_logprob = np.concatenate([one.chunk_logprob for one in aligned])
+    of_first = np.zeros(chunk.max(initial=-1) + 2)  # the last is of lost tokens
+    of_first[chunk[exact]] = mapped.label_logprob.numpy()
+    chunk_logprob = torch.from_numpy(np.minimum(chunk_logprob - of_first[chunk], 0).astype(np.float32))
     at = torch.from_numpy(np.flatnonzero(exact))
     count, width, drawn = labels.size, teacher.ids.shape[1], teacher.draws.shape[1]
     label = torch.from_numpy(labels)
@@ -129,7 +137,6 @@ def _targets(
 
     alone = torch.full((count, width), -torch.inf)
     alone[:, 0] = 0
-    chunk_logprob = torch.from_numpy(np.concatenate([one.chunk_logprob for one in aligned]).astype(np.float32))
     return AlignedTargets(
         ids=filled(label[:, None].repeat(1, width), mapped.ids),
         logprobs=filled(alone, mapped.logprobs),
@@ -148,34 +155,62 @@ def _targets(
     )
 
 
-def _mapped(teacher: SparseTargets, source: torch.Tensor, images: torch.Tensor) -> SparseTargets:
-    """The stored targets numbered `source`, with ids of the student.
+def _mapped(teacher: SparseTargets, source: torch.Tensor, images: torch.Tensor, label: torch.Tensor) -> SparseTargets:
+    """The stored targets numbered `source` in ids of the student, whose labels are `label int64 [E]`.
 
-    A kept id without an image joins the tail with its mass. A draw without one is left out, and the weights of the
-    others stay shares of the whole tail: with `m` the stored tail and `m'` the new one, that of each is `m / m'` of
-    what it was. So the target of each mapped id in the tail is unbiased, and the mass of ids without an image has the
-    shape of the student's own tail.
+    The mass of an image is that of all kept ids with that image, and of draws with it: a draw stands for its weight of
+    the tail. Kept ids without an image join the tail. A draw without one is left out, and the weights of the others
+    stay shares of the whole tail: with `m` the stored tail and `m'` the new one, that of each is `m / m'` of what it
+    was. The mass of ids without an image has the shape of the student's own tail. Given that there are draws, and that
+    not all of them join a kept image, the target of each image is unbiased.
     """
     found = {item.name: getattr(teacher, item.name) for item in fields(SparseTargets)}
     chosen: dict[str, Any] = {name: None if it is None else it[source] for name, it in found.items()}
     one = SparseTargets(**chosen)
     ids, drawn = images[one.ids], images[one.draws]
     stays = (ids >= 0) & one.kept
-    lost = one.logprobs.double().masked_fill(stays, -torch.inf)
+    ids, mass = _merged(ids, one.logprobs.double().exp(), stays)
     old_tail = one.log_tail.double()
-    new_tail = torch.cat([lost, old_tail[:, None]], 1).logsumexp(1)
-    # An unused entry repeats a used id.
-    first = ids.gather(1, stays.long().argmax(1, keepdim=True)) if ids.numel() else ids
-    weights = one.draw_weights * (drawn >= 0) * (old_tail - new_tail).exp().float()[:, None]
-    # A draw may be the image of no kept id: images are distinct, and a draw is outside the kept ids.
+    of_draws = one.draw_weights.double() * old_tail.exp()[:, None]
+    # The label's own mass, before draws add to it.
+    of_label = torch.where(ids == label[:, None], mass, 0).sum(1)
+    label_logprob = one.label_logprob.double()
+    label_is_kept = ((one.ids == one.labels[:, None]) & one.kept).any(1)
+    of_label += torch.where(label_is_kept, 0, label_logprob.exp())
+
+    place = torch.searchsorted(ids, drawn).clamp_max(ids.shape[1] - 1)
+    joins = (ids.gather(1, place) == drawn) & (drawn >= 0) & (of_draws > 0)
+    share = torch.where(joins, one.draw_weights.double(), 0)
+    # Where all n draws join, n / (n + 1) of the tail does (Laplace's rule): a tail without mass would be wrong.
+    count = (of_draws > 0).sum(1)
+    share *= (count / (count + 1) / share.sum(1).clamp_min(1e-9)).clamp_max(1)[:, None]
+    mass = mass.scatter_add(1, place, share * old_tail.exp()[:, None])
+    lost = one.logprobs.double().masked_fill((images[one.ids] >= 0) | ~one.kept, -torch.inf)
+    left = old_tail + torch.log1p(-share.sum(1))
+    new_tail = torch.cat([lost, left[:, None]], 1).logsumexp(1)
+    weights = torch.where(joins | (drawn < 0), 0, of_draws / new_tail.exp()[:, None])
+    used = mass > 0
     return replace(
         one,
-        ids=torch.where(stays, ids, first),
-        logprobs=one.logprobs.masked_fill(~stays, -torch.inf),
+        ids=torch.where(used, ids, ids[:, :1]),
+        logprobs=mass.log().float(),
         log_tail=new_tail.float().clamp_max(0),
-        draws=drawn.clamp_min(0),
-        draw_weights=weights,
+        label_logprob=torch.maximum(label_logprob, of_label.log()).float().clamp_max(0),
+        draws=torch.where(weights > 0, drawn, 0),
+        draw_weights=weights.float(),
     )
+
+
+def _merged(ids: torch.Tensor, mass: torch.Tensor, used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct ids `[E, K]`, ascending, and the mass of each; unused entries come last, with mass 0.
+
+    `used bool [E, K]`: the entries of `ids` and `mass` that count; each row has one."""
+    beyond = torch.iinfo(ids.dtype).max
+    ordered, order = ids.masked_fill(~used, beyond).sort(1)
+    begins = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    place = begins.cumsum(1) - 1
+    of_ids = torch.full_like(ids, beyond).scatter(1, place, ordered)
+    return of_ids, torch.zeros_like(mass).scatter_add(1, place, (mass * used).gather(1, order))
 
 
 def _numbered(parts: Sequence[np.ndarray], firsts: np.ndarray) -> np.ndarray:

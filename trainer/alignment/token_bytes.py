@@ -98,6 +98,29 @@ class TokenBytes:
         starts, ends = text.starts[places] - start, text.ends[places] - start
         return list(zip(starts.tolist(), ends.tolist(), text.ids[places].tolist(), strict=True))
 
+    def first_ids(self, texts: Sequence[bytes]) -> np.ndarray:
+        """`int64 [len(texts)]`: the first token that writes each of `texts` behind other text; -1 if not known."""
+        found = np.full(len(texts), -1, np.int64)
+        # Behind a line end, tokenizers that put a space before a whole text put none.
+        for before in (b"", b"\n"):
+            left = [number for number in np.flatnonzero(found < 0).tolist() if _is_utf8(texts[number])]
+            encoded = self._tokenizer.encode_batch(
+                [(before + texts[number]).decode() for number in left], add_special_tokens=False
+            )
+            for number, one in zip(left, encoded, strict=True):
+                found[number] = self._id_at(one.ids, before, texts[number])
+        return found
+
+    def _id_at(self, ids: list[int], before: bytes, text: bytes) -> int:
+        """The first of the tokens that write `text` behind `before`; -1 if `ids` are not such tokens."""
+        written = self.read(ids)
+        place = np.flatnonzero(written.starts == len(before))
+        if written.text != before + text or not place.size or self.special[written.ids].any():
+            return -1
+        id_ = int(written.ids[place[-1]])
+        # A space that the tokenizer adds to a text is no byte of it, but would be one within a text.
+        return id_ if text.startswith(self.of_id[id_]) and self.of_id[id_] else -1
+
     def _first_of_runs(self, ids: list[int]) -> Iterator[int]:
         """Places of tokens before which the tokenizer puts a space of its own."""
         if self._prepends and ids and not self.special[ids[0]]:
@@ -123,6 +146,14 @@ class TokenBytes:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._tokenizer = Tokenizer.from_str(state["_tokenizer"])
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _style(document: dict[str, Any], *, where: str) -> str:

@@ -21,7 +21,7 @@ from coldstill.trainer.student.forward import innermost
 from coldstill.trainer.student.images import images_of
 from coldstill.trainer.student.tokenizer import check_model_tokenizer
 
-from .figures import Figures, cache_figures, dense_figures, draws_per_position
+from .figures import Figures, cache_figures, dense_figures, drawn_by_tail_mass, draws_per_position
 from .measured_model import LogitReader, ShardedLogitReader, measuring
 from .report import EvaluationReport, EvaluationSums
 
@@ -37,6 +37,7 @@ def evaluate_student(
     *,
     token_count: int,
     draws: int = 0,
+    by_tail_mass: bool = False,
     teacher: Any = None,
     chunk_bytes: int = CHUNK_BYTES,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -47,6 +48,7 @@ def evaluate_student(
     - `model`: a causal language model of transformers, also wrapped by peft or DDP.
     - `token_count`: ids of the dataset's tokenizer. Further columns of the head are dropped.
     - `draws`: draws per position at capture, as `figures.draws_per_position` returns them; 0 skips the estimates.
+    - `by_tail_mass`: whether their number follows the tail's mass, as `figures.drawn_by_tail_mass` returns it.
     - `teacher`: a resident teacher for the dense divergences, on any device; same requirements as `model`.
     - `reduce`: sums a float64 tensor over processes, if each process evaluates its own batches.
     - `sharded`: FSDP2 has sharded `model`. A process without a batch, or whose batch has no target, then runs a token,
@@ -59,7 +61,10 @@ def evaluate_student(
         student = (ShardedLogitReader if sharded else LogitReader)(model, token_count=token_count)
         resident = None if teacher is None else LogitReader(teacher, token_count=token_count)
         for batch in _in_step(batches, student, reduce) if sharded and reduce is not None else batches:
-            for figures in batch_figures(batch, student, resident, draws=draws, chunk_bytes=chunk_bytes):
+            parts = batch_figures(
+                batch, student, resident, draws=draws, by_tail_mass=by_tail_mass, chunk_bytes=chunk_bytes
+            )
+            for figures in parts:
                 sums.add(figures)
         device = student.device
     if reduce is not None:
@@ -122,6 +127,7 @@ def evaluate_on_dataset(
         tqdm(batches, desc="evaluating", unit="batch", total=total, disable=None),
         token_count=logits.header.token_count,
         draws=draws_per_position(logits),
+        by_tail_mass=drawn_by_tail_mass(logits),
         teacher=teacher,
     )
 
@@ -147,6 +153,7 @@ def batch_figures(
     teacher: LogitReader | None = None,
     *,
     draws: int = 0,
+    by_tail_mass: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[Figures]:
     """Figures of the batch's target positions in order, in parts of `chunk_bytes`. Call it inside `measuring`.
@@ -162,7 +169,7 @@ def batch_figures(
     size = max(1, chunk_bytes // (4 * student.token_count))
     for start in range(0, targets.count, size):
         part, logits = targets.part(start, start + size), of_student(start, start + size)
-        figures = cache_figures(logits, part, draws=draws)
+        figures = cache_figures(logits, part, draws=draws, by_tail_mass=by_tail_mass)
         if of_teacher is not None:
             figures |= dense_figures(logits, of_teacher(start, start + size).to(student.device), part)
         _check_finite(figures, batch, start)

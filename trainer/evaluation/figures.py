@@ -12,8 +12,9 @@ The tail draws of a cache give unbiased estimates of the dense KL and cross-entr
     - sum_v p_v log q_v  = cross-entropy over the K+1 view - m_p E_{v ~ p'}[log q'_v]
 
 The first terms are known exactly. Of `D` iid draws from the teacher, those outside S are iid from `p'`, also if only
-some of them were stored. With n >= 1 stored draws, their mean of `f` is an unbiased estimate of `E_{p'}[f]`; n = 0
-gives none. At least one draw is outside S with probability `s = 1 - (1 - m_p)^D`, so
+some of them were stored. Systematic draws are an unbiased sample of `p'` given their number. With n >= 1 stored draws,
+their mean of `f` is an unbiased estimate of `E_{p'}[f]`; n = 0 gives none. At least one draw is outside S with
+probability `s = 1 - (1 - m_p)^D`; where the number is `D m_p`, rounded with that mean, `s = min(1, D m_p)`. So
 
     1[n >= 1] (m_p / s) mean_i f(draw_i)
 
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from coldstill.trainer.data.logit_dataset import LogitDataset
 
 HEAD_IDS = 10
-"""The head of a position is this many of the teacher's most probable ids (TAID, arXiv 2501.16937, table 3)."""
+"""The head of a position is this many of the teacher's most probable ids (TAID, arXiv 2501.16937, table 3), or all K if
+they are fewer."""
 LAST_SHARE = 5
 """The last fifth of the ids: the 80th to 100th percentile of table 3 of the TAID paper."""
 
@@ -45,20 +47,27 @@ def draws_per_position(dataset: LogitDataset) -> int:
     """D of `dataset`; 0 if it allows no unbiased estimate.
 
     It allows none without draws, with datasets of several D, or with fewer draws or kept ids than stored: a cut id
-    becomes a draw of known weight, and a subset of a capped list of draws has another distribution. The weights hold
-    for D independent draws from the softmax only.
+    becomes a draw of known weight, and a subset of a capped list of draws has another distribution. The weights are
+    known for D independent draws from the softmax, and for a number by the tail's mass.
     """
     sources = dataset.sources
-    found = {one.header.draws if one.header.kept_draws else 0 for one in sources.datasets}
-    iid = all(one.header.has_plain_draws for one in sources.datasets)
-    whole = sources.top_k is None and sources.draws is None and iid
-    return found.pop() if whole and len(found) == 1 else 0
+    headers = [one.header for one in sources.datasets]
+    found = {(one.draws if one.kept_draws else 0, one.has_draws_by_tail_mass) for one in headers}
+    known = all(one.has_plain_draws or one.has_draws_by_tail_mass for one in headers)
+    whole = sources.top_k is None and sources.draws is None and known
+    return found.pop()[0] if whole and len(found) == 1 else 0
 
 
-def cache_figures(logits: torch.Tensor, targets: SparseTargets, *, draws: int) -> Figures:
+def drawn_by_tail_mass(dataset: LogitDataset) -> bool:
+    """Whether the number of draws follows the tail's mass, where `draws_per_position` is above 0."""
+    return dataset.header.has_draws_by_tail_mass
+
+
+def cache_figures(logits: torch.Tensor, targets: SparseTargets, *, draws: int, by_tail_mass: bool = False) -> Figures:
     """Figures of the student's `logits [M, V]` against the cached teacher.
 
-    `draws`: draws per position at capture (`draws_per_position`); 0 skips the estimates.
+    `draws`: draws per position at capture (`draws_per_position`); 0 skips the estimates. `by_tail_mass`: see
+    `drawn_by_tail_mass`.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     top_1 = wide.max(1)
@@ -75,7 +84,7 @@ def cache_figures(logits: torch.Tensor, targets: SparseTargets, *, draws: int) -
         "accuracy": (top_1.indices == targets.labels).double(),
         "confidence": log_confidence.exp().clamp_max(1),
         "top1_agreement": (top_1.indices == teacher_top_1).double(),
-        **_divergences(view, targets, draws=draws),
+        **_divergences(view, targets, draws=draws, by_tail_mass=by_tail_mass),
         **_masses(view, targets, order),
     }
 
@@ -106,7 +115,7 @@ def by_probability(targets: SparseTargets) -> torch.Tensor:
     return by_id.gather(1, targets.logprobs.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
 
 
-def _divergences(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -> Figures:
+def _divergences(view: StudentLogProbs, targets: SparseTargets, *, draws: int, by_tail_mass: bool) -> Figures:
     both = view.buckets(targets)
     found = {
         "forward_kl_lower_bound": both.expect(both.log_p.exp(), both.log_p - both.log_q),
@@ -114,7 +123,7 @@ def _divergences(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -
     }
     if draws == 0:
         return found
-    tail = _tail_estimates(view, targets, draws=draws)
+    tail = _tail_estimates(view, targets, draws=draws, by_tail_mass=by_tail_mass)
     found["soft_cross_entropy_estimate"] = tail["tail_cross_entropy"] - both.expect(both.log_p.exp(), both.log_q)
     if "tail_kl" in tail:
         found["forward_kl_estimate"] = found["forward_kl_lower_bound"] + tail["tail_kl"]
@@ -122,7 +131,9 @@ def _divergences(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -
     return found
 
 
-def _tail_estimates(view: StudentLogProbs, targets: SparseTargets, *, draws: int) -> dict[str, torch.Tensor]:
+def _tail_estimates(
+    view: StudentLogProbs, targets: SparseTargets, *, draws: int, by_tail_mass: bool
+) -> dict[str, torch.Tensor]:
     """The second terms of the sums at the head of this file, `float64 [M]`.
 
     `tail_cross_entropy`: of the student within the tail, weighted with the teacher's mass. `tail_kl`: only if the
@@ -130,7 +141,7 @@ def _tail_estimates(view: StudentLogProbs, targets: SparseTargets, *, draws: int
     """
     dtype = view.log_q.dtype
     log_tail = targets.log_tail.to(dtype)[:, None]
-    weights = _weights(log_tail, draws) * targets.draw_weights.to(dtype)
+    weights = (_mass_weights if by_tail_mass else _weights)(log_tail, draws) * targets.draw_weights.to(dtype)
     within_student = view.log_q_draws - view.log_q_tail[:, None]
     found = {"tail_cross_entropy": -_expect(weights, within_student)}
     if targets.draw_logprobs is not None:
@@ -143,6 +154,11 @@ def _weights(log_tail: torch.Tensor, draws: int) -> torch.Tensor:
     """`m_p / s` `[M, 1]`, by expm1 and log1p: as the tail vanishes it tends to 1 / D without loss of precision."""
     mass = log_tail.exp().clamp_max(1)
     return mass / -torch.expm1(draws * torch.log1p(-mass))
+
+
+def _mass_weights(log_tail: torch.Tensor, draws: int) -> torch.Tensor:
+    """`m_p / min(1, D m_p)` `[M, 1]`."""
+    return log_tail.exp().clamp(1 / draws, 1)
 
 
 def _masses(view: StudentLogProbs, targets: SparseTargets, order: torch.Tensor) -> Figures:

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 Need = Literal["draws", "draw_logprobs", "dense", "student_rows"]
 """`draws`: tail draws. `draw_logprobs`: the teacher's log-probs of the draws. `dense`: every id of the vocabulary.
-`student_rows`: rows whose answers a student wrote."""
+`student_rows`: rows whose answers the student in training wrote, now or in an earlier round."""
 
 TAIL_NEEDS: dict[str, frozenset[Need]] = {
     "mixture": frozenset({"draws"}),
     "mass_corrected": frozenset({"draws", "draw_logprobs"}),
+    "control_variate": frozenset({"draws", "draw_logprobs"}),
 }
 """What a treatment of the tail needs; those that are not named need only the stored tail mass."""
 
@@ -293,12 +294,18 @@ def build_objective(
             found=f"{loss.name}, and rows that the source or the teacher wrote, or a student under another prompt: "
             f"{', '.join(not_by_student)}",
             wanted="rows that the student wrote and the teacher scored",
-            fix="make them with `coldstill rounds`, or with source.rows_of of answers in mode generate; choose another "
-            "loss, such as forward_kl, for other rows, or set loss.any_rows to true",
+            fix="make them with `coldstill rounds`, or with source.rows_of of answers in mode generate; for other "
+            "rows, " + other_rows_fix(loss),
         )
     if not dense:
         _warn_of_truncation(loss, tail, mean_tail_mass)
     return Objective(loss.function(), loss.label_share)
+
+
+def other_rows_fix(loss: Loss) -> str:
+    """What to do to train on rows that the student did not write."""
+    accepts = ", or set loss.any_rows to true" if "any_rows" in type(loss).model_fields else ""
+    return f"choose another loss, such as forward_kl{accepts}"
 
 
 def state_of(objective: Objective) -> LossState | None:

@@ -38,12 +38,13 @@ class LightningOpd(TeacherLoss):
         "lightning_opd", description="Policy gradient on rows that the student wrote and the teacher scored."
     )
     any_rows: bool = Field(
-        False, description="Train on rows that no student wrote too, on which the loss is no estimate of a divergence."
+        False,
+        description="Train on rows of other writers too, on which the loss is no estimate of a divergence.",
     )
 
     @property
     def all_needs(self) -> frozenset[Need]:
-        """Rows that a student wrote, unless `any_rows` accepts others."""
+        """Rows that the student wrote, unless `any_rows` accepts others."""
         return self.needs if self.any_rows else self.needs | {"student_rows"}
 
     def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""TAID from a cache, with three treatments of the tail, and forward KL.
+"""TAID from a cache, with four treatments of the tail, and forward KL.
 
 Shape letters: `M` target positions, `K` teacher top-k, `N` padded draws.
 
 TAID (arXiv 2501.16937): `p_t = softmax((1 - t) sg(z_student) + t z_teacher)`, loss `KL(p_t || q)`, gradient
 `q - p_t`. Logits are mixed, never probabilities: mixing those would give forward KL times t at every t.
 
-The cache holds log-probs `l_v` of the teacher on the kept ids S, the mass `m_p` outside S, and some iid draws from
-there. With `m_q` the student's mass outside S, and everything but `q` held fixed:
+The cache holds log-probs `l_v` of the teacher on the kept ids S, the mass `m_p` outside S, and some draws from there.
+With `m_q` the student's mass outside S, and everything but `q` held fixed:
 
     a_v = (1 - t) log q_v + t l_v   (v in S),    a_T = (1 - t) log m_q + t log m_p,    P = softmax([a_S, a_T])
     target on S:       P_v
@@ -33,6 +33,13 @@ R is nearly one number for all positions, so the few draws of one position are s
 previous optimizer step, `r_prior`. That step is complete, so chunks, micro-batches and devices do not change it. R is
 an estimate: at t = 0 the gradient is noise instead of 0 (no run trains there: the paper starts at .2 to .4). The shape
 within the tail is mixed as in `mixture`. At t = 1 r is 1, and the correction has no effect.
+
+THE CONTROL VARIATE. The draws are a noisy view of p', but the same draws are as noisy a view of q', which is known: the
+mean of `q'_v / p'_v` at the draws is q' in expectation. `control_variate` takes the share `CONTROL_SHARE` of that noise
+off: the weight w of a draw becomes `w (1 - share * q'_v / p'_v)`, which may be negative, and what is missing to 1 has
+the student's shape. The expected target stays, but where a ratio is above `LARGEST_CONTROL`: there it is nearer to the
+student's by what the limit takes off. The value is that of `mixture`, so that the schedule of t and the logs do not
+depend on the choice.
 """
 
 from __future__ import annotations
@@ -60,6 +67,10 @@ PRIOR_DRAWS = 8.0
 LARGEST_RATIO = 50.0
 """Upper limit of one draw's r: one draw likely for the student but not for the teacher would dominate the estimate."""
 
+CONTROL_SHARE, LARGEST_CONTROL = 0.5, 4.0
+"""The least noise at both ends of a run (`benchmarks/draws.py`). Without a limit, a few ids that are likely for the
+student and rare for the teacher make the noise larger than it was."""
+
 SMALLEST_NORMAL = 1.1754944e-38
 """The smallest normal float32; keeps divisions by 0 and logs of 0 finite."""
 
@@ -71,10 +82,11 @@ class Taid(TeacherLoss):
     arxiv: ClassVar[str | None] = "2501.16937"
 
     name: Literal["taid"] = Field("taid", description="Temporally adaptive interpolated distillation; the default.")
-    tail: Literal["auto", "mixture", "bucket", "mass_corrected"] = Field(
+    tail: Literal["auto", "mixture", "bucket", "mass_corrected", "control_variate"] = Field(
         "auto",
-        description="Tail outside the top K: mixture uses the cached draws, bucket only the tail's total mass, "
-        "mass_corrected also the draws' log-probs; auto is mixture if the dataset has draws, else bucket.",
+        description="Tail outside the top K: mixture uses the cached draws, bucket only the tail's total mass; "
+        "mass_corrected and control_variate also use the draws' log-probs, for the tail's mass at t, or for less "
+        "noise; auto is mixture if the dataset has draws, else bucket.",
     )
     schedule: Literal["adaptive", "linear"] = Field(
         "adaptive",
@@ -101,7 +113,7 @@ class Taid(TeacherLoss):
         """Value `[M]` at `t`; tail `auto` uses the draws that there are."""
         if self.tail == "mass_corrected":
             return self.function()(student, targets, t=t)
-        return _interpolated_kl(student, targets, t, use_draws=self.tail != "bucket")
+        return _interpolated_kl(student, targets, t, tail=self.tail)
 
     def function(self) -> SparseLoss:
         return MassCorrectedTaid() if self.tail == "mass_corrected" else self
@@ -123,15 +135,16 @@ class ForwardKl(TeacherLoss):
     arxiv: ClassVar[str | None] = None
 
     name: Literal["forward_kl"] = Field("forward_kl", description="KL(teacher || student): taid held at t = 1.")
-    tail: Literal["auto", "mixture", "bucket"] = Field(
+    tail: Literal["auto", "mixture", "bucket", "control_variate"] = Field(
         "auto",
-        description="Tail outside the top K: mixture uses the cached draws, bucket only the tail's total mass; auto "
-        "is mixture if the dataset has draws, else bucket.",
+        description="Tail outside the top K: mixture uses the cached draws, bucket only the tail's total mass; "
+        "control_variate also uses the draws' log-probs, for less noise; auto is mixture if the dataset has draws, "
+        "else bucket.",
     )
 
     def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 1.0) -> torch.Tensor:
         """Value `[M]`; `t` is ignored."""
-        return _interpolated_kl(student, targets, 1.0, use_draws=self.tail != "bucket")
+        return _interpolated_kl(student, targets, 1.0, tail=self.tail)
 
 
 class TailRatio(LossState):
@@ -182,14 +195,19 @@ class MassCorrectedTaid:
         return value + tail_term(student, targets, t * log_target[:, -1].exp())
 
 
-def _interpolated_kl(student: StudentLogProbs, targets: SparseTargets, t: float, *, use_draws: bool) -> torch.Tensor:
-    """Value `[M]` of TAID with the `mixture` tail, or `bucket` without `use_draws`."""
+def _interpolated_kl(student: StudentLogProbs, targets: SparseTargets, t: float, *, tail: str) -> torch.Tensor:
+    """Value `[M]` of TAID with the tail `bucket`, `control_variate`, or else `mixture`."""
     both = student.buckets(targets)
     log_target = both.log_softmax(_interpolated(both, t))
     value = both.expect(log_target.exp(), log_target - both.log_q)
-    if not use_draws:
+    if tail == "bucket":
         return value
-    return value + tail_term(student, targets, t * log_target[:, -1].exp())
+    mass = t * log_target[:, -1].exp()
+    plain = tail_term(student, targets, mass)
+    if tail != "control_variate":
+        return value + plain
+    with_less_noise = tail_term(student, targets, mass, _noise_removed(student.detach(), targets))
+    return value + with_less_noise + (plain - with_less_noise).detach()
 
 
 def _interpolated(both: Buckets, t: float) -> torch.Tensor:
@@ -197,10 +215,25 @@ def _interpolated(both: Buckets, t: float) -> torch.Tensor:
     return both.log_q.detach().lerp(both.log_p, t)
 
 
-def tail_term(student: StudentLogProbs, targets: SparseTargets, mass: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy `[M]` within the tail of draws that together hold `mass [M]`; 0 if there are no draws."""
+def tail_term(
+    student: StudentLogProbs, targets: SparseTargets, mass: torch.Tensor, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy `[M]` within the tail of draws that together hold `mass [M]`; 0 if there are no draws. `factors
+    [M, N]`: of the draws' weights."""
     weights = mass[:, None] * targets.draw_weights
+    if factors is not None:
+        weights = weights * factors
     return (weights * (student.log_q_tail[:, None] - student.log_q_draws)).sum(1)
+
+
+def _noise_removed(student: StudentLogProbs, targets: SparseTargets) -> torch.Tensor:
+    """Factors `[M, N]` of the draws' weights by which the `control_variate` takes off a share of their noise."""
+    assert targets.draw_logprobs is not None
+    drawn, dtype = targets.draw_weights > 0, student.log_q.dtype
+    of_student = student.log_q_draws - student.log_q_tail[:, None]
+    of_teacher = targets.draw_logprobs.to(dtype) - targets.log_tail.to(dtype)[:, None]
+    log_ratio = (of_student - of_teacher).masked_fill(~drawn, 0)
+    return 1 - CONTROL_SHARE * log_ratio.clamp_max(math.log(LARGEST_CONTROL)).exp()
 
 
 def _tail_ratios(student: StudentLogProbs, targets: SparseTargets, t: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.errors import HeaderMismatch
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
-from coldstill.storage_schema.header_facts import About, ProcessorFacts
+from coldstill.storage_schema.header_facts import About, ProcessorFacts, RowWriter, TeacherPrompt
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.tools.errors import InvalidRequest, MediaClash
 
 from .deriving import Derivation, Request, derive
 from .sources import Sources
+
+_OF_WRITER = ("writer", "writer_prompt")
+"""Facts in `about` of which a merged header could state neither value."""
 
 
 def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = True) -> Dataset:
@@ -54,12 +59,14 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
     A dataset that has no processor may be one of text; those that have one must agree, and it is that of all rows. If
     the `source_sha256` differ, the new one is the sha256 of all of them in order, in hex, each with a line feed.
 
-    Raises `HeaderMismatch`, which names the field, if two headers differ in any other field.
+    Raises `HeaderMismatch`, which names the field, if two headers differ in any other field, or in the writer of the
+    rows: a loss on the student's own rows goes by it.
     """
     # What format 1 does not state is unknown of the merged rows, so a header that states less comes first.
     first = min((dataset.header for dataset in datasets), key=lambda header: header.format_version)
     processor = _processor_of(datasets)
     about, wanted = first.about, first.model_copy(update={"about": _with_processor(first.about, processor)})
+    _require_one_writer(datasets)
     for dataset in datasets:
         about = about.shared(dataset.header.about)
         own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit")}
@@ -80,6 +87,25 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
             "rows_per_unit": max(dataset.header.rows_per_unit for dataset in datasets),
         }
     )
+
+
+def _require_one_writer(datasets: Sequence[Dataset]) -> None:
+    """Raise `HeaderMismatch` if the headers differ in a fact of `_OF_WRITER`, also where one does not state it."""
+    first = datasets[0].header.about
+    for dataset in datasets:
+        for name in _OF_WRITER:
+            found, wanted = getattr(dataset.header.about, name), getattr(first, name)
+            if found != wanted:
+                raise HeaderMismatch(
+                    f"{dataset.store.url}/{HEADER_NAME}: about.{name}",
+                    found=_in_words(found),
+                    wanted=f"{_in_words(wanted)}, as in {datasets[0].store.url}",
+                    fix="leave the datasets apart, and train on a list of them: dataset: [A, B]",
+                )
+
+
+def _in_words(fact: RowWriter | TeacherPrompt | None) -> str:
+    return "none" if fact is None else json.dumps(fact.model_dump(mode="json", exclude_none=True), ensure_ascii=False)
 
 
 def _processor_of(datasets: Sequence[Dataset]) -> ProcessorFacts | None:

@@ -58,7 +58,7 @@
   // ---- the head ----------------------------------------------------------------------------------------------------
   const { row, dataset } = data;
   $("dataset").textContent =
-    `${dataset.teacher} · K = ${whole(dataset.top_k)}, D = ${whole(dataset.draws)} · license ${dataset.license} · ` +
+    `${dataset.teacher} · ${dataset.kept}, D = ${whole(dataset.draws)} · license ${dataset.license} · ` +
     `dataset ${dataset.id.slice(0, 12)}`;
   $("dataset").title = dataset.id;
   $("title").append(row.sample_id || "(no id)", " ", make("small", "", `row ${whole(row.index)} of ${whole(row.rows)}`));

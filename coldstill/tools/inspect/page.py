@@ -116,11 +116,11 @@ def page_data(one: InspectedRow) -> dict[str, Any]:
             "metadata": one.metadata_start(indent=2),
         },
         "dataset": {
-            "teacher": shortened(visible(header.teacher.name), MAX_SHOWN)
+            "teacher": shortened(visible(header.teacher.full_name), MAX_SHOWN)
             + (", which saw another prompt than the row's" if header.teacher_prompt else ""),
             "id": one.dataset.dataset_id,
             "license": shortened(visible(header.about.license or "not given"), MAX_SHOWN),
-            "top_k": header.top_k,
+            "kept": header.width_in_words,
             "draws": header.draws,
             "kept_draws": header.kept_draws,
         },

@@ -53,9 +53,8 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
     teacher, saw = header.teacher, header.teacher_saw
     kept = header.kept_in_words
-    adapter = f" + adapter {teacher.adapter.name}" if teacher.adapter else ""
     facts = {
-        "teacher": teacher.name + (f" @ {teacher.revision}" if teacher.revision else "") + adapter,
+        "teacher": teacher.full_name + (f" @ {teacher.revision}" if teacher.revision else ""),
         "weights": f"{teacher.dtype}{', ' + teacher.quantization if teacher.quantization else ''}, "
         f"head in {teacher.head_dtype}",
         **({"teacher saw": saw} if saw else {}),

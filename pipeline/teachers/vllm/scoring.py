@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from coldstill.pipeline.score_ids import UNUSED, rows_at
-from coldstill.pipeline.teachers.target_extractor import Summary, TargetExtractor, draw_uniforms, named_on
+from coldstill.pipeline.teachers.target_extractor import (
+    Summary,
+    TargetExtractor,
+    draw_uniforms,
+    named_on,
+    uniform_count,
+)
 from coldstill.storage_schema.rows import TeacherTargets
 
 _LEAST_ROWS, _MOST_ROWS = 16, 4096
@@ -62,6 +68,7 @@ class TapSettings:
     min_prob: float
     draws: int
     kept_draws: int
+    draw_method: str = "iid"
     draw_logprobs: bool
     draw_seed: int
     token_count: int
@@ -158,7 +165,10 @@ class TappedRequest:
         self.padding_mass = 0.0
         self._named = np.array(spec["score_ids"], np.int64) if "score_ids" in spec else None
         self._uniforms = draw_uniforms(
-            stored, draws=settings.draws, seed=settings.draw_seed, sample_id=spec["sample_id"]
+            stored,
+            draws=uniform_count(settings.draws, draw_method=settings.draw_method),
+            seed=settings.draw_seed,
+            sample_id=spec["sample_id"],
         )
 
     def wanted(self, start: int, stop: int) -> slice:
@@ -250,6 +260,7 @@ class StepScorer:
             kept_draws=min(settings.kept_draws, settings.draws),
             token_count=settings.token_count,
             named_width=settings.named_width,
+            systematic_draws=settings.draws if settings.draw_method == "systematic" else 0,
         )
         self._pending: list[_Pending] = []
         self.largest_logit, self.width = 0.0, 0

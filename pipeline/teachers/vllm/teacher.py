@@ -14,7 +14,7 @@ import numpy as np
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
 from coldstill.pipeline.teachers.adapter import Adapter, adapter_of
-from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence
+from coldstill.pipeline.teachers.answer_sampling import answer_room, answer_seed, answer_sequence, padding_bias
 from coldstill.pipeline.teachers.checkpoint import check_weights, load_tokenizer
 from coldstill.pipeline.teachers.engine_args import require_loaded
 from coldstill.pipeline.teachers.image_expansion import RowRejected
@@ -93,6 +93,7 @@ class VllmTeacher:
             min_prob=header.min_prob,
             draws=header.draws,
             kept_draws=header.kept_draws,
+            draw_method=header.draw_method,
             draw_logprobs=header.draw_logprobs,
             draw_seed=header.draw_seed,
             token_count=header.token_count,
@@ -153,8 +154,7 @@ class VllmTeacher:
                 fix="remove that from teacher.engine_args, install the pinned vLLM release, or set teacher.tap: public",
             )
         facts = answers[0]
-        layers = sum(answer.pop("quantized_layers") for answer in answers)
-        self._require_quantization(layers)
+        self._require_quantization(sum(answer.pop("quantized_layers") for answer in answers))
         if facts["vocab_size"] != self._header.vocab_size:
             raise TeacherUnusable(
                 f"logit columns of {self._config.model} in vLLM",
@@ -282,7 +282,7 @@ class VllmTeacher:
                     top_p=sampling.top_p,
                     seed=answer_seed(seed=sampling.seed, sample_id=prompt.sequence.sample_id, number=number),
                     stop=list(sampling.stop),
-                    **self._end_tokens,
+                    **self._limits,
                     detokenize=bool(sampling.stop),
                     skip_special_tokens=False,  # a stop text may hold one, as with the other engines
                 ),
@@ -316,10 +316,11 @@ class VllmTeacher:
         return result
 
     @property
-    def _end_tokens(self) -> dict[str, Any]:
-        """The header's end tokens in place of vLLM's own; headers of earlier releases have none."""
+    def _limits(self) -> dict[str, Any]:
+        """No ids of padding, and the header's end tokens in place of vLLM's own; of earlier releases it has none."""
         ids = self._header.about.end_token_ids
-        return {"stop_token_ids": list(ids), "ignore_eos": True} if ids else {}
+        bias = {"logit_bias": padding_bias(self._header)}
+        return {**bias, "stop_token_ids": list(ids), "ignore_eos": True} if ids else bias
 
     def _score_spec(self, prompt: Prompt) -> RequestSpec:
         spans = prompt.sequence.target_spans

@@ -11,7 +11,7 @@ import pytest
 from coldstill.common.config_file import ConfigInvalid, check_config
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.dry_run import dry_run
-from coldstill.pipeline.errors import SourceEmpty
+from coldstill.pipeline.errors import SourceEmpty, WriterRoundUnused
 from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import DatasetNotSealed, HeaderMismatch, TokenizerMismatch
@@ -79,6 +79,10 @@ def test_answers_are_scored_as_they_were_written_and_the_header_names_who_wrote_
     # Scored a third time, they still have the writer that they had.
     third = _sealed(_again(tmp_path, "again", output="third"))
     assert third.header.about.writer == writer
+    for root, number, problem in (("again", 3, "teacher wrote .* in round 4"), ("third", 5, "in round 4")):
+        with pytest.raises(WriterRoundUnused, match=problem):
+            prepare(_again(tmp_path, root, output="fourth", source={"round": number}))
+    assert not (tmp_path / "fourth").exists()
     # The writer itself agrees with the log-probs that it wrote down.
     for one, other in zip(third.rows(), answers.rows(), strict=True):
         np.testing.assert_allclose(one.targets.label_logprob, other.targets.label_logprob, atol=5e-3)

@@ -78,6 +78,10 @@ class DrawingUniform(Uniform):
     tail = "exact"
 
 
+class DrawingSystematically(DrawingUniform):
+    draw_method = "systematic"
+
+
 class Nothing:
     def __init__(self, *arguments: object):
         pass
@@ -193,6 +197,19 @@ def test_output_that_keeps_the_laws_comes_back_as_it_is(header: DatasetHeader) -
     answers = _load(header, sampling=SamplingConfig(n=2)).score(_prompts())
     assert [one.sequence.sample_id for one in answers] == ["a#0", "a#1", "b#0", "b#1"]
     assert (teacher.environment, teacher.progress, teacher.processes) == ({"engine": f"{HERE}:Uniform"}, 0, ())
+
+
+def test_a_class_draws_in_the_way_that_its_attribute_names() -> None:
+    settings = {"model": "m", "draws": 4}
+    for name, method, other in (
+        ("DrawingUniform", "iid", "systematic"),
+        ("DrawingSystematically", "systematic", "iid"),
+    ):
+        engine = {"engine": f"{HERE}:{name}"}
+        assert TeacherConfig.model_validate({**settings, **engine}).draw_method == method
+        assert TeacherConfig.model_validate({**settings, **engine, "draw_method": method}).draw_method == method
+        with pytest.raises(ValidationError, match=f"draw_method {method}, not {other}(.|\n)*{name}"):
+            TeacherConfig.model_validate({**settings, **engine, "draw_method": other})
 
 
 @pytest.mark.parametrize(("fault", "row"), [("no finite logits", 0), ("logits of NaN", 1), ("an infinite logit", 1)])

@@ -18,6 +18,7 @@ from coldstill.storage_schema.errors import (
     TokenizerMismatch,
 )
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.header_facts import RowWriter, TeacherPrompt
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.tools.derive import sources
 from coldstill.tools.derive.merge import merge
@@ -198,3 +199,43 @@ def test_a_damaged_source_is_not_copied(tiny_dataset: Path, tmp_path: Path) -> N
         merge([tiny_dataset], tmp_path / "merged", progress=False)
     with pytest.raises(DatasetNotSealed):
         open_dataset(tmp_path / "merged")
+
+
+_WRITER = RowWriter(name="student", weights_fingerprint="1" * 64, round=0)
+_PROMPT = TeacherPrompt(kind="system", sha256="3" * 64)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("writer", {"writer": None}),
+        ("writer", {"writer": _WRITER.model_copy(update={"weights_fingerprint": "2" * 64})}),
+        ("writer", {"writer": _WRITER.model_copy(update={"round": 1})}),
+        ("writer_prompt", {"writer_prompt": _PROMPT}),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_of_different_writers_are_not_merged(
+    header: DatasetHeader, tokenizer_folder: Path, tmp_path: Path, field: str, change: dict[str, object], turned: bool
+) -> None:
+    about = header.about.model_copy(update={"writer": _WRITER})
+    roots = []
+    for number, facts in enumerate((about, about.model_copy(update=change))):
+        roots.append(tmp_path / f"part {number}")
+        changed = header.model_copy(update={"about": facts})
+        rich_dataset(roots[-1], changed, tokenizer_folder, shards=(2,), seed=number)
+    with pytest.raises(HeaderMismatch, match=rf"dataset\.json: about\.{field}\n"):
+        merge(roots[::-1] if turned else roots, tmp_path / "merged", progress=False)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_writer_and_its_prompt_stay_where_they_are_those_of_all_rows(
+    header: DatasetHeader, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    about = header.about.model_copy(update={"writer": _WRITER, "writer_prompt": _PROMPT})
+    roots = [tmp_path / "one", tmp_path / "two"]
+    for number, root in enumerate(roots):
+        changed = header.model_copy(update={"about": about, "source_sha256": str(number) * 64})
+        rich_dataset(root, changed, tokenizer_folder, shards=(2,), seed=number)
+    merged = merge(roots, tmp_path / "merged", progress=False)
+    assert (merged.header.about.writer, merged.header.about.writer_prompt) == (_WRITER, _PROMPT)

@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from coldstill.storage_schema.header_facts import AdapterFacts, NamedIds
 from coldstill.tools.errors import PageNotWritten, RowOutOfRange
 from coldstill.tools.inspect import page as page_module
 from coldstill.tools.inspect.page import page_data, script_safe, write_page
 from coldstill.tools.inspect.row_facts import InspectedRow, open_row
+from coldstill.tools.inspect.terminal import show_dataset
+from tests import making
 from tests.tools.inspect import strange_tokens
 from tests.tools.inspect.strange_tokens import hidden_characters
 
@@ -161,3 +165,25 @@ def test_a_page_that_cannot_be_written_has_a_name(tiny_dataset: Path, tmp_path: 
     for path in (tmp_path, tmp_path / "file" / "page.html"):
         with pytest.raises(PageNotWritten):
             write_page(tiny_dataset, 0, path)
+
+
+def test_the_page_names_the_adapter_and_how_many_ids_of_each_kind_are_kept(
+    tiny_dataset: Path, one: InspectedRow, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    plain = page_data(one)["dataset"]
+    assert (plain["teacher"], plain["kept"]) == ("tiny", "K = 8")
+    header = one.dataset.header
+    adapter = AdapterFacts(name="polite", weights_fingerprint="4" * 64)
+    about = header.about.model_copy(update={"score_ids": NamedIds(column="ids", top_k=6, most=2)})
+    changes = {"teacher": header.teacher.model_copy(update={"adapter": adapter}), "kept_ids": "top_k_and_named"}
+    for number, (facts, kept) in enumerate(
+        ((about, "K = 6 and at most 2 named ids"), (header.about, "at most 8 ids, named ones among them"))
+    ):
+        root = tmp_path / str(number)
+        changed = header.model_copy(update={**changes, "about": facts})
+        making.write_dataset(root, [making.random_rows(2)], header=changed, tokenizer=tokenizer_folder)
+        shown = page_data(open_row(root, 0))["dataset"]
+        assert (shown["teacher"], shown["kept"]) == ("tiny + adapter polite", kept)
+        console = Console(record=True, width=200)
+        show_dataset(root, console=console)
+        assert "tiny + adapter polite" in console.export_text()

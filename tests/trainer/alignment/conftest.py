@@ -11,11 +11,12 @@ from . import tokenizers_made as made
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders by kind: two of byte-level BPE, and two of sentencepiece's kinds with byte fallback."""
+    """Folders by kind: three of byte-level BPE, and two of sentencepiece's kinds with byte fallback."""
     root = tmp_path_factory.mktemp("tokenizers")
     return {
         "bytes": made.byte_level(root / "bytes"),
         "more bytes": made.byte_level(root / "more bytes", vocabulary=400, begin=True),
+        "fewer bytes": made.byte_level(root / "fewer bytes", vocabulary=272),
         "pieces": made.sentencepiece_bpe(root / "pieces"),
         "unigram": made.unigram(root / "unigram"),
     }

@@ -219,3 +219,59 @@ def test_chats_of_real_tokenizers_are_rendered_for_each_other() -> None:
             assert (found.chunk < 0).sum() <= 1
             assert found.token_ids[found.positions[-1] + 1] == student_chat.end_id
             assert found.source[-1] == positions.size - 1
+
+
+def _of_template(template: str) -> ChatTurns:
+    tokenizer = next(family for family in FAMILIES if family.name == "Qwen2.5").tokenizer()
+    tokenizer.chat_template = template
+    return ChatTurns(tokenizer, TokenBytes(tokenizer.backend_tokenizer.to_str().encode(), where="a stranger"))
+
+
+def test_a_template_with_thousands_of_possible_cuts_is_rendered_a_bounded_number_of_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it writes between messages is one word repeated, so each beginning of it may be where a row was cut."""
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}{{ 'ab ' * SIZE }}{% endfor %}"
+    turns = _of_template(template.replace("SIZE", "300"))
+    row = turns.render([{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}])
+    _ = turns.borders
+    calls = []
+    monkeypatch.setattr(ChatTurns, "render", lambda _, messages: calls.append(messages) or 1 / 0)
+    assert turns.messages(cut(row, row.ids.size - 7)) is None
+    assert 2 <= len(calls) <= 64
+    monkeypatch.undo()
+    with pytest.raises(TokenizerNotAligned, match="bytes around a message"):
+        _ = _of_template(template.replace("SIZE", "6000")).borders
+
+
+def test_a_row_of_very_many_messages_has_no_split() -> None:
+    turns = _of_template("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}")
+    chat = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    assert turns.messages(turns.render(chat * 40)) is not None
+    assert turns.messages(turns.render(chat * 600)) is None
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3.5", "SmolLM3"])
+def test_a_row_cut_behind_an_answer_that_was_not_the_last_is_skipped_by_name(name: str) -> None:
+    """The template writes an empty thought into the last answer only. Without the next turn, the row shows an answer
+    that is the last one and has none, which no chat renders to."""
+    turns = turns_of(next(family for family in FAMILIES if family.name == name))
+    chat = [("user", "one two"), ("assistant", "three four"), ("user", "five six"), ("assistant", "seven eight")]
+    row = turns.render([{"role": role, "content": content} for role, content in chat])
+    aligner = aligner_of((turns._tokens, turns), (turns._tokens, turns))
+
+    def aligned(text: bytes) -> AlignedRow:
+        part = cut(row, int(np.searchsorted(row.ends, row.text.index(text) + len(text))) + 1)
+        targets = TeacherTargets.empty(part.ids.size - 1, 1)
+        spans = spans_from_mask(np.arange(part.ids.size) > 0)
+        targets = dataclasses.replace(targets, label_logprob=-np.ones(part.ids.size - 1))
+        return aligner.align(
+            CachedRow(sample_id="row", token_ids=part.ids, target_spans=spans, targets=targets, metadata={})
+        )
+
+    for end in (b"three four", b"three four<|im_end|>\n"):
+        with pytest.raises(RowSkipped) as caught:
+            aligned(end)
+        assert caught.value.reason == Skipped.CHAT_NOT_RECOVERED
+    for end in (b"five six", b"seven", b"seven eight"):
+        assert aligned(end).positions.size

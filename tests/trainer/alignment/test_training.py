@@ -79,6 +79,18 @@ def test_the_same_tokenizer_through_this_path_is_ordinary_training(
             assert mine[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6)
 
 
+def test_named_ids_are_kept_ids_like_the_others(datasets, tokenizers, students, tmp_path: Path) -> None:
+    """A position's kept set is read as a set: the same sets under a header that says who chose them train the same."""
+    rows = made.text_rows(tokenizers["bytes"])
+    facts = {"kept_ids": "top_k_and_named", "about": {"score_ids": {"column": "ids", "top_k": 12, "most": 4}}}
+    named = made.write(tmp_path / "named", rows, tokenizers["bytes"], **facts)
+    _, wanted = run(datasets["text"], students["unigram"], tmp_path / "plain", num_train_epochs=1)
+    trainer, found = run(named, students["unigram"], tmp_path / "trained", num_train_epochs=1)
+    assert isinstance(trainer.objective, AlignedObjective)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_loader_workers_and_a_killed_run_change_nothing(kind: str, datasets, students, tmp_path: Path) -> None:
     shape = {"save_strategy": "steps", "save_steps": 1}

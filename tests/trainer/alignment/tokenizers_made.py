@@ -178,9 +178,9 @@ def chat_rows(tokenizer: Path, count: int = 16) -> list[CachedRow]:
     return rows
 
 
-def write(root: Path, rows: list[CachedRow], tokenizer: Path, *, chat: bool = False) -> Path:
-    """A sealed dataset with all files of the tokenizer."""
-    changes = {"chat_template_sha256": "0" * 64} if chat else {}
+def write(root: Path, rows: list[CachedRow], tokenizer: Path, *, chat: bool = False, **changes: object) -> Path:
+    """A sealed dataset with all files of the tokenizer; `changes` are of the header."""
+    changes |= {"chat_template_sha256": "0" * 64} if chat else {}
     header = making.tiny_header(tokenizer, top_k=16, draws=8, max_length=1024, **changes)
     halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     store = making.begin_dataset(root, header, tokenizer, [len(half) for half in halves])

@@ -193,3 +193,22 @@ def test_a_stream_yields_the_chosen_numbers_and_the_header_has_them(grouped):
 def test_more_than_stored_is_a_named_error(grouped, choice):
     with pytest.raises(MoreThanStored, match=next(iter(choice))):
         load_logit_dataset(grouped, **choice)
+
+
+def test_fewer_of_systematic_draws_are_still_an_unbiased_sample_of_the_tail():
+    """Rows are one position with draws at all shifts. The bound is five standard errors of independent draws."""
+    shifts, taken, tail = 5000, 9, np.array([0.5, 0.2, 0.15, 0.1, 0.05])
+    points = (np.arange(taken) + (np.arange(shifts)[:, None] + 0.5) / shifts) / taken
+    draws = 10 + np.searchsorted(np.cumsum(tail), points.ravel(), side="right").astype(np.int32)
+    _, targets = teacher_targets(shifts, draws=0)
+    targets = replace(targets, draw_ids=draws, draw_counts=np.full(shifts, taken, np.int32))
+    row = CachedRow(
+        sample_id="a",
+        token_ids=np.zeros(shifts + 1, np.int32),
+        target_spans=np.array([[0, shifts]], np.int32),
+        targets=targets,
+    )
+    fewer = with_fewer_draws(row, taken=taken, wanted=3, seed=1).targets
+    assert set(fewer.draw_counts.tolist()) == {3}
+    shares = np.bincount(fewer.draw_ids - 10, minlength=5) / fewer.draw_ids.size
+    assert (np.abs(shares - tail) < 5 * np.sqrt(tail * (1 - tail) / fewer.draw_ids.size)).all()

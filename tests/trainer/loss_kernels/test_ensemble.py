@@ -22,6 +22,7 @@ from tests.trainer.losses.scenes import cut, log_softmax
 M, V, D = 7, 12, 5
 SHARES = (0.5, 0.2, 0.3)
 CHOSEN = {name: loss.model_validate({}) for name, loss in LOSSES.items()}
+CHOSEN |= {"control_variate": Taid(tail="control_variate")}
 CHOSEN |= {"mass_corrected": Taid(tail="mass_corrected"), "bucket": Taid(tail="bucket")}
 
 
@@ -39,7 +40,7 @@ def teachers(*, dense: bool = False) -> list[SparseTargets]:
 
 
 def objectives(name: str, of: list[SparseTargets]) -> list[Objective]:
-    loss, least = CHOSEN[name], int(name == "mass_corrected")
+    loss, least = CHOSEN[name], int(name in ("mass_corrected", "control_variate"))
     options = {"cross_entropy_share": 0.3, "any_rows": True}
     loss = loss.model_copy(update={key: options[key] for key in options.keys() & type(loss).model_fields.keys()})
     draws = [max(least, one.draws.shape[1]) for one in of]

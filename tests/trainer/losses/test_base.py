@@ -101,15 +101,16 @@ def test_auto_takes_the_draws_where_the_dataset_has_some(name):
     assert build(name, draws=0).distillation.tail == "bucket"
 
 
-@pytest.mark.parametrize("tail", ["mixture", "mass_corrected"])
+@pytest.mark.parametrize("tail", ["mixture", "mass_corrected", "control_variate"])
 def test_a_tail_of_draws_from_a_dataset_without_any_is_a_named_error(tail):
     with pytest.raises(NoDraws, match=r"loss\.tail"):
         build("taid", tail=tail, draws=0)
 
 
-def test_the_corrected_mass_of_a_dataset_without_log_probs_of_its_draws_is_a_named_error():
+@pytest.mark.parametrize("tail", ["mass_corrected", "control_variate"])
+def test_a_tail_that_needs_the_log_probs_of_draws_is_a_named_error_without_them(tail):
     with pytest.raises(NoDrawLogprobs, match="draw_logprobs"):
-        build_objective(Taid(tail="mass_corrected"), draws=4, mean_tail_mass=0.01, draw_logprobs=False)
+        build_objective(Taid(tail=tail), draws=4, mean_tail_mass=0.01, draw_logprobs=False)
 
 
 class WholeVocabulary(Taid):

@@ -27,6 +27,7 @@ def every_loss() -> dict[str, Objective]:
         "taid": Taid(),
         "taid, bucket": Taid(tail="bucket"),
         "taid, mass_corrected": MassCorrectedTaid(),
+        "taid, control_variate": Taid(tail="control_variate"),
         "taid, renormalized": RenormalizedTaid(),
         "taid, zero": ZeroTailTaid(),
         "forward_kl": ForwardKl(),

@@ -85,10 +85,10 @@ def test_survives_being_written_down_and_read_again(name):
         ({"name": "tvd", "tail": "mixture"}, r"loss\.tail\n.*'mixture'\n.*'auto' or 'bucket'"),
         (
             {"name": "forward_kl", "tail": "mass_corrected"},
-            r"loss\.tail\n.*'mass_corrected'\n.*'auto', 'mixture' or 'bucket'",
+            r"loss\.tail\n.*'mass_corrected'\n.*'auto', 'mixture', 'bucket' or 'control_variate'",
         ),
         ({"name": "cross_entropy", "tail": "bucket"}, r"loss\.tail\n.*unknown key"),
-        ({"tail": "renormalise"}, "'auto', 'mixture', 'bucket' or 'mass_corrected'"),
+        ({"tail": "renormalise"}, "'auto', 'mixture', 'bucket', 'mass_corrected' or 'control_variate'"),
         ({"name": "js", "beta": 0}, r"loss\.beta\n.*0\n.*greater than 0"),
         ({"name": "js", "beta": 1}, r"loss\.beta\n.*1\n.*less than 1"),
         ({"name": "skew_reverse_kl", "alpha": 1}, r"loss\.alpha\n.*1\n.*less than 1"),

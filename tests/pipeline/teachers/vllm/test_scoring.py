@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -68,6 +69,34 @@ def _assert_same(ours: TeacherTargets, wanted: TeacherTargets) -> None:
     np.testing.assert_array_equal(ours.draw_ids, wanted.draw_ids)
     for name in ("log_tail", "label_logprob", "draw_logprobs"):
         np.testing.assert_allclose(getattr(ours, name), getattr(wanted, name), atol=2e-6)
+
+
+def test_the_tap_makes_systematic_draws_as_the_extractor_does() -> None:
+    settings = replace(SETTINGS, draw_method="systematic", draws=24, kept_draws=9)
+    prompt, hidden = _prompt(60)
+    spec: RequestSpec = {"number": 0, "sample_id": "a", "spans": [[3, 59]]}
+    request = TappedRequest(spec, prompt=prompt, settings=settings)
+    scorer = StepScorer(settings, vocab_size=V, block_bytes=20 * 8 * V, keeps=True, is_split=False)
+    for first, stop in pairwise([0, 25, 60]):
+        scorer.score([_piece(request, first, stop)], hidden[first:stop], lambda rows: rows @ HEAD)
+    scorer.settle()
+    positions = request.positions
+    wanted = summarize(
+        hidden[positions] @ HEAD,
+        torch.tensor(prompt)[positions + 1],
+        draw_uniforms(positions, draws=2, seed=3, sample_id="a"),
+        top_k=6,
+        min_prob=1e-4,
+        kept_draws=9,
+        token_count=490,
+        draw_logprobs=True,
+        systematic_draws=24,
+    )
+    wire = request.arrays.to_wire(positions.size)
+    ours = Arrays.from_wire(wire, positions=positions.size, settings=settings).targets(draw_logprobs=True)
+    assert ours.draw_ids.size > 200
+    np.testing.assert_array_equal(ours.draw_counts, wanted.draw_counts)
+    _assert_same(ours, wanted)
 
 
 @pytest.mark.parametrize("borders", [[0, 60], [0, 1, 2, 30, 59, 60], [0, 25, 50, 60]])
