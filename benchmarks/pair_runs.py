@@ -251,6 +251,7 @@ class Bench:
             "engine": self.engine,
             "top_k": header.top_k,
             "draws": header.draws,
+            "draw_method": header.draw_method,
             "kept_draws": header.kept_draws,
             "vocabulary": len(self.head),
             "targets": targets,
