@@ -244,13 +244,14 @@ class Bench:
         """What the teacher and the dataset are."""
         dataset = open_dataset(str(self.dataset))
         header = dataset.header
-        files = sum(path.stat().st_size for path in self.dataset.rglob("*.parquet"))
+        files = sum(path.stat().st_size for path in (self.dataset / "shards").iterdir())
         targets = len(self.training_states.hidden)
         return {
             "teacher": header.teacher.name if self.size.is_toy else "Gemma 3 270M (Q4_K_M weights in float32)",
             "engine": self.engine,
             "top_k": header.top_k,
             "draws": header.draws,
+            "draw_method": header.draw_method,
             "kept_draws": header.kept_draws,
             "vocabulary": len(self.head),
             "targets": targets,
