@@ -20,6 +20,7 @@ from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
 
 class MyTeacher(TransformersTeacher):
     tail = "exact"
+    draw_method = "systematic"
 
     @property
     def environment(self):
