@@ -69,7 +69,7 @@ class EnsembleTeacher(Teacher):
             kept_draws=header.kept_draws,
             token_count=header.token_count,
             draw_logprobs=header.draw_logprobs,
-            systematic_draws=systematic_draws(header),
+            systematic_draws=systematic_draws(header.draws, draw_method=header.draw_method),
         )
 
     def _probs(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:

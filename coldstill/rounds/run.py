@@ -27,6 +27,7 @@ from coldstill.common.config_file import check_config
 from coldstill.common.errors import ColdstillError
 from coldstill.common.files import read_json, write_json
 from coldstill.common.interrupts import as_interrupted, end_with_parent, raising_interrupts
+from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.trainer.config import FREE_TRAINING_SETTINGS, TrainConfig
 
@@ -214,15 +215,7 @@ def _claim(config: RoundsConfig, parts: list[Part]) -> None:
     """
     path, settings = Path(config.output) / RECORD_NAME, _identity(config)
     if path.exists():
-        difference = _first_difference("", read_record(path.parent)[1], settings)
-        if difference is not None:
-            key, before, now = difference
-            raise RoundsChanged(
-                f"{path}: {key}",
-                found=now,
-                wanted=f"{before}, as when these rounds were started",
-                fix="restore the setting, or choose another output; rounds and cluster may be changed",
-            )
+        _require_unchanged(path, read_record(path.parent)[1], settings, started="these rounds were")
         begun = sum(1 for number in range(MAX_ROUNDS) if part_folder(path.parent, number, "answers").exists())
         if begun > config.rounds:
             raise RoundsChanged(
@@ -255,26 +248,16 @@ def read_record(output: Path) -> tuple[int, dict[str, Any]]:
 def _require_settings_of_parts(parts: list[Part]) -> None:
     """Raise `RoundsChanged` if a part was started with other settings, by the file beside its folder."""
     for part in parts:
-        if not part.config_path.exists():
-            continue
-        before_now = (_fixed(part, settings) for settings in (part.started_with(), part.settings))
-        difference = _first_difference("", *before_now)
-        if difference is not None:
-            key, before, now = difference
-            raise RoundsChanged(
-                f"{part.config_path}: {key}",
-                found=now,
-                wanted=f"{before}, as when this part was started",
-                fix="restore the setting, or choose another output; rounds and cluster may be changed",
-            )
+        if part.config_path.exists():
+            before, now = (_fixed(part, settings) for settings in (part.started_with(), part.settings))
+            _require_unchanged(part.config_path, before, now, started="this part was")
 
 
 def _fixed(part: Part, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a part's settings that may not differ between two starts, without defaults. Raises `ConfigInvalid`."""
     checked = check_config(settings, model=_model_of(part), where=str(part.config_path))
     exclude: dict[str, Any] = {"cluster": True, **(_FREE if part.name == "train" else {})}
-    stated = checked.model_dump(mode="json", exclude_defaults=True, exclude=exclude)
-    return {name: value for name, value in stated.items() if value != {}}
+    return _without_defaults(checked, exclude)
 
 
 def _model_of(part: Part) -> Any:
@@ -284,9 +267,25 @@ def _model_of(part: Part) -> Any:
 def _identity(config: RoundsConfig) -> dict[str, Any]:
     """The settings that decide the datasets and the weights, without those that have their default value."""
     exclude: dict[str, Any] = {"output": True, "rounds": True, "cluster": True, **_FREE}
+    return {**_without_defaults(config, exclude), "teacher": stated_teacher(config.teacher)}
+
+
+def _without_defaults(config: FrozenModel, exclude: dict[str, Any]) -> dict[str, Any]:
     stated = config.model_dump(mode="json", exclude_defaults=True, exclude=exclude)
-    stated["teacher"] = stated_teacher(config.teacher)
     return {name: value for name, value in stated.items() if value != {}}
+
+
+def _require_unchanged(path: Path, before: dict[str, Any], now: dict[str, Any], *, started: str) -> None:
+    """Raise `RoundsChanged` if the settings `now` are not those `before`, which `path` holds."""
+    difference = _first_difference("", before, now)
+    if difference is not None:
+        key, found_before, found_now = difference
+        raise RoundsChanged(
+            f"{path}: {key}",
+            found=found_now,
+            wanted=f"{found_before}, as when {started} started",
+            fix="restore the setting, or choose another output; rounds and cluster may be changed",
+        )
 
 
 def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:

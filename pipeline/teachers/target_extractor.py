@@ -268,18 +268,17 @@ def _look_up(weights: Tensor, blocks: Tensor, chosen: _Depths) -> _Draws:
     if not width:
         nothing = chosen.depths.new_zeros(len(blocks), chosen.most)
         return _Draws(nothing, nothing, counts)
-    size = weights.shape[1] // blocks.shape[1]
     depth = torch.minimum(chosen.depths, _below(cumulative[:, -1:]))
     block = torch.searchsorted(cumulative, depth, right=True).clamp(max=cumulative.shape[1] - 1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    entries = weights.view(-1, blocks.shape[1], size).gather(1, block[:, :, None].expand(-1, -1, size))
+    entries = weights.view(-1, blocks.shape[1], _B).gather(1, block[:, :, None].expand(-1, -1, _B))
     inside = entries.cumsum(-1, dtype=torch.float64)
     # The block's sum is float32: the rest must not step past the last entry that has any mass.
     rest = torch.minimum(depth - before, _below(inside[:, :, -1]))
-    offset = (inside <= rest[:, :, None]).sum(-1).clamp(max=size - 1)
+    offset = (inside <= rest[:, :, None]).sum(-1).clamp(max=_B - 1)
     drawn = entries.gather(2, offset[:, :, None])[:, :, 0]
     unused = (0, chosen.most - width)
-    return _Draws(functional.pad(block * size + offset, unused), functional.pad(drawn, unused), counts)
+    return _Draws(functional.pad(block * _B + offset, unused), functional.pad(drawn, unused), counts)
 
 
 def _width(counts: Tensor, most: int) -> int:
@@ -310,9 +309,14 @@ def draw_uniforms(positions: np.ndarray, *, draws: int, seed: int, sample_id: st
     return to_uniforms(words[positions - first, :draws])
 
 
+def systematic_draws(draws: int, *, draw_method: str) -> int:
+    """D, where the draws are systematic; 0 where they are independent."""
+    return draws if draw_method == "systematic" else 0
+
+
 def uniform_count(draws: int, *, draw_method: str) -> int:
     """U: how many uniforms a position with D draws takes. Two place all systematic draws."""
-    return min(draws, 1) * 2 if draw_method == "systematic" else draws
+    return 2 if systematic_draws(draws, draw_method=draw_method) else draws
 
 
 def targets_of(summary: Summary, *, draw_logprobs: bool = False) -> TeacherTargets:
@@ -366,11 +370,6 @@ def split_width(header: DatasetHeader) -> tuple[int, int]:
     if header.kept_ids == "top_k" or facts is None:
         return header.top_k, 0
     return facts.top_k, header.top_k - facts.top_k
-
-
-def systematic_draws(header: DatasetHeader) -> int:
-    """D, where the draws are systematic; 0 where they are independent."""
-    return header.draws if header.draw_method == "systematic" else 0
 
 
 def named_on(device: torch.device, named: np.ndarray | None) -> Tensor | None:

@@ -79,7 +79,7 @@ class TransformersTeacher:
             kept_draws=header.kept_draws,
             token_count=header.token_count,
             named_width=split_width(header)[1],
-            systematic_draws=systematic_draws(header),
+            systematic_draws=systematic_draws(header.draws, draw_method=header.draw_method),
         )
         self._one_at_a_time = threading.Lock()
         self._progress = 0

@@ -228,22 +228,23 @@ def tail_term(
 
 def _noise_removed(student: StudentLogProbs, targets: SparseTargets) -> torch.Tensor:
     """Factors `[M, N]` of the draws' weights by which the `control_variate` takes off a share of their noise."""
-    assert targets.draw_logprobs is not None
-    drawn, dtype = targets.draw_weights > 0, student.log_q.dtype
-    of_student = student.log_q_draws - student.log_q_tail[:, None]
-    of_teacher = targets.draw_logprobs.to(dtype) - targets.log_tail.to(dtype)[:, None]
-    log_ratio = (of_student - of_teacher).masked_fill(~drawn, 0)
-    return 1 - CONTROL_SHARE * log_ratio.clamp_max(math.log(LARGEST_CONTROL)).exp()
+    return 1 - CONTROL_SHARE * _log_ratios(student, targets).clamp_max(math.log(LARGEST_CONTROL)).exp()
 
 
 def _tail_ratios(student: StudentLogProbs, targets: SparseTargets, t: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted mean of r `[M]`, 0 without draws, and the number of equal draws `[M]` that it is worth."""
-    assert targets.draw_logprobs is not None
-    drawn, weights = targets.draw_weights > 0, targets.draw_weights.to(student.log_q.dtype)
-    of_student = student.log_q_draws - student.log_q_tail[:, None]
-    of_teacher = targets.draw_logprobs.to(student.log_q.dtype) - targets.log_tail[:, None]
-    log_ratio = ((1 - t) * (of_student - of_teacher).masked_fill(~drawn, 0)).clamp_max(math.log(LARGEST_RATIO))
+    weights = targets.draw_weights.to(student.log_q.dtype)
+    log_ratio = ((1 - t) * _log_ratios(student, targets)).clamp_max(math.log(LARGEST_RATIO))
     whole = weights.sum(1)
     # Draws of unequal weight are worth fewer equal ones (Kish); n draws of 1 / n are worth n.
     worth = whole.square() / weights.square().sum(1).clamp_min(SMALLEST_NORMAL)
     return (weights * log_ratio.exp()).sum(1) / whole.clamp_min(SMALLEST_NORMAL), worth
+
+
+def _log_ratios(student: StudentLogProbs, targets: SparseTargets) -> torch.Tensor:
+    """`log(q' / p') [M, N]` at the draws, of the two tails' shapes; 0 at unused entries."""
+    assert targets.draw_logprobs is not None
+    dtype = student.log_q.dtype
+    of_student = student.log_q_draws - student.log_q_tail[:, None]
+    of_teacher = targets.draw_logprobs.to(dtype) - targets.log_tail.to(dtype)[:, None]
+    return (of_student - of_teacher).masked_fill(targets.draw_weights <= 0, 0)

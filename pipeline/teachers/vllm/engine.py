@@ -85,12 +85,12 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader, adapter: Adap
     if header.order == "exact" or header.mode == "generate":
         # A step that runs ahead of its results depends on timing, and the tap would lack the tokens of an answer.
         arguments["async_scheduling"] = False
-    if header.mode == "generate" and not torch.cuda.is_available():
-        # vLLM 0.32 on a CPU fails when a request with its own seed is prefilled in chunks.
-        arguments["enable_chunked_prefill"] = False
     if not torch.cuda.is_available():
         # By itself vLLM takes nearly all memory of the machine. The user's VLLM_CPU_KVCACHE_SPACE, if set, is stronger.
         arguments["kv_cache_memory_bytes"] = 1 << 30
+        if header.mode == "generate":
+            # vLLM 0.32 on a CPU fails when a request with its own seed is prefilled in chunks.
+            arguments["enable_chunked_prefill"] = False
     if sees_images:
         arguments["limit_mm_per_prompt"] = {"image": config.max_images, "video": 0, "audio": 0}
         arguments["mm_processor_cache_gb"] = 0

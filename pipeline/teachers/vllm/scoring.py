@@ -25,6 +25,7 @@ from coldstill.pipeline.teachers.target_extractor import (
     TargetExtractor,
     draw_uniforms,
     named_on,
+    systematic_draws,
     uniform_count,
 )
 from coldstill.storage_schema.rows import TeacherTargets
@@ -260,7 +261,7 @@ class StepScorer:
             kept_draws=min(settings.kept_draws, settings.draws),
             token_count=settings.token_count,
             named_width=settings.named_width,
-            systematic_draws=settings.draws if settings.draw_method == "systematic" else 0,
+            systematic_draws=systematic_draws(settings.draws, draw_method=settings.draw_method),
         )
         self._pending: list[_Pending] = []
         self.largest_logit, self.width = 0.0, 0

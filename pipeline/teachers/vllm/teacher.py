@@ -270,7 +270,7 @@ class VllmTeacher:
         ]
 
     def _answered(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[ScoreResult]:
-        numbered = [(prompt, number) for prompt in prompts for number in range(sampling.n)]
+        numbered, limits = [(prompt, number) for prompt in prompts for number in range(sampling.n)], self._limits
         specs = [self._answer_spec(prompt, number, sampling) for prompt, number in numbered]
         requests = [
             Request(
@@ -282,7 +282,7 @@ class VllmTeacher:
                     top_p=sampling.top_p,
                     seed=answer_seed(seed=sampling.seed, sample_id=prompt.sequence.sample_id, number=number),
                     stop=list(sampling.stop),
-                    **self._limits,
+                    **limits,
                     detokenize=bool(sampling.stop),
                     skip_special_tokens=False,  # a stop text may hold one, as with the other engines
                 ),
