@@ -15,6 +15,7 @@ from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
+from coldstill.tools.card_text import PREVIEW_NAME
 from coldstill.tools.reject_reasons import OTHER_REASONS
 from coldstill.tools.stats.measure import Stats
 from coldstill.tools.stats.table import (
@@ -28,6 +29,7 @@ from coldstill.tools.stats.table import (
 )
 
 from .faithfulness import Faithfulness
+from .preview import COLUMNS, ROWS, TARGETS
 
 MAX_SHOWN = 200
 """Maximum number of characters shown of one string."""
@@ -59,12 +61,14 @@ row.targets.ids, row.targets.logprobs, row.targets.log_tail  # [N, K], [N, K], [
 ```
 
 Without Coldstill, each shard is a Parquet file: sample ids, tokens, target spans and metadata are plain columns, and
-the teacher values are binary columns. `datasets` and DuckDB read the plain columns:
+the teacher values are binary columns. `datasets` and DuckDB read the plain columns. `"rows"` names the configuration
+of the shards; without it, `datasets` loads the preview:
 
 ```python
 from datasets import load_dataset
 
-rows = load_dataset("PATH", split="train").select_columns(["sample_id", "token_ids", "target_spans", "metadata"])
+rows = load_dataset("PATH", "rows", split="train")
+rows = rows.select_columns(["sample_id", "token_ids", "target_spans", "metadata"])
 ```
 
 ```sql
@@ -103,6 +107,7 @@ def card_sections(
         f"# Log-probs of {plain(header.teacher.name)}\n",
         _summary(header, stats),
         table(["", ""], _facts(dataset, stats).items()) + "\n",
+        *([_preview()] if len(dataset) else []),
         _LOAD,
         _verify(dataset),
         _faithfulness(dataset, faithfulness),
@@ -204,12 +209,23 @@ def _optional_facts(header: DatasetHeader) -> dict[str, str]:
     return facts | {f"`{plain(name)}`": plain(value) for name, value in about.items()}
 
 
+def _preview() -> str:
+    rows = [[", ".join(f"`{name}`" for name in names.split(", ")), what] for names, what in COLUMNS.items()]
+    return f"""## What the preview shows
+
+`{PREVIEW_NAME}` is for people: the first {TARGETS} target tokens of {ROWS} rows or fewer, spread over the dataset. The
+viewer of the Hub shows it first. Invisible characters are written out, and long texts are cut.
+
+{table(["column", "content"], rows)}
+"""
+
+
 def _verify(dataset: Dataset) -> str:
     return f"""## Verify it
 
 `coldstill verify --deep PATH` compares every file with its digest, decodes every target and checks its values. The
-dataset's id is the sha256 of `manifest.json`, which lists all its files. It does not list this card and its plot: you
-may edit them.
+dataset's id is the sha256 of `manifest.json`, which lists all its files. It does not list this card, its plot and its
+preview: you may edit them, and nothing verifies them.
 
 ```
 {dataset.dataset_id}
