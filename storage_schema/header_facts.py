@@ -89,6 +89,25 @@ class NamedIds(FrozenModel):
     most: int = Field(ge=1, description="Maximum number of named ids per position.")
 
 
+class ImportFacts(FrozenModel):
+    """The files that an import read. They show the layout; the importer stated the rest."""
+
+    tool: str = Field(max_length=64, description="The tool in whose layout the files are, such as `DistillKit`.")
+    tool_version: str | None = Field(
+        default=None, max_length=128, description="Its version as the importer gave it: the files do not hold one."
+    )
+    layout: str = Field(max_length=128, description="Which layout of the tool.")
+    source: str = Field(max_length=256, description="Name of the folder or the first file, without its path.")
+    files: int = Field(ge=1, description="Number of files.")
+
+    @property
+    def in_words(self) -> str:
+        """Tool, version, layout and files, for people."""
+        version = f"{self.tool_version}, as the importer named it" if self.tool_version else "not known"
+        number = "1 file" if self.files == 1 else f"{self.files:,} files"
+        return f"{self.tool}, version {version}; layout: {self.layout}; {number} of {self.source!r}"
+
+
 class About(BaseModel):
     """Facts that a reader may ignore. Unknown ones are kept."""
 
@@ -126,6 +145,7 @@ class About(BaseModel):
         default=None, description="How the prompt was made that `writer` read, where it was not that of the row."
     )
     score_ids: NamedIds | None = None
+    imported: ImportFacts | None = Field(default=None, description="In mode `imported`: what was read.")
 
     @property
     def is_by_student(self) -> bool:

@@ -22,7 +22,7 @@ _MARK = "[//]: # (Written by coldstill. sha256 of the text above: "
 """The last line of a generated card: a comment in Markdown."""
 
 _SHORT = """
-# Log-probs of a teacher model
+# Log-probs for distillation
 
 Read them with `from coldstill import open_dataset`. `coldstill card` writes a card that describes them.
 """

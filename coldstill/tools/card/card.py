@@ -33,7 +33,7 @@ from coldstill.tools.stats.measure import measure_stats
 from coldstill.tools.stats.plot import plot_png
 
 from .faithfulness import measure_faithfulness
-from .markdown import card_sections, shortened
+from .markdown import card_sections, shortened, title
 from .preview import preview_parquet
 
 HUB_LICENSES = frozenset(
@@ -116,7 +116,7 @@ def front_matter(header: DatasetHeader, *, rows: int, preview: bool) -> str:
     first = {"config_name": PREVIEW_CONFIG, "data_files": shown, "default": True}
     fields = {
         **license_fields(header.about.license),
-        "pretty_name": shortened(visible(f"Log-probs of {header.teacher.name[:200]}")),
+        "pretty_name": shortened(visible(title(header))),
         "task_categories": ["image-text-to-text" if header.about.processor else "text-generation"],
         "size_categories": [size_category(rows)],
         "tags": ["coldstill", "knowledge-distillation", "logits", "log-probs"],

@@ -53,7 +53,7 @@ SCHEMA = pa.schema(
 COLUMNS = {
     "context": "the text before the token, its end",
     "token": "the token that follows in the text: the label",
-    "top_5": "the five most probable tokens of the teacher, with their probabilities",
+    "top_5": "the five most probable tokens that are stored, with their probabilities",
     "entropy": "entropy in nats, of the kept ids and one bucket for the rest",
     "label_rank": "rank of the label among the kept ids, from 1; empty if it is not kept",
     "label_logprob": "log-prob of the label",
