@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from coldstill.common.hub_commit import hub_commit
 from coldstill.common.processor import processor_settings, processor_sha256
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
@@ -303,7 +304,7 @@ def _processor_facts(processor: Any) -> ProcessorFacts:
 
 def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
     folder = Path(teacher.model)
-    commit = getattr(model_config, "_commit_hash", None)
+    commit = None if folder.is_dir() else hub_commit(teacher.model, teacher.revision, config=model_config)
     return TeacherFacts(
         name=folder.name if folder.is_dir() else teacher.model,
         revision=None if folder.is_dir() else commit or teacher.revision,

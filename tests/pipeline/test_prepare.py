@@ -285,3 +285,10 @@ def test_a_default_capture_of_an_earlier_release_is_resumed_by_the_keys_that_dif
     assert advice in raised.value.fix
     document["teacher"] |= old
     assert prepare(CaptureConfig.model_validate(document)).header == begun.header
+
+
+def test_a_teacher_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = capture_config(tmp_path)
+    commit = making.in_hub_cache(Path(config.teacher.model), tmp_path / "cache", "org/teacher", monkeypatch)
+    facts = prepare(capture_config(tmp_path, output="other", teacher={"model": "org/teacher"})).header.teacher
+    assert (facts.name, facts.revision, facts.weights_fingerprint) == ("org/teacher", commit, f"commit:{commit}")
