@@ -120,7 +120,7 @@ def _counting_generator() -> type[Any]:
     from jinja2 import nodes
     from jinja2.compiler import CodeGenerator, Frame
 
-    repeated = (nodes.For, nodes.Macro, nodes.CallBlock)
+    repeated = (nodes.For, nodes.Macro, nodes.CallBlock)  # each has a `body` of statements
 
     def size(node: nodes.Node) -> int:
         """Nodes below `node`, without those of the bodies that spend steps of their own."""
@@ -129,8 +129,8 @@ def _counting_generator() -> type[Any]:
 
     class CountingGenerator(CodeGenerator):
         def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
-            bodies = [(each, 1 + size(each)) for each in node.find_all(repeated)]
-            for each, steps in bodies:
+            found: list[Any] = list(node.find_all(repeated))
+            for each, steps in [(each, 1 + size(each)) for each in found]:
                 spend = nodes.Filter(nodes.Const(steps), _STEP, [], [], None, None)
                 each.body.insert(0, nodes.ExprStmt(spend, lineno=each.lineno).set_environment(self.environment))
             super().visit_Template(node, frame)

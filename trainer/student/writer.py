@@ -129,13 +129,12 @@ def _hub_name_fix(writer: RowWriter, own: Sequence[str]) -> str:
 
 
 def _loaded_from(student: torch.nn.Module | str | StudentConfig) -> tuple[str | None, str | None]:
-    """Folder or Hub name of the student's weights, None for random ones; and, of a loaded model of the Hub, the commit,
-    which may not be the newest."""
+    """Folder or Hub name of the student's weights, None for random ones; and, of a loaded model of the Hub, the commit:
+    the one that transformers noted, or that of the main branch in this machine's cache."""
     if isinstance(student, str):
         return student, None
     if isinstance(student, StudentConfig):
         return student.model, None
     config: Any = innermost(student).config
-    name = config.name_or_path or None
-    is_of_hub = name is not None and not Path(name).is_dir()
-    return name, hub_commit(name, config=config) if is_of_hub else None
+    name = str(config.name_or_path or "")
+    return name or None, hub_commit(name, config=config) if name and not Path(name).is_dir() else None

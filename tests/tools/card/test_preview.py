@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def test_datasets_loads_the_preview_first_and_the_shards_by_name(tiny_dataset: P
     loaded = datasets.load_dataset(str(tiny_dataset), cache_dir=str(tmp_path / "cache"))
     assert list(loaded) == ["preview"]
     assert loaded["preview"].to_list() == lines_of(open_dataset(tiny_dataset))
+    page = (Path(__file__).parents[3] / "docs" / "hub.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("ORG/NAME", str(tiny_dataset)), names)
+    assert len(names["preview"]) == len(loaded["preview"])
+    assert len(names["rows"]) == len(open_dataset(tiny_dataset))
     assert datasets.get_dataset_default_config_name(str(tiny_dataset)) == "preview"
     assert datasets.get_dataset_config_names(str(tiny_dataset)) == ["preview", "rows"]
 
