@@ -215,8 +215,8 @@ class DatasetHeader(FrozenModel):
     def require_equal(self, other: DatasetHeader, *, where: str, fix: str) -> None:
         """Raises `HeaderMismatch` with the name of the first field in which `other`, found at `where`, differs.
 
-        Of `about`, the license is compared, a renormalization, and the facts that both state, except where imported
-        files lay: copies of them are the same source. A header of format 1 states less about the teacher: what it
+        Of `about`, the license is compared, a renormalization, and the facts that both state, except what an import
+        says of its files, which `source_sha256` covers. A header of format 1 states less about the teacher: what it
         cannot state is not compared.
         """
         mine, theirs = self._comparable(other), other._comparable(self)

@@ -97,15 +97,15 @@ class ImportFacts(FrozenModel):
         default=None, max_length=128, description="Its version as the importer gave it: the files do not hold one."
     )
     layout: str = Field(max_length=128, description="Which layout of the tool.")
-    source: str = Field(max_length=256, description="Name of the folder or the first file, without its path.")
+    first_file: str = Field(max_length=256, description="Name of the first file, relative to the folder that was read.")
     files: int = Field(ge=1, description="Number of files.")
 
     @property
     def in_words(self) -> str:
         """Tool, version, layout and files, for people."""
         version = f"{self.tool_version}, as the importer named it" if self.tool_version else "not known"
-        number = "1 file" if self.files == 1 else f"{self.files:,} files"
-        return f"{self.tool}, version {version}; layout: {self.layout}; {number} of {self.source!r}"
+        others = f" and {self.files - 1:,} more" if self.files > 1 else ""
+        return f"{self.tool}, version {version}; layout: {self.layout}; file {self.first_file}{others}"
 
 
 class About(BaseModel):

@@ -299,16 +299,18 @@ def _faithfulness_of_import(header: DatasetHeader) -> str:
 What is known:
 
 - The storage is bounded: the mean KL from the imported to the stored values is below {header.codec.mean_kl:g} nats.
-- The values have the form of log-probs: none is above 0, and the sum of each position is at most 1.
+- The values have the form of log-probs: within rounding, none is above 0 and no position sums to more
+  than 1.
 - {assumed}
 
 What is not known:
 
-- The teacher: its name and revision are the importer's words. Its weights, its numeric types and
-  the temperature of its softmax are in no file.
+- The teacher: its name and revision are the importer's words. Its weights, its numeric types and the temperature of its
+  softmax are in no file.
 - The loss before the import: what the tool's layout{layout} rounded or left out is not recorded.
 - Whether the kept ids are the teacher's most probable ones.
 - The tail: its mass is 1 minus the kept mass, with all errors of the kept values, and no draws are from it.
+- The log-prob of a label that is not kept, unless the files hold it: an even share of the tail stands for it.
 """
 
 

@@ -88,7 +88,7 @@ def import_axolotl(
     if settings.normalized_over == "kept":
         facts["normalized_over"] = "kept"
     layout = "columns as after its preprocessing" if prepared else "raw lists of log-probs"
-    imported = import_facts(source, files, tool="axolotl KD", version=settings.tool_version, layout=layout)
+    imported = import_facts(files, tool="axolotl KD", version=settings.tool_version, layout=layout)
     digest = source_digest(files, settings=facts, progress=progress)
     return import_with(
         settings,

@@ -85,9 +85,7 @@ def import_distillkit(
     }
     if settings.normalized_over == "kept":
         facts["normalized_over"] = "kept"
-    imported = import_facts(
-        source, files, tool="DistillKit", version=settings.tool_version, layout=_LAYOUT_NAMES[layout]
-    )
+    imported = import_facts(files, tool="DistillKit", version=settings.tool_version, layout=_LAYOUT_NAMES[layout])
     digest = source_digest(files, settings=facts, progress=progress)
     columns = compression.d if compression else 0
     return import_with(

@@ -71,22 +71,13 @@ class Tables(Protocol):
         """Rows from number `start` on, with those of `columns` that exist."""
 
 
-def import_facts(
-    source: str | Path | Sequence[str | Path],
-    files: Sequence[InputFile],
-    *,
-    tool: str,
-    version: str | None,
-    layout: str,
-) -> ImportFacts:
-    """What an import reads: the last name of `source`, without the path, the account or the query of a URL.
+def import_facts(files: Sequence[InputFile], *, tool: str, version: str | None, layout: str) -> ImportFacts:
+    """What an import reads. Only names that `source_digest` covers: equal files give equal datasets wherever they lie.
 
     Raises `InvalidHeader` for a version that is too long for the header.
     """
-    first = str(source if isinstance(source, (str, Path)) else source[0])
-    name = first.partition("?")[0].rstrip("/") if "://" in first else str(Path(first).absolute())
-    name = name.rpartition("/")[2].encode(errors="replace").decode()[:256]
-    fields = {"tool": tool, "tool_version": version, "layout": layout, "source": name, "files": len(files)}
+    first = files[0].name.encode(errors="replace").decode()[-256:]
+    fields = {"tool": tool, "tool_version": version, "layout": layout, "first_file": first, "files": len(files)}
     try:
         return ImportFacts.model_validate(fields)
     except ValidationError as failure:
