@@ -4,6 +4,8 @@ The sandbox of Jinja bounds the length of `range`, not that of nested loops: thr
 compiles each template in an environment of its own, and keeps it. Here these environments make programs that count:
 each pass through the body of a loop, a macro or a block spends as many steps as the body has nodes.
 
+`library` is `transformers.utils.chat_template_utils`: this folder imports no library of models.
+
 What one expression does is bounded by its operands. Those that make much of little are refused: powers and products of
 large numbers, long repetitions, `lipsum`, and large arguments of some filters. Memory is not bounded.
 """
@@ -55,12 +57,12 @@ _METER = _Meter()
 
 
 @contextmanager
-def limited(chat_template: str) -> Iterator[None]:
+def limited(chat_template: str, library: Any) -> Iterator[None]:
     """Bound what transformers' `apply_chat_template` does with this template within the `with` block.
 
     Raises `jinja2.TemplateSyntaxError` for a template that does not compile. Rendering raises `TemplateTooLong`.
     """
-    _require_counted(chat_template)
+    _require_counted(chat_template, library)
     _METER.left, _METER.until = MAX_STEPS, time.monotonic() + MAX_SECONDS
     try:
         yield
@@ -68,25 +70,21 @@ def limited(chat_template: str) -> Iterator[None]:
         _METER.left = None
 
 
-def _require_counted(chat_template: str) -> None:
+def _require_counted(chat_template: str, library: Any) -> None:
     """Have transformers compile this template in an environment that counts, and keep it."""
-    from transformers.utils import chat_template_utils
-
-    _install()
-    if _STEP not in chat_template_utils._compile_jinja_template(chat_template).environment.filters:
-        chat_template_utils._compile_jinja_template.cache_clear()  # it was compiled before
-        chat_template_utils._compile_jinja_template(chat_template)
+    _install(library)
+    if _STEP not in library._compile_jinja_template(chat_template).environment.filters:
+        library._compile_jinja_template.cache_clear()  # it was compiled before
+        library._compile_jinja_template(chat_template)
 
 
 @functools.cache
-def _install() -> None:
+def _install(library: Any) -> None:
     """Compile all later templates of this process so that they count.
 
     Compiling computes constant expressions, so that the environment must be bounded before the template is compiled.
     """
-    from transformers.utils import chat_template_utils
-
-    compiler = chat_template_utils._cached_compile_jinja_template
+    compiler = library._cached_compile_jinja_template
     make = getattr(compiler, "__wrapped__", compiler)  # each call gives a new environment
 
     def compiled(chat_template: str) -> Any:
@@ -94,7 +92,7 @@ def _install() -> None:
         _bound(environment)
         return environment.from_string(chat_template)
 
-    chat_template_utils._cached_compile_jinja_template = compiled
+    library._cached_compile_jinja_template = compiled
 
 
 def _bound(environment: Any) -> None:

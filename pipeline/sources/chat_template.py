@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from coldstill.common.processor import placeholder_id
 from coldstill.common.template_limits import limited
@@ -209,7 +210,7 @@ class ChatTemplate:
         if self.date:  # a variable hides the function of the same name, which reads the clock
             arguments = {"strftime_now": datetime.combine(self.date, time()).strftime, **arguments}
         try:
-            with limited(str(self.text)):
+            with limited(str(self.text), chat_template_utils):
                 return self.tokenizer.apply_chat_template(
                     messages, tools=chat.tools, chat_template=self.text, **arguments, **options
                 )

@@ -45,7 +45,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rendered(template: str, **options: Any) -> str:
-    with limited(template):
+    with limited(template, chat_template_utils):
         return str(chat_template_utils.render_jinja_template([MESSAGES], chat_template=template, **options)[0][0])
 
 
@@ -92,7 +92,7 @@ def test_each_rendering_has_all_steps_and_others_are_not_counted(monkeypatch: py
     assert [rendered(template) for _ in range(3)] == ["3000"] * 3
     monkeypatch.setattr(template_limits, "MAX_STEPS", 10)
     assert chat_template_utils.render_jinja_template([MESSAGES], chat_template=template)[0] == ["3000"]
-    with limited(template):
+    with limited(template, chat_template_utils):
         texts: list[str] = []
         thread = threading.Thread(
             target=lambda: texts.append(
@@ -117,7 +117,7 @@ def test_marks_of_the_assistants_text_are_kept() -> None:
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    with limited(template):
+    with limited(template, chat_template_utils):
         text, marks = chat_template_utils.render_jinja_template(
             [MESSAGES], chat_template=template, return_assistant_tokens_mask=True
         )
