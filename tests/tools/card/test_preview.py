@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.rows import CachedRow
 from coldstill.tools.card import preview
 from coldstill.tools.card.card import write_card
 from coldstill.tools.card.preview import COLUMNS, ROWS, SCHEMA, TARGETS, preview_parquet
 from coldstill.tools.card_text import CARD_NAME, PREVIEW_NAME
 from coldstill.tools.errors import CardExists
+from coldstill.tools.inspect.row_facts import open_row
 from coldstill.tools.inspect.token_text import TokenText
+from coldstill.tools.verify import verify
 from tests import making
 from tests.tools import vision_data
 from tests.tools.inspect import strange_tokens
@@ -144,3 +147,21 @@ def test_a_generated_card_is_written_anew_and_an_edited_one_is_not(tiny_dataset:
     with pytest.raises(CardExists, match="--replace"):
         write_card(tiny_dataset, progress=False)
     assert (tiny_dataset / CARD_NAME).read_bytes() == edited
+
+
+def test_a_label_that_is_the_whole_tail_is_shown_after_its_rounding(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Log-prob and log tail are rounded apart, so that the stored one may be the larger by a step of the grid."""
+    tails = np.geomspace(1e-6, 0.2, 40)
+    tokens = np.full(41, 63, np.int32)
+    probs = np.zeros((40, making.VOCABULARY))
+    probs[:, :8] = (1 - tails[:, None]) / 8
+    probs[:, 63] = tails
+    spans = np.array([[0, 40]], np.int32)
+    targets = making.targets_of(np.maximum(probs, 1e-300), tokens[1:], top_k=8)
+    row = CachedRow(sample_id="row", token_ids=tokens, target_spans=spans, targets=targets, metadata={})
+    header = making.tiny_header(tokenizer_folder, draws=0)
+    making.write_dataset(tmp_path / "d", [[row]], header=header, tokenizer=tokenizer_folder)
+    assert verify(tmp_path / "d", deep=True, progress=False) == []
+    lines = lines_of(open_dataset(tmp_path / "d"))
+    np.testing.assert_allclose([line["label_logprob"] for line in lines], np.log(tails[:TARGETS]), atol=0.3)
+    assert open_row(tmp_path / "d", 0).facts.positions.size == 40
