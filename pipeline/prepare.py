@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from coldstill.common.hub_commit import hub_commit
 from coldstill.common.processor import processor_settings, processor_sha256
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
@@ -106,10 +107,11 @@ def prepare(
     stored = _stored_header(store)
     if planned is not None and stored.source_sha256 != header.source_sha256 and not was_surveyed:
         remove_staging(store)  # it was made just now, from another source than the plan's
+    resumed = header.model_copy(update={"id_ranks": stored.id_ranks, **_defaults_at_start(config.teacher, stored)})
     stored.require_equal(
-        header.model_copy(update={"id_ranks": stored.id_ranks, **_defaults_at_start(config.teacher, stored)}),
+        resumed,
         where="the configuration",
-        fix=f"{store.url} was started with another value: {_restore(config.teacher, header, stored)}, or choose "
+        fix=f"{store.url} was started with another value: {_restore(config.teacher, resumed, stored)}, or choose "
         "another output",
     )
     # With these files a reader of the dataset can decode its tokens without the teacher.
@@ -147,8 +149,9 @@ def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader
         return f"set source.score_ids: {column}"
     if (named := stored.about.score_ids) and found.about.score_ids != named:
         return f"set source.score_ids: {named.column}, source.max_score_ids: {named.most}, teacher.top_k: {named.top_k}"
-    if "draws" in names:  # the header's `kept_draws` is at most `draws`
-        names = [name for name in names if name != "kept_draws" and (stored.draws or name != "draw_method")]
+    if "draws" in names:  # the header's `kept_draws` is at most `draws`, and once that is restored, defaults follow it
+        followers = {"draw_method"} - (teacher.model_fields_set if stored.draws else set()) | {"kept_draws"}
+        names = [name for name in names if name not in followers]
     keys = ", ".join(f"teacher.{name}: {getattr(stored, name)}" for name in names)
     return f"set {keys}" if keys else "restore it"
 
@@ -301,7 +304,7 @@ def _processor_facts(processor: Any) -> ProcessorFacts:
 
 def _teacher_facts(teacher: TeacherConfig, model_config: Any) -> TeacherFacts:
     folder = Path(teacher.model)
-    commit = getattr(model_config, "_commit_hash", None)
+    commit = None if folder.is_dir() else hub_commit(teacher.model, teacher.revision, config=model_config)
     return TeacherFacts(
         name=folder.name if folder.is_dir() else teacher.model,
         revision=None if folder.is_dir() else commit or teacher.revision,

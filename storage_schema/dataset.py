@@ -122,6 +122,18 @@ class Dataset:
             raise ShardDamaged(f"{record.file.name}: rows", found=len(file), wanted=record.rows)
         return file
 
+    def check_row(self, row: CachedRow) -> None:
+        """Raise `InvalidRow` or `InvalidTargets` unless a row of this dataset passes the checks of `rows.py`.
+
+        Decoded values may differ by the steps of the codec.
+        """
+        processor = self.header.about.processor
+        row.check(
+            token_count=self.header.token_count,
+            label_slack=self.codec.label_slack(row.targets.log_tail),
+            image_token_id=processor.image_token_id if processor else None,
+        )
+
     def read_file(self, file: FileRecord, *, at_most: int = MAX_FILE_BYTES) -> bytes:
         """The content of a file that the manifest names, verified. Raises what `verified_files.read_file` raises."""
         return read_file(self.store, file, at_most=at_most)

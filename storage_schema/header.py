@@ -215,8 +215,9 @@ class DatasetHeader(FrozenModel):
     def require_equal(self, other: DatasetHeader, *, where: str, fix: str) -> None:
         """Raises `HeaderMismatch` with the name of the first field in which `other`, found at `where`, differs.
 
-        Of `about`, the license is compared, a renormalization, and the facts that both state. A header of format 1
-        states less about the teacher: what it cannot state is not compared.
+        Of `about`, the license is compared, a renormalization, and the facts that both state, except what an import
+        says of its files, which `source_sha256` covers. A header of format 1 states less about the teacher: what it
+        cannot state is not compared.
         """
         mine, theirs = self._comparable(other), other._comparable(self)
         for name, value in mine.items():
@@ -296,7 +297,8 @@ class DatasetHeader(FrozenModel):
     def _comparable(self, other: DatasetHeader) -> dict[str, JsonValue]:
         fields: dict[str, Any] = self.model_dump(mode="json", exclude={"about"})
         theirs = other.about.stated
-        fields |= {f"about.{name}": value for name, value in self.about.stated.items() if name in theirs}
+        mine = {name: value for name, value in self.about.stated.items() if name in theirs and name != "imported"}
+        fields |= {f"about.{name}": value for name, value in mine.items()}
         fields["about.license"] = self.about.license
         fields["about.normalized_over"] = "kept" if self.about.normalized_over == "kept" else None
         if 1 in (self.format_version, other.format_version):

@@ -89,6 +89,25 @@ class NamedIds(FrozenModel):
     most: int = Field(ge=1, description="Maximum number of named ids per position.")
 
 
+class ImportFacts(FrozenModel):
+    """The files that an import read. They show the layout; the importer stated the rest."""
+
+    tool: str = Field(max_length=64, description="The tool in whose layout the files are, such as `DistillKit`.")
+    tool_version: str | None = Field(
+        default=None, max_length=128, description="Its version as the importer gave it: the files do not hold one."
+    )
+    layout: str = Field(max_length=128, description="Which layout of the tool.")
+    first_file: str = Field(max_length=256, description="Name of the first file, relative to the folder that was read.")
+    files: int = Field(ge=1, description="Number of files.")
+
+    @property
+    def in_words(self) -> str:
+        """Tool, version, layout and files, for people."""
+        version = f"{self.tool_version}, as the importer named it" if self.tool_version else "not known"
+        others = f" and {self.files - 1:,} more" if self.files > 1 else ""
+        return f"{self.tool}, version {version}; layout: {self.layout}; file {self.first_file}{others}"
+
+
 class About(BaseModel):
     """Facts that a reader may ignore. Unknown ones are kept."""
 
@@ -126,6 +145,7 @@ class About(BaseModel):
         default=None, description="How the prompt was made that `writer` read, where it was not that of the row."
     )
     score_ids: NamedIds | None = None
+    imported: ImportFacts | None = Field(default=None, description="In mode `imported`: what was read.")
 
     @property
     def is_by_student(self) -> bool:

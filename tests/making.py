@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +18,9 @@ from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
 from coldstill.storage_schema.rows import LOG_FLOOR, CachedRow, TeacherTargets, span_positions, spans_from_mask
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, fingerprint
+
+if TYPE_CHECKING:
+    import pytest
 
 VOCABULARY = 64
 
@@ -204,6 +209,23 @@ def tiny_llama(folder: Path, *, vocabulary: int = VOCABULARY, seed: int = 0, **c
     LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).save_pretrained(folder)
     tiny_tokenizer(folder, vocabulary=min(vocabulary, VOCABULARY))
     return folder
+
+
+def in_hub_cache(folder: Path, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Put a copy of the model in `folder` into a cache of the Hub, as a download of `name` does; its commit.
+
+    Until the test ends, the Hub's libraries read this cache, and have no network.
+    """
+    import huggingface_hub
+
+    commit = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return commit
 
 
 CHAT_TEMPLATE = (

@@ -21,6 +21,7 @@ from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.rows import span_positions
 from coldstill.trainer.losses import LOSSES
 from examples.debug.run import configs, in_order
+from examples.debug.run import main as debug_main
 from tests import making
 
 REPOSITORY = Path(__file__).parents[1]
@@ -150,6 +151,15 @@ class DebugRuns:
         command = [sys.executable, "-m", *arguments]
         done = subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_debug_runner_explains_itself_and_names_an_unknown_config(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code, said in ((["--help"], 0, "capture_score"), (["no_such"], 2, "no_such does not exist")):
+        with pytest.raises(SystemExit) as ended:
+            debug_main(arguments)
+        assert ended.value.code == code
+        shown = capsys.readouterr()
+        assert said in shown.out + shown.err
 
 
 @pytest.fixture(scope="module")

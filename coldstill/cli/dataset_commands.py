@@ -155,9 +155,10 @@ def stats(
 
 @dataset_commands.command(rich_help_panel=SHARE)
 def card(
-    root: Root, replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing card.")] = False
+    root: Root,
+    replace: Annotated[bool, typer.Option("--replace", "--force", help="Overwrite a card that was edited.")] = False,
 ) -> None:
-    """Write the dataset card, README.md: contents, storage error, how to load it."""
+    """Write the dataset card, README.md, and a preview for the Hub's viewer."""
     require_packages("share", "matplotlib")
     from coldstill.tools.card.card import write_card
 
@@ -175,6 +176,7 @@ def push(
         bool,
         typer.Option(
             "--replace",
+            "--force",
             help="Overwrite a card that was edited there. On the Hub, also remove what else the branch holds.",
         ),
     ] = False,

@@ -58,11 +58,12 @@ def _require_student_rows(config: RoundsConfig, path: str, header: DatasetHeader
     """Raise `NotStudentRows` if the training of any round would: it accepts one writer for each round."""
     if not isinstance(config.loss, Loss) or "student_rows" not in config.loss.all_needs:
         return
-    from coldstill.trainer.student.writer import foreign_writers, student_fingerprint  # loads torch
+    from coldstill.trainer.student.writer import as_own, foreign_writers, student_fingerprints  # loads torch
 
     found, writer = "rows that the source or the teacher wrote, or a student under another prompt", header.about.writer
     if header.about.is_by_student and writer is not None:
-        own = student_fingerprint(str(config.student.model))
+        names = student_fingerprints(str(config.student.model))
+        own, writer = names[0] if names else None, as_own(writer, names) or writer
         trained = RowWriter(name="the student after a round", weights_fingerprint="", round=1)
         first = RowWriter(name=str(config.student.model), weights_fingerprint=own or "", round=0)
         if (

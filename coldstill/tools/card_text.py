@@ -8,12 +8,21 @@ import re
 from .errors import CardExists
 
 CARD_NAME = "README.md"
+PLOT_NAME = "card/stats.png"
+PREVIEW_NAME = "card/preview.parquet"
+CARD_FILES = (CARD_NAME, PLOT_NAME, PREVIEW_NAME)
+"""The dataset card, its plot and its preview. The manifest does not list them: the dataset's id stays the same if
+someone edits the card."""
+
+MAX_CARD_BYTES = 16 << 20
+PREVIEW_CONFIG, ROWS_CONFIG = "preview", "rows"
+"""What the viewer shows first and `load_dataset(PATH)` loads, and the shards: `load_dataset(PATH, "rows")`."""
 
 _MARK = "[//]: # (Written by coldstill. sha256 of the text above: "
 """The last line of a generated card: a comment in Markdown."""
 
 _SHORT = """
-# Log-probs of a teacher model
+# Log-probs for distillation
 
 Read them with `from coldstill import open_dataset`. `coldstill card` writes a card that describes them.
 """

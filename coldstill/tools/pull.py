@@ -37,14 +37,10 @@ from coldstill.storage_schema.manifest import MANIFEST_NAME, dataset_id
 from coldstill.storage_schema.store import RUN_FOLDER, Store
 from coldstill.storage_schema.verified_files import FileRecord, copy_file
 
-from .card_text import CARD_NAME, card_taken, is_unedited
+from .card_text import CARD_FILES, CARD_NAME, MAX_CARD_BYTES, card_taken, is_unedited
 from .errors import AnotherDataset
 from .verify import foreign_file
 
-CARD_FILES = (CARD_NAME, "card/stats.png")
-"""The dataset card and its plot. The manifest does not list them, so that a card can be edited under the same id."""
-
-MAX_CARD_BYTES = 16 << 20
 THREADS = 4
 ATTEMPTS = 8
 """Calls to a store that fails temporarily. The waits between them take a minute, or as long as the store asks for."""
@@ -79,12 +75,18 @@ def pull(source: str | Path, folder: str | Path, *, progress: bool = True) -> Tr
 
 
 def copy_dataset(
-    dataset: Dataset, destination: Store, *, progress: bool, keep_card: bool = False, replace_card: bool = False
+    dataset: Dataset,
+    destination: Store,
+    *,
+    progress: bool,
+    keep_card: bool = False,
+    replace_card: bool = False,
+    make_card: Callable[[], dict[str, bytes]] | None = None,
 ) -> TransferResult:
     """Make `destination` a copy of `dataset`.
 
     A card at the destination that someone edited is kept with a warning (`keep_card`), replaced (`replace_card`), or
-    `CardExists` is raised before anything is copied.
+    `CardExists` is raised before anything is copied. `make_card` gives the files of the card where there is none yet.
 
     Raises `AnotherDataset`, `ForeignFile`, `FileMissing`, `FileDamaged` (for a shard `ShardMissing`, `ShardDamaged`),
     `StorageFull` and the other kinds of `StorageFailed`.
@@ -96,6 +98,8 @@ def copy_dataset(
     files = dataset_files(dataset)
     _require_room(files, destination)
     unlisted = retried(read_unlisted, dataset)
+    if make_card and CARD_NAME not in unlisted and _read_if_there(destination, CARD_NAME) is None:
+        unlisted |= make_card()
     if not replace_card:
         unlisted = _without_taken_card(unlisted, destination, keep=keep_card)
     with tqdm(

@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Never
 
@@ -32,11 +33,10 @@ from coldstill.storage_schema.rows import MEDIA_FOLDER
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.verified_files import FileRecord, file_record
 
-from .card.card import front_matter
-from .card_text import CARD_NAME, card_taken, is_unedited, short_card, with_shards
+from .card.pushed import card_on_hub, made_card
+from .card_text import CARD_NAME, MAX_CARD_BYTES
 from .errors import AnotherDataset, CardRefused
 from .pull import (
-    MAX_CARD_BYTES,
     THREADS,
     Result,
     TransferResult,
@@ -88,8 +88,8 @@ def push(
     """Publish the sealed dataset at `root`, after verifying it, under `destination`.
 
     `hf://datasets/ORG/NAME[@REVISION]` is created if it does not exist (`private` or public); any other URL or path is
-    a folder of a store. Only the files that the manifest lists, `manifest.json` and the card are copied. A dataset
-    without a card gets a short one on the Hub, by which `datasets` loads it. `replace` overwrites a card that someone
+    a folder of a store. Only the files that the manifest lists, `manifest.json` and the card are copied. The copy of a
+    dataset without a card gets a generated one, if there is no card yet. `replace` overwrites a card that someone
     edited, and on the Hub removes whatever else the branch holds. What fails temporarily is tried again.
 
     Raises `DatasetNotFound`, `DatasetNotSealed`, `FileDamaged`, `ForeignFile`, `AnotherDataset`, `CardExists`,
@@ -100,7 +100,8 @@ def push(
     _require_intact(dataset, progress=progress)
     if destination.startswith("hf://"):
         return upload(dataset, parse_hub_url(destination), private=private, replace=replace, progress=progress)
-    return copy_dataset(dataset, Store(destination), progress=progress, replace_card=replace)
+    make = partial(made_card, dataset, progress=progress)
+    return copy_dataset(dataset, Store(destination), progress=progress, replace_card=replace, make_card=make)
 
 
 def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = False, progress: bool) -> TransferResult:
@@ -126,7 +127,15 @@ def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = Fa
             remote = _without_others(api, repo, remote, kept={*last, CARD_NAME, *(file.name for file in files)})
         else:
             _require_no_other_dataset(dataset, repo, remote)
-        last = _with_card(dataset, repo, last, remote, replace=replace)
+        last = card_on_hub(
+            dataset,
+            last,
+            partial(_request, repo, _read_card, repo) if CARD_NAME in remote else None,
+            same=CARD_NAME in last and _is_same(file_record(CARD_NAME, last[CARD_NAME]), last.__getitem__, remote),
+            replace=replace,
+            where=repo.url,
+            progress=progress,
+        )
         missing = [file for file in files if not _is_same(file, dataset.store.read, remote)]
         total, missing_bytes = sum(file.bytes for file in files), sum(file.bytes for file in missing)
         with tqdm(
@@ -163,27 +172,6 @@ def _request(
             return call(*arguments, **options)
 
     return retried(attempt, bar=bar)
-
-
-def _with_card(
-    dataset: Dataset, repo: HubRepo, last: dict[str, bytes], remote: dict[str, RemoteFile], *, replace: bool
-) -> dict[str, bytes]:
-    """The files of the last commit with the card that the branch shall have. Raises `CardExists`.
-
-    A card on the Hub that someone edited is replaced only on request. Without a card of its own, a dataset leaves the
-    text on the Hub as it is, and `datasets` finds its shards by the metadata added to it.
-    """
-    shards = front_matter(dataset.header, rows=len(dataset))
-    if CARD_NAME not in remote:
-        return last if CARD_NAME in last else {**last, CARD_NAME: short_card(shards)}
-    if CARD_NAME in last and (replace or _is_same(file_record(CARD_NAME, last[CARD_NAME]), last.__getitem__, remote)):
-        return last
-    there = _request(repo, _read_card, repo)
-    if CARD_NAME not in last:
-        return {**last, CARD_NAME: with_shards(there, shards)}
-    if is_unedited(there) or not there.strip():
-        return last
-    raise card_taken(repo.url)
 
 
 def _read_card(repo: HubRepo) -> bytes:

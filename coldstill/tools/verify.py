@@ -266,10 +266,5 @@ def _check_shard(
 
 def _check_row(dataset: Dataset, row: CachedRow, media: MediaChecks) -> None:
     """Check a row by `rows.py`, and its media."""
-    header = dataset.header
-    row.check(
-        token_count=header.token_count,
-        label_slack=dataset.codec.label_slack(row.targets.log_tail),
-        image_token_id=header.about.processor.image_token_id if header.about.processor else None,
-    )
+    dataset.check_row(row)
     media.check_row(row)

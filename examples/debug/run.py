@@ -10,6 +10,7 @@ begins without the datasets and runs of the last one, and ends at the first conf
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -65,9 +66,17 @@ def run(name: str) -> float:
     return time.monotonic() - began
 
 
-def main(names: Sequence[str]) -> None:
-    """Run `names`, all if there are none. Raises what `in_order` and `run` raise."""
-    ordered = in_order(names or list(configs()))
+def main(arguments: Sequence[str]) -> None:
+    """Run the configs that the command line names, all if there are none. Raises `SystemExit`, as `run` does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.debug.run", description="Run debug configs, and those that must run before them."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all by default: {', '.join(configs())}")
+    names = parser.parse_args(arguments).names
+    try:
+        ordered = in_order(names or list(configs()))
+    except ValueError as error:
+        parser.error(str(error))
     prepare.prepare()
     for made in ("datasets", "runs"):
         shutil.rmtree(prepare.ROOT / made, ignore_errors=True)

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from coldstill.common.processor import placeholder_id
+from coldstill.common.template_limits import limited
 from coldstill.pipeline.errors import SourceNotFound, TemplateCannotMark
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.source_config import SourceConfig
@@ -208,9 +210,10 @@ class ChatTemplate:
         if self.date:  # a variable hides the function of the same name, which reads the clock
             arguments = {"strftime_now": datetime.combine(self.date, time()).strftime, **arguments}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=chat.tools, chat_template=self.text, **arguments, **options
-            )
+            with limited(str(self.text), chat_template_utils):
+                return self.tokenizer.apply_chat_template(
+                    messages, tools=chat.tools, chat_template=self.text, **arguments, **options
+                )
         except Exception as error:  # a template is a program, and may raise any exception
             raise RowUnusable(RejectReason.TEMPLATE_FAILED, f"{type(error).__name__}: {error}") from None
 

@@ -64,11 +64,21 @@ def test_stats_are_printed_and_written(say, tiny_dataset: Path, tmp_path: Path) 
     assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_card_is_written_once(say, monkeypatch: pytest.MonkeyPatch, tiny_dataset: Path) -> None:
-    say("card", tiny_dataset)
-    assert "configs:" in (tiny_dataset / "README.md").read_text(encoding="utf-8")
-    assert run(monkeypatch, "card", tiny_dataset) == 1
-    say("card", "--replace", tiny_dataset)
+def test_a_card_that_someone_edited_is_replaced_on_request_only(
+    say, monkeypatch: pytest.MonkeyPatch, tiny_dataset: Path
+) -> None:
+    monkeypatch.setattr("coldstill.tools.card.card.plot_png", lambda _: b"\x89PNG")
+    card = tiny_dataset / "README.md"
+    for _ in range(2):  # nobody edited the first one
+        say("card", tiny_dataset)
+    generated = card.read_text(encoding="utf-8")
+    assert "configs:" in generated
+    for flag in ("--replace", "--force"):
+        card.write_text(f"{generated}A line.\n", encoding="utf-8")
+        assert run(monkeypatch, "card", tiny_dataset) == 1
+        assert card.read_text(encoding="utf-8") == f"{generated}A line.\n"
+        say("card", flag, tiny_dataset)
+        assert card.read_text(encoding="utf-8") == generated
     assert verify(tiny_dataset, progress=False) == []
 
 

@@ -264,3 +264,31 @@ def test_a_capture_started_with_older_defaults_resumes_with_the_keys_that_the_er
     assert "set teacher.top_k: 64, teacher.draws: 0, teacher.max_length: 200, or choose another output" in advice
     document["teacher"] |= {"top_k": 64, "draws": 0, "max_length": 200}
     assert prepare(CaptureConfig.model_validate(document)).header == first.header
+
+
+@pytest.mark.parametrize(
+    ("old", "now", "advice"),
+    [
+        ({"top_k": 16, "draws": 64}, {"draws": 64}, "set teacher.top_k: 16, or"),
+        ({"top_k": 16, "draws": 32}, {"draws": 64}, "set teacher.top_k: 16, teacher.draws: 32, or"),
+    ],
+)
+def test_a_default_capture_of_an_earlier_release_is_resumed_by_the_keys_that_differ_and_no_others(
+    tmp_path: Path, old: dict[str, int], now: dict[str, int], advice: str
+) -> None:
+    """Its draws were independent and half of them were kept, which the capture goes on with by itself."""
+    begun = prepare(capture_config(tmp_path, teacher={**old, "draw_method": "iid", "kept_draws": 32}))
+    document = capture_config(tmp_path, teacher=now).model_dump(exclude_unset=True)
+    document["teacher"].pop("top_k", None)
+    with pytest.raises(HeaderMismatch) as raised:
+        prepare(CaptureConfig.model_validate(document))
+    assert advice in raised.value.fix
+    document["teacher"] |= old
+    assert prepare(CaptureConfig.model_validate(document)).header == begun.header
+
+
+def test_a_teacher_of_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = capture_config(tmp_path)
+    commit = making.in_hub_cache(Path(config.teacher.model), tmp_path / "cache", "org/teacher", monkeypatch)
+    facts = prepare(capture_config(tmp_path, output="other", teacher={"model": "org/teacher"})).header.teacher
+    assert (facts.name, facts.revision, facts.weights_fingerprint) == ("org/teacher", commit, f"commit:{commit}")

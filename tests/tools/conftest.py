@@ -30,3 +30,9 @@ def hub(hub_server: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     fsspec.get_filesystem_class("hf").clear_instance_cache()
     yield hub_server
     fsspec.get_filesystem_class("hf").clear_instance_cache()
+
+
+@pytest.fixture
+def quick_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A push without a card makes one. The tests of the card hold its plot; here it would take most of the time."""
+    monkeypatch.setattr("coldstill.tools.card.card.plot_png", lambda _: b"\x89PNG")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import fsspec
@@ -10,15 +11,20 @@ import yaml
 
 pytest.importorskip("huggingface_hub")
 
+from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.store import Store
-from coldstill.tools.card_text import CARD_NAME, marked_card
+from coldstill.tools.card import pushed
+from coldstill.tools.card.card import make_card
+from coldstill.tools.card_text import CARD_FILES, CARD_NAME, PREVIEW_NAME, is_unedited, marked_card
 from coldstill.tools.errors import AnotherDataset, CardExists
 from coldstill.tools.pull import pull
 from coldstill.tools.push import push
 from coldstill.tools.verify import verify
 from tests.tools.hub_stand_in import HubStandIn, Repository
 from tests.tools.transfers import NAME, URL, another_dataset, files_in, names
+
+pytestmark = pytest.mark.usefixtures("quick_plot")
 
 
 def test_a_repository_that_holds_something_else_is_refused_or_replaced_on_request(
@@ -31,11 +37,13 @@ def test_a_repository_that_holds_something_else_is_refused_or_replaced_on_reques
     assert hub.repositories[NAME].branches["main"] == theirs
     push(tiny_dataset, URL, progress=False, replace=True)
     held = hub.repositories[NAME].branches["main"]
-    assert set(held) == names(open_dataset(tiny_dataset)) | {".gitattributes", CARD_NAME}
+    assert set(held) == names(open_dataset(tiny_dataset)) | {".gitattributes", *CARD_FILES}
     assert open_dataset(URL).dataset_id == open_dataset(tiny_dataset).dataset_id
+    assert is_unedited(held[CARD_NAME])
     other = another_dataset(tmp_path / "other", tokenizer_folder)
     push(other, URL, progress=False, replace=True)
-    assert set(hub.repositories[NAME].branches["main"]) == names(open_dataset(other)) | {".gitattributes", CARD_NAME}
+    assert open_dataset(other).dataset_id.encode() in hub.repositories[NAME].branches["main"][CARD_NAME]
+    assert set(hub.repositories[NAME].branches["main"]) == names(open_dataset(other)) | {".gitattributes", *CARD_FILES}
     fsspec.get_filesystem_class("hf").clear_instance_cache()
     assert verify(URL, deep=True, progress=False) == []
 
@@ -50,7 +58,10 @@ def test_a_repository_with_a_card_and_a_license_only_is_pushed_into_and_keeps_th
     assert held["LICENSE"] == b"MIT"
     card = held[CARD_NAME].decode()
     assert card.endswith("# Mine\n\nMy text.\n")
-    assert yaml.safe_load(card.split("---")[1])["configs"][0]["data_files"] == "shards/*.parquet"
+    configs = yaml.safe_load(card.split("---")[1])["configs"]
+    assert [config["config_name"] for config in configs] == ["preview", "rows"]
+    assert configs[1]["data_files"] == "shards/*.parquet"
+    assert held[PREVIEW_NAME].startswith(b"PAR1")
     assert "license: mit\npretty_name: Mine\n" in card
     hub.requests.clear()
     push(tiny_dataset, URL, progress=False)
@@ -113,11 +124,53 @@ def test_a_folder_that_holds_something_else_is_refused(tiny_dataset: Path, tmp_p
     assert (project / "README.md").read_text() == "# My project\n"
 
 
-def test_datasets_loads_what_was_pushed_without_a_card(hub: HubStandIn, tiny_dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("complete", [True, False])
+def test_datasets_loads_what_was_pushed_without_a_card(
+    hub: HubStandIn,
+    tiny_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    complete: bool,
+) -> None:
+    """With a generated card, whose first configuration is the preview; without matplotlib, with a short one."""
     datasets = pytest.importorskip("datasets")
+    if not complete:
+        monkeypatch.setattr(pushed, "make_card", raise_packages_missing)
     push(tiny_dataset, URL, progress=False)
+    assert ("gets a generated one" if complete else "pip install") in caplog.text
     for name, data in hub.repositories[NAME].branches["main"].items():
         (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "repository" / name).write_bytes(data)
-    rows = datasets.load_dataset(str(tmp_path / "repository"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert len(rows) == len(open_dataset(tiny_dataset))
+    load = functools.partial(datasets.load_dataset, str(tmp_path / "repository"), cache_dir=str(tmp_path / "cache"))
+    assert len(load("rows", split="train")) == len(open_dataset(tiny_dataset))
+    assert list(load()) == (["preview"] if complete else ["train"])
+
+
+def raise_packages_missing(*_: object, **__: object) -> None:
+    raise PackagesMissing("packages", found="no matplotlib", wanted="share", fix="pip install x")
+
+
+@pytest.mark.parametrize("place", ["hub", "folder", "store"])
+def test_a_push_without_a_card_makes_that_of_the_dataset_and_writes_nothing_into_the_source(
+    hub: HubStandIn, tiny_dataset: Path, tmp_path: Path, place: str
+) -> None:
+    there = {"hub": URL, "folder": str(tmp_path / "there"), "store": f"memory://{tmp_path.name}-made"}[place]
+    before = files_in(tiny_dataset)
+    push(tiny_dataset, there, progress=False)
+    held = {name: Store(there).read(name) for name in CARD_FILES}
+    assert held == make_card(open_dataset(tiny_dataset), progress=False)
+    assert is_unedited(held[CARD_NAME])
+    assert files_in(tiny_dataset) == before
+
+
+def test_a_push_again_does_not_make_a_card_again(
+    hub: HubStandIn, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would decode the whole dataset each time."""
+    places = (URL, str(tmp_path / "there"))
+    for there in places:
+        push(tiny_dataset, there, progress=False)
+    monkeypatch.setattr(pushed, "make_card", None)
+    for there in places:
+        push(tiny_dataset, there, progress=False)

@@ -13,7 +13,8 @@ from rich.console import Console
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import FileMissing
 from coldstill.storage_schema.manifest import MANIFEST_NAME
-from coldstill.tools.card.card import CARD_NAME, write_card
+from coldstill.tools.card.card import write_card
+from coldstill.tools.card_text import CARD_NAME
 from coldstill.tools.stats.measure import OTHER_TYPES, Stats, measure_stats
 from coldstill.tools.stats.table import bytes_per_target, show_stats
 from tests.fuzz.bases import read_files

@@ -36,15 +36,16 @@ from coldstill.storage_schema.errors import (
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.tools.card_text import CARD_NAME
+from coldstill.tools.card_text import CARD_NAME, PLOT_NAME, PREVIEW_NAME
 from coldstill.tools.errors import AnotherDataset, CardRefused
-from coldstill.tools.pull import CARD_FILES, dataset_files, pull
+from coldstill.tools.pull import dataset_files, pull
 from coldstill.tools.push import parse_hub_url, push
 from coldstill.tools.verify import verify
 from tests.conftest import SmallDisk
 from tests.tools.hub_stand_in import Fault, HubStandIn
 from tests.tools.transfers import NAME, URL, another_dataset, files_in, names
 
+pytestmark = pytest.mark.usefixtures("quick_plot")
 REPOSITORY = Path(__file__).parents[3]
 PUSH = """
 import sys
@@ -72,11 +73,11 @@ def test_a_push_and_a_pull_give_an_equal_dataset(hub: HubStandIn, tiny_dataset: 
     pushed = push(tiny_dataset, URL, progress=False)
     assert pushed == (dataset.dataset_id, len(dataset_files(dataset)), sum(f.bytes for f in dataset_files(dataset)), 0)
     assert hub.repositories[NAME].private
-    assert set(hub.repositories[NAME].branches["main"]) == names(dataset) | {*CARD_FILES, ".gitattributes"}
+    assert set(hub.repositories[NAME].branches["main"]) == names(dataset) | {CARD_NAME, PLOT_NAME, ".gitattributes"}
 
     pulled = pull(URL, tmp_path / "copy", progress=False)
     assert pulled == pushed
-    assert files_in(tmp_path / "copy") == names(dataset) | {*CARD_FILES}
+    assert files_in(tmp_path / "copy") == names(dataset) | {CARD_NAME, PLOT_NAME}
     assert verify(tmp_path / "copy", deep=True, progress=False) == []
     assert open_dataset(tmp_path / "copy").dataset_id == dataset.dataset_id
     assert (tmp_path / "copy" / CARD_NAME).read_bytes() == (tiny_dataset / CARD_NAME).read_bytes()
@@ -113,7 +114,8 @@ def test_pushing_and_pulling_again_move_nothing(hub: HubStandIn, tiny_dataset: P
     pull(URL, tmp_path / "copy", progress=False)
     hub.requests.clear()
     assert pull(URL, tmp_path / "copy", progress=False).files == 0
-    assert [path for path in hub.asked("GET", "/datasets/") if path.endswith(".parquet")] == []
+    read = [path for path in hub.asked("GET", "/datasets/") if path.endswith(".parquet")]
+    assert [path for path in read if not path.endswith(PREVIEW_NAME)] == []
 
 
 def test_a_push_that_was_killed_sends_only_what_is_missing(hub: HubStandIn, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_a_push_that_was_killed_sends_only_what_is_missing(hub: HubStandIn, tiny
     hub.requests.clear()
     resumed = push(tiny_dataset, URL, progress=False)
     assert (resumed.files, resumed.already_there) == (2, len(there) - 1)
-    assert len(hub.asked("PUT", "/lfs/")) == 2
+    assert len(hub.asked("PUT", "/lfs/")) == 3  # with the preview of the card that it gets
     fsspec.get_filesystem_class("hf").clear_instance_cache()
     assert pull(URL, tmp_path / "copy", progress=False).dataset_id == resumed.dataset_id
 

@@ -21,6 +21,8 @@ from coldstill.tools.verify import verify
 from tests.tools.hub_stand_in import Fault, HubStandIn
 from tests.tools.transfers import NAME, URL, names
 
+pytestmark = pytest.mark.usefixtures("quick_plot")
+
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from coldstill.common.errors import first_line
+from coldstill.common.template_limits import limited
 from coldstill.trainer.errors import TokenizerNotAligned
 
 from .token_bytes import ByteText, TokenBytes
@@ -73,7 +75,8 @@ class ChatTurns:
         arguments = dict(self._arguments)
         if self._day is not None:
             arguments.setdefault("strftime_now", datetime.combine(self._day, time()).strftime)
-        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments)
+        with limited(self._tokenizer.get_chat_template(), chat_template_utils):
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments)
         return self._tokens.encode(str(text))
 
     @cached_property

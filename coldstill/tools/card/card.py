@@ -1,4 +1,4 @@
-"""`coldstill card`: writes README.md and a plot of the stats into a sealed dataset.
+"""`coldstill card`: writes README.md, a plot of the stats and a preview into a sealed dataset.
 
 The manifest does not list them: someone may edit the card, and the dataset's id stays the same. The metadata follows
 the Hub's documentation, "Dataset Cards" and "Repository licenses".
@@ -13,21 +13,28 @@ import yaml
 
 from coldstill.common.packages import require_packages
 from coldstill.common.visible import visible
-from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.store import RUN_FOLDER
+from coldstill.storage_schema.store import RUN_FOLDER, Store
 from coldstill.storage_schema.verified_files import SHARDS_FOLDER
-from coldstill.tools.card_text import marked_card
+from coldstill.tools.card_text import (
+    CARD_NAME,
+    MAX_CARD_BYTES,
+    PLOT_NAME,
+    PREVIEW_CONFIG,
+    PREVIEW_NAME,
+    ROWS_CONFIG,
+    is_unedited,
+    marked_card,
+)
 from coldstill.tools.errors import CardExists
-from coldstill.tools.pull import CARD_FILES
 from coldstill.tools.reject_reasons import count_reasons
 from coldstill.tools.stats.measure import measure_stats
 from coldstill.tools.stats.plot import plot_png
 
 from .faithfulness import measure_faithfulness
-from .markdown import card_sections, shortened
-
-CARD_NAME, PLOT_NAME = CARD_FILES
+from .markdown import card_sections, shortened, title
+from .preview import preview_parquet
 
 HUB_LICENSES = frozenset(
     {
@@ -51,45 +58,72 @@ _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
 
 def write_card(root: str | Path, *, replace: bool = False, progress: bool = True) -> str:
-    """Write the card and its plot into the dataset at `root`, local or remote; the URL or path of the card.
+    """Write the card, its plot and the preview into the dataset at `root`, local or remote; the card's URL or path.
 
-    Raises `CardExists` unless `replace`, `PackagesMissing`, `StorageFailed`, and what `measure_stats`,
-    `measure_faithfulness` and `count_reasons` raise. All but `StorageFailed` are raised before anything is written.
+    A card that nobody edited since it was generated is written anew; `replace` also overwrites an edited one.
+
+    Raises `CardExists`, `StorageFailed` and what `make_card` raises. All but `StorageFailed` are raised before anything
+    is written.
     """
-    require_packages("share", "matplotlib")
+    require_packages("share", "matplotlib", "tokenizers")
     dataset = open_dataset(root)
     store = dataset.store
-    if not replace and store.exists(CARD_NAME):
+    if not replace and _is_edited(store):
         raise CardExists(
             f"{store.url}/{CARD_NAME}",
-            found="a card",
-            wanted="no card",
+            found="a card that someone edited or wrote, or that an earlier release made",
+            wanted="no card, or one as `coldstill card` wrote it",
             fix="pass --replace to overwrite it, or move it away",
         )
-    faithfulness = measure_faithfulness(dataset)
-    reasons = count_reasons(dataset)
-    stats = measure_stats(root, progress=progress)
-    sections = card_sections(dataset, stats=stats, faithfulness=faithfulness, reasons=reasons, plot=PLOT_NAME)
-    card = marked_card(front_matter(dataset.header, rows=stats.rows) + "\n" + sections)
-    store.put(PLOT_NAME, plot_png(stats))
-    store.put(CARD_NAME, card)
+    for name, data in make_card(dataset, progress=progress).items():
+        store.put(name, data)
     if store.is_local:
         store.delete_folder(RUN_FOLDER)
     return f"{store.url}/{CARD_NAME}"
 
 
-def front_matter(header: DatasetHeader, *, rows: int) -> str:
+def make_card(dataset: Dataset, *, progress: bool = True) -> dict[str, bytes]:
+    """The files of a dataset's card by name: the plot, the preview, and last the card. Nothing is written.
+
+    Raises `PackagesMissing`, and what `measure_stats`, `measure_faithfulness`, `count_reasons` and `preview_parquet`
+    raise.
+    """
+    require_packages("share", "matplotlib", "tokenizers")
+    faithfulness = measure_faithfulness(dataset)
+    reasons = count_reasons(dataset)
+    preview = preview_parquet(dataset) if len(dataset) else None
+    stats = measure_stats(dataset.store.url, progress=progress)
+    sections = card_sections(dataset, stats=stats, faithfulness=faithfulness, reasons=reasons, plot=PLOT_NAME)
+    card = marked_card(front_matter(dataset.header, rows=stats.rows, preview=preview is not None) + "\n" + sections)
+    return {PLOT_NAME: plot_png(stats), **({PREVIEW_NAME: preview} if preview else {}), CARD_NAME: card}
+
+
+def _is_edited(store: Store) -> bool:
+    try:
+        there = store.read(CARD_NAME, at_most=MAX_CARD_BYTES)
+    except FileNotFoundError:
+        return False
+    return not is_unedited(there)
+
+
+def front_matter(header: DatasetHeader, *, rows: int, preview: bool) -> str:
     """The YAML between two `---` lines, these included, that the Hub and `datasets` read.
 
+    The Hub's viewer shows the configuration with `default: true` first, and `load_dataset` loads it if none is named.
     The YAML library quotes text that comes from the dataset.
     """
+    shown = [{"split": PREVIEW_CONFIG, "path": PREVIEW_NAME}]
+    first = {"config_name": PREVIEW_CONFIG, "data_files": shown, "default": True}
     fields = {
         **license_fields(header.about.license),
-        "pretty_name": shortened(visible(f"Log-probs of {header.teacher.name[:200]}")),
+        "pretty_name": shortened(visible(title(header))),
         "task_categories": ["image-text-to-text" if header.about.processor else "text-generation"],
         "size_categories": [size_category(rows)],
         "tags": ["coldstill", "knowledge-distillation", "logits", "log-probs"],
-        "configs": [{"config_name": "default", "data_files": f"{SHARDS_FOLDER}/*.parquet"}],
+        "configs": [
+            *([first] if preview else []),
+            {"config_name": ROWS_CONFIG, "data_files": f"{SHARDS_FOLDER}/*.parquet"},
+        ],
     }
     # No folding: the second half of a folded line could begin with anything.
     body = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1 << 20)

@@ -15,6 +15,7 @@ from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
+from coldstill.tools.card_text import PREVIEW_NAME
 from coldstill.tools.reject_reasons import OTHER_REASONS
 from coldstill.tools.stats.measure import Stats
 from coldstill.tools.stats.table import (
@@ -28,9 +29,13 @@ from coldstill.tools.stats.table import (
 )
 
 from .faithfulness import Faithfulness
+from .preview import COLUMNS, ROWS, TARGETS
 
 MAX_SHOWN = 200
 """Maximum number of characters shown of one string."""
+
+_IN_OTHER_FACTS = ("processor", "imported")
+"""Facts of `about` that the card says in words."""
 
 _MOST_LISTED = 12
 """Maximum number of reject reasons, and of parent datasets, in a list."""
@@ -59,12 +64,14 @@ row.targets.ids, row.targets.logprobs, row.targets.log_tail  # [N, K], [N, K], [
 ```
 
 Without Coldstill, each shard is a Parquet file: sample ids, tokens, target spans and metadata are plain columns, and
-the teacher values are binary columns. `datasets` and DuckDB read the plain columns:
+the teacher values are binary columns. `datasets` and DuckDB read the plain columns. `"rows"` names the configuration
+of the shards; without it, `datasets` loads the preview:
 
 ```python
 from datasets import load_dataset
 
-rows = load_dataset("PATH", split="train").select_columns(["sample_id", "token_ids", "target_spans", "metadata"])
+rows = load_dataset("PATH", "rows", split="train")
+rows = rows.select_columns(["sample_id", "token_ids", "target_spans", "metadata"])
 ```
 
 ```sql
@@ -100,9 +107,10 @@ def card_sections(
     """The `README.md` below its metadata; `plot` is the relative path of the plot of the stats."""
     header = dataset.header
     sections = [
-        f"# Log-probs of {plain(header.teacher.name)}\n",
+        f"# {plain(title(header))}\n",
         _summary(header, stats),
         table(["", ""], _facts(dataset, stats).items()) + "\n",
+        *([_preview()] if len(dataset) else []),
         _LOAD,
         _verify(dataset),
         _faithfulness(dataset, faithfulness),
@@ -114,13 +122,21 @@ def card_sections(
     return "\n".join(sections)
 
 
+def title(header: DatasetHeader) -> str:
+    """The title of a dataset's card, not escaped. That of an import does not claim the teacher."""
+    name, origin = header.teacher.name[:MAX_SHOWN], header.about.imported
+    if header.mode != "imported":
+        return f"Log-probs of {name}"
+    return f"Log-probs imported from {origin.tool if origin else 'another tool'}, said to be of {name}"
+
+
 def _summary(header: DatasetHeader, stats: Stats) -> str:
     content = "text and images" if stats.media else "text"
     if header.mode == "imported":
         return (
             f"Log-probs of {header.top_k:,} tokens at {stats.targets:,} target tokens of {stats.rows:,} rows of "
-            f"{content}, imported from another tool's files. The importer named the teacher; nothing here was compared "
-            "with it.\n"
+            f"{content}, imported from {_tool(header)} files. The importer named the teacher; nothing here was "
+            "compared with it.\n"
         )
     named = header.about.score_ids
     which = (
@@ -133,6 +149,10 @@ def _summary(header: DatasetHeader, stats: Stats) -> str:
         f"{which} with their log-probs, and the log of the probability outside them. A "
         "student can be trained from them without running the teacher.\n"
     )
+
+
+def _tool(header: DatasetHeader) -> str:
+    return plain(header.about.imported.tool) if header.about.imported else "another tool's"
 
 
 def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
@@ -149,6 +169,7 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         "Teacher": plain(teacher.name)
         + (f" at revision {plain(teacher.revision)}" if teacher.revision else "")
         + (", as the importer named it" if imported else ""),
+        **_import_facts(header),
         "Weights": "not known: neither their data type nor a fingerprint"
         if imported
         else f"{plain(teacher.dtype)}{quantized}; head in {plain(teacher.head_dtype)}; "
@@ -171,6 +192,11 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         **_optional_facts(header),
         "Dataset id": dataset.dataset_id,
     }
+
+
+def _import_facts(header: DatasetHeader) -> dict[str, str]:
+    origin = header.about.imported
+    return {"Imported from": plain(origin.in_words)} if header.mode == "imported" and origin else {}
 
 
 def _images(header: DatasetHeader, stats: Stats) -> dict[str, str]:
@@ -200,16 +226,27 @@ def _optional_facts(header: DatasetHeader) -> dict[str, str]:
         facts["Prompt"] = f"the teacher saw {plain(str(header.teacher_saw))}, digest {header.teacher_prompt.sha256}"
     if header.kept_ids != "top_k":
         facts["Kept ids"] = "the most probable ones, and those that the source named"
-    about = {name: value for name, value in header.about_in_words.items() if name != "processor"}
+    about = {name: value for name, value in header.about_in_words.items() if name not in _IN_OTHER_FACTS}
     return facts | {f"`{plain(name)}`": plain(value) for name, value in about.items()}
+
+
+def _preview() -> str:
+    rows = [[", ".join(f"`{name}`" for name in names.split(", ")), what] for names, what in COLUMNS.items()]
+    return f"""## What the preview shows
+
+`{PREVIEW_NAME}` is for people: the first {TARGETS} target tokens of {ROWS} rows or fewer, spread over the dataset. The
+viewer of the Hub shows it first. Invisible characters are written out, and long texts are cut.
+
+{table(["column", "content"], rows)}
+"""
 
 
 def _verify(dataset: Dataset) -> str:
     return f"""## Verify it
 
 `coldstill verify --deep PATH` compares every file with its digest, decodes every target and checks its values. The
-dataset's id is the sha256 of `manifest.json`, which lists all its files. It does not list this card and its plot: you
-may edit them.
+dataset's id is the sha256 of `manifest.json`, which lists all its files. It does not list this card, its plot and its
+preview: you may edit them, and nothing verifies them.
 
 ```
 {dataset.dataset_id}
@@ -218,16 +255,12 @@ may edit them.
 
 
 def _faithfulness(dataset: Dataset, faithfulness: Faithfulness | None) -> str:
-    title, guarantee = "## How faithful it is\n", f"{dataset.header.codec.mean_kl:g} nats"
+    head, guarantee = "## How faithful it is\n", f"{dataset.header.codec.mean_kl:g} nats"
     if dataset.header.mode == "imported":
-        return (
-            f"{title}\nThis is not known. The values come from another tool's files: no sample of the teacher's exact "
-            "values was kept, and the teacher was not run to check them. Only the storage is bounded: the mean KL from "
-            f"the imported to the stored values is below {guarantee}.\n"
-        )
+        return f"{head}\n{_faithfulness_of_import(dataset.header)}"
     if faithfulness is None:
         return (
-            f"{title}\nThe dataset holds no sample of unquantized positions. Its codec guarantees a mean KL below "
+            f"{head}\nThe dataset holds no sample of unquantized positions. Its codec guarantees a mean KL below "
             f"{guarantee}.\n"
         )
     kl = {
@@ -238,7 +271,7 @@ def _faithfulness(dataset: Dataset, faithfulness: Faithfulness | None) -> str:
         "max": faithfulness.max_kl,
     }
     holds = "holds" if faithfulness.holds else "DOES NOT HOLD"
-    return f"""{title}
+    return f"""{head}
 At {faithfulness.positions:,} positions, spread over the dataset, the capture also kept the unquantized teacher values
 (`faithfulness.parquet`). KL(teacher || stored) over the kept ids and the tail, in nats:
 
@@ -247,6 +280,37 @@ At {faithfulness.positions:,} positions, spread over the dataset, the capture al
 The guarantee, a mean below {guarantee}, {holds} on this sample. The most probable id is the same at
 {faithfulness.top1_agreement:.2%} of the positions; the mean absolute error of its log-prob is
 {faithfulness.top1_error:.2g} nats.
+"""
+
+
+def _faithfulness_of_import(header: DatasetHeader) -> str:
+    """What can be known of imported values, and what cannot."""
+    origin = header.about.imported
+    layout = f" ({plain(origin.layout)})" if origin else ""
+    assumed = (
+        "The importer stated that the values were renormalized over the kept ids."
+        if header.about.normalized_over == "kept"
+        else "The importer stated that the values are of the full softmax."
+        if header.about.normalized_over == "vocabulary"
+        else "Their sums showed at the import that they were not renormalized over the kept ids."
+    )
+    return f"""This is not known. The importer kept no sample of exact values, and did not run the teacher.
+
+What is known:
+
+- The storage is bounded: the mean KL from the imported to the stored values is below {header.codec.mean_kl:g} nats.
+- The values have the form of log-probs: within rounding, none is above 0 and no position sums to more
+  than 1.
+- {assumed}
+
+What is not known:
+
+- The teacher: its name and revision are the importer's words. Its weights, its numeric types and the temperature of its
+  softmax are in no file.
+- The loss before the import: what the tool's layout{layout} rounded or left out is not recorded.
+- Whether the kept ids are the teacher's most probable ones.
+- The tail: its mass is 1 minus the kept mass, with all errors of the kept values, and no draws are from it.
+- The log-prob of a label that is not kept, unless the files hold it: an even share of the tail stands for it.
 """
 
 
@@ -294,8 +358,8 @@ def _origin(dataset: Dataset) -> str:
         lines.append(f"- sampling settings of the teacher's answers: {plain(json.dumps(header.sampling))}")
     if header.mode == "imported":
         lines.append(
-            "- imported from another tool's dataset; the teacher was not run again, and its name and revision are "
-            "those that the importer gave"
+            f"- imported from {_tool(header)} files, which the digest of the source covers; the teacher was not run "
+            "again, and its name and revision are those that the importer gave"
         )
     for parent in parents[:_MOST_LISTED]:
         lines.append(f"- made from dataset {plain(parent)}")

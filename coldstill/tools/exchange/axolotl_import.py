@@ -29,7 +29,7 @@ from coldstill.tools.errors import NotFullSoftmax, SourceUnreadable
 
 from .axolotl_rows import AxolotlRows, Predicts, table_of
 from .importing import import_with, require_plausible
-from .input_files import JsonTables, ParquetTables, Tables, input_files, source_digest
+from .input_files import JsonTables, ParquetTables, Tables, import_facts, input_files, source_digest
 from .settings import AxolotlSettings
 
 
@@ -87,6 +87,8 @@ def import_axolotl(
     facts = {"layout": "axolotl", "predicts": rows.predicts, "logprobs_field": settings.logprobs_field}
     if settings.normalized_over == "kept":
         facts["normalized_over"] = "kept"
+    layout = "columns as after its preprocessing" if prepared else "raw lists of log-probs"
+    imported = import_facts(files, tool="axolotl KD", version=settings.tool_version, layout=layout)
     digest = source_digest(files, settings=facts, progress=progress)
     return import_with(
         settings,
@@ -94,6 +96,7 @@ def import_axolotl(
         output,
         top_k=rows.top_k,
         source_sha256=digest,
+        imported=imported,
         plausibility=plausibility,
         progress=progress,
     )

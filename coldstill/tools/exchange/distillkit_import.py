@@ -25,10 +25,16 @@ from coldstill.tools.errors import CompressionUnknown, SourceUnreadable
 from .distillkit_compression import MAX_CONFIG_BYTES, Compression, Legacy, parse_config
 from .distillkit_rows import LAYOUTS, DistillKitRows
 from .importing import import_with, require_plausible
-from .input_files import ParquetTables, input_files, source_digest
+from .input_files import ParquetTables, import_facts, input_files, source_digest
 from .settings import DistillKitSettings
 
 CONFIG_NAME = "compression_config.yaml"
+_LAYOUT_NAMES = {
+    "quantised": "lossy compression by logprob_compressor",
+    "legacy": "lossy compression by legacy_logit_compression",
+    "plain": "log-probs without compression",
+}
+"""The layouts for people, in the header and on the card."""
 
 
 def import_distillkit(
@@ -79,6 +85,7 @@ def import_distillkit(
     }
     if settings.normalized_over == "kept":
         facts["normalized_over"] = "kept"
+    imported = import_facts(files, tool="DistillKit", version=settings.tool_version, layout=_LAYOUT_NAMES[layout])
     digest = source_digest(files, settings=facts, progress=progress)
     columns = compression.d if compression else 0
     return import_with(
@@ -88,6 +95,7 @@ def import_distillkit(
         columns=columns,
         top_k=rows.top_k,
         source_sha256=digest,
+        imported=imported,
         plausibility=plausibility,
         progress=progress,
     )

@@ -20,7 +20,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.commits import Reject, commit_unit, committed_units
 from coldstill.storage_schema.errors import InvalidHeader
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
-from coldstill.storage_schema.header_facts import TeacherFacts
+from coldstill.storage_schema.header_facts import ImportFacts, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME, Manifest, read_manifest, seal
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.rows import CachedRow
@@ -64,8 +64,15 @@ class RowSource(Protocol):
         """Sequences from number `start` on."""
 
 
-def imported_header(settings: ImportSettings, *, columns: int = 0, top_k: int, source_sha256: str) -> DatasetHeader:
-    """The header of an import with the `tokenizer.json` in `settings.tokenizer`.
+def imported_header(
+    settings: ImportSettings,
+    *,
+    columns: int = 0,
+    top_k: int,
+    source_sha256: str,
+    imported: ImportFacts | None = None,
+) -> DatasetHeader:
+    """The header of an import with the `tokenizer.json` in `settings.tokenizer`; `imported`: what is read.
 
     `columns`: logit columns of the teacher, as far as the files name them; the header has the largest of these, of
     `settings.vocab_size` and of the number of the tokenizer's ids. `top_k` is at most that last number.
@@ -98,7 +105,11 @@ def imported_header(settings: ImportSettings, *, columns: int = 0, top_k: int, s
         "over_long": "reject",
         "rows_per_unit": settings.rows_per_unit,
         "source_sha256": source_sha256,
-        "about": {"license": settings.license, "normalized_over": settings.normalized_over},
+        "about": {
+            "license": settings.license,
+            "normalized_over": settings.normalized_over,
+            "imported": imported,
+        },
     }
     try:
         return DatasetHeader.model_validate(fields)
@@ -114,17 +125,18 @@ def import_with(
     columns: int = 0,
     top_k: int,
     source_sha256: str,
+    imported: ImportFacts,
     plausibility: Plausibility,
     progress: bool,
 ) -> Manifest:
     """`import_rows` with the header, tokenizer and treatment of bad rows that `settings` give.
 
-    `imported_header` explains `columns` and `top_k`. Raises what it and `import_rows` raise.
+    `imported_header` explains `columns`, `top_k` and `imported`. Raises what it and `import_rows` raise.
     """
     return import_rows(
         rows,
         output,
-        header=imported_header(settings, columns=columns, top_k=top_k, source_sha256=source_sha256),
+        header=imported_header(settings, columns=columns, top_k=top_k, source_sha256=source_sha256, imported=imported),
         tokenizer=settings.tokenizer,
         bad_rows=settings.bad_rows,
         plausibility=plausibility,

@@ -22,9 +22,12 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 from tqdm import tqdm
 
-from coldstill.tools.errors import SourceUnreadable, UnusableRow
+from coldstill.storage_schema.errors import InvalidHeader
+from coldstill.storage_schema.header_facts import ImportFacts
+from coldstill.tools.errors import SourceUnreadable, UnusableRow, invalid_field
 
 ROWS_PER_BATCH = 8
 MAX_LINE_BYTES = 256 << 20
@@ -66,6 +69,19 @@ class Tables(Protocol):
 
     def batches(self, start: int, *, columns: Sequence[str]) -> Iterator[Batch]:
         """Rows from number `start` on, with those of `columns` that exist."""
+
+
+def import_facts(files: Sequence[InputFile], *, tool: str, version: str | None, layout: str) -> ImportFacts:
+    """What an import reads. Only names that `source_digest` covers: equal files give equal datasets wherever they lie.
+
+    Raises `InvalidHeader` for a version that is too long for the header.
+    """
+    first = files[0].name.encode(errors="replace").decode()[-256:]
+    fields = {"tool": tool, "tool_version": version, "layout": layout, "first_file": first, "files": len(files)}
+    try:
+        return ImportFacts.model_validate(fields)
+    except ValidationError as failure:
+        raise invalid_field(failure, where="import", error=InvalidHeader) from None
 
 
 def input_files(source: str | Path | Sequence[str | Path], *, endings: tuple[str, ...]) -> list[InputFile]:

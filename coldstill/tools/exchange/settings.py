@@ -16,6 +16,9 @@ class ImportSettings(FrozenModel):
     tokenizer: Path = Field(description="Local folder with the teacher's tokenizer.json.")
     teacher: str = Field(description="The teacher's name, for the header.")
     revision: str | None = Field(default=None, description="The teacher's revision, for the header.")
+    tool_version: str | None = Field(
+        default=None, description="Version or commit of the tool that wrote the files, for the header."
+    )
     vocab_size: int | None = Field(
         default=None, description="Logit columns of the teacher; default: the number of the tokenizer's ids."
     )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from coldstill.common.visible import visible
-from coldstill.storage_schema.header import MAX_VOCAB_SIZE
+from coldstill.storage_schema.header import MAX_VOCAB_SIZE, DatasetHeader
 from coldstill.tools.errors import PageNotWritten
 
 from .row_facts import InspectedRow, open_row
@@ -79,6 +79,11 @@ def script_safe(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _origin(header: DatasetHeader) -> str:
+    origin = header.about.imported
+    return shortened(visible(origin.in_words), MAX_SHOWN) if origin else "another tool's files"
+
+
 def _part(name: str) -> str:
     return (resources.files("coldstill.tools.inspect") / name).read_text(encoding="utf-8")
 
@@ -117,7 +122,8 @@ def page_data(one: InspectedRow) -> dict[str, Any]:
         },
         "dataset": {
             "teacher": shortened(visible(header.teacher.full_name), MAX_SHOWN)
-            + (", which saw another prompt than the row's" if header.teacher_prompt else ""),
+            + (", which saw another prompt than the row's" if header.teacher_prompt else "")
+            + (f", as named by who imported it from {_origin(header)}" if header.mode == "imported" else ""),
             "id": one.dataset.dataset_id,
             "license": shortened(visible(header.about.license or "not given"), MAX_SHOWN),
             "kept": header.width_in_words,

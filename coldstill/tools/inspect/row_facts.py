@@ -79,8 +79,7 @@ def open_row(root: str | Path, index: int) -> InspectedRow:
         wanted = f"a number from 0 to {len(dataset) - 1}" if len(dataset) else "nothing: the dataset has no rows"
         raise RowOutOfRange(f"{dataset.store.url}: row number", found=index, wanted=wanted)
     row = dataset.row(index)
-    processor = dataset.header.about.processor
-    row.check(token_count=dataset.header.token_count, image_token_id=processor.image_token_id if processor else None)
+    dataset.check_row(row)
     return InspectedRow(dataset=dataset, index=index, row=row, facts=row_facts(row), text=TokenText(dataset))
 
 

@@ -53,8 +53,12 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
     floor = f", none below probability {header.min_prob:g}" if header.min_prob else ""
     teacher, saw = header.teacher, header.teacher_saw
     kept = header.kept_in_words
+    is_import, origin = header.mode == "imported", header.about.imported
     facts = {
-        "teacher": teacher.full_name + (f" @ {teacher.revision}" if teacher.revision else ""),
+        "teacher": teacher.full_name
+        + (f" @ {teacher.revision}" if teacher.revision else "")
+        + (", as the importer named it; not compared with it" if is_import else ""),
+        **({"imported from": origin.in_words if origin else "another tool's files"} if is_import else {}),
         "weights": f"{teacher.dtype}{', ' + teacher.quantization if teacher.quantization else ''}, "
         f"head in {teacher.head_dtype}",
         **({"teacher saw": saw} if saw else {}),
@@ -69,9 +73,10 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
         f"fingerprint {header.tokenizer_fingerprint[:16]}",
         "license": header.about.license or "not given",
         "format": f"version {header.format_version}, fidelity {header.codec.fidelity}: "
-        f"mean KL of the stored values below {header.codec.mean_kl:g} nats",
+        f"mean KL of {'the imported values to the stored ones' if is_import else 'the stored values'} below "
+        f"{header.codec.mean_kl:g} nats",
         "id": dataset.dataset_id,
-        **{f"about.{name[:_MAX_NAME]}": value for name, value in header.about_in_words.items()},
+        **{f"about.{name[:_MAX_NAME]}": value for name, value in header.about_in_words.items() if name != "imported"},
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)

@@ -50,11 +50,11 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenText:
-    """The text of a dataset's tokens, by id. If the dataset holds no tokenizer, a token is shown as its id: `#17`."""
+    """The text of a dataset's tokens, by id. Without a dataset, or a tokenizer in it, a token is its id: `#17`."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset | None):
         """Raises `PackagesMissing`, `TokenizerUnreadable`, `FileMissing`, `FileDamaged`."""
-        self._tokenizer, self._encoding = _load(dataset)
+        self._tokenizer, self._encoding = _load(dataset) if dataset else (None, _ByteEncoding(None))
         added = {} if self._tokenizer is None else self._tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content[:_MAX_BYTES] for token_id, token in added.items()}
         self._raws: dict[int, bytes | None] = {}

@@ -238,3 +238,15 @@ def test_the_target_positions_are_those_at_which_the_teacher_would_speak(templat
         assert made.token_ids[: len(shown)].tolist() == shown
         assert len(shown) - 1 in positions
         assert len(shown) - 2 not in positions
+
+
+def test_a_row_whose_template_would_never_end_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coldstill.common.template_limits.MAX_STEPS", 100_000)
+    loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    maker = _maker(f"{{% if messages[0].content == 'again' %}}{loops}{{% endif %}}{QWEN25}", end=templates.ENDS[QWEN25])
+    rows = [{"messages": _chat(("u", said), ("a", "bye"))} for said in ("hi", "again")]
+    good, bad = [maker.make(SourceRow(number, row)) for number, row in enumerate(rows)]
+    assert isinstance(good, TokenSequence)
+    assert isinstance(bad, Reject)
+    assert bad.reason == "template_failed"
+    assert "more than 100,000 steps" in bad.detail

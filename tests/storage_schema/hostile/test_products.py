@@ -20,7 +20,8 @@ from coldstill.common.errors import MAX_MESSAGE_CHARS, ColdstillError
 from coldstill.common.visible import json_start
 from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.manifest import MANIFEST_NAME
-from coldstill.tools.card.card import CARD_NAME, write_card
+from coldstill.tools.card.card import write_card
+from coldstill.tools.card_text import CARD_NAME
 from coldstill.tools.errors import NotExportable
 from coldstill.tools.exchange import export
 from coldstill.tools.inspect import page, terminal

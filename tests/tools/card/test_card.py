@@ -23,7 +23,8 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.header_facts import TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.store import Store
-from coldstill.tools.card.card import CARD_NAME, HUB_LICENSES, PLOT_NAME, license_fields, size_category, write_card
+from coldstill.tools.card.card import HUB_LICENSES, license_fields, size_category, write_card
+from coldstill.tools.card_text import CARD_NAME, PLOT_NAME
 from coldstill.tools.errors import CardExists
 from coldstill.tools.verify import verify
 from tests import making
@@ -88,13 +89,13 @@ def test_a_card_leaves_the_dataset_as_it_was(tmp_path: Path, tokenizer_folder: P
     assert verify(tmp_path / "d", deep=True, progress=False) == []
     assert open_dataset(tmp_path / "d").dataset_id == before
     assert {path.name for path in (tmp_path / "d").iterdir()} == {*files, CARD_NAME, "card"}
-    assert [path.name for path in (tmp_path / "d" / "card").iterdir()] == ["stats.png"]
+    assert {path.name for path in (tmp_path / "d" / "card").iterdir()} == {"stats.png", "preview.parquet"}
 
 
 def test_the_published_folder_loads_with_datasets(carded: Path, tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    loaded = load_dataset(str(carded), split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = load_dataset(str(carded), "rows", split="train", cache_dir=str(tmp_path / "cache"))
 
     rows = list(open_dataset(carded).rows())
     assert loaded["sample_id"] == [row.sample_id for row in rows]
@@ -130,7 +131,14 @@ def test_the_head_of_the_card_has_the_hub_s_metadata(carded: Path) -> None:
         "task_categories": ["text-generation"],
         "size_categories": ["n<1K"],
         "tags": ["coldstill", "knowledge-distillation", "logits", "log-probs"],
-        "configs": [{"config_name": "default", "data_files": "shards/*.parquet"}],
+        "configs": [
+            {
+                "config_name": "preview",
+                "data_files": [{"split": "preview", "path": "card/preview.parquet"}],
+                "default": True,
+            },
+            {"config_name": "rows", "data_files": "shards/*.parquet"},
+        ],
     }
 
 
@@ -155,7 +163,7 @@ def test_the_card_describes_the_dataset(carded: Path) -> None:
     ):
         assert part in text, part
     assert "None." not in text
-    assert page_of(text).count("<table>") == 6
+    assert page_of(text).count("<table>") == 7
 
 
 def test_the_card_names_the_datasets_that_this_one_was_made_of(tiny_dataset: Path) -> None:

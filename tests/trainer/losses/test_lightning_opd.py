@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 from coldstill import load_logit_dataset
 from coldstill.pipeline.config import TeacherConfig
@@ -15,7 +17,7 @@ from coldstill.storage_schema.header_facts import About, RowWriter, TeacherPromp
 from coldstill.trainer.config import StudentConfig, TrainConfig
 from coldstill.trainer.errors import NotStudentRows
 from coldstill.trainer.losses.lightning_opd import LightningOpd
-from coldstill.trainer.student.writer import foreign_writers, student_fingerprint
+from coldstill.trainer.student.writer import check_writers, foreign_writers, student_fingerprints
 from coldstill.trainer.train import train
 from tests import making, reference
 from tests.trainer.losses.scenes import cut, log_softmax, scene, value_and_gradient
@@ -120,10 +122,44 @@ def test_one_model_may_have_written_each_earlier_round():
 def test_an_adapter_is_known_by_its_base_and_its_own_files(tmp_path, tiny_student):
     adapter = making.lora_adapter(tmp_path / "adapter", tiny_student)
     base = weights_fingerprint(tiny_student)
-    assert student_fingerprint(str(tiny_student)) == base
+    assert student_fingerprints(str(tiny_student)) == (base,)
     facts = Adapter(TeacherConfig(model=str(tiny_student), adapter=str(adapter), engine="transformers")).facts
-    assert student_fingerprint(str(adapter)) == f"{base} + {facts.weights_fingerprint}"
-    assert student_fingerprint(str(tmp_path / "missing")) is None
+    assert student_fingerprints(str(adapter)) == (f"{base} + {facts.weights_fingerprint}",)
+    assert student_fingerprints(str(tmp_path / "missing")) == ()
+
+
+@pytest.fixture
+def hub_copy(tmp_path, tiny_student, monkeypatch):
+    """A student in the Hub's cache of this machine, without a network, beside the folder that it is a copy of."""
+    commit = making.in_hub_cache(tiny_student, tmp_path / "cache", "org/student", monkeypatch)
+    return RowWriter(name="org/student", revision=commit, weights_fingerprint=f"commit:{commit}", round=0)
+
+
+def test_a_student_of_the_hub_and_a_copy_in_a_folder_are_the_same_writer(
+    hub_copy, tmp_path, tokenizer_folder, tiny_student
+):
+    """Whichever of them wrote the rows, and whichever is trained; another model in a folder is still refused."""
+    by_hub = _dataset(tmp_path / "by hub", tokenizer_folder, writer=hub_copy, seed=0)
+    by_folder = _dataset(tmp_path / "by folder", tokenizer_folder, writer=_writer(tiny_student), seed=1)
+    changed = making.tiny_llama(tmp_path / "changed", seed=5)
+    mix = load_logit_dataset([by_hub, by_folder])
+    loss = LightningOpd()
+    for student in ("org/student", str(tiny_student)):
+        check_writers(loss, mix, student)
+    check_writers(loss, mix, AutoModelForCausalLM.from_pretrained("org/student"))
+    with pytest.raises(NotStudentRows, match=r"set student\.model: org/student if the folder is a copy of it"):
+        check_writers(loss, load_logit_dataset(by_hub), str(changed))
+    with pytest.raises(NotStudentRows, match="rows that"):
+        check_writers(loss, load_logit_dataset(by_folder), str(changed))
+
+
+def test_without_the_weights_of_the_hub_on_this_machine_the_error_names_the_way_out(
+    hub_copy, tmp_path, tokenizer_folder, tiny_student
+):
+    shutil.rmtree(tmp_path / "cache")
+    by_hub = _dataset(tmp_path / "by hub", tokenizer_folder, writer=hub_copy, seed=0)
+    with pytest.raises(NotStudentRows, match=r"set student\.model: org/student if the folder is a copy of it"):
+        check_writers(LightningOpd(), load_logit_dataset(by_hub), str(tiny_student))
 
 
 def test_with_several_teachers_the_gradient_is_the_weighted_sum_and_every_dataset_needs_the_writer(
