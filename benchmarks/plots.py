@@ -63,7 +63,8 @@ def draw_capacity(result: dict[str, Any], path: Path) -> None:
     sizes = {name: of["parameters"] / 1e6 for name, of in facts["teachers"].items()}
     figure = Figure(figsize=(5.6 * len(students), 4.4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, (setting, of_losses) in zip(figure.subplots(1, len(students), squeeze=False)[0], students.items()):
+    panels = figure.subplots(1, len(students), squeeze=False)[0]
+    for axes, (setting, of_losses) in zip(panels, students.items(), strict=True):
         for number, (loss, found) in enumerate(of_losses.items()):
             color = _LINES[number % len(_LINES)]
             means = {name: statistics.mean(of["cross_entropy"]) for name, of in found["teachers"].items()}
