@@ -22,7 +22,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	pyproject.toml --extra share --extra train --extra dev
 
 .PHONY: help demo demo-vision test test-slow test-elsewhere test-engines test-capture test-trainer test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
-	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-rounds bench-other-tokenizer bench-real plots debug lock venv clean
+	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-rounds bench-other-tokenizer bench-real bench-capacity plots debug lock venv clean
 
 help: ## list the commands
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -119,6 +119,10 @@ bench-other-tokenizer: $(INSTALLED) ## a student with another tokenizer against 
 bench-real: $(INSTALLED) ## a real model and students with fewer layers, a night on 2 cores (DRY_RUN=1, STORED=1, QUICK=1; OUTPUT=DIR)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.real_pair "$(or $(OUTPUT),bench_real)" \
 		$(if $(filter-out 0,$(DRY_RUN)),--dry-run) $(if $(filter-out 0,$(STORED)),--stored)
+
+bench-capacity: $(INSTALLED) ## one student under teachers of four sizes, an hour on one core (DRY_RUN=1, QUICK=1; OUTPUT=DIR)
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.capacity "$(or $(OUTPUT),bench_capacity)" \
+		$(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
 plots: $(INSTALLED) ## the plots of the stored results of benchmarks
 	$(BIN)/python -m benchmarks.plots

@@ -58,8 +58,8 @@ SETTINGS = ("pre-training", "instruction pairs")
 PARTS = ("validation", "test")
 SAMPLED_ROWS, SAMPLED_PROMPT, SAMPLED_TOKENS = 24, 24, 64
 TOP_K = 128
-"""K of the caches, which is high for this vocabulary: all losses but TAID and forward KL see nothing of the tail but its
-mass, and a small K would be compared, not the losses."""
+"""K of the caches, high for this vocabulary: most losses know only the mass of the tail, so a small K would make the
+benchmark compare caches instead of losses."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.report import RESULTS
 
 _BAR, _INK, _FLOOR = "#4a7ba6", "#1f2933", "#b4532a"
+_LINES = ("#b4532a", "#4a7ba6", "#8a5fa8", "#c9a227", "#5b8c5a", "#1f2933")
 _PANELS = (
     ("kl", "KL(teacher || student), nats", "lower is closer to the teacher"),
     ("top1_agreement", "top-1 agreement", "higher is closer to the teacher"),
@@ -53,7 +54,44 @@ def title(result: dict[str, Any]) -> str:
     return f"{result['facts']['teacher']}, test part{missing}"
 
 
-PLOTS = {"real_pair": draw_real_pair}
+def draw_capacity(result: dict[str, Any], path: Path) -> None:
+    """One panel for each setting: cross-entropy to the text against the teacher's parameters, a line for each loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    facts, students = result["facts"], {name: of for name, of in result["students"].items() if of}
+    sizes = {name: of["parameters"] / 1e6 for name, of in facts["teachers"].items()}
+    figure = Figure(figsize=(5.6 * len(students), 4.4), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(students), squeeze=False)[0]
+    for axes, (setting, of_losses) in zip(panels, students.items(), strict=True):
+        for number, (loss, found) in enumerate(of_losses.items()):
+            color = _LINES[number % len(_LINES)]
+            means = {name: statistics.mean(of["cross_entropy"]) for name, of in found["teachers"].items()}
+            if loss == "SFT":
+                axes.axhline(next(iter(means.values())), color=_FLOOR, linestyle="--", linewidth=1.2, label=loss)
+                continue
+            axes.plot(
+                [sizes[name] for name in means], list(means.values()), "-o", color=color, markersize=4, label=loss
+            )
+            for name, of in found["teachers"].items():
+                axes.plot([sizes[name]] * len(of["cross_entropy"]), of["cross_entropy"], "_", color=color, alpha=0.6)
+        axes.set_xscale("log")
+        axes.set_xticks(list(sizes.values()), [f"{name}\n{size:.2g} M" for name, size in sizes.items()])
+        axes.minorticks_off()
+        axes.set_xlabel(f"parameters of the teacher; the student has {facts['student_parameters'] / 1e6:.2g} M")
+        axes.set_ylabel("cross-entropy to held-out text, nats (lower is better)", fontsize=9)
+        axes.set_title(setting)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    runs = result["runs"]
+    missing = "" if runs["done"] == runs["planned"] else f"; {runs['done']} of {runs['planned']} planned runs"
+    figure.suptitle(f"Quality of one student against the size of its teacher, {facts['text']}{missing}", fontsize=11)
+    with path.open("wb") as sink:
+        canvas.print_png(sink, metadata={"Software": None})
+
+
+PLOTS = {"real_pair": draw_real_pair, "capacity": draw_capacity}
 
 
 def stored(name: str) -> Path:
