@@ -1,0 +1,97 @@
+"""Hook of MkDocs: fills the pages that are generated, and resolves links that leave `docs/`.
+
+A page says where a part is generated with a comment: `<!-- build: configuration -->`. A page that includes a document
+of the repository has `<!-- include: SECURITY.md -->`. So every page exists as a file, and a link to it works on the
+repository's pages too.
+
+A relative link to a file outside `docs/` becomes a link to the repository. If a page includes that file, it becomes a
+link to the page. A picture outside `docs/` is copied into the site.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
+
+import configuration  # noqa: E402
+import troubleshooting  # noqa: E402
+
+BUILDERS: dict[str, Callable[[], str]] = {
+    "configuration": configuration.markdown,
+    "troubleshooting": troubleshooting.markdown,
+}
+BUILD = re.compile(r"^<!-- build: (\w+) -->$", re.MULTILINE)
+INCLUDE = re.compile(r"^<!-- include: ([\w./]+) -->$", re.MULTILINE)
+FENCED = re.compile(r"^(`{3,}).*?^\1\s*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
+PICTURES = {".png", ".svg"}
+
+_included: dict[str, str] = {}
+"""The page that includes a document of the repository, by the document's path."""
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Note which page includes which document, and add the pictures of stored results."""
+    _included.clear()
+    for file in files.documentation_pages():
+        for document in INCLUDE.findall(file.content_string):
+            _included[document] = file.src_uri
+    for path in sorted((REPOSITORY / "benchmarks/results").iterdir()):
+        if path.suffix in PICTURES:
+            files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """The page's text with generated and included parts, and with links that work in the site."""
+    where = page.file.src_uri
+    text = relink(BUILD.sub(lambda found: BUILDERS[found[1]](), markdown), folder="docs", page=where)
+    return INCLUDE.sub(lambda found: included(found[1], page=where), text)
+
+
+def included(document: str, *, page: str) -> str:
+    """The text of a document of the repository, without its title, which the page has."""
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    body = re.sub(r"\A# [^\n]*\n", "", text)
+    return relink(body, folder=posixpath.dirname(document), page=page)
+
+
+def relink(text: str, *, folder: str, page: str) -> str:
+    """`text` with each link outside of code blocks, relative to `folder`, rewritten for the site's `page`."""
+    parts, start = [], 0
+    for block in FENCED.finditer(text):
+        parts += [_relinked(text[start : block.start()], folder, page), block[0]]
+        start = block.end()
+    return "".join([*parts, _relinked(text[start:], folder, page)])
+
+
+def _relinked(text: str, folder: str, page: str) -> str:
+    return LINK.sub(lambda found: f"{found[1]}{site_link(found[2], folder=folder, page=page)}{found[3]}", text)
+
+
+def site_link(link: str, *, folder: str, page: str) -> str:
+    """Where a link of a document in `folder` leads in the site. Raises `PluginError` if its file does not exist."""
+    if re.match(r"[a-z]+:", link) or link.startswith("#"):
+        return link
+    path, mark, anchor = link.partition("#")
+    target = posixpath.normpath(posixpath.join(folder, path))
+    if not (REPOSITORY / target).exists():
+        raise PluginError(f"{page}: the link {link} leads to no file of the repository")
+    if target in _included:
+        target = f"docs/{_included[target]}"
+    elif target.startswith("benchmarks/results/") and Path(target).suffix in PICTURES:
+        target = f"docs/results/{posixpath.basename(target)}"
+    if target.startswith("docs/"):
+        return posixpath.relpath(target, posixpath.dirname(f"docs/{page}")) + mark + anchor
+    kind = "tree" if (REPOSITORY / target).is_dir() else "blob"
+    return f"https://github.com/coldstill/coldstill/{kind}/main/{target}{mark}{anchor}"
