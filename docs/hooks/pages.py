@@ -6,13 +6,14 @@ repository's pages too.
 
 A relative link to a file outside `docs/` becomes a link to the repository. If a page includes that file, it becomes a
 link to the page. A picture outside `docs/` is copied into the site.
+
+`python -m mkdocs`, not `mkdocs`, runs it: the repository must be on Python's path.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,9 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from docs.hooks import configuration, troubleshooting
+
 REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
-
-import configuration  # noqa: E402
-import troubleshooting  # noqa: E402
-
 BUILDERS: dict[str, Callable[[], str]] = {
     "configuration": configuration.markdown,
     "troubleshooting": troubleshooting.markdown,
