@@ -122,6 +122,7 @@ bench-real: $(INSTALLED) ## a real model and students with fewer layers, a night
 
 plots: $(INSTALLED) ## the plots of the stored results of benchmarks
 	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.site_pictures demo.svg losses.svg
 
 docs: $(INSTALLED) ## build the documentation site into ./site; every link must work, also without a network
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict --quiet
