@@ -166,7 +166,7 @@ def _row_page(dataset: Path, row: int) -> bytes:
         file = Path(folder) / "row.html"
         write_page(dataset, row, file)
         opened = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        sheet = opened.new_page(viewport={"width": 1160, "height": 560}, color_scheme="light")
+        sheet = opened.new_page(viewport={"width": 1160, "height": 660}, color_scheme="light")
         sheet.goto(file.as_uri())
         return sheet.screenshot()
 

@@ -129,6 +129,8 @@ def test_a_link_that_leaves_the_pages_leads_to_the_repository_or_the_page_that_i
     assert link("../SECURITY.md#scope") == "security.md#scope"
     with pytest.raises(PluginError, match="no_such_file"):
         link("../no_such_file.md")
+    named = pages.relink("See [cluster.md](cluster.md) and [it](cluster.md).", folder="docs", page="teachers.md")
+    assert named == "See [Capture on a cluster](cluster.md) and [it](cluster.md)."
     block = "```\n[a](b.md)\n```\n"
     assert pages.relink(block, folder="docs", page="cluster.md") == block
 

@@ -31,7 +31,8 @@ BUILDERS: dict[str, Callable[[], str]] = {
 BUILD = re.compile(r"^<!-- build: (\w+) -->$", re.MULTILINE)
 INCLUDE = re.compile(r"^<!-- include: ([\w./]+) -->$", re.MULTILINE)
 FENCED = re.compile(r"^(`{3,}).*?^\1\s*$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
+LINK = re.compile(r"(!?\[)((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 PICTURES = {".png", ".svg"}
 
 _included: dict[str, str] = {}
@@ -74,7 +75,20 @@ def relink(text: str, *, folder: str, page: str) -> str:
 
 
 def _relinked(text: str, folder: str, page: str) -> str:
-    return LINK.sub(lambda found: f"{found[1]}{site_link(found[2], folder=folder, page=page)}{found[3]}", text)
+    def in_site(found: re.Match[str]) -> str:
+        mark, label, link = found.groups()
+        return f"{mark}{titled(label, link, folder)}]({site_link(link, folder=folder, page=page)})"
+
+    return LINK.sub(in_site, text)
+
+
+def titled(label: str, link: str, folder: str) -> str:
+    """The label of a link, or the title of its page where the label only names the file: `[cluster.md](cluster.md)`."""
+    target = REPOSITORY / folder / link.partition("#")[0]
+    if label.removeprefix("docs/") != target.name or target.suffix != ".md" or not target.is_file():
+        return label
+    title = TITLE.search(target.read_text(encoding="utf-8"))
+    return title[1] if title else label
 
 
 def site_link(link: str, *, folder: str, page: str) -> str:
