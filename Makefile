@@ -22,7 +22,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	pyproject.toml --extra share --extra train --extra dev
 
 .PHONY: help demo demo-vision test test-slow test-elsewhere test-engines test-capture test-trainer test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
-	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-rounds bench-other-tokenizer bench-real bench-capacity plots debug lock venv clean
+	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-rounds bench-other-tokenizer bench-real bench-capacity plots docs debug lock venv clean
 
 help: ## list the commands
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -126,6 +126,10 @@ bench-capacity: $(INSTALLED) ## one student under teachers of four sizes, an hou
 
 plots: $(INSTALLED) ## the plots of the stored results of benchmarks
 	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.site_pictures demo.svg losses.svg
+
+docs: $(INSTALLED) ## build the documentation site into ./site; every link must work, also without a network
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 debug: $(INSTALLED) ## run all configs of examples/debug/, each in less than a minute; writes ./debug
 	$(BIN)/python -m examples.debug.run

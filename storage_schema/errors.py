@@ -20,35 +20,60 @@ _COPY_AGAIN = (
 
 
 class InvalidTargets(ColdstillError):
-    """Teacher targets that are not a distribution: wrong shapes, ids, log-probs or total mass."""
+    """Teacher targets that are not a distribution: wrong shapes, ids, log-probs or total mass.
+
+    Fix: correct the engine that returned them, or make a dataset without this row with `coldstill subset`.
+    """
 
 
 class InvalidRow(ColdstillError):
-    """A row whose tokens, spans and targets do not match."""
+    """A row whose tokens, spans and targets do not match.
+
+    Fix: make a dataset without this row with `coldstill subset`, or correct the code that made the row.
+    """
 
 
 class InvalidHeader(ColdstillError):
-    """`dataset.json` (or the copy in a shard's footer) is missing, unreadable or has a field out of bounds."""
+    """`dataset.json` (or the copy in a shard's footer) is missing, unreadable or has a field out of bounds.
+
+    Fix: restore `dataset.json` from a copy, or capture again.
+    """
 
 
 class UnsupportedFormat(ColdstillError):
-    """The dataset was written in a format version or with a codec that this release does not read."""
+    """The dataset was written in a format version or with a codec that this release does not read.
+
+    Fix: install a newer release of Coldstill, or the release that wrote the dataset.
+    """
 
 
 class HeaderMismatch(ColdstillError):
-    """Two headers that must be equal differ: a changed configuration, or a shard of another dataset."""
+    """Two headers that must be equal differ: a changed configuration, or a shard of another dataset.
+
+    Fix: restore the setting that the message names, or choose another output. To train on datasets that differ, list
+    them: `dataset: [A, B]`.
+    """
 
 
 class DatasetNotFound(ColdstillError):
-    """There is no dataset at this path."""
+    """There is no dataset at this path.
+
+    Fix: check the path: it is the `output` of `coldstill capture`.
+    """
 
 
 class DatasetNotSealed(ColdstillError):
-    """The dataset has no manifest yet: its capture has not finished."""
+    """The dataset has no manifest yet: its capture has not finished.
+
+    Fix: re-run the command that wrote it to resume: it adds the missing units and seals.
+    """
 
 
 class UnitsMissing(ColdstillError):
-    """`seal` was called while planned units have no commit record."""
+    """`seal` was called while planned units have no commit record.
+
+    Fix: re-run the same command to resume: it adds the missing units and seals.
+    """
 
 
 class FileMissing(ColdstillError):
@@ -75,7 +100,10 @@ class ShardDamaged(FileDamaged):
 
 
 class ShardTooLarge(ColdstillError):
-    """The rows of a unit make a shard larger than the format allows."""
+    """The rows of a unit make a shard larger than the format allows.
+
+    Fix: lower `rows_per_unit`, `teacher.max_length` or `source.images_in_row_bytes`, and capture into another output.
+    """
 
 
 class TooManyMedia(ColdstillError):
@@ -88,15 +116,25 @@ class TooManyMedia(ColdstillError):
 
 
 class CommitDamaged(ColdstillError):
-    """A commit record, the plan or the manifest cannot be read, or names a path outside the dataset."""
+    """A commit record, the plan or the manifest cannot be read, or names a path outside the dataset.
+
+    Fix: copy the file again from where the dataset came from, or let the capture that wrote it make it again with
+    `coldstill capture CONFIG.yaml --repair`.
+    """
 
 
 class OutsideDataset(CommitDamaged):
-    """A file of a local dataset is a link to a place outside it, or a device, pipe or socket."""
+    """A file of a local dataset is a link to a place outside it, or a device, pipe or socket.
+
+    Fix: if you trust its links, copy the dataset with the files that they point to: `cp -rL`.
+    """
 
 
 class ForeignFile(ColdstillError):
-    """The manifest lists a file that the format does not have, such as a model's weights or code."""
+    """The manifest lists a file that the format does not have, such as a model's weights or code.
+
+    Fix: `coldstill subset SOURCE OUTPUT` makes a dataset of the same rows without this file.
+    """
 
 
 class StreamDamaged(ColdstillError):
@@ -106,46 +144,78 @@ class StreamDamaged(ColdstillError):
 
 
 class TokenizerNotFound(ColdstillError):
-    """A folder has no readable `tokenizer.json`."""
+    """A folder has no readable `tokenizer.json`.
+
+    Fix: save the tokenizer with `save_pretrained` of a fast tokenizer of transformers.
+    """
 
 
 class TokenizerUnfaithful(ColdstillError):
-    """A tokenizer, as transformers loads it, gives other ids or texts than its own `tokenizer.json`."""
+    """A tokenizer, as transformers loads it, gives other ids or texts than its own `tokenizer.json`.
+
+    Fix: save the tokenizer again with `save_pretrained` of transformers' `PreTrainedTokenizerFast`.
+    """
 
 
 class TokenizerMismatch(ColdstillError):
-    """Two tokenizers that must give every id the same meaning do not."""
+    """Two tokenizers that must give every id the same meaning do not.
+
+    Fix: choose a student of the teacher's family, or capture with a teacher of the student's family.
+    """
 
 
 class UnsupportedStore(ColdstillError):
-    """The store lacks an operation that is needed, for instance creating a file only if it is absent."""
+    """The store lacks an operation that is needed, for instance creating a file only if it is absent.
+
+    Fix: check the URL and install `coldstill[share]`; `coldstill push` copies a dataset to a store that cannot be
+    written directly.
+    """
 
 
 class StorageFailed(ColdstillError):
-    """The store failed a read or a write. Committed units are intact; the same command resumes the run."""
+    """The store failed a read or a write. Committed units are intact; the same command resumes the run.
+
+    Fix: repair the store, and re-run the same command to resume.
+    """
 
     retry_after_s: float = 0.0
     """The seconds that the store asked to wait, by its Retry-After header."""
 
 
 class StorageFull(StorageFailed):
-    """The store has no space left."""
+    """The store has no space left.
+
+    Fix: free some space, and re-run the same command to resume.
+    """
 
 
 class CredentialsMissing(StorageFailed):
-    """The store needs credentials, and there are none or none that are valid."""
+    """The store needs credentials, and there are none or none that are valid.
+
+    Fix: log in: AWS_PROFILE or the AWS keys for S3, `gcloud auth application-default login` for Google, `hf auth login`
+    for the Hub.
+    """
 
 
 class AccessDenied(StorageFailed):
-    """The credentials are valid and lack the permission."""
+    """The credentials are valid and lack the permission.
+
+    Fix: request the permission, or use other credentials.
+    """
 
 
 class StoreNotFound(StorageFailed):
-    """There is no such bucket, repository or revision."""
+    """There is no such bucket, repository or revision.
+
+    Fix: check the name, create the bucket or repository first, or log in if it is private.
+    """
 
 
 class StoreUnreachable(StorageFailed):
-    """The store does not respond."""
+    """The store does not respond.
+
+    Fix: check the network and the address, and re-run the same command to resume.
+    """
 
 
 # Clients of stores (fsspec, botocore, gcsfs, huggingface_hub) share no base class and are not all installed, and

@@ -17,11 +17,18 @@ from .models import KeysClash, other_names
 
 
 class ConfigNotFound(ColdstillError):
-    """There is no configuration file at this path."""
+    """There is no configuration file at this path.
+
+    Fix: check the path of the settings file, which starts at the folder where the command runs.
+    """
 
 
 class ConfigInvalid(ColdstillError):
-    """A configuration file is not YAML, or has an invalid key or value."""
+    """A configuration file is not YAML, or has an invalid key or value.
+
+    Fix: correct the key or value that the message names; `coldstill capture --help`, `coldstill train --help` and
+    `coldstill rounds --help` list all keys.
+    """
 
 
 class _UniqueKeys(yaml.SafeLoader):

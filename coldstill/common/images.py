@@ -49,15 +49,24 @@ _OPAQUE = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
 
 
 class ImageUnreadable(ColdstillError):
-    """The bytes are not a whole image of a format that is read."""
+    """The bytes are not a whole image of a format that is read.
+
+    Fix: store the image again as PNG, JPEG or WebP, or remove the row from the source.
+    """
 
 
 class ImageUnsupported(ColdstillError):
-    """The image has several frames, or a mode that RGB cannot show, such as 16 bits."""
+    """The image has several frames, or a mode that RGB cannot show, such as 16 bits.
+
+    Fix: store the frame that is meant, as 8-bit RGB.
+    """
 
 
 class ImageTooLarge(ColdstillError):
-    """The image has more bytes or pixels than are read."""
+    """The image has more bytes or pixels than are read.
+
+    Fix: store a smaller copy of the image.
+    """
 
 
 def type_of_first_bytes(data: bytes) -> str | None:

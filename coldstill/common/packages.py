@@ -21,7 +21,10 @@ __version__ = _installed("coldstill") or "unknown"
 
 
 class PackagesMissing(ColdstillError):
-    """A command needs packages of an extra that is not installed."""
+    """A command needs packages of an extra that is not installed.
+
+    Fix: install the extra that the message names, such as `pip install "coldstill[train]"`.
+    """
 
 
 def require_packages(extras: str, *packages: str) -> None:

@@ -11,7 +11,10 @@ from .errors import ColdstillError, first_line
 
 
 class PluginNotFound(ColdstillError):
-    """A `module:name` in a configuration cannot be imported."""
+    """A `module:name` in a configuration cannot be imported.
+
+    Fix: start from the folder that holds the module, or install it on every node.
+    """
 
 
 def is_plugin(text: str) -> bool:

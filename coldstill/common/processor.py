@@ -40,7 +40,11 @@ _SIZES = (
 
 
 class ProcessorUnusable(ColdstillError):
-    """A model's processor cannot be loaded, or does not say how it expands an image."""
+    """A model's processor cannot be loaded, or does not say how it expands an image.
+
+    Fix: save the model's processor beside it with `save_pretrained`, install a newer release of transformers, or choose
+    a model of the families that docs/vision_models.md lists.
+    """
 
 
 class Expanded(NamedTuple):

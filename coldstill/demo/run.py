@@ -36,11 +36,17 @@ LAST_LINES = 20
 
 
 class OutputOfAnotherSize(ColdstillError):
-    """The output folder belongs to a demo of another size."""
+    """The output folder belongs to a demo of another size.
+
+    Fix: choose another `--output`, delete the folder, or add or remove `--quick` as the message says.
+    """
 
 
 class StageFailed(ColdstillError):
-    """A stage's command ended with an exit code other than 0."""
+    """A stage's command ended with an exit code other than 0.
+
+    Fix: read the log that the message names, fix the cause, and run the demo again: it resumes with this stage.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

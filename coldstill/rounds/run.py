@@ -52,19 +52,31 @@ _DEFAULT = "its default"
 
 
 class RoundsChanged(ColdstillError):
-    """The output folder holds rounds with other settings."""
+    """The output folder holds rounds with other settings.
+
+    Fix: restore the setting, or choose another output. `cluster` may change, and `rounds` may be raised.
+    """
 
 
 class RoundsDamaged(ColdstillError):
-    """The record of rounds cannot be read."""
+    """The record of rounds cannot be read.
+
+    Fix: delete this file and re-run `coldstill rounds` with the configuration of these rounds.
+    """
 
 
 class RoundsRunning(ColdstillError):
-    """Another process runs rounds in this folder."""
+    """Another process runs rounds in this folder.
+
+    Fix: wait for it, or end it first; `coldstill status FOLDER` shows its progress.
+    """
 
 
 class PartFailed(ColdstillError):
-    """The command of a part ended with an exit code other than 0."""
+    """The command of a part ended with an exit code other than 0.
+
+    Fix: fix the error that the part printed, and re-run the same command to resume: finished parts are kept.
+    """
 
 
 class RoundsSummary(BaseModel):
