@@ -149,3 +149,15 @@ class NoAnswers(ColdstillError):
 
 class TaskFailed(ColdstillError):
     """A benchmark task cannot be found, read or run."""
+
+
+class RunNotFound(ColdstillError):
+    """A folder is not the output of a training."""
+
+
+class RunDamaged(ColdstillError):
+    """A file of a run's output cannot be read as what a training writes there."""
+
+
+class EvaluationNotOfRun(ColdstillError):
+    """A report of `coldstill evaluate` is of no student of the compared runs."""

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
+from coldstill.common.clock import ends_about, local_now
 from coldstill.pipeline.errors import CaptureIncomplete
 from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.errors import StorageFailed
@@ -284,6 +285,8 @@ class ProgressBar:
             return "starting workers"
         rates, totals, failed = self._progress.rates, self._progress.totals, len(self._work.failed)
         parts = [f"{rates.targets:,.0f} targets/s"] if rates else []
+        if rates and rates.rows and (rows := (self._bar.total or 0) - self._bar.n) > 0:
+            parts.append(f"ends {ends_about(rows / rates.rows, now=local_now())}")
         parts.append(f"workers: {self._work.workers}")
         parts += [f"failed: {failed}"] if failed else []
         parts += [f"cost: {totals.cost:,.2f}"] if totals.cost is not None else []

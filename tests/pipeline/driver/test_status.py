@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from coldstill.cli.status_table import duration, show_status
+from coldstill.cli.status_table import show_status
+from coldstill.common.clock import duration
 from coldstill.pipeline.cluster.dispatcher import FailedUnit
 from coldstill.pipeline.driver.lease import Lease
 from coldstill.pipeline.driver.progress import Progress
