@@ -214,6 +214,27 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
     show_result(api.train(settings).model_dump(), title="train", summary=summary)
 
 
+@app.command(rich_help_panel=MAKE)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Outputs of trainings, finished or not.")],
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Report of `evaluate --json` on the student of one of the runs; repeatable. evaluation*.json in the "
+            "folder of a run is read anyway.",
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Also write a page with the curves.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curves into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Put training runs side by side: settings that differ, losses, KL, speed, memory, evaluations."""
+    from .compare import compare as run_compare
+
+    run_compare(runs, evaluations=evaluation or (), html=html, png=png, as_json=as_json, console=Console())
+
+
 @app.command(rich_help_panel=MAKE, cls=_command_with_keys("coldstill.rounds.config", "RoundsConfig"))
 def rounds(
     config: Config,
