@@ -20,7 +20,7 @@ MOST_POINTS = 300
 """Points of a line; a longer one is drawn by the means of as many parts."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 24
 _SMOOTH_FROM = 24
-"""A line of at least this many points is drawn faint, below its moving mean."""
+"""A shorter line has no moving mean."""
 
 Point = tuple[float, float]
 
@@ -34,6 +34,8 @@ class Line:
     color: int = 0
     dots: bool = False
     """Whether each point is marked, for a few measurements."""
+    noisy: bool = False
+    """Whether a line of many points is drawn faint, below its moving mean."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def figure(value: float) -> str:
     size = abs(value)
     if size == 0:
         return "0"
-    if size < 1e-3 or size >= 1e7:
+    if size < 1e-4 or size >= 1e7:
         mantissa, _, exponent = f"{value:.3g}".partition("e")
         if not exponent:
             mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -168,7 +170,7 @@ def _drawn(line: Line, across: object, up: object) -> str:
         return "M" + "L".join(f"{across(x)} {up(y)}" for x, y in of)
 
     name = f"<title>{escaped(line.name)}</title>"
-    if len(points) >= _SMOOTH_FROM and not line.dots:
+    if line.noisy and len(points) >= _SMOOTH_FROM:
         faint = f'<path class="line faint {kind}" d="{path(points)}"/>'
         return f'<g>{name}{faint}<path class="line {kind}" d="{path(smoothed(points))}"/></g>'
     dots = points if line.dots or len(points) == 1 else []

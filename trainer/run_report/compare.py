@@ -17,13 +17,12 @@ from coldstill.common.clock import clock_time, duration
 from coldstill.common.page import escaped, page_without_script
 from coldstill.trainer.errors import EvaluationNotOfRun, RunDamaged
 
-from .page import all_charts, as_text, charts_style, measured_charts
+from .page import all_charts, as_text, charts_style, measured_charts, measured_names
 from .record import MAX_BYTES, RunRecord, numbers, read_run
 
 EVALUATIONS = "evaluation*.json"
 """Reports of `coldstill evaluate --json` in the folder of a run."""
 MOST_EVALUATED = 40
-_UNMEASURED = ("_runtime", "_per_second")
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,19 @@ class Comparison:
     evaluations: dict[str, dict[str, float]]
 
     def differing_settings(self) -> dict[str, list[Any]]:
-        """The settings that are not equal in all runs, with the value of each run; None where a run has none."""
-        names = dict.fromkeys(name for record in self.runs.values() for name in record.settings)
-        values = {name: [record.settings.get(name) for record in self.runs.values()] for name in names}
-        return {name: found for name, found in values.items() if any(one != found[0] for one in found)}
+        """The settings that are not equal in all runs, with the value of each run; None where it is not known.
+
+        Only a setting of the loss that a run lacks counts as another value: each loss has its own, and the record of a
+        run of an earlier release lacks many.
+        """
+        runs = self.runs.values()
+        found = {}
+        for name in dict.fromkeys(name for record in runs for name in record.settings):
+            known = [record.settings[name] for record in runs if name in record.settings]
+            is_of_loss = name.startswith("loss.") and len(known) < len(runs) and any(one is not None for one in known)
+            if is_of_loss or any(value != known[0] for value in known):
+                found[name] = [record.settings.get(name) for record in runs]
+        return found
 
     def facts(self) -> dict[str, list[str | None]]:
         """Dataset, teacher and student of each run."""
@@ -68,8 +76,7 @@ class Comparison:
             "peak memory, MiB": [_of(record, "peak_memory_mb", record.last("peak_memory_mb")) for record in runs],
             "training time": [duration(_of(r, "wall_s", None)) if "wall_s" in r.summary else None for r in runs],
         }
-        names = dict.fromkeys(name for record in runs for name in record.names("eval_"))
-        for name in [name for name in names if not name.endswith(_UNMEASURED)][:MOST_EVALUATED]:
+        for name in measured_names(runs)[:MOST_EVALUATED]:
             found[name.replace("_", " ")] = [record.last(name) for record in runs]
         for name in list(dict.fromkeys(name for one in self.evaluations.values() for name in one))[:MOST_EVALUATED]:
             found[f"evaluate: {name.replace('_', ' ')}"] = [self.evaluations[run].get(name) for run in self.runs]

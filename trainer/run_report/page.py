@@ -13,19 +13,21 @@ from coldstill.common.page import escaped, page_without_script
 from .record import RunRecord
 
 RELOAD_S = 30
-MOST_MEASURED = 16
-"""Most charts of evaluations, and most rows of each list of facts are ten times as many."""
+MOST_SECTIONS = 16
+"""Most lists of facts, one for each dataset; each has at most ten times as many rows."""
 
 LOGGED = (
     ("Loss", "loss", "nats per target", None, None),
     ("KL to the teacher", "bucket_kl", "nats per target", 0.0, None),
     ("t of TAID", "taid_t", "share of the teacher in the target", 0.0, 1.0),
-    ("Learning rate", "learning_rate", "per step", 0.0, None),
+    ("Learning rate", "learning_rate", "", 0.0, None),
     ("Gradient norm", "grad_norm", "before clipping", 0.0, None),
     ("Speed", "targets_per_s", "targets/s", 0.0, None),
     ("Peak memory", "peak_memory_mb", "MiB", 0.0, None),
 )
 """Title, name in the log, unit and ends of the y axis of each chart."""
+NOISY = frozenset({"loss", "bucket_kl", "grad_norm", "targets_per_s"})
+"""Those that are drawn with their moving mean."""
 
 NOTES = {
     "bucket_kl": "Over the kept ids, with all others as one.",
@@ -33,6 +35,19 @@ NOTES = {
     "peak_memory_mb": "Highest so far: of the GPU if there is one, else of the process.",
 }
 _MOVING_TARGET = "The target moves to the teacher with t, so the loss can rise while the KL falls."
+CHARTED = (
+    "loss",
+    "cross_entropy",
+    "forward_kl",
+    "forward_kl_estimate",
+    "forward_kl_lower_bound",
+    "reverse_kl",
+    "reverse_kl_lower_bound",
+    "accuracy",
+    "top1_agreement",
+    "expected_calibration_error",
+)
+"""Figures of evaluations that have a chart, if they change; the last values of all of them are listed."""
 _UNMEASURED = ("_runtime", "_per_second")
 
 
@@ -49,7 +64,7 @@ def run_page(record: RunRecord, *, name: str, now: datetime) -> str:
         _header(record, name=name, now=now),
         f'<section><div class="charts">{all_charts({name: record})}</div></section>',
         *_measured(record, name),
-        f'<h2>Dataset, teacher, student</h2><div class="facts">{_facts(record)}</div>',
+        f"<h2>Dataset, student, settings</h2>{_facts(record)}",
         "</main>",
     ]
     return page_without_script(
@@ -68,19 +83,26 @@ def all_charts(records: Mapping[str, RunRecord]) -> str:
     return "".join(found)
 
 
+def measured_names(records: Iterable[RunRecord]) -> list[str]:
+    """Names of the figures of evaluations in the logs, without how long they took."""
+    names = dict.fromkeys(name for record in records for name in record.names("eval_"))
+    return [name for name in names if not name.endswith(_UNMEASURED)]
+
+
 def measured_charts(records: Mapping[str, RunRecord]) -> str:
     """The charts of the evaluations on held-out rows during training."""
-    names = dict.fromkeys(name for record in records.values() for name in record.names("eval_"))
-    shown = [name for name in names if not name.endswith(_UNMEASURED)][:MOST_MEASURED]
-    return "".join(
-        _chart(records, name, Chart(name.removeprefix("eval_").replace("_", " "), "held out", ()), dots=True)
-        for name in shown
-    )
+    found = []
+    for name in measured_names(records.values()):
+        values = {y for record in records.values() for _, y in record.points(name)}
+        if name.removeprefix("eval_") in CHARTED and len(values) > 1:
+            chart = Chart(name.removeprefix("eval_").replace("_", " "), "held out", ())
+            found.append(_chart(records, name, chart, dots=True))
+    return "".join(found)
 
 
 def _chart(records: Mapping[str, RunRecord], key: str, chart: Chart, *, dots: bool = False) -> str:
     lines = [
-        Line(name, points, color=color, dots=dots)
+        Line(name, points, color=color, dots=dots, noisy=key in NOISY)
         for color, (name, record) in enumerate(records.items())
         if (points := record.points(key))
     ]
@@ -94,8 +116,14 @@ def _chart(records: Mapping[str, RunRecord], key: str, chart: Chart, *, dots: bo
 
 
 def _measured(record: RunRecord, name: str) -> list[str]:
-    charts = measured_charts({name: record})
-    return [f'<h2>Evaluation on held-out rows</h2><div class="charts">{charts}</div>'] if charts else []
+    names = measured_names([record])
+    if not names:
+        return []
+    last = _card("Last evaluation", [(one.removeprefix("eval_").replace("_", " "), record.last(one)) for one in names])
+    return [
+        "<h2>Evaluation on held-out rows</h2>",
+        f'<div class="charts">{measured_charts({name: record})}</div><div class="facts">{last}</div>',
+    ]
 
 
 def _header(record: RunRecord, *, name: str, now: datetime) -> str:
@@ -123,22 +151,23 @@ def _header(record: RunRecord, *, name: str, now: datetime) -> str:
     error = f'<p class="failed">{escaped(record.error, most=1000)}</p>' if record.error else ""
     return (
         f'<header><p class="quiet">Training run {badge}</p><h1>{escaped(name)}</h1>'
-        f'<dl class="figures">{listed}</dl>{error}<p class="quiet">{escaped(said)}. The x axes count optimizer steps; '
-        "thin lines are the values of the log, thick ones their moving mean.</p></header>"
+        f'<dl class="figures">{listed}</dl>{error}<p class="quiet written">{escaped(said)}. The x axes count optimizer '
+        "steps; thin lines are the values of the log, thick ones their moving mean.</p></header>"
     )
 
 
 def _facts(record: RunRecord) -> str:
-    cards = [_card(title, section.items()) for title, section in list(record.facts.items())[:MOST_MEASURED]]
+    cards = [_card(title, section.items()) for title, section in list(record.facts.items())[:MOST_SECTIONS]]
     changed = [(key, record.settings.get(key)) for key in record.changed]
     cards.append(_card("Settings that differ from the defaults", changed or record.settings.items()))
     everything = _card("All settings", record.settings.items()) if changed else ""
-    return "".join(cards) + (f"<details><summary>All settings</summary>{everything}</details>" if everything else "")
+    more = f"<details><summary>All settings</summary>{everything}</details>" if everything else ""
+    return f'<div class="facts">{"".join(cards)}</div>{more}'
 
 
 def _card(title: str, facts: Iterable[tuple[str, object]]) -> str:
     rows = [f"<dt>{escaped(name)}</dt><dd>{escaped(as_text(value))}</dd>" for name, value in facts]
-    listed = "".join(rows[: 10 * MOST_MEASURED])
+    listed = "".join(rows[: 10 * MOST_SECTIONS])
     return f'<section class="card"><h3>{escaped(title)}</h3><dl>{listed}</dl></section>'
 
 

@@ -10,7 +10,7 @@ from coldstill.common.packages import require_packages
 from coldstill.common.visible import visible
 
 from .compare import Comparison
-from .page import LOGGED
+from .page import LOGGED, NOISY
 
 _COLORS = ("#2a6fb0", "#c9542a", "#14735c", "#a1378a", "#94700a", "#6450c4", "#7d5a3c", "#4f5a63")
 _MAX_NAME = 60
@@ -35,9 +35,12 @@ def comparison_png(comparison: Comparison) -> bytes:
             if not points:
                 continue
             style = {"color": _COLORS[number % len(_COLORS)], "linestyle": "-" if number < len(_COLORS) else "--"}
-            axes.plot(*zip(*points, strict=True), alpha=0.3, linewidth=1, **style)
-            (handles[_plain(name)],) = axes.plot(*zip(*smoothed(points), strict=True), linewidth=1.8, **style)
-        axes.set_title(f"{title}, {unit}", loc="left", fontsize=10)
+            means = points
+            if key in NOISY:
+                means = smoothed(points)
+                axes.plot(*zip(*points, strict=True), alpha=0.3, linewidth=1, **style)
+            (handles[_plain(name)],) = axes.plot(*zip(*means, strict=True), linewidth=1.8, **style)
+        axes.set_title(f"{title}, {unit}" if unit else title, loc="left", fontsize=10)
         axes.tick_params(labelsize=8.5, length=0)
         axes.grid(visible=True, color="#e4e7eb")
         axes.spines[["top", "right", "left"]].set_visible(False)
