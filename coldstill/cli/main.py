@@ -174,7 +174,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until it ends or its driver dies.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two refreshes of --watch.")] = 10.0,
 ) -> None:
-    """Show the progress of a capture: units done and failed, speed, time left, cost; or of rounds, and of their part.
+    """Show the progress of a capture: units done and failed, speed, end, cost; or of rounds, and of their part.
 
     Reads only the output directory, so it works from any machine, during the capture, after a crash and after the end.
     """

@@ -94,8 +94,11 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`, at most `most` + 1 steps apart by 1, 2 or 5 times a power
     of 10."""
-    span = high - low if high > low else abs(high) or 1.0
-    step = 10 ** math.floor(math.log10(span / most))
+    largest = max(abs(low), abs(high))
+    span = high - low
+    if span <= 1e-9 * largest or span < 1e-100:  # as good as one value
+        span = largest if largest >= 1e-100 else 1.0
+    step = 10.0 ** math.floor(math.log10(span / most))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, max(last, first + 1) + 1)]

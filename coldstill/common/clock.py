@@ -10,7 +10,7 @@ _FURTHEST_S = 100 * 366 * 86_400
 
 def duration(seconds: float | None) -> str:
     """A time in words: its two largest units of days, hours, minutes and seconds."""
-    if seconds is None:
+    if seconds is None or not abs(seconds) <= _FURTHEST_S:
         return "not known yet"
     left = max(0, round(seconds))
     parts: list[str] = []

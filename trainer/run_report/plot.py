@@ -34,7 +34,10 @@ def comparison_png(comparison: Comparison) -> bytes:
             points = thinned(record.points(key))
             if not points:
                 continue
-            style = {"color": _COLORS[number % len(_COLORS)], "linestyle": "-" if number < len(_COLORS) else "--"}
+            style: dict[str, Any] = {
+                "color": _COLORS[number % len(_COLORS)],
+                "linestyle": "-" if number < len(_COLORS) else "--",
+            }
             means = points
             if key in NOISY:
                 means = smoothed(points)

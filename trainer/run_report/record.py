@@ -6,10 +6,9 @@ A run of an earlier release has none; its record is made of its newest checkpoin
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
 
@@ -21,6 +20,10 @@ RECORD_NAME, PAGE_NAME = "report.json", "report.html"
 MAX_BYTES = 64 << 20
 """A larger file is not read: the log of a million lines is larger."""
 
+MOST_STEPS = 1 << 53
+MAX_NUMBER = 1e100
+"""Larger numbers of a log are left out: no figure has them, and differences of them overflow."""
+
 State = Literal["running", "interrupted", "failed", "finished"]
 
 
@@ -30,13 +33,15 @@ class RunRecord(FrozenModel):
     state: State
     error: str | None = Field(default=None, description="The error that ended the run.")
     written: float | None = Field(default=None, description="Unix time of this record.")
-    step: int = Field(ge=0, description="Optimizer steps taken.")
-    max_steps: int = Field(ge=0, description="Optimizer steps of the whole run.")
+    step: int = Field(ge=0, le=MOST_STEPS, description="Optimizer steps taken.")
+    max_steps: int = Field(ge=0, le=MOST_STEPS, description="Optimizer steps of the whole run.")
     time_left_s: float | None = None
     facts: dict[str, dict[str, str]] = Field(default={}, description="Sections of named facts, as text.")
     settings: dict[str, JsonValue] = Field(default={}, description="All settings, `section.key` to value.")
     changed: tuple[str, ...] = Field(default=(), description="Settings that differ from their default.")
-    resumed: tuple[int, ...] = Field(default=(), description="Steps from which the run was resumed.")
+    resumed: tuple[Annotated[int, Field(ge=0, le=MOST_STEPS)], ...] = Field(
+        default=(), description="Steps from which the run was resumed."
+    )
     summary: dict[str, JsonValue] = Field(default={}, description="`train_summary.json` of a finished run.")
     log: tuple[dict[str, JsonValue], ...] = ()
 
@@ -107,12 +112,12 @@ def _of_checkpoint(folder: Path, state: Path) -> RunRecord:
     try:
         return RunRecord(
             state="finished" if summary else "interrupted",
-            step=found.get("global_step"),  # type: ignore[arg-type]
-            max_steps=found.get("max_steps"),  # type: ignore[arg-type]
+            step=found.get("global_step"),
+            max_steps=found.get("max_steps"),
             facts=facts,
             settings=flat(identity),
             summary=summary,
-            log=found.get("log_history"),  # type: ignore[arg-type]
+            log=found.get("log_history"),
         )
     except ValueError:
         raise _damaged(state, "a document without global_step, max_steps and log_history") from None
@@ -165,7 +170,7 @@ def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
+        return float(value) if abs(value) <= MAX_NUMBER else None
     except OverflowError:
         return None
 

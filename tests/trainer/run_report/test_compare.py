@@ -85,6 +85,21 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     assert "nan" not in run_page(record(log=log), name="run", now=NOW).lower()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [(1e308, -1e308), (5e-324, 1e-323), (1e15, 1e15 + 0.125), (0.0, -0.0), (10**400, 1), (-1e99, 1e-99), (True, "x")],
+    ids=str,
+)
+def test_every_number_has_a_drawing(tmp_path: Path, values: tuple[float, float]) -> None:
+    log = [{"step": n, "loss": value, "eval_loss": value} for n, value in enumerate(values)]
+    log.append({"step": values[0], "loss": 1.0})
+    found = record(log=log, time_left_s=1e300, summary={"wall_s": 1e300}, state="running", max_steps=0)
+    page = run_page(found, name="run", now=NOW)
+    assert "nan" not in page
+    assert "inf" not in page.replace("information", "")
+    assert comparison_page(read_runs([put(tmp_path / "run", log=log)]), now=NOW)
+
+
 def test_a_comparison_shows_what_differs_and_what_was_reached(tmp_path: Path, capsys, monkeypatch) -> None:
     one = put(tmp_path / "x" / "run", settings={"loss.name": "taid", "data.seed": 0}, state="finished")
     two = put(tmp_path / "y" / "run", settings={"loss.name": "forward_kl", "data.seed": 0}, log=[], step=0)
