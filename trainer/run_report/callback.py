@@ -62,9 +62,11 @@ class RunReport(TrainerCallback):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or self._state is None:
             return
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._write("interrupted", error=first_line(error))
+            return
         what = error.what if isinstance(error, ColdstillError) else first_line(error)
-        self._write("interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {what}")
+        self._write("failed", error=f"{type(error).__name__}: {what}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Take over what the report of the earlier starts lists, and write the first page of this one."""

@@ -17,9 +17,9 @@ MOST_SECTIONS = 16
 """Most lists of facts, one for each dataset; each has at most ten times as many rows."""
 
 LOGGED = (
-    ("Loss", "loss", "nats per target", None, None),
-    ("KL to the teacher", "bucket_kl", "nats per target", 0.0, None),
-    ("t of TAID", "taid_t", "share of the teacher in the target", 0.0, 1.0),
+    ("Loss", "loss", "nats/target", None, None),
+    ("KL to the teacher", "bucket_kl", "nats/target", 0.0, None),
+    ("t of TAID", "taid_t", "share of the teacher", 0.0, 1.0),
     ("Learning rate", "learning_rate", "", 0.0, None),
     ("Gradient norm", "grad_norm", "before clipping", 0.0, None),
     ("Speed", "targets_per_s", "targets/s", 0.0, None),
@@ -148,7 +148,8 @@ def _header(record: RunRecord, *, name: str, now: datetime) -> str:
     listed = "".join(f"<div><dt>{title}</dt><dd>{text}</dd></div>" for title, text in figures.items())
     resumed = f" · resumed at step {', '.join(f'{step:,}' for step in record.resumed[-8:])} (dashed)"
     said = f"Written {clock_time(now, now=now)}, {now:%Y-%m-%d}{resumed if record.resumed else ''}"
-    error = f'<p class="failed">{escaped(record.error, most=1000)}</p>' if record.error else ""
+    kind = "failed" if record.state == "failed" else "quiet"
+    error = f'<p class="{kind} written">{escaped(record.error, most=1000)}</p>' if record.error else ""
     return (
         f'<header><p class="quiet">Training run {badge}</p><h1>{escaped(name)}</h1>'
         f'<dl class="figures">{listed}</dl>{error}<p class="quiet written">{escaped(said)}. The x axes count optimizer '
