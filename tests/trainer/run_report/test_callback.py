@@ -72,6 +72,7 @@ def test_a_disk_that_takes_no_page_does_not_end_the_training(
     assert not (tmp_path / "run" / RECORD_NAME).exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_release_is_read_from_its_checkpoint(
     tiny_dataset: Path, tiny_student: Path, tmp_path: Path
 ):
