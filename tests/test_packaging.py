@@ -110,6 +110,7 @@ def test_the_wheel_holds_every_source_file_and_the_specification_and_no_tests(wh
         if file.is_file()
     }
     page = {f"coldstill/tools/inspect/page.{ending}" for ending in ("html", "css", "js")}
+    page |= {f"coldstill/common/{name}.css" for name in ("page", "charts")}
     assert package_files(wheel) == sources | page | {"coldstill/py.typed", "coldstill/storage_schema/FORMAT.md"}
 
 

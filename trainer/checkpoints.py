@@ -5,6 +5,7 @@ checkpoint-<step>/     written by transformers, and last `files.json`: the size 
 student/               the finished student: model, tokenizer and model card, loadable by `from_pretrained`
 adapter/               the LoRA adapters alone, if they were merged into the student
 trainer_state.json     the log of the whole run
+report.html            the page of the run, rewritten as it runs; report.json: its data, for `coldstill compare`
 report.md              the log as text: the curve of t, losses, measurements
 train_summary.json     written last: its presence means that the run is finished
 """

@@ -357,7 +357,8 @@ class DistillTrainer(TrainingLoop):
         return BatchLoader(self._stream(dataset, batch_size=self.args.eval_batch_size, epochs=1), self.args)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `bucket_kl` to training lines, and with TAID `taid_t` (of the next step) and `taid_momentum`."""
+        """Add `bucket_kl`, `targets_per_s` and `peak_memory_mb` to training lines, and with TAID `taid_t` (of the next
+        step) and `taid_momentum`."""
         if "loss" in logs:
             logs = {**logs, **self.record.take_logs()}
         super().log(logs, start_time)

@@ -263,3 +263,24 @@ class TaskFailed(ColdstillError):
 
     Fix: list the names with `lm-eval ls tasks`; check a file with `lm-eval validate --tasks FILE`.
     """
+
+
+class RunNotFound(ColdstillError):
+    """A folder is not the output of a training.
+
+    Fix: name the `output` of a training that has begun.
+    """
+
+
+class RunDamaged(ColdstillError):
+    """A file of a run's output cannot be read as what a training writes there.
+
+    Fix: copy the run's folder again from where it is whole, or re-run the training to write the file anew.
+    """
+
+
+class EvaluationNotOfRun(ColdstillError):
+    """A report of `coldstill evaluate` is of no student of the compared runs.
+
+    Fix: leave the report out, or name the run of its student too.
+    """

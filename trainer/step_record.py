@@ -23,6 +23,8 @@ from .losses.base import LossState
 from .losses.taid_schedule import TaidSchedule
 from .sharding import is_sharded, local_part
 
+MEASURED = ("targets_per_s", "peak_memory_mb")
+"""Entries of the log that depend on the machine, and differ between equal runs."""
 MOST_NAMED = 20
 """Rows that one error message lists."""
 
@@ -48,6 +50,7 @@ class StepRecord(TrainerCallback, ExportableState):
         self._peak_before = 0.0
         self.cursor: dict[str, Any] | None = None
         self._kl_since_log: list[float] = []
+        self._targets_at_log, self._logged = 0, self._began
         self.open_step(targets=0, cursor=None)
 
     def open_step(self, *, targets: int, cursor: dict[str, Any] | None) -> None:
@@ -80,6 +83,7 @@ class StepRecord(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks[StepRecord.__name__]["attributes"]
         self.targets, self._seconds_before, self.cursor = saved["targets"], saved["seconds"], saved["cursor"]
         self._peak_before = saved["peak_memory_mb"]
+        self._targets_at_log = self.targets
         if self.schedule is not None:
             self.schedule.load_state_dict(saved["schedule"])
         if self.loss_state is not None:
@@ -119,8 +123,13 @@ class StepRecord(TrainerCallback, ExportableState):
         self.open_step(targets=0, cursor=None)
 
     def take_logs(self) -> dict[str, float]:
-        """Entries for the training log: `bucket_kl` is the mean of the steps since the last call."""
-        logs = {}
+        """Entries for the training log: `bucket_kl` and `targets_per_s` are means of the steps since the last call."""
+        now = time.monotonic()
+        logs = {
+            "targets_per_s": round((self.targets - self._targets_at_log) / max(now - self._logged, 1e-6), 1),
+            "peak_memory_mb": round(max(self._peak_before, _peak_memory_mb()), 1),
+        }
+        self._targets_at_log, self._logged = self.targets, now
         if self._kl_since_log:
             logs["bucket_kl"] = sum(self._kl_since_log) / len(self._kl_since_log)
             self._kl_since_log = []

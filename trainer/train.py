@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
 
 from coldstill.common.files import write_json
 from coldstill.common.interrupts import raising_interrupts
@@ -29,6 +30,8 @@ from .evaluation.report import measured_metrics
 from .finished_student import push_student, write_student
 from .interruption import CheckpointOnSignal
 from .losses import run_identity
+from .run_report.callback import RunReport
+from .run_report.pace import EndTimeBar, Pace
 
 
 class TrainSummary(FrozenModel):
@@ -77,10 +80,11 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     if (output / SUMMARY_NAME).exists():
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
+    report = RunReport(config, dataset, write=args.process_index == 0)
     with naming_failed_writes(output):
         checkpoint = newest_checkpoint(output)
         if checkpoint is None or not checkpoint.finished:
-            _run(config, dataset, args, checkpoint, callbacks)
+            _run(config, dataset, args, checkpoint, callbacks, report)
             checkpoint = newest_checkpoint(output)
             assert checkpoint is not None
         summary = _summary(config, dataset, checkpoint)
@@ -89,6 +93,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
                 write_student(config, dataset, checkpoint)
                 if config.training.push_to_hub is not None:
                     push_student(output, config.training.push_to_hub)
+                # Before the summary: after it, no start of the run writes again.
+                report.finish(checkpoint.state, summary.model_dump())
                 write_json(output / SUMMARY_NAME, summary.model_dump(), sort_keys=True)
     return summary
 
@@ -99,11 +105,14 @@ def _run(
     args: TrainingArguments,
     checkpoint: Checkpoint | None,
     callbacks: Sequence[TrainerCallback],
+    report: RunReport,
 ) -> None:
     """Train from `checkpoint` to the end. No model or optimizer is left in memory afterwards."""
     on_signal = CheckpointOnSignal(grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0)
-    with raising_interrupts(), on_signal:
-        trainer = _build(config, dataset, args, [*callbacks, on_signal])
+    with raising_interrupts(), on_signal, report:
+        trainer = _build(config, dataset, args, [*callbacks, report, on_signal])
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(EndTimeBar(Pace()))
         trainer.train(resume_from_checkpoint=checkpoint)
     del trainer
     gc.collect()

@@ -174,7 +174,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until it ends or its driver dies.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two refreshes of --watch.")] = 10.0,
 ) -> None:
-    """Show the progress of a capture: units done and failed, speed, time left, cost; or of rounds, and of their part.
+    """Show the progress of a capture: units done and failed, speed, end, cost; or of rounds, and of their part.
 
     Reads only the output directory, so it works from any machine, during the capture, after a crash and after the end.
     """
@@ -212,6 +212,27 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
     settings = load_config(config, model=TrainConfig, overrides=overrides or ())
     _hide_loading_bars()
     show_result(api.train(settings).model_dump(), title="train", summary=summary)
+
+
+@app.command(rich_help_panel=MAKE)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Outputs of trainings, finished or not.")],
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Report of `evaluate --json` on the student of one of the runs; repeatable. evaluation*.json in the "
+            "folder of a run is read anyway.",
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Also write a page with the curves.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curves into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Put training runs side by side: settings that differ, losses, KL, speed, memory, evaluations."""
+    from .compare import compare as run_compare
+
+    run_compare(runs, evaluations=evaluation or (), html=html, png=png, as_json=as_json, console=Console())
 
 
 @app.command(rich_help_panel=MAKE, cls=_command_with_keys("coldstill.rounds.config", "RoundsConfig"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from coldstill.common.clock import duration, ends_about, local_now
 from coldstill.common.visible import NEWLINE, visible
 from coldstill.pipeline.driver.status import MEANING, Status
 from coldstill.rounds.parts import HEADINGS
@@ -23,9 +25,9 @@ MOST_SHOWN = 10
 AnyStatus = Status | RoundsStatus
 
 
-def show_status(status: AnyStatus, *, console: Console) -> None:
-    """Print the status once."""
-    console.print(_view(status))
+def show_status(status: AnyStatus, *, console: Console, now: datetime | None = None) -> None:
+    """Print the status once. `now`: the local time, by default that of the clock."""
+    console.print(_view(status, now=now))
 
 
 def watch_status(read: Callable[[], AnyStatus], *, every_s: float, console: Console) -> AnyStatus:
@@ -39,32 +41,20 @@ def watch_status(read: Callable[[], AnyStatus], *, every_s: float, console: Cons
     return status
 
 
-def duration(seconds: float | None) -> str:
-    """A time in words: its two largest units of days, hours, minutes and seconds."""
-    if seconds is None:
-        return "not known yet"
-    left = max(0, round(seconds))
-    parts: list[str] = []
-    for size, name in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
-        count, left = divmod(left, size)
-        if count or parts or size == 1:
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2])
-
-
-def _view(status: AnyStatus) -> RenderableType:
+def _view(status: AnyStatus, *, now: datetime | None = None) -> RenderableType:
+    """`now`: the local time, by default that of the clock."""
     if isinstance(status, RoundsStatus):
-        return _view_of_rounds(status)
+        return _view_of_rounds(status, now or local_now())
     table = Table(title=_plain(status.root), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _lines(status):
+    for name, value in _lines(status, now or local_now()):
         table.add_row(name, _plain(value))
     lists = [_failed(status)] * bool(status.failed) + [_running(status)] * bool(status.running)
     return Group(table, *lists)
 
 
-def _view_of_rounds(status: RoundsStatus) -> RenderableType:
+def _view_of_rounds(status: RoundsStatus, now: datetime) -> RenderableType:
     table = Table(title=_plain(status.root), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -74,12 +64,17 @@ def _view_of_rounds(status: RoundsStatus) -> RenderableType:
         table.add_row("now", f"round-{status.round:02}/{status.part}: {HEADINGS[status.part]}")
     if status.steps_done is not None:
         table.add_row("checkpoint", f"step {status.steps_done:,}")
+    if status.training is not None:
+        table.add_row("training", f"step {status.training.step:,} of {status.training.max_steps:,}")
+        if not status.is_over:
+            table.add_row("time left", f"{duration(status.training.time_left_s)}, of this part")
+            table.add_row("part ends", ends_about(status.training.time_left_s, now=now))
     if status.student is not None:
         table.add_row("newest student", _plain(status.student))
-    return Group(table, *([_view(status.capture)] if status.capture else []))
+    return Group(table, *([_view(status.capture, now=now)] if status.capture else []))
 
 
-def _lines(status: Status) -> list[tuple[str, str]]:
+def _lines(status: Status, now: datetime) -> list[tuple[str, str]]:
     totals = status.totals
     lines = [("state", f"{status.state}: {MEANING[status.state]}")]
     if status.error:
@@ -101,6 +96,7 @@ def _lines(status: Status) -> list[tuple[str, str]]:
             ("workers", f"{status.workers:,} ready"),
             ("speed", f"{status.tokens_per_s:,.0f} tokens/s" if status.tokens_per_s else duration(None)),
             ("time left", duration(status.time_left_s)),
+            ("ends", ends_about(status.time_left_s, now=now)),
         ]
     if totals.starts:
         worker_hours, gpu_hours = totals.worker_seconds / 3600, totals.gpu_seconds / 3600

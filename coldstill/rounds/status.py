@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from coldstill.common.errors import ColdstillError
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.driver.status import Status, read_status
 from coldstill.storage_schema.errors import DatasetNotFound
+from coldstill.trainer.run_report.record import RECORD_NAME as RECORD_NAME_OF_RUN
+from coldstill.trainer.run_report.record import read_run
 
 from .parts import HEADINGS, SUMMARY_NAME, Part, PartName, part_folder, student_folder
 from .run import LOCK_NAME, RECORD_NAME, read_record
@@ -22,6 +26,14 @@ MEANING: dict[State, str] = {
     "stopped": "no part is running: re-run the same command to resume",
     "finished": "all rounds are done",
 }
+
+
+class TrainingProgress(FrozenModel):
+    """Steps of a training, and the seconds until it ends, null before its second step."""
+
+    step: int
+    max_steps: int
+    time_left_s: float | None = None
 
 
 class RoundsStatus(FrozenModel):
@@ -35,6 +47,9 @@ class RoundsStatus(FrozenModel):
     part: PartName | None = None
     capture: Status | None = Field(default=None, description="Status of the part, if it captures.")
     steps_done: int | None = Field(default=None, description="Step of the newest checkpoint of the part, if it trains.")
+    training: TrainingProgress | None = Field(
+        default=None, description="What the report of the part says, if it trains; at most some ten seconds old."
+    )
     student: str | None = Field(default=None, description="The newest finished student.")
 
     @property
@@ -69,6 +84,7 @@ def read_rounds_status(root: str) -> RoundsStatus:
         part=now.name if now else None,
         capture=_capture(now) if now else None,
         steps_done=_steps(now) if now else None,
+        training=_training(now) if now else None,
         student=str(student_folder(folder, done - 1)) if done else None,
     )
 
@@ -87,6 +103,18 @@ def _steps(part: Part) -> int | None:
         return None
     names = [path.parent.name.rpartition("-")[2] for path in part.folder.glob("checkpoint-*/files.json")]
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _training(part: Part) -> TrainingProgress | None:
+    if part.command != "train" or not (part.folder / RECORD_NAME_OF_RUN).is_file():
+        return None
+    try:
+        found = read_run(part.folder)
+    except ColdstillError:  # the status is not worse for a page that is damaged
+        return None
+    since = max(0.0, time.time() - found.written) if found.written is not None else 0.0
+    left = None if found.time_left_s is None else max(0.0, found.time_left_s - since)
+    return TrainingProgress(step=found.step, max_steps=found.max_steps, time_left_s=left)
 
 
 def _is_locked(folder: Path) -> bool:

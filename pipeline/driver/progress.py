@@ -10,11 +10,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
+from coldstill.common.clock import ends_about, local_now
 from coldstill.pipeline.errors import CaptureIncomplete
 from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.errors import StorageFailed
@@ -250,10 +252,18 @@ class Progress:
 
 
 class ProgressBar:
-    """The driver's progress bar: rows, with speed, workers, failures and cost. Refreshed each second."""
+    """The driver's progress bar: rows, with speed, end, workers, failures and cost. Refreshed each second."""
 
-    def __init__(self, progress: Progress, *, work: Work, rows: int, rows_done: int):
-        self._progress, self._work = progress, work
+    def __init__(
+        self,
+        progress: Progress,
+        *,
+        work: Work,
+        rows: int,
+        rows_done: int,
+        now: Callable[[], datetime] = local_now,
+    ):
+        self._progress, self._work, self._now = progress, work, now
         self._bar = tqdm(total=rows, initial=rows_done, desc="capture", unit=" rows", smoothing=0)
         self._has_begun = False
 
@@ -284,6 +294,8 @@ class ProgressBar:
             return "starting workers"
         rates, totals, failed = self._progress.rates, self._progress.totals, len(self._work.failed)
         parts = [f"{rates.targets:,.0f} targets/s"] if rates else []
+        if rates and rates.rows and (rows := (self._bar.total or 0) - self._bar.n) > 0:
+            parts.append(f"ends {ends_about(rows / rates.rows, now=self._now())}")
         parts.append(f"workers: {self._work.workers}")
         parts += [f"failed: {failed}"] if failed else []
         parts += [f"cost: {totals.cost:,.2f}"] if totals.cost is not None else []

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import shutil
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from coldstill.cli.main import main
+from coldstill.cli.status_table import show_status
 from coldstill.rounds.run import LOCK_NAME, RECORD_NAME, RoundsDamaged
 from coldstill.rounds.status import read_rounds_status
 
@@ -54,6 +59,30 @@ def test_the_first_part_that_is_not_done_is_the_one_that_is_shown(tmp_path: Path
     _done(root, 1, "answers", "scores", "train")
     found = read_rounds_status(str(root))
     assert (found.state, found.round, found.part, found.is_over) == ("finished", None, None, True)
+
+
+def test_a_part_that_trains_says_when_it_ends(tmp_path: Path) -> None:
+    root = _rounds(tmp_path / "rounds")
+    _done(root, 0, "answers", "scores")
+    run = root / "round-00" / "train"
+    run.mkdir(parents=True)
+    record = {"state": "running", "step": 30, "max_steps": 90, "written": time.time() - 60, "time_left_s": 3660.0}
+    (run / "report.json").write_text(json.dumps(record))
+    with (root / LOCK_NAME).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = read_rounds_status(str(root))
+    assert found.training is not None
+    assert (found.training.step, found.training.max_steps) == (30, 90)
+    assert found.training.time_left_s == pytest.approx(3600, abs=30)
+    training = found.training.model_copy(update={"time_left_s": 3600.0})
+    console = Console(width=100, record=True, file=io.StringIO())
+    shown = found.model_copy(update={"training": training})
+    show_status(shown, console=console, now=datetime(2026, 11, 29, 23, 30))
+    text = console.export_text()
+    assert "step 30 of 90" in text
+    assert "about 00:30 tomorrow" in text
+    (run / "report.json").write_text("{")
+    assert read_rounds_status(str(root)).training is None
 
 
 def test_rounds_run_while_a_process_holds_their_lock(tmp_path: Path) -> None:

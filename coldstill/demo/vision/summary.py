@@ -75,6 +75,7 @@ def show(layout: Layout, console: Console, *, wall_s: float) -> None:
         "CE cross-entropy, FKL forward KL. KL in nats per target, over the whole vocabulary.\n"
         f"The teacher's folder was {absence} during training.\n"
         f"{layout.card}\n{layout.page}\n{layout.summary}\n{layout.picture}\n"
+        f"Each run has a page, report.html; side by side: coldstill compare {layout.run('*')}/ --html compare.html\n"
         f"[dim]{round(wall_s) // 60}:{round(wall_s) % 60:02} minutes[/dim]",
         soft_wrap=True,
     )

@@ -10,7 +10,6 @@ Shape letters: `T` tokens of the row, `N` target positions, `K` teacher top-k, `
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import json
 from importlib import resources
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from coldstill.common.page import digest, page_style
 from coldstill.common.visible import visible
 from coldstill.storage_schema.header import MAX_VOCAB_SIZE, DatasetHeader
 from coldstill.tools.errors import PageNotWritten
@@ -59,10 +59,10 @@ def write_page(root: str | Path, index: int, path: str | Path) -> Path:
 
 def render(data: dict[str, Any], *, title: str, plain_text: str) -> str:
     """The page as text. A browser without scripts shows `plain_text`."""
-    style, script = _part("page.css"), _part("page.js")
+    style, script = page_style() + _part("page.css"), _part("page.js")
     return Template(_part("page.html")).substitute(
         policy=(
-            f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
+            f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; "
             f"{'img-src data:; ' if data.get('pictures') else ''}base-uri 'none'; form-action 'none'"
         ),
         style=style,
@@ -86,11 +86,6 @@ def _origin(header: DatasetHeader) -> str:
 
 def _part(name: str) -> str:
     return (resources.files("coldstill.tools.inspect") / name).read_text(encoding="utf-8")
-
-
-def _digest(source: str) -> str:
-    """The name of an inline source in a Content-Security-Policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
 def page_data(one: InspectedRow) -> dict[str, Any]:

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from coldstill.cli.status_table import duration, show_status
+from coldstill.cli.status_table import show_status
+from coldstill.common.clock import duration
 from coldstill.pipeline.cluster.dispatcher import FailedUnit
 from coldstill.pipeline.driver.lease import Lease
-from coldstill.pipeline.driver.progress import Progress
+from coldstill.pipeline.driver.progress import Progress, ProgressBar, Rates
 from coldstill.pipeline.driver.status import MAX_LISTED, PROGRESS_FOLDER, Status, Totals, read_progress, read_status
 from coldstill.pipeline.errors import CaptureIncomplete
 from coldstill.pipeline.worker import UnitReport
@@ -312,3 +316,29 @@ def test_a_status_needs_none_of_what_a_capture_needs(tiny_dataset: Path) -> None
 def test_durations_are_words(seconds: float | None, words: str) -> None:
     assert duration(seconds) == words
     assert re.sub(r"[\d ]", "", words)
+
+
+def test_a_running_capture_says_when_it_ends() -> None:
+    status = Status(
+        root="here",
+        state="running",
+        units_done=1,
+        units_running=1,
+        units_failed=0,
+        totals=Totals(),
+        workers=1,
+        time_left_s=1_800.0,
+    )
+    console = Console(width=100, record=True, file=io.StringIO())
+    show_status(status, console=console, now=datetime(2026, 11, 29, 14, 2))
+    assert "about 14:32 today" in console.export_text()
+
+
+def test_the_bar_of_a_capture_says_when_it_ends() -> None:
+    progress: Any = SimpleNamespace(rates=Rates(rows=2.0, tokens=9.0, targets=8.0), totals=Totals(), on_second=None)
+    with ProgressBar(
+        progress, work=Workers(), rows=4_600, rows_done=1_000, now=lambda: datetime(2026, 11, 29, 14, 2)
+    ) as bar:
+        assert "ends about 14:32 today" in bar._text()
+        progress.rates = None
+        assert "ends" not in bar._text()

@@ -1,0 +1,77 @@
+"""What `coldstill compare` does: read the runs, print tables or JSON, write a page or a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coldstill.common.clock import local_now
+from coldstill.common.visible import visible
+from coldstill.tools.errors import PageNotWritten
+from coldstill.trainer.run_report.compare import Comparison, comparison_page, read_runs
+from coldstill.trainer.run_report.page import as_text
+
+
+def compare(
+    folders: Sequence[Path],
+    *,
+    evaluations: Sequence[Path],
+    html: Path | None,
+    png: Path | None,
+    as_json: bool,
+    console: Console,
+) -> None:
+    """Compare the runs in `folders`. With `as_json`, standard output holds one JSON document and nothing else.
+
+    Raises `PageNotWritten`, `PackagesMissing`, and what `read_runs` raises.
+    """
+    comparison = read_runs(folders, evaluations=evaluations)
+    if html is not None:
+        _write(html, comparison_page(comparison, now=local_now()).encode())
+    if png is not None:
+        from coldstill.trainer.run_report.plot import comparison_png
+
+        _write(png, comparison_png(comparison))
+    if as_json:
+        print(json.dumps(comparison.document()))
+    else:
+        show_comparison(comparison, console=console)
+
+
+def show_comparison(comparison: Comparison, *, console: Console) -> None:
+    """Print the figures, the settings that differ, and the facts, with one column per run."""
+    for title, rows in (
+        ("figures", comparison.figures()),
+        ("settings that differ", comparison.differing_settings()),
+        ("dataset, teacher, student", comparison.facts()),
+    ):
+        if rows:
+            console.print(_table(title, rows, list(comparison.runs)))
+            console.print()
+
+
+def _table(title: str, rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(Text(visible(name)), overflow="fold")
+    for name, values in rows.items():
+        cells = [Text("" if value is None else visible(as_text(value))) for value in values]
+        table.add_row(Text(visible(name)), *cells)
+    return table
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise PageNotWritten(
+            visible(str(path)), found=error.strerror, wanted="a file that can be written", fix="choose another path"
+        ) from None

@@ -1,0 +1,53 @@
+"""When a training ends, by the pace of its steps; and the progress bar that says so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from transformers.trainer_callback import ProgressCallback
+
+from coldstill.common.clock import ends_about, local_now
+
+
+class Pace:
+    """Time left of a run. Steps of earlier starts, and the first of this one, which warms up, do not count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """`clock`: seconds since any moment."""
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+
+    def left_s(self, step: int, total: int) -> float | None:
+        """Seconds until step `total`, at the end of `step`; None before the second step. Call it after each step."""
+        now = self._clock()
+        if self._first is None:
+            self._first = (step, now)
+        first, began = self._first
+        return (total - step) * (now - began) / (step - first) if step > first else None
+
+
+class EndTimeBar(ProgressCallback):
+    """The bar of transformers with the time of the clock at which the run ends; in a resumed run, its speed counts the
+    steps of this start alone."""
+
+    def __init__(self, pace: Pace, now: Callable[[], datetime] = local_now):
+        super().__init__()
+        self._pace, self._now = pace, now
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar at the step of the checkpoint."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = self.training_bar.last_print_n = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.training_bar is not None:
+            left = self._pace.left_s(state.global_step, state.max_steps)
+            if left is not None:
+                self.training_bar.set_postfix_str(f"ends {ends_about(left, now=self._now())}", refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
