@@ -45,7 +45,7 @@ def build_wheel(folder: Path) -> Path:
         if name and not name.startswith(("examples/", "tests/", "benchmarks/")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, source / name, follow_symlinks=False)
-    uv = [sys.executable, REPOSITORY / "requirements/uv.py", "cpu"]
+    uv: list[str | Path] = [sys.executable, REPOSITORY / "requirements/uv.py", "cpu"]
     run([*uv, "build", "--wheel", "--no-build-isolation", "--out-dir", folder, source], cwd=folder)
     (wheel,) = folder.glob("coldstill-*.whl")
     return wheel
@@ -58,9 +58,9 @@ def measure(folder: Path) -> dict[str, float]:
     for name in ("tiny", "tiny_student"):
         shutil.copytree(REPOSITORY / "examples" / name, work / "examples" / name)
     shutil.copy2(REPOSITORY / "examples" / "tiny_train.yaml", work / "examples")
-    uv = [sys.executable, REPOSITORY / "requirements/uv.py", "cpu"]
+    uv: list[str | Path] = [sys.executable, REPOSITORY / "requirements/uv.py", "cpu"]
     lock = REPOSITORY / "requirements/cpu.txt"
-    install = ["pip", "install", "--python", environment, "--constraint", lock, f"{wheel}[train]"]
+    install: list[str | Path] = ["pip", "install", "--python", environment, "--constraint", lock, f"{wheel}[train]"]
     coldstill = environment / "bin" / "coldstill"
     return {
         "environment": run([*uv, "venv", "--python", sys.executable, environment], cwd=folder),
