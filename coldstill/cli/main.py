@@ -332,8 +332,12 @@ def demo(
     ] = False,
 ) -> None:
     """Run everything on this machine in 10 minutes: a teacher under vLLM and Ray, its dataset, three students."""
+    from coldstill.demo.settings import has_vllm_wheel
+
+    # Where vLLM has no wheel, the transformers engine captures; only images need vLLM.
+    vllm = ("vllm",) if vision or has_vllm_wheel() else ()
     require_packages(
-        "capture-cpu,train,share", "accelerate", "matplotlib", "ray", "tokenizers", "torch", "transformers", "vllm"
+        "capture-cpu,train,share", "accelerate", "matplotlib", "ray", "tokenizers", "torch", "transformers", *vllm
     )
     if vision:
         from coldstill.demo.vision.run import run_vision_demo

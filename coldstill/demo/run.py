@@ -8,6 +8,7 @@ child (progress bars) also goes to the terminal; its stdout goes to the log only
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -27,7 +28,8 @@ from coldstill.common.errors import ColdstillError
 from coldstill.common.files import new_file, new_folder, read_json, write_json
 from coldstill.common.interrupts import end_with_parent
 
-from .settings import LOSSES, Layout, capture_config, size_of, train_config
+from .settings import LOSSES, Layout, capture_config, demo_engine, size_of, train_config
+from .speed import speed_of, using_threads
 from .summary import show, write_summary
 from .text import write_text
 
@@ -74,10 +76,19 @@ class AnySize(Protocol):
 def run_demo(output: Path, *, quick: bool) -> None:
     """Run the missing stages of the demo in `output` and print its summary.
 
+    A new demo first measures this machine, prints how long it will take, and uses one thread where that is faster.
     Raises `OutputOfAnotherSize`, or `StageFailed` with the last lines of the failed stage.
     """
     size = size_of(quick=quick)
     layout = Layout(output.resolve())
+    engine = demo_engine()
+    console = Console(highlight=False)
+    if engine != "vllm":
+        console.print(
+            f"vLLM has no CPU wheel for {platform.system()} on {platform.machine()}: the teacher runs under the "
+            f"{engine} engine instead, in the same Ray worker.",
+            soft_wrap=True,
+        )
 
     def text() -> None:
         with new_folder(layout.text) as folder:
@@ -103,7 +114,9 @@ def run_demo(output: Path, *, quick: bool) -> None:
             makes=(layout.student,),
             work=lambda: run_module("student", models, "student", layout=layout, quick=quick),
         ),
-        *dataset_stages(layout, capture_config(layout, size), lambda loss: train_config(layout, size, loss=loss)),
+        *dataset_stages(
+            layout, capture_config(layout, size, engine=engine), lambda loss: train_config(layout, size, loss=loss)
+        ),
         Stage(
             name="measure",
             heading="measures the KL to the teacher, on files that no model was trained on",
@@ -117,7 +130,14 @@ def run_demo(output: Path, *, quick: bool) -> None:
             work=lambda: write_summary(layout, size),
         ),
     ]
-    run_stages(stages, layout, size, quick=quick, show=show)
+    _claim(layout, size, quick=quick)
+    threads: AbstractContextManager[None] = nullcontext()
+    if not any(stage.done for stage in stages):
+        speed = speed_of(_environment())
+        console.print(speed.sentence(quick=quick), soft_wrap=True)
+        threads = using_threads(speed.threads)
+    with threads:
+        run_stages(stages, layout, size, quick=quick, show=show)
 
 
 def run_stages(
@@ -176,6 +196,8 @@ def dataset_stages(
 ) -> list[Stage]:
     """The stages from a teacher's folder to trained students; `train_settings(loss)` are those of one run."""
     coldstill = [sys.executable, "-m", "coldstill"]
+    engine = capture_settings["teacher"]["engine"]
+    shown = "vLLM" if engine == "vllm" else engine
 
     def run(stage: str, *arguments: str | Path) -> None:
         run_stage(stage, [*coldstill, *map(str, arguments)], log=layout.log(stage))
@@ -210,7 +232,7 @@ def dataset_stages(
     return [
         Stage(
             name="capture",
-            heading="writes the teacher's top-k log-probs into Parquet shards, with Ray and vLLM",
+            heading=f"writes the teacher's top-k log-probs into Parquet shards, with Ray and {shown}",
             makes=(layout.dataset / "manifest.json", layout.capture_summary),
             work=capture,
         ),

