@@ -5,8 +5,9 @@ stages, because the demo's driver imports no torch. The seconds of the demo are 
 
     PROCESSES * start_s + STEPS / steps_per_s
 
-Both constants are fitted to two runs on 2 cores: the stored one, `benchmarks/results/demo_2_cores.json`, on an idle
-machine, and a quick one beside two busy processes with AVX-512 and bfloat16 masked (322 s at 1.1 steps per second).
+Both constants are fitted to two runs on 2 cores: the whole demo of `benchmarks/results/demo_2_cores.json`, on an idle
+machine, and the first quick one of `demo_estimate_2_cores.json`, beside busy processes, with AVX-512 masked.
+The second of that file was estimated at 4 to 7 minutes and took 6.8.
 """
 
 from __future__ import annotations
