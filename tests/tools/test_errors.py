@@ -32,7 +32,7 @@ def test_every_error_class_of_the_tools_is_in_the_list() -> None:
 def test_every_listed_error_is_a_coldstill_error_with_its_sentence_and_is_raised(name: str) -> None:
     kind = vars(errors)[name]
     assert issubclass(kind, ColdstillError)
-    assert (kind.__doc__ or "").endswith(".")
+    assert (inspect.getdoc(kind) or "").endswith(".")
     assert any(f"{name}(" in file.read_text() for file in ROOM.rglob("*.py") if file.name != "errors.py") or any(
         f"error={name}" in file.read_text() for file in ROOM.rglob("*.py")
     )
