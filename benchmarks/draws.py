@@ -114,7 +114,7 @@ def measure_noise(demo: Path, log: Path, *, quick: bool) -> None:
             scenes[key] = load_scene(demo, student, divisor=TEACHERS[key[0]], part=key[2], count=count)
         control = None if job["control"] is None else Control(**job["control"])
         figures = noise_of(scenes[key], Rule(**job["rule"]), control)
-        _append(log, {"noise": job, **figures})
+        append(log, {"noise": job, **figures})
 
 
 def train(demo: Path, output: Path, log: Path) -> None:
@@ -126,10 +126,11 @@ def train(demo: Path, output: Path, log: Path) -> None:
         if teacher not in benches:
             folder = output / teacher.replace(" ", "_")
             benches[teacher] = Bench(demo, folder, divisor=TEACHERS[teacher], quick=False)
-        _append(log, {"teacher": teacher, "seed": seed, "side": side.name, **benches[teacher].run(side, seed=seed)})
+        append(log, {"teacher": teacher, "seed": seed, "side": side.name, **benches[teacher].run(side, seed=seed)})
 
 
-def _append(log: Path, line: dict[str, Any]) -> None:
+def append(log: Path, line: dict[str, Any]) -> None:
+    """Append a finished figure or run to the log."""
     with log.open("a", encoding="utf-8") as lines:
         print(json.dumps(line), file=lines, flush=True)
 

@@ -27,6 +27,7 @@ from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 FIRST_UNTRAINED = 800
 """The training runs read the rows of the distillation part before this one; the parts to choose on are behind it."""
 _RANK_ROWS = 16
+_MOST_RANKED = 4096
 _REPEATS = 2
 
 
@@ -67,35 +68,65 @@ def load_scene(demo: Path, student: Path, *, divisor: float, part: str, count: i
             probs = (teacher(tokens).logits[:, :-1][at] / divisor).double().softmax(-1)
             made.append(Row(probs, (hidden @ head.T).softmax(-1), hidden, tokens[:, 1:][at]))
     rows, others = made[: -_RANK_ROWS or None], made[-_RANK_ROWS:]
-    counts = torch.bincount(torch.cat([row.teacher.topk(16, 1).indices.flatten() for row in others]))
+    return Scene(rows, head, rank_table([row.teacher.topk(16, 1).indices.flatten() for row in others]))
+
+
+def rank_table(ids: list[Tensor]) -> tuple[int, ...]:
+    """All ids in `ids`, by descending frequency; at most as many as a capture's table has."""
+    counts = torch.bincount(torch.cat(ids))
     order = counts.argsort(descending=True, stable=True)
-    return Scene(rows, head, tuple(order[counts[order] > 0].tolist()))
+    return tuple(order[counts[order] > 0][:_MOST_RANKED].tolist())
 
 
 def noise_of(scene: Scene, rule: Rule, control: Control | None = None) -> dict[str, float]:
-    """Mean squared error of forward KL's gradient against dense, and bytes, per position.
+    """Mean squared error of forward KL's gradient against dense, and bytes, per position: see `NoiseSums`."""
+    sums = NoiseSums(rule, control, vocabulary=len(scene.head), ranks=scene.ranks)
+    for row in scene.rows:
+        sums.add(row, scene.head)
+    return sums.means()
+
+
+class NoiseSums:
+    """Sums over rows of the squared error of forward KL's gradient against dense, and of bytes, by one rule.
 
     `logits`: of the gradient by the logits. `hidden`: by the hidden states. `head`: by the head's weights, of one row.
     `bytes`, `bytes_coarse`: of the row codec's streams; with K = 0 those of the draws alone.
     """
-    generator = torch.Generator().manual_seed(0)
-    codecs = {name: RowCodec(_header(rule, scene, name)) for name in ("fine", "coarse")}
-    sums = dict.fromkeys(("logits", "hidden", "head", "draws", "kept", "bytes", "bytes_coarse"), 0.0)
-    for row in scene.rows:
+
+    def __init__(self, rule: Rule, control: Control | None, *, vocabulary: int, ranks: tuple[int, ...]):
+        self._rule, self._control = rule, control
+        self._generator = torch.Generator().manual_seed(0)
+        self._codecs = {name: RowCodec(_header(rule, vocabulary, ranks, name)) for name in ("fine", "coarse")}
+        self._sums = dict.fromkeys(("logits", "hidden", "head", "draws", "kept", "bytes", "bytes_coarse"), 0.0)
+        self._positions = 0
+
+    def add(self, row: Row, head: Tensor) -> None:
+        """Add a row; `head [V, H]` is the student's, of any dtype: a large one in float32 takes half the memory."""
+        rule, sums = self._rule, self._sums
+        self._positions += len(row.labels)
         for repeat in range(_REPEATS):
-            kept = keep(row.teacher, rule, generator)
-            error = target(kept, row.student, row.teacher, control) - row.teacher
-            for name, values in (("logits", error), ("hidden", error @ scene.head), ("head", error.T @ row.hidden)):
-                sums[name] += float(values.square().sum()) / _REPEATS
+            kept = keep(row.teacher, rule, self._generator)
+            error = target(kept, row.student, row.teacher, self._control).sub_(row.teacher)
+            gram = error @ error.T
+            # The squared norm of `error.T @ hidden [V, H]` without that matrix, which is 1.3 GB at V = 262,144.
+            squares = {
+                "logits": gram.trace(),
+                "hidden": (error.to(head.dtype) @ head).square().sum(),
+                "head": (gram * (row.hidden @ row.hidden.T)).sum(),
+            }
+            for name, value in squares.items():
+                sums[name] += float(value) / _REPEATS
             if repeat == 0:
                 sums["draws"] += int((kept.weights > 0).sum())
                 sums["kept"] += int((kept.logprobs > -torch.inf).sum())
-                for suffix, codec in (("", codecs["fine"]), ("_coarse", codecs["coarse"])):
+                for suffix, codec in (("", self._codecs["fine"]), ("_coarse", self._codecs["coarse"])):
                     streams = codec.encode(_targets(kept, row), labels=row.labels.int().numpy())
                     counted = {name: data for name, data in streams.items() if rule.top_k or name.startswith("draw")}
                     sums[f"bytes{suffix}"] += sum(map(len, counted.values()))
-    positions = sum(len(row.labels) for row in scene.rows)
-    return {name: round(value / positions, 6) for name, value in sums.items()}
+
+    def means(self) -> dict[str, float]:
+        """The figures per position."""
+        return {name: round(value / self._positions, 6) for name, value in self._sums.items()}
 
 
 def _targets(kept: Kept, row: Row) -> TeacherTargets:
@@ -113,12 +144,12 @@ def _targets(kept: Kept, row: Row) -> TeacherTargets:
     )
 
 
-def _header(rule: Rule, scene: Scene, fidelity: Any) -> DatasetHeader:
+def _header(rule: Rule, vocabulary: int, ranks: tuple[int, ...], fidelity: Any) -> DatasetHeader:
     """Its facts about a teacher are placeholders, which the codec does not read."""
-    width, vocabulary = max(1, rule.top_k), len(scene.head)
+    width = max(1, rule.top_k)
     return DatasetHeader(
         codec=Codec.preset(fidelity, top_k=width),
-        id_ranks=scene.ranks,
+        id_ranks=ranks,
         teacher=TeacherFacts(name="small", weights_fingerprint="0", dtype="float32", head_dtype="float32"),
         tokenizer_fingerprint="0" * 64,
         vocab_size=vocabulary,

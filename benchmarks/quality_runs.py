@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,16 +68,30 @@ class Side:
 
 
 class Bench:
-    """The demo's models and rows, with the teacher's logits divided by `divisor`, and captures of it in `folder`."""
+    """The demo's models and rows, with the teacher's logits divided by `divisor`, and captures of it in `folder`.
 
-    def __init__(self, demo: Path, folder: Path, *, divisor: float, quick: bool):
+    Runs read the first 800 rows of the demo's distillation part once, or, with `rows` and `targets`, all rows of
+    another file of chats, as often as `targets` targets take.
+    """
+
+    def __init__(
+        self,
+        demo: Path,
+        folder: Path,
+        *,
+        divisor: float,
+        quick: bool,
+        rows: Path | None = None,
+        targets: int | None = None,
+    ):
         torch.set_num_threads(1)
         self.layout, self.folder = Layout(demo), folder
         self.teacher_folder = self._teacher(divisor)
         self.teacher: Any = AutoModelForCausalLM.from_pretrained(self.teacher_folder, dtype=torch.float32).eval()
-        rows = read_rows(self.layout.rows("held_out", "pairs"))[: 48 if quick else 256]
-        self.held_out = list(batches(rows, load_tokenizer(self.layout.tokenizer)))
-        self.prompts = self._prompts(160 if quick else 800)
+        held_out = read_rows(self.layout.rows("held_out", "pairs"))[: 48 if quick else 256]
+        self.held_out = list(batches(held_out, load_tokenizer(self.layout.tokenizer)))
+        self.prompts = rows or self._prompts(160 if quick else 800)
+        self.targets = targets
 
     def _teacher(self, divisor: float) -> Path:
         """Folder of the teacher with divided logits: its head's weights are divided."""
@@ -129,21 +144,30 @@ class Bench:
         seal(worker.store)
 
     def run(self, side: Side, *, seed: int) -> dict[str, float]:
-        """Train the demo's student and measure its held-out KL."""
-        began = time.monotonic()
-        student = self._trained(side, seed=seed)
-        return {"kl": round(self._held_out_kl(student), 6), "seconds": round(time.monotonic() - began, 1)}
+        """Train the demo's student and measure its held-out KL.
 
-    def _trained(self, side: Side, *, seed: int) -> Any:
+        `targets` that it was trained on, of which `distinct_targets` are different places of the text.
+        """
+        began = time.monotonic()
         rows = self.rows(side.cache or Cache(16, 64))
+        order = batches_of(rows, seed=seed, targets=self.targets)
+        student = self._trained(side, rows, order)
+        trained = [number for batch in order for number in batch]
+        return {
+            "kl": round(self._held_out_kl(student), 6),
+            "seconds": round(time.monotonic() - began, 1),
+            "targets": sum(len(rows[number].positions) for number in trained),
+            "distinct_targets": sum(len(rows[number].positions) for number in set(trained)),
+        }
+
+    def _trained(self, side: Side, rows: list[CachedRow], order: list[list[int]]) -> Any:
         student: Any = AutoModelForCausalLM.from_pretrained(self.layout.student, dtype=torch.float32).train()
         optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        steps, schedule = len(rows) // ROWS_PER_STEP, TaidSchedule()
-        for step in tqdm(range(steps), desc=side.name, leave=False):
+        steps, schedule = len(order), TaidSchedule()
+        for step, numbers in enumerate(tqdm(order, desc=side.name, leave=False)):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min(1, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            batch = collate([rows[n] for n in order[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]])
+            batch = collate([rows[number] for number in numbers])
             loss = self._loss(side, student, batch, t=schedule.t)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -180,6 +204,25 @@ class Bench:
             sums.add(expected, target_logprobs(student, tokens, loss_mask), labels)
             targets += len(labels)
         return sums.means(targets)["kl_teacher_student"]
+
+
+def batches_of(rows: Sequence[CachedRow], *, seed: int, targets: int | None = None) -> list[list[int]]:
+    """Numbers of the rows of each step: one epoch in random order, or epochs until the steps have `targets` targets.
+
+    Only whole batches count. Raises `ValueError` if the rows make no batch or have no target.
+    """
+    generator, order = torch.Generator().manual_seed(seed), []
+    sizes = [len(row.positions) for row in rows]
+    if len(rows) < ROWS_PER_STEP or not sum(sizes):
+        raise ValueError(f"{len(rows)} rows with {sum(sizes)} targets make no batch of {ROWS_PER_STEP} rows")
+    done = 0
+    while not order or (targets is not None and done < targets):
+        shuffled = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, len(rows) - ROWS_PER_STEP + 1, ROWS_PER_STEP):
+            if targets is None or done < targets:
+                order.append(shuffled[start : start + ROWS_PER_STEP])
+                done += sum(sizes[n] for n in order[-1])
+    return order
 
 
 def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 from tqdm import tqdm
 
 from coldstill.storage_schema.commits import Reject
@@ -141,6 +141,21 @@ class DryRun(BaseModel):
     bytes_are: Literal["of a sharp and a flat teacher", "by the probe's shard"]
     images: ImageEstimate | None = Field(default=None, description="Images, for a teacher that sees them.")
     effort: Effort | None = None
+
+    @computed_field(description="bytes_least per million targets, by which captures of different sizes compare.")
+    @property
+    def bytes_per_million_targets_least(self) -> int:
+        """Bytes of the shards per million targets, of the smaller estimate."""
+        return self._per_million(self.bytes_least)
+
+    @computed_field(description="bytes_most per million targets.")
+    @property
+    def bytes_per_million_targets_most(self) -> int:
+        """Bytes of the shards per million targets, of the larger estimate."""
+        return self._per_million(self.bytes_most)
+
+    def _per_million(self, size: int) -> int:
+        return round(size * 1_000_000 / max(1, self.targets))
 
     def lines(self) -> dict[str, object]:
         """All known values, flat, for printing."""

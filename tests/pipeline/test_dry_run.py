@@ -16,6 +16,7 @@ from coldstill.pipeline.dry_run import (
     BYTES_OF_DRAWS,
     BYTES_PER_TARGET,
     TOP_KS,
+    DryRun,
     SourceCounts,
     bytes_per_target,
     count_source,
@@ -75,6 +76,25 @@ def test_a_probe_measures_a_real_worker_and_writes_nothing_either(tmp_path: Path
     assert dry.bytes_least == dry.bytes_most
     size = sum(shard.file.bytes for shard in captured(config).shards)
     assert dry.bytes_most == pytest.approx(size, rel=0.5)  # the shards of so small a capture are mostly footer
+
+
+@pytest.mark.parametrize("targets", [1, 250_000, 30_000_000])
+def test_bytes_per_million_targets_are_the_total_over_the_targets_at_both_ends(targets: int) -> None:
+    """As fields, and in what is printed and written by --summary."""
+    counts = {"rows": 1, "rejected": {}, "sequences": 1, "tokens": targets, "targets": targets, "shards": 1}
+    dry = DryRun(
+        **counts,
+        targets_are="counted",
+        bytes_least=20_300_000,
+        bytes_most=58_100_000,
+        bytes_are="of a sharp and a flat teacher",
+    )
+    lines = dry.lines()
+    for end in ("least", "most"):
+        per_million = lines[f"bytes_per_million_targets_{end}"]
+        assert per_million == getattr(dry, f"bytes_per_million_targets_{end}")
+        assert isinstance(per_million, int)
+        assert per_million * targets / 1e6 == pytest.approx(lines[f"bytes_{end}"], abs=targets / 1e6)
 
 
 def test_of_generated_answers_only_a_bound_is_known_before(tmp_path: Path) -> None:
