@@ -29,7 +29,7 @@ COMPILE := pip compile --quiet --python-version 3.11 --python-platform x86_64-ma
 	pyproject.toml --extra share --extra train --extra dev
 
 .PHONY: help demo demo-vision test test-slow test-elsewhere test-engines test-capture test-trainer test-rest lint spell types build-check fuzz chaos fault-points bench-codec \
-	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-rounds bench-other-tokenizer bench-real bench-capacity bench-first-result plots docs debug lock venv clean
+	bench-capture bench-scale bench-loss bench-stream bench-step bench-quality bench-draws bench-draws-long bench-draws-real bench-rounds bench-other-tokenizer bench-real bench-capacity bench-first-result plots docs debug lock venv clean
 
 help: ## list the commands
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -116,6 +116,13 @@ bench-quality: $(INSTALLED) ## quality of students by K and draws (DEMO=DIR of a
 bench-draws: $(INSTALLED) ## ways of drawing: noise of the gradient, quality, bytes (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws_bytes
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_draws)"
+
+bench-draws-long: $(INSTALLED) ## the ways of drawing that matter at 300,000 targets (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws_long "$(or $(DEMO),demo_output)" \
+		"$(or $(OUTPUT),bench_draws_long)"
+
+bench-draws-real: $(INSTALLED) ## noise and bytes of ways of drawing on a real model's distributions (QUICK=1)
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws_real
 
 bench-rounds: $(INSTALLED) ## rounds against the source's own answers (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.rounds "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_rounds)"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,60 @@ def draw_capacity(result: dict[str, Any], path: Path) -> None:
         canvas.print_png(sink, metadata={"Software": None})
 
 
-PLOTS = {"real_pair": draw_real_pair, "capacity": draw_capacity}
+_WAYS = {
+    "K=16, D=64, iid, kept 32": (16, "iid", "K = 16, independent"),
+    "K=4, D=64, systematic, kept 64": (4, "systematic", "K = 4"),
+    "K=8, D=64, systematic, kept 64": (8, "systematic", "K = 8, the default"),
+    "K=16, D=64, systematic, kept 64": (16, "systematic", "K = 16"),
+}
+"""Side of the benchmark -> K and way of drawing, by which the bytes are found, and its label."""
+
+
+def draw_draws(result: dict[str, Any], path: Path) -> None:
+    """One panel for each teacher: share of dense TAID's gain against the bytes of a cache with 64 draws, and the lowest
+    and highest share of the orders of rows. Bytes and the runs with more targets have results of their own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found_bytes = json.loads(stored("draws_bytes").read_text(encoding="utf-8"))
+    longer = json.loads(stored("draws_300k").read_text(encoding="utf-8"))
+    series = (
+        ("54,000 targets", result["share_of_dense_gain"], _BAR),
+        ("300,000 targets", longer["share_of_dense_gain"], "#5b8c5a"),
+    )
+    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for axes, (teacher, kind) in zip(panels, (("as trained", "flat"), ("sharpened", "sharp")), strict=True):
+        sizes = {(line["top_k"], line["draws"]): line["bytes"] for line in found_bytes[kind]}
+        for label, shares, color in series:
+            of_ways = [(way, values) for way, values in shares.get(teacher, {}).items() if way in _WAYS]
+            for number, (way, values) in enumerate(of_ways):
+                top_k, method, name = _WAYS[way]
+                place, mean = sizes[top_k, method], statistics.mean(values)
+                spread = [[mean - min(values)], [max(values) - mean]]
+                marker = "s" if method == "iid" else "o"
+                named = label if number == 0 else None
+                axes.errorbar(place, mean, yerr=spread, fmt=marker, color=color, capsize=3, markersize=6, label=named)
+                axes.annotate(name, (place, mean), (6, 6), textcoords="offset points", fontsize=8, color=_INK)
+        axes.axhline(1, color=_FLOOR, linestyle="--", linewidth=1)
+        axes.set_title(f"{kind} teacher; the dashed line is the whole teacher", fontsize=10)
+        axes.set_xlabel("bytes per target")
+        axes.set_ylabel("share of dense TAID's gain in KL")
+        axes.margins(x=0.25, y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    with path.open("wb") as sink:
+        canvas.print_png(sink, metadata={"Software": None})
+
+
+PLOTS = {"real_pair": draw_real_pair, "capacity": draw_capacity, "draws": draw_draws}
 
 
 def stored(name: str) -> Path:
     """The newest stored result of this name. Raises `FileNotFoundError`."""
-    found = sorted(RESULTS.glob(f"{name}_*_cores.json"), key=lambda path: json.loads(path.read_text())["date"])
+    paths = [path for path in RESULTS.iterdir() if re.fullmatch(rf"{name}_\d+_cores\.json", path.name)]
+    found = sorted(paths, key=lambda path: json.loads(path.read_text())["date"])
     if not found:
         raise FileNotFoundError(f"no {name}_*_cores.json in {RESULTS}: run the benchmark first")
     return found[-1]

@@ -153,7 +153,8 @@ def test_ci_runs_the_demos_as_on_a_cpu_without_avx512_and_bfloat16(target: str) 
 def test_ci_runs_the_quick_tests_under_the_conditions_of_another_machine() -> None:
     lines = (REPOSITORY / ".ci/run").read_text().splitlines()
     (start,) = (number for number, line in enumerate(lines) if line.startswith("make test-elsewhere "))
-    assert lines[start].endswith(" &") and lines[start + 1] == "elsewhere=$!"
+    assert lines[start].endswith(" &")
+    assert lines[start + 1] == "elsewhere=$!"
     assert any(line.startswith('wait "$elsewhere" || {') for line in lines[start:])  # its failure is that of the script
     script = (REPOSITORY / ".ci/elsewhere").read_text()
     for condition in ("LANG=C", "TZ=Asia/Kathmandu", "umask 077", "setpriv --reuid=65534", "taskset", "HTTP_PROXY="):
