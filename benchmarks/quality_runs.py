@@ -211,7 +211,7 @@ def batches_of(rows: Sequence[CachedRow], *, seed: int, targets: int | None = No
 
     Only whole batches count. Raises `ValueError` if the rows make no batch or have no target.
     """
-    generator, order = torch.Generator().manual_seed(seed), []
+    generator, order = torch.Generator().manual_seed(seed), list[list[int]]()
     sizes = [len(row.positions) for row in rows]
     if len(rows) < ROWS_PER_STEP or not sum(sizes):
         raise ValueError(f"{len(rows)} rows with {sum(sizes)} targets make no batch of {ROWS_PER_STEP} rows")

@@ -142,13 +142,16 @@ class DryRun(BaseModel):
     images: ImageEstimate | None = Field(default=None, description="Images, for a teacher that sees them.")
     effort: Effort | None = None
 
-    @computed_field(description="bytes_least per million targets, by which captures of different sizes compare.")
+    # mypy knows no decorated property, as pydantic's documentation of `computed_field` says.
+    @computed_field(  # type: ignore[prop-decorator]
+        description="bytes_least per million targets, by which captures of different sizes compare."
+    )
     @property
     def bytes_per_million_targets_least(self) -> int:
         """Bytes of the shards per million targets, of the smaller estimate."""
         return self._per_million(self.bytes_least)
 
-    @computed_field(description="bytes_most per million targets.")
+    @computed_field(description="bytes_most per million targets.")  # type: ignore[prop-decorator]
     @property
     def bytes_per_million_targets_most(self) -> int:
         """Bytes of the shards per million targets, of the larger estimate."""
