@@ -11,8 +11,9 @@ read the same text; each is captured once, with K = 128 and draws. Students lear
 from a pre-trained student on pairs of a function's signature and its body.
 
 Each loss takes the learning rate with the lowest validation cross-entropy, chosen with the 10x teacher and the first
-seed. The test part gives the cross-entropy to the text, KL(teacher || student), masses, and what the student writes.
-A finished run is a line of OUTPUT/runs.jsonl.
+seed. With these, the validation part also shows other first values of TAID's t, and more passes. The test part gives the
+cross-entropy to the text, KL(teacher || student), masses, and what the student writes. A finished run is a line of
+OUTPUT/runs.jsonl.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.capacity_runs import LOSSES, SETTINGS, Bench, Run, Size
+from benchmarks.capacity_runs import LOSSES, SETTINGS, STUDIED, Bench, Run, Size
 from benchmarks.pair_plan import append
 
 FULL = Size(
@@ -38,7 +40,7 @@ FULL = Size(
     student_tokens=200_000,
     rows={"pre-training": 1200, "instruction pairs": 1200},
     rows_per_step={"pre-training": 4, "instruction pairs": 8},
-    rates={"pre-training": (4e-3, 8e-3, 2e-3), "instruction pairs": (2e-3, 4e-3, 1e-3)},
+    rates={"pre-training": (4e-3, 8e-3, 2e-3, 1e-3), "instruction pairs": (2e-3, 4e-3, 1e-3)},
     held_out=60,
     teachers=("1x", "3x", "10x", "30x"),
     main_teacher="10x",
@@ -67,6 +69,8 @@ COLUMNS = {
     "teacher_log_prob": "log p of own",
 }
 """Figures of the table and their short names."""
+RUN_KEYS = tuple(field.name for field in fields(Run))
+STUDY_PASSES = (1, 4)
 Done = dict[Run, dict[str, Any]]
 
 
@@ -104,7 +108,7 @@ def read(log: Path) -> Done:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[Run(*(record[name] for name in ("setting", "loss", "teacher", "rate", "seed")))] = record
+        found[Run(**{name: record[name] for name in RUN_KEYS if name in record})] = record
     return found
 
 
@@ -119,16 +123,27 @@ def chosen_rate(setting: str, loss: str, size: Size, done: Done) -> tuple[float,
 def planned(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
     """Every run in the order of its value, and whether its learning rate is final.
 
-    Both settings: the learning rates, then the other teachers. Then the other seeds.
+    Both settings: the learning rates, then the other teachers. Then the study of TAID, then the other seeds.
     """
     for setting in SETTINGS:
         for rate in size.rates[setting]:
             for loss in LOSSES:
                 yield Run(setting, loss, size.main_teacher, rate, 0), True
         yield from _with_chosen_rates(setting, 0, size, done)
+    yield from study(size, done)
     for seed in range(1, size.seeds):
         for setting in SETTINGS:
             yield from _with_chosen_rates(setting, seed, size, done)
+
+
+def study(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
+    """Where TAID's advantage begins: other first values of t, and more passes, for the main teacher and one seed."""
+    for setting in SETTINGS if size.seeds > 1 else ():
+        for passes in STUDY_PASSES:
+            for loss in ("forward KL", "TAID", *STUDIED):
+                rate, is_final = chosen_rate(setting, "TAID" if loss in STUDIED else loss, size, done)
+                if passes > 1 or loss in STUDIED:
+                    yield Run(setting, loss, size.main_teacher, rate, 0, passes), is_final
 
 
 def _with_chosen_rates(setting: str, seed: int, size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
@@ -139,6 +154,16 @@ def _with_chosen_rates(setting: str, seed: int, size: Size, done: Done) -> Itera
             if teacher == size.main_teacher or loss != "SFT":  # SFT has no teacher
                 rate, is_final = chosen_rate(setting, loss, size, done)
                 yield Run(setting, loss, teacher, rate, seed), is_final
+
+
+def _first_of_study(size: Size, done: Done) -> list[Run]:
+    """The runs of the study that are also part of the main comparison."""
+    losses = ("forward KL", "TAID")
+    return [
+        Run(setting, loss, size.main_teacher, chosen_rate(setting, loss, size, done)[0], 0)
+        for setting in SETTINGS
+        for loss in losses
+    ]
 
 
 def seconds_of_a_run(done: Done) -> float:
@@ -172,6 +197,7 @@ def report(bench: Bench, done: Done, *, quick: bool) -> None:
         "settings": json.loads(json.dumps(vars(size))),
         "before": {setting: bench.before(setting) for setting in SETTINGS},
         "students": {},
+        "study": [],
     }
     for setting in SETTINGS:
         table = Table("loss", "teacher", "rate", "seeds", *COLUMNS.values(), title=f"{setting}, test part")
@@ -190,6 +216,13 @@ def report(bench: Bench, done: Done, *, quick: bool) -> None:
                 table.add_row(loss, teacher, f"{rate:g}", str(len(records)), *means)
         Console(width=150).print(table)
         figures["students"][setting] = of_losses
+    studied = [*study(size, done), *((run, True) for run in _first_of_study(size, done))]
+    table = Table("setting", "loss", "passes", "validation CE", "validation KL", title="study of TAID, validation part")
+    for run in sorted({run for run, _ in studied} & done.keys(), key=lambda run: (run.setting, run.passes, run.loss)):
+        of = done[run]["validation"]
+        table.add_row(run.setting, run.loss, str(run.passes), f"{of['cross_entropy']:.4f}", f"{of['kl']:.4f}")
+        figures["study"].append({**vars(run), **of})
+    Console(width=150).print(table)
     finish("capacity", {**figures, "log": list(done.values())}, command="make bench-capacity", quick=quick)
 
 

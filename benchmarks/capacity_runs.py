@@ -54,6 +54,11 @@ LOSSES: dict[str, dict[str, Any]] = {
     "TAID": {"name": "taid"},
 }
 """Name in tables -> settings of the loss, all with their defaults."""
+STUDIED: dict[str, dict[str, Any]] = {
+    "TAID, t from 0.2": {"name": "taid", "t_start": 0.2},
+    "TAID, t from 0.8": {"name": "taid", "t_start": 0.8},
+}
+"""Of the study of where TAID's advantage begins, beside forward KL and TAID."""
 SETTINGS = ("pre-training", "instruction pairs")
 PARTS = ("validation", "test")
 SAMPLED_ROWS, SAMPLED_PROMPT, SAMPLED_TOKENS = 24, 24, 64
@@ -87,11 +92,13 @@ class Run:
     teacher: str
     rate: float
     seed: int
+    passes: int = 1
 
     @property
     def folder(self) -> str:
         """Its folder's name."""
-        return f"{self.setting}, {self.loss}, {self.teacher}, rate {self.rate:g}, seed {self.seed}"
+        passes = f"{self.passes} passes"
+        return f"{self.setting}, {self.loss}, {self.teacher}, rate {self.rate:g}, seed {self.seed}, {passes}"
 
 
 class Bench:
@@ -157,10 +164,11 @@ class Bench:
             "dataset": str(self.dataset(run.setting, run.teacher)),
             "output": str(folder),
             "student": {"model": str(self.student(run.setting, run.seed))},
-            "loss": LOSSES[run.loss],
+            "loss": {**LOSSES, **STUDIED}[run.loss],
             "data": {"seed": run.seed},
             "training": {
                 "learning_rate": run.rate,
+                "epochs": run.passes,
                 "batch_size": self.size.rows_per_step[run.setting],
                 "warmup_ratio": 0.05,
                 "logging_steps": 20,

@@ -54,7 +54,7 @@ def test_the_learning_rate_is_chosen_on_the_validation_part_alone() -> None:
     setting, loss = SETTINGS[0], "TAID"
     rates = FULL.rates[setting]
     runs = [Run(setting, loss, FULL.main_teacher, rate, 0) for rate in rates]
-    values = [(1.2, 0.5), (1.1, 0.9), (1.3, 0.4)]
+    values = [(1.2, 0.5), (1.1, 0.9), (1.3, 0.4), (1.4, 0.3)]
     done = {run: _record(run, validation=of[0], test=of[1]) for run, of in zip(runs, values, strict=True)}
     assert chosen_rate(setting, loss, FULL, done) == (rates[1], True)
     del done[runs[1]]
@@ -82,6 +82,7 @@ def test_the_quick_benchmark_trains_every_side_and_a_second_start_trains_none(tm
 
     first = figures()
     assert first["runs"]["done"] == first["runs"]["planned"] == 22
+    assert len(first["study"]) == 4
     for setting in SETTINGS:
         of_losses = first["students"][setting]
         before = first["before"][setting]["kl"]
