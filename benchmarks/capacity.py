@@ -11,9 +11,9 @@ read the same text; each is captured once, with K = 128 and draws. Students lear
 from a pre-trained student on pairs of a function's signature and its body.
 
 Each loss takes the learning rate with the lowest validation cross-entropy, chosen with the 10x teacher and the first
-seed. With these, the validation part also shows other first values of TAID's t, and more passes. The test part gives the
-cross-entropy to the text, KL(teacher || student), masses, and what the student writes. A finished run is a line of
-OUTPUT/runs.jsonl.
+seed. With these, the validation part also shows other first values of TAID's t, and more passes. The test part gives
+the cross-entropy to the text, KL(teacher || student), masses, and what the student writes. A finished run is a line
+of OUTPUT/runs.jsonl.
 """
 
 from __future__ import annotations
