@@ -123,7 +123,7 @@ def chosen_rate(setting: str, loss: str, size: Size, done: Done) -> tuple[float,
 def planned(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
     """Every run in the order of its value, and whether its learning rate is final.
 
-    Both settings: the learning rates, then the other teachers. Then the study of TAID, then the other seeds.
+    Both settings: the learning rates, then the other teachers. Then the study of TAID, then other seeds.
     """
     for setting in SETTINGS:
         for rate in size.rates[setting]:
@@ -131,8 +131,8 @@ def planned(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
                 yield Run(setting, loss, size.main_teacher, rate, 0), True
         yield from _with_chosen_rates(setting, 0, size, done)
     yield from study(size, done)
-    for seed in range(1, size.seeds):
-        for setting in SETTINGS:
+    for setting in reversed(SETTINGS):  # the shorter runs first
+        for seed in range(1, size.seeds):
             yield from _with_chosen_rates(setting, seed, size, done)
 
 
