@@ -84,7 +84,8 @@ def draw_capacity(result: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("cross-entropy to held-out text, nats (lower is better)", fontsize=9)
         axes.set_title(setting)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     runs = result["runs"]
     missing = "" if runs["done"] == runs["planned"] else f"; {runs['done']} of {runs['planned']} planned runs"
     figure.suptitle(f"Quality of one student against the size of its teacher, {facts['text']}{missing}", fontsize=11)
