@@ -22,22 +22,22 @@ ENV UV_LINK_MODE=copy \
 # download of a few megabytes on a machine that has the last one.
 COPY requirements/cpu.in requirements/cpu.txt requirements/gpu.txt requirements/overrides.txt requirements/uv.py \
     requirements/
-RUN --mount=type=cache,target=/root/.cache \
+RUN --mount=type=cache,target=/var/cache/uv \
     python -m pip install --no-cache-dir "$(grep '^uv==' "requirements/${DEVICE}.txt")" \
     && grep '^torch==' "requirements/${DEVICE}.txt" >torch.txt \
-    && python requirements/uv.py "${DEVICE}" pip install --system --requirement torch.txt \
+    && python requirements/uv.py "${DEVICE}" pip install --cache-dir /var/cache/uv --system --requirement torch.txt \
         --constraint "requirements/${DEVICE}.txt"
 
 COPY pyproject.toml ./
-RUN --mount=type=cache,target=/root/.cache \
+RUN --mount=type=cache,target=/var/cache/uv \
     if [ "${DEVICE}" = cpu ]; then set -- --extra capture-cpu --override requirements/overrides.txt; \
     else set -- --extra capture; fi \
-    && python requirements/uv.py "${DEVICE}" pip install --system --requirement pyproject.toml "$@" \
+    && python requirements/uv.py "${DEVICE}" pip install --cache-dir /var/cache/uv --system --requirement pyproject.toml "$@" \
         --extra train --extra share --constraint "requirements/${DEVICE}.txt"
 
 COPY . source
-RUN --mount=type=cache,target=/root/.cache \
-    python requirements/uv.py "${DEVICE}" pip install --system --no-deps ./source \
+RUN --mount=type=cache,target=/var/cache/uv \
+    python requirements/uv.py "${DEVICE}" pip install --cache-dir /var/cache/uv --system --no-deps ./source \
     && mv source/examples examples \
     && rm -rf source
 

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.capacity_runs import LOSSES, SETTINGS, STUDIED, Bench, Run, Size
-from benchmarks.pair_plan import append
+from benchmarks.run_log import append, lines_of
 
 FULL = Size(
     teacher_tokens=500_000,
@@ -92,24 +92,19 @@ def main() -> None:
         return
     if not options.report:
         bench.prepare()
-        while run := next((run for run, final in planned(size, read(log)) if final and run not in read(log)), None):
+        done = read(log)
+        while run := next((run for run, final in planned(size, done) if final and run not in done), None):
             used = time.monotonic() - began
-            if options.minutes is not None and used + seconds_of_a_run(read(log)) > 60 * options.minutes:
+            if options.minutes is not None and used + seconds_of_a_run(done) > 60 * options.minutes:
                 break
-            append(log, [bench.run(run)])
+            done[run] = bench.run(run)
+            append(log, done[run])
     report(bench, read(log), quick=quick)
 
 
 def read(log: Path) -> Done:
-    """The records of the finished runs. An unfinished last line, of a killed process, is passed over."""
-    found: Done = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[Run(**{name: record[name] for name in RUN_KEYS if name in record})] = record
-    return found
+    """The records of the finished runs, by run."""
+    return {Run(**{name: record[name] for name in RUN_KEYS if name in record}): record for record in lines_of(log)}
 
 
 def chosen_rate(setting: str, loss: str, size: Size, done: Done) -> tuple[float, bool]:

@@ -17,20 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.pair_measure import HeldOut, held_out, student_figures, teacher_figures
+from benchmarks.capture_here import capture_here
+from benchmarks.pair_measure import HeldOut, held_out, rounded, student_figures, teacher_figures
+from benchmarks.pair_models import load_model
 from benchmarks.pair_teacher import HiddenStates, head_of, hidden_states, rows_of_text
 from coldstill.common.files import new_folder
 from coldstill.demo.models import load_tokenizer, new_model, parameter_count, pretrain, train_tokenizer, training_blocks
 from coldstill.demo.settings import Layout, Shape
 from coldstill.demo.text import read_rows, write_text
-from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
-from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.train import train
 
@@ -106,6 +102,8 @@ class Bench:
 
     def __init__(self, output: Path, size: Size):
         self.layout, self.size = Layout(output), size
+        self._teachers: dict[str, Any] = {}
+        self._held_out: dict[tuple[str, str], dict[str, HeldOut]] = {}
 
     def prepare(self) -> None:
         """Write text and tokenizer, train teachers and the student of the instruction pairs, and capture."""
@@ -145,12 +143,12 @@ class Bench:
         began = time.monotonic()
         folder = self.layout.root / "runs" / run.folder
         summary = train(self.config(run, folder))
-        model = _load(folder / "student")
+        model = load_model(folder / "student")
         parts = self.held_out(run.setting, run.teacher)
         record = {
             **vars(run),
-            "validation": _rounded(student_figures(model, parts["validation"])),
-            "test": {**_rounded(student_figures(model, parts["test"])), **self._own_text(model, run)},
+            "validation": rounded(student_figures(model, parts["validation"])),
+            "test": {**rounded(student_figures(model, parts["test"])), **self._own_text(model, run)},
             "targets": summary.targets,
             "taid_t": summary.taid_t,
             "seconds": round(time.monotonic() - began, 1),
@@ -189,36 +187,43 @@ class Bench:
                 header = open_dataset(str(root)).header
                 part = self.held_out(setting, name)["test"]
                 of_settings[setting] = {
-                    "test": _rounded(teacher_figures(part, top_k=header.top_k)),
+                    "test": rounded(teacher_figures(part, top_k=header.top_k)),
                     "test_targets": len(part.labels),
                     "cache_bytes": sum(path.stat().st_size for path in (root / "shards").iterdir()),
                 }
-            teachers[name] = {"parameters": parameter_count(_load(self.teacher(name))), **of_settings}
+            teachers[name] = {"parameters": parameter_count(self._loaded(name)), **of_settings}
         return {
             "text": "Python's standard library",
             "vocabulary": VOCABULARY,
             "top_k": header.top_k,
             "draws": header.draws,
-            "student_parameters": parameter_count(_load(self.student("pre-training", 0))),
+            "student_parameters": parameter_count(load_model(self.student("pre-training", 0))),
             "teachers": teachers,
         }
 
     def before(self, setting: str) -> dict[str, float]:
         """Figures of the student before training, on the test part and against the main teacher."""
         parts = self.held_out(setting, self.size.main_teacher)
-        return _rounded(student_figures(_load(self.student(setting, 0)), parts["test"]))
+        return rounded(student_figures(load_model(self.student(setting, 0)), parts["test"]))
 
     def held_out(self, setting: str, teacher: str) -> dict[str, HeldOut]:
-        """Validation and test part with this teacher's distributions."""
-        folder = self.layout.root / "held_out"
-        folder.mkdir(exist_ok=True)
-        found = {}
-        for part in PARTS:
-            name = f"{setting}, {teacher}, {part}"
-            rows = self._rows(setting, part)
-            states = hidden_states(folder / f"{name}.pt", partial(_load, self.teacher(teacher)), rows)
-            found[part] = held_out(states, head_of(_load(self.teacher(teacher))), path=folder / f"{name}, borders.pt")
-        return found
+        """Validation and test part with this teacher's distributions, kept in memory for the next run."""
+        if (setting, teacher) not in self._held_out:
+            folder, model = self.layout.root / "held_out", partial(self._loaded, teacher)
+            folder.mkdir(exist_ok=True)
+            found = {}
+            for part in PARTS:
+                name = f"{setting}, {teacher}, {part}"
+                states = hidden_states(folder / f"{name}.pt", model, self._rows(setting, part))
+                found[part] = held_out(states, head_of(model()), path=folder / f"{name}, borders.pt")
+            self._held_out[setting, teacher] = found
+        return self._held_out[setting, teacher]
+
+    def _loaded(self, teacher: str) -> Any:
+        """The teacher; the largest has 7 M parameters, so that all stay in memory."""
+        if teacher not in self._teachers:
+            self._teachers[teacher] = load_model(self.teacher(teacher))
+        return self._teachers[teacher]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -270,13 +275,11 @@ class Bench:
 
     def _capture(self, setting: str, teacher: str) -> None:
         root = self.dataset(setting, teacher)
-        if (root / MANIFEST_NAME).exists():
-            return
         if setting == "pre-training":
             source = {"path": str(self._pieces("distill", self.size.rows[setting]))}
         else:
             source = {"path": str(self.layout.rows("distill", "pairs")), "loss_on": "assistant"}
-        config = CaptureConfig.model_validate(
+        capture_here(
             {
                 "output": str(root),
                 "mode": "pretrain" if setting == "pre-training" else "score",
@@ -288,13 +291,9 @@ class Bench:
                     "max_length": 512,
                 },
                 "rows_per_unit": 100,
-            }
+            },
+            desc=root.name,
         )
-        prepare(config)
-        worker = CaptureWorker(config)
-        for unit in tqdm(plan_from_bytes(worker.store.read(PLAN_NAME), where=PLAN_NAME), desc=root.name, leave=False):
-            worker.run(unit.index)
-        seal(worker.store)
 
     def _own_text(self, model: Any, run: Run) -> dict[str, float]:
         """What the student writes behind the beginnings of test rows, at temperature 1.
@@ -308,7 +307,7 @@ class Bench:
             for ids, at in zip(states.tokens, states.positions, strict=True)
             if len(at)
         ][:SAMPLED_ROWS]
-        teacher, sum_, count, pairs = _load(self.teacher(run.teacher)), 0.0, 0, list[tuple[int, int]]()
+        teacher, sum_, count, pairs = self._loaded(run.teacher), 0.0, 0, list[tuple[int, int]]()
         torch.manual_seed(run.seed)
         for prompt in prompts:
             with torch.inference_mode():
@@ -326,13 +325,3 @@ class Bench:
             "distinct_bigrams": round(len(set(pairs)) / max(1, len(pairs)), 4),
             "teacher_log_prob": round(sum_ / count, 4),
         }
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 5) for name, value in figures.items()}

@@ -20,7 +20,6 @@ OUTPUT/runs.jsonl; a second start computes the missing ones only.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from benchmarks.draws_rules import Control, Rule
 from benchmarks.quality import DENSE, PLAIN, TEACHERS
 from benchmarks.quality_runs import Bench, Cache, Side
 from benchmarks.report import finish
+from benchmarks.run_log import append, lines_of
 from coldstill.demo.settings import Layout
 
 ROWS, QUICK_ROWS = 24, 4
@@ -95,11 +95,6 @@ def noise_jobs(quick: bool) -> Iterator[dict[str, Any]]:
                     yield {**facts, "rule": vars(controlled), "control": named}
 
 
-def lines_of(log: Path) -> list[dict[str, Any]]:
-    """The finished figures and runs."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-
-
 def measure_noise(demo: Path, log: Path, *, quick: bool) -> None:
     """Append the missing figures of part 1."""
     done = [line["noise"] for line in lines_of(log) if "noise" in line]
@@ -127,12 +122,6 @@ def train(demo: Path, output: Path, log: Path) -> None:
             folder = output / teacher.replace(" ", "_")
             benches[teacher] = Bench(demo, folder, divisor=TEACHERS[teacher], quick=False)
         append(log, {"teacher": teacher, "seed": seed, "side": side.name, **benches[teacher].run(side, seed=seed)})
-
-
-def append(log: Path, line: dict[str, Any]) -> None:
-    """Append a finished figure or run to the log."""
-    with log.open("a", encoding="utf-8") as lines:
-        print(json.dumps(line), file=lines, flush=True)
 
 
 def shares_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:

@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.draws import append, lines_of, shares_of
+from benchmarks.draws import shares_of
 from benchmarks.quality import DENSE, PLAIN, TEACHERS
 from benchmarks.quality_runs import Bench, Cache, Side
 from benchmarks.report import finish
+from benchmarks.run_log import append, lines_of
 from coldstill.common.files import new_folder
 from coldstill.demo.text import write_text
 

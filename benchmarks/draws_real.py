@@ -26,7 +26,7 @@ from benchmarks import real_text
 from benchmarks.draws import TODAY
 from benchmarks.draws_noise import NoiseSums, Row, rank_table
 from benchmarks.draws_rules import Control, Rule
-from benchmarks.pair_models import write_student
+from benchmarks.pair_models import load_model, write_student
 from benchmarks.pair_teacher import rows_of_text
 from benchmarks.real_model import model_folder
 from benchmarks.report import finish
@@ -159,7 +159,7 @@ def choose_rows(
 
 def main() -> None:
     """Measure the rules on the real model, and store a full run."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", type=Path, help="folder of a trained student, measured beside the untrained one")
@@ -169,19 +169,16 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = model_folder()
 
-    def load(path: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-    teacher = load(folder)
+    teacher = load_model(folder)
     with tempfile.TemporaryDirectory() as scratch:
         write_student(folder, Path(scratch) / "student", layers=LAYERS)
-        students = {"untrained": load(Path(scratch) / "student")}
+        students = {"untrained": load_model(Path(scratch) / "student")}
         parts = real_text.write_rows(Path(scratch) / "rows", {"train": 0, "validation": 60, "test": 60})
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tested = rows_of_text(parts["test"], tokenizer, max_length=MAX_LENGTH)
         ranking = rows_of_text(parts["validation"], tokenizer, max_length=MAX_LENGTH)
     if options.student:
-        students[options.state] = load(options.student)
+        students[options.state] = load_model(options.student)
     figures = measure(
         teacher,
         students,

@@ -40,14 +40,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from benchmarks.capture_here import capture_here
 from benchmarks.invented_text import InventedLanguage
 from benchmarks.report import finish
+from benchmarks.run_log import append, lines_of
 from coldstill.demo.text import module_files
-from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.worker import CaptureWorker
-from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
-from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 
 TEACHER_TOKENS, ROWS_PER_STEP = 192, 8
 SEEDS = 3
@@ -211,8 +208,6 @@ class Bench:
     def _capture(self, name: str, count: int) -> Path:
         """The dataset of the first `count` rows of a part."""
         root, path = self.folder / f"{name}_{count}", self.folder / f"{name}_{count}.jsonl"
-        if (root / MANIFEST_NAME).exists():
-            return root
         rows = [{"id": f"{name}-{number}", "text": text} for number, text in enumerate(self._texts[name][:count])]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         teacher = {"model": str(self.folder / "teacher"), "engine": "transformers", "max_length": 1000}
@@ -223,12 +218,7 @@ class Bench:
             "teacher": teacher,
             "rows_per_unit": 40,
         }
-        config = CaptureConfig.model_validate(document)
-        prepare(config)
-        worker = CaptureWorker(config)
-        for unit in tqdm(plan_from_bytes(worker.store.read(PLAN_NAME), where=PLAN_NAME), desc=name, leave=False):
-            worker.run(unit.index)
-        seal(worker.store)
+        capture_here(document, desc=name)
         return root
 
 
@@ -317,15 +307,12 @@ def _quick(study: Study) -> Study:
 
 def _figures(name: str, study: Study, folder: Path, *, quick: bool) -> dict[str, Any]:
     bench, log = Bench(folder, study), folder / "runs.jsonl"
-    done: dict[str, dict[str, Any]] = {}
-    if log.exists():
-        done = {_key(record): record for record in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+    done = {_key(record): record for record in lines_of(log)}
 
     def found(**what: Any) -> dict[str, Any]:
         if _key(what) not in done:
             done[_key(what)] = {**what, **bench.run(**what)}
-            with log.open("a", encoding="utf-8") as lines:
-                print(json.dumps(done[_key(what)]), file=lines, flush=True)
+            append(log, done[_key(what)])
         return done[_key(what)]
 
     figures: dict[str, Any] = {"teacher": bench.teacher(), "students": {}}

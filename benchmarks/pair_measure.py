@@ -109,6 +109,11 @@ def student_figures(student: Any, part: HeldOut) -> dict[str, float]:
     return {name: total / len(part.labels) for name, total in sums.items()}
 
 
+def rounded(figures: dict[str, float]) -> dict[str, float]:
+    """The figures as they are stored, to six digits after the point."""
+    return {name: round(value, 6) for name, value in figures.items()}
+
+
 def _add(sums: dict[str, float], **values: torch.Tensor) -> None:
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value.double().sum().item()

@@ -63,6 +63,13 @@ def write_student(teacher: Path, folder: Path, *, layers: int) -> None:
         AutoTokenizer.from_pretrained(teacher).save_pretrained(beside)
 
 
+def load_model(folder: Path) -> Any:
+    """The model in `folder`, in float32 and for inference."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def toy_model(vocabulary: int) -> Any:
     """The toy with random weights, the same at each call."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig

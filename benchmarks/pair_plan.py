@@ -7,42 +7,25 @@ student and the first order of rows; the test part has no say in it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.pair_runs import Run, Side, Size
+from benchmarks.run_log import lines_of
 
 Done = dict[Run, dict[str, Any]]
 
 
 def read_log(log: Path) -> Done:
-    """The records of the finished runs. An unfinished last line, of a killed process, is passed over."""
-    found: Done = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[run_of(record)] = record
-    return found
+    """The records of the finished runs, by run."""
+    return {run_of(record): record for record in lines_of(log)}
 
 
 def run_of(record: dict[str, Any]) -> Run:
     """The run that a record is of."""
     return Run(record["layers"], record["side"], record["rate"], record["seed"], record["steps"])
-
-
-def append(log: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Add a line for each record, on its own line also after an unfinished one."""
-    is_torn = log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")
-    with log.open("a", encoding="utf-8") as lines:
-        if is_torn:
-            print(file=lines)
-        for record in records:
-            print(json.dumps(record), file=lines, flush=True)
 
 
 def chosen_rate(side: Side, size: Size, done: Done) -> tuple[float, bool] | None:

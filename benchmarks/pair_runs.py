@@ -25,8 +25,8 @@ import yaml
 
 from benchmarks import real_model, real_text
 from benchmarks.dense_training import train_dense
-from benchmarks.pair_measure import HeldOut, held_out, student_figures, teacher_figures
-from benchmarks.pair_models import make_toy, write_student
+from benchmarks.pair_measure import HeldOut, held_out, rounded, student_figures, teacher_figures
+from benchmarks.pair_models import load_model, make_toy, write_student
 from benchmarks.pair_teacher import HiddenStates, head_of, hidden_states, rows_of_dataset, rows_of_text
 from coldstill.common.files import new_file, read_json, write_json
 from coldstill.storage_schema.dataset import open_dataset
@@ -183,9 +183,9 @@ class Bench:
         summary = self.train(run, side)
         folder = self.output / "runs" / run.folder
         measuring = time.monotonic()
-        model = _load(folder / "student")
+        model = load_model(folder / "student")
         with bfloat16_factors():
-            figures = {name: _rounded(student_figures(model, part)) for name, part in self.parts.items()}
+            figures = {name: rounded(student_figures(model, part)) for name, part in self.parts.items()}
         now = time.monotonic()
         shutil.rmtree(folder)
         return {
@@ -234,7 +234,7 @@ class Bench:
         path = self.output / f"before_{layers}.json"
         if not path.exists():
             with bfloat16_factors():
-                write_json(path, _rounded(student_figures(_load(self.student(layers)), self.parts["test"])))
+                write_json(path, rounded(student_figures(load_model(self.student(layers)), self.parts["test"])))
         return dict(read_json(path))
 
     def of_teacher(self, *, top_k: int) -> dict[str, float]:
@@ -242,7 +242,7 @@ class Bench:
         path = self.output / f"teacher_{top_k}.json"
         if not path.exists():
             with bfloat16_factors():
-                write_json(path, _rounded(teacher_figures(self.parts["test"], top_k=top_k)))
+                write_json(path, rounded(teacher_figures(self.parts["test"], top_k=top_k)))
         return dict(read_json(path))
 
     def facts(self) -> dict[str, Any]:
@@ -292,7 +292,7 @@ class Bench:
         return self.output / "teacher_states" / f"{name}.pt"
 
     def _teacher(self) -> Any:
-        return _load(self.teacher)
+        return load_model(self.teacher)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -326,13 +326,3 @@ def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in figures.items()}

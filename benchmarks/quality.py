@@ -24,7 +24,6 @@ Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `V` vocabu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.quality_runs import Bench, Cache, Side
+from benchmarks.run_log import append, lines_of
 
 TEACHERS = {"as trained": 1.0, "sharpened": 0.512}
 """Divisor of the teacher's logits."""
@@ -59,9 +59,7 @@ class Run:
 
 def found(log: Path) -> dict[Run, float]:
     """Held-out KL of each run in the log."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    records = [json.loads(line) for line in lines]
-    return {Run(r["teacher"], r["seed"], r["side"]): r["kl"] for r in records}
+    return {Run(r["teacher"], r["seed"], r["side"]): r["kl"] for r in lines_of(log)}
 
 
 def missing(
@@ -104,8 +102,7 @@ def main() -> None:
             folder = options.output / run.teacher.replace(" ", "_")
             benches[run.teacher] = Bench(options.demo, folder, divisor=TEACHERS[run.teacher], quick=quick)
         figures = benches[run.teacher].run(side, seed=run.seed)
-        with log.open("a", encoding="utf-8") as lines:
-            print(json.dumps({**vars(run), **figures}), file=lines, flush=True)
+        append(log, {**vars(run), **figures})
     _report(found(log), sides, seeds=seeds, teachers=teachers, quick=quick, log=log)
 
 
@@ -129,7 +126,7 @@ def _report(
         Console().print(table)
         figures["share_of_dense_gain"][teacher] = {n: round(statistics.mean(v), 4) for n, v in of_sides.items()}
         figures["kl"][teacher] = {side.name: [round(value, 5) for value in kl(side.name)] for side in sides}
-    figures["log"] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figures["log"] = lines_of(log)
     finish("quality", figures, command="make bench-quality DEMO=DIR", quick=quick)
 
 

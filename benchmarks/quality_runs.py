@@ -16,17 +16,13 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from benchmarks.capture_here import capture_here
 from benchmarks.comparison_losses import RenormalizedTaid
 from coldstill.demo.measure import StudentSums, batches, target_logprobs
 from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
 from coldstill.demo.text import read_rows
-from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.prepare import prepare
-from coldstill.pipeline.worker import CaptureWorker
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
-from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.data.collate import collate
 from coldstill.trainer.loss_kernels.fused_head import loss_on_logits
@@ -117,8 +113,7 @@ class Bench:
         """The rows with what `cache` keeps, from a capture that runs if it does not exist yet."""
         facts = (cache.top_k, cache.draws, cache.kept_draws, cache.method, "logprobs" if cache.logprobs else None)
         root = self.folder / "_".join(["dataset", *(str(fact) for fact in facts if fact is not None)])
-        if not (root / MANIFEST_NAME).exists():
-            self._capture(root, cache)
+        self._capture(root, cache)
         return list(open_dataset(str(root)).rows())
 
     def _capture(self, root: Path, cache: Cache) -> None:
@@ -134,14 +129,8 @@ class Bench:
         }
         if cache.kept_draws is not None:
             teacher["kept_draws"] = cache.kept_draws
-        config = CaptureConfig.model_validate(
-            {"output": str(root), "source": source, "teacher": teacher, "rows_per_unit": 160}
-        )
-        prepare(config)
-        worker = CaptureWorker(config)
-        for unit in tqdm(plan_from_bytes(worker.store.read(PLAN_NAME), where=PLAN_NAME), desc=root.name, leave=False):
-            worker.run(unit.index)
-        seal(worker.store)
+        document = {"output": str(root), "source": source, "teacher": teacher, "rows_per_unit": 160}
+        capture_here(document, desc=root.name)
 
     def run(self, side: Side, *, seed: int) -> dict[str, float]:
         """Train the demo's student and measure its held-out KL.

@@ -35,9 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import real_model, real_text
-from benchmarks.pair_plan import Done, append, chosen_rate, planned, read_log, reported, run_of, shares
+from benchmarks.pair_plan import Done, chosen_rate, planned, read_log, reported, run_of, shares
 from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, HELD_OUT, SIDES, Bench, Run, Size
 from benchmarks.plots import stored
+from benchmarks.run_log import append
 from coldstill.common.files import read_json, write_json
 
 FULL = Size(
@@ -123,7 +124,7 @@ def take_stored(bench: Bench) -> None:
             values = ", ".join(f"{key}: {result[name].get(key)!r} there, {found[key]!r} here" for key in differing)
             raise ValueError(f"the stored result's {name} differ ({values}); start without --stored")
     log, done = bench.output / LOG, read_log(bench.output / LOG)
-    append(log, [record for record in result["log"] if run_of(record) not in done])
+    append(log, *(record for record in result["log"] if run_of(record) not in done))
 
 
 def settings(size: Size) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def run_missing(bench: Bench) -> None:
             if not is_free:
                 taken.add(run)
             elif run not in read_log(log):  # another process may have ended it between reading and locking
-                append(log, [bench.run(run, side)])
+                append(log, bench.run(run, side))
 
 
 def show_plan(output: Path, size: Size) -> None:

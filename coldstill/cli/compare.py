@@ -13,7 +13,7 @@ from rich.text import Text
 
 from coldstill.common.clock import local_now
 from coldstill.common.visible import visible
-from coldstill.tools.errors import PageNotWritten
+from coldstill.tools.inspect.page import put_page
 from coldstill.trainer.run_report.compare import Comparison, comparison_page, read_runs
 from coldstill.trainer.run_report.page import as_text
 
@@ -33,11 +33,11 @@ def compare(
     """
     comparison = read_runs(folders, evaluations=evaluations)
     if html is not None:
-        _write(html, comparison_page(comparison, now=local_now()).encode())
+        put_page(html, comparison_page(comparison, now=local_now()).encode())
     if png is not None:
         from coldstill.trainer.run_report.plot import comparison_png
 
-        _write(png, comparison_png(comparison))
+        put_page(png, comparison_png(comparison))
     if as_json:
         print(json.dumps(comparison.document()))
     else:
@@ -65,13 +65,3 @@ def _table(title: str, rows: Mapping[str, Sequence[Any]], names: Sequence[str]) 
         cells = [Text("" if value is None else visible(as_text(value))) for value in values]
         table.add_row(Text(visible(name)), *cells)
     return table
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise PageNotWritten(
-            visible(str(path)), found=error.strerror, wanted="a file that can be written", fix="choose another path"
-        ) from None

@@ -6,7 +6,7 @@ Colors come from the classes `line-0` to `line-7` of the page's style. All text 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -161,9 +161,7 @@ def _drawing(chart: Chart, points: Sequence[Point], *, x_name: str, x_end: float
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(said)}">{"".join(parts)}</svg>'
 
 
-def _drawn(line: Line, across: object, up: object) -> str:
-    assert callable(across)
-    assert callable(up)
+def _drawn(line: Line, across: Callable[[float], str], up: Callable[[float], str]) -> str:
     points = thinned(finite(line.points))
     if not points:
         return ""

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.capacity import FULL, Done, chosen_rate, planned, read
 from benchmarks.capacity_runs import LOSSES, SETTINGS, STUDENT, TEACHERS, Run
-from benchmarks.pair_plan import append
 from benchmarks.plots import draw_capacity
+from benchmarks.run_log import append
 from coldstill.demo.models import new_model, parameter_count
 
 
@@ -68,7 +68,7 @@ def test_a_torn_line_costs_one_run(tmp_path: Path) -> None:
     log = tmp_path / "runs.jsonl"
     assert read(log) == {}
     log.write_text(json.dumps(_record(first)) + '\n{"setting": "pre', encoding="utf-8")
-    append(log, [_record(second)])
+    append(log, _record(second))
     assert list(read(log)) == [first, second]
 
 

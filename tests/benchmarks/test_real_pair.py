@@ -16,9 +16,10 @@ from benchmarks import real_pair, real_text
 from benchmarks.dense_training import DenseObjective
 from benchmarks.pair_measure import held_out, student_figures, teacher_figures
 from benchmarks.pair_models import kept_layers, toy_model, write_student
-from benchmarks.pair_plan import append, chosen_rate, planned, read_log, reported, shares
+from benchmarks.pair_plan import chosen_rate, planned, read_log, reported, shares
 from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, SIDES, TAID, Run, Size
 from benchmarks.pair_teacher import HiddenStates, head_of, last_hidden
+from benchmarks.run_log import append
 from coldstill.demo.text import ModuleFile
 from coldstill.trainer.targets import SparseTargets
 from tests.benchmarks.making import rows
@@ -156,7 +157,7 @@ def test_a_second_start_runs_only_what_is_missing_and_a_torn_line_is_passed_over
     assert [run.side for run in ready[: len(SIDES)]] == [side.name for side in SIDES]
     log.write_text("".join(json.dumps(_record(run)) + "\n" for run in ready) + '{"layers": 8, "si', encoding="utf-8")
     done = read_log(log)
-    append(log, [_record(Run(6, DENSE.name, 1.0, 0, 4))])
+    append(log, _record(Run(6, DENSE.name, 1.0, 0, 4)))
     assert len(read_log(log)) == len(done) + 1
     plan = [(run, final) for run, _, final in planned(SIDES, SIZE, done)]
     assert all(final for _, final in plan)
@@ -216,7 +217,7 @@ def test_runs_of_the_stored_result_count_if_its_settings_and_its_cache_are_the_s
     monkeypatch.setattr(real_pair, "stored", lambda name: tmp_path / f"{name}.json")
     (tmp_path / "real_pair.json").write_text(json.dumps(result), encoding="utf-8")
     bench, log = _Bench(tmp_path, SIZE, engine="transformers"), tmp_path / real_pair.LOG
-    append(log, [_record(run, test=0.7)])
+    append(log, _record(run, test=0.7))
     real_pair.take_stored(bench)
     real_pair.take_stored(bench)
     assert read_log(log) == {run: _record(run, test=0.7), other: _record(other)}

@@ -276,7 +276,7 @@ def test_a_capture_started_with_older_defaults_resumes_with_the_keys_that_the_er
 def test_a_default_capture_of_an_earlier_release_is_resumed_by_the_keys_that_differ_and_no_others(
     tmp_path: Path, old: dict[str, int], now: dict[str, int], advice: str
 ) -> None:
-    """Its draws were independent and half of them were kept, which the capture goes on with by itself."""
+    """Its draws were independent and half of them were kept: the resumed capture takes both from its header."""
     begun = prepare(capture_config(tmp_path, teacher={**old, "draw_method": "iid", "kept_draws": 32}))
     document = capture_config(tmp_path, teacher=now).model_dump(exclude_unset=True)
     document["teacher"].pop("top_k", None)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,10 +14,10 @@ from typing import Any
 from coldstill.common.charts import COLORS
 from coldstill.common.clock import clock_time, duration
 from coldstill.common.page import escaped, page_without_script
-from coldstill.trainer.errors import EvaluationNotOfRun, RunDamaged
+from coldstill.trainer.errors import EvaluationNotOfRun
 
 from .page import all_charts, as_text, charts_style, measured_charts, measured_names
-from .record import MAX_BYTES, RunRecord, numbers, read_run
+from .record import RunRecord, json_object, numbers, read_run
 
 EVALUATIONS = "evaluation*.json"
 """Reports of `coldstill evaluate --json` in the folder of a run."""
@@ -188,18 +187,8 @@ def _of(record: RunRecord, name: str, otherwise: float | None) -> float | None:
 
 
 def _report(path: Path) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        found = json.loads(path.read_bytes()) if size <= MAX_BYTES else f"{size:,} bytes"
-    except OSError as error:
-        found = error.strerror
-    except (ValueError, RecursionError):
-        found = "text that is not JSON"
-    if not isinstance(found, dict):
-        raise RunDamaged(
-            str(path),
-            found=found if isinstance(found, str) else f"a JSON {type(found).__name__}",
-            wanted="the JSON document of `coldstill evaluate --json`",
-            fix="run `coldstill evaluate STUDENT DATASET --json` and store its output there",
-        )
-    return found
+    return json_object(
+        path,
+        wanted="the JSON document of `coldstill evaluate --json`",
+        fix="run `coldstill evaluate STUDENT DATASET --json` and store its output there",
+    )

@@ -24,6 +24,9 @@ MOST_STEPS = 1 << 53
 MAX_NUMBER = 1e100
 """Larger numbers of a log are left out: no figure has them, and differences of them overflow."""
 
+_WANTED = f"a JSON document of at most {MAX_BYTES:,} bytes, as `coldstill train` writes it"
+_FIX = "re-run the training with the same settings, which writes the file again, or leave this run out"
+
 State = Literal["running", "interrupted", "failed", "finished"]
 
 
@@ -101,9 +104,9 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _of_checkpoint(folder: Path, state: Path) -> RunRecord:
-    found = _document(state)
-    summary = _document(folder / "train_summary.json") if (folder / "train_summary.json").exists() else {}
-    identity = _document(folder / "run.json") if (folder / "run.json").exists() else {}
+    found = json_object(state)
+    summary = json_object(folder / "train_summary.json") if (folder / "train_summary.json").exists() else {}
+    identity = json_object(folder / "run.json") if (folder / "run.json").exists() else {}
     ids = identity.pop("dataset_ids", None) or summary.get("dataset_ids") or []
     teachers = summary.get("teachers") or []
     facts = {}
@@ -123,33 +126,30 @@ def _of_checkpoint(folder: Path, state: Path) -> RunRecord:
         raise _damaged(state, "a document without global_step, max_steps and log_history") from None
 
 
-def _document(path: Path) -> dict[str, Any]:
+def json_object(path: Path, *, wanted: str = _WANTED, fix: str = _FIX) -> dict[str, Any]:
+    """The JSON object in a file of at most `MAX_BYTES`. Raises `RunDamaged` with what is `wanted` there and a `fix`."""
+    found: object
     try:
-        found = json.loads(_bytes(path))
+        found = json.loads(_bytes(path, wanted=wanted, fix=fix))
     except (ValueError, RecursionError):
-        raise _damaged(path, "text that is not JSON") from None
+        raise _damaged(path, "text that is not JSON", wanted=wanted, fix=fix) from None
     if not isinstance(found, dict):
-        raise _damaged(path, f"a JSON {type(found).__name__}")
+        raise _damaged(path, f"a JSON {type(found).__name__}", wanted=wanted, fix=fix)
     return found
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, *, wanted: str = _WANTED, fix: str = _FIX) -> bytes:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise _damaged(path, f"{size:,} bytes")
+            raise _damaged(path, f"{size:,} bytes", wanted=wanted, fix=fix)
         return path.read_bytes()
     except OSError as error:
-        raise _damaged(path, error.strerror) from None
+        raise _damaged(path, error.strerror, wanted=wanted, fix=fix) from None
 
 
-def _damaged(path: Path, found: object) -> RunDamaged:
-    return RunDamaged(
-        str(path),
-        found=found,
-        wanted=f"a JSON document of at most {MAX_BYTES:,} bytes, as `coldstill train` writes it",
-        fix="re-run the training with the same settings, which writes the file again, or leave this run out",
-    )
+def _damaged(path: Path, found: object, *, wanted: str = _WANTED, fix: str = _FIX) -> RunDamaged:
+    return RunDamaged(str(path), found=found, wanted=wanted, fix=fix)
 
 
 def _not_found(folder: Path, found: str) -> RunNotFound:

@@ -47,14 +47,19 @@ def write_page(root: str | Path, index: int, path: str | Path) -> Path:
     plain_text = one.text.row(one.row.token_ids[:MAX_TOKENS].tolist(), instead=images)
     page = render(page_data(one), title=title, plain_text=plain_text)
     path = Path(path)
+    put_page(path, page.encode())
+    return path
+
+
+def put_page(path: Path, data: bytes) -> None:
+    """Write a page or a picture to `path`, and its folder. Raises `PageNotWritten`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        path.write_bytes(data)
     except OSError as error:
         raise PageNotWritten(
             visible(str(path)), found=error.strerror, wanted="a file that can be written", fix="choose another path"
         ) from None
-    return path
 
 
 def render(data: dict[str, Any], *, title: str, plain_text: str) -> str:
