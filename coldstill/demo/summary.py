@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +83,18 @@ def show(layout: Layout, console: Console, *, wall_s: float) -> None:
     console.print(
         "KL(teacher || student) and cross-entropy in nats per target, over the whole vocabulary.\n"
         f"Peak memory of each training process. The teacher's folder was {absence} during training.\n"
-        f"{layout.card}\n{layout.page}\n{layout.summary}\n{layout.picture}\n"
-        f"Each run has a page, report.html; side by side: coldstill compare {layout.run('*')}/ --html compare.html\n"
-        f"[dim]{round(wall_s) // 60}:{round(wall_s) % 60:02} minutes[/dim]",
+        + last_lines(layout, wall_s=wall_s),
         soft_wrap=True,
+    )
+
+
+def last_lines(layout: Layout, *, wall_s: float) -> str:
+    """Where the results are, the command that compares the runs, and how long the demo took."""
+    runs = shlex.quote(str(layout.run("any").parent))
+    return (
+        f"{layout.card}\n{layout.page}\n{layout.summary}\n{layout.picture}\n"
+        f"Each run has a page, report.html; side by side: coldstill compare {runs}/*/ --html compare.html\n"
+        f"[dim]{round(wall_s) // 60}:{round(wall_s) % 60:02} minutes[/dim]"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from coldstill.common.files import read_json, write_json
 from coldstill.demo.settings import LOSSES, QUICK, Layout
-from coldstill.demo.summary import show, write_summary
+from coldstill.demo.summary import last_lines, show, write_summary
 
 pytest.importorskip("matplotlib")
 
@@ -70,3 +71,13 @@ def test_the_chart_is_a_png_and_the_table_fits_80_columns(layout: Layout) -> Non
     for part in (*LOSSES, "before", "0.500", "5.0 times smaller", "800 MB", "1:01 minutes", str(layout.summary)):
         assert part in text
     assert "\u2026" not in text
+
+
+def test_the_command_that_compares_the_runs_works_in_a_folder_with_a_space(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "a new folder")
+    for loss in LOSSES:
+        layout.run(loss).mkdir(parents=True)
+    (line,) = (line for line in last_lines(layout, wall_s=61).splitlines() if "coldstill compare" in line)
+    command = line[line.index("coldstill compare") :].replace("coldstill compare", "printf '%s\\n'", 1)
+    shown = subprocess.run(["sh", "-c", command], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert shown == [*(f"{layout.run(loss)}/" for loss in sorted(LOSSES)), "--html", "compare.html"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from coldstill.common.files import new_file, read_json, write_json
 from coldstill.demo.settings import LOSSES
-from coldstill.demo.summary import CAPTURE_KEYS, COLORS, NAMES
+from coldstill.demo.summary import CAPTURE_KEYS, COLORS, NAMES, last_lines
 
 from .scenes import KINDS
 from .settings import Layout, Size
@@ -73,10 +73,7 @@ def show(layout: Layout, console: Console, *, wall_s: float) -> None:
     absence = "PRESENT" if summary["teacher_folder_present_while_training"] else "absent"
     console.print(
         "CE cross-entropy, FKL forward KL. KL in nats per target, over the whole vocabulary.\n"
-        f"The teacher's folder was {absence} during training.\n"
-        f"{layout.card}\n{layout.page}\n{layout.summary}\n{layout.picture}\n"
-        f"Each run has a page, report.html; side by side: coldstill compare {layout.run('*')}/ --html compare.html\n"
-        f"[dim]{round(wall_s) // 60}:{round(wall_s) % 60:02} minutes[/dim]",
+        f"The teacher's folder was {absence} during training.\n" + last_lines(layout, wall_s=wall_s),
         soft_wrap=True,
     )
 
