@@ -3,7 +3,9 @@
 The real teacher is Gemma 3 270M (`real_model.py`). The toy has the same architecture with six layers and 2,048 ids and
 learns in seconds, so that the whole benchmark can be run as a test.
 
-Shape letters: `B` rows of a step, `T` tokens.
+A student that lacks layers talks nonsense. One that is healed has been trained on plain text since, without a teacher.
+
+Shape letters: `N` blocks of text, `T` tokens of each.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from tqdm import tqdm
 from coldstill.common.files import new_folder
 from coldstill.demo.text import read_rows
 
-TOY_IDS, TOY_TOKENS, TOY_ROWS_PER_STEP, TOY_RATE = 2048, 96, 8, 3e-3
+TOY_IDS, TOY_TOKENS, TOY_BLOCKS_PER_STEP, TOY_RATE = 2048, 96, 8, 3e-3
+WARMUP_STEPS = 20
 
 
 def kept_layers(kinds: Sequence[str], count: int) -> list[int]:
@@ -115,20 +118,32 @@ def make_toy(folder: Path, rows: Path, *, steps: int) -> None:
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
     )
     model = toy_model(len(tokenizer))
-    ids = [id_ for text in texts for id_ in tokenizer(text)["input_ids"]]
-    count = len(ids) // TOY_TOKENS
-    blocks = torch.tensor(ids[: count * TOY_TOKENS]).view(count, TOY_TOKENS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=TOY_RATE, weight_decay=0.01, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    for step in tqdm(range(steps), desc="toy teacher", leave=False):
-        for group in optimizer.param_groups:
-            group["lr"] = TOY_RATE * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        rows_of_step = blocks[torch.randperm(count, generator=generator)[:TOY_ROWS_PER_STEP]]
-        loss = model(rows_of_step, labels=rows_of_step).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    blocks = blocks_of(texts, tokenizer, tokens=TOY_TOKENS)
+    train_on_text(model, blocks, steps=steps, blocks_per_step=TOY_BLOCKS_PER_STEP, rate=TOY_RATE, desc="toy teacher")
     with new_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+
+
+def blocks_of(texts: Sequence[str], tokenizer: Any, *, tokens: int) -> torch.Tensor:
+    """The texts one after the other, cut into blocks `[N, T]`; what is left of the last one is dropped."""
+    ids = [id_ for text in texts for id_ in tokenizer(text)["input_ids"]]
+    count = len(ids) // tokens
+    return torch.tensor(ids[: count * tokens]).view(count, tokens)
+
+
+def train_on_text(
+    model: Any, blocks: torch.Tensor, *, steps: int, blocks_per_step: int, rate: float, desc: str
+) -> None:
+    """Train the weights that need a gradient on the next token of `blocks [N, T]`, each step on random ones."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for step in tqdm(range(steps), desc=desc, leave=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        of_step = blocks[torch.randperm(len(blocks), generator=generator)[:blocks_per_step]]
+        model(of_step, labels=of_step).loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()

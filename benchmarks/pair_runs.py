@@ -26,15 +26,17 @@ import yaml
 from benchmarks import real_model, real_text
 from benchmarks.dense_training import train_dense
 from benchmarks.pair_measure import HeldOut, held_out, rounded, student_figures, teacher_figures
-from benchmarks.pair_models import load_model, make_toy, write_student
+from benchmarks.pair_models import blocks_of, load_model, make_toy, train_on_text, write_student
 from benchmarks.pair_teacher import HiddenStates, head_of, hidden_states, rows_of_dataset, rows_of_text
-from coldstill.common.files import new_file, read_json, write_json
+from coldstill.common.files import new_file, new_folder, read_json, write_json
+from coldstill.demo.text import read_rows
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.train import TrainSummary, train
 
 HELD_OUT = ("validation", "test")
+EMBEDDINGS = "embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -54,29 +56,47 @@ CROSS_ENTROPY, TAID = Side("cross-entropy", {"name": "cross_entropy"}), Side("TA
 DENSE = Side("dense TAID", {"name": "taid"}, dense=True, rate_of=TAID.name)
 SIDES = (
     CROSS_ENTROPY,
-    TAID,
-    DENSE,
     Side("forward KL", {"name": "forward_kl"}),
-    Side("TAID, linear", {"name": "taid", "schedule": "linear"}),
+    TAID,
+    Side("TAID, t from 0.8", {"name": "taid", "t_start": 0.8}),
     Side("reverse KL", {"name": "reverse_kl"}),
+    Side("TAID, linear", {"name": "taid", "schedule": "linear"}),
+    DENSE,
 )
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student before training: the teacher with `layers` of its layers, trained on plain text since if `healed`."""
+
+    layers: int
+    healed: bool
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and folders."""
+        return f"{self.layers} layers, {'healed' if self.healed else 'as cut'}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """How much is captured, trained and measured. Rows have up to `max_length` tokens.
 
-    `steps`: optimizer steps of a run. `layers`: of the students, the main one first. `rates`: learning rates that each
-    side is tried with, the first one first. `embeddings`: whether the student's embeddings, which are its head too, are
-    trained. `toy_steps`: steps of the toy teacher; 0 for the real one.
+    `steps`: optimizer steps of a run. `students`: the main one first. The main one is trained with each of the learning
+    `rates`, the first one first, and in `seeds` orders of rows; the others with the first rate in one order.
+    `healing_steps` and `healing_rate`: of the training on plain text, `rows_per_step` blocks of `max_length` tokens a
+    step. `embeddings`: whether the student's embeddings, which are its head too, are trained. `toy_steps`: steps of the
+    toy teacher; 0 for the real one.
     """
 
     rows: dict[str, int]
     rows_per_step: int
     steps: int
-    layers: tuple[int, ...]
+    students: tuple[Student, ...]
     rates: tuple[float, ...]
     seeds: int
+    healing_steps: int
+    healing_rate: float
     max_length: int = 256
     embeddings: bool = False
     toy_steps: int = 0
@@ -92,15 +112,21 @@ class Run:
     """One training run."""
 
     layers: int
+    healed: bool
     side: str
     rate: float
     seed: int
     steps: int
 
     @property
+    def student(self) -> Student:
+        """The student that it trains."""
+        return Student(self.layers, self.healed)
+
+    @property
     def folder(self) -> str:
         """Its folder's name."""
-        return f"{self.layers} layers, {self.side}, rate {self.rate:g}, seed {self.seed}, {self.steps} steps"
+        return f"{self.student.name}, {self.side}, rate {self.rate:g}, seed {self.seed}, {self.steps} steps"
 
 
 class Bench:
@@ -125,14 +151,11 @@ class Bench:
     def prepare(self) -> None:
         """Write rows and models and capture the teacher, unless they exist."""
         with self._alone():
-            if not (self.output / "rows" / "train.jsonl").exists():
+            if not all(self._rows(part).exists() for part in self.size.rows):
                 with_chats = not self.size.is_toy
                 real_text.write_rows(self.output / "rows", self.size.rows, chats=with_chats)
             if self.size.is_toy and not self.teacher.exists():
-                make_toy(self.teacher, self.output / "rows" / "train.jsonl", steps=self.size.toy_steps)
-            for layers in self.size.layers:
-                if not self.student(layers).exists():
-                    write_student(self.teacher, self.student(layers), layers=layers)
+                make_toy(self.teacher, self._rows("train"), steps=self.size.toy_steps)
             if not (self.dataset / MANIFEST_NAME).exists():
                 self._capture()
             _ = self.training_states, self.parts
@@ -142,9 +165,16 @@ class Bench:
         """The teacher's folder."""
         return self.output / "teacher" if self.size.is_toy else real_model.model_folder()
 
-    def student(self, layers: int) -> Path:
-        """The folder of the student before training."""
-        return self.output / f"student_{layers}"
+    def student(self, student: Student) -> Path:
+        """The folder of the student before training, which is made at the first call."""
+        folder = self.output / "students" / student.name
+        with _locked(self.output / "students" / f"{student.name}.lock", wait=True):
+            if not folder.exists():
+                if student.healed:
+                    self._heal(self.student(Student(student.layers, healed=False)), folder)
+                else:
+                    write_student(self.teacher, folder, layers=student.layers)
+        return folder
 
     @cached_property
     def head(self) -> torch.Tensor:
@@ -163,8 +193,7 @@ class Bench:
 
         tokenizer, found = AutoTokenizer.from_pretrained(self.teacher), {}
         for part in HELD_OUT:
-            path = self.output / "rows" / f"{part}.jsonl"
-            rows = rows_of_text(path, tokenizer, max_length=self.size.max_length)
+            rows = rows_of_text(self._rows(part), tokenizer, max_length=self.size.max_length)
             states = hidden_states(self._states(part), self._teacher, rows)
             found[part] = held_out(states, self.head, path=self._states(f"{part}_borders"))
         return found
@@ -207,9 +236,9 @@ class Bench:
 
     def config(self, run: Run, side: Side) -> TrainConfig:
         """Settings of a run. Sides differ in their loss and learning rate only."""
-        student: dict[str, Any] = {"model": str(self.student(run.layers))}
+        student: dict[str, Any] = {"model": str(self.student(run.student))}
         if not self.size.embeddings:
-            student["freeze"] = ["embed_tokens"]
+            student["freeze"] = [EMBEDDINGS]
         training = {
             "learning_rate": run.rate,
             "max_steps": run.steps,
@@ -229,12 +258,12 @@ class Bench:
         }
         return TrainConfig.model_validate(document)
 
-    def before(self, layers: int) -> dict[str, float]:
+    def before(self, student: Student) -> dict[str, float]:
         """Figures of the student before training, on the test part; a file keeps them."""
-        path = self.output / f"before_{layers}.json"
+        path = self.output / "students" / f"{student.name}.json"
         if not path.exists():
             with bfloat16_factors():
-                write_json(path, rounded(student_figures(load_model(self.student(layers)), self.parts["test"])))
+                write_json(path, rounded(student_figures(load_model(self.student(student)), self.parts["test"])))
         return dict(read_json(path))
 
     def of_teacher(self, *, top_k: int) -> dict[str, float]:
@@ -278,7 +307,7 @@ class Bench:
         document = {
             "output": str(self.dataset),
             "mode": "pretrain",
-            "source": {"path": str(self.output / "rows" / "train.jsonl"), "over_long": "cut"},
+            "source": {"path": str(self._rows("train")), "over_long": "cut"},
             "teacher": teacher,
             "rows_per_unit": 60,
             "cluster": {"max_workers": 1},
@@ -287,6 +316,31 @@ class Bench:
             beside.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
         command = [sys.executable, "-m", "coldstill", "capture", str(path), "--summary", str(self.capture_summary)]
         subprocess.run(command, check=True)
+
+    def _heal(self, cut: Path, folder: Path) -> None:
+        """Train the student in `cut` on the text of the part `healing` and write it into `folder`."""
+        from transformers import AutoTokenizer
+
+        size, tokenizer, model = self.size, AutoTokenizer.from_pretrained(cut), load_model(cut)
+        texts = [row["text"] for row in read_rows(self._rows(real_text.HEALING))]
+        blocks = blocks_of(texts, tokenizer, tokens=size.max_length)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(size.embeddings or EMBEDDINGS not in name)
+        with bfloat16_factors():
+            train_on_text(
+                model,
+                blocks,
+                steps=size.healing_steps,
+                blocks_per_step=size.rows_per_step,
+                rate=size.healing_rate,
+                desc=f"healing {folder.name}",
+            )
+        with new_folder(folder) as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+
+    def _rows(self, part: str) -> Path:
+        return self.output / "rows" / f"{part}.jsonl"
 
     def _states(self, name: str) -> Path:
         return self.output / "teacher_states" / f"{name}.pt"

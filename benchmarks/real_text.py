@@ -2,7 +2,7 @@
 
 Chats are those of the package `chitchat-dataset`: two people who write to each other, as lines `A: ...` and `B: ...`.
 Documents are pieces of Python's standard library. A hash of the chat's id or of the module's name selects the part, so
-no part holds a piece of a module of another part. A part takes chats and documents in turns.
+no held-out part holds a piece of a module of another part. A part takes chats and documents in turns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from coldstill.demo.text import module_files
 
 PART_BORDERS = {"train": 0.8, "validation": 0.88, "test": 1.0}
 """Upper end of each part on the unit interval to which ids are hashed."""
+HEALING = "healing"
+"""Part on which a student without some of its teacher's layers learns to write again."""
 CHARACTERS = 640
 """Most characters of a row: about 190 tokens of a large vocabulary. Longer chats are cut, modules are split."""
 SHORTEST_CHAT = 160
@@ -34,6 +36,7 @@ def has_chats() -> bool:
 def write_rows(folder: Path, counts: dict[str, int], *, chats: bool = True) -> dict[str, Path]:
     """Write `<part>.jsonl` with rows `{"id", "text"}`, `counts[part]` of them, and return the files.
 
+    Rows of the part `healing` follow those of `train`; no row is in both.
     Raises `ValueError` if a part has too little text.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,9 +45,11 @@ def write_rows(folder: Path, counts: dict[str, int], *, chats: bool = True) -> d
     for part, rows in found.items():
         for turn in zip(*(source[part] for source in sources), strict=False):
             rows.extend(turn)
-        if len(rows) < counts[part]:
-            raise ValueError(f"part {part} has {len(rows)} rows of text, not {counts[part]}")
-    paths = {part: folder / f"{part}.jsonl" for part in found}
+    found[HEALING] = found["train"][counts["train"] :]
+    for part, count in counts.items():
+        if len(found[part]) < count:
+            raise ValueError(f"part {part} has {len(found[part])} rows of text, not {count}")
+    paths = {part: folder / f"{part}.jsonl" for part in counts}
     for part, path in paths.items():
         lines = [json.dumps(row) + "\n" for row in found[part][: counts[part]]]
         path.write_text("".join(lines), encoding="utf-8")
