@@ -55,7 +55,7 @@ def planned(sides: tuple[Side, ...], size: Size, done: Done) -> Iterator[tuple[R
 
 
 def reported(sides: tuple[Side, ...], size: Size, done: Done) -> dict[Student, dict[str, list[dict[str, Any]]]]:
-    """Student -> side -> the finished runs with the side's learning rate, by seed. The rate is the best tried so far."""
+    """Student -> side -> the finished runs with the side's learning rate, by seed. It is the best rate tried so far."""
     found: dict[Student, dict[str, list[dict[str, Any]]]] = {}
     for student in size.students:
         is_main = student == size.students[0]

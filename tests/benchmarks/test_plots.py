@@ -20,8 +20,8 @@ def result() -> dict[str, Any]:
     return {
         "runs": {"done": 3, "planned": 48},
         "facts": {"teacher": "a teacher"},
-        "before": {"8": {"kl": 10.0, "top1_agreement": 0.0}},
-        "sides": {"8": {"cross-entropy": side(2.0, 2.1), "dense TAID": side(1.5)}},
+        "before": {"8 layers, healed": {"kl": 10.0, "top1_agreement": 0.0}},
+        "sides": {"8 layers, healed": {"cross-entropy": side(2.0, 2.1), "dense TAID": side(1.5)}},
     }
 
 

@@ -15,23 +15,30 @@ import torch
 from benchmarks import real_pair, real_text
 from benchmarks.dense_training import DenseObjective
 from benchmarks.pair_measure import held_out, student_figures, teacher_figures
-from benchmarks.pair_models import kept_layers, toy_model, write_student
+from benchmarks.pair_models import blocks_of, kept_layers, load_model, make_toy, toy_model, train_on_text, write_student
 from benchmarks.pair_plan import chosen_rate, planned, read_log, reported, shares
-from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, SIDES, TAID, Run, Size
+from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, SIDES, TAID, Bench, Run, Size, Student
 from benchmarks.pair_teacher import HiddenStates, head_of, last_hidden
 from benchmarks.run_log import append
 from coldstill.demo.text import ModuleFile
 from coldstill.trainer.targets import SparseTargets
 from tests.benchmarks.making import rows
 
+MAIN, CUT, SMALL = Student(8, healed=True), Student(8, healed=False), Student(6, healed=True)
 SIZE = Size(
     rows={"train": 8, "validation": 2, "test": 2},
     rows_per_step=2,
     steps=4,
-    layers=(8, 6),
+    students=(MAIN, CUT, SMALL),
     rates=(2e-4, 5e-4, 1e-3),
     seeds=3,
+    healing_steps=2,
+    healing_rate=1e-3,
 )
+
+
+def _run(side: str, rate: float, *, student: Student = MAIN, seed: int = 0) -> Run:
+    return Run(student.layers, student.healed, side, rate, seed, SIZE.steps)
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(4, [0, 5, 11, 17]), (6, [0, 1, 5, 11, 16, 17]), (18, list(range(18)))])
@@ -144,6 +151,47 @@ def test_no_module_is_in_two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (names["train"] | names["validation"]) & names["test"]
 
 
+def test_a_student_is_healed_on_text_that_no_side_trains_on_and_keeps_its_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = [ModuleFile(name=f"m{n}.py", text=f"x{n} = {n}\n" * 400) for n in range(60)]
+    monkeypatch.setattr(real_text, "module_files", lambda: modules)
+    counts = {"train": 40, "validation": 2, "test": 2, real_text.HEALING: 30}
+    size = replace(SIZE, rows=counts, students=(Student(3, healed=True),), toy_steps=2, max_length=64)
+    paths = real_text.write_rows(tmp_path / "rows", counts, chats=False)
+    make_toy(tmp_path / "teacher", paths["train"], steps=2)
+    bench = Bench(tmp_path, size)
+    ids = {
+        part: [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
+        for part, path in paths.items()
+    }
+    assert {part: len(found) for part, found in ids.items()} == counts
+    assert len({id_ for of_part in ids.values() for id_ in of_part}) == sum(counts.values())
+
+    cut, healed = (load_model(bench.student(Student(3, healed))).state_dict() for healed in (False, True))
+    assert torch.equal(cut["model.embed_tokens.weight"], healed["model.embed_tokens.weight"])
+    assert not torch.equal(cut["model.layers.0.mlp.up_proj.weight"], healed["model.layers.0.mlp.up_proj.weight"])
+    with monkeypatch.context() as broken:
+        broken.setattr(Bench, "_heal", None)  # a second call makes none
+        assert bench.student(Student(3, healed=True)).is_dir()
+
+
+def test_training_on_text_lowers_the_cross_entropy_of_that_text() -> None:
+    class Bytes:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": list(text.encode())}
+
+    blocks = blocks_of(["abcd" * 20, "efgh" * 20], Bytes(), tokens=30)
+    assert blocks.shape == (5, 30)
+    assert bytes(blocks.flatten().tolist()) == ("abcd" * 20 + "efgh" * 20)[:150].encode()
+    model = toy_model(128)
+    with torch.no_grad():
+        before = model(blocks, labels=blocks).loss
+    train_on_text(model, blocks, steps=8, blocks_per_step=2, rate=3e-3, desc="")
+    with torch.no_grad():
+        assert model(blocks, labels=blocks).loss < before - 0.5
+
+
 def _record(run: Run, *, validation: float = 1.0, test: float = 1.0) -> dict[str, Any]:
     return {**vars(run), "validation": {"kl": validation}, "test": {"kl": test}}
 
@@ -153,24 +201,27 @@ def test_a_second_start_runs_only_what_is_missing_and_a_torn_line_is_passed_over
     assert read_log(log) == {}
     everything = list(planned(SIDES, SIZE, {}))
     ready = [run for run, _, final in everything if final]
-    assert len(ready) == len(set(ready)) == 3 * (len(SIDES) - 1) + 1  # the rates; all others wait for them
-    assert [run.side for run in ready[: len(SIDES)]] == [side.name for side in SIDES]
+    of_main = [run for run in ready if run.student == MAIN]
+    assert len(of_main) == len(set(of_main)) == 3 * (len(SIDES) - 1)  # the rates; dense TAID and later orders wait
+    assert ready[: len(of_main)] == of_main  # and the other students come last
+    assert [run.side for run in of_main[: len(SIDES) - 1]] == [side.name for side in SIDES if side != DENSE]
+    assert {(run.student, run.rate) for run in ready[len(of_main) :]} == {(CUT, 2e-4), (SMALL, 2e-4)}
     log.write_text("".join(json.dumps(_record(run)) + "\n" for run in ready) + '{"layers": 8, "si', encoding="utf-8")
     done = read_log(log)
-    append(log, _record(Run(6, DENSE.name, 1.0, 0, 4)))
+    append(log, _record(_run(DENSE.name, 1.0, student=SMALL)))
     assert len(read_log(log)) == len(done) + 1
     plan = [(run, final) for run, _, final in planned(SIDES, SIZE, done)]
     assert all(final for _, final in plan)
-    assert len({run for run, _ in plan}) == len(plan) == len(ready) + (2 + 3) * len(SIDES)
-    assert sum(run not in done for run, _ in plan) == (2 + 3) * len(SIDES)
+    assert len({run for run, _ in plan}) == len(plan) == len(ready) + 1 + 2 * len(SIDES)
+    assert sum(run not in done for run, _ in plan) == 1 + 2 * len(SIDES)
 
 
 def test_the_learning_rate_is_chosen_on_the_validation_part_alone() -> None:
-    runs = {rate: Run(8, TAID.name, rate, 0, SIZE.steps) for rate in SIZE.rates}
+    runs = {rate: _run(TAID.name, rate) for rate in SIZE.rates}
     kls = {2e-4: (1.2, 0.9), 5e-4: (1.1, 1.3), 1e-3: (1.4, 0.8)}
     done = {runs[rate]: _record(runs[rate], validation=of[0], test=of[1]) for rate, of in kls.items()}
     assert chosen_rate(TAID, SIZE, done) == (5e-4, True)
-    assert [record["test"]["kl"] for record in reported(SIDES, SIZE, done)[8][TAID.name]] == [1.3]
+    assert [record["test"]["kl"] for record in reported(SIDES, SIZE, done)[MAIN][TAID.name]] == [1.3]
     del done[runs[5e-4]]
     assert chosen_rate(TAID, SIZE, done) == (2e-4, False)
     assert chosen_rate(CROSS_ENTROPY, SIZE, done) is None
@@ -178,19 +229,19 @@ def test_the_learning_rate_is_chosen_on_the_validation_part_alone() -> None:
 
 def test_dense_taid_takes_the_learning_rate_of_taid_from_the_cache_in_every_order_of_rows() -> None:
     kls = {2e-4: 1.2, 5e-4: 1.4, 1e-3: 1.1}
-    runs = {Run(8, TAID.name, rate, 0, SIZE.steps): kl for rate, kl in kls.items()}
+    runs = {_run(TAID.name, rate): kl for rate, kl in kls.items()}
     done = {run: _record(run, validation=kl) for run, kl in runs.items()}
     of_dense = [
-        (run.rate, run.seed) for run, side, _ in planned(SIDES, SIZE, done) if side == DENSE and run.layers == 8
+        (run.rate, run.seed) for run, side, _ in planned(SIDES, SIZE, done) if side == DENSE and run.student == MAIN
     ]
-    assert of_dense == [(2e-4, 0), (1e-3, 0), (1e-3, 1), (1e-3, 2)]
-    assert DENSE.name not in reported(SIDES, SIZE, done)[8]
-    run = Run(8, DENSE.name, 1e-3, 0, SIZE.steps)
-    assert reported(SIDES, SIZE, {**done, run: _record(run)})[8][DENSE.name] == [_record(run)]
+    assert of_dense == [(1e-3, 0), (1e-3, 1), (1e-3, 2)]
+    assert DENSE.name not in reported(SIDES, SIZE, done)[MAIN]
+    run = _run(DENSE.name, 1e-3)
+    assert reported(SIDES, SIZE, {**done, run: _record(run)})[MAIN][DENSE.name] == [_record(run)]
 
 
 def test_a_share_is_taken_within_a_seed_and_only_where_both_ends_are_there() -> None:
-    run = Run(8, CROSS_ENTROPY.name, 2e-4, 0, 4)
+    run = _run(CROSS_ENTROPY.name, 2e-4)
     of_sides = {
         CROSS_ENTROPY.name: [_record(run, test=2.0), _record(replace(run, seed=1), test=1.8)],
         DENSE.name: [_record(run, test=1.0)],
@@ -208,7 +259,7 @@ class _Bench(real_pair.Bench):
 def test_runs_of_the_stored_result_count_if_its_settings_and_its_cache_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, other = Run(8, DENSE.name, 2e-4, 0, SIZE.steps), Run(8, TAID.name, 2e-4, 0, SIZE.steps)
+    run, other = _run(DENSE.name, 2e-4), _run(TAID.name, 2e-4)
     result: dict[str, Any] = {
         "settings": real_pair.settings(SIZE),
         "facts": {"targets": 100, "top_k": 8, "bytes_per_target": 50.2},
@@ -242,6 +293,7 @@ def test_the_quick_benchmark_trains_every_side_and_a_second_start_trains_none(tm
 
     first = figures()
     assert first["runs"] == {"done": len(SIDES), "planned": len(SIDES)}
-    kls = {side: of["kl"][0] for side, of in first["sides"]["3"].items()}
-    assert kls[DENSE.name] < kls[CROSS_ENTROPY.name] < first["before"]["3"]["kl"]
+    (student,) = first["sides"]
+    kls = {side: of["kl"][0] for side, of in first["sides"][student].items()}
+    assert kls[DENSE.name] < kls[CROSS_ENTROPY.name] < first["before"][student]["kl"]
     assert figures()["log"] == first["log"]
