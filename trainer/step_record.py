@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .arguments import RunLength
-from .errors import NonFiniteGradient, NonFiniteLoss, NonFiniteWeights
+from .errors import NonFiniteGradient, NonFiniteLoss, NonFiniteWeights, VanishedGradient
 from .loss_kernels.fused_head import LossValues
 from .losses.base import LossState
 from .losses.taid_schedule import TaidSchedule
@@ -27,6 +27,9 @@ MEASURED = ("targets_per_s", "peak_memory_mb")
 """Entries of the log that depend on the machine, and differ between equal runs."""
 MOST_NAMED = 20
 """Rows that one error message lists."""
+VANISHED_NORM, LEARNABLE_LOSS, VANISHED_STEPS = 1e-6, 0.1, 20
+"""A gradient below this norm, with a mean loss above this many nats, in this many steps in a row: nothing is learned.
+Norms of students that learn are between 0.01 and 100; a reverse KL that had lost its student measured 6e-11."""
 
 
 class StepRecord(TrainerCallback, ExportableState):
@@ -51,6 +54,7 @@ class StepRecord(TrainerCallback, ExportableState):
         self.cursor: dict[str, Any] | None = None
         self._kl_since_log: list[float] = []
         self._targets_at_log, self._logged = 0, self._began
+        self._vanished_steps = 0
         self.open_step(targets=0, cursor=None)
 
     def open_step(self, *, targets: int, cursor: dict[str, Any] | None) -> None:
@@ -59,7 +63,7 @@ class StepRecord(TrainerCallback, ExportableState):
         self._parts: list[tuple[LossValues, Mapping[str, Any]]] = []
         self._means: tuple[float, float] | None = None
         self._state_sums: list[float] = []
-        self.gradient_norm: torch.Tensor | float = 0.0
+        self.gradient_norm: torch.Tensor | float | None = None
         """Of the step's complete gradient. A scaler's is left out: it skips a step that is not finite."""
 
     def add(self, values: LossValues, batch: Mapping[str, Any]) -> None:
@@ -93,19 +97,33 @@ class StepRecord(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: torch.nn.Module | None = None, **_: Any
     ) -> None:
         """Raise `NonFiniteLoss` or `NonFiniteGradient` on all devices if one has a value that is not finite;
-        `NonFiniteWeights` if the reason is in the student. No weight has changed."""
+        `NonFiniteWeights` if the reason is in the student; `VanishedGradient` if it has not learned for long. No
+        weight has changed."""
         sums = torch.stack([_sums(values) for values, _ in self._parts]).sum(0)
-        is_broken = ~torch.as_tensor(self.gradient_norm, device=sums.device).isfinite()
-        sums = torch.cat([sums, is_broken.to(sums.dtype)[None]])
+        norm = torch.as_tensor(1.0 if self.gradient_norm is None else self.gradient_norm, device=sums.device)
+        of_norm = torch.stack([~norm.isfinite(), norm < VANISHED_NORM])
+        sums = torch.cat([sums, of_norm.to(sums.dtype)])
         if self.loss_state is not None:
             sums = torch.cat([sums, self.loss_state.take().to(sums.device)])
-        distillation, bucket_kl, broken, broken_gradients, *state_sums = reduce(sums, "sum").tolist()
+        distillation, bucket_kl, broken, broken_gradients, vanished, *state_sums = reduce(sums, "sum").tolist()
         if broken or broken_gradients:
             require_finite_weights(model)
             raise self._not_finite(int(broken), step=state.global_step + 1)
         # A step of rows that were all skipped has no target.
         targets = max(1, self._step_targets)
         self._means = (distillation / targets, bucket_kl / targets)
+        if self._step_targets:
+            is_stuck = vanished and distillation / targets > LEARNABLE_LOSS
+            self._vanished_steps = self._vanished_steps + 1 if is_stuck else 0
+        if self._vanished_steps >= VANISHED_STEPS:
+            raise VanishedGradient(
+                f"gradient at optimizer steps {state.global_step + 2 - VANISHED_STEPS} to {state.global_step + 1}",
+                found=f"a norm of {float(norm):.0e} with a loss of {distillation / targets:.2f} nats per target: the "
+                "student learns nothing",
+                wanted=f"a norm above {VANISHED_NORM:g}, or a loss below {LEARNABLE_LOSS:g}",
+                fix="lower training.learning_rate, or set loss to taid or forward_kl; a reverse KL has no gradient "
+                "once the student's mass has left the ids that the dataset keeps",
+            )
         self._state_sums = state_sums
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
