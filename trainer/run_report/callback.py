@@ -22,7 +22,7 @@ from coldstill.trainer.interruption import naming_dead_workers
 
 from .pace import Pace
 from .page import run_page
-from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, flat, read_run
+from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, flat, read_run, spread
 
 logger = logging.get_logger(__name__)
 
@@ -143,7 +143,7 @@ class RunReport(TrainerCallback):
             settings=self._settings,
             changed=self._changed,
             resumed=self._resumed,
-            log=tuple(dict(line) for line in log),
+            log=tuple(dict(line) for line in spread(log)),
             **more,
         )
 
