@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -335,12 +336,21 @@ def _copy(checkpoint: Path, folder: Path) -> None:
 
 
 def _recipe(config: TrainConfig) -> dict[str, Any]:
-    """The settings that differ from the defaults, without paths of this machine."""
-    paths: dict[str, Any] = {"dataset": True, "output": True, "eval_dataset": True, "data": {"ensemble"}}
-    recipe = config.model_dump(exclude=paths, exclude_defaults=True)
-    if Path(config.student.name).is_dir():
-        recipe["student"]["model"] = Path(config.student.name).name
-    return recipe
+    """The settings that differ from the defaults, without paths of this machine: the card may be published."""
+    paths: dict[str, Any] = {"dataset": True, "output": True, "eval_dataset": True, "data": {"ensemble", "cache_dir"}}
+    recipe: dict[str, Any] = _without_folders(config.model_dump(exclude=paths, exclude_defaults=True))
+    return {section: settings for section, settings in recipe.items() if settings != {}}
+
+
+def _without_folders(value: Any) -> Any:
+    """A setting in which each path of this machine is only its last name."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, str) and (value.startswith(("/", "~")) or os.path.isdir(value)):
+        return Path(value).name
+    return value
 
 
 def _teacher(header: DatasetHeader) -> str:

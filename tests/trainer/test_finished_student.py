@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 import coldstill.trainer.finished_student as finished
 import coldstill.trainer.student.lora as lora
 from coldstill.storage_schema.dataset import open_dataset
+from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import AdapterMisfit, StudentDiffers
 from coldstill.trainer.evaluation.measured_model import load_measured
 from coldstill.trainer.finished_student import LOGITS_NAME, MOST_ROWS, TrainedLogits, first_row, model_card, run_report
@@ -303,3 +304,17 @@ def test_the_card_of_a_hub_student_names_it_for_the_hub():
     data = ModelCard(text).data
     assert (data.base_model, data.library_name) == ("Qwen/Qwen2.5-0.5B", "peft")
     assert "final t" not in text
+
+
+def test_a_published_recipe_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shapes" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for shape in (str(tmp_path / "shapes" / "small"), "/gone/small", "~/small", "shapes/small"):
+        for settings in ({"from_scratch": shape}, {"model": shape}):
+            config = {"dataset": str(tmp_path), "output": "/out", "student": settings, "data": {"cache_dir": "/cache"}}
+            recipe = finished._recipe(TrainConfig.model_validate(config))
+            assert recipe == {"student": dict.fromkeys(settings, "small")}
+    lora = {"target_modules": ["x" * 5000, "\0"]}
+    student = {"model": "organization/name", "lora": lora}
+    kept = finished._recipe(TrainConfig.model_validate({"dataset": "d", "output": "o", "student": student}))
+    assert kept == {"student": student}
