@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from coldstill.common.attention import evaluation_mode
 from coldstill.common.files import write_json
+from coldstill.common.visible import plain
 from coldstill.storage_schema.header import DatasetHeader
 
 from .alignment.objective import alignment_counts, alignment_facts
@@ -289,7 +290,7 @@ def model_card(
         "initial student": base or "random weights",
         "teacher": "; ".join(_teacher(header) for header in headers),
         "dataset id": ", ".join(dataset_ids),
-        "dataset license": ", ".join(header.about.license or "not stated" for header in headers),
+        "dataset license": ", ".join(plain(header.about.license or "not stated") for header in headers),
         "loss": loss.heading,
         "share of cross-entropy in the loss": f"{loss.label_share:g}",
         "optimizer steps": f"{steps:,}",
@@ -354,10 +355,10 @@ def _without_folders(value: Any) -> Any:
 
 
 def _teacher(header: DatasetHeader) -> str:
-    revision = f" at {header.teacher.revision[:12]}" if header.teacher.revision else ""
-    adapter = f" with adapter {header.teacher.adapter.name}" if header.teacher.adapter else ""
+    revision = f" at {plain(header.teacher.revision[:12])}" if header.teacher.revision else ""
+    adapter = f" with adapter {plain(header.teacher.adapter.name)}" if header.teacher.adapter else ""
     most = "top" if header.kept_ids == "top_k" else "most probable and named ids, at most"
-    return f"{header.teacher.name}{revision}{adapter}, {most} {header.top_k} log-probs, {header.draws} draws"
+    return f"{plain(header.teacher.name)}{revision}{adapter}, {most} {header.top_k} log-probs, {header.draws} draws"
 
 
 def _escaped(text: str) -> str:

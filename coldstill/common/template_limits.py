@@ -8,8 +8,8 @@ each pass through the body of a loop, a macro or a block spends as many steps as
 
 Filters that call a function for each item spend a step on each. What else one expression does is bounded by its
 operands. Those that make much of little are refused: powers and products of large numbers, long repetitions, sums of
-lists, `lipsum`, and large arguments of some filters. Not bounded are memory, and one comparison of lists whose parts are
-the same lists many times.
+lists, `lipsum`, and large arguments of some filters. Not bounded are memory, and one comparison of lists that hold the
+same lists many times.
 """
 
 from __future__ import annotations

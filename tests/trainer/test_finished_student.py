@@ -306,6 +306,21 @@ def test_the_card_of_a_hub_student_names_it_for_the_hub():
     assert "final t" not in text
 
 
+def test_a_teacher_of_a_strangers_dataset_adds_no_markup_to_the_card(tiny_student: Path) -> None:
+    hostile = "x\r\n# Heading\n<img src=x> [a](b) | \x1b[31m\u202e" + "long" * 500
+    header = making.tiny_header(tiny_student)
+    teacher = header.teacher.model_copy(update={"name": hostile, "revision": hostile})
+    about = header.about.model_copy(update={"license": hostile})
+    header = header.model_copy(update={"teacher": teacher, "about": about})
+    record = {"targets": 1, "schedule": None}
+    loss, ids = read_loss("cross_entropy"), ["a"]
+    text = model_card(student="s", headers=[header], dataset_ids=ids, loss=loss, record=record, steps=1, adapters=False)
+    facts = text.split("---\n")[2]
+    assert not {"<", "[", "]", "\r", "\x1b", "\u202e"} & set(facts)
+    assert facts.count("\n# ") == 1
+    assert len(facts) < 3_000
+
+
 def test_a_published_recipe_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shapes" / "small").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,7 @@ from coldstill.trainer.interruption import naming_dead_workers
 
 from .pace import Pace
 from .page import run_page
-from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, flat, read_run, spread
+from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, flat, read_run, spread, without_password
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +60,8 @@ class RunReport(TrainerCallback):
         with self._harmless():
             stated = flat(config.model_dump(mode="json", exclude_defaults=True))
             self._changed = tuple(name for name in stated if name != "output")
-            self._settings = {k: v for k, v in flat(config.model_dump(mode="json")).items() if k != "output"}
+            settings = without_password(flat(config.model_dump(mode="json")))
+            self._settings = {name: value for name, value in settings.items() if name != "output"}
             self._facts = facts_of(config, dataset)
 
     def __enter__(self) -> RunReport:
@@ -175,7 +176,7 @@ def facts_of(config: TrainConfig, dataset: LogitDataset) -> dict[str, dict[str, 
     for number, one in enumerate(datasets, start=1):
         header, manifest = one.header, one.manifest
         found["Dataset" if len(datasets) == 1 else f"Dataset {number}"] = {
-            "path": one.store.url,
+            "path": without_password(one.store.url),
             "dataset id": one.dataset_id,
             "teacher": header.teacher.full_name + (f" @ {header.teacher.revision}" if header.teacher.revision else ""),
             **({"teacher saw": header.teacher_saw} if header.teacher_saw else {}),

@@ -6,6 +6,7 @@ A run of an earlier release has none; its record is made of its newest checkpoin
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ MAX_NUMBER = 1e100
 
 _WANTED = f"a JSON document of at most {MAX_DOCUMENT_BYTES:,} bytes, as `coldstill train` writes it"
 _FIX = "re-run the training with the same settings, which writes the file again, or leave this run out"
+
+_PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s]*@")
 
 State = Literal["running", "interrupted", "failed", "finished"]
 
@@ -95,6 +98,16 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
+def without_password(value: Any) -> Any:
+    """A setting without the names and passwords that its addresses hold, such as `https://NAME:PASSWORD@host`: a report
+    is made to be shown."""
+    if isinstance(value, Mapping):
+        return {name: without_password(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_password(one) for one in value]
+    return _PASSWORD.sub("://…@", value) if isinstance(value, str) else value
+
+
 def read_run(folder: Path) -> RunRecord:
     """The record of the run in `folder`, also of one that is not finished.
 
@@ -138,7 +151,10 @@ def _of_checkpoint(folder: Path, state: Path) -> RunRecord:
 
 
 def json_object(path: Path, *, wanted: str = _WANTED, fix: str = _FIX) -> dict[str, Any]:
-    """The JSON object in a file of at most `MAX_DOCUMENT_BYTES`. Raises `RunDamaged` with what is `wanted` there and a `fix`."""
+    """The JSON object in a file of at most `MAX_DOCUMENT_BYTES`.
+
+    Raises `RunDamaged` with what is `wanted` there and a `fix`.
+    """
     found: object
     data = _bytes(path, wanted=wanted, fix=fix)
     if dense := too_dense(data):

@@ -22,7 +22,7 @@ from coldstill.trainer.run_report.compare import comparison_page, read_runs
 from coldstill.trainer.run_report.pace import EndTimeBar, Pace
 from coldstill.trainer.run_report.page import run_page
 from coldstill.trainer.run_report.plot import comparison_png
-from coldstill.trainer.run_report.record import RECORD_NAME, RunRecord, read_run, spread
+from coldstill.trainer.run_report.record import RECORD_NAME, RunRecord, read_run, spread, without_password
 
 NOW = datetime(2026, 11, 29, 14, 2)
 HOSTILE = "</title><script>alert(1)</script>\x1b[31m\u202e$x_"
@@ -192,6 +192,16 @@ def test_settings_are_shown_with_all_their_digits(tmp_path: Path) -> None:
     rows = read_runs(runs).tables()["Settings that differ"]
     assert rows == {"rate": ["0.000100001", "0.000100002"]}
     assert "<dt>seed</dt><dd>1234567</dd>" in run_page(read_run(runs[0]), name="run", now=NOW)
+
+
+def test_a_report_holds_no_password_of_an_address() -> None:
+    settings = {"dataset": ["https://me:secret@host/a", "s3://bucket/a"], "eval_dataset": "ftp://me:s%40x@host/a@b"}
+    assert without_password(settings) == {
+        "dataset": ["https://…@host/a", "s3://bucket/a"],
+        "eval_dataset": "ftp://…@host/a@b",
+    }
+    for kept in ("hf://datasets/ORG/NAME@main", "a:b@c", None, 1, "gs://a/b:c@d"):
+        assert without_password(kept) == kept
 
 
 def test_a_comparison_says_when_a_run_that_may_have_been_killed_was_last_alive(tmp_path: Path) -> None:
