@@ -176,6 +176,24 @@ def test_a_push_without_a_card_makes_that_of_the_dataset_and_writes_nothing_into
     assert files_in(tiny_dataset) == before
 
 
+@pytest.mark.parametrize("place", ["hub", "folder", "a card of someone"])
+def test_a_card_that_cannot_be_made_does_not_stop_a_push(
+    hub: HubStandIn, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, place: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a plot of nothing")
+
+    monkeypatch.setattr(pushed, "make_card", broken)
+    monkeypatch.setattr(pushed, "preview_parquet", broken)
+    there = str(tmp_path / "there") if place == "folder" else URL
+    if place == "a card of someone":
+        hub.repositories[NAME] = Repository(private=True, branches={"main": {"README.md": b"# Mine\n"}})
+    push(tiny_dataset, there, progress=False)
+    assert "a plot of nothing" in caplog.text
+    assert open_dataset(there).dataset_id == open_dataset(tiny_dataset).dataset_id
+    assert place == "folder" or b"shards/*.parquet" in hub.repositories[NAME].branches["main"][CARD_NAME]
+
+
 def test_a_push_again_does_not_make_a_card_again(
     hub: HubStandIn, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +201,6 @@ def test_a_push_again_does_not_make_a_card_again(
     places = (URL, str(tmp_path / "there"))
     for there in places:
         push(tiny_dataset, there, progress=False)
-    monkeypatch.setattr(pushed, "make_card", None)
+    monkeypatch.setattr(pushed, "make_card", lambda *_, **__: pytest.fail("made again"))
     for there in places:
         push(tiny_dataset, there, progress=False)
