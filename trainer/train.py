@@ -111,7 +111,9 @@ def _run(
     on_signal = CheckpointOnSignal(grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0)
     with raising_interrupts(), on_signal:
         trainer = _build(config, dataset, args, [*callbacks, report, on_signal])
-        if trainer.pop_callback(ProgressCallback) is not None:
+        # Not by its type: that would also take a bar of the caller, of a class derived from it.
+        for bar in [each for each in trainer.callback_handler.callbacks if type(each) is ProgressCallback]:
+            trainer.remove_callback(bar)
             trainer.add_callback(EndTimeBar(Pace()))
         trainer.train(resume_from_checkpoint=checkpoint)
     del trainer

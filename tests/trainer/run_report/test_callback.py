@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from coldstill.common.interrupts import Interrupted
 from coldstill.storage_schema.errors import StorageFull
@@ -90,6 +91,21 @@ def test_a_run_without_clipping_has_a_page(tiny_dataset: Path, tiny_student: Pat
     config = make_config(tiny_dataset, tiny_student, tmp_path / "run", training=training)
     assert train(config).steps == 1
     assert "<dt>training.max_grad_norm</dt><dd>inf</dd>" in (tmp_path / "run" / PAGE_NAME).read_text()
+
+
+def test_a_bar_of_the_caller_stays(tiny_dataset: Path, tiny_student: Path, tmp_path: Path, capfd):
+    class Own(ProgressCallback):
+        ended = False
+
+        def on_train_end(self, args, state, control, **kwargs) -> None:
+            self.ended = True
+            super().on_train_end(args, state, control, **kwargs)
+
+    own = Own()
+    config = make_config(tiny_dataset, tiny_student, tmp_path / "run", training={"max_steps": 3})
+    train(config, callbacks=[own])
+    assert own.ended
+    assert "ends about" in capfd.readouterr().err
 
 
 def test_a_loader_that_dies_during_a_write_still_ends_the_training(tmp_path: Path):
