@@ -131,7 +131,7 @@ def read_runs(folders: Sequence[Path], *, evaluations: Sequence[Path] = ()) -> C
 
     Raises what `read_run` raises, `RunDamaged` for a report that is none, and `EvaluationNotOfRun`.
     """
-    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    folders = list(dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders))  # also of a loop of links
     names = dict(zip(short_names(folders), folders, strict=True))
     runs = {name: read_run(folder) for name, folder in names.items()}
     found: dict[str, dict[str, float]] = {name: {} for name in runs}

@@ -111,8 +111,15 @@ def without_password(value: Any) -> Any:
 def read_run(folder: Path) -> RunRecord:
     """The record of the run in `folder`, also of one that is not finished.
 
-    Raises `RunNotFound` for a folder without a run or without a logged step, and `RunDamaged`.
+    Raises `RunNotFound` for a folder without a run or without a logged step, or that cannot be read, and `RunDamaged`.
     """
+    try:
+        return _read_run(folder)
+    except OSError as error:
+        raise _not_found(folder, error.strerror or str(error)) from None
+
+
+def _read_run(folder: Path) -> RunRecord:
     if not folder.is_dir():
         raise _not_found(folder, "no such folder" if not folder.exists() else "a file")
     if (folder / RECORD_NAME).exists():

@@ -134,9 +134,10 @@ def test_a_comparison_needs_no_torch(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_has_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for name in (".", "file", "absent"):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in (".", "file", "absent", "loop", "x" * 300):
         with pytest.raises(RunNotFound):
-            read_run(tmp_path / name)
+            read_runs([tmp_path / name])
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
