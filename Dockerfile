@@ -41,10 +41,11 @@ RUN --mount=type=cache,target=/var/cache/uv \
     && mv source/examples examples \
     && rm -rf source
 
-# Not root: `/data` is for sources, datasets and runs, and the home folder holds caches of models and of shards. Both are
-# writable for any user, so that `docker run --user` can be the one who owns the mounted folder.
+# Not root: `/data` is for sources, datasets and runs, and the home folder holds caches of models and of shards, and
+# Triton's in `.triton`. All are writable for any user, so that `docker run --user` can be the one who owns the mounted
+# folder.
 RUN useradd --create-home --uid 1000 coldstill \
-    && install --directory --mode 1777 /data /home/coldstill/.cache
+    && install --directory --mode 1777 /data /home/coldstill /home/coldstill/.cache
 USER 1000:1000
 WORKDIR /data
 # A user without an entry in /etc/passwd has neither, and torch's compiler needs a name.

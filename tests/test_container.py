@@ -80,6 +80,9 @@ def test_the_image_has_the_extras_of_the_guide_and_ends_without_root() -> None:
     named = re.findall(r"--extra ([\w-]+)", DOCKERFILE)
     assert {"capture", "capture-cpu", "train", "share"} == set(named) <= extras.keys()
     assert instructions("USER") == [["1000:1000"]]
+    writable = re.findall(r"install --directory --mode 1777 (.*)$", DOCKERFILE, re.MULTILINE)
+    (home,) = re.findall(r"^ENV HOME=(\S+)", DOCKERFILE, re.MULTILINE)
+    assert {"/data", home} <= set(writable[0].split()), "for any user of `docker run --user`"
     assert re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE) == ['["coldstill"]']
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -80,6 +81,26 @@ def test_a_skypilot_task_runs_a_command_that_coldstill_takes(path: Path) -> None
 def test_the_scripts_of_a_skypilot_task_parse(path: Path, part: str) -> None:
     done = subprocess.run(["bash", "-n"], input=task(path)[part], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_training_on_a_lost_machine_is_copied_on_after_a_copy_that_failed(tmp_path: Path) -> None:
+    """A file that the training removes during a copy fails that copy, and no later one."""
+    programs = {
+        "aws": 'echo "$@" >>"$CALLS"; test "$(wc -l <"$CALLS")" -ne 2',
+        "sleep": f"exec {shutil.which('sleep')} 0.02",
+        "coldstill": f'mkdir run; while test "$(wc -l <"$CALLS")" -lt 5; do {shutil.which("sleep")} 0.02; done',
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"CALLS": str(tmp_path / "calls"), "RUN": "s3://b/run", "CONFIG": "c", "DATASET": "d"}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    script = task(FOLDER / "skypilot_train.yaml")["run"]
+    done = subprocess.run(["bash", "-c", script], env=os.environ | variables, cwd=tmp_path, timeout=20)
+    assert done.returncode == 0
+    calls = [line.replace("s3 sync --only-show-errors ", "") for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls[:4] == ["s3://b/run run", "links s3://b/run", "links s3://b/run", "--delete links s3://b/run"]
+    assert calls[-1] == "--delete run s3://b/run"
 
 
 @pytest.mark.parametrize("path", SLURM, ids=lambda path: path.stem)

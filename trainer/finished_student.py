@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from coldstill.common.attention import evaluation_mode
 from coldstill.common.files import write_json
+from coldstill.common.visible import plain
 from coldstill.storage_schema.header import DatasetHeader
 
 from .alignment.objective import alignment_counts, alignment_facts
@@ -288,7 +290,7 @@ def model_card(
         "initial student": base or "random weights",
         "teacher": "; ".join(_teacher(header) for header in headers),
         "dataset id": ", ".join(dataset_ids),
-        "dataset license": ", ".join(header.about.license or "not stated" for header in headers),
+        "dataset license": ", ".join(plain(header.about.license or "not stated") for header in headers),
         "loss": loss.heading,
         "share of cross-entropy in the loss": f"{loss.label_share:g}",
         "optimizer steps": f"{steps:,}",
@@ -335,19 +337,28 @@ def _copy(checkpoint: Path, folder: Path) -> None:
 
 
 def _recipe(config: TrainConfig) -> dict[str, Any]:
-    """The settings that differ from the defaults, without paths of this machine."""
-    paths: dict[str, Any] = {"dataset": True, "output": True, "eval_dataset": True, "data": {"ensemble"}}
-    recipe = config.model_dump(exclude=paths, exclude_defaults=True)
-    if Path(config.student.name).is_dir():
-        recipe["student"]["model"] = Path(config.student.name).name
-    return recipe
+    """The settings that differ from the defaults, without paths of this machine: the card may be published."""
+    paths: dict[str, Any] = {"dataset": True, "output": True, "eval_dataset": True, "data": {"ensemble", "cache_dir"}}
+    recipe: dict[str, Any] = _without_folders(config.model_dump(exclude=paths, exclude_defaults=True))
+    return {section: settings for section, settings in recipe.items() if settings != {}}
+
+
+def _without_folders(value: Any) -> Any:
+    """A setting in which each path of this machine is only its last name."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, str) and (value.startswith(("/", "~")) or os.path.isdir(value)):
+        return Path(value).name
+    return value
 
 
 def _teacher(header: DatasetHeader) -> str:
-    revision = f" at {header.teacher.revision[:12]}" if header.teacher.revision else ""
-    adapter = f" with adapter {header.teacher.adapter.name}" if header.teacher.adapter else ""
+    revision = f" at {plain(header.teacher.revision[:12])}" if header.teacher.revision else ""
+    adapter = f" with adapter {plain(header.teacher.adapter.name)}" if header.teacher.adapter else ""
     most = "top" if header.kept_ids == "top_k" else "most probable and named ids, at most"
-    return f"{header.teacher.name}{revision}{adapter}, {most} {header.top_k} log-probs, {header.draws} draws"
+    return f"{plain(header.teacher.name)}{revision}{adapter}, {most} {header.top_k} log-probs, {header.draws} draws"
 
 
 def _escaped(text: str) -> str:

@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
     report = RunReport(config, dataset, write=args.process_index == 0)
-    with naming_failed_writes(output):
+    with report, naming_failed_writes(output):
         checkpoint = newest_checkpoint(output)
         if checkpoint is None or not checkpoint.finished:
             _run(config, dataset, args, checkpoint, callbacks, report)
@@ -109,9 +109,11 @@ def _run(
 ) -> None:
     """Train from `checkpoint` to the end. No model or optimizer is left in memory afterwards."""
     on_signal = CheckpointOnSignal(grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0)
-    with raising_interrupts(), on_signal, report:
+    with raising_interrupts(), on_signal:
         trainer = _build(config, dataset, args, [*callbacks, report, on_signal])
-        if trainer.pop_callback(ProgressCallback) is not None:
+        # Not by its type: that would also take a bar of the caller, of a class derived from it.
+        for bar in [each for each in trainer.callback_handler.callbacks if type(each) is ProgressCallback]:
+            trainer.remove_callback(bar)
             trainer.add_callback(EndTimeBar(Pace()))
         trainer.train(resume_from_checkpoint=checkpoint)
     del trainer

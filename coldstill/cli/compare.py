@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from coldstill.common.clock import local_now
+from coldstill.common.page import MAX_TEXT
 from coldstill.common.visible import visible
 from coldstill.tools.inspect.page import put_page
 from coldstill.trainer.run_report.compare import Comparison, comparison_page, read_runs
-from coldstill.trainer.run_report.page import as_text
 
 
 def compare(
@@ -39,29 +38,28 @@ def compare(
 
         put_page(png, comparison_png(comparison))
     if as_json:
-        print(json.dumps(comparison.document()))
+        # A setting may be infinite or not a number, which JSON does not have.
+        print(json.dumps(json.loads(json.dumps(comparison.document()), parse_constant=lambda _: None)))
     else:
         show_comparison(comparison, console=console)
 
 
 def show_comparison(comparison: Comparison, *, console: Console) -> None:
     """Print the figures, the settings that differ, and the facts, with one column per run."""
-    for title, rows in (
-        ("figures", comparison.figures()),
-        ("settings that differ", comparison.differing_settings()),
-        ("dataset, teacher, student", comparison.facts()),
-    ):
-        if rows:
-            console.print(_table(title, rows, list(comparison.runs)))
-            console.print()
+    for title, rows in comparison.tables().items():
+        console.print(_table(title.lower(), rows, list(comparison.runs)))
+        console.print()
 
 
-def _table(title: str, rows: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Table:
+def _table(title: str, rows: Mapping[str, Sequence[str]], names: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for name in names:
-        table.add_column(Text(visible(name)), overflow="fold")
+        table.add_column(_text(name), overflow="fold")
     for name, values in rows.items():
-        cells = [Text("" if value is None else visible(as_text(value))) for value in values]
-        table.add_row(Text(visible(name)), *cells)
+        table.add_row(*map(_text, (name, *values)))
     return table
+
+
+def _text(value: str) -> Text:
+    return Text(visible(value if len(value) <= MAX_TEXT else value[: MAX_TEXT - 1] + "…"))

@@ -107,6 +107,8 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 def figure(value: float) -> str:
     """Four significant digits, with a separator of thousands; very small and very large numbers by their exponent."""
     size = abs(value)
+    if not math.isfinite(value):
+        return str(value)
     if size == 0:
         return "0"
     if size < 1e-4 or size >= 1e7:

@@ -21,6 +21,14 @@ def duration(seconds: float | None) -> str:
     return " ".join(parts[:2])
 
 
+def moment(unix_s: float | None) -> str | None:
+    """A Unix time on the clock of this machine, such as `2026-11-29 14:02`; None for one that no date has."""
+    try:
+        return None if unix_s is None else f"{datetime.fromtimestamp(unix_s):%Y-%m-%d %H:%M}"
+    except (OverflowError, ValueError, OSError):
+        return None
+
+
 def local_now() -> datetime:
     """The time of the clock on this machine, with its zone."""
     return datetime.now().astimezone()

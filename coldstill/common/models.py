@@ -49,6 +49,17 @@ def other_names(name: str, field: FieldInfo) -> set[str]:
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def too_dense(data: bytes) -> str:
+    """How many lists, objects and values a JSON text has, if a parser would need far more memory than its size."""
+    containers, values = data.count(b"[") + data.count(b"{"), data.count(b",")
+    if (
+        containers > _FREE_CONTAINERS + len(data) // _BYTES_PER_CONTAINER
+        or values > _FREE_VALUES + len(data) // _BYTES_PER_VALUE
+    ):
+        return f"{containers} lists and objects, {values} values"
+    return ""
+
+
 def parse_document(data: bytes, *, model: type[Model], where: str, error: type[ColdstillError]) -> Model:
     """The `model` in the JSON text `data`, validated in pydantic's strict mode.
 
@@ -57,12 +68,8 @@ def parse_document(data: bytes, *, model: type[Model], where: str, error: type[C
     """
     if len(data) > MAX_DOCUMENT_BYTES:
         raise error(f"{where}: size", found=f"{len(data)} bytes", wanted=f"at most {MAX_DOCUMENT_BYTES}")
-    containers, values = data.count(b"[") + data.count(b"{"), data.count(b",")
-    if (
-        containers > _FREE_CONTAINERS + len(data) // _BYTES_PER_CONTAINER
-        or values > _FREE_VALUES + len(data) // _BYTES_PER_VALUE
-    ):
-        raise error(f"{where}: size", found=f"{containers} lists and objects, {values} values", wanted="far fewer")
+    if found := too_dense(data):
+        raise error(f"{where}: size", found=found, wanted="far fewer")
     try:
         return model.model_validate_json(data, strict=True)
     except ValidationError as failure:

@@ -6,8 +6,10 @@ each pass through the body of a loop, a macro or a block spends as many steps as
 
 `library` is `transformers.utils.chat_template_utils`: this folder imports no library of models.
 
-What one expression does is bounded by its operands. Those that make much of little are refused: powers and products of
-large numbers, long repetitions, `lipsum`, and large arguments of some filters. Memory is not bounded.
+Filters that call a function for each item spend a step on each. What else one expression does is bounded by its
+operands. Those that make much of little are refused: powers and products of large numbers, long repetitions, sums of
+lists, `lipsum`, and large arguments of some filters. Not bounded are memory, and one comparison of lists that hold the
+same lists many times.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ _MAX_ARGUMENT = 10_000
 _STEP = "coldstill_step"
 _GUARDED_FILTERS = ("slice", "round", "batch", "center", "indent")
 """Filters whose result can be large, or slow to make, by a number that is an argument."""
+_COUNTED_FILTERS = ("map", "select", "reject", "selectattr", "rejectattr")
+"""Filters that apply another filter or test, which can be slow, to each item."""
 
 
 class TemplateTooLong(RuntimeError):
@@ -106,6 +110,9 @@ def _bound(environment: Any) -> None:
     environment.filters[_STEP] = step
     for name in _GUARDED_FILTERS:
         environment.filters[name] = _guarded(environment.filters[name], name)
+    for name in _COUNTED_FILTERS:
+        environment.filters[name] = _counted(environment.filters[name])
+    environment.filters["sum"] = _sum_of_numbers(environment.filters["sum"])
     environment.globals.pop("lipsum", None)
     environment.intercepted_binops = frozenset({"*", "**"})
     environment.binop_table |= {"*": _product, "**": _power}
@@ -149,6 +156,33 @@ def _product(left: Any, right: Any) -> Any:
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > _MAX_BITS:
         raise TemplateTooLong(f"the chat template computes a product of more than {_MAX_BITS} bits")
     return left * right
+
+
+def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja whose first arguments are the context and what it goes through."""
+
+    def items(value: Any) -> Iterator[Any]:
+        for item in value:
+            _METER.spend(1)
+            yield item
+
+    @functools.wraps(function)
+    def counted(context: Any, value: Any, *arguments: Any, **options: Any) -> Any:
+        return function(context, items(value) if value else value, *arguments, **options)
+
+    return counted
+
+
+def _sum_of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter `sum` for numbers alone: a sum of lists copies all that came before with each of them."""
+
+    @functools.wraps(function)
+    def summed(environment: Any, value: Any, attribute: Any = None, start: Any = 0) -> Any:
+        if not isinstance(start, int | float):
+            raise TemplateTooLong(f"the chat template adds up values of the type {type(start).__name__}")
+        return function(environment, value, attribute, start)
+
+    return summed
 
 
 def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Makes every character of untrusted text visible, for terminals and web pages.
+"""Makes every character of untrusted text visible, for terminals, web pages and cards.
 
 Token text, sample ids and metadata may contain terminal escapes, bidirectional overrides or lone surrogates. Each of
 them is replaced with visible characters, so that neither a terminal nor a browser interprets it.
@@ -7,14 +7,21 @@ them is replaced with visible characters, so that neither a terminal nor a brows
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from typing import Any
+
+MAX_SHOWN = 200
+"""Maximum number of characters that a card shows of one string."""
 
 NEWLINE = "⏎"
 SPACE = "␣"
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"})
 """Unicode categories without a glyph: controls, format characters, surrogates, private, unassigned, separators."""
+
+# A full stop is only harmful in a bare "www.x.y", which becomes a link; model names contain many others.
+_ACTIVE = re.compile(r"[^\w\s.,;/%-]|_|(?<=www)\.", re.IGNORECASE)
 
 
 def visible(text: str, *, newline: str = NEWLINE) -> str:
@@ -24,6 +31,21 @@ def visible(text: str, *, newline: str = NEWLINE) -> str:
     `\\U000e0001`. The plain space stays.
     """
     return newline.join(line.translate(_TABLE) for line in text.split("\n"))
+
+
+def plain(text: str) -> str:
+    """`text` on one line of Markdown without active markup, at most `MAX_SHOWN` characters of it; `-` if it is empty.
+
+    Each character that Markdown, HTML or a link finder could act on becomes a numeric entity. Unlike a backslash, an
+    entity also works in table cells, headings and raw HTML.
+    """
+    shown = shortened(visible(text[: MAX_SHOWN + 1]))
+    return _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", shown) or "-"
+
+
+def shortened(text: str) -> str:
+    """At most `MAX_SHOWN` characters, without spaces around them."""
+    return (text[:MAX_SHOWN] + "…" if len(text) > MAX_SHOWN else text).strip()
 
 
 def json_start(value: Any, most: int, *, indent: int | None = None) -> str:

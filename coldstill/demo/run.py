@@ -134,8 +134,9 @@ def run_demo(output: Path, *, quick: bool) -> None:
     threads: AbstractContextManager[None] = nullcontext()
     if not any(stage.done for stage in stages):
         speed = speed_of(_environment())
-        console.print(speed.sentence(quick=quick), soft_wrap=True)
-        threads = using_threads(speed.threads)
+        if speed is not None:
+            console.print(speed.sentence(quick=quick), soft_wrap=True)
+            threads = using_threads(speed.threads)
     with threads:
         run_stages(stages, layout, size, quick=quick, show=show)
 

@@ -24,6 +24,9 @@ from dataclasses import asdict, dataclass
 MEASURED_S = 2.0
 """Seconds of measured steps, divided between the numbers of threads. Less varies by more than a tenth."""
 
+MAX_SECONDS = 120.0
+"""A measurement that takes longer is given up."""
+
 TOKENS = 1_024
 """Tokens of a step: two blocks of 512, as in `models.py`."""
 
@@ -104,12 +107,16 @@ def measure_speed() -> Speed:
     return Speed(steps_per_s=rates[threads], start_s=start_s, threads=threads)
 
 
-def speed_of(environment: Mapping[str, str]) -> Speed:
-    """Measure in a new process. Raises `subprocess.CalledProcessError` if torch does not work there."""
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], env=dict(environment), check=True, stdout=subprocess.PIPE, text=True
-    )
-    return Speed(**json.loads(done.stdout))
+def speed_of(environment: Mapping[str, str]) -> Speed | None:
+    """Measure in a new process; None if that fails: the demo does not need the estimate."""
+    program = [sys.executable, "-m", __name__]
+    try:
+        done = subprocess.run(
+            program, env=dict(environment), check=True, stdout=subprocess.PIPE, text=True, timeout=MAX_SECONDS
+        )
+        return Speed(**json.loads(done.stdout.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
+        return None
 
 
 @contextmanager

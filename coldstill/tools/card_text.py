@@ -55,7 +55,7 @@ def with_shards(card: bytes, front: str) -> bytes:
         return (front + "\n" + text).encode()
     if re.search(r"^configs\s*:", head[1], re.MULTILINE):
         return card
-    configs = own[1][own[1].index("configs:") :]
+    configs = re.split(r"^(?=configs:)", own[1], flags=re.MULTILINE)[1]  # the teacher's name may hold the word too
     return f"---\n{head[1].rstrip()}\n{configs}---\n{text[head.end() :]}".encode()
 
 

@@ -35,6 +35,11 @@ ENDLESS = {
     "a repetition": "{{ 'x' * 10 ** 12 }}",
     "much text": "{{ lipsum(n=1000000000) }}",
     "many slices": "{{ [1] | slice(1000000000000) | list | length }}",
+    "a sum of lists": "{{ ([[0] * 100] * 100000) | sum(start=[]) | length }}",
+    "a slow filter of many items": "{{ (['ab' * 1000] * 300000) | map('replace', 'a', 'b') | map('length') | sum }}",
+    "a slow test of many items": "{{ (range(99999) | list * 9) | select('in', [1.5] * 500) | list | length }}",
+    "a slow test of attributes": """
+        {{- ([{'a': 1}] * 300000) | rejectattr('a', 'in', [1] + [2.5] * 500) | list | length }}""",
     "a fine rounding": "{{ 1.5 | round(1000000000, 'ceil') }}",
 }
 
@@ -47,6 +52,15 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def rendered(template: str, **options: Any) -> str:
     with limited(template, chat_template_utils):
         return str(chat_template_utils.render_jinja_template([MESSAGES], chat_template=template, **options)[0][0])
+
+
+def test_filters_that_count_give_what_they_gave() -> None:
+    template = (
+        "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join }}"
+        "{{ messages | rejectattr('content', 'equalto', 'hi') | list | length }}{{ none | map('upper') | list }}"
+        "{{ [3, 4] | select('odd') | sum }}{{ [3, 4] | reject('odd') | sum(start=0.5) }}{{ [] | map('upper') | list }}"
+    )
+    assert rendered(template) == "hihihi3[]34.5[]"
 
 
 @pytest.mark.parametrize("kind", ENDLESS)

@@ -85,6 +85,27 @@ def test_the_capture_config_of_the_other_engine_is_valid(tmp_path: Path) -> None
     assert load_config(str(config), model=CaptureConfig).teacher.engine == "transformers"
 
 
+@pytest.mark.parametrize(
+    "program",
+    ["raise SystemExit(1)", "print('{')", "print('{\"steps_per_s\": 1}')", "pass", "import time; time.sleep(9)"],
+)
+def test_a_demo_starts_without_an_estimate_if_the_measurement_fails(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("coldstill.demo.speed.__name__", "broken")
+    monkeypatch.setattr("coldstill.demo.speed.MAX_SECONDS", 0.5)
+    begun: list[str | None] = []
+    monkeypatch.setattr(
+        "coldstill.demo.run.run_stages", lambda *_, **__: begun.append(os.environ.get("OMP_NUM_THREADS"))
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    run_demo(tmp_path / "demo", quick=True)
+    assert begun == ["2"]
+    assert "minutes on this machine" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_measurement_takes_two_seconds_of_steps_in_its_own_process() -> None:
     from coldstill.demo.run import _environment

@@ -15,8 +15,8 @@ from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.store import Store
 from coldstill.tools.card import pushed
-from coldstill.tools.card.card import make_card
-from coldstill.tools.card_text import CARD_FILES, CARD_NAME, PREVIEW_NAME, is_unedited, marked_card
+from coldstill.tools.card.card import front_matter, make_card
+from coldstill.tools.card_text import CARD_FILES, CARD_NAME, PREVIEW_NAME, is_unedited, marked_card, with_shards
 from coldstill.tools.errors import AnotherDataset, CardExists
 from coldstill.tools.pull import pull
 from coldstill.tools.push import push
@@ -66,6 +66,18 @@ def test_a_repository_with_a_card_and_a_license_only_is_pushed_into_and_keeps_th
     hub.requests.clear()
     push(tiny_dataset, URL, progress=False)
     assert hub.asked("POST", f"/api/datasets/{NAME}/commit/") == []
+
+
+def test_the_name_of_a_teacher_adds_no_metadata_to_the_card_of_someone_else(tiny_dataset: Path) -> None:
+    header = open_dataset(tiny_dataset).header
+    name = 'x configs: [{config_name: rows, data_files: "https://elsewhere/x.parquet"}] # \n configs: []'
+    teacher = header.teacher.model_copy(update={"name": name})
+    front = front_matter(header.model_copy(update={"teacher": teacher}), rows=24, preview=True)
+    card = with_shards(b"---\nlicense: mit\n---\n# Mine\n", front).decode()
+    fields = yaml.safe_load(card.split("---")[1])
+    assert fields["license"] == "mit"
+    assert fields["configs"] == yaml.safe_load(front.split("---")[1])["configs"]
+    assert "elsewhere" not in card
 
 
 def test_a_card_that_was_edited_on_the_hub_is_not_overwritten_unasked(hub: HubStandIn, tiny_dataset: Path) -> None:
@@ -164,6 +176,24 @@ def test_a_push_without_a_card_makes_that_of_the_dataset_and_writes_nothing_into
     assert files_in(tiny_dataset) == before
 
 
+@pytest.mark.parametrize("place", ["hub", "folder", "a card of someone"])
+def test_a_card_that_cannot_be_made_does_not_stop_a_push(
+    hub: HubStandIn, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, place: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a plot of nothing")
+
+    monkeypatch.setattr(pushed, "make_card", broken)
+    monkeypatch.setattr(pushed, "preview_parquet", broken)
+    there = str(tmp_path / "there") if place == "folder" else URL
+    if place == "a card of someone":
+        hub.repositories[NAME] = Repository(private=True, branches={"main": {"README.md": b"# Mine\n"}})
+    push(tiny_dataset, there, progress=False)
+    assert "a plot of nothing" in caplog.text
+    assert open_dataset(there).dataset_id == open_dataset(tiny_dataset).dataset_id
+    assert place == "folder" or b"shards/*.parquet" in hub.repositories[NAME].branches["main"][CARD_NAME]
+
+
 def test_a_push_again_does_not_make_a_card_again(
     hub: HubStandIn, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +201,6 @@ def test_a_push_again_does_not_make_a_card_again(
     places = (URL, str(tmp_path / "there"))
     for there in places:
         push(tiny_dataset, there, progress=False)
-    monkeypatch.setattr(pushed, "make_card", None)
+    monkeypatch.setattr(pushed, "make_card", lambda *_, **__: pytest.fail("made again"))
     for there in places:
         push(tiny_dataset, there, progress=False)

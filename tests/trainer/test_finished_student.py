@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 import coldstill.trainer.finished_student as finished
 import coldstill.trainer.student.lora as lora
 from coldstill.storage_schema.dataset import open_dataset
+from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import AdapterMisfit, StudentDiffers
 from coldstill.trainer.evaluation.measured_model import load_measured
 from coldstill.trainer.finished_student import LOGITS_NAME, MOST_ROWS, TrainedLogits, first_row, model_card, run_report
@@ -303,3 +304,32 @@ def test_the_card_of_a_hub_student_names_it_for_the_hub():
     data = ModelCard(text).data
     assert (data.base_model, data.library_name) == ("Qwen/Qwen2.5-0.5B", "peft")
     assert "final t" not in text
+
+
+def test_a_teacher_of_a_strangers_dataset_adds_no_markup_to_the_card(tiny_student: Path) -> None:
+    hostile = "x\r\n# Heading\n<img src=x> [a](b) | \x1b[31m\u202e" + "long" * 500
+    header = making.tiny_header(tiny_student)
+    teacher = header.teacher.model_copy(update={"name": hostile, "revision": hostile})
+    about = header.about.model_copy(update={"license": hostile})
+    header = header.model_copy(update={"teacher": teacher, "about": about})
+    record = {"targets": 1, "schedule": None}
+    loss, ids = read_loss("cross_entropy"), ["a"]
+    text = model_card(student="s", headers=[header], dataset_ids=ids, loss=loss, record=record, steps=1, adapters=False)
+    facts = text.split("---\n")[2]
+    assert not {"<", "[", "]", "\r", "\x1b", "\u202e"} & set(facts)
+    assert facts.count("\n# ") == 1
+    assert len(facts) < 3_000
+
+
+def test_a_published_recipe_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shapes" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for shape in (str(tmp_path / "shapes" / "small"), "/gone/small", "~/small", "shapes/small"):
+        for settings in ({"from_scratch": shape}, {"model": shape}):
+            config = {"dataset": str(tmp_path), "output": "/out", "student": settings, "data": {"cache_dir": "/cache"}}
+            recipe = finished._recipe(TrainConfig.model_validate(config))
+            assert recipe == {"student": dict.fromkeys(settings, "small")}
+    lora = {"target_modules": ["x" * 5000, "\0"]}
+    student = {"model": "organization/name", "lora": lora}
+    kept = finished._recipe(TrainConfig.model_validate({"dataset": "d", "output": "o", "student": student}))
+    assert kept == {"student": student}

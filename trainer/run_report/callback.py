@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.files import new_file
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.data.logit_dataset import LogitDataset
+from coldstill.trainer.errors import LoaderWorkerDied
+from coldstill.trainer.interruption import naming_dead_workers
 
 from .pace import Pace
 from .page import run_page
-from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, flat, read_run
+from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, flat, read_run, spread, without_password
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +35,7 @@ _SHARE = 0.01
 class RunReport(TrainerCallback):
     """The report of one run. As a context manager around the training, it also writes how the training ended.
 
-    A write that fails is logged, once, and does not end the training.
+    Whatever fails in it is logged, once, and does not end the training.
     """
 
     def __init__(
@@ -46,15 +49,20 @@ class RunReport(TrainerCallback):
     ):
         """`write`: whether this process writes, the first of all. `clock`: seconds; `now`: the local time."""
         self._output, self._writes, self._clock, self._now = Path(config.output), write, clock, now
-        stated = flat(config.model_dump(mode="json", exclude_defaults=True))
-        self._changed = tuple(name for name in stated if name != "output")
-        self._settings = {k: v for k, v in flat(config.model_dump(mode="json")).items() if k != "output"}
-        self._facts = facts_of(config, dataset)
         self._pace = Pace(clock)
         self._time_left_s: float | None = None
         self._state: Any = None
+        self._changed: tuple[str, ...] = ()
+        self._settings: dict[str, Any] = {}
+        self._facts: dict[str, dict[str, str]] = {}
         self._resumed: tuple[int, ...] = ()
         self._next_s, self._has_failed = 0.0, False
+        with self._harmless():
+            stated = flat(config.model_dump(mode="json", exclude_defaults=True))
+            self._changed = tuple(name for name in stated if name != "output")
+            settings = without_password(flat(config.model_dump(mode="json")))
+            self._settings = {name: value for name, value in settings.items() if name != "output"}
+            self._facts = facts_of(config, dataset)
 
     def __enter__(self) -> RunReport:
         return self
@@ -62,27 +70,31 @@ class RunReport(TrainerCallback):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or self._state is None:
             return
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            self._write("interrupted", error=first_line(error))
-            return
-        what = error.what if isinstance(error, ColdstillError) else first_line(error)
-        self._write("failed", error=f"{type(error).__name__}: {what}")
+        with self._harmless():
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                self._write("interrupted", error=first_line(error))
+                return
+            what = error.what if isinstance(error, ColdstillError) else first_line(error)
+            self._write("failed", error=f"{type(error).__name__}: {what}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Take over what the report of the earlier starts lists, and write the first page of this one."""
         self._state = state
         if not self._writes:
             return
-        if state.global_step:
-            self._resumed = (*self._earlier_resumes(before=state.global_step), state.global_step)
-        if model is not None:
-            weights = list(model.parameters())
-            trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-            self._facts["Student"] |= {
-                "parameters": f"{sum(weight.numel() for weight in weights):,}",
-                "trained parameters": f"{trained:,}",
-            }
-        self._write("running")
+        with self._harmless():
+            if state.global_step:
+                self._resumed = (*self._earlier_resumes(before=state.global_step), state.global_step)
+            if model is not None:
+                weights = list(model.parameters())
+                trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+                self._facts.setdefault("Student", {}).update(
+                    {
+                        "parameters": f"{sum(weight.numel() for weight in weights):,}",
+                        "trained parameters": f"{trained:,}",
+                    }
+                )
+            self._write("running")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure the pace."""
@@ -90,19 +102,36 @@ class RunReport(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write, unless the last time was a moment ago."""
-        if self._writes and self._clock() >= self._next_s:
-            self._write("running")
+        with self._harmless():
+            if self._writes and self._clock() >= self._next_s:
+                self._write("running")
 
     def finish(self, state: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Write the report of the finished run from the `trainer_state.json` of its last checkpoint."""
-        if self._state is None and self._writes:  # an earlier start took the last step
-            self._resumed = self._earlier_resumes(before=int(state["global_step"]) + 1)
-        step, total = int(state["global_step"]), int(state["max_steps"])
-        self._put(self._record("finished", step, total, state["log_history"], summary=dict(summary)))
+        with self._harmless():
+            if self._state is None and self._writes:  # an earlier start took the last step
+                self._resumed = self._earlier_resumes(before=int(state["global_step"]) + 1)
+            step, total = int(state["global_step"]), int(state["max_steps"])
+            self._put("finished", step, total, state["log_history"], summary=dict(summary))
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Log the first error of all such blocks. A dead process of the data loader, which torch raises in whatever
+        code the main thread runs, still ends the training."""
+        try:
+            with naming_dead_workers():
+                yield
+        except LoaderWorkerDied:
+            raise
+        except Exception as error:
+            if not self._has_failed:
+                why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+                logger.warning(f"{self._output / PAGE_NAME} was not written ({why}); the training continues")
+            self._has_failed = True
 
     def _write(self, kind: State, *, error: str | None = None) -> None:
         state = self._state
-        self._put(self._record(kind, state.global_step, state.max_steps, state.log_history, error=error))
+        self._put(kind, state.global_step, state.max_steps, state.log_history, error=error)
 
     def _record(self, kind: State, step: int, total: int, log: Sequence[Mapping[str, Any]], **more: Any) -> RunRecord:
         return RunRecord(
@@ -115,25 +144,23 @@ class RunReport(TrainerCallback):
             settings=self._settings,
             changed=self._changed,
             resumed=self._resumed,
-            log=tuple(dict(line) for line in log),
+            log=tuple(dict(line) for line in spread(log)),
             **more,
         )
 
-    def _put(self, record: RunRecord) -> None:
+    def _put(self, kind: State, step: int, total: int, log: Sequence[Mapping[str, Any]], **more: Any) -> None:
         if not self._writes:
             return
         began = self._clock()
-        page = run_page(record, name=self._output.resolve().name, now=self._now())
         try:
+            record = self._record(kind, step, total, log, **more)
+            page = run_page(record, name=self._output.resolve().name, now=self._now())
             for name, text in ((RECORD_NAME, record.model_dump_json()), (PAGE_NAME, page)):
                 with new_file(self._output / name) as beside:
                     beside.write_text(text, encoding="utf-8")
-        except OSError as error:
-            if not self._has_failed:
-                logger.warning(f"{self._output / PAGE_NAME} was not written ({error.strerror}); the training continues")
-            self._has_failed = True
-        now = self._clock()
-        self._next_s = now + max(EVERY_S, (now - began) / _SHARE)
+        finally:  # also what fails takes its share of the time
+            now = self._clock()
+            self._next_s = now + max(EVERY_S, (now - began) / _SHARE)
 
     def _earlier_resumes(self, *, before: int) -> tuple[int, ...]:
         try:
@@ -149,7 +176,7 @@ def facts_of(config: TrainConfig, dataset: LogitDataset) -> dict[str, dict[str, 
     for number, one in enumerate(datasets, start=1):
         header, manifest = one.header, one.manifest
         found["Dataset" if len(datasets) == 1 else f"Dataset {number}"] = {
-            "path": one.store.url,
+            "path": without_password(one.store.url),
             "dataset id": one.dataset_id,
             "teacher": header.teacher.full_name + (f" @ {header.teacher.revision}" if header.teacher.revision else ""),
             **({"teacher saw": header.teacher_saw} if header.teacher_saw else {}),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,16 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from coldstill.common.charts import COLORS
-from coldstill.common.clock import clock_time, duration
+from coldstill.common.clock import duration, moment
 from coldstill.common.page import escaped, page_without_script
 from coldstill.trainer.errors import EvaluationNotOfRun
 
-from .page import all_charts, as_text, charts_style, measured_charts, measured_names
+from .page import (
+    MOST_MEASURED,
+    MOST_ROWS,
+    all_charts,
+    as_text,
+    charts_style,
+    measured_charts,
+    measured_names,
+    setting_text,
+)
 from .record import RunRecord, json_object, numbers, read_run
 
 EVALUATIONS = "evaluation*.json"
 """Reports of `coldstill evaluate --json` in the folder of a run."""
-MOST_EVALUATED = 40
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Comparison:
         runs = list(self.runs.values())
         found: dict[str, list[float | str | None]] = {
             "state": [record.state for record in runs],
+            # A run that was killed stays `running`.
+            "written": [moment(record.written) if record.state == "running" else None for record in runs],
             "step": [f"{record.step:,} of {record.max_steps:,}" for record in runs],
             "loss": [record.late("loss") for record in runs],
             "KL to the teacher": [record.late("bucket_kl") for record in runs],
@@ -75,20 +86,40 @@ class Comparison:
             "peak memory, MiB": [_of(record, "peak_memory_mb", record.last("peak_memory_mb")) for record in runs],
             "training time": [duration(_of(r, "wall_s", None)) if "wall_s" in r.summary else None for r in runs],
         }
-        for name in measured_names(runs)[:MOST_EVALUATED]:
+        for name in measured_names(runs):
             found[name.replace("_", " ")] = [record.last(name) for record in runs]
-        for name in list(dict.fromkeys(name for one in self.evaluations.values() for name in one))[:MOST_EVALUATED]:
+        for name in list(dict.fromkeys(name for one in self.evaluations.values() for name in one))[:MOST_MEASURED]:
             found[f"evaluate: {name.replace('_', ' ')}"] = [self.evaluations[run].get(name) for run in self.runs]
         return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
+    def tables(self) -> dict[str, dict[str, list[str]]]:
+        """What people read: titles of tables, with the text of each cell. A long table ends with the number of rows
+        that it leaves out."""
+        found = {}
+        for title, rows, text in (
+            ("Figures", self.figures(), as_text),
+            ("Settings that differ", self.differing_settings(), setting_text),
+            ("Dataset, teacher, student", self.facts(), as_text),
+        ):
+            shown = {
+                name: ["" if value is None else text(value) for value in values]
+                for name, values in list(rows.items())[:MOST_ROWS]
+            }
+            if len(rows) > MOST_ROWS:
+                shown[f"and {len(rows) - MOST_ROWS:,} more"] = [""] * len(self.runs)
+            if shown:
+                found[title] = shown
+        return found
+
     def document(self) -> dict[str, Any]:
         """All of it as JSON values."""
+        figures, facts = self.figures(), self.facts()
         runs = [
             {
                 "name": name,
                 "folder": str(self.folders[name]),
-                **{title: values[place] for title, values in self.figures().items()},
-                **{title: values[place] for title, values in self.facts().items()},
+                **{title: values[place] for title, values in figures.items()},
+                **{title: values[place] for title, values in facts.items()},
             }
             for place, name in enumerate(self.runs)
         ]
@@ -100,16 +131,16 @@ def read_runs(folders: Sequence[Path], *, evaluations: Sequence[Path] = ()) -> C
 
     Raises what `read_run` raises, `RunDamaged` for a report that is none, and `EvaluationNotOfRun`.
     """
-    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    folders = list(dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders))  # also of a loop of links
     names = dict(zip(short_names(folders), folders, strict=True))
     runs = {name: read_run(folder) for name, folder in names.items()}
     found: dict[str, dict[str, float]] = {name: {} for name in runs}
     for name, folder in names.items():
         for path in sorted(folder.glob(EVALUATIONS)):
-            found[name] |= numbers(_report(path))
+            found[name] |= _measured(_report(path))
     for path in evaluations:
         report = _report(path)
-        student = Path(str(report.get("student", ""))).resolve()
+        student = Path(os.path.realpath(str(report.get("student", "")).replace("\0", "")))
         name = next((name for name, folder in names.items() if student.is_relative_to(folder)), "")
         if not name:
             raise EvaluationNotOfRun(
@@ -118,7 +149,7 @@ def read_runs(folders: Sequence[Path], *, evaluations: Sequence[Path] = ()) -> C
                 wanted="a path below " + " or ".join(map(str, folders)),
                 fix="evaluate RUN/student, or copy the report into its run as evaluation.json",
             )
-        found[name] |= numbers(report)
+        found[name] |= _measured(report)
     return Comparison(runs, names, found)
 
 
@@ -137,7 +168,7 @@ def comparison_page(comparison: Comparison, *, now: datetime) -> str:
     legend = "".join(f"<li>{_key(place)}{escaped(name)}</li>" for place, name in enumerate(runs))
     measured = measured_charts(runs)
     written = (
-        f'<p class="quiet">Written {escaped(clock_time(now, now=now))}, {now:%Y-%m-%d}. The x axes count optimizer '
+        f'<p class="quiet">Written {now:%Y-%m-%d %H:%M}. The x axes count optimizer '
         "steps; thin lines are the values of the log, thick ones their moving mean. Losses of different kinds do not "
         "compare: the KL does.</p></header>"
     )
@@ -148,30 +179,22 @@ def comparison_page(comparison: Comparison, *, now: datetime) -> str:
         written,
         f'<section><div class="charts">{all_charts(runs)}</div></section>',
         f'<h2>Evaluation on held-out rows</h2><div class="charts">{measured}</div>' if measured else "",
-        _table("Figures", comparison.figures(), runs),
-        _table("Settings that differ", comparison.differing_settings(), runs),
-        _table("Dataset, teacher, student", comparison.facts(), runs),
+        *(_table(title, rows, runs) for title, rows in comparison.tables().items()),
         "</main>",
     ]
     return page_without_script("\n".join(body), title="Comparison of training runs", style=charts_style())
 
 
-def _table(title: str, rows: Mapping[str, Sequence[Any]], runs: Mapping[str, RunRecord]) -> str:
-    if not rows:
-        return ""
+def _table(title: str, rows: Mapping[str, Sequence[str]], runs: Mapping[str, RunRecord]) -> str:
     head = "".join(f"<th>{_key(place)}{escaped(name)}</th>" for place, name in enumerate(runs))
     lines = [
-        f"<tr><td>{escaped(name)}</td>{''.join(f'<td>{_cell(value)}</td>' for value in values)}</tr>"
+        f"<tr><td>{escaped(name)}</td>{''.join(f'<td>{escaped(value)}</td>' for value in values)}</tr>"
         for name, values in rows.items()
     ]
     return (
         f'<h2>{escaped(title)}</h2><div class="card"><table><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else escaped(as_text(value))
 
 
 def _key(place: int) -> str:
@@ -184,6 +207,11 @@ def _facts(record: RunRecord, name: str) -> list[str]:
 
 def _of(record: RunRecord, name: str, otherwise: float | None) -> float | None:
     return numbers(record.summary).get(name, otherwise)
+
+
+def _measured(report: Mapping[str, Any]) -> dict[str, float]:
+    """The first figures of a report, as many as are shown."""
+    return dict(list(numbers(report).items())[:MOST_MEASURED])
 
 
 def _report(path: Path) -> dict[str, Any]:

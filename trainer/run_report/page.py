@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib import resources
 
 from coldstill.common.charts import Chart, Line, chart_figure, figure
-from coldstill.common.clock import clock_time, duration, ends_about
+from coldstill.common.clock import duration, ends_about
 from coldstill.common.page import escaped, page_without_script
 
 from .record import RunRecord
 
 RELOAD_S = 30
 MOST_SECTIONS = 16
-"""Most lists of facts, one for each dataset; each has at most ten times as many rows."""
+"""Most lists of facts, one for each dataset."""
+MOST_ROWS = 160
+"""Most rows of a list of facts or of a table."""
+MOST_MEASURED = 40
+"""Most figures of evaluations."""
 
 LOGGED = (
     ("Loss", "loss", "nats/target", None, None),
@@ -84,17 +89,19 @@ def all_charts(records: Mapping[str, RunRecord]) -> str:
 
 
 def measured_names(records: Iterable[RunRecord]) -> list[str]:
-    """Names of the figures of evaluations in the logs, without how long they took."""
+    """Names of the figures of evaluations in the logs, without how long they took: at most `MOST_MEASURED`, because
+    each is searched in the whole log."""
     names = dict.fromkeys(name for record in records for name in record.names("eval_"))
-    return [name for name in names if not name.endswith(_UNMEASURED)]
+    return [name for name in names if not name.endswith(_UNMEASURED)][:MOST_MEASURED]
 
 
 def measured_charts(records: Mapping[str, RunRecord]) -> str:
     """The charts of the evaluations on held-out rows during training."""
     found = []
     for name in measured_names(records.values()):
-        values = {y for record in records.values() for _, y in record.points(name)}
-        if name.removeprefix("eval_") in CHARTED and len(values) > 1:
+        if name.removeprefix("eval_") not in CHARTED:
+            continue
+        if len({y for record in records.values() for _, y in record.points(name)}) > 1:
             chart = Chart(name.removeprefix("eval_").replace("_", " "), "held out", ())
             found.append(_chart(records, name, chart, dots=True))
     return "".join(found)
@@ -147,7 +154,7 @@ def _header(record: RunRecord, *, name: str, now: datetime) -> str:
         figures["training time"] = escaped(duration(wall))
     listed = "".join(f"<div><dt>{title}</dt><dd>{text}</dd></div>" for title, text in figures.items())
     resumed = f" · resumed at step {', '.join(f'{step:,}' for step in record.resumed[-8:])} (dashed)"
-    said = f"Written {clock_time(now, now=now)}, {now:%Y-%m-%d}{resumed if record.resumed else ''}"
+    said = f"Written {now:%Y-%m-%d %H:%M}{resumed if record.resumed else ''}"
     kind = "failed" if record.state == "failed" else "quiet"
     error = f'<p class="{kind} written">{escaped(record.error, most=1000)}</p>' if record.error else ""
     return (
@@ -159,25 +166,29 @@ def _header(record: RunRecord, *, name: str, now: datetime) -> str:
 
 def _facts(record: RunRecord) -> str:
     cards = [_card(title, section.items()) for title, section in list(record.facts.items())[:MOST_SECTIONS]]
-    changed = [(key, record.settings.get(key)) for key in record.changed]
-    cards.append(_card("Settings that differ from the defaults", changed or record.settings.items()))
-    everything = _card("All settings", record.settings.items()) if changed else ""
+    settings = {key: setting_text(value) for key, value in record.settings.items()}
+    changed = [(key, settings.get(key, "")) for key in record.changed]
+    cards.append(_card("Settings that differ from the defaults", changed or settings.items()))
+    everything = _card("All settings", settings.items()) if changed else ""
     more = f"<details><summary>All settings</summary>{everything}</details>" if everything else ""
     return f'<div class="facts">{"".join(cards)}</div>{more}'
 
 
 def _card(title: str, facts: Iterable[tuple[str, object]]) -> str:
     rows = [f"<dt>{escaped(name)}</dt><dd>{escaped(as_text(value))}</dd>" for name, value in facts]
-    listed = "".join(rows[: 10 * MOST_SECTIONS])
+    listed = "".join(rows[:MOST_ROWS])
     return f'<section class="card"><h3>{escaped(title)}</h3><dl>{listed}</dl></section>'
 
 
 def as_text(value: object) -> str:
-    """A setting or a figure as text."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
+    """A figure or a fact as text."""
+    if isinstance(value, bool) or value is None:
+        return setting_text(value)
     if isinstance(value, float):
         return figure(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def setting_text(value: object) -> str:
+    """A setting as it is written in a configuration: all its digits."""
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)

@@ -42,7 +42,7 @@ def comparison_png(comparison: Comparison) -> bytes:
             if key in NOISY:
                 means = smoothed(points)
                 axes.plot(*zip(*points, strict=True), alpha=0.3, linewidth=1, **style)
-            (handles[_plain(name)],) = axes.plot(*zip(*means, strict=True), linewidth=1.8, **style)
+            (handles[name],) = axes.plot(*zip(*means, strict=True), linewidth=1.8, **style)
         axes.set_title(f"{title}, {unit}" if unit else title, loc="left", fontsize=10)
         axes.tick_params(labelsize=8.5, length=0)
         axes.grid(visible=True, color="#e4e7eb")
@@ -50,13 +50,17 @@ def comparison_png(comparison: Comparison) -> bytes:
         if low is not None:
             axes.set_ylim(bottom=low)
     if handles:
-        drawing.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+        names = map(_plain, handles)
+        drawing.legend(handles.values(), names, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     sink = io.BytesIO()
     canvas.print_png(sink, metadata={"Software": None})
     return sink.getvalue()
 
 
 def _plain(name: str) -> str:
-    """The name of a folder without the marks by which matplotlib would read formulas, or hide a line."""
+    """The name of a folder, of a long one start and end, without marks by which matplotlib reads formulas or hides a
+    line."""
     text = visible(name)
-    return (text if len(text) <= _MAX_NAME else text[: _MAX_NAME - 1] + "…").replace("$", r"\$").lstrip("_") or "run"
+    if len(text) > _MAX_NAME:
+        text = f"{text[: _MAX_NAME // 2]}…{text[-(_MAX_NAME // 2) :]}"
+    return text.replace("$", r"\$") if text[:1] != "_" else " " + text.replace("$", r"\$")

@@ -6,6 +6,8 @@ A run of an earlier release has none; its record is made of its newest checkpoin
 from __future__ import annotations
 
 import json
+import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,19 +15,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from coldstill.common.charts import Point
-from coldstill.common.models import FrozenModel, parse_document
+from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, parse_document, too_dense
 from coldstill.trainer.errors import RunDamaged, RunNotFound
 
 RECORD_NAME, PAGE_NAME = "report.json", "report.html"
-MAX_BYTES = 64 << 20
-"""A larger file is not read: the log of a million lines is larger."""
+MOST_LINES = 100_000
+"""Of a longer log, evenly spaced lines are kept: more would not be read, see `MAX_DOCUMENT_BYTES`."""
 
 MOST_STEPS = 1 << 53
 MAX_NUMBER = 1e100
 """Larger numbers of a log are left out: no figure has them, and differences of them overflow."""
 
-_WANTED = f"a JSON document of at most {MAX_BYTES:,} bytes, as `coldstill train` writes it"
+_WANTED = f"a JSON document of at most {MAX_DOCUMENT_BYTES:,} bytes, as `coldstill train` writes it"
 _FIX = "re-run the training with the same settings, which writes the file again, or leave this run out"
+
+_PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s]*@")
 
 State = Literal["running", "interrupted", "failed", "finished"]
 
@@ -73,6 +77,16 @@ class RunRecord(FrozenModel):
         return sum(value for _, value in tail) / len(tail) if tail else None
 
 
+def spread(log: Sequence[Mapping[str, Any]], most: int = MOST_LINES) -> list[Mapping[str, Any]]:
+    """About `most` evenly spaced lines of a log, the last one and those of evaluations."""
+    every = max(1, -(-len(log) // most))
+    return [
+        line
+        for number, line in enumerate(log, start=1 - len(log))
+        if number % every == 0 or any(name.startswith("eval_") for name in line)
+    ]
+
+
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     found: dict[str, Any] = {}
@@ -84,11 +98,28 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
+def without_password(value: Any) -> Any:
+    """A setting without the names and passwords that its addresses hold, such as `https://NAME:PASSWORD@host`: a report
+    is made to be shown."""
+    if isinstance(value, Mapping):
+        return {name: without_password(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_password(one) for one in value]
+    return _PASSWORD.sub("://…@", value) if isinstance(value, str) else value
+
+
 def read_run(folder: Path) -> RunRecord:
     """The record of the run in `folder`, also of one that is not finished.
 
-    Raises `RunNotFound` for a folder without a run or without a logged step, and `RunDamaged`.
+    Raises `RunNotFound` for a folder without a run or without a logged step, or that cannot be read, and `RunDamaged`.
     """
+    try:
+        return _read_run(folder)
+    except OSError as error:
+        raise _not_found(folder, error.strerror or str(error)) from None
+
+
+def _read_run(folder: Path) -> RunRecord:
     if not folder.is_dir():
         raise _not_found(folder, "no such folder" if not folder.exists() else "a file")
     if (folder / RECORD_NAME).exists():
@@ -127,10 +158,16 @@ def _of_checkpoint(folder: Path, state: Path) -> RunRecord:
 
 
 def json_object(path: Path, *, wanted: str = _WANTED, fix: str = _FIX) -> dict[str, Any]:
-    """The JSON object in a file of at most `MAX_BYTES`. Raises `RunDamaged` with what is `wanted` there and a `fix`."""
+    """The JSON object in a file of at most `MAX_DOCUMENT_BYTES`.
+
+    Raises `RunDamaged` with what is `wanted` there and a `fix`.
+    """
     found: object
+    data = _bytes(path, wanted=wanted, fix=fix)
+    if dense := too_dense(data):
+        raise _damaged(path, dense, wanted=wanted, fix=fix)
     try:
-        found = json.loads(_bytes(path, wanted=wanted, fix=fix))
+        found = json.loads(data)
     except (ValueError, RecursionError):
         raise _damaged(path, "text that is not JSON", wanted=wanted, fix=fix) from None
     if not isinstance(found, dict):
@@ -140,10 +177,13 @@ def json_object(path: Path, *, wanted: str = _WANTED, fix: str = _FIX) -> dict[s
 
 def _bytes(path: Path, *, wanted: str = _WANTED, fix: str = _FIX) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise _damaged(path, f"{size:,} bytes", wanted=wanted, fix=fix)
-        return path.read_bytes()
+        there = path.stat()
+        if not stat.S_ISREG(there.st_mode):  # reading a pipe may never end, and a device may fill the memory
+            raise _damaged(path, "a folder, device, pipe or socket", wanted=wanted, fix=fix)
+        if there.st_size > MAX_DOCUMENT_BYTES:
+            raise _damaged(path, f"{there.st_size:,} bytes", wanted=wanted, fix=fix)
+        with path.open("rb") as file:
+            return file.read(MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise _damaged(path, error.strerror, wanted=wanted, fix=fix) from None
 

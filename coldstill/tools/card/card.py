@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from coldstill.common.packages import require_packages
-from coldstill.common.visible import visible
+from coldstill.common.visible import shortened, visible
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.store import RUN_FOLDER, Store
@@ -33,7 +33,7 @@ from coldstill.tools.stats.measure import measure_stats
 from coldstill.tools.stats.plot import plot_png
 
 from .faithfulness import measure_faithfulness
-from .markdown import card_sections, shortened, title
+from .markdown import card_sections, title
 from .preview import preview_parquet
 
 HUB_LICENSES = frozenset(

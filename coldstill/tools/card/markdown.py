@@ -1,17 +1,15 @@
 """Sections of a dataset card as Markdown, with text from the dataset escaped.
 
-All text of the dataset passes `plain`: each character that Markdown, HTML or a link finder could act on becomes a
-numeric entity. Unlike a backslash, an entity also works in table cells, headings and raw HTML.
+All text of the dataset passes `plain`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from coldstill.common.visible import visible
+from coldstill.common.visible import MAX_SHOWN, plain
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
@@ -31,9 +29,6 @@ from coldstill.tools.stats.table import (
 from .faithfulness import Faithfulness
 from .preview import COLUMNS, ROWS, TARGETS
 
-MAX_SHOWN = 200
-"""Maximum number of characters shown of one string."""
-
 _IN_OTHER_FACTS = ("processor", "imported")
 """Facts of `about` that the card says in words."""
 
@@ -46,8 +41,6 @@ _SIZES = (
     *("max_patches", "do_pan_and_scan", "max_dynamic_tiles"),
 )
 """Of the processor's settings, those that decide how many tokens an image becomes."""
-# A full stop is only harmful in a bare "www.x.y", which becomes a link; model names contain many others.
-_ACTIVE = re.compile(r"[^\w\s.,;/%-]|_|(?<=www)\.", re.IGNORECASE)
 
 _LOAD = """## Load it
 
@@ -78,17 +71,6 @@ rows = rows.select_columns(["sample_id", "token_ids", "target_spans", "metadata"
 SELECT sample_id, len(token_ids) AS tokens FROM 'PATH/shards/*.parquet' ORDER BY tokens DESC LIMIT 10;
 ```
 """
-
-
-def plain(text: str) -> str:
-    """`text` on one line without active markup, at most `MAX_SHOWN` characters of it; `-` if it is empty."""
-    shown = shortened(visible(text[: MAX_SHOWN + 1]))
-    return _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", shown) or "-"
-
-
-def shortened(text: str) -> str:
-    """At most `MAX_SHOWN` characters, without spaces around them."""
-    return (text[:MAX_SHOWN] + "…" if len(text) > MAX_SHOWN else text).strip()
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

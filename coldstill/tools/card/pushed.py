@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.tools.card_text import CARD_NAME, PREVIEW_NAME, card_taken, is_unedited, short_card, with_shards
@@ -16,14 +17,19 @@ logger = logging.getLogger(__name__)
 
 
 def made_card(dataset: Dataset, *, progress: bool) -> dict[str, bytes]:
-    """The files of a generated card for a dataset without one; empty where packages of the extra `share` are missing.
+    """The files of a generated card for a dataset without one; empty where it cannot be made: the copy is worth more.
 
-    Raises what `make_card` raises, except `PackagesMissing`.
+    Raises the `ColdstillError`s that `make_card` raises, except `PackagesMissing`.
     """
     try:
         files = make_card(dataset, progress=progress)
     except PackagesMissing as missing:
         logger.warning("%s has no card, and none is made: %s. %s", dataset.store.url, missing.found, missing.fix)
+        return {}
+    except ColdstillError:
+        raise
+    except Exception as error:
+        logger.warning("%s has no card, and none is made: %s", dataset.store.url, _named(error))
         return {}
     logger.warning("%s has no card: the copy gets a generated one", dataset.store.url)
     return files
@@ -75,3 +81,12 @@ def _preview_of(dataset: Dataset) -> bytes | None:
         return preview_parquet(dataset) if len(dataset) else None
     except PackagesMissing:
         return None
+    except ColdstillError:
+        raise
+    except Exception as error:
+        logger.warning("%s gets no preview: %s", dataset.store.url, _named(error))
+        return None
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -101,7 +101,7 @@ def input_files(source: str | Path | Sequence[str | Path], *, endings: tuple[str
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SourceUnreadable(twice, found="two files of this name", wanted="different names: row ids contain them")
-    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in _parts(file.name)])
+    return sorted(files, key=lambda file: _parts(file.name))
 
 
 def source_digest(files: Sequence[InputFile], *, settings: Mapping[str, Any], progress: bool) -> str:
@@ -228,9 +228,9 @@ def _files_at(path: str, endings: tuple[str, ...]) -> Iterator[InputFile]:
         yield InputFile(root.rsplit("/", 1)[-1], root, fs)
 
 
-def _parts(name: str) -> list[str]:
-    """Text and digits alternating, text first, so that names are compared part by part."""
-    return re.split(r"([0-9]+)", name)
+def _parts(name: str) -> list[str | int]:
+    """Text and numbers alternating, text first, so that names are compared part by part."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _line_starts(file: InputFile) -> Iterator[int]:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from coldstill.common.visible import visible
-from coldstill.tools.card.markdown import MAX_SHOWN, plain, shortened, table
+from coldstill.common.visible import MAX_SHOWN, plain, shortened, visible
+from coldstill.tools.card.markdown import table
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -27,11 +27,12 @@ from tests.tools.exchange import peers
 
 
 def test_files_of_a_folder_come_in_natural_order(tmp_path: Path) -> None:
-    for name in ("data_10.parquet", "data_2.parquet", "b/data_1.parquet", ".hidden.parquet", "_x.parquet", "note.txt"):
+    read = ("²1.parquet", "².parquet", "data_10.parquet", "data_2.parquet", "b/data_1.parquet")
+    for name in (*read, ".hidden.parquet", "_x.parquet", "note.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = [file.name for file in input_files(tmp_path, endings=(".parquet",))]
-    assert found == ["b/data_1.parquet", "data_2.parquet", "data_10.parquet"]
+    assert found == ["b/data_1.parquet", "data_2.parquet", "data_10.parquet", "²1.parquet", "².parquet"]
 
 
 def test_kinds_of_files_are_not_mixed(tmp_path: Path) -> None:

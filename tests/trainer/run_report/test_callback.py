@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from coldstill.common.interrupts import Interrupted
+from coldstill.storage_schema.errors import StorageFull
+from coldstill.trainer import train as train_module
+from coldstill.trainer.errors import LoaderWorkerDied
 from coldstill.trainer.run_report import callback as callback_module
+from coldstill.trainer.run_report.callback import RunReport
 from coldstill.trainer.run_report.record import PAGE_NAME, RECORD_NAME, RunRecord, read_run
 from coldstill.trainer.train import train
 from tests.trainer.test_train import make_config
@@ -60,16 +65,69 @@ def test_a_run_that_was_ended_twice_shows_its_whole_history(tiny_dataset: Path, 
     assert list((tmp_path / "run").glob(".report*")) == []
 
 
-def test_a_disk_that_takes_no_page_does_not_end_the_training(
-    tiny_dataset: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ("new_file", OSError(28, "No space left on device")),
+        ("run_page", ValueError("a number without a drawing")),
+        ("flat", RecursionError("settings of settings")),
+    ],
+    ids=str,
+)
+def test_a_report_that_fails_in_any_way_does_not_end_the_training(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
 ):
-    def full(_: Path) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr(callback_module, "new_file", full)
+    monkeypatch.setattr(callback_module, part, broken)
     config = make_config(tiny_dataset, tiny_student, tmp_path / "run", training={"max_steps": 1})
     assert train(config).steps == 1
-    assert not (tmp_path / "run" / RECORD_NAME).exists()
+    assert (tmp_path / "run" / PAGE_NAME).exists() == (part == "flat")
+
+
+def test_a_run_without_clipping_has_a_page(tiny_dataset: Path, tiny_student: Path, tmp_path: Path):
+    training = {"max_steps": 1, "max_grad_norm": float("inf")}
+    config = make_config(tiny_dataset, tiny_student, tmp_path / "run", training=training)
+    assert train(config).steps == 1
+    assert "<dt>training.max_grad_norm</dt><dd>inf</dd>" in (tmp_path / "run" / PAGE_NAME).read_text()
+
+
+def test_a_bar_of_the_caller_stays(tiny_dataset: Path, tiny_student: Path, tmp_path: Path, capfd):
+    class Own(ProgressCallback):
+        ended = False
+
+        def on_train_end(self, args, state, control, **kwargs) -> None:
+            self.ended = True
+            super().on_train_end(args, state, control, **kwargs)
+
+    own = Own()
+    config = make_config(tiny_dataset, tiny_student, tmp_path / "run", training={"max_steps": 3})
+    train(config, callbacks=[own])
+    assert own.ended
+    assert "ends about" in capfd.readouterr().err
+
+
+def test_a_loader_that_dies_during_a_write_still_ends_the_training(tmp_path: Path):
+    def dies() -> float:
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+
+    report = RunReport(make_config(tmp_path, tmp_path, tmp_path / "run"), None, write=True, clock=dies)
+    with pytest.raises(LoaderWorkerDied):
+        report.on_log(None, None, None)
+
+
+def test_a_run_whose_student_is_not_written_is_shown_as_failed(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_module, "write_student", full)
+    with pytest.raises(StorageFull):
+        train(make_config(tiny_dataset, tiny_student, tmp_path / "run", training={"max_steps": 1}))
+    assert read_run(tmp_path / "run").state == "failed"
+    assert "StorageFull" in (read_run(tmp_path / "run").error or "")
 
 
 @pytest.mark.slow

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from coldstill.cli.main import main
 from coldstill.common.charts import COLORS, figure, thinned, ticks
@@ -19,7 +22,7 @@ from coldstill.trainer.run_report.compare import comparison_page, read_runs
 from coldstill.trainer.run_report.pace import EndTimeBar, Pace
 from coldstill.trainer.run_report.page import run_page
 from coldstill.trainer.run_report.plot import comparison_png
-from coldstill.trainer.run_report.record import RECORD_NAME, RunRecord, read_run
+from coldstill.trainer.run_report.record import RECORD_NAME, RunRecord, read_run, spread, without_password
 
 NOW = datetime(2026, 11, 29, 14, 2)
 HOSTILE = "</title><script>alert(1)</script>\x1b[31m\u202e$x_"
@@ -113,17 +116,14 @@ def test_a_comparison_shows_what_differs_and_what_was_reached(tmp_path: Path, ca
     assert found.figures()["loss"][1] is None
     assert comparison_png(found).startswith(b"\x89PNG")
     page = tmp_path / "page.html"
-    arguments = ["compare", str(one), str(two), "--evaluation", str(given), "--json", "--html", str(page)]
-    monkeypatch.setattr(sys, "argv", ["coldstill", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
+    run_main(monkeypatch, "compare", one, two, "--evaluation", given, "--json", "--html", page)
     document = json.loads(capsys.readouterr().out)
     assert [run["name"] for run in document["runs"]] == ["x/run", "y/run"]
     assert "x/run" in page.read_text()
-    given.write_text(json.dumps({"student": "elsewhere"}))
-    with pytest.raises(EvaluationNotOfRun):
-        read_runs([one, two], evaluations=[given])
+    for elsewhere in ("elsewhere", "\0", "x" * 5000, [], None):
+        given.write_text(json.dumps({"student": elsewhere}))
+        with pytest.raises(EvaluationNotOfRun):
+            read_runs([one, two], evaluations=[given])
 
 
 def test_a_comparison_needs_no_torch(tmp_path: Path) -> None:
@@ -134,9 +134,100 @@ def test_a_comparison_needs_no_torch(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_has_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for name in (".", "file", "absent"):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in (".", "file", "absent", "loop", "x" * 300):
         with pytest.raises(RunNotFound):
-            read_run(tmp_path / name)
+            read_runs([tmp_path / name])
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["coldstill", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+
+
+@pytest.mark.parametrize("name", [RECORD_NAME, "evaluation.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "dense"])
+def test_a_file_that_never_ends_or_needs_much_memory_is_not_read(tmp_path: Path, name: str, kind: str) -> None:
+    folder = put(tmp_path / "run")
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "device":
+        (folder / name).symlink_to("/dev/zero")
+    else:
+        (folder / name).write_text('{"a": [' + "[]," * 100_000 + "[]]}")
+    with pytest.raises(RunDamaged, match=r"pipe|lists"):
+        read_runs([folder])
+
+
+def test_many_and_long_names_of_a_report_cost_little_and_are_cut(tmp_path: Path, monkeypatch, capsys) -> None:
+    log = [{"step": n, f"eval_{n}": n} for n in range(5_000)]
+    settings = {f"loss.{n}": "x" * 300_000 if n == 0 else n for n in range(20_000)}
+    runs = [put(tmp_path / "a", log=log, settings=settings), put(tmp_path / "b", log=log)]
+    (runs[0] / "evaluation.json").write_text(json.dumps({f"figure {n}": n for n in range(20_000)}))
+    began = time.process_time()
+    page = comparison_page(read_runs(runs), now=NOW)
+    run_main(monkeypatch, "compare", *runs)
+    assert time.process_time() - began < 10
+    assert len(page) < 200_000
+    assert len(capsys.readouterr().out) < 200_000
+    assert "and 19,840 more" in page
+
+
+def test_numbers_that_json_lacks_are_compared_too(tmp_path: Path, monkeypatch, capsys) -> None:
+    for name, value in (("a", "Infinity"), ("b", "NaN"), ("c", "1e999")):
+        put(tmp_path / name, settings={"training.max_grad_norm": 12345})
+        path = tmp_path / name / RECORD_NAME
+        path.write_text(path.read_text().replace("12345", value))
+    runs = [tmp_path / name for name in "abc"]
+    run_main(monkeypatch, "compare", *runs, "--json", "--html", tmp_path / "page.html")
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["differing_settings"] == {"training.max_grad_norm": [None, None, None]}
+
+
+def test_settings_are_shown_with_all_their_digits(tmp_path: Path) -> None:
+    rates = (1.00001e-4, 1.00002e-4)
+    runs = [put(tmp_path / str(rate), settings={"rate": rate, "seed": 1234567}) for rate in rates]
+    rows = read_runs(runs).tables()["Settings that differ"]
+    assert rows == {"rate": ["0.000100001", "0.000100002"]}
+    assert "<dt>seed</dt><dd>1234567</dd>" in run_page(read_run(runs[0]), name="run", now=NOW)
+
+
+def test_a_report_holds_no_password_of_an_address() -> None:
+    settings = {"dataset": ["https://me:secret@host/a", "s3://bucket/a"], "eval_dataset": "ftp://me:s%40x@host/a@b"}
+    assert without_password(settings) == {
+        "dataset": ["https://…@host/a", "s3://bucket/a"],
+        "eval_dataset": "ftp://…@host/a@b",
+    }
+    for kept in ("hf://datasets/ORG/NAME@main", "a:b@c", None, 1, "gs://a/b:c@d"):
+        assert without_password(kept) == kept
+
+
+def test_a_comparison_says_when_a_run_that_may_have_been_killed_was_last_alive(tmp_path: Path) -> None:
+    killed = put(tmp_path / "killed", written=NOW.timestamp())
+    ended = put(tmp_path / "ended", written=NOW.timestamp(), state="finished")
+    assert read_runs([killed, ended]).figures()["written"] == ["2026-11-29 14:02", None]
+    assert "written" not in read_runs([put(tmp_path / "odd", written=1e300)]).figures()
+
+
+def test_runs_with_equal_beginnings_are_told_apart_in_the_picture(tmp_path: Path, monkeypatch) -> None:
+    legends: list[list[str]] = []
+    monkeypatch.setattr(Figure, "legend", lambda _, handles, names, **__: legends.append(list(names)))
+    comparison_png(read_runs([put(tmp_path / name) for name in ("x" * 80 + "1", "x" * 80 + "2", "_$", "$")]))
+    (names,) = legends
+    assert len(set(names)) == 4
+    assert not any(name.startswith("_") for name in names)
+
+
+def test_of_a_long_log_so_many_lines_are_kept_as_are_read_again() -> None:
+    log = [{"step": n, "loss": 1.0} for n in range(1, 10_001)]
+    log[4_321]["eval_loss"] = 2.0
+    kept = [line["step"] for line in spread(log, 100)]
+    assert kept == sorted({*range(100, 10_001, 100), 4_322})
+    assert spread(log, 10_000) == log
+    assert list(spread([], 1)) == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"state": "running", "step": -1, "max_steps": 1}', "[" * 100_000])
