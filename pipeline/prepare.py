@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from coldstill.common.hub_commit import hub_commit
 from coldstill.common.processor import processor_settings, processor_sha256
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
 from coldstill.storage_schema.header_facts import (

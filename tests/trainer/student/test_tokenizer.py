@@ -56,7 +56,7 @@ def test_a_tokenizer_that_splits_text_in_another_way_is_told_and_accepted(
 def test_a_tokenizer_that_differs_from_the_datasets_in_flags_that_decoding_does_not_read_is_no_warning(
     tiny_dataset: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The header's digest counts these flags: a Qwen student of a Qwen teacher was told that it splits text otherwise."""
+    """The header's digest counts these flags, so that a Qwen student of a Qwen teacher was warned."""
     dataset = open_dataset(str(tiny_dataset))
     about = dataset.header.about.model_copy(update={"tokenizer_pipeline_sha256": "0" * 64})
     header = dataset.header.model_copy(update={"about": about})
