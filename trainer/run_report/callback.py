@@ -14,12 +14,13 @@ from transformers.utils import logging
 from coldstill.common.clock import local_now
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.files import new_file
+from coldstill.common.models import flat
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.data.logit_dataset import LogitDataset
 
 from .pace import Pace
 from .page import run_page
-from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, flat, read_run
+from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, read_run
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from coldstill.common.charts import Point
-from coldstill.common.models import FrozenModel, parse_document
+from coldstill.common.models import FrozenModel, flat, parse_document
 from coldstill.trainer.errors import RunDamaged, RunNotFound
 
 RECORD_NAME, PAGE_NAME = "report.json", "report.html"
@@ -71,17 +71,6 @@ class RunRecord(FrozenModel):
         points = self.points(name)
         tail = points[-max(1, len(points) // 10) :]
         return sum(value for _, value in tail) / len(tail) if tail else None
-
-
-def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{before}{name}.")
-        else:
-            found[f"{before}{name}"] = value
-    return found
 
 
 def read_run(folder: Path) -> RunRecord:
