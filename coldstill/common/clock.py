@@ -40,3 +40,10 @@ def clock_time(then: datetime, *, now: datetime) -> str:
     if near is None:
         near = f"on {then:%b} {then.day}" + (f", {then.year}" if then.year != now.year else "")
     return f"{then:%H:%M} {near}"
+
+
+def clock_time_of(moment: float | None, *, now: datetime) -> str | None:
+    """The clock time of a Unix time; None for none, and for one that no date can hold."""
+    if moment is None or not abs(moment - now.timestamp()) <= _FURTHEST_S:
+        return None
+    return clock_time(datetime.fromtimestamp(moment, now.tzinfo), now=now)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coldstill.common.charts import COLORS
-from coldstill.common.clock import clock_time, duration
+from coldstill.common.clock import clock_time, clock_time_of, duration, local_now
 from coldstill.common.page import escaped, page_without_script
 from coldstill.trainer.errors import EvaluationNotOfRun
 
@@ -67,6 +67,10 @@ class Comparison:
         runs = list(self.runs.values())
         found: dict[str, list[float | str | None]] = {
             "state": [record.state for record in runs],
+            # A run that was killed says `running` for ever: the time tells.
+            "last written": [
+                clock_time_of(record.written, now=local_now()) if record.state == "running" else None for record in runs
+            ],
             "step": [f"{record.step:,} of {record.max_steps:,}" for record in runs],
             "loss": [record.late("loss") for record in runs],
             "KL to the teacher": [record.late("bucket_kl") for record in runs],

@@ -6,7 +6,7 @@ import html.parser
 import json
 import subprocess
 import sys
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import pytest
 
 from coldstill.cli.main import main
 from coldstill.common.charts import COLORS, figure, thinned, ticks
+from coldstill.common.clock import clock_time_of, local_now
 from coldstill.trainer.errors import EvaluationNotOfRun, RunDamaged, RunNotFound
 from coldstill.trainer.run_report.compare import comparison_page, read_runs
 from coldstill.trainer.run_report.pace import EndTimeBar, Pace
@@ -60,6 +61,17 @@ def test_a_running_page_says_when_the_run_ends_and_reads_itself_again() -> None:
     assert "about 14:32 today" in page
     assert 'http-equiv="refresh"' in page
     assert "about" not in run_page(record(state="finished"), name="run", now=NOW)
+
+
+def test_what_a_killed_run_left_says_when_it_was_written_and_what_to_do(tmp_path: Path) -> None:
+    """After a SIGKILL, page and comparison say `running` for ever."""
+    assert "it was killed: re-run its command" in run_page(record(), name="run", now=NOW)
+    assert "killed" not in run_page(record(state="finished"), name="run", now=NOW)
+    killed = put(tmp_path / "killed", written=(NOW - timedelta(days=400)).timestamp())
+    done = put(tmp_path / "done", state="finished", written=NOW.timestamp())
+    written = read_runs([killed, done]).figures()["last written"]
+    assert written == [clock_time_of((NOW - timedelta(days=400)).timestamp(), now=local_now()), None]
+    assert "last written" not in read_runs([done]).figures()
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
