@@ -124,7 +124,9 @@ def _commands() -> Iterator[tuple[list[str], str]]:
     return walk(typer.main.get_command(commands.app), [])
 
 
-@pytest.mark.parametrize(("words", "meaning"), list(_commands()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("words", "meaning"), list(_commands()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_command_without_its_argument_says_what_the_argument_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], meaning: str
 ) -> None:
