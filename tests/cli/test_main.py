@@ -52,6 +52,9 @@ def test_words_replace_keys_of_the_file(config: Path) -> None:
     [
         ("teacher.topk=4", r"did you mean teacher\.top_k\?"),
         ("techer.top_k=4", r"did you mean teacher\?"),
+        ("topk=4", r"did you mean teacher\.top_k\?"),
+        ("max_length=4", r"did you mean teacher\.max_length\?"),
+        ("lr=1", "the list that --help prints"),
         ("teacher.top_k=0", "greater than or equal to 1"),
         ("teacher.top_k=many", "integer"),
         ("source.loss_on=user", "'assistant', 'last_turn' or 'all'"),
@@ -64,6 +67,14 @@ def test_words_replace_keys_of_the_file(config: Path) -> None:
 def test_a_wrong_setting_is_named_with_the_way_out(config: Path, word: str, message: str) -> None:
     with pytest.raises(ConfigInvalid, match=message):
         load_config(str(config), model=CaptureConfig, overrides=[word])
+
+
+@pytest.mark.parametrize("word", ["lr=1", "training.lr=1", "learning_rate=1", "learning-rate=1"])
+def test_a_key_is_found_by_its_usual_abbreviation_and_in_its_own_section(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text("{dataset: d, output: o, student: {model: m}}")
+    with pytest.raises(ConfigInvalid, match=r"did you mean training\.learning_rate\?"):
+        load_config(str(path), model=TrainConfig, overrides=[word])
 
 
 def test_a_missing_key_is_named(config: Path) -> None:
