@@ -61,7 +61,13 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigInvalid(path, found=str(error), wanted="YAML") from None
     if not isinstance(document, dict):
-        raise ConfigInvalid(path, found=type(document).__name__, wanted="a mapping of keys to values")
+        found = "an empty file" if document is None else f"a {type(document).__name__}"
+        raise ConfigInvalid(
+            path,
+            found=found,
+            wanted="a mapping of keys to values, such as `output: data/first`",
+            fix="begin with the example in the guide of the command, or with a file of examples/",
+        )
     for word in overrides:
         _override(document, word, model)
     return check_config(document, model=model, where=path)

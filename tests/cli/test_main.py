@@ -86,8 +86,9 @@ def test_a_missing_key_is_named(config: Path) -> None:
 @pytest.mark.parametrize("text", ["a: [", "- 1", "", "\t\x00"])
 def test_a_file_that_is_no_mapping_is_named(config: Path, text: str) -> None:
     config.write_text(text)
-    with pytest.raises(ConfigInvalid, match=r"capture\.yaml"):
+    with pytest.raises(ConfigInvalid, match=r"capture\.yaml") as error:
         load_config(str(config), model=CaptureConfig)
+    assert "NoneType" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
