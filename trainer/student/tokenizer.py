@@ -54,9 +54,16 @@ def tokenizer_files(student: StudentConfig, dataset: Dataset) -> dict[str, bytes
             f"tokenizer of the student {student.name}",
             found=f"no {TOKENIZER_FILE}" + (f", only {', '.join(sorted(files))}" if files else ""),
             wanted=f"a {TOKENIZER_FILE}, as the tokenizers library writes it",
-            fix="save the tokenizer with `save_pretrained` of a fast tokenizer of transformers",
+            fix=_student_inside(student)
+            or "save the tokenizer with `save_pretrained` of a fast tokenizer of transformers",
         )
     return files
+
+
+def _student_inside(student: StudentConfig) -> str:
+    """The question whether the student of a training was meant, if its output was given; empty otherwise."""
+    inside = Path(student.model or "", "student")
+    return f"did you mean {inside}?" if (inside / TOKENIZER_FILE).is_file() else ""
 
 
 def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str, dataset: Dataset | None = None) -> None:
