@@ -153,7 +153,7 @@ def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader
         followers = {"draw_method"} - (teacher.model_fields_set if stored.draws else set()) | {"kept_draws"}
         names = [name for name in names if name not in followers]
     if not names and found.source_sha256 != stored.source_sha256:
-        return "the source has changed since: put its files back as they were at the start"
+        return "put the files of the source back as they were then"
     keys = ", ".join(f"teacher.{name}: {getattr(stored, name)}" for name in names)
     return f"set {keys}" if keys else "restore it"
 

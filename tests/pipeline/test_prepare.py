@@ -136,7 +136,7 @@ def test_a_staged_source_is_staged_once_and_a_change_of_it_is_named(tmp_path: Pa
     packed.write_bytes(gzip.compress(b'{"text": "another"}\n'))
     with pytest.raises(HeaderMismatch, match="source_sha256") as changed:
         prepare(staged)
-    assert "the source has changed since" in changed.value.fix
+    assert "put the files of the source back" in changed.value.fix
 
 
 def test_a_staged_source_that_was_deleted_is_staged_again_from_the_same_source_alone(tmp_path: Path) -> None:
