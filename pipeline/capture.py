@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field
-from tqdm import tqdm
 
 from coldstill.common.interrupts import raising_interrupts
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.commits import CommitRecord, committed_units, read_commit
 from coldstill.storage_schema.errors import UnitsMissing
 from coldstill.storage_schema.header import DatasetHeader

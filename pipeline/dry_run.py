@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, computed_field
-from tqdm import tqdm
 
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.header import MAX_VOCAB_SIZE
 from coldstill.storage_schema.plan import Unit

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from coldstill.common.hub_commit import hub_commit
 from coldstill.common.processor import processor_settings, processor_sha256
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
 from coldstill.storage_schema.header_facts import (
@@ -152,6 +152,8 @@ def _restore(teacher: TeacherConfig, found: DatasetHeader, stored: DatasetHeader
     if "draws" in names:  # the header's `kept_draws` is at most `draws`, and once that is restored, defaults follow it
         followers = {"draw_method"} - (teacher.model_fields_set if stored.draws else set()) | {"kept_draws"}
         names = [name for name in names if name not in followers]
+    if not names and found.source_sha256 != stored.source_sha256:
+        return "put the files of the source back as they were then"
     keys = ", ".join(f"teacher.{name}: {getattr(stored, name)}" for name in names)
     return f"set {keys}" if keys else "restore it"
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, parse_document
+from coldstill.common.visible import visible
 
 from .commits import (
     COMMITS_FOLDER,
@@ -39,6 +41,7 @@ from .media import is_own_name, require_room
 from .plan import PLAN_NAME, plan_from_bytes
 from .rows import MEDIA_FOLDER, is_media_path
 from .store import RUN_FOLDER, Store
+from .store.local import what_lies_at
 from .tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER
 from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record, read_file
 
@@ -280,14 +283,25 @@ def _require(store: Store, name: str) -> bytes:
         raise DatasetNotFound(f"{store.url}: {name}", found="no such file", wanted="a dataset directory") from None
 
 
+def absent(
+    store: Store, *, found: str = f"neither {MANIFEST_NAME} nor {HEADER_NAME}", hint: str = ""
+) -> DatasetNotFound:
+    """The error that `store` holds no dataset, with what lies there and what its user may have meant."""
+    fix = f"check the path: it is the `output` of `coldstill capture`{hint}"
+    if store.is_local:
+        words, names = what_lies_at(store.root)
+        found = f"{words}, {found}"
+        datasets = (name for name in names if Path(store.root, name, HEADER_NAME).is_file())
+        if inside := [visible(f"{store.url}/{name}") for name in islice(datasets, 3)]:
+            fix = f"did you mean {' or '.join(inside)}?"
+        elif {"run.json", "report.html"} <= set(names):
+            fix = "this is the output of a training: see its report.html, or give the folder to `coldstill compare`"
+    return DatasetNotFound(store.url, found=found, wanted="a dataset directory", fix=fix)
+
+
 def _raise_absent(store: Store) -> None:
     if not store.exists(HEADER_NAME):
-        raise DatasetNotFound(
-            store.url,
-            found=f"neither {MANIFEST_NAME} nor {HEADER_NAME}",
-            wanted="a dataset directory",
-            fix="check the path: it is the `output` of `coldstill capture`",
-        )
+        raise absent(store)
     raise DatasetNotSealed(
         store.url,
         found=f"{len(store.names(COMMITS_FOLDER))} commit records and no {MANIFEST_NAME}",

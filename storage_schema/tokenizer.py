@@ -147,11 +147,42 @@ def _facts(document: dict[str, Any]) -> TokenizerFacts:
     return TokenizerFacts(hashlib.sha256(text.encode()).hexdigest(), max(tokens) + 1, _pipeline_sha256(document))
 
 
-def _pipeline_sha256(document: dict[str, Any]) -> str:
+def _pipeline(document: dict[str, Any]) -> dict[str, Any]:
     flags = {name: value for name, value in document["model"].items() if name not in ("vocab", "merges")}
     steps = {name: document.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    text = json.dumps(_canonical({**steps, "model": flags}), ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    pipeline: dict[str, Any] = _canonical({**steps, "model": flags})
+    return pipeline
+
+
+def _pipeline_sha256(document: dict[str, Any]) -> str:
+    text = json.dumps(_pipeline(document), ensure_ascii=True, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def splits_alike(first: bytes, second: bytes) -> bool:
+    """Whether two `tokenizer.json` have the same steps between text and tokens, whatever wrote them.
+
+    Looser than `pipeline_sha256`, which headers store and which therefore stays as it is: when transformers rebuilds a
+    tokenizer of Qwen, it writes other flags into the `ByteLevel` decoder, and decoding reads none of them.
+    """
+    return _steps(first) == _steps(second)
+
+
+def _steps(tokenizer_json: bytes) -> Any:
+    document = json.loads(tokenizer_json)
+    steps = _pipeline(document)
+    if isinstance(decoder := steps.get("decoder"), dict):
+        steps["decoder"] = _without_byte_level_flags(decoder)
+    return steps
+
+
+def _without_byte_level_flags(decoder: dict[str, Any]) -> dict[str, Any]:
+    if decoder.get("type") == "ByteLevel":
+        return {"type": "ByteLevel"}
+    inner = decoder.get("decoders")
+    if isinstance(inner, list):
+        return {**decoder, "decoders": [_without_byte_level_flags(one) for one in inner if isinstance(one, dict)]}
+    return decoder
 
 
 def _canonical(value: Any) -> Any:

@@ -94,6 +94,10 @@ def test_the_ground_floors_need_no_heavy_library(library: str) -> None:
     assert {room_of(module) for module in importers_of(library)} & {"common", "storage_schema", "tools"} == set()
 
 
+def test_each_bar_is_one_that_writes_whole_lines_into_a_log() -> None:
+    assert importers_of("tqdm") == {"coldstill.common.progress"}
+
+
 def test_ray_is_known_by_one_folder_of_capture() -> None:
     found = importers_of("ray")
     assert found

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.files import write_json
+from coldstill.common.models import flat
 from coldstill.common.processor import processor_sha256
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
 from coldstill.storage_schema.header import DatasetHeader
@@ -266,14 +267,20 @@ def _is_failed_write(error: Exception, output: Path) -> bool:
 
 
 def _require_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any], *, fix: str) -> None:
-    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if differing:
-        raise CheckpointMismatch(
-            f"{what} differs in {', '.join(differing)}",
-            found={key: before.get(key) for key in differing},
-            wanted={key: now.get(key) for key in differing},
-            fix=fix,
-        )
+    sections = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if not sections:
+        return
+    found, wanted = flat({key: before.get(key) for key in sections}), flat({key: now.get(key) for key in sections})
+    differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    # Another loss has other settings, which nobody changed.
+    renamed = [key.removesuffix("name") for key in differing if key.endswith(".name")]
+    keys = [key for key in differing if key.endswith(".name") or not key.startswith(tuple(renamed))] or sections
+    raise CheckpointMismatch(
+        f"{what} differs in {', '.join(keys)}",
+        found=", ".join(f"{key}: {found.get(key)}" for key in keys),
+        wanted=", ".join(f"{key}: {wanted.get(key)}" for key in keys),
+        fix=fix,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

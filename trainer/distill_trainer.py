@@ -35,8 +35,8 @@ from .losses.base import Loss, build_objective, join_objectives, state_of
 from .sharding import is_sharded, resharding, validate_sharded_student, whole
 from .step_record import StepRecord, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
-from .student.images import check_dataset_images, context_of, image_probe, images_of
-from .student.load import check_attention, check_trainable
+from .student.images import check_dataset_images, image_probe, images_of
+from .student.load import check_attention, check_trainable, context_of, warn_of_short_context
 from .student.packing_check import check_packing
 from .student.tokenizer import checked_student
 from .student.tokenizer import other_tokenizer as read_other_tokenizer
@@ -112,6 +112,8 @@ class DistillTrainer(TrainingLoop):
         own = header if self.aligned else None
         student, name = checked_student(model, train_dataset, processing_class, own_header=own)
         check_trainable(student, name=name)
+        if self.aligned is None:  # whose rows have other lengths, and are measured one by one
+            warn_of_short_context(innermost(student), header, name=name)
         self.images = images_of(innermost(student))
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
         evaluated = [part for part in evaluated if part is not None]

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 
 from coldstill.common.config_file import check_config
 from coldstill.common.packages import require_packages
 from coldstill.tools.exchange.settings import AxolotlSettings, DistillKitSettings
 
-from .output import show_result
+from .output import show_result, stdout_console
 
 if TYPE_CHECKING:
     from coldstill.storage_schema.dataset import Dataset
@@ -124,9 +123,9 @@ def inspect_(
     from coldstill.tools.inspect.terminal import show_dataset, show_row
 
     if row is None:
-        show_dataset(root, console=Console())
+        show_dataset(root, console=stdout_console())
     else:
-        show_row(root, row, console=Console())
+        show_row(root, row, console=stdout_console())
 
 
 @dataset_commands.command(rich_help_panel=LOOK)
@@ -144,7 +143,7 @@ def stats(
     if png is not None:
         require_packages("share", "matplotlib")
     measured = measure_stats(root)
-    show_stats(measured, console=Console())
+    show_stats(measured, console=stdout_console())
     if json is not None:
         json.write_text(measured.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if png is not None:

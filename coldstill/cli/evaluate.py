@@ -28,7 +28,7 @@ from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
 from coldstill.trainer.evaluation.token_records import TOP, Choice, TokenRecord, token_records, write_records
 from coldstill.trainer.student.tokenizer import load_tokenizer
 
-from .output import show_result, show_warning
+from .output import show_result, show_warning, stdout_console
 
 ANOTHER_TEACHER_NATS = 0.05
 """Above this KL, in nats, the resident teacher is not the dataset's teacher: storage costs at most 1e-4."""
@@ -119,7 +119,7 @@ def _show_tokens(
     if file is not None:
         write_records(found, file)
     elif not quiet:
-        show_records(found, console=Console())
+        show_records(found, console=stdout_console())
 
 
 def show_records(records: Iterable[TokenRecord], *, console: Console) -> None:

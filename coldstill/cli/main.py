@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
@@ -25,7 +24,7 @@ from coldstill.common.packages import require_packages
 from coldstill.common.visible import visible
 
 from .dataset_commands import dataset_commands
-from .output import show_error, show_result
+from .output import show_error, show_result, stdout_console, word
 
 
 class _Commands(TyperGroup):
@@ -35,6 +34,9 @@ class _Commands(TyperGroup):
         """Run the command. Raises `SystemExit` with the exit code of a signal."""
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:  # a missing argument has no message of its own: its name teaches nobody
+            error.message = error.message or getattr(error.param, "help", None) or ""
+            raise
         except KeyboardInterrupt as error:
             interrupted = as_interrupted(error, _RESUME.get(ctx.invoked_subcommand or "", ""))
             show_error(f"\n{interrupted}")
@@ -64,11 +66,12 @@ app = typer.Typer(
     "machine, without a network.",
 )
 MAKE = "Capture and train"
+_NOTHING_DONE = "It was finished before, and nothing was done again: choose another output to start anew.\n"
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings file; its keys are listed below.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings file in YAML; --help lists its keys.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="key=value", help="Settings that replace those of the file, such as teacher.top_k=32."),
+    typer.Argument(metavar="key=value", help="Settings that replace those of the file, such as output=data/other."),
 ]
 Summary = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the summary to this file, as JSON.")]
 _EVALUATE = {name: parameter.default for name, parameter in inspect.signature(api.evaluate).parameters.items()}
@@ -80,10 +83,13 @@ def _command_with_keys(module: str, model: str) -> type[TyperCommand]:
     class CommandWithKeys(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
-            table = Table("key", "default", "meaning", title="Keys of CONFIG.yaml", title_justify="left")
+            table = Table(title="Keys of CONFIG.yaml", title_justify="left")
+            table.add_column("key", no_wrap=True)
+            table.add_column("default", overflow="fold", max_width=12)
+            table.add_column("meaning", overflow="fold")
             for key, default, sentence in described_keys(getattr(importlib.import_module(module), model)):
                 table.add_row(key, default, sentence)
-            Console().print(table)
+            stdout_console().print(table)
 
     return CommandWithKeys
 
@@ -133,11 +139,14 @@ def capture(
 ) -> None:
     """Run a teacher over a source and write a dataset of its distributions.
 
-    Re-run the same command to resume after an interruption: committed units are kept. On a finished dataset it makes
-    only those units again whose files are gone or cut.
+    Re-run the same command to resume after an interruption: committed units are kept.
+
+    On a finished dataset it makes only those units again whose files are gone or cut.
     """
     require_packages("capture", "ray", "torch", "transformers")
     from coldstill.pipeline.config import CaptureConfig
+    from coldstill.storage_schema.manifest import MANIFEST_NAME
+    from coldstill.storage_schema.store import Store
 
     settings = load_config(config, model=CaptureConfig, overrides=overrides or ())
     if probe and not dry_run:
@@ -147,10 +156,20 @@ def capture(
     if dry_run:
         from coldstill.pipeline.dry_run import dry_run as run_dry
 
-        show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary)
+        then = "" if probe else "A sharp teacher needs the least bytes, a flat one the most; --probe measures yours."
+        show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary, then=then)
         return
+    was_finished = Store(settings.output).exists(MANIFEST_NAME)
     result = api.capture(settings, repair=repair).model_dump(exclude_none=True)
-    show_result(_captured(result, settings.output), title="capture", summary=summary)
+    show_result(
+        _captured(result, settings.output),
+        title="capture",
+        summary=summary,
+        places={"dataset": settings.output},
+        then=(_NOTHING_DONE if was_finished and "repaired" not in result else "")
+        + f"Next: coldstill verify --deep {word(settings.output)}, and `dataset: {settings.output}` in the settings of "
+        "coldstill train.",
+    )
 
 
 def _captured(result: dict[str, Any], output: str) -> dict[str, Any]:
@@ -187,7 +206,7 @@ def status(
         return read_rounds_status(root) if holds_rounds(root) else read_status(root)
 
     if watch and not as_json:
-        watch_status(read, every_s=every, console=Console())
+        watch_status(read, every_s=every, console=stdout_console())
         return
     found = read()
     while watch and not found.is_over:
@@ -197,7 +216,7 @@ def status(
     if as_json:
         typer.echo(found.model_dump_json())
     else:
-        show_status(found, console=Console())
+        show_status(found, console=stdout_console())
 
 
 @app.command(rich_help_panel=MAKE, cls=_command_with_keys("coldstill.trainer.config", "TrainConfig"))
@@ -207,11 +226,21 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
     Re-run the same command to resume from the newest checkpoint after an interruption.
     """
     require_packages("train", "accelerate", "torch", "transformers")
+    from coldstill.trainer.checkpoints import SUMMARY_NAME
     from coldstill.trainer.config import TrainConfig
 
     settings = load_config(config, model=TrainConfig, overrides=overrides or ())
     _hide_loading_bars()
-    show_result(api.train(settings).model_dump(), title="train", summary=summary)
+    output = Path(settings.output)
+    was_finished = (output / SUMMARY_NAME).exists()
+    show_result(
+        api.train(settings).model_dump(),
+        title="train",
+        summary=summary,
+        places={"student": str(output / "student"), "report": str(output / "report.html")},
+        then=(_NOTHING_DONE if was_finished else "")
+        + f"Next: coldstill evaluate {word(output / 'student')} DATASET, on a dataset of held-out rows.",
+    )
 
 
 @app.command(rich_help_panel=MAKE)
@@ -232,7 +261,7 @@ def compare(
     """Put training runs side by side: settings that differ, losses, KL, speed, memory, evaluations."""
     from .compare import compare as run_compare
 
-    run_compare(runs, evaluations=evaluation or (), html=html, png=png, as_json=as_json, console=Console())
+    run_compare(runs, evaluations=evaluation or (), html=html, png=png, as_json=as_json, console=stdout_console())
 
 
 @app.command(rich_help_panel=MAKE, cls=_command_with_keys("coldstill.rounds.config", "RoundsConfig"))

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from coldstill.common.files import write_json
+from coldstill.common.visible import visible
+
+_FILE_WIDTH = 160
+"""Columns in a file or pipe, where no window ends: an id of 64 characters is not folded, so that it can be searched."""
 
 
-def show_result(result: Mapping[str, Any], *, title: str, summary: Path | None = None) -> None:
-    """Print a result as a table, and write it to the file `summary` as JSON."""
+def stdout_console() -> Console:
+    """The console of standard output, as wide as the terminal, `COLUMNS`, or `_FILE_WIDTH` in a file."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_FILE_WIDTH)
+
+
+def show_result(
+    result: Mapping[str, Any],
+    *,
+    title: str,
+    summary: Path | None = None,
+    places: Mapping[str, str] | None = None,
+    then: str = "",
+) -> None:
+    """Print a result as a table, and write it to the file `summary` as JSON.
+
+    `places`: further rows of the table, such as where files lie. `then`: what to do next, below the table.
+    """
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in result.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else _text(value))
-    Console().print(table)
+    for name, value in {**result, **(places or {})}.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), Text(visible(_text(value))))
+    stdout_console().print(table)
+    if then:
+        stdout_console().print(then, markup=False, highlight=False, soft_wrap=True)
     if summary:
         write_json(summary, result)
 
@@ -34,5 +60,14 @@ def show_warning(text: str) -> None:
     Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def word(path: object) -> str:
+    """A path as one word of a command."""
+    return shlex.quote(str(path))
+
+
 def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -61,7 +61,13 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigInvalid(path, found=str(error), wanted="YAML") from None
     if not isinstance(document, dict):
-        raise ConfigInvalid(path, found=type(document).__name__, wanted="a mapping of keys to values")
+        found = "an empty file" if document is None else f"a {type(document).__name__}"
+        raise ConfigInvalid(
+            path,
+            found=found,
+            wanted="a mapping of keys to values, such as `output: data/first`",
+            fix="begin with the example in the guide of the command, or with a file of examples/",
+        )
     for word in overrides:
         _override(document, word, model)
     return check_config(document, model=model, where=path)
@@ -186,13 +192,22 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
             fix=_number_in_digits(first["input"]),
         )
     names = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
+    near = _near(location[-1], [".".join([*location[:-1], name]) for name in names])
+    near = near or _near(location[-1], [key for key, _, _ in described_keys(model)])
     return ConfigInvalid(
         f"{path}: {key}",
         found="an unknown key",
         wanted=f"one of {', '.join(names)}",
-        fix=f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "remove it",
+        fix=f"did you mean {near}?" if near else "remove it, or find its name in the list that --help prints",
     )
+
+
+def _near(name: str, keys: Sequence[str]) -> str:
+    """The key whose last part is nearly `name`, or is abbreviated by it as `lr` is for learning_rate; empty if none."""
+    by_last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    initials = {"".join(word[:1] for word in last.split("_")): last for last in reversed(by_last) if "_" in last}
+    found = [initials[name]] if name in initials else difflib.get_close_matches(name, by_last, n=1, cutoff=0.6)
+    return by_last[found[0]] if found else ""
 
 
 def _number_in_digits(given: object) -> str:

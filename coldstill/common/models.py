@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
@@ -76,3 +77,14 @@ def parse_document(data: bytes, *, model: type[Model], where: str, error: type[C
         first = failure.errors()[0]
         field = ".".join(map(str, first["loc"])) or "content"
         raise error(f"{where}: {field}", found=repr(first["input"])[:200], wanted=first["msg"]) from None
+
+
+def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{before}{name}.")
+        else:
+            found[f"{before}{name}"] = value
+    return found

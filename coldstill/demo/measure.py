@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from coldstill.common.files import write_json
+from coldstill.common.progress import tqdm
 
 from .models import load_tokenizer, parameter_count
 from .settings import LOSSES, MAX_TOKENS, Layout, Size, size_of

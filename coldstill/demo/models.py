@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 
 from coldstill.common.files import new_file, new_folder
+from coldstill.common.progress import tqdm
 
 from .settings import MAX_TOKENS, STUDENT, TEACHER, Layout, Shape, size_of
 from .text import read_rows

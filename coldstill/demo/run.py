@@ -142,15 +142,25 @@ def run_demo(output: Path, *, quick: bool) -> None:
 
 
 def run_stages(
-    stages: Sequence[Stage], layout: Layout, size: AnySize, *, quick: bool, show: Callable[..., None]
+    stages: Sequence[Stage],
+    layout: Layout,
+    size: AnySize,
+    *,
+    quick: bool,
+    show: Callable[..., None],
+    at_start: str = "",
 ) -> None:
     """Run the missing stages in the layout's folder, then `show(layout, console, wall_s=)`.
+
+    `at_start`: what is printed before the first stage of a new demo.
 
     Raises `OutputOfAnotherSize`, or `StageFailed` with the last lines of the failed stage.
     """
     console = Console(highlight=False)
     _claim(layout, size, quick=quick)
     bring_back(layout.teacher)
+    if at_start and not any(stage.done for stage in stages):
+        console.print(at_start, soft_wrap=True)
     started = time.monotonic()
     for number, stage in enumerate(stages, start=1):
         minutes, seconds = divmod(round(time.monotonic() - started), 60)

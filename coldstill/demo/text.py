@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from coldstill.common.progress import tqdm
 
 PARTS = ("teacher", "distill", "held_out")
 

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Never, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from tqdm import tqdm
-
+from coldstill.common.progress import tqdm
 from coldstill.common.retry import retrying
 from coldstill.common.visible import visible
 from coldstill.storage_schema.commits import COMMITS_FOLDER
@@ -119,9 +118,7 @@ def copy_dataset(
     )
 
 
-def _copy(
-    source: Store, destination: Store, bar: tqdm[Never], file: FileRecord, on_block: Callable[[int], None]
-) -> bool:
+def _copy(source: Store, destination: Store, bar: tqdm, file: FileRecord, on_block: Callable[[int], None]) -> bool:
     """Copy a file, again from its start if that fails temporarily."""
     counted = 0
 
@@ -139,7 +136,7 @@ def _copy(
     return retried(attempt, bar=bar)
 
 
-def retried(call: Callable[..., Result], *arguments: Any, bar: tqdm[Never] | None = None) -> Result:
+def retried(call: Callable[..., Result], *arguments: Any, bar: tqdm | None = None) -> Result:
     """The result of a call to a store, which is repeated up to `ATTEMPTS` times while it fails temporarily.
 
     A wait is at least as long as the store asks for. It is shown above the progress bar, if there is one, and logged.
@@ -253,7 +250,7 @@ def read_unlisted(dataset: Dataset) -> dict[str, bytes]:
 
 
 def _in_threads(
-    files: list[FileRecord], work: Callable[[FileRecord, Callable[[int], None]], bool], bar: tqdm[Never]
+    files: list[FileRecord], work: Callable[[FileRecord, Callable[[int], None]], bool], bar: tqdm
 ) -> list[bool]:
     """The results of `work` on each file, `THREADS` at a time. The first error stops the others at their next block."""
     stopped = threading.Event()

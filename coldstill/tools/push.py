@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Never
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstill.common.packages import require_packages
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import (
     CredentialsMissing,
@@ -163,7 +162,7 @@ def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = Fa
 
 
 def _request(
-    repo: HubRepo, call: Callable[..., Result], *arguments: Any, bar: tqdm[Never] | None = None, **options: Any
+    repo: HubRepo, call: Callable[..., Result], *arguments: Any, bar: tqdm | None = None, **options: Any
 ) -> Result:
     """The result of a call to the Hub's client, which is repeated while it fails temporarily."""
 

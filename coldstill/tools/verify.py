@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError
+from coldstill.common.progress import tqdm
 from coldstill.common.visible import visible
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import (

@@ -14,9 +14,8 @@ from datetime import datetime
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from tqdm import tqdm
-
 from coldstill.common.clock import ends_about, local_now
+from coldstill.common.progress import tqdm
 from coldstill.pipeline.errors import CaptureIncomplete
 from coldstill.pipeline.worker import UnitReport
 from coldstill.storage_schema.errors import StorageFailed

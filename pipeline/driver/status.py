@@ -11,6 +11,7 @@ starts, and a kill between adding and deleting counts nothing twice.
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -19,7 +20,7 @@ from coldstill.common.models import FrozenModel, parse_document
 from coldstill.storage_schema.commits import committed_units
 from coldstill.storage_schema.errors import CommitDamaged, DatasetNotFound, InvalidHeader, UnsupportedFormat
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
-from coldstill.storage_schema.manifest import MANIFEST_NAME, read_manifest
+from coldstill.storage_schema.manifest import MANIFEST_NAME, absent, read_manifest
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.store import Store
 
@@ -134,18 +135,20 @@ class Status(FrozenModel):
 def read_status(root: str) -> Status:
     """The state of the capture at `root`. Raises `DatasetNotFound`, `CommitDamaged`, `StorageFailed`."""
     store = Store(root)
+    if store.is_local and not Path(store.root).is_dir():
+        raise _absent(store)  # before progress is looked for in a file
     record = read_progress(store)
     if store.exists(MANIFEST_NAME):
         return _with_header(store, _sealed(store, record))
     lease = read_lease(store)
     if lease is None and not store.exists(HEADER_NAME):
-        raise DatasetNotFound(
-            store.url,
-            found="neither a dataset nor a running capture",
-            wanted="the directory that `coldstill capture` calls `output`",
-            fix="check the path; a capture that was just started needs a few seconds",
-        )
+        raise _absent(store)
     return _with_header(store, _unsealed(store, record, lease))
+
+
+def _absent(store: Store) -> DatasetNotFound:
+    hint = "; a capture that was just started needs a few seconds"
+    return absent(store, found="neither a dataset nor a running capture", hint=hint)
 
 
 def _with_header(store: Store, status: Status) -> Status:

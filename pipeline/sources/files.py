@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import fsspec
 import numpy as np
 from pydantic import Field
-from tqdm import tqdm
 
 from coldstill.common.models import FrozenModel
+from coldstill.common.progress import tqdm
 from coldstill.pipeline.errors import SourceChanged, SourceNotFound, SourceUnreadable
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.storage_schema.errors import named_errors

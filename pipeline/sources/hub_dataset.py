@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from coldstill.common.errors import ColdstillError, first_line
+from coldstill.common.progress import tqdm
 from coldstill.pipeline.errors import SourceNotFound, SourceUnreadable
 from coldstill.pipeline.source_config import SourceConfig
 

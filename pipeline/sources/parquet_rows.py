@@ -12,8 +12,8 @@ from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from coldstill.common.progress import tqdm
 from coldstill.pipeline.errors import SourceUnreadable
 from coldstill.storage_schema.plan import Unit
 

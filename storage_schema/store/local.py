@@ -12,8 +12,10 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
+from coldstill.common.visible import visible
 from coldstill.storage_schema.errors import OutsideDataset
 
 
@@ -93,3 +95,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def what_lies_at(root: str) -> tuple[str, list[str]]:
+    """What is at a path, in words, and the names in it, at most 1,000."""
+    if not os.path.lexists(root):
+        return "no such folder", []
+    if not os.path.isdir(root):
+        return "a file", []
+    try:
+        with os.scandir(root) as entries:
+            names = sorted(entry.name for entry in islice(entries, 1000))
+    except OSError as error:
+        return f"a folder that cannot be read ({error.strerror})", []
+    listed = ", ".join(map(visible, names[:5])) + (" and more" if len(names) > 5 else "")
+    return (f"a folder with {listed}" if names else "an empty folder"), names

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
 import coldstill
 from coldstill.cli import main as commands
 from coldstill.cli.main import main
+from coldstill.cli.output import show_result
 from coldstill.common.config_file import ConfigInvalid, ConfigNotFound, described_keys, load_config
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.rounds.config import RoundsConfig
@@ -47,6 +52,9 @@ def test_words_replace_keys_of_the_file(config: Path) -> None:
     [
         ("teacher.topk=4", r"did you mean teacher\.top_k\?"),
         ("techer.top_k=4", r"did you mean teacher\?"),
+        ("topk=4", r"did you mean teacher\.top_k\?"),
+        ("max_length=4", r"did you mean teacher\.max_length\?"),
+        ("lr=1", "the list that --help prints"),
         ("teacher.top_k=0", "greater than or equal to 1"),
         ("teacher.top_k=many", "integer"),
         ("source.loss_on=user", "'assistant', 'last_turn' or 'all'"),
@@ -61,6 +69,14 @@ def test_a_wrong_setting_is_named_with_the_way_out(config: Path, word: str, mess
         load_config(str(config), model=CaptureConfig, overrides=[word])
 
 
+@pytest.mark.parametrize("word", ["lr=1", "training.lr=1", "learning_rate=1", "learning-rate=1"])
+def test_a_key_is_found_by_its_usual_abbreviation_and_in_its_own_section(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text("{dataset: d, output: o, student: {model: m}}")
+    with pytest.raises(ConfigInvalid, match=r"did you mean training\.learning_rate\?"):
+        load_config(str(path), model=TrainConfig, overrides=[word])
+
+
 def test_a_missing_key_is_named(config: Path) -> None:
     config.write_text(yaml.safe_dump({**CAPTURE, "source": {}}))
     with pytest.raises(ConfigInvalid, match="exactly one of path and dataset"):
@@ -70,8 +86,9 @@ def test_a_missing_key_is_named(config: Path) -> None:
 @pytest.mark.parametrize("text", ["a: [", "- 1", "", "\t\x00"])
 def test_a_file_that_is_no_mapping_is_named(config: Path, text: str) -> None:
     config.write_text(text)
-    with pytest.raises(ConfigInvalid, match=r"capture\.yaml"):
+    with pytest.raises(ConfigInvalid, match=r"capture\.yaml") as error:
         load_config(str(config), model=CaptureConfig)
+    assert "NoneType" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -91,6 +108,71 @@ def test_help_lists_every_key_with_a_sentence(
     for key, _, sentence in described_keys(model):
         assert key in out
         assert sentence.endswith("."), f"{key} has no sentence"
+
+
+@pytest.mark.parametrize(
+    ("command", "model"), [("capture", CaptureConfig), ("train", TrainConfig), ("rounds", RoundsConfig)]
+)
+def test_help_shows_each_key_whole_in_a_narrow_window(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, model: type
+) -> None:
+    """A key that is cut off cannot be set."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert _run(monkeypatch, command, "--help") == 0
+    found = {line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.count("│") == 4}
+    assert {key for key, _, _ in described_keys(model)} <= found
+
+
+def _commands() -> Iterator[tuple[list[str], str]]:
+    """The words of each command that needs an argument, and the help of the first one."""
+
+    def walk(command: Any, words: list[str]) -> Iterator[tuple[list[str], str]]:
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, [*words, name])
+        needed = [one for one in command.params if one.required and one.param_type_name == "argument"]
+        if needed:
+            yield words, needed[0].help
+
+    return walk(typer.main.get_command(commands.app), [])
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"), list(_commands()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_command_without_its_argument_says_what_the_argument_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], meaning: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert _run(monkeypatch, *words) == 2
+    err = capsys.readouterr().err
+    assert "Missing argument" in err
+    assert meaning
+    assert meaning in err
+
+
+def test_a_file_gets_an_id_in_one_line_and_a_narrow_window_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dataset: Path
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert _run(monkeypatch, "verify", tiny_dataset) == 0
+    assert coldstill.open_dataset(str(tiny_dataset)).dataset_id in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    assert _run(monkeypatch, "verify", tiny_dataset) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+
+
+def test_a_result_shows_lists_as_text_leaves_out_what_it_has_not_and_ends_with_what_to_do(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    result = {"teachers": ["a", "[red]b\x1b[31m"], "taid_t": None}
+    show_result(result, title="train", summary=tmp_path / "s.json", places={"student": "runs/x/student"}, then="Next")
+    out = capsys.readouterr().out
+    assert "a, [red]b" in out
+    assert "\x1b" not in out
+    assert "None" not in out
+    assert "runs/x/student" in out
+    assert out.endswith("Next\n")
+    assert json.loads((tmp_path / "s.json").read_text()) == result
 
 
 def test_verify_names_its_findings_one_a_line_with_exit_code_1(

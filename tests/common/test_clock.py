@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 
-from coldstill.common.clock import clock_time, ends_about
+from coldstill.common.clock import clock_time, ends_about, moment
 
 NOW = datetime(2026, 12, 30, 23, 50, 40)
 
@@ -29,3 +29,9 @@ def test_the_end_is_a_time_of_the_clock_with_its_day(seconds: float | None, word
 def test_a_day_of_this_year_needs_no_year() -> None:
     assert clock_time(datetime(2026, 12, 3, 2, 10), now=NOW) == "02:10 on Dec 3"
     assert clock_time(datetime(2026, 12, 29, 2, 10), now=NOW) == "02:10 yesterday"
+
+
+@pytest.mark.parametrize("unix_s", [None, float("nan"), float("inf"), 1e300, -1e18])
+def test_a_moment_that_no_date_holds_has_no_time(unix_s: float | None) -> None:
+    assert moment(unix_s) is None
+    assert moment(NOW.timestamp()) == "2026-12-30 23:50"

@@ -134,8 +134,9 @@ def test_a_staged_source_is_staged_once_and_a_change_of_it_is_named(tmp_path: Pa
     assert prepare(staged).header == first.header
     assert part.stat().st_ino == before
     packed.write_bytes(gzip.compress(b'{"text": "another"}\n'))
-    with pytest.raises(HeaderMismatch, match="source_sha256"):
+    with pytest.raises(HeaderMismatch, match="source_sha256") as changed:
         prepare(staged)
+    assert "put the files of the source back" in changed.value.fix
 
 
 def test_a_staged_source_that_was_deleted_is_staged_again_from_the_same_source_alone(tmp_path: Path) -> None:

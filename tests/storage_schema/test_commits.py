@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coldstill.pipeline.driver.status import read_status
 from coldstill.storage_schema.commits import (
     CommitRecord,
     Reject,
@@ -137,3 +138,29 @@ def test_a_folder_that_is_no_dataset_is_not_opened(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(DatasetNotFound, match="check the path"):
             open_dataset(path)
+
+
+def test_a_path_without_a_dataset_is_refused_with_what_lies_there_and_where_a_dataset_is(
+    tmp_path: Path, tiny_dataset: Path
+) -> None:
+    training = tmp_path / "run"
+    training.mkdir()
+    for name in ("run.json", "report.html"):
+        (training / name).touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x\x1b[31m").touch()
+    for path, found, fix in (
+        (tmp_path / "absent", "no such folder", "check the path"),
+        (tmp_path / "file", "a file", "check the path"),
+        (tmp_path / "other", "a folder with x", "check the path"),
+        (training, "a folder with report.html, run.json", "coldstill compare"),
+        (tiny_dataset.parent, "a folder with", f"did you mean {tiny_dataset}?"),
+        (tiny_dataset / "shards", "a folder with", "check the path"),
+    ):
+        for read in (open_dataset, read_status):
+            with pytest.raises(DatasetNotFound) as error:
+                read(str(path))
+            assert error.value.found.startswith(found)
+            assert fix in error.value.fix
+            assert "\x1b" not in str(error.value)

@@ -19,6 +19,7 @@ from coldstill.storage_schema.tokenizer import (
     fingerprint_bytes,
     first_difference,
     load_faithfully,
+    splits_alike,
 )
 from tests import making
 
@@ -65,6 +66,19 @@ def test_the_second_digest_is_that_of_the_same_steps_in_another_spelling(folder:
         lambda document: document.update(truncation={"max_length": 3}, version="9.9"),
     ):
         assert _changed(folder, change) == facts  # type: ignore[arg-type]
+
+
+def test_steps_are_alike_if_only_flags_that_decoding_does_not_read_differ(folder: Path) -> None:
+    """transformers rebuilds the tokenizer of each Qwen with other flags in its decoder than the file has."""
+    data = (folder / TOKENIZER_FILE).read_bytes()
+    document = json.loads(data)
+    assert document["decoder"]["type"] == "ByteLevel"
+    document["decoder"].update(add_prefix_space=False, use_regex=False, trim_offsets=False)
+    assert splits_alike(data, json.dumps(document).encode())
+    for change in PIPELINES.values():
+        document = json.loads(data)
+        change(document)
+        assert not splits_alike(data, json.dumps(document).encode())
 
 
 def test_both_digests_are_those_of_earlier_releases(tokenizer_folder: Path) -> None:

@@ -145,16 +145,21 @@ def test_a_finished_run_returns_its_summary_at_once(tiny_dataset, tiny_student, 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"loss": {"name": "forward_kl"}}, "loss"),
-        ({"data": {"seed": 1}}, "data"),
-        ({"training": {"learning_rate": 1e-4}}, "training"),
+        ({"loss": {"name": "forward_kl"}}, "loss.name"),
+        ({"data": {"seed": 1}}, "data.seed"),
+        ({"training": {"learning_rate": 1e-4}}, "training.learning_rate"),
     ],
 )
-def test_the_checkpoint_of_another_recipe_is_a_named_error(tiny_dataset, tiny_student, tmp_path, changes, named):
+def test_the_checkpoint_of_another_recipe_is_an_error_that_names_the_key(
+    tiny_dataset, tiny_student, tmp_path, changes, named
+):
     with pytest.raises(Killed):
         train(make_config(tiny_dataset, tiny_student, tmp_path / "run"), callbacks=[KillAt(5)])
-    with pytest.raises(CheckpointMismatch, match=f"differs in {named}") as error:
+    with pytest.raises(CheckpointMismatch, match=f"differs in {named}\n") as error:
         train(make_config(tiny_dataset, tiny_student, tmp_path / "run", **changes))
+    section, _, key = named.partition(".")
+    assert error.value.wanted == f"{named}: {changes[section][key]}"
+    assert error.value.found.startswith(f"{named}: ")
     assert "another output" in error.value.fix
 
 

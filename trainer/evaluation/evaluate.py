@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from coldstill.common.progress import tqdm
 from coldstill.common.visible import visible
 from coldstill.trainer.data.logit_dataset import LogitDataset, Rows, load_logit_dataset
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets, TeacherSawAnotherPrompt

@@ -46,7 +46,7 @@ def load_measured(name: str, dataset: Dataset, *, role: str, weights: Weights = 
     config = StudentConfig(model=name, weights=weights)
     try:
         files = tokenizer_files(config, dataset)
-        check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=name)
+        check_tokenizer(files[TOKENIZER_FILE], dataset.header, name=name, dataset=dataset)
         model = load_with_images(config, dataset.header, files=files)
     except ColdstillError as error:
         raise error.at(role) from error

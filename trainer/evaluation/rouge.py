@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from coldstill.common.packages import require_packages
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.trainer.data.images import Placed, ReadRows, RowExpander, require_no_images

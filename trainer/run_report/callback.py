@@ -15,6 +15,7 @@ from transformers.utils import logging
 from coldstill.common.clock import local_now
 from coldstill.common.errors import ColdstillError, first_line
 from coldstill.common.files import new_file
+from coldstill.common.models import flat
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import LoaderWorkerDied
@@ -22,7 +23,7 @@ from coldstill.trainer.interruption import naming_dead_workers
 
 from .pace import Pace
 from .page import run_page
-from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, flat, read_run, spread, without_password
+from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, read_run, spread, without_password
 
 logger = logging.get_logger(__name__)
 

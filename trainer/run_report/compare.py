@@ -76,8 +76,8 @@ class Comparison:
         runs = list(self.runs.values())
         found: dict[str, list[float | str | None]] = {
             "state": [record.state for record in runs],
-            # A run that was killed stays `running`.
-            "written": [moment(record.written) if record.state == "running" else None for record in runs],
+            # A run that was killed says `running` for ever: the time tells.
+            "last written": [moment(record.written) if record.state == "running" else None for record in runs],
             "step": [f"{record.step:,} of {record.max_steps:,}" for record in runs],
             "loss": [record.late("loss") for record in runs],
             "KL to the teacher": [record.late("bucket_kl") for record in runs],

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.trainer_callback import ProgressCallback
 
 from coldstill.common.clock import ends_about, local_now
+from coldstill.common.progress import tqdm
 
 
 class Pace:
@@ -39,10 +40,9 @@ class EndTimeBar(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar at the step of the checkpoint."""
-        super().on_train_begin(args, state, control, **kwargs)
         self.current_step = state.global_step
-        if self.training_bar is not None:
-            self.training_bar.initial = self.training_bar.n = self.training_bar.last_print_n = state.global_step
+        if state.is_world_process_zero:  # our own bar, which is a few lines in a log
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""

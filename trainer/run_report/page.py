@@ -155,6 +155,8 @@ def _header(record: RunRecord, *, name: str, now: datetime) -> str:
     listed = "".join(f"<div><dt>{title}</dt><dd>{text}</dd></div>" for title, text in figures.items())
     resumed = f" · resumed at step {', '.join(f'{step:,}' for step in record.resumed[-8:])} (dashed)"
     said = f"Written {now:%Y-%m-%d %H:%M}{resumed if record.resumed else ''}"
+    if record.state == "running":  # a SIGKILL lets nothing be written
+        said += ". If that is long ago and the training is gone, it was killed: re-run its command to resume"
     kind = "failed" if record.state == "failed" else "quiet"
     error = f'<p class="{kind} written">{escaped(record.error, most=1000)}</p>' if record.error else ""
     return (

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from coldstill.common.charts import Point
-from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, parse_document, too_dense
+from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, flat, parse_document, too_dense
 from coldstill.trainer.errors import RunDamaged, RunNotFound
 
 RECORD_NAME, PAGE_NAME = "report.json", "report.html"
@@ -85,17 +85,6 @@ def spread(log: Sequence[Mapping[str, Any]], most: int = MOST_LINES) -> list[Map
         for number, line in enumerate(log, start=1 - len(log))
         if number % every == 0 or any(name.startswith("eval_") for name in line)
     ]
-
-
-def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{before}{name}.")
-        else:
-            found[f"{before}{name}"] = value
-    return found
 
 
 def without_password(value: Any) -> Any:

@@ -27,7 +27,7 @@ from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.data.stream import packing_of_images
 from coldstill.trainer.errors import ImageTokenMismatch, StudentNotFound
 
-from .load import student_not_found
+from .load import context_of, student_not_found
 from .lora import is_adapter
 
 logger = logging.get_logger(__name__)
@@ -163,12 +163,6 @@ def image_token_of(config: Any) -> int | None:
     """The id at which a model of this configuration puts the patches of an image; None if it names none."""
     named = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
     return next((id_ for id_ in named if id_ is not None), None)
-
-
-def context_of(config: Any) -> int | None:
-    """Most tokens of a row of a model; None if its configuration names no number."""
-    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if type(found) is int and found > 0 else None
 
 
 def image_probe(images: StudentImages, model: Any) -> Probe:

@@ -24,6 +24,7 @@ from coldstill.storage_schema.tokenizer import (
     first_difference,
     load_faithfully,
     require_same_ids,
+    splits_alike,
 )
 from coldstill.trainer.config import StudentConfig
 from coldstill.trainer.data.logit_dataset import LogitDataset
@@ -53,13 +54,22 @@ def tokenizer_files(student: StudentConfig, dataset: Dataset) -> dict[str, bytes
             f"tokenizer of the student {student.name}",
             found=f"no {TOKENIZER_FILE}" + (f", only {', '.join(sorted(files))}" if files else ""),
             wanted=f"a {TOKENIZER_FILE}, as the tokenizers library writes it",
-            fix="save the tokenizer with `save_pretrained` of a fast tokenizer of transformers",
+            fix=_student_inside(student)
+            or "save the tokenizer with `save_pretrained` of a fast tokenizer of transformers",
         )
     return files
 
 
-def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) -> None:
+def _student_inside(student: StudentConfig) -> str:
+    """The question whether the student of a training was meant, if its output was given; empty otherwise."""
+    inside = Path(student.model or "", "student")
+    return f"did you mean {inside}?" if (inside / TOKENIZER_FILE).is_file() else ""
+
+
+def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str, dataset: Dataset | None = None) -> None:
     """Raise `TokenizerMismatch` unless the student's and the teacher's ids have equal meanings.
+
+    `dataset`: the one whose tokenizer files are compared too, before a warning that text is split in another way.
 
     Also raises `TokenizerNotFound`, if `tokenizer_json` is not a tokenizer.
     """
@@ -72,13 +82,24 @@ def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str) 
         fix="choose a student of the teacher's family, or capture with a teacher of the student's family",
     )
     stored = header.about.tokenizer_pipeline_sha256
-    if stored is not None and stored != facts.pipeline_sha256:
+    if stored is not None and stored != facts.pipeline_sha256 and not _splits_as(dataset, tokenizer_json):
         logger.warning(
             "The tokenizer of the student %s splits text in another way than the teacher's (%s), though equal ids mean "
             "equal tokens. The dataset's targets can be used; the student will see other ids for the same new text.",
             name,
             header.teacher.name,
         )
+
+
+def _splits_as(dataset: Dataset | None, tokenizer_json: bytes) -> bool:
+    if dataset is None:
+        return False
+    try:
+        stored = dataset.tokenizer_files()[TOKENIZER_FILE]
+        fingerprint_bytes(stored, where="tokenizer of the dataset")  # bounds its size and its number of values
+        return splits_alike(tokenizer_json, stored)
+    except (TokenizerNotFound, KeyError, RecursionError):
+        return False
 
 
 def check_processing_class(tokenizer: Any, dataset: Dataset, *, name: str) -> None:
@@ -97,7 +118,7 @@ def check_processing_class(tokenizer: Any, dataset: Dataset, *, name: str) -> No
             fix="pass the tokenizer itself, such as `processor.tokenizer`",
         )
     if tokenizer.is_fast:
-        check_tokenizer(tokenizer.backend_tokenizer.to_str().encode(), dataset.header, name=name)
+        check_tokenizer(tokenizer.backend_tokenizer.to_str().encode(), dataset.header, name=name, dataset=dataset)
         return
     wanted = Tokenizer.from_str(dataset.tokenizer_files()[TOKENIZER_FILE].decode()).get_vocab(with_added_tokens=True)
     found = tokenizer.get_vocab()
@@ -124,7 +145,7 @@ def check_model_tokenizer(model: Any, dataset: Dataset, *, name: str) -> None:
     except StudentNotFound:
         path = None
     if path is not None and path.is_file():
-        check_tokenizer(path.read_bytes(), dataset.header, name=name)
+        check_tokenizer(path.read_bytes(), dataset.header, name=name, dataset=dataset)
         return
     logger.warning(
         "The tokenizer of %s was not checked: no %s %s. Training and evaluation use the dataset's ids (%s) with this "
@@ -229,7 +250,7 @@ def checked_student(
             raise
     else:
         if own_header is None:
-            check_tokenizer(files[TOKENIZER_FILE], header, name=config.name)
+            check_tokenizer(files[TOKENIZER_FILE], header, name=config.name, dataset=first)
         special = special_tokens(files, header)
     return load_with_images(config, header, special, files=files), config.name
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from coldstill.common.files import write_json
+from coldstill.common.progress import tqdm
 from coldstill.demo.models import parameter_count
 from coldstill.demo.settings import LOSSES
 

@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 from pydantic import JsonValue, ValidationError
-from tqdm import tqdm
 
 from coldstill.common.models import FrozenModel, parse_document
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.commits import (
     COMMITS_FOLDER,
     FAITHFULNESS_FOLDER,

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.errors import CommitDamaged, InvalidRow
 from coldstill.storage_schema.faithfulness import ExactPosition
 from coldstill.storage_schema.header import DatasetHeader

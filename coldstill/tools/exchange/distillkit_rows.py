@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
 from coldstill.tools.errors import NotFullSoftmax, UnusableRow
 

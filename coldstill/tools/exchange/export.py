@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow

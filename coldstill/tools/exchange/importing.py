@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from coldstill.common.errors import ColdstillError
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.commits import Reject, commit_unit, committed_units
 from coldstill.storage_schema.errors import InvalidHeader
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader

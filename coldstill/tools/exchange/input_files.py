@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
-from tqdm import tqdm
 
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.errors import InvalidHeader
 from coldstill.storage_schema.header_facts import ImportFacts
 from coldstill.tools.errors import SourceUnreadable, UnusableRow, invalid_field

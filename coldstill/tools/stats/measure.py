@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, computed_field
-from tqdm import tqdm
 
 from coldstill.common.images import ENDINGS
+from coldstill.common.progress import tqdm
 from coldstill.storage_schema.codec import STREAMS
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import FileMissing, ShardDamaged

@@ -32,6 +32,24 @@ def test_the_written_settings_are_accepted_by_both_halves(tmp_path: Path) -> Non
         assert len({run.model_dump_json(exclude={"loss", "output"}) for run in runs}) == 1
 
 
+def test_a_new_vision_demo_says_how_long_it_will_take_and_a_refused_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr("coldstill.demo.vision.run.write_part", stop)
+    with pytest.raises(Stopped):
+        run_vision_demo(tmp_path, quick=True)
+    assert "about 4 minutes" in capsys.readouterr().out
+    with pytest.raises(OutputOfAnotherSize):
+        run_vision_demo(tmp_path, quick=False)
+    assert capsys.readouterr().out == ""
+
+
 def test_each_demo_refuses_the_output_folder_of_the_other(tmp_path: Path) -> None:
     write_json(Layout(tmp_path).size, QUICK.as_dict())
     with pytest.raises(OutputOfAnotherSize):

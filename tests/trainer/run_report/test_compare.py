@@ -65,6 +65,17 @@ def test_a_running_page_says_when_the_run_ends_and_reads_itself_again() -> None:
     assert "about" not in run_page(record(state="finished"), name="run", now=NOW)
 
 
+def test_what_a_killed_run_left_says_when_it_was_written_and_what_to_do(tmp_path: Path) -> None:
+    """After a SIGKILL, page and comparison say `running` for ever."""
+    assert "it was killed: re-run its command" in run_page(record(), name="run", now=NOW)
+    assert "killed" not in run_page(record(state="finished"), name="run", now=NOW)
+    killed = put(tmp_path / "killed", written=NOW.timestamp())
+    done = put(tmp_path / "done", state="finished", written=NOW.timestamp())
+    assert read_runs([killed, done]).figures()["last written"] == ["2026-11-29 14:02", None]
+    assert "last written" not in read_runs([done]).figures()
+    assert "last written" not in read_runs([put(tmp_path / "odd", written=1e300)]).figures()
+
+
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     log = [{"step": n, "loss": 1.0, f"eval_{HOSTILE}": 1.0} for n in range(3)]
     hostile = {
@@ -203,13 +214,6 @@ def test_a_report_holds_no_password_of_an_address() -> None:
     }
     for kept in ("hf://datasets/ORG/NAME@main", "a:b@c", None, 1, "gs://a/b:c@d"):
         assert without_password(kept) == kept
-
-
-def test_a_comparison_says_when_a_run_that_may_have_been_killed_was_last_alive(tmp_path: Path) -> None:
-    killed = put(tmp_path / "killed", written=NOW.timestamp())
-    ended = put(tmp_path / "ended", written=NOW.timestamp(), state="finished")
-    assert read_runs([killed, ended]).figures()["written"] == ["2026-11-29 14:02", None]
-    assert "written" not in read_runs([put(tmp_path / "odd", written=1e300)]).figures()
 
 
 def test_runs_with_equal_beginnings_are_told_apart_in_the_picture(tmp_path: Path, monkeypatch) -> None:

@@ -30,7 +30,7 @@ from coldstill.trainer.errors import (
     StudentNotFound,
 )
 from coldstill.trainer.evaluation.measured_model import load_measured
-from coldstill.trainer.student.load import SpecialTokens, check_attention, load_student
+from coldstill.trainer.student.load import SpecialTokens, check_attention, load_student, warn_of_short_context
 from coldstill.trainer.student.lora import outside_language_model, with_adapters
 from coldstill.trainer.student.tokenizer import check_tokenizer, special_tokens, tokenizer_files
 from tests import making
@@ -116,7 +116,7 @@ def test_a_head_with_too_few_rows_is_a_named_error_and_one_with_more_is_fine(hea
     load_student(StudentConfig(from_scratch={**SMALL, "vocab_size": making.VOCABULARY + 128}), header)
 
 
-def test_another_tokenizer_and_a_missing_one_are_named_errors(tiny_dataset, header, tmp_path):
+def test_another_tokenizer_a_missing_one_and_that_of_a_run_s_folder_are_named_errors(tiny_dataset, header, tmp_path):
     other = making.tiny_tokenizer(tmp_path / "other", vocabulary=60)
     files = tokenizer_files(StudentConfig(model=str(other)), open_dataset(tiny_dataset))
     with pytest.raises(TokenizerMismatch, match="60 ids"):
@@ -127,6 +127,20 @@ def test_another_tokenizer_and_a_missing_one_are_named_errors(tiny_dataset, head
     (other / "tokenizer.json").write_text(json.dumps({}))
     with pytest.raises(TokenizerNotFound):
         check_tokenizer(b"{}", header, name="other")
+    run = making.tiny_tokenizer(tmp_path / "run" / "student").parent
+    with pytest.raises(TokenizerNotFound) as error:
+        tokenizer_files(StudentConfig(model=str(run)), open_dataset(tiny_dataset))
+    assert error.value.fix == f"did you mean {run / 'student'}?"
+
+
+def test_a_context_shorter_than_the_rows_of_the_dataset_is_told_with_the_way_out(header, caplog):
+    """GPT-2 ended in the middle of a run with torch's IndexError, and a Llama trained on untrained positions."""
+    for context, told in ((header.max_length - 1, True), (header.max_length, False)):
+        model = load_student(StudentConfig(from_scratch={**SMALL, "max_position_embeddings": context}), header)
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            warn_of_short_context(model, header, name="s")
+        assert (f'--filter "tokens <= {context}"' in caplog.text) is told
 
 
 SPECIAL = SpecialTokens(bos=0, pad=None, ends=(1, 5), token_count=making.VOCABULARY)

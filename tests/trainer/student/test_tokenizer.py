@@ -53,6 +53,22 @@ def test_a_tokenizer_that_splits_text_in_another_way_is_told_and_accepted(
     assert "can be used" in caplog.text
 
 
+def test_a_tokenizer_that_differs_from_the_datasets_in_flags_that_decoding_does_not_read_is_no_warning(
+    tiny_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The header's digest counts these flags, so that a Qwen student of a Qwen teacher was warned."""
+    dataset = open_dataset(str(tiny_dataset))
+    about = dataset.header.about.model_copy(update={"tokenizer_pipeline_sha256": "0" * 64})
+    header = dataset.header.model_copy(update={"about": about})
+    document = json.loads(dataset.tokenizer_files()[TOKENIZER_FILE])
+    document["decoder"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    check_tokenizer(json.dumps(document).encode(), header, name="s", dataset=dataset)
+    assert caplog.text == ""
+    document["pre_tokenizer"] = {"type": "Whitespace"}
+    check_tokenizer(json.dumps(document).encode(), header, name="s", dataset=dataset)
+    assert "splits text in another way" in caplog.text
+
+
 def test_other_ids_are_refused_whatever_the_steps(tokenizer_folder: Path) -> None:
     header = making.tiny_header(tokenizer_folder).model_copy(update={"tokenizer_fingerprint": "0" * 64})
     with pytest.raises(TokenizerMismatch):
