@@ -49,7 +49,7 @@ FULL = Size(
     rows_per_step=3,
     steps=220,
     students=(Student(8, healed=True), Student(8, healed=False), Student(6, healed=True)),
-    rates=(5e-4, 1e-3),
+    rates=(5e-4, 1e-3, 2e-4),
     seeds=3,
     healing_steps=220,
     healing_rate=1e-3,
