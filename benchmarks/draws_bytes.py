@@ -1,8 +1,9 @@
-"""Bytes of systematic draws in rows of 512 targets, by K, for the flat and the sharp teacher of `codec.py`.
+"""Bytes of systematic draws in rows of 512 targets, by K, for the flat and the sharp teacher of `benchmarks.codec`.
 
     python -m benchmarks.draws_bytes [--cache DIR]        QUICK=1: one row; nothing is stored
 
-The estimate of a capture (`pipeline/dry_run.py`) uses these figures. The first run trains the teacher, as `codec.py`.
+The estimate of a capture (`pipeline/dry_run.py`) uses these figures. The first run trains the teacher, as that of
+`benchmarks.codec`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.codec import CACHE
-from benchmarks.codec_ours import our_header
-from benchmarks.codec_sides import Case
-from benchmarks.report import finish
-from benchmarks.small_language_model import CONTEXT, VOCABULARY
-from benchmarks.teacher_distributions import SHARPNESSES, load_distributions, load_teacher
-from benchmarks.teacher_rows import Limits
+from benchmarks.codec.ours import our_header
+from benchmarks.codec.sides import Case
+from benchmarks.common.report import finish
+from benchmarks.inputs import CACHE
+from benchmarks.inputs.small_language_model import CONTEXT, VOCABULARY
+from benchmarks.inputs.teacher_distributions import SHARPNESSES, load_distributions, load_teacher
+from benchmarks.inputs.teacher_rows import Limits
 from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize, uniform_count
 from coldstill.storage_schema.codec import RowCodec
 

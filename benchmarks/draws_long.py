@@ -3,10 +3,10 @@
     python -m benchmarks.draws_long DEMO OUTPUT        DEMO: the output folder of a finished `coldstill demo`
     QUICK=1 ...                                        one teacher, three sides, few targets; nothing is stored
 
-Models, captures, losses and figures are those of part 2 of `draws.py`, whose runs have 54,000 targets. The rows are all
-pairs of the demo's distillation part, in one random order per epoch; a second epoch gives what is missing. Only the
-teacher, the student, the tokenizer and the text of DEMO are read. Each finished run is a line of OUTPUT/runs.jsonl; a
-second start trains the missing runs only, and `--report` stores the finished ones.
+Models, captures, losses and figures are those of part 2 of `benchmarks.draws`, whose runs have 54,000 targets. The rows
+are all pairs of the demo's distillation part, in one random order per epoch; a second epoch gives what is missing. Only
+the teacher, the student, the tokenizer and the text of DEMO are read. Each finished run is a line of OUTPUT/runs.jsonl;
+a second start trains the missing runs only, and `--report` stores the finished ones.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.draws import shares_of
-from benchmarks.quality import DENSE, PLAIN, TEACHERS
-from benchmarks.quality_runs import Bench, Cache, Side
-from benchmarks.report import finish
-from benchmarks.run_log import append, lines_of
+from benchmarks.common.report import finish
+from benchmarks.common.run_log import append, lines_of
+from benchmarks.draws.plan import shares_of
+from benchmarks.quality.plan import DENSE, PLAIN, TEACHERS
+from benchmarks.quality.runs import Bench, Cache, Side
 from coldstill.common.files import new_folder
 from coldstill.demo.text import write_text
 
@@ -42,7 +42,7 @@ SIDES = [
     Side("K=4, D=64, systematic, kept 64", Cache(4, 64, 64, "systematic")),
     Side("K=8, D=64, systematic+lp, kept 64", Cache(8, 64, 64, "systematic", logprobs=True)),
 ]
-"""Named as in `draws.py`, in the order of what is most wanted."""
+"""Named as in `draws/plan.py`, in the order of what is most wanted."""
 QUICK_SIDES = SIDES[:3]
 
 

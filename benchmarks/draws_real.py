@@ -2,9 +2,9 @@
 
     python -m benchmarks.draws_real [--student FOLDER]      QUICK=1: one row and three rules; nothing is stored
 
-The figures of part 1 of `draws.py`: squared error of forward KL's gradient against the dense one, and bytes, for the
-last positions of rows of chats and of Python text that `real_text.py` keeps for the test. Students have eight of the
-teacher's layers: untrained, and, with `--student`, a trained one. Their head is the teacher's.
+The figures of part 1 of `benchmarks.draws`: squared error of forward KL's gradient against the dense one, and bytes,
+for the last positions of rows of chats and of Python text that `inputs/real_text.py` keeps for the test. Students have
+eight of the teacher's layers: untrained, and, with `--student`, a trained one. Their head is the teacher's.
 
 Shape letters: `T` tokens, `N` positions of a row, `V` vocabulary, `H` width.
 """
@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks import real_text
-from benchmarks.draws import TODAY
-from benchmarks.draws_noise import NoiseSums, Row, rank_table
-from benchmarks.draws_rules import Control, Rule
-from benchmarks.pair_models import load_model, write_student
-from benchmarks.pair_teacher import rows_of_text
-from benchmarks.real_model import model_folder
-from benchmarks.report import finish
+from benchmarks.common.report import finish
+from benchmarks.common.whole_teacher import rows_of_text
+from benchmarks.draws.noise import NoiseSums, Row, rank_table
+from benchmarks.draws.plan import TODAY
+from benchmarks.draws.rules import Control, Rule
+from benchmarks.inputs import real_text
+from benchmarks.inputs.cut_models import load_model, write_student
+from benchmarks.inputs.real_model import model_folder
 from coldstill.trainer.losses.taid import CONTROL_SHARE, LARGEST_CONTROL
 
 LAYERS = 8

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import finish
+from benchmarks.common.report import finish
 
 REPOSITORY = Path(__file__).parent.parent
 LIMIT_S = 180.0

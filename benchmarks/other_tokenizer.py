@@ -4,7 +4,7 @@
     QUICK=1 ...          weaker teachers, one seed, fewer sides, no search; nothing is stored
 
 Two texts, each with a teacher of its own: an invented language, whose entropy is known
-(`benchmarks/invented_text.py`), and Python's standard library, on which a teacher this small stays weak. Teacher
+(`benchmarks/inputs/invented_text.py`), and Python's standard library, on which a teacher this small stays weak. Teacher
 and student have byte-level BPE of different sizes, learned from different texts; the student's splits numbers into
 digits. Captures are real ones. Students are smaller, start from random weights, and are trained by `coldstill.train`
 on the same few rows, with three seeds:
@@ -40,10 +40,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.capture_here import capture_here
-from benchmarks.invented_text import InventedLanguage
-from benchmarks.report import finish
-from benchmarks.run_log import append, lines_of
+from benchmarks.common.capture_here import capture_here
+from benchmarks.common.report import finish
+from benchmarks.common.run_log import append, lines_of
+from benchmarks.inputs.invented_text import InventedLanguage
 from coldstill.demo.text import module_files
 
 TEACHER_TOKENS, ROWS_PER_STEP = 192, 8

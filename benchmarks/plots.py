@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS
+from benchmarks.common.report import RESULTS
 
 _BAR, _INK, _FLOOR = "#4a7ba6", "#1f2933", "#b4532a"
 _LINES = ("#b4532a", "#4a7ba6", "#8a5fa8", "#c9a227", "#5b8c5a", "#1f2933")

@@ -250,7 +250,7 @@ def main() -> None:
 
 
 def _report(found: dict[str, list[dict[str, float]]], size: Size, *, quick: bool, words: str) -> None:
-    from benchmarks.report import finish
+    from benchmarks.common.report import finish
 
     measures = ("kl_on_own_answers", "kl_on_text")
     columns = ("side", "KL on own answers", "KL on text", "tokens of an answer", "trained targets")

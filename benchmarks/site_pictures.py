@@ -21,8 +21,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.report import RESULTS
 from benchmarks.plots import stored
-from benchmarks.report import RESULTS
 
 REPOSITORY = Path(__file__).parents[1]
 PICTURES = REPOSITORY / "docs/pictures"

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.report import hardware, versions
+from benchmarks.common.report import hardware, versions
 from tests import making
 
 SIDES = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]

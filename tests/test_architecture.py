@@ -133,6 +133,17 @@ def test_no_import_circles_of_files_or_folders(package: str) -> None:
     assert graph().nominate_cycle_breakers(package) == set()
 
 
+def test_benchmarks_import_each_other_in_no_circle_and_their_shared_folders_import_none_of_them() -> None:
+    """A folder counts as one here, as it does in the rooms of the package."""
+    found = grimp.build_graph("benchmarks", cache_dir=None)
+    for package in {name.rpartition(".")[0] for name in found.modules if "." in name}:
+        assert found.nominate_cycle_breakers(package) == set()
+    for room in ("benchmarks.common", "benchmarks.inputs"):
+        inside = {room} | found.find_descendants(room)
+        imported = {name for module in inside for name in found.find_modules_directly_imported_by(module)}
+        assert imported <= inside
+
+
 def test_the_command_line_loads_no_library_of_a_room_before_a_command_runs() -> None:
     heavy = {"torch", "transformers", "ray", "vllm", "numpy", "pyarrow", "fsspec", "matplotlib"}
     heavy |= {"coldstill.pipeline", "coldstill.trainer", "coldstill.demo"}

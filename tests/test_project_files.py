@@ -52,6 +52,20 @@ def test_every_target_of_the_makefile_is_phony_and_has_a_help_line_or_serves_ano
     assert phony - helped == {"test-engines", "test-capture", "test-trainer", "test-rest"}
 
 
+def test_every_command_of_a_benchmark_that_is_named_anywhere_is_one() -> None:
+    """Stored results name the command that made them, so a command outlives the file that it starts."""
+    kinds = {".py", ".md", ".json"}
+    folders = ("benchmarks", "coldstill", "docs", "pipeline", "storage_schema", "tests", "trainer")
+    files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.suffix in kinds]
+    texts = [path.read_text() for path in (*files, *(REPOSITORY / page for page in PAGES))]
+    named = {name for text in (*texts, MAKEFILE) for name in re.findall(r"-m(?: |\", \")(benchmarks(?:\.\w+)+)", text)}
+    assert len(named) > 20
+    for name in sorted(named):
+        path = REPOSITORY / name.replace(".", "/")
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert 'if __name__ == "__main__":' in file.read_text(), name
+
+
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
 def test_every_file_that_a_page_names_exists(page: str) -> None:
     text = (REPOSITORY / page).read_text()

@@ -45,7 +45,7 @@ class Size:
     rows_per_unit: int
     top_k: int
     """K. A teacher this small is flat: 44% of its mass lies outside its top 16. K = 16 with 64 draws keeps 0.94 of the
-    gain of dense distributions. Without draws, K = 32 does worse than plain fine-tuning (benchmarks/quality.py)."""
+    gain of dense distributions. Without draws, K = 32 does worse than plain fine-tuning (`make bench-quality`)."""
     draws: int
     """D, random draws per position."""
     epochs: float

@@ -22,7 +22,7 @@ _of_thread = threading.local()
 """Holds one decompressor per thread: two threads must not use one at the same time."""
 
 _LEVEL = 3
-"""Level 19 is 3-4 % smaller and ten times slower; level 1 is 1.4 % larger (benchmarks/codec.py)."""
+"""Level 19 is 3-4 % smaller and ten times slower; level 1 is 1.4 % larger (`make bench-codec`)."""
 
 _MAX_SCRATCH_BYTES = 4 << 20
 """Maximum size of a reused array. Larger ones are rare, and are allocated each time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.codec_rivals import Rival, Stored
+from benchmarks.codec.rivals import Rival, Stored
 from coldstill.storage_schema.rows import CachedRow, span_positions, spans_from_mask
 from tests.making import random_probs, targets_of
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.capacity import FULL, Done, chosen_rate, planned, read
-from benchmarks.capacity_runs import LOSSES, SETTINGS, STUDENT, TEACHERS, Run
+from benchmarks.capacity.plan import FULL, Done, chosen_rate, planned, read
+from benchmarks.capacity.runs import LOSSES, SETTINGS, STUDENT, TEACHERS, Run
+from benchmarks.common.run_log import append
 from benchmarks.plots import draw_capacity
-from benchmarks.run_log import append
 from coldstill.demo.models import new_model, parameter_count
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.draws import DENSE, PLAIN, controls, noise_jobs, rules, shares_of
-from benchmarks.draws_rules import Control, Kept, Rule, keep, target
-from benchmarks.run_log import lines_of
+from benchmarks.common.run_log import lines_of
+from benchmarks.draws.plan import controls, noise_jobs, rules, shares_of
+from benchmarks.draws.rules import Control, Kept, Rule, keep, target
+from benchmarks.quality.plan import DENSE, PLAIN
 from coldstill.trainer.losses.taid import CONTROL_SHARE, LARGEST_CONTROL
 
 REPEATS = 6000

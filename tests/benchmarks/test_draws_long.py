@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.draws_long import SIDES, key, planned, report
 from benchmarks.draws_real import RULES, choose_rows, facts_of, measure
-from benchmarks.pair_models import toy_model
-from benchmarks.quality import DENSE, PLAIN
+from benchmarks.inputs.cut_models import toy_model
+from benchmarks.quality.plan import DENSE, PLAIN
 
 
 def test_a_share_needs_both_ends_of_its_teacher_and_order_of_rows() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import other_tokenizer
-from benchmarks.invented_text import SENTENCE_END, InventedLanguage
+from benchmarks.inputs.invented_text import SENTENCE_END, InventedLanguage
 from benchmarks.other_tokenizer import MOST_PASSES, best_neighbor
 
 
@@ -59,7 +59,7 @@ def test_a_quick_run_stores_nothing_and_ends_with_figures_of_every_side(
 ) -> None:
     monkeypatch.setenv("QUICK", "1")
     monkeypatch.setattr("sys.argv", ["other_tokenizer", str(tmp_path)])
-    monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path / "results")
+    monkeypatch.setattr("benchmarks.common.report.RESULTS", tmp_path / "results")
     name = "invented language"
     monkeypatch.setattr(other_tokenizer, "STUDIES", {name: other_tokenizer.STUDIES[name]})
     other_tokenizer.main()

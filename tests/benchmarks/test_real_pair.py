@@ -12,14 +12,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import real_pair, real_text
-from benchmarks.dense_training import DenseObjective
-from benchmarks.pair_measure import held_out, student_figures, teacher_figures
-from benchmarks.pair_models import blocks_of, kept_layers, load_model, make_toy, toy_model, train_on_text, write_student
-from benchmarks.pair_plan import chosen_rate, planned, read_log, reported, shares
-from benchmarks.pair_runs import CROSS_ENTROPY, DENSE, SIDES, TAID, Bench, Run, Size, Student
-from benchmarks.pair_teacher import HiddenStates, head_of, last_hidden
-from benchmarks.run_log import append
+from benchmarks.common.held_out import held_out, student_figures, teacher_figures
+from benchmarks.common.run_log import append
+from benchmarks.common.whole_teacher import HiddenStates, head_of, last_hidden
+from benchmarks.inputs import real_text
+from benchmarks.inputs.cut_models import (
+    blocks_of,
+    kept_layers,
+    load_model,
+    make_toy,
+    toy_model,
+    train_on_text,
+    write_student,
+)
+from benchmarks.real_pair import stored_runs
+from benchmarks.real_pair.dense_training import DenseObjective
+from benchmarks.real_pair.plan import chosen_rate, planned, read_log, reported, shares
+from benchmarks.real_pair.runs import CROSS_ENTROPY, DENSE, SIDES, TAID, Bench, Run, Size, Student
 from coldstill.demo.text import ModuleFile
 from coldstill.trainer.errors import VanishedGradient
 from coldstill.trainer.targets import SparseTargets
@@ -270,7 +279,7 @@ def test_a_share_is_taken_within_a_seed_and_only_where_both_ends_are_there() -> 
     assert found == {CROSS_ENTROPY.name: [0.0], DENSE.name: [1.0], "forward KL": [pytest.approx(0.9)]}
 
 
-class _Bench(real_pair.Bench):
+class _Bench(Bench):
     def facts(self) -> dict[str, Any]:
         return {"targets": 100, "top_k": 8, "bytes_per_target": 50.1}
 
@@ -280,22 +289,22 @@ def test_runs_of_the_stored_result_count_if_its_settings_and_its_cache_are_the_s
 ) -> None:
     run, other = _run(DENSE.name, 2e-4), _run(TAID.name, 2e-4)
     result: dict[str, Any] = {
-        "settings": real_pair.settings(SIZE),
+        "settings": stored_runs.settings(SIZE),
         "facts": {"targets": 100, "top_k": 8, "bytes_per_target": 50.2},
         "log": [_record(run, test=0.5), _record(other)],
     }
-    monkeypatch.setattr(real_pair, "stored", lambda name: tmp_path / f"{name}.json")
+    monkeypatch.setattr(stored_runs, "stored", lambda name: tmp_path / f"{name}.json")
     (tmp_path / "real_pair.json").write_text(json.dumps(result), encoding="utf-8")
-    bench, log = _Bench(tmp_path, SIZE, engine="transformers"), tmp_path / real_pair.LOG
+    bench, log = _Bench(tmp_path, SIZE, engine="transformers"), tmp_path / stored_runs.LOG
     append(log, _record(run, test=0.7))
-    real_pair.take_stored(bench)
-    real_pair.take_stored(bench)
+    stored_runs.take_stored(bench)
+    stored_runs.take_stored(bench)
     assert read_log(log) == {run: _record(run, test=0.7), other: _record(other)}
     assert len(log.read_text(encoding="utf-8").splitlines()) == 2
     for part, changed in (("facts", {"top_k": 16}), ("settings", {"steps": 5})):
         (tmp_path / "real_pair.json").write_text(json.dumps({**result, part: {**result[part], **changed}}))
         with pytest.raises(ValueError, match=f"{part} differ .*start without --stored"):
-            real_pair.take_stored(bench)
+            stored_runs.take_stored(bench)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import site_pictures
-from benchmarks.report import RESULTS
+from benchmarks.common.report import RESULTS
 from benchmarks.site_pictures import CURVES, PICTURES, TEACHER
 
 STORED_TEXT = (RESULTS / "demo_2_cores.txt").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.report import finish
+from benchmarks.common.report import finish
 
 from .campaigns import FORKED, RAY, VLLM, Campaign, Tally, run, shares
 

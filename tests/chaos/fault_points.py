@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from benchmarks.report import finish
+from benchmarks.common.report import finish
 from coldstill.pipeline.capture import capture
 from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.config import CaptureConfig

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import finish
+from benchmarks.common.report import finish
 from coldstill.trainer import finished_student
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.train import train

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import real_model
+from benchmarks.inputs import real_model
 from coldstill.pipeline.capture import capture
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.storage_schema.commits import read_commit

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import real_model
+from benchmarks.inputs import real_model
 from coldstill.trainer.errors import PackingUnsupported
 from coldstill.trainer.student.forward import find_head
 from coldstill.trainer.student.packing_check import check_packing, row_lengths

@@ -1,0 +1,1 @@
+"""One student and teachers of growing size: which loss gains from a larger teacher?"""

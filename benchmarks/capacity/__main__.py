@@ -1,0 +1,145 @@
+"""Teachers of growing size for one student: which loss gains from a larger teacher?
+
+    python -m benchmarks.capacity OUTPUT --dry-run     the planned runs and their time, from those that are done
+    python -m benchmarks.capacity OUTPUT               a second start resumes
+    python -m benchmarks.capacity OUTPUT --minutes 40  stops before the run that would end later
+    QUICK=1 ...                                        two weak teachers, one rate, one seed; nothing is stored
+
+Text: Python's standard library, split by module. Teachers have about 1, 3, 10 and 30 times the student's parameters and
+read the same text; each is captured once, with K = 128 and draws. Students learn from the caches by
+`coldstill.train`, in the two settings of the paper (arXiv 2501.16937): from random weights on pieces of modules, and
+from a pre-trained student on pairs of a function's signature and its body.
+
+Each loss takes the learning rate with the lowest validation cross-entropy, chosen with the 10x teacher and the first
+seed. With these, the validation part also shows other first values of TAID's t, and more passes. The test part gives
+the cross-entropy to the text, KL(teacher || student), masses, and what the student writes. A finished run is a line
+of OUTPUT/runs.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.capacity.plan import (
+    FULL,
+    QUICK,
+    Done,
+    chosen_rate,
+    first_of_study,
+    planned,
+    read,
+    seconds_of_a_run,
+    study,
+)
+from benchmarks.capacity.runs import LOSSES, SETTINGS, Bench, Run, Size
+from benchmarks.common.run_log import append
+
+LOG = "runs.jsonl"
+COLUMNS = {
+    "cross_entropy": "CE to text",
+    "kl": "KL",
+    "entropy": "entropy",
+    "teacher_mass_on_head": "teacher on head",
+    "head_mass": "on its head",
+    "last_fifth_mass": "on its tail",
+    "distinct_bigrams": "distinct",
+    "teacher_log_prob": "log p of own",
+}
+"""Figures of the table and their short names."""
+
+
+def main() -> None:
+    """Run the missing runs, print the tables, and store what there is."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity", description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="folder for models, captures and the log; a second start resumes")
+    parser.add_argument("--dry-run", action="store_true", help="print the planned runs, and train nothing")
+    parser.add_argument("--report", action="store_true", help="report the finished runs, and train nothing")
+    parser.add_argument("--minutes", type=float, help="stop before the run that would end later, and report")
+    options = parser.parse_args()
+    quick = os.environ.get("QUICK", "0") not in ("", "0")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    began, size, output = time.monotonic(), QUICK if quick else FULL, options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    log, bench = output / LOG, Bench(output, size)
+    if options.dry_run:
+        show_plan(size, read(log))
+        return
+    if not options.report:
+        bench.prepare()
+        done = read(log)
+        while run := next((run for run, final in planned(size, done) if final and run not in done), None):
+            used = time.monotonic() - began
+            if options.minutes is not None and used + seconds_of_a_run(done) > 60 * options.minutes:
+                break
+            done[run] = bench.run(run)
+            append(log, done[run])
+    report(bench, read(log), quick=quick)
+
+
+def show_plan(size: Size, done: Done) -> None:
+    """Print how many runs of each setting and seed are planned and done, and the time of the others."""
+    table = Table("setting", "seed", "planned", "done", title="planned runs")
+    runs = [run for run, _ in planned(size, done)]
+    for setting in SETTINGS:
+        for seed in range(size.seeds):
+            of_seed = [run for run in runs if (run.setting, run.seed) == (setting, seed)]
+            table.add_row(setting, str(seed), str(len(of_seed)), str(sum(run in done for run in of_seed)))
+    Console().print(table)
+    left = sum(run not in done for run in runs)
+    print(
+        f"{left} runs left, {left * seconds_of_a_run(done) / 60:.0f} minutes, beside 20 minutes for teachers and caches"
+    )
+
+
+def report(bench: Bench, done: Done, *, quick: bool) -> None:
+    """Print the tables and store the finished runs."""
+    from benchmarks.common.report import finish
+
+    size, plan = bench.size, {run for run, _ in planned(bench.size, done)}
+    figures: dict[str, Any] = {
+        "runs": {"done": sum(run in done for run in plan), "planned": len(plan)},
+        "facts": bench.facts(),
+        "settings": json.loads(json.dumps(vars(size))),
+        "before": {setting: bench.before(setting) for setting in SETTINGS},
+        "students": {},
+        "study": [],
+    }
+    for setting in SETTINGS:
+        table = Table("loss", "teacher", "rate", "seeds", *COLUMNS.values(), title=f"{setting}, test part")
+        of_losses: dict[str, Any] = {}
+        for loss in LOSSES:
+            rate, all_tried = chosen_rate(setting, loss, size, done)
+            for teacher in size.teachers:
+                runs = [Run(setting, loss, teacher, rate, seed) for seed in range(size.seeds)]
+                records = [done[run] for run in runs if run in done]
+                if not records:
+                    continue
+                values = {name: [record["test"][name] for record in records] for name in records[0]["test"]}
+                of_losses.setdefault(loss, {"rate": rate, "all_rates_tried": all_tried, "teachers": {}})
+                of_losses[loss]["teachers"][teacher] = values
+                means = (f"{statistics.mean(values[name]):.4f}" for name in COLUMNS)
+                table.add_row(loss, teacher, f"{rate:g}", str(len(records)), *means)
+        Console(width=150).print(table)
+        figures["students"][setting] = of_losses
+    studied = [*study(size, done), *((run, True) for run in first_of_study(size, done))]
+    table = Table("setting", "loss", "passes", "validation CE", "validation KL", title="study of TAID, validation part")
+    for run in sorted({run for run, _ in studied} & done.keys(), key=lambda run: (run.setting, run.passes, run.loss)):
+        of = done[run]["validation"]
+        table.add_row(run.setting, run.loss, str(run.passes), f"{of['cross_entropy']:.4f}", f"{of['kl']:.4f}")
+        figures["study"].append({**vars(run), **of})
+    Console(width=150).print(table)
+    finish("capacity", {**figures, "log": list(done.values())}, command="make bench-capacity", quick=quick)
+
+
+if __name__ == "__main__":
+    main()

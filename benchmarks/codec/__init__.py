@@ -1,0 +1,1 @@
+"""Bytes, speed and loss of the codec and of other codecs."""

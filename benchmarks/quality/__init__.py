@@ -1,0 +1,1 @@
+"""Quality of students trained from caches of several sizes."""

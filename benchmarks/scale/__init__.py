@@ -1,0 +1,1 @@
+"""Cost of a driver as captures grow."""

@@ -1,0 +1,1 @@
+"""Speed of the loader, from shards to batches."""
