@@ -231,17 +231,21 @@ def opened_for(unit: Unit, file: SourceFile) -> Iterator[Any]:
 
 
 class ByteMeter:
-    """Digests the files that are read through it, and shows a progress bar over the bytes of all of them."""
+    """Digests the files that are read through it, and shows a progress bar over the bytes of all of them if they
+    are more than one read."""
 
     def __init__(self, files: Sequence[SourceFile], what: str):
         self._digests: list[str] = []
-        self._bar = tqdm(total=_total_bytes(files), unit="B", unit_scale=True, desc=what, delay=3)
+        total = _total_bytes(files)
+        is_one_read = 0 < total <= _READ_BYTES and all(file.bytes is not None for file in files)
+        self._bar = None if is_one_read else tqdm(total=total, unit="B", unit_scale=True, desc=what, delay=3)
 
     def __enter__(self) -> ByteMeter:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     @contextmanager
     def opened(self, file: SourceFile) -> Iterator[Callable[[int], bytes]]:
@@ -253,7 +257,8 @@ class ByteMeter:
                 with named_errors(file.name, "reading the source"):
                     block: bytes = handle.read(size)
                 digest.update(block)
-                self._bar.update(len(block))
+                if self._bar is not None:
+                    self._bar.update(len(block))
                 return block
 
             yield read
