@@ -231,21 +231,17 @@ def opened_for(unit: Unit, file: SourceFile) -> Iterator[Any]:
 
 
 class ByteMeter:
-    """Digests the files that are read through it, and shows a progress bar over the bytes of all of them if they
-    are more than one read."""
+    """Digests the files that are read through it, and shows a progress bar over the bytes of all of them."""
 
     def __init__(self, files: Sequence[SourceFile], what: str):
         self._digests: list[str] = []
-        total = _total_bytes(files)
-        is_one_read = 0 < total <= _READ_BYTES and all(file.bytes is not None for file in files)
-        self._bar = None if is_one_read else tqdm(total=total, unit="B", unit_scale=True, desc=what, delay=3)
+        self._bar = tqdm(total=_total_bytes(files), unit="B", unit_scale=True, desc=what, delay=3)
 
     def __enter__(self) -> ByteMeter:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     @contextmanager
     def opened(self, file: SourceFile) -> Iterator[Callable[[int], bytes]]:
@@ -257,8 +253,7 @@ class ByteMeter:
                 with named_errors(file.name, "reading the source"):
                     block: bytes = handle.read(size)
                 digest.update(block)
-                if self._bar is not None:
-                    self._bar.update(len(block))
+                self._bar.update(len(block))
                 return block
 
             yield read
