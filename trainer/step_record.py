@@ -63,7 +63,7 @@ class StepRecord(TrainerCallback, ExportableState):
         self._parts: list[tuple[LossValues, Mapping[str, Any]]] = []
         self._means: tuple[float, float] | None = None
         self._state_sums: list[float] = []
-        self.gradient_norm: torch.Tensor | float | None = None
+        self.gradient_norm: torch.Tensor | float = 1.0
         """Of the step's complete gradient. A scaler's is left out: it skips a step that is not finite."""
 
     def add(self, values: LossValues, batch: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class StepRecord(TrainerCallback, ExportableState):
         `NonFiniteWeights` if the reason is in the student; `VanishedGradient` if it has not learned for long. No
         weight has changed."""
         sums = torch.stack([_sums(values) for values, _ in self._parts]).sum(0)
-        norm = torch.as_tensor(1.0 if self.gradient_norm is None else self.gradient_norm, device=sums.device)
+        norm = torch.as_tensor(self.gradient_norm, device=sums.device)
         of_norm = torch.stack([~norm.isfinite(), norm < VANISHED_NORM])
         sums = torch.cat([sums, of_norm.to(sums.dtype)])
         if self.loss_state is not None:
