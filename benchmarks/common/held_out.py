@@ -20,8 +20,9 @@ from benchmarks.common.whole_teacher import HiddenStates, last_hidden
 from coldstill.common.files import new_file
 from coldstill.trainer.evaluation.figures import HEAD_IDS, LAST_SHARE
 
-_AT_ONCE = 128
-"""Positions of a chunk: two float32 arrays `[128, 262144]` are 270 MB."""
+_AT_ONCE, _IN_CACHE = 128, 2
+"""Positions of a chunk: two float32 arrays `[128, 262144]` are 270 MB. Figures are computed for two of them at a time:
+with more, whose arrays glibc maps anew from the system each time, they take four times as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,13 @@ class HeldOut:
     labels: torch.Tensor
     border: torch.Tensor
 
-    def log_p(self, start: int) -> torch.Tensor:
-        """The teacher's log-probs `[m, V]` of the chunk that starts at this position."""
-        return (self.states.hidden[start : start + _AT_ONCE] @ self.head.T).log_softmax(1)
+    def logits(self, start: int) -> torch.Tensor:
+        """The teacher's logits `[m, V]` of the chunk that starts at this position."""
+        return self.states.hidden[start : start + _AT_ONCE] @ self.head.T
+
+    def at(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels `[m]` and borders `[m, 1]` of that chunk."""
+        return self.labels[start : start + _AT_ONCE], self.border[start : start + _AT_ONCE, None]
 
     @property
     def chunks(self) -> Iterator[int]:
@@ -53,7 +58,7 @@ def held_out(states: HiddenStates, head: torch.Tensor, *, path: Path) -> HeldOut
         border = torch.load(path, weights_only=True)
     else:
         last = -(-len(head) // LAST_SHARE)
-        border = torch.cat([part.log_p(start).kthvalue(last, dim=1).values for start in part.chunks])
+        border = torch.cat([part.logits(start).log_softmax(1).kthvalue(last, dim=1).values for start in part.chunks])
         with new_file(path) as beside:
             torch.save(border, beside)
     return HeldOut(states=states, head=head, labels=labels, border=border)
@@ -64,9 +69,8 @@ def teacher_figures(part: HeldOut, *, top_k: int) -> dict[str, float]:
     """Cross-entropy and entropy of the teacher, and its mass outside its `top_k` and on its last fifth of ids."""
     sums: dict[str, float] = {}
     for start in part.chunks:
-        log_p = part.log_p(start)
-        p = log_p.exp()
-        labels, border = part.labels[start : start + _AT_ONCE], part.border[start : start + _AT_ONCE, None]
+        log_p = part.logits(start).log_softmax(1)
+        p, (labels, border) = log_p.exp(), part.at(start)
         _add(
             sums,
             cross_entropy=-log_p.gather(1, labels[:, None])[:, 0],
@@ -91,22 +95,28 @@ def student_figures(student: Any, part: HeldOut) -> dict[str, float]:
     head = student.lm_head.weight
     sums: dict[str, float] = {}
     for start in part.chunks:
-        log_p, log_q = part.log_p(start), (hidden[start : start + _AT_ONCE] @ head.T).log_softmax(1)
-        labels, border = part.labels[start : start + _AT_ONCE], part.border[start : start + _AT_ONCE, None]
-        p, q = log_p.exp(), log_q.exp()
-        of_teacher, of_student = log_p.topk(HEAD_IDS, dim=1).indices, log_q.topk(HEAD_IDS, dim=1).indices
-        _add(
-            sums,
-            cross_entropy=-log_q.gather(1, labels[:, None])[:, 0],
-            entropy=-(q * log_q).sum(1),
-            top1_agreement=(of_teacher[:, 0] == of_student[:, 0]).double(),
-            head_mass=q.gather(1, of_teacher).sum(1),
-            teacher_mass_on_head=p.gather(1, of_student).sum(1),
-            last_fifth_mass=(q * (log_p <= border)).sum(1),
-            kl=(p * (log_p - log_q)).sum(1),
-            reverse_kl=(q * (log_q - log_p)).sum(1),
-        )
+        of_chunk = part.logits(start), hidden[start : start + _AT_ONCE] @ head.T, *part.at(start)
+        for of_teacher, of_student, labels, border in zip(*(each.split(_IN_CACHE) for each in of_chunk), strict=True):
+            _add(sums, **_compared(of_teacher.log_softmax(1), of_student.log_softmax(1), labels, border))
     return {name: total / len(part.labels) for name, total in sums.items()}
+
+
+def _compared(
+    log_p: torch.Tensor, log_q: torch.Tensor, labels: torch.Tensor, border: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The figures of each position, from the log-probs `[m, V]` of teacher and student."""
+    p, q = log_p.exp(), log_q.exp()
+    of_teacher, of_student = log_p.topk(HEAD_IDS, dim=1).indices, log_q.topk(HEAD_IDS, dim=1).indices
+    return {
+        "cross_entropy": -log_q.gather(1, labels[:, None])[:, 0],
+        "entropy": -(q * log_q).sum(1),
+        "top1_agreement": (of_teacher[:, 0] == of_student[:, 0]).double(),
+        "head_mass": q.gather(1, of_teacher).sum(1),
+        "teacher_mass_on_head": p.gather(1, of_student).sum(1),
+        "last_fifth_mass": (q * (log_p <= border)).sum(1),
+        "kl": (p * (log_p - log_q)).sum(1),
+        "reverse_kl": (q * (log_q - log_p)).sum(1),
+    }
 
 
 def rounded(figures: dict[str, float]) -> dict[str, float]:

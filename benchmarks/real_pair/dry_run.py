@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.inputs.real_text import HEALING
 from benchmarks.plots import stored
-from benchmarks.real_pair.plan import Done, planned, read_log, run_of
+from benchmarks.real_pair.plan import Done, is_measured, planned, read_log, run_of
 from benchmarks.real_pair.runs import CROSS_ENTROPY, DENSE, HELD_OUT, SIDES, Bench, Run, Size
 from benchmarks.real_pair.stored_runs import LOG, check_same, settings
 from coldstill.common.files import read_json, write_json
@@ -47,7 +47,8 @@ def expected_seconds(run: Run, done: Done, speeds: dict[str, Any], size: Size) -
     of_kind = [
         record["seconds"]
         for other, record in done.items()
-        if (other.layers, other.steps) == (run.layers, run.steps)
+        if is_measured(record)
+        and (other.layers, other.steps) == (run.layers, run.steps)
         and (other.side == DENSE.name) == (run.side == DENSE.name)
     ]
     if of_kind:

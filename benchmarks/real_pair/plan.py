@@ -1,8 +1,8 @@
 """Which runs the benchmark of a real pair needs, which are done, and which learning rate each side takes.
 
-The order is that of value: every side once, then the other learning rates, then the other orders of rows, then the
-other students, which take the first rate. A side's learning rate is the one with the lowest validation KL to the
-teacher, chosen with the first order of rows; the test part has no say in it.
+The order is that of value. First comes the main comparison: the main sides with each learning rate, then with the other
+orders of rows. The other sides and students follow, with the first rate and one order. The learning rate of a main side
+is the one with the lowest validation KL to the teacher, chosen with the first order; the test part has no say in it.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ def run_of(record: dict[str, Any]) -> Run:
     return Run(record["layers"], record["healed"], record["side"], record["rate"], record["seed"], record["steps"])
 
 
-def chosen_rate(side: Side, size: Size, done: Done) -> tuple[float, bool] | None:
-    """The best learning rate of those tried with the main student, and whether all were; None if none was."""
-    name, main = side.rate_of or side.name, size.students[0]
-    tried = {rate: done.get(_run(main, name, rate, 0, size)) for rate in size.rates}
-    kls = {rate: record["validation"]["kl"] for rate, record in tried.items() if record}
-    if not kls:
-        return None
-    return min(kls, key=lambda rate: kls[rate]), len(kls) == len(tried)
+def is_measured(record: dict[str, Any]) -> bool:
+    """Whether the run ended with a student; one whose gradient vanished did not."""
+    return "stopped" not in record
+
+
+def chosen_rate(side: Side, student: Student, size: Size, done: Done) -> tuple[float, bool]:
+    """The learning rate of a side and whether it is final, which it is not while a rate of its choice is untried."""
+    of_choice = side.rate_of or (side.name if side.is_main else None)
+    if student != size.students[0] or of_choice is None:
+        return size.rates[0], True
+    tried = {rate: done.get(_run(student, of_choice, rate, 0, size)) for rate in size.rates}
+    kls = {rate: record["validation"]["kl"] for rate, record in tried.items() if record and is_measured(record)}
+    return min(kls, key=lambda rate: kls[rate], default=size.rates[0]), all(tried.values())
 
 
 def planned(sides: tuple[Side, ...], size: Size, done: Done) -> Iterator[tuple[Run, Side, bool]]:
-    """Every run in order, its side, and whether its learning rate is final. One that is not has the first rate."""
-    main, *others = size.students
+    """Every run in order, its side, and whether its learning rate is final."""
+    main = [side for side in sides if side.is_main]
     for rate in size.rates:
-        for side in sides:
-            if side.rate_of is None:
-                yield _run(main, side.name, rate, 0, size), side, True
-    for seed in range(size.seeds):
-        for side in sides:
-            rate, is_final = chosen_rate(side, size, done) or (size.rates[0], False)
-            if seed > 0 or side.rate_of is not None:
-                yield _run(main, side.name, rate, seed, size), side, is_final
-    for student in others:
-        for side in sides:
-            yield _run(student, side.name, size.rates[0], 0, size), side, True
+        for side in main:
+            yield _run(size.students[0], side.name, rate, 0, size), side, True
+    later = [(size.students[0], side, seed) for seed in range(1, size.seeds) for side in main]
+    later += [(size.students[0], side, 0) for side in sides if not side.is_main]
+    later += [(student, side, 0) for student in size.students[1:] for side in sides]
+    for student, side, seed in later:
+        rate, is_final = chosen_rate(side, student, size, done)
+        yield _run(student, side.name, rate, seed, size), side, is_final
 
 
 def reported(sides: tuple[Side, ...], size: Size, done: Done) -> dict[Student, dict[str, list[dict[str, Any]]]]:
     """Student -> side -> the finished runs with the side's learning rate, by seed. It is the best rate tried so far."""
     found: dict[Student, dict[str, list[dict[str, Any]]]] = {}
     for student in size.students:
-        is_main = student == size.students[0]
         for side in sides:
-            rate, _ = (chosen_rate(side, size, done) if is_main else None) or (size.rates[0], False)
-            seeds = range(size.seeds if is_main else 1)
-            records = [done.get(_run(student, side.name, rate, seed, size)) for seed in seeds]
-            if kept := [record for record in records if record]:
+            rate, _ = chosen_rate(side, student, size, done)
+            records = [done.get(_run(student, side.name, rate, seed, size)) for seed in range(size.seeds)]
+            if kept := [record for record in records if record and is_measured(record)]:
                 found.setdefault(student, {})[side.name] = kept
     return found
 

@@ -33,6 +33,7 @@ from coldstill.demo.text import read_rows
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.trainer.config import TrainConfig
+from coldstill.trainer.errors import VanishedGradient
 from coldstill.trainer.train import TrainSummary, train
 
 HELD_OUT = ("validation", "test")
@@ -43,25 +44,28 @@ EMBEDDINGS = "embed_tokens"
 class Side:
     """A loss, from the cache or, where `dense`, from the teacher's whole distribution.
 
-    `rate_of`: the side whose learning rate this one takes, because its own search would take hours; by default itself.
+    `is_main`: whether it is trained with every learning rate and in every order of rows. `rate_of`: the side whose
+    learning rate this one takes; by default the first one.
     """
 
     name: str
     loss: dict[str, Any]
+    is_main: bool = False
     dense: bool = False
     rate_of: str | None = None
 
 
-CROSS_ENTROPY, TAID = Side("cross-entropy", {"name": "cross_entropy"}), Side("TAID, adaptive", {"name": "taid"})
+CROSS_ENTROPY = Side("cross-entropy", {"name": "cross_entropy"}, is_main=True)
+TAID = Side("TAID, adaptive", {"name": "taid"}, is_main=True)
 DENSE = Side("dense TAID", {"name": "taid"}, dense=True, rate_of=TAID.name)
 SIDES = (
     CROSS_ENTROPY,
-    Side("forward KL", {"name": "forward_kl"}),
+    Side("forward KL", {"name": "forward_kl"}, is_main=True),
     TAID,
+    DENSE,
     Side("TAID, t from 0.8", {"name": "taid", "t_start": 0.8}),
     Side("reverse KL", {"name": "reverse_kl"}),
     Side("TAID, linear", {"name": "taid", "schedule": "linear"}),
-    DENSE,
 )
 
 
@@ -82,8 +86,9 @@ class Student:
 class Size:
     """How much is captured, trained and measured. Rows have up to `max_length` tokens.
 
-    `steps`: optimizer steps of a run. `students`: the main one first. The main one is trained with each of the learning
-    `rates`, the first one first, and in `seeds` orders of rows; the others with the first rate in one order.
+    `steps`: optimizer steps of a run. `students`: the main one first. The main comparison, of the main student and the
+    main sides, has each of the learning `rates`, the first one first, and `seeds` orders of rows; every other run has
+    the first rate and one order.
     `healing_steps` and `healing_rate`: of the training on plain text, `rows_per_step` blocks of `max_length` tokens a
     step. `embeddings`: whether the student's embeddings, which are its head too, are trained. `toy_steps`: steps of the
     toy teacher; 0 for the real one.
@@ -206,10 +211,15 @@ class Bench:
         """Train and measure a student and return its figures. Call it in the block of `lock`.
 
         The run's folder is removed once it is measured, because a student of each run would fill the disk. `seconds`
-        are those of this start: for a resumed run they are fewer than it took.
+        are those of this start: for a resumed run they are fewer than it took. A run whose gradient vanished has no
+        figures: `stopped` says why.
         """
         began = time.monotonic()
-        summary = self.train(run, side)
+        try:
+            summary = self.train(run, side)
+        except VanishedGradient as error:
+            shutil.rmtree(self.output / "runs" / run.folder)
+            return {**vars(run), "stopped": f"{type(error).__name__}: {error}"}
         folder = self.output / "runs" / run.folder
         measuring = time.monotonic()
         model = load_model(folder / "student")

@@ -30,6 +30,7 @@ from benchmarks.real_pair.dense_training import DenseObjective
 from benchmarks.real_pair.plan import chosen_rate, planned, read_log, reported, shares
 from benchmarks.real_pair.runs import CROSS_ENTROPY, DENSE, SIDES, TAID, Bench, Run, Size, Student
 from coldstill.demo.text import ModuleFile
+from coldstill.trainer.errors import VanishedGradient
 from coldstill.trainer.targets import SparseTargets
 from tests.benchmarks.making import rows
 
@@ -208,44 +209,62 @@ def _record(run: Run, *, validation: float = 1.0, test: float = 1.0) -> dict[str
 def test_a_second_start_runs_only_what_is_missing_and_a_torn_line_is_passed_over(tmp_path: Path) -> None:
     log = tmp_path / "runs.jsonl"
     assert read_log(log) == {}
-    everything = list(planned(SIDES, SIZE, {}))
-    ready = [run for run, _, final in everything if final]
-    of_main = [run for run in ready if run.student == MAIN]
-    assert len(of_main) == len(set(of_main)) == 3 * (len(SIDES) - 1)  # the rates; dense TAID and later orders wait
-    assert ready[: len(of_main)] == of_main  # and the other students come last
-    assert [run.side for run in of_main[: len(SIDES) - 1]] == [side.name for side in SIDES if side != DENSE]
-    assert {(run.student, run.rate) for run in ready[len(of_main) :]} == {(CUT, 2e-4), (SMALL, 2e-4)}
+    main, rates, students = 3, len(SIZE.rates), len(SIZE.students)
+    everything = [run for run, _, _ in planned(SIDES, SIZE, {})]
+    ready = [run for run, _, final in planned(SIDES, SIZE, {}) if final]
+    assert [run.side for run in everything[:main]] == [side.name for side in SIDES if side.is_main]
+    assert {run.student for run in everything[: (rates + 2) * main]} == {MAIN}
+    # What waits for the rates: later orders of the main sides, and dense TAID.
+    assert len(set(ready)) == len(ready) == rates * main + (len(SIDES) - main - 1) + (students - 1) * len(SIDES)
     log.write_text("".join(json.dumps(_record(run)) + "\n" for run in ready) + '{"layers": 8, "si', encoding="utf-8")
     done = read_log(log)
     append(log, _record(_run(DENSE.name, 1.0, student=SMALL)))
     assert len(read_log(log)) == len(done) + 1
     plan = [(run, final) for run, _, final in planned(SIDES, SIZE, done)]
     assert all(final for _, final in plan)
-    assert len({run for run, _ in plan}) == len(plan) == len(ready) + 1 + 2 * len(SIDES)
-    assert sum(run not in done for run, _ in plan) == 1 + 2 * len(SIDES)
+    assert len({run for run, _ in plan}) == len(plan) == len(everything)
+    assert sum(run not in done for run, _ in plan) == 2 * main + 1
 
 
 def test_the_learning_rate_is_chosen_on_the_validation_part_alone() -> None:
     runs = {rate: _run(TAID.name, rate) for rate in SIZE.rates}
     kls = {2e-4: (1.2, 0.9), 5e-4: (1.1, 1.3), 1e-3: (1.4, 0.8)}
     done = {runs[rate]: _record(runs[rate], validation=of[0], test=of[1]) for rate, of in kls.items()}
-    assert chosen_rate(TAID, SIZE, done) == (5e-4, True)
+    assert chosen_rate(TAID, MAIN, SIZE, done) == (5e-4, True)
     assert [record["test"]["kl"] for record in reported(SIDES, SIZE, done)[MAIN][TAID.name]] == [1.3]
     del done[runs[5e-4]]
-    assert chosen_rate(TAID, SIZE, done) == (2e-4, False)
-    assert chosen_rate(CROSS_ENTROPY, SIZE, done) is None
+    assert chosen_rate(TAID, MAIN, SIZE, done) == (2e-4, False)
+    assert chosen_rate(CROSS_ENTROPY, MAIN, SIZE, done) == (2e-4, False)
+    assert chosen_rate(CROSS_ENTROPY, CUT, SIZE, done) == (2e-4, True)  # the first rate
 
 
-def test_dense_taid_takes_the_learning_rate_of_taid_from_the_cache_in_every_order_of_rows() -> None:
+def test_a_run_whose_gradient_vanished_is_done_but_has_no_part_in_choice_and_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanished(*_: Any) -> None:
+        raise VanishedGradient("gradient", found="none", wanted="some", fix="wait")
+
+    monkeypatch.setattr(Bench, "train", vanished)
+    run = _run(TAID.name, 2e-4)
+    (tmp_path / "runs" / run.folder).mkdir(parents=True)
+    record = Bench(tmp_path, SIZE, engine="transformers").run(run, TAID)
+    assert record["stopped"].startswith("VanishedGradient: gradient")
+    assert not list((tmp_path / "runs").iterdir())
+    append(tmp_path / "log", record, *(_record(_run(TAID.name, rate)) for rate in (5e-4, 1e-3)))
+    done = read_log(tmp_path / "log")
+    assert run in done
+    assert chosen_rate(TAID, MAIN, SIZE, done) == (5e-4, True)
+    assert reported(SIDES, SIZE, {run: record}) == {}
+
+
+def test_dense_taid_takes_the_learning_rate_of_taid_from_the_cache() -> None:
     kls = {2e-4: 1.2, 5e-4: 1.4, 1e-3: 1.1}
     runs = {_run(TAID.name, rate): kl for rate, kl in kls.items()}
     done = {run: _record(run, validation=kl) for run, kl in runs.items()}
-    of_dense = [
-        (run.rate, run.seed) for run, side, _ in planned(SIDES, SIZE, done) if side == DENSE and run.student == MAIN
-    ]
-    assert of_dense == [(1e-3, 0), (1e-3, 1), (1e-3, 2)]
+    of_dense = [run for run, side, _ in planned(SIDES, SIZE, done) if side == DENSE]
+    assert of_dense == [_run(DENSE.name, 1e-3), *(_run(DENSE.name, 2e-4, student=student) for student in (CUT, SMALL))]
     assert DENSE.name not in reported(SIDES, SIZE, done)[MAIN]
-    run = _run(DENSE.name, 1e-3)
+    run = of_dense[0]
     assert reported(SIDES, SIZE, {**done, run: _record(run)})[MAIN][DENSE.name] == [_record(run)]
 
 

@@ -93,7 +93,11 @@ class Taid(TeacherLoss):
         description="How t moves. adaptive: by the paper's rule; linear: along a straight line over the run.",
     )
     t_start: float = Field(
-        0.4, ge=0, le=1, description="t of the first step; the paper uses 0.2 to 0.4, more for a larger gap."
+        0.4,
+        ge=0,
+        le=1,
+        description="t of the first step; the paper uses 0.2 to 0.4, more for a larger gap. Use 0.8 for a student with "
+        "random weights, whose own distribution is noise (measured: docs/capacity.md).",
     )
     t_end: float = Field(1.0, ge=0, le=1, description="t at the end of the run; 1 is the teacher itself.")
     alpha: Literal["auto"] | float = Field(
