@@ -23,7 +23,10 @@ _PANELS = (
 
 
 def draw_real_pair(result: dict[str, Any], path: Path) -> None:
-    """One row of panels for each student: held-out KL to the teacher and top-1 agreement, by side."""
+    """One row of panels for each student: held-out KL to the teacher and top-1 agreement, by side.
+
+    A student that ended further from the teacher than it began has its figure instead of a bar.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -32,16 +35,23 @@ def draw_real_pair(result: dict[str, Any], path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(len(students), len(_PANELS), squeeze=False)
     for row, (student, of_sides) in zip(axes, students.items(), strict=True):
+        before = result["before"][student]
         for panel, (name, label, hint) in zip(row, _PANELS, strict=True):
             ranked = sorted(of_sides, key=lambda side: statistics.mean(of_sides[side][name]), reverse=name == "kl")
+            # A student that training made worse would shrink the bars of all others.
+            lost = [side for side in ranked if name == "kl" and min(of_sides[side][name]) > before[name]]
             for place, side in enumerate(ranked):
                 values = of_sides[side][name]
+                if side in lost:
+                    panel.text(0, place, f" lost: {statistics.mean(values):.1f}", va="center", color=_INK, fontsize=9)
+                    continue
                 color = _FLOOR if side == "cross-entropy" else _BAR
                 panel.barh(place, statistics.mean(values), color=color, height=0.7, alpha=0.75)
                 panel.plot(values, [place] * len(values), ".", color=_INK, markersize=5)
             panel.set_yticks(range(len(ranked)), ranked)
+            panel.set_ylim(-0.6, len(ranked) - 0.4)
             panel.set_xlabel(f"{label} ({hint})", fontsize=9)
-            panel.set_title(f"{student}; before training {result['before'][student][name]:.2f}")
+            panel.set_title(f"{student}; before training {before[name]:.2f}")
             panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title(result))
     with path.open("wb") as sink:
