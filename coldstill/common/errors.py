@@ -61,3 +61,8 @@ def first_line(error: BaseException) -> str:
     """
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {more[0]}" if first.endswith(":") and more else first
+
+
+def type_and_line(error: BaseException) -> str:
+    """The class of an exception and the first line of its message, for errors of other people's code."""
+    return f"{type(error).__name__}: {first_line(error)}"

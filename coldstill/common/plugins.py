@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from .errors import ColdstillError, first_line
+from .errors import ColdstillError, type_and_line
 
 
 class PluginNotFound(ColdstillError):
@@ -41,7 +41,7 @@ def load_plugin(text: str, *, key: str) -> Any:
     except Exception as error:
         raise PluginNotFound(
             f"{key}: {text}",
-            found=f"{type(error).__name__}: {first_line(error)}",
+            found=type_and_line(error),
             wanted=f"a module {module_name} that imports",
             fix=f"start from the folder that holds {module_name}.py, or install it on every node",
         ) from error

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from coldstill.common.config_file import ConfigInvalid
-from coldstill.common.errors import first_line
+from coldstill.common.errors import type_and_line
 from coldstill.common.files import new_file
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.storage_schema.manifest import MANIFEST_NAME
@@ -79,7 +79,7 @@ class Part:
         except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigInvalid(
                 str(self.config_path),
-                found=f"{type(error).__name__}: {first_line(error)}",
+                found=type_and_line(error),
                 wanted="the settings of a part, as `coldstill rounds` wrote them",
                 fix="delete this file: the part's own output is compared with the settings when it runs",
             ) from None

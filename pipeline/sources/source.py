@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from coldstill.common.errors import first_line
+from coldstill.common.errors import type_and_line
 from coldstill.common.models import FrozenModel, parse_document
 from coldstill.common.plugins import load_plugin
 from coldstill.pipeline.errors import (
@@ -330,7 +330,7 @@ def _loaded_adapter(name: str) -> Callable[[SourceRow], SourceRow]:
         try:
             columns = function(row.columns)
         except Exception as error:
-            raise _adapter_failed(name, row, f"{type(error).__name__}: {first_line(error)}") from error
+            raise _adapter_failed(name, row, type_and_line(error)) from error
         if columns is None or columns == {}:
             return row._replace(is_dropped=True)
         if not isinstance(columns, dict):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from coldstill.common.errors import ColdstillError, first_line
+from coldstill.common.errors import ColdstillError, type_and_line
 from coldstill.common.plugins import load_plugin
 from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, TeacherUnusable
@@ -47,7 +47,7 @@ class CheckedTeacher:
             logger.exception("%s could not be constructed", config.engine)
             raise TeacherUnusable(
                 f"teacher.engine: {config.engine}",
-                found=f"{type(error).__name__}: {first_line(error)}",
+                found=type_and_line(error),
                 wanted="a class that is constructed with (config, header, sampling)",
                 fix="construct it in a Python session to see where it fails",
             ) from error

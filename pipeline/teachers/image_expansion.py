@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from coldstill.common.errors import ColdstillError, first_line
+from coldstill.common.errors import ColdstillError, type_and_line
 from coldstill.common.images import ImageTooLarge, ImageUnreadable, ImageUnsupported, decoded
 from coldstill.common.processor import expanded_positions, placeholder_id
 from coldstill.pipeline.config import TeacherConfig
@@ -181,7 +181,7 @@ def images_of(sequence: TokenSequence) -> list[Image.Image]:
 
 def unsupported(error: Exception) -> RowRejected:
     """The rejection of a row whose images the teacher's own processor refuses, for example for their aspect ratio."""
-    found = error.found if isinstance(error, ColdstillError) else f"{type(error).__name__}: {first_line(error)}"
+    found = error.found if isinstance(error, ColdstillError) else type_and_line(error)
     text = _OF_ONE_MACHINE.sub("...", str(found))[:200]
     return RowRejected(RejectReason.IMAGE_UNSUPPORTED, f"the teacher's processor refuses the images: {text}")
 

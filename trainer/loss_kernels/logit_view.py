@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coldstill.common.errors import first_line
+from coldstill.common.errors import type_and_line
 from coldstill.trainer.targets import SparseTargets
 
 from .row_passes import LARGEST_DIFFERENCE, RowGradient, RowPasses, RowReadings, difference
@@ -181,7 +181,7 @@ def _checked_passes(device: torch.device) -> RowPasses:
             return passes
         reason = f"they differ from the plain passes by {found:.1e}"
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = type_and_line(error)
     log.warning("losses on %s run without Triton: %s (%s=0 turns it off silently)", device, reason, TRITON_SWITCH)
     return PlainPasses()
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from coldstill.common.clock import local_now
-from coldstill.common.errors import ColdstillError, first_line
+from coldstill.common.errors import ColdstillError, first_line, type_and_line
 from coldstill.common.files import new_file
 from coldstill.common.models import flat
 from coldstill.trainer.config import TrainConfig
@@ -126,7 +126,7 @@ class RunReport(TrainerCallback):
             raise
         except Exception as error:
             if not self._has_failed:
-                why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+                why = error.strerror if isinstance(error, OSError) else type_and_line(error)
                 logger.warning(f"{self._output / PAGE_NAME} was not written ({why}); the training continues")
             self._has_failed = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from coldstill.common.errors import ColdstillError, first_line
+from coldstill.common.errors import ColdstillError, type_and_line
 from coldstill.common.packages import PackagesMissing
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.tools.card_text import CARD_NAME, PREVIEW_NAME, card_taken, is_unedited, short_card, with_shards
@@ -29,7 +29,7 @@ def made_card(dataset: Dataset, *, progress: bool) -> dict[str, bytes]:
     except ColdstillError:
         raise
     except Exception as error:
-        logger.warning("%s has no card, and none is made: %s", dataset.store.url, _named(error))
+        logger.warning("%s has no card, and none is made: %s", dataset.store.url, type_and_line(error))
         return {}
     logger.warning("%s has no card: the copy gets a generated one", dataset.store.url)
     return files
@@ -84,9 +84,5 @@ def _preview_of(dataset: Dataset) -> bytes | None:
     except ColdstillError:
         raise
     except Exception as error:
-        logger.warning("%s gets no preview: %s", dataset.store.url, _named(error))
+        logger.warning("%s gets no preview: %s", dataset.store.url, type_and_line(error))
         return None
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
