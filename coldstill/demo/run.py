@@ -130,15 +130,15 @@ def run_demo(output: Path, *, quick: bool) -> None:
             work=lambda: write_summary(layout, size),
         ),
     ]
-    _claim(layout, size, quick=quick)
-    threads: AbstractContextManager[None] = nullcontext()
-    if not any(stage.done for stage in stages):
+
+    def before_new(console: Console) -> AbstractContextManager[None]:
         speed = speed_of(_environment())
-        if speed is not None:
-            console.print(speed.sentence(quick=quick), soft_wrap=True)
-            threads = using_threads(speed.threads)
-    with threads:
-        run_stages(stages, layout, size, quick=quick, show=show)
+        if speed is None:
+            return nullcontext()
+        console.print(speed.sentence(quick=quick), soft_wrap=True)
+        return using_threads(speed.threads)
+
+    run_stages(stages, layout, size, quick=quick, show=show, before_new=before_new)
 
 
 def run_stages(
@@ -148,19 +148,23 @@ def run_stages(
     *,
     quick: bool,
     show: Callable[..., None],
-    at_start: str = "",
+    before_new: Callable[[Console], AbstractContextManager[None]],
 ) -> None:
     """Run the missing stages in the layout's folder, then `show(layout, console, wall_s=)`.
 
-    `at_start`: what is printed before the first stage of a new demo.
+    `before_new(console)` is called before the first stage of a new demo, which runs within what it returns.
 
     Raises `OutputOfAnotherSize`, or `StageFailed` with the last lines of the failed stage.
     """
     console = Console(highlight=False)
     _claim(layout, size, quick=quick)
     bring_back(layout.teacher)
-    if at_start and not any(stage.done for stage in stages):
-        console.print(at_start, soft_wrap=True)
+    is_new = not any(stage.done for stage in stages)
+    with before_new(console) if is_new else nullcontext():
+        _run_missing(stages, layout, console, show=show)
+
+
+def _run_missing(stages: Sequence[Stage], layout: Layout, console: Console, *, show: Callable[..., None]) -> None:
     started = time.monotonic()
     for number, stage in enumerate(stages, start=1):
         minutes, seconds = divmod(round(time.monotonic() - started), 60)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldstill.common.files import new_file, read_json, write_json
+from coldstill.trainer.run_report.record import PAGE_NAME
 
 from .settings import LOSSES, Layout, Size
 
@@ -93,7 +94,7 @@ def last_lines(layout: Layout, *, wall_s: float) -> str:
     runs = shlex.quote(str(layout.run("any").parent))
     return (
         f"{layout.card}\n{layout.page}\n{layout.summary}\n{layout.picture}\n"
-        f"Each run has a page, report.html; side by side: coldstill compare {runs}/*/ --html compare.html\n"
+        f"Each run has a page, {PAGE_NAME}; side by side: coldstill compare {runs}/*/ --html compare.html\n"
         f"[dim]{round(wall_s) // 60}:{round(wall_s) % 60:02} minutes[/dim]"
     )
 

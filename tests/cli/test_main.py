@@ -15,9 +15,9 @@ import typer
 import yaml
 
 import coldstill
-from coldstill.cli import main as commands
-from coldstill.cli.main import main
+from coldstill.cli.main import app, main
 from coldstill.cli.output import show_result
+from coldstill.cli.training_commands import evaluate
 from coldstill.common.config_file import ConfigInvalid, ConfigNotFound, described_keys, load_config
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.rounds.config import RoundsConfig
@@ -133,7 +133,7 @@ def _commands() -> Iterator[tuple[list[str], str]]:
         if needed:
             yield words, needed[0].help
 
-    return walk(typer.main.get_command(commands.app), [])
+    return walk(typer.main.get_command(app), [])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_the_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_the_commands_defaults_are_those_of_the_functions_they_call() -> None:
-    command = inspect.signature(commands.evaluate).parameters
+    command = inspect.signature(evaluate).parameters
     function = inspect.signature(coldstill.evaluate).parameters
     shared = (command.keys() & function.keys()) - {"student", "dataset"}
     assert shared == {"teacher", "batch_size", "rows", "dtype"}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from coldstill.demo.run import (
     put_away,
     run_demo,
     run_stage,
+    run_stages,
 )
 from coldstill.demo.settings import FULL, LOSSES, QUICK, Layout, capture_config, train_config
 from coldstill.pipeline.config import CaptureConfig
@@ -57,6 +59,19 @@ def test_a_stage_is_done_when_all_of_its_paths_exist(tmp_path: Path) -> None:
     assert not stage.done
     (tmp_path / "b").touch()
     assert stage.done
+
+
+def test_only_a_demo_without_a_finished_stage_is_a_new_one(tmp_path: Path) -> None:
+    layout, begun = Layout(tmp_path), []
+    stages = [Stage(name="s", heading="h", makes=(tmp_path / "a",), work=(tmp_path / "a").touch)]
+
+    def before_new(_: object) -> nullcontext[None]:
+        begun.append(stages[0].done)
+        return nullcontext()
+
+    for _ in range(2):
+        run_stages(stages, layout, QUICK, quick=True, show=lambda *_, **__: None, before_new=before_new)
+    assert begun == [False]
 
 
 def test_an_output_folder_of_another_size_is_refused_and_unchanged(tmp_path: Path) -> None:

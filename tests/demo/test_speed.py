@@ -52,7 +52,7 @@ def test_a_new_demo_says_how_long_it_takes_and_names_the_engine_that_replaces_vl
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     found: list[Stage] = []
-    monkeypatch.setattr("coldstill.demo.run.run_stages", lambda stages, *_, **__: found.extend(stages))
+    monkeypatch.setattr("coldstill.demo.run._run_missing", lambda stages, *_, **__: found.extend(stages))
     monkeypatch.setattr("coldstill.demo.run.speed_of", lambda _: IDLE)
     monkeypatch.setattr("coldstill.demo.run.demo_engine", lambda: "transformers")
     monkeypatch.setattr("platform.system", lambda: "Darwin")
@@ -98,7 +98,7 @@ def test_a_demo_starts_without_an_estimate_if_the_measurement_fails(
     monkeypatch.setattr("coldstill.demo.speed.MAX_SECONDS", 0.5)
     begun: list[str | None] = []
     monkeypatch.setattr(
-        "coldstill.demo.run.run_stages", lambda *_, **__: begun.append(os.environ.get("OMP_NUM_THREADS"))
+        "coldstill.demo.run._run_missing", lambda *_, **__: begun.append(os.environ.get("OMP_NUM_THREADS"))
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     run_demo(tmp_path / "demo", quick=True)

@@ -24,6 +24,8 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.store import RUN_FOLDER, Store
+from coldstill.trainer.checkpoints import RUN_NAME
+from coldstill.trainer.run_report.record import PAGE_NAME
 from tests import making
 
 
@@ -145,7 +147,7 @@ def test_a_path_without_a_dataset_is_refused_with_what_lies_there_and_where_a_da
 ) -> None:
     training = tmp_path / "run"
     training.mkdir()
-    for name in ("run.json", "report.html"):
+    for name in (RUN_NAME, PAGE_NAME):
         (training / name).touch()
     (tmp_path / "file").touch()
     (tmp_path / "other").mkdir()
@@ -154,7 +156,7 @@ def test_a_path_without_a_dataset_is_refused_with_what_lies_there_and_where_a_da
         (tmp_path / "absent", "no such folder", "check the path"),
         (tmp_path / "file", "a file", "check the path"),
         (tmp_path / "other", "a folder with x", "check the path"),
-        (training, "a folder with report.html, run.json", "coldstill compare"),
+        (training, f"a folder with {PAGE_NAME}, {RUN_NAME}", f"see its {PAGE_NAME}"),
         (tiny_dataset.parent, "a folder with", f"did you mean {tiny_dataset}?"),
         (tiny_dataset / "shards", "a folder with", "check the path"),
     ):

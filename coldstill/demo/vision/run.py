@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+from rich.console import Console
 
 from coldstill.common.files import new_folder
 from coldstill.demo.run import Stage, background_module, dataset_stages, run_module, run_stages
@@ -67,7 +70,12 @@ def run_vision_demo(output: Path, *, quick: bool) -> None:
             work=lambda: write_summary(layout, size),
         ),
     ]
-    run_stages(stages, layout, size, quick=quick, show=show, at_start=expected(quick=quick))
+
+    def before_new(console: Console) -> AbstractContextManager[None]:
+        console.print(expected(quick=quick), soft_wrap=True)
+        return nullcontext()
+
+    run_stages(stages, layout, size, quick=quick, show=show, before_new=before_new)
 
 
 def expected(*, quick: bool) -> str:
