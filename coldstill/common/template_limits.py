@@ -7,9 +7,8 @@ each pass through the body of a loop, a macro or a block spends as many steps as
 `library` is `transformers.utils.chat_template_utils`: this folder imports no library of models.
 
 Filters that call a function for each item spend a step on each. What else one expression does is bounded by its
-operands. Those that make much of little are refused: powers and products of large numbers, long repetitions, sums of
-lists, `lipsum`, and large arguments of some filters. Not bounded are memory, and one comparison of lists that hold the
-same lists many times.
+operands, whose sizes `template_memory` bounds. Refused are sums of lists, and large arguments of some filters. Not
+bounded is one comparison of lists that hold the same lists many times.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import template_memory
+
 MAX_STEPS = 20_000_000
 """Steps of one rendering: a few seconds. A usual template spends 500 on a message."""
 
 MAX_SECONDS = 60.0
 """A second bound, for steps that are slow. Only a hostile template reaches it, so that results do not depend on it."""
 
-_MAX_BITS = 4096
-_MAX_REPEATED = 10_000_000
 _MAX_ARGUMENT = 10_000
 _STEP = "coldstill_step"
 _GUARDED_FILTERS = ("slice", "round", "batch", "center", "indent")
@@ -64,14 +63,17 @@ _METER = _Meter()
 def limited(chat_template: str, library: Any) -> Iterator[None]:
     """Bound what transformers' `apply_chat_template` does with this template within the `with` block.
 
-    Raises `jinja2.TemplateSyntaxError` for a template that does not compile. Rendering raises `TemplateTooLong`.
+    Raises `jinja2.TemplateSyntaxError` for a template that does not compile. Rendering raises `TemplateTooLong` and
+    `TemplateTooLarge`.
     """
     _require_counted(chat_template, library)
     _METER.left, _METER.until = MAX_STEPS, time.monotonic() + MAX_SECONDS
+    template_memory.start()
     try:
         yield
     finally:
         _METER.left = None
+        template_memory.stop()
 
 
 def _require_counted(chat_template: str, library: Any) -> None:
@@ -84,10 +86,7 @@ def _require_counted(chat_template: str, library: Any) -> None:
 
 @functools.cache
 def _install(library: Any) -> None:
-    """Compile all later templates of this process so that they count.
-
-    Compiling computes constant expressions, so that the environment must be bounded before the template is compiled.
-    """
+    """Compile all later templates of this process so that they count."""
     compiler = library._cached_compile_jinja_template
     make = getattr(compiler, "__wrapped__", compiler)  # each call gives a new environment
 
@@ -103,9 +102,12 @@ def _bound(environment: Any) -> None:
     """Make all programs of a sandboxed environment of Jinja count their steps, and refuse large operands."""
     import jinja2
 
+    template_memory.bound_memory(environment)
+
     @jinja2.pass_context  # else the compiler would compute it once
-    def step(_: Any, steps: int) -> None:
+    def step(_: Any, steps: int, characters: int) -> None:
         _METER.spend(steps)
+        template_memory.spend(characters)
 
     environment.filters[_STEP] = step
     for name in _GUARDED_FILTERS:
@@ -113,9 +115,6 @@ def _bound(environment: Any) -> None:
     for name in _COUNTED_FILTERS:
         environment.filters[name] = _counted(environment.filters[name])
     environment.filters["sum"] = _sum_of_numbers(environment.filters["sum"])
-    environment.globals.pop("lipsum", None)
-    environment.intercepted_binops = frozenset({"*", "**"})
-    environment.binop_table |= {"*": _product, "**": _power}
     environment.code_generator_class = _counting_generator()
 
 
@@ -125,37 +124,48 @@ def _counting_generator() -> type[Any]:
     from jinja2 import nodes
     from jinja2.compiler import CodeGenerator, Frame
 
-    repeated = (nodes.For, nodes.Macro, nodes.CallBlock)  # each has a `body` of statements
+    repeated = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)  # each has a `body` of statements
 
-    def size(node: nodes.Node) -> int:
+    def own(node: nodes.Node) -> Iterator[nodes.Node]:
         """Nodes below `node`, without those of the bodies that spend steps of their own."""
-        children = [child for child in node.iter_child_nodes() if not isinstance(child, repeated)]
-        return len(children) + sum(map(size, children))
+        for child in node.iter_child_nodes():
+            if not isinstance(child, repeated):
+                yield child
+                yield from own(child)
+
+    def spend(node: nodes.Node) -> nodes.Expr:
+        inside = list(own(node))
+        characters = sum(len(one.data) for one in inside if isinstance(one, nodes.TemplateData))
+        given: list[nodes.Expr] = [nodes.Const(characters)]
+        return nodes.Filter(nodes.Const(1 + len(inside)), _STEP, given, [], None, None)
 
     class CountingGenerator(CodeGenerator):
         def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
             found: list[Any] = list(node.find_all(repeated))
-            for each, steps in [(each, 1 + size(each)) for each in found]:
-                spend = nodes.Filter(nodes.Const(steps), _STEP, [], [], None, None)
-                each.body.insert(0, nodes.ExprStmt(spend, lineno=each.lineno).set_environment(self.environment))
+            for each, spent in [(each, spend(each)) for each in found]:
+                each.body.insert(0, nodes.ExprStmt(spent, lineno=each.lineno).set_environment(self.environment))
             super().visit_Template(node, frame)
 
+        def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+            self.write("(markup_join if context.eval_ctx.autoescape else str_join)(environment.spend_concat((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write(")))")
+
+        def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+            if not isinstance(node.arg, nodes.Slice):
+                super().visit_Getitem(node, frame)
+                return
+            self.write("environment.spend_slice(")
+            self.visit(node.node, frame)
+            self.write(", slice(")
+            for bound in (node.arg.start, node.arg.stop, node.arg.step):
+                self.visit(bound or nodes.Const(None), frame)
+                self.write(", ")
+            self.write("))")
+
     return CountingGenerator
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > _MAX_BITS:
-        raise TemplateTooLong(f"the chat template computes a power of more than {_MAX_BITS} bits")
-    return base**exponent
-
-
-def _product(left: Any, right: Any) -> Any:
-    for one, other in ((left, right), (right, left)):
-        if isinstance(one, int) and hasattr(other, "__len__") and len(other) * one > _MAX_REPEATED:
-            raise TemplateTooLong(f"the chat template repeats to a length of more than {_MAX_REPEATED:,}")
-    if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > _MAX_BITS:
-        raise TemplateTooLong(f"the chat template computes a product of more than {_MAX_BITS} bits")
-    return left * right
 
 
 def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
