@@ -11,21 +11,30 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from coldstill.common.progress import tqdm
+from coldstill.storage_schema.codec import MOST_ROW_OVERHEAD
 from coldstill.storage_schema.commits import Reject
-from coldstill.storage_schema.header import MAX_VOCAB_SIZE
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import span_positions
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, fingerprint_bytes
+from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
+from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TokenizerFacts, fingerprint_bytes
 
 from .config import CaptureConfig
 from .errors import all_rejected
+from .expected_bytes import (
+    BYTES_OF_RANKS,
+    BYTES_PER_SHARD,
+    BYTES_PER_TOKEN,
+    MOST_BYTES_PER_GROUP,
+    MOST_BYTES_PER_ROW,
+    bytes_per_target,
+    most_bytes_per_target,
+)
 from .image_counts import ImageCounts, ImageEstimate
 from .prepare import make_header, open_checked, require_unique_ids
 from .sources.sequence_maker import SequenceMaker
@@ -39,44 +48,6 @@ _PROBED_TOKENS = 1 << 20
 _PROBED_SEQUENCES = 4096
 _PROBED_MEDIA_BYTES = 256 << 20
 """Upper limits of what is sent to the worker of a probe: more than it scores in a minute, little for the network."""
-
-# Bytes per target until a teacher has run: `benchmarks/results/codec_2_cores.json`, sides "ours", of a sharp and
-# a flat teacher (mean entropies 1.2 and 4.4 nats, vocabulary 8,192). A vocabulary of more than 65,536 ids takes a few
-# bytes more. Between the measured K the values are interpolated linearly.
-TOP_KS = (16, 32, 64, 128)
-FLOOR = 1e-4
-DRAWS = 64
-BYTES_PER_TARGET = {
-    ("fine", False, "sharp"): (30.8, 54.5, 98.6, 182.1),
-    ("fine", False, "flat"): (30.1, 54.3, 102.1, 193.4),
-    ("fine", True, "sharp"): (25.6, 38.8, 57.1, 76.8),
-    ("fine", True, "flat"): (30.0, 53.2, 97.3, 176.3),
-    ("coarse", False, "sharp"): (27.7, 50.2, 90.8, 169.7),
-    ("coarse", False, "flat"): (26.7, 48.7, 90.3, 171.5),
-    ("coarse", True, "sharp"): (22.5, 34.8, 51.0, 68.5),
-    ("coarse", True, "flat"): (26.6, 47.6, 86.0, 155.8),
-    ("exact", False, "sharp"): (47.6, 91.7, 179.6, 357.1),
-    ("exact", False, "flat"): (45.9, 89.2, 176.7, 352.8),
-}
-"""By fidelity, whether min_prob excludes ids below `FLOOR`, and sharpness: bytes at each of `TOP_KS`, without draws."""
-BYTES_OF_DRAWS = {
-    ("iid", "sharp"): dict(zip(TOP_KS, (4.5, 3.0, 1.9, 1.1), strict=True)),
-    ("iid", "flat"): dict(zip(TOP_KS, (30.6, 29.2, 27.3, 24.7), strict=True)),
-    ("systematic", "sharp"): {4: 9.5, 8: 7.0, 16: 4.8, 32: 3.3, 64: 2.1, 128: 1.4},
-    ("systematic", "flat"): {4: 47.3, 8: 44.1, 16: 40.5, 32: 36.6, 64: 32.7, 128: 28.5},
-}
-"""Bytes per target that `DRAWS` draws add, by K; of iid ones at most 32 are kept. The systematic ones are those of
-`benchmarks/results/draws_bytes_2_cores.json`."""
-BYTES_BESIDE_IDS = 2.0
-"""Least bytes of a target beside its ids: its tail, label and counts. Estimates below the least measured K use it."""
-RANKED = 0.92
-"""Factor by which an id rank table changes the bytes."""
-BYTES_PER_TOKEN = 1.5
-"""Bytes per token of an answer that the teacher has not generated yet."""
-BYTES_PER_SHARD = 5_000
-"""Parquet's footer and page headers, and the header of the dataset, in each shard."""
-BYTES_OF_RANKS = 28_000
-"""The id rank table of a large vocabulary, at most; it is part of each shard's header."""
 
 
 @dataclass
@@ -93,18 +64,13 @@ class SourceCounts:
     layouts: tuple[str, ...] = ()
     own_bytes: int = 0
     """Compressed bytes of what the source gives to the rows: tokens, ids and metadata."""
+    own_bytes_most: int = 0
+    """The same before compression."""
     sequences: int = 0
     tokens: int = 0
     targets: int = 0
     images: ImageEstimate | None = None
     """Of a teacher that sees images."""
-
-
-class Bounds(NamedTuple):
-    """Bytes per target of a sharp and of a flat teacher, the smaller one first."""
-
-    least: float
-    most: float
 
 
 class Effort(BaseModel):
@@ -136,26 +102,27 @@ class DryRun(BaseModel):
     targets_are: Literal["counted", "at most", "by the probe's answers"]
     read_as: tuple[str, ...] = Field(default=(), description="How columns of recognized layouts were read.")
     shards: int
-    bytes_least: int
-    bytes_most: int = Field(description="Bytes of the shards.")
+    bytes_from: int
+    bytes_to: int = Field(description="Expected bytes of the shards, from and to; a teacher may be sharper or flatter.")
+    bytes_most: int = Field(description="No capture takes more bytes: as if no distribution could be compressed.")
     bytes_are: Literal["of a sharp and a flat teacher", "by the probe's shard"]
     images: ImageEstimate | None = Field(default=None, description="Images, for a teacher that sees them.")
     effort: Effort | None = None
 
     # mypy knows no decorated property, as pydantic's documentation of `computed_field` says.
     @computed_field(  # type: ignore[prop-decorator]
-        description="bytes_least per million targets, by which captures of different sizes compare."
+        description="bytes_from per million targets, by which captures of different sizes compare."
     )
     @property
-    def bytes_per_million_targets_least(self) -> int:
+    def bytes_per_million_targets_from(self) -> int:
         """Bytes of the shards per million targets, of the smaller estimate."""
-        return self._per_million(self.bytes_least)
+        return self._per_million(self.bytes_from)
 
-    @computed_field(description="bytes_most per million targets.")  # type: ignore[prop-decorator]
+    @computed_field(description="bytes_to per million targets.")  # type: ignore[prop-decorator]
     @property
-    def bytes_per_million_targets_most(self) -> int:
+    def bytes_per_million_targets_to(self) -> int:
         """Bytes of the shards per million targets, of the larger estimate."""
-        return self._per_million(self.bytes_most)
+        return self._per_million(self.bytes_to)
 
     def _per_million(self, size: int) -> int:
         return round(size * 1_000_000 / max(1, self.targets))
@@ -190,13 +157,15 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
             what=f"{source.name}: all {counts.rows:,} rows",
             example=next(iter(counts.examples.values()), ""),
         )
-    if probe and counts.sequences:
+    shards = len(units)
+    most = _most_bytes(config, counts, shards, token_count=_facts(config, maker).token_count)
+    if probe:
         report, gpus = _probe(config, source, maker, seconds=probe_s)
-        return _with_probe(config, counts, shards=len(units), report=report, gpus=gpus)
-    return _without_probe(config, counts, shards=len(units))
+        return _with_probe(config, counts, shards=shards, bytes_most=most, report=report, gpus=gpus)
+    return _without_probe(config, counts, shards=shards, bytes_most=most)
 
 
-def _without_probe(config: CaptureConfig, counts: SourceCounts, *, shards: int) -> DryRun:
+def _without_probe(config: CaptureConfig, counts: SourceCounts, *, shards: int, bytes_most: int) -> DryRun:
     targets, own = counts.targets, counts.own_bytes + shards * BYTES_PER_SHARD
     if config.mode == "generate":
         targets = counts.sequences * config.sampling.n * config.sampling.max_tokens
@@ -209,14 +178,15 @@ def _without_probe(config: CaptureConfig, counts: SourceCounts, *, shards: int) 
         targets=targets,
         targets_are="at most" if config.mode == "generate" else "counted",
         shards=shards,
-        bytes_least=least,
-        bytes_most=most,
+        bytes_from=least,
+        bytes_to=most,
+        bytes_most=bytes_most,
         bytes_are="of a sharp and a flat teacher",
     )
 
 
 def _with_probe(
-    config: CaptureConfig, counts: SourceCounts, *, shards: int, report: SpeedReport, gpus: float
+    config: CaptureConfig, counts: SourceCounts, *, shards: int, bytes_most: int, report: SpeedReport, gpus: float
 ) -> DryRun:
     """Extrapolated from the probe: answers have its length, and scoring takes time in proportion to tokens."""
     answers = config.mode == "generate"
@@ -232,8 +202,9 @@ def _with_probe(
         targets=targets,
         targets_are="by the probe's answers" if answers else "counted",
         shards=shards,
-        bytes_least=size,
-        bytes_most=size,
+        bytes_from=size,
+        bytes_to=size,
+        bytes_most=bytes_most,
         bytes_are="by the probe's shard",
         effort=Effort(
             tokens_per_s=report.tokens / max(report.seconds, 1e-9),
@@ -262,8 +233,7 @@ def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, secon
     """The speed of one real worker, and its number of GPUs."""
     from .cluster.pool import WorkerPool
 
-    tokenizer = tokenizer_files(maker.tokenizer)[TOKENIZER_FILE]
-    facts = fingerprint_bytes(tokenizer, where=f"{config.teacher.model}: {TOKENIZER_FILE}")
+    facts = _facts(config, maker)
     header = make_header(
         config,
         model_config=load_model_config(config.teacher, facts),
@@ -278,6 +248,11 @@ def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, secon
         WorkerPool(config.model_copy(update={"output": elsewhere})) as pool,
     ):
         return pool.measure(header, sequences, seconds=seconds), pool.gpus_per_worker
+
+
+def _facts(config: CaptureConfig, maker: SequenceMaker) -> TokenizerFacts:
+    tokenizer = tokenizer_files(maker.tokenizer)[TOKENIZER_FILE]
+    return fingerprint_bytes(tokenizer, where=f"{config.teacher.model}: {TOKENIZER_FILE}")
 
 
 def _first(source: Source, maker: SequenceMaker) -> Iterator[TokenSequence]:
@@ -316,6 +291,7 @@ def count_source(
                 columns.append(f"{made.sample_id} {json.dumps(made.metadata, ensure_ascii=False)}")
             counts.own_bytes += _compressed(b"".join(ids.tobytes() for ids in tokens))
             counts.own_bytes += _compressed("\n".join(columns).encode())
+            counts.own_bytes_most += sum(8 * ids.size for ids in tokens) + sum(len(text.encode()) for text in columns)
             counts.rows += unit.rows
             bar.update(unit.rows)
             bar.set_postfix_str(f"{counts.tokens:,} tokens, {counts.rejected.total():,} rejected")
@@ -323,6 +299,7 @@ def count_source(
     if images:
         counts.images = images.estimate()
         counts.own_bytes += images.bytes_in_rows
+        counts.own_bytes_most += images.bytes_in_rows
     return counts
 
 
@@ -338,26 +315,13 @@ def _targets(config: CaptureConfig, sequence: TokenSequence) -> int:
     return config.sampling.n * min(config.sampling.max_tokens, room)
 
 
-def bytes_per_target(config: CaptureConfig) -> Bounds:
-    """Bytes of the teacher's distribution at a target."""
-    return Bounds(*sorted(_bytes(config, sharpness) for sharpness in ("sharp", "flat")))
-
-
-def _bytes(config: CaptureConfig, sharpness: str) -> float:
-    teacher = config.teacher
-    has_floor = teacher.min_prob >= FLOOR and config.fidelity != "exact"
-    entries = _at(
-        BYTES_PER_TARGET[config.fidelity, has_floor, sharpness], config.kept_width(token_count=MAX_VOCAB_SIZE)
-    )
-    of_draws = BYTES_OF_DRAWS[teacher.draw_method, sharpness]
-    draws = float(np.interp(teacher.top_k, list(of_draws), list(of_draws.values())))
-    draws *= min(teacher.draws, 2 * teacher.kept_draws) / DRAWS
-    logprobs = 2 * draws if teacher.draw_logprobs else 0.0
-    return (RANKED if config.calibration_targets and config.fidelity != "exact" else 1.0) * entries + draws + logprobs
-
-
-def _at(values: tuple[float, ...], top_k: int) -> float:
-    """Linear interpolation between the measured K and a position without ids; proportional to K above them."""
-    if top_k > TOP_KS[-1]:
-        return values[-1] * top_k / TOP_KS[-1]
-    return float(np.interp(top_k, (0, *TOP_KS), (BYTES_BESIDE_IDS, *values)))
+def _most_bytes(config: CaptureConfig, counts: SourceCounts, shards: int, *, token_count: int) -> int:
+    """No capture takes more. Answers have all tokens that they may have."""
+    rows, own, targets = counts.sequences, counts.own_bytes_most, counts.targets
+    if config.mode == "generate":
+        rows, own = rows * config.sampling.n, own * config.sampling.n + 8 * targets
+    total = own + round(targets * most_bytes_per_target(config, token_count=token_count))
+    total += rows * (MOST_ROW_OVERHEAD + MOST_BYTES_PER_ROW)
+    groups = shards + 2 * total // MAX_GROUP_BYTES + rows // MAX_GROUP_ROWS
+    ranks = BYTES_OF_RANKS if config.calibration_targets and config.fidelity != "exact" else 0
+    return total + groups * MOST_BYTES_PER_GROUP + shards * (BYTES_PER_SHARD + ranks)

@@ -53,7 +53,11 @@ def capture(
     if dry_run:
         from coldstill.pipeline.dry_run import dry_run as run_dry
 
-        then = "" if probe else "A sharp teacher needs the least bytes, a flat one the most; --probe measures yours."
+        then = (
+            ""
+            if probe
+            else "Of a sharp and a flat teacher; --probe measures yours. Bytes most are a bound: none takes more."
+        )
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary, then=then)
         return
     was_finished = Store(settings.output).exists(MANIFEST_NAME)

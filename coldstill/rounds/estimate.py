@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.dry_run import bytes_per_target, dry_run
+from coldstill.pipeline.dry_run import dry_run
+from coldstill.pipeline.expected_bytes import most_bytes_per_target
 
 from .config import RoundsConfig
 from .run import checked_parts
@@ -33,7 +34,7 @@ def estimate_rounds(config: RoundsConfig) -> dict[str, Any]:
         "answers of a round": rows,
         "targets of a round, at most": found.targets,
         "bytes of the answers of a round, at most": found.bytes_most,
-        "bytes of the scores of a round, at most": round(found.targets * bytes_per_target(scores).most)
+        "bytes of the scores of a round, at most": round(found.targets * most_bytes_per_target(scores))
         + found.bytes_most,
         "optimizer steps of the first round": "not known: start_datasets have rows too" if steps is None else steps,
     }

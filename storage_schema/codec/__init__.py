@@ -1,5 +1,5 @@
 """The codec of a row's targets: named streams, one zstd frame each."""
 
-from .row_codec import MAX_ENTRIES, STREAMS, RowCodec
+from .row_codec import MAX_ENTRIES, MOST_ROW_OVERHEAD, STREAMS, RowCodec, most_position_bytes
 
-__all__ = ["MAX_ENTRIES", "STREAMS", "RowCodec"]
+__all__ = ["MAX_ENTRIES", "MOST_ROW_OVERHEAD", "STREAMS", "RowCodec", "most_position_bytes"]

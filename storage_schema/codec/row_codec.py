@@ -18,10 +18,10 @@ from coldstill.storage_schema.errors import StreamDamaged
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
-from .byte_planes import half_planes, to_planes
+from .byte_planes import ESCAPE, half_planes, to_planes
 from .draws import DrawStreams
 from .frames import SCRATCH, Frames, compress, split
-from .kept_entries import Float16Entries, GridEntries, IdRanks
+from .kept_entries import Float16Entries, GridEntries, IdRanks, id_width
 
 STREAMS = (
     "counts",
@@ -42,6 +42,31 @@ STREAMS = (
 MAX_ENTRIES = 1 << 24
 """Maximum number of entries (positions times K, or kept draws) of one row: 128 MiB of ids and log-probs when
 decoded."""
+
+
+MOST_ROW_OVERHEAD = len(STREAMS) * 32
+"""Most bytes of a row that hold no value: what zstd puts around each stream, and its length in a shard."""
+
+
+def most_position_bytes(
+    *, codec: str, top_k: int, token_count: int, kept_draws: int = 0, draw_logprobs: bool = False
+) -> float:
+    """Most bytes of a target position, where nothing can be compressed, without `MOST_ROW_OVERHEAD`.
+
+    `codec`, `top_k` (K), `token_count`, `kept_draws` and `draw_logprobs` are those of a header.
+    """
+    width = id_width(token_count)
+
+    def sorted_ids(number: int) -> int:  # the distances of a position add up to less than `token_count`
+        return number + width * min(number, token_count // ESCAPE)
+
+    if codec == "grid":
+        entries = sorted_ids(top_k) + 3 * top_k + 4  # last and tail level
+    else:
+        entries = (width + 2) * top_k + 2
+    draws = 2 + sorted_ids(kept_draws) + 2 * draw_logprobs * kept_draws if kept_draws else 0
+    values = 2 + entries + 2 + draws  # the count before the entries, the label's log-prob after them
+    return values * (1 + 2.0**-15)  # zstd puts three bytes before each 128 KiB
 
 
 class RowCodec:

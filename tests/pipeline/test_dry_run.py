@@ -9,24 +9,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from coldstill.pipeline.config import CaptureConfig
-from coldstill.pipeline.dry_run import (
+from coldstill.pipeline.dry_run import DryRun, SourceCounts, count_source, dry_run
+from coldstill.pipeline.expected_bytes import (
     BYTES_OF_DRAWS,
     BYTES_PER_TARGET,
     TOP_KS,
-    DryRun,
-    SourceCounts,
     bytes_per_target,
-    count_source,
-    dry_run,
+    most_bytes_per_target,
 )
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.storage_schema.codec import MOST_ROW_OVERHEAD, RowCodec
+from coldstill.storage_schema.header import Codec, DatasetHeader
 from coldstill.storage_schema.manifest import Manifest, seal
+from coldstill.storage_schema.rows import TeacherTargets
 from tests import making
 from tests.pipeline.capturing import capture_config, do_units, write_config
 
@@ -73,9 +75,9 @@ def test_a_probe_measures_a_real_worker_and_writes_nothing_either(tmp_path: Path
     assert effort.worker_hours * 3600 * effort.tokens_per_s == pytest.approx(dry.tokens, rel=1e-6)
     assert effort.hours == pytest.approx(effort.worker_hours / 2)
     assert (effort.gpu_hours, effort.cost) == (0, 0)
-    assert dry.bytes_least == dry.bytes_most
+    assert dry.bytes_from == dry.bytes_to
     size = sum(shard.file.bytes for shard in captured(config).shards)
-    assert dry.bytes_most == pytest.approx(size, rel=0.5)  # the shards of so small a capture are mostly footer
+    assert dry.bytes_to == pytest.approx(size, rel=0.5)  # the shards of so small a capture are mostly footer
 
 
 @pytest.mark.parametrize("targets", [1, 250_000, 30_000_000])
@@ -85,12 +87,13 @@ def test_bytes_per_million_targets_are_the_total_over_the_targets_at_both_ends(t
     dry = DryRun(
         **counts,
         targets_are="counted",
-        bytes_least=20_300_000,
-        bytes_most=58_100_000,
+        bytes_from=20_300_000,
+        bytes_to=58_100_000,
+        bytes_most=99_000_000,
         bytes_are="of a sharp and a flat teacher",
     )
     lines = dry.lines()
-    for end in ("least", "most"):
+    for end in ("from", "to"):
         per_million = lines[f"bytes_per_million_targets_{end}"]
         assert per_million == getattr(dry, f"bytes_per_million_targets_{end}")
         assert isinstance(per_million, int)
@@ -229,5 +232,71 @@ def test_the_range_of_bytes_holds_metadata_and_the_shards_own_bytes(tmp_path: Pa
     making.write_jsonl(tmp_path / "rows.jsonl", rows)
     dry = dry_run(config, progress=False)
     size = sum(shard.file.bytes for shard in captured(config).shards)
-    assert 0.9 * dry.bytes_least <= size <= 1.1 * dry.bytes_most
-    assert dry.bytes_most < 1.8 * dry.bytes_least
+    assert 0.9 * dry.bytes_from <= size <= 1.1 * dry.bytes_to
+    assert dry.bytes_to < 1.8 * dry.bytes_from
+
+
+class _Random:
+    """Targets that nothing can compress: random ids over the whole vocabulary, random log-probs, all draws distinct."""
+
+    def __init__(self, header: DatasetHeader, seed: int = 0):
+        self._header, self._rng = header, np.random.default_rng(seed)
+
+    def targets(self, positions: int) -> TeacherTargets:
+        header, rng = self._header, self._rng
+        shuffled = np.argsort(rng.random((positions, header.token_count)), axis=1)[
+            :, : header.top_k + header.kept_draws
+        ]
+        ids, draws = np.split(shuffled.astype(np.int32), [header.top_k], axis=1)
+        logprobs = -np.sort(rng.uniform(5, 60, ids.shape), axis=1).astype(np.float32)
+        return TeacherTargets(
+            ids=ids,
+            logprobs=logprobs,
+            counts=np.full(positions, header.top_k, np.int32),
+            log_tail=rng.uniform(-0.01, 0, positions).astype(np.float32),
+            label_logprob=rng.uniform(-60, -5, positions).astype(np.float32),
+            draw_ids=draws.reshape(-1),
+            draw_counts=np.full(positions, header.kept_draws, np.int32),
+            draw_logprobs=rng.uniform(-60, -5, draws.size).astype(np.float32) if header.draw_logprobs else None,
+        )
+
+
+@pytest.mark.parametrize("fidelity", ["fine", "coarse", "exact"])
+@pytest.mark.parametrize("teacher", [{"top_k": 1, "draws": 0}, {"top_k": 64, "draws": 64, "draw_logprobs": True}])
+@pytest.mark.parametrize("token_count", [300, 5_000, 100_000])
+def test_targets_that_nothing_can_compress_take_no_more_than_the_bound(
+    tmp_path: Path, fidelity: str, teacher: dict[str, Any], token_count: int
+) -> None:
+    config = settings(**teacher).model_copy(update={"fidelity": fidelity})
+    header = making.tiny_header(
+        making.tiny_tokenizer(tmp_path),
+        top_k=config.teacher.top_k,
+        draws=config.teacher.draws,
+        token_count=token_count,
+        vocab_size=token_count,
+        draw_logprobs=config.teacher.draw_logprobs,
+        codec=Codec.preset(config.fidelity, top_k=config.teacher.top_k),
+    )
+    for positions in (1, 300):
+        targets = _Random(header).targets(positions)
+        frames = RowCodec(header).encode(targets, labels=np.full(positions, token_count - 1, np.int32))
+        size = sum(4 + len(frame) for frame in frames.values())
+        most = most_bytes_per_target(config, token_count=token_count)
+        assert size <= positions * most + MOST_ROW_OVERHEAD
+        assert size > 0.3 * positions * most
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "generate", "sampling": {"n": 2, "max_tokens": 20}}])
+@pytest.mark.parametrize("rows_per_unit", [1, 10])
+def test_a_capture_of_a_flat_teacher_takes_no_more_than_the_most(
+    tmp_path: Path, changes: dict[str, Any], rows_per_unit: int
+) -> None:
+    """A teacher of random weights is flat: no id of it is likelier than the others."""
+    teacher = {"min_prob": 0.0, "top_k": 64, "draws": 64, "draw_logprobs": True}
+    config = capture_config(
+        tmp_path, rows=12, rows_per_unit=rows_per_unit, teacher=teacher, calibration_targets=0, **changes
+    )
+    dry = dry_run(config, progress=False)
+    size = sum(shard.file.bytes for shard in captured(config).shards)
+    assert size <= dry.bytes_most
+    assert dry.bytes_to <= dry.bytes_most

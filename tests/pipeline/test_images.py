@@ -202,9 +202,9 @@ def test_the_bytes_of_a_probe_are_those_of_values_and_of_the_images_in_rows(
         sequences = [made for made in maker.sequences(source.rows()) if isinstance(made, TokenSequence)]
         report = measure_speed(load_for(config, header), header, sequences, seconds=60)
         counts = count_source(config, units=units, source=source, maker=maker, progress=False)
-        dry = _with_probe(config, counts, shards=1, report=report, gpus=0.0)
+        dry = _with_probe(config, counts, shards=1, bytes_most=0, report=report, gpus=0.0)
         assert dry.images is not None
-        sizes[in_row_bytes] = (dry.bytes_most, dry.images.image_bytes_in_rows)
+        sizes[in_row_bytes] = (dry.bytes_to, dry.images.image_bytes_in_rows)
     assert sizes[0][1] == 0 < sizes[1 << 18][1]
     assert sizes[1 << 18][0] - sizes[0][0] == pytest.approx(sizes[1 << 18][1], rel=0.05)
 
