@@ -18,7 +18,7 @@ from coldstill.common.config_file import check_config
 from coldstill.common.packages import require_packages
 from coldstill.tools.exchange.settings import AxolotlSettings, DistillKitSettings
 
-from .output import show_result, stdout_console
+from .output import show_result, stdout_console, writable
 
 if TYPE_CHECKING:
     from coldstill.storage_schema.dataset import Dataset
@@ -109,7 +109,10 @@ def inspect_(
     root: Root,
     row: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Row number, starting at 0.")] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="PAGE", help="Write the row to this file as an HTML page that works offline.")
+        Path | None,
+        typer.Option(
+            metavar="PAGE", callback=writable, help="Write the row to this file as an HTML page that works offline."
+        ),
     ] = None,
 ) -> None:
     """Print what a dataset holds, or one of its rows token by token with the teacher's predictions."""
@@ -132,9 +135,12 @@ def inspect_(
 def stats(
     root: Root,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write all figures to this file, as JSON.")
+        Path | None,
+        typer.Option(metavar="FILE", callback=writable, help="Also write all figures to this file, as JSON."),
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the histograms into this file.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=writable, help="Also draw the histograms into this file.")
+    ] = None,
 ) -> None:
     """Measure a dataset: bytes by stream, entropy, tail mass, label ranks, lengths."""
     from coldstill.tools.stats.measure import measure_stats
@@ -145,7 +151,9 @@ def stats(
     measured = measure_stats(root)
     show_stats(measured, console=stdout_console())
     if json is not None:
-        json.write_text(measured.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        from coldstill.tools.inspect.page import put_page
+
+        put_page(json, f"{measured.model_dump_json(indent=2)}\n".encode())
     if png is not None:
         from coldstill.tools.stats.plot import write_plot
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coldstill.common.files import write_json
 from coldstill.common.visible import visible
 
 _FILE_WIDTH = 160
@@ -47,7 +47,33 @@ def show_result(
     if then:
         stdout_console().print(then, markup=False, highlight=False, soft_wrap=True)
     if summary:
-        write_json(summary, result)
+        from coldstill.tools.inspect.page import put_page
+
+        put_page(summary, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def writable(path: Path | None) -> Path | None:
+    """Check, before a command begins its work, that the file of an option can be written at its end.
+
+    Raises `PageNotWritten`.
+    """
+    if path is None:
+        return None
+    from coldstill.tools.errors import PageNotWritten
+
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    found = ""
+    if path.is_dir():
+        found = "a folder"
+    elif not folder.is_dir():
+        found = f"{folder} is a file"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        found = "no permission to write it"
+    if found:
+        raise PageNotWritten(
+            visible(str(path)), found=visible(found), wanted="a file that can be written", fix="choose another path"
+        )
+    return path
 
 
 def show_error(text: str) -> None:

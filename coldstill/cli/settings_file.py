@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from coldstill.common.config_file import described_keys
 
-from .output import stdout_console
+from .output import stdout_console, writable
 
 MAKE = "Capture and train"
 """The panel of `coldstill --help` that lists these commands."""
@@ -22,7 +22,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value", help="Settings that replace those of the file, such as output=data/other."),
 ]
-Summary = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the summary to this file, as JSON.")]
+Summary = Annotated[
+    Path | None, typer.Option(metavar="FILE", callback=writable, help="Also write the summary to this file, as JSON.")
+]
 
 NOTHING_DONE = "It was finished before, and nothing was done again: choose another output to start anew.\n"
 """Printed after a run that had nothing left to do."""

@@ -12,7 +12,7 @@ from coldstill import api
 from coldstill.common.config_file import load_config
 from coldstill.common.packages import require_packages
 
-from .output import show_result, stdout_console, word
+from .output import show_result, stdout_console, word, writable
 from .settings_file import MAKE, NOTHING_DONE, Config, Overrides, Summary, command_with_keys
 
 training_commands = typer.Typer()
@@ -56,8 +56,12 @@ def compare(
             "folder of a run is read anyway.",
         ),
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="PAGE", help="Also write a page with the curves.")] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curves into this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="PAGE", callback=writable, help="Also write a page with the curves.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=writable, help="Also draw the curves into this file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Put training runs side by side: settings that differ, losses, KL, speed, memory, evaluations."""
@@ -83,7 +87,10 @@ def evaluate(
     ] = None,
     per_token: Annotated[int, typer.Option(metavar="ROWS", min=0, help="Print this many rows token by token.")] = 0,
     records: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the rows of --per-token to FILE as JSON lines instead.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", callback=writable, help="Write the rows of --per-token to FILE as JSON lines instead."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = _EVALUATE["batch_size"],
     rows: Annotated[

@@ -25,7 +25,7 @@ class RowOutOfRange(ColdstillError):
 
 
 class PageNotWritten(ColdstillError):
-    """The page's file cannot be written.
+    """A file that an option names, such as a page or a picture, cannot be written.
 
     Fix: choose another path.
     """

@@ -230,3 +230,36 @@ def test_the_commands_defaults_are_those_of_the_functions_they_call() -> None:
     shared = (command.keys() & function.keys()) - {"student", "dataset"}
     assert shared == {"teacher", "batch_size", "rows", "dtype"}
     assert {name: command[name].default for name in shared} == {name: function[name].default for name in shared}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("capture", "absent.yaml", "--summary"),
+        ("train", "absent.yaml", "--summary"),
+        ("rounds", "absent.yaml", "--summary"),
+        ("compare", "absent", "--html"),
+        ("compare", "absent", "--png"),
+        ("evaluate", "absent", "absent", "--records"),
+        ("stats", "absent", "--json"),
+        ("stats", "absent", "--png"),
+        ("inspect", "absent", "--html"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """After a night of training it would be too late."""
+    (tmp_path / "file").touch()
+    for place, found in ((tmp_path, "a folder"), (tmp_path / "file" / "x", "is a file")):
+        assert _run(monkeypatch, *words, place) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("PageNotWritten")
+        assert found in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_in_a_new_folder_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_dataset: Path) -> None:
+    assert _run(monkeypatch, "stats", tiny_dataset, "--json", tmp_path / "a" / "b.json") == 0
+    assert json.loads((tmp_path / "a" / "b.json").read_text())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from coldstill.common.packages import require_packages
+from coldstill.tools.inspect.page import put_page
 from coldstill.tools.stats.histogram import Histogram
 from coldstill.tools.stats.measure import Stats
 from coldstill.tools.stats.table import bytes_per_target, figure, rank_shares
@@ -26,8 +27,8 @@ _LEAST_SHARE = 0.001
 
 
 def write_plot(stats: Stats, path: str | Path) -> None:
-    """Write the plot to a local file. Raises `PackagesMissing`."""
-    Path(path).write_bytes(plot_png(stats))
+    """Write the plot to a local file. Raises `PackagesMissing` and `PageNotWritten`."""
+    put_page(Path(path), plot_png(stats))
 
 
 def plot_png(stats: Stats) -> bytes:
