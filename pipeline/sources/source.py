@@ -169,7 +169,8 @@ class Source:
             return DatasetRows(self._config.rows_of)
         if path is None:
             return HubDataset(self._config)
-        if not glob.has_magic(path) and not _has_known_ending(path) and not is_folder(path):
+        has_ending = "." in path.rpartition("/")[2]
+        if has_ending and not glob.has_magic(path) and not _has_known_ending(path) and not is_folder(path):
             format_of(path)  # a wrong ending is reported before a missing file
         return _origin_of(self._files)
 

@@ -97,8 +97,15 @@ def _require_reachable(config: TeacherConfig) -> None:
 
 
 def _require_whole_model(config: TeacherConfig) -> None:
-    """Raise `TeacherUnusable` for the folder of an adapter, whose place is `teacher.adapter`."""
+    """Raise `TeacherUnusable` for a folder without a model, and for an adapter: its place is `teacher.adapter`."""
     adapter, whole = _file(config, "adapter_config.json"), _file(config, "config.json")
+    if adapter is None and whole is None and Path(config.model).is_dir():
+        raise TeacherUnusable(  # transformers would advise to install packages
+            f"teacher.model {config.model}",
+            found="a folder without config.json",
+            wanted="a folder or Hub name of a causal language model",
+            fix="check teacher.model",
+        )
     if adapter is None:
         return
     try:

@@ -326,6 +326,11 @@ def test_a_folder_is_named_with_the_way_out(tmp_path: Path) -> None:
         open_source(SourceConfig(path=str(tmp_path / "x.jsonl")))
 
 
+def test_a_missing_folder_is_not_taken_for_a_file_with_an_unknown_ending(tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFound, match="no such file"):
+        open_source(SourceConfig(path=str(tmp_path / "absent")))
+
+
 def test_an_unknown_ending_is_named_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a")
     for path in ("x.csv", "*"):

@@ -57,6 +57,12 @@ def test_the_folder_of_an_adapter_is_named_with_the_way_out(tmp_path: Path, is_w
     assert ("remove adapter_config.json" in str(e.value)) == is_whole
 
 
+def test_a_folder_without_a_model_is_named_and_no_package_advised(tmp_path: Path) -> None:
+    with pytest.raises(TeacherUnusable, match=r"without config\.json") as error:
+        load_tokenizer(TeacherConfig(model=str(tmp_path)))
+    assert "pip install" not in str(error.value)
+
+
 def test_a_damaged_adapter_config_is_named_too(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(TeacherUnusable, match="to its base model"):
