@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,39 +16,14 @@ import pytest
 from PIL import Image
 
 from coldstill.common import images
-from coldstill.pipeline.errors import ImageHostFailed, SourceNotFound
+from coldstill.pipeline.errors import SourceNotFound
 from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources import image_reader
 from coldstill.pipeline.sources.conversation import RowUnusable
 from coldstill.pipeline.sources.image_reader import ImageReader
 from coldstill.storage_schema.errors import StorageFailed
+from tests.pipeline.sources.image_reading import RED, image_file, read_image, reader_of, refusal_of
 from tests.vision import image_bytes
-
-RED = image_bytes(1)
-
-
-def _file(image: Image.Image, format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def _reader(path: str = "rows.jsonl", **settings: Any) -> ImageReader:
-    return ImageReader(SourceConfig(path=path, **settings))
-
-
-def _read(content: bytes | str, path: str = "rows.jsonl", **settings: Any) -> bytes:
-    (medium,) = _reader(path, **settings).read([content], [5])
-    assert medium.position == 5
-    assert medium.data is not None
-    return medium.data
-
-
-def _refusal(content: bytes | str, path: str = "rows.jsonl", **settings: Any) -> tuple[str, str]:
-    with pytest.raises(RowUnusable) as caught:
-        _read(content, path, **settings)
-    return str(caught.value.reason), caught.value.detail
-
 
 # Kinds of images
 
@@ -59,19 +31,19 @@ def _refusal(content: bytes | str, path: str = "rows.jsonl", **settings: Any) ->
 def _turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return _file(Image.new("RGB", (4, 2), "red"), "JPEG", exif=exif)
+    return image_file(Image.new("RGB", (4, 2), "red"), "JPEG", exif=exif)
 
 
 KINDS: dict[str, Callable[[], bytes]] = {
     "EXIF": _turned,
     "palette": lambda: image_bytes(1, mode="P"),
-    "palette with transparency": lambda: _file(Image.new("P", (4, 4)), "PNG", transparency=0),
+    "palette with transparency": lambda: image_file(Image.new("P", (4, 4)), "PNG", transparency=0),
     "alpha": lambda: image_bytes(1, mode="RGBA"),
     "gray with alpha": lambda: image_bytes(1, mode="LA"),
     "black and white": lambda: image_bytes(1, mode="1"),
     "CMYK": lambda: image_bytes(1, mode="CMYK", format="JPEG"),
     "one pixel": lambda: image_bytes(1, size=(1, 1)),
-    "20,000 pixels wide": lambda: _file(Image.new("L", (20_000, 2)), "PNG"),
+    "20,000 pixels wide": lambda: image_file(Image.new("L", (20_000, 2)), "PNG"),
     "WebP": lambda: image_bytes(1, format="WEBP"),
     "GIF of one frame": lambda: image_bytes(1, mode="P", format="GIF"),
     "BMP": lambda: image_bytes(1, format="BMP"),
@@ -81,7 +53,7 @@ KINDS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 def test_images_of_every_kind_are_stored_as_they_are(kind: Callable[[], bytes]) -> None:
     data = kind()
-    assert _read(data) == data
+    assert read_image(data) == data
 
 
 def _bomb() -> bytes:
@@ -96,22 +68,26 @@ def _bomb() -> bytes:
 
 def _animated() -> bytes:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    return _file(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    return image_file(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
 UNUSABLE: dict[str, tuple[Callable[[], bytes], str, str]] = {
-    "16 bits": (lambda: _file(Image.new("I;16", (4, 4)), "PNG"), "image_unsupported", "image 0: mode I;16"),
+    "16 bits": (lambda: image_file(Image.new("I;16", (4, 4)), "PNG"), "image_unsupported", "image 0: mode I;16"),
     "animated": (_animated, "image_unsupported", "image 0: 2 frames; wanted one"),
     "truncated": (lambda: image_bytes(1, format="JPEG")[:-200], "image_unreadable", "image 0: OSError: "),
     "another format": (
-        lambda: _file(Image.new("L", (4, 4)), "TIFF"),
+        lambda: image_file(Image.new("L", (4, 4)), "TIFF"),
         "image_unreadable",
         "image 0: bytes that begin with b'II",
     ),
     "nothing": (lambda: b"", "image_unreadable", "image 0: no bytes; wanted a whole PNG"),
     "no image": (lambda: b"hello", "image_unreadable", "image 0: bytes that begin with b'hello'; wanted a whole PNG"),
     "a bomb": (_bomb, "image_too_large", "image 0: "),
-    "too many pixels": (lambda: _file(Image.new("1", (9_000, 8_000)), "PNG"), "image_too_large", "image 0: 9,000 x 8"),
+    "too many pixels": (
+        lambda: image_file(Image.new("1", (9_000, 8_000)), "PNG"),
+        "image_too_large",
+        "image 0: 9,000 x 8",
+    ),
 }
 
 
@@ -119,29 +95,29 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str, str]] = {
 def test_images_that_no_model_can_be_shown_are_rejected_by_name(
     data: Callable[[], bytes], reason: str, detail: str
 ) -> None:
-    found = _refusal(data())
+    found = refusal_of(data())
     assert found[0] == reason
     assert found[1].startswith(detail)
     assert "0x" not in found[1]
-    assert found == _refusal(data())
+    assert found == refusal_of(data())
 
 
 def test_more_bytes_than_an_image_may_have_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "large.png").write_bytes(RED)
     monkeypatch.setattr(image_reader, "MAX_IMAGE_BYTES", len(RED) - 1)
-    assert _refusal("large.png", str(tmp_path / "x.jsonl")) == (
+    assert refusal_of("large.png", str(tmp_path / "x.jsonl")) == (
         "image_too_large",
         f"image 0: more than {len(RED) - 1:,} bytes",
     )
     monkeypatch.setattr(images, "MAX_IMAGE_BYTES", len(RED) - 1)
-    assert _refusal(RED)[0] == "image_too_large"
+    assert refusal_of(RED)[0] == "image_too_large"
 
 
 def test_an_image_that_many_rows_have_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = image_reader.decoded
     monkeypatch.setattr(image_reader, "decoded", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))  # type: ignore[func-returns-value]
-    reader = _reader()
+    reader = reader_of()
     for _ in range(3):
         reader.read([RED, image_bytes(2)], [0, 1])
     assert len(calls) == 2
@@ -163,13 +139,13 @@ def test_an_image_that_many_rows_have_is_decoded_once(monkeypatch: pytest.Monkey
 def test_relative_paths_start_at_the_sources_folder(path: str, folder: str, tmp_path: Path) -> None:
     (tmp_path / folder / "images").mkdir(parents=True)
     (tmp_path / folder / "images" / "x.png").write_bytes(RED)
-    assert _read("images/x.png", path.format(tmp_path)) == RED
+    assert read_image("images/x.png", path.format(tmp_path)) == RED
 
 
 def test_relative_paths_start_at_image_root_if_it_is_set(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(RED)
-    assert _read("x.png", image_root=str(tmp_path)) == RED
-    assert _read("x.png", image_root=f"file://{tmp_path}/") == RED
+    assert read_image("x.png", image_root=str(tmp_path)) == RED
+    assert read_image("x.png", image_root=f"file://{tmp_path}/") == RED
 
 
 def test_images_of_a_local_dataset_start_at_its_folder_and_those_of_a_hub_dataset_need_a_root(tmp_path: Path) -> None:
@@ -182,12 +158,12 @@ def test_images_of_a_local_dataset_start_at_its_folder_and_those_of_a_hub_datase
 def test_object_stores_are_read(tmp_path: Path) -> None:
     with fsspec.open("memory://images/a/x.png", "wb") as file:
         file.write(RED)
-    assert _read("memory://images/a/x.png", image_root="memory://images/b") == RED
-    assert _read("memory://images/a/x.png", "memory://images/rows.jsonl") == RED
-    assert _read("a/x.png", image_root="memory://images") == RED
-    assert _read("x.png", "memory://images/a/rows.jsonl") == RED
+    assert read_image("memory://images/a/x.png", image_root="memory://images/b") == RED
+    assert read_image("memory://images/a/x.png", "memory://images/rows.jsonl") == RED
+    assert read_image("a/x.png", image_root="memory://images") == RED
+    assert read_image("x.png", "memory://images/a/rows.jsonl") == RED
     for place in ("y.png", "a", ""):
-        assert _refusal(f"memory://images/{place}", image_root="memory://images")[0] == "image_not_found"
+        assert refusal_of(f"memory://images/{place}", image_root="memory://images")[0] == "image_not_found"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +225,7 @@ def test_places_that_cannot_be_read_are_rejected_without_a_path_of_the_machine(
     (tmp_path / "folder").mkdir()
     (tmp_path / "x.png").write_bytes(RED)
     os.mkfifo(tmp_path / "pipe")
-    reason, detail = _refusal(place, str(tmp_path / "rows.jsonl"), image_hosts=("good.org",))
+    reason, detail = refusal_of(place, str(tmp_path / "rows.jsonl"), image_hosts=("good.org",))
     assert reason == "image_not_found"
     assert detail.startswith(f"image 0, {why}")
     assert str(tmp_path) not in detail
@@ -264,8 +240,8 @@ def test_a_root_that_does_not_exist_stops_the_capture(remote: bool, tmp_path: Pa
         file.write(RED)
     for place in ("x.png", "absent.png"):
         with pytest.raises(SourceNotFound, match=r"source\.image_root .*/image\n.*no such folder"):
-            _reader(path, image_root=roots[0]).read([place], [0])
-    reader = _reader(path, image_root=roots[1])
+            reader_of(path, image_root=roots[0]).read([place], [0])
+    reader = reader_of(path, image_root=roots[1])
     for _ in range(2):
         with pytest.raises(RowUnusable, match="image_not_found"):
             reader.read(["absent.png"], [0])
@@ -276,20 +252,20 @@ def test_a_root_that_does_not_exist_stops_the_capture(remote: bool, tmp_path: Pa
 def test_a_file_address_may_be_quoted(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(RED)
     for place in ((tmp_path / name).as_uri(), f"file://{tmp_path}/{name}", f"file:{tmp_path}/{name}"):
-        assert _read(place) == RED
+        assert read_image(place) == RED
 
 
 def test_the_users_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "x.png").write_bytes(RED)
-    assert _read("x.png", image_root="~/data") == RED
-    assert _read("data/x.png", path="~/rows.jsonl") == RED
+    assert read_image("x.png", image_root="~/data") == RED
+    assert read_image("data/x.png", path="~/rows.jsonl") == RED
 
 
 def test_a_root_that_goes_away_stops_the_capture(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    reader = _reader(image_root=str(tmp_path / "images"))
+    reader = reader_of(image_root=str(tmp_path / "images"))
     with pytest.raises(RowUnusable, match="image_not_found"):
         reader.read(["absent.png"], [0])
     (tmp_path / "images").rmdir()
@@ -301,7 +277,7 @@ def test_a_disk_that_fails_is_no_reject_of_the_row(tmp_path: Path, monkeypatch: 
     def failing(path: str) -> os.stat_result:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    reader = _reader(str(tmp_path / "rows.jsonl"))
+    reader = reader_of(str(tmp_path / "rows.jsonl"))
     monkeypatch.setattr(image_reader.os, "stat", failing)
     with pytest.raises(StorageFailed, match="Stale"):
         reader.read([str(tmp_path / "x.png")], [0])
@@ -311,7 +287,7 @@ def test_a_disk_that_fails_is_no_reject_of_the_row(tmp_path: Path, monkeypatch: 
 def test_what_is_no_host_is_refused_where_hosts_are_named(host: str) -> None:
     """It would match no address, and each row with one would be rejected."""
     with pytest.raises(ValueError, match=r"hosts such as images\.example\.com"):
-        _reader(image_hosts=[host])
+        reader_of(image_hosts=[host])
 
 
 @pytest.mark.parametrize("source", [{"path": "memory://a/rows.jsonl"}, {"dataset": "some/name"}])
@@ -332,94 +308,3 @@ def test_rows_of_another_machine_do_not_read_this_ones_files(source: dict[str, s
             reader.read([place], [0])
     (tmp_path / "root" / "x.png").write_bytes(RED)
     assert reader.read(["x.png"], [0])[0].data == RED
-
-
-# http
-
-
-class _Server(ThreadingHTTPServer):
-    """Answers by path; `failures` is how often /later fails first."""
-
-    failures = 0
-    asked: list[str] = []
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        status, headers, body = 200, {}, RED
-        if self.path == "/absent.png":
-            status, body = 404, b""
-        elif self.path == "/elsewhere.png":
-            status, headers, body = 302, {"Location": "http://localhost:1/x.png"}, b""
-        elif self.path == "/file.png":
-            status, headers, body = 302, {"Location": "file:///etc/passwd"}, b""
-        elif self.path == "/near.png":
-            status, headers, body = 302, {"Location": "/x.png"}, b""
-        elif self.path == "/later.png" and self.server.failures:
-            self.server.failures -= 1
-            status, body = 503, b""
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
-    monkeypatch.setattr(image_reader, "_PAUSE_S", 0.01)
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def _host(server: _Server) -> str:
-    return f"127.0.0.1:{server.server_port}"
-
-
-def test_an_allowed_host_is_read_and_another_is_not_asked(server: _Server) -> None:
-    host = _host(server)
-    assert _read(f"http://{host}/a b/ä.png?x=1#part", image_hosts=(host,)) == RED
-    assert server.asked == ["/a%20b/%C3%A4.png?x=1"]
-    reason, detail = _refusal(f"http://{host}/x.png")
-    assert reason == "image_not_found"
-    assert detail.endswith(f"host {host} is not in source.image_hosts")
-    assert len(server.asked) == 1
-
-
-def test_redirects_are_followed_to_allowed_hosts_only(server: _Server) -> None:
-    host = _host(server)
-    assert _read(f"http://{host}/near.png", image_hosts=(host,)) == RED
-    for place in ("elsewhere", "file"):
-        reason, detail = _refusal(f"http://{host}/{place}.png", image_hosts=(host,))
-        assert reason == "image_not_found"
-        assert detail.endswith("a redirect to a host that is not in source.image_hosts")
-
-
-def test_an_address_without_an_image_rejects_the_row_and_a_host_without_an_answer_fails_the_unit(
-    server: _Server,
-) -> None:
-    host = _host(server)
-    assert _refusal(f"http://{host}/absent.png", image_hosts=(host,))[1].endswith("HTTP status 404")
-    server.failures = 2
-    assert _read(f"http://{host}/later.png", image_hosts=(host,)) == RED
-    server.failures = 3
-    with pytest.raises(ImageHostFailed, match=r"take 127\.0\.0\.1:\d+ out of source\.image_hosts"):
-        _read(f"http://{host}/later.png", image_hosts=(host,))
-
-
-def test_a_download_is_bounded(server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_reader, "MAX_IMAGE_BYTES", len(RED) - 1)
-    host = _host(server)
-    assert _refusal(f"http://{host}/x.png", image_hosts=(host,))[0] == "image_too_large"

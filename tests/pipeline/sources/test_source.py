@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,73 +10,24 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
-from coldstill.pipeline.errors import SourceChanged, SourceEmpty, SourceNotFound, SourceUnreadable, TooManyUnits
+from coldstill.pipeline.errors import SourceChanged, SourceNotFound, SourceUnreadable
 from coldstill.pipeline.source_config import SourceConfig
-from coldstill.pipeline.sources import json_lines, parquet_rows
-from coldstill.pipeline.sources import source as source_module
+from coldstill.pipeline.sources import parquet_rows
 from coldstill.pipeline.sources.source import Source, open_source
 from coldstill.storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.store import Store
-
-ROWS = [{"id": f"r{i}", "text": "ü" * i} for i in range(11)]
-BORDERS = [(0, 4), (4, 4), (4, 9), (9, 11)]
-"""Of the files of a source of several; one of them is empty."""
-
-
-def _lines(rows: list[Any]) -> bytes:
-    """Blank lines are no rows, and the last line may have no end."""
-    return ("\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)).encode()
-
-
-def _gzip(data: bytes) -> bytes:
-    return gzip.compress(data, mtime=0)
-
-
-def _write(path: Path, rows: list[Any]) -> None:
-    if path.suffix == ".parquet":
-        table = pa.Table.from_pylist(rows, schema=pa.schema({"id": pa.string(), "text": pa.string()}))
-        pq.write_table(table, path, row_group_size=3)
-        return
-    packed: Callable[[bytes], bytes] = {".gz": _gzip, ".zst": zstandard.compress}.get(path.suffix, bytes)
-    path.write_bytes(packed(_lines(rows)))
-
-
-def _one(name: str) -> Callable[[Path], SourceConfig]:
-    def make(folder: Path) -> SourceConfig:
-        _write(folder / name, ROWS)
-        return SourceConfig(path=str(folder / name))
-
-    return make
-
-
-def _many(pattern: str, *endings: str) -> Callable[[Path], SourceConfig]:
-    def make(folder: Path) -> SourceConfig:
-        for number, (start, stop) in enumerate(BORDERS):
-            _write(folder / f"part {number}{endings[number % len(endings)]}", ROWS[start:stop])
-        return SourceConfig(path=str(folder / pattern))
-
-    return make
-
-
-def _dataset(folder: Path) -> SourceConfig:
-    for number, (start, stop) in enumerate([(0, 5), (5, 11)]):
-        _write(folder / f"train-{number}.parquet", ROWS[start:stop])
-    return SourceConfig(dataset=str(folder))
-
-
-FORMATS: dict[str, Callable[[Path], SourceConfig]] = {
-    "jsonl": _one("a source.jsonl"),
-    "gz": _one("a source.jsonl.gz"),
-    "zst": _one("a source.json.zst"),
-    "parquet": _one("a source.parquet"),
-    "many jsonl": _many("part*.jsonl", ".jsonl"),
-    "many parquet": _many("**/*.parquet", ".parquet"),
-    "many mixed lines": _many("part*", ".jsonl", ".jsonl.gz", ".jsonl.zst"),
-    "datasets": _dataset,
-}
-STAGED = {"gz", "zst", "many mixed lines", "datasets"}
+from tests.pipeline.sources.source_files import (
+    BORDERS,
+    FORMATS,
+    ROWS,
+    STAGED,
+    as_lines,
+    dataset_folder,
+    many_files,
+    one_file,
+    write_rows,
+)
 
 
 @pytest.fixture(params=FORMATS)
@@ -189,7 +137,7 @@ def test_a_changed_source_has_another_fingerprint(config: SourceConfig, format_n
     first = open_source(config, store)
     first.plan(4)
     path = sorted((tmp_path / "source").iterdir())[0]
-    _write(path, [{"id": "x", "text": "another"}])
+    write_rows(path, [{"id": "x", "text": "another"}])
     assert open_source(config, store).fingerprint != first.fingerprint
 
 
@@ -202,8 +150,8 @@ def test_other_columns_on_an_existing_dataset_are_named(config: SourceConfig, tm
 
 def test_another_split_of_a_dataset_is_named(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
-    config = _dataset(tmp_path / "source")
-    _write(tmp_path / "source" / "test-0.parquet", ROWS[:2])
+    config = dataset_folder(tmp_path / "source")
+    write_rows(tmp_path / "source" / "test-0.parquet", ROWS[:2])
     store = Store(tmp_path / "dataset")
     open_source(config, store).plan(4)
     with pytest.raises(SourceChanged, match=r"source\.split"):
@@ -212,17 +160,17 @@ def test_another_split_of_a_dataset_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_joins_the_pattern_later_is_a_change_and_no_worker_reads_it(tmp_path: Path) -> None:
-    source = _many("part*.jsonl", ".jsonl")(tmp_path)
+    source = many_files("part*.jsonl", ".jsonl")(tmp_path)
     store = Store(tmp_path / "dataset")
     first = open_source(source, store)
     plan = first.plan(4)
-    _write(tmp_path / "part 00.jsonl", ROWS[:3])
+    write_rows(tmp_path / "part 00.jsonl", ROWS[:3])
     assert open_source(source, store).fingerprint != first.fingerprint
     assert _read(open_source(source, store), list(plan)) == ROWS
 
 
 def test_a_unit_reads_no_byte_of_the_rows_before_it(tmp_path: Path) -> None:
-    config = _one("x.jsonl")(tmp_path)
+    config = one_file("x.jsonl")(tmp_path)
     source = open_source(config)
     unit = source.plan(4)[1]
     data = (tmp_path / "x.jsonl").read_bytes()
@@ -231,7 +179,7 @@ def test_a_unit_reads_no_byte_of_the_rows_before_it(tmp_path: Path) -> None:
 
 
 def test_of_a_parquet_file_only_the_row_groups_of_the_unit_are_read(tmp_path: Path) -> None:
-    config = _one("x.parquet")(tmp_path)
+    config = one_file("x.parquet")(tmp_path)
     source = open_source(config)
     unit = source.plan(3)[2]
     path = tmp_path / "x.parquet"
@@ -247,18 +195,18 @@ def test_of_a_parquet_file_only_the_row_groups_of_the_unit_are_read(tmp_path: Pa
 
 @pytest.mark.parametrize("format_name", ["jsonl", "parquet"])
 def test_a_source_that_changes_under_a_worker_is_named(tmp_path: Path, format_name: str) -> None:
-    config = _one(f"x.{format_name}")(tmp_path)
+    config = one_file(f"x.{format_name}")(tmp_path)
     source = open_source(config)
     last = source.plan(4)[-1]
     with pytest.raises(SourceChanged, match="unit 2"):
         _read(source, [Unit(last.index, last.start, last.first_row, last.rows + 1)])
-    _write(tmp_path / f"x.{format_name}", ROWS[:-2])
+    write_rows(tmp_path / f"x.{format_name}", ROWS[:-2])
     with pytest.raises(SourceChanged, match="unit 2"):
         _read(source, [last])
 
 
 def test_a_unit_that_would_start_inside_a_line_is_named(tmp_path: Path) -> None:
-    source = open_source(_one("x.jsonl")(tmp_path))
+    source = open_source(one_file("x.jsonl")(tmp_path))
     unit = source.plan(4)[1]
     with pytest.raises(SourceChanged, match="no line that starts"):
         _read(source, [Unit(1, unit.start + 1, 4, 4)])
@@ -267,14 +215,14 @@ def test_a_unit_that_would_start_inside_a_line_is_named(tmp_path: Path) -> None:
 def test_a_remote_pattern_is_read_through_fsspec() -> None:
     fs = fsspec.filesystem("memory")
     for number, (start, stop) in enumerate(BORDERS):
-        fs.pipe_file(f"/remote/part-{number}.jsonl", _lines(ROWS[start:stop]))
+        fs.pipe_file(f"/remote/part-{number}.jsonl", as_lines(ROWS[start:stop]))
     store = Store("memory://remote-dataset")
     plan = open_source(SourceConfig(path="memory://remote/part-*.jsonl"), store).plan(4)
     assert _read(open_source(SourceConfig(path="memory://remote/part-*.jsonl"), store), list(plan)) == ROWS
 
 
 def test_parquet_in_huge_row_groups_is_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _one("x.parquet")(tmp_path)
+    config = one_file("x.parquet")(tmp_path)
     narrow = open_source(config).fingerprint
     monkeypatch.setattr(parquet_rows, "_WIDE_BYTES", 1)
     store = Store(tmp_path / "dataset")
@@ -289,118 +237,3 @@ def test_nulls_that_a_typed_column_adds_are_left_out(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     (row,) = open_source(SourceConfig(path=str(tmp_path / "x.parquet"))).head()
     assert row.columns == {"m": [{"role": "user"}, {"role": "tool", "call": {"a": 1}}], "note": None}
-
-
-BROKEN_LINES = {
-    b"nonsense": "not JSON",
-    b"[1]": "list",
-    b'{"text": "\xff"}': "utf-8",
-    b'"' + b"[" * 10: "not JSON",
-    b"[" * 100_000: "not JSON",
-    b'{"text": "\\ud800"}': "surrogates",
-    b'{"a": ' + b"9" * 5000 + b"}": "digits",
-}
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
-def test_a_line_that_is_no_object_is_told_apart_not_dropped(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"x.{ending}"
-    data = b"\n".join([b'{"a": 1}', *BROKEN_LINES, b'{"a": 2}'])
-    path.write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
-    source = open_source(SourceConfig(path=str(path)), Store(tmp_path / "dataset"))
-    rows = list(source.read(source.plan(10)[0]))
-    assert [row.columns for row in rows] == [{"a": 1}, *[None] * len(BROKEN_LINES), {"a": 2}]
-    for row, problem in zip(rows[1:-1], BROKEN_LINES.values(), strict=True):
-        assert problem in row.problem
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for path in ("absent.jsonl", "absent*.jsonl"):
-        with pytest.raises(SourceNotFound, match="absent"):
-            open_source(SourceConfig(path=str(tmp_path / path)))
-
-
-def test_a_folder_is_named_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").mkdir()
-    with pytest.raises(SourceNotFound, match=r"x\.jsonl/\*\.jsonl"):
-        open_source(SourceConfig(path=str(tmp_path / "x.jsonl")))
-
-
-def test_a_missing_folder_is_not_taken_for_a_file_with_an_unknown_ending(tmp_path: Path) -> None:
-    with pytest.raises(SourceNotFound, match="no such file"):
-        open_source(SourceConfig(path=str(tmp_path / "absent")))
-
-
-def test_an_unknown_ending_is_named_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("a")
-    for path in ("x.csv", "*"):
-        with pytest.raises(SourceUnreadable, match="convert it"):
-            open_source(SourceConfig(path=str(tmp_path / path)))
-
-
-def test_lines_and_parquet_in_one_pattern_are_refused(tmp_path: Path) -> None:
-    _one("x.jsonl")(tmp_path), _one("x.parquet")(tmp_path)
-    with pytest.raises(SourceUnreadable, match="files of one format"):
-        open_source(SourceConfig(path=str(tmp_path / "x.*")))
-
-
-def test_an_address_that_fsspec_does_not_know_is_named() -> None:
-    with pytest.raises(SourceUnreadable, match="nowhere"):
-        open_source(SourceConfig(path="nowhere://x/y.jsonl"))
-
-
-@pytest.mark.parametrize("text", ["", "\n\n"])
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
-def test_an_empty_source_is_named(tmp_path: Path, ending: str, text: str) -> None:
-    path = tmp_path / f"x.{ending}"
-    path.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
-    source = open_source(SourceConfig(path=str(path)))
-    with pytest.raises(SourceEmpty, match="no rows"):
-        source.head()
-    with pytest.raises(SourceEmpty, match="no rows"):
-        source.plan(4)
-
-
-def test_damaged_parquet_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "x.parquet"
-    path.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(SourceUnreadable, match=r"x\.parquet"):
-        open_source(SourceConfig(path=str(path)))
-
-
-@pytest.mark.parametrize(("ending", "packed"), [("gz", gzip.compress), ("zst", zstandard.compress)])
-def test_damaged_compression_is_named_with_the_line_and_nothing_is_staged(
-    tmp_path: Path, ending: str, packed: Callable[[bytes], bytes]
-) -> None:
-    whole = packed(_lines([{"n": os.urandom(20).hex()} for _ in range(2000)]))
-    store = Store(tmp_path / "dataset")
-    for name, data in {"cut": whole[:-9], "none": b"this was never packed", "trailing": whole + b"rubbish"}.items():
-        path = tmp_path / f"{name}.jsonl.{ending}"
-        path.write_bytes(data)
-        with pytest.raises(SourceUnreadable, match=rf"{name}\.jsonl\.{ending}: after line \d+"):
-            open_source(SourceConfig(path=str(path)), store).plan(4)
-        assert store.names("staging") == []
-
-
-def test_a_line_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_lines, "MAX_ROW_BYTES", 1000)
-    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n' + b"x" * 5000)
-    with pytest.raises(SourceUnreadable, match="line 2"):
-        open_source(SourceConfig(path=str(tmp_path / "x.jsonl"))).plan(4)
-
-
-def test_a_dataset_that_is_not_there_is_named(tmp_path: Path) -> None:
-    for dataset, split in ((str(tmp_path / "absent"), "train"), (str(tmp_path), "train")):
-        with pytest.raises(SourceNotFound, match=r"source\.dataset"):
-            open_source(SourceConfig(dataset=dataset, split=split)).head()
-    _dataset(tmp_path)
-    with pytest.raises(SourceNotFound, match="validation"):
-        open_source(SourceConfig(dataset=str(tmp_path), split="validation")).head()
-
-
-def test_a_plan_of_too_many_units_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "MAX_UNITS", 5)
-    source = open_source(_one("x.jsonl")(tmp_path))
-    with pytest.raises(TooManyUnits, match="rows_per_unit to 3"):
-        source.plan(2)
-    assert len(source.plan(3)) == 4

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
 
+import fsspec
+import pytest
+
 _ERROR = "<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{code}</Message></Error>"
 
 
@@ -117,3 +120,18 @@ def serve() -> Iterator[S3Server]:
     server = S3Server()
     yield server
     server.stop()
+
+
+def login(monkeypatch: pytest.MonkeyPatch, server: S3Server, key: str = "testing", secret: str = "testing") -> None:
+    """Let s3fs find `server`, and none of the machine's own settings."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/nonexistent",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+    }.items():
+        monkeypatch.setenv(name, value)

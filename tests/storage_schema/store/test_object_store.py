@@ -13,8 +13,6 @@ import secrets
 import subprocess
 import sys
 import threading
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -32,14 +30,8 @@ from coldstill.storage_schema.commits import CommitRecord, commit_name, commit_u
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import (
     AccessDenied,
-    CredentialsMissing,
-    DatasetNotFound,
     DatasetNotSealed,
     FileMissing,
-    StorageFailed,
-    StorageFull,
-    StoreNotFound,
-    StoreUnreachable,
     UnsupportedStore,
 )
 from coldstill.storage_schema.header import DatasetHeader
@@ -51,7 +43,7 @@ from coldstill.tools.pull import dataset_files, pull
 from coldstill.tools.push import push
 from coldstill.tools.verify import verify
 from tests import making
-from tests.storage_schema.store.s3_server import S3Server, serve
+from tests.storage_schema.store.s3_server import S3Server
 
 REPOSITORY = Path(__file__).parents[3]
 UNITS = 3
@@ -61,32 +53,6 @@ from tests.storage_schema.store.test_object_store import DatasetHeader, Store, c
 store = Store(sys.argv[1])
 commit(store, DatasetHeader.from_bytes(store.read("dataset.json"), where=""), 1, seed=int(sys.argv[2]))
 """
-
-s3_server = pytest.fixture(scope="module")(serve)
-
-
-def _login(monkeypatch: pytest.MonkeyPatch, server: S3Server, key: str = "testing", secret: str = "testing") -> None:
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    for name, value in {
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": "/nonexistent",
-        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
-    }.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    _login(monkeypatch, s3_server)
-    name = f"bucket-{secrets.token_hex(4)}"
-    fsspec.filesystem("s3").mkdir(name)
-    s3_server.forget()
-    yield name
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture(params=["s3", "memory"])
@@ -342,104 +308,6 @@ def test_a_large_file_is_not_read_whole(s3_server: S3Server, bucket: str) -> Non
         assert file.read(100) == data[5 << 20 : (5 << 20) + 100]
         held = len(file._file.cache.cache)  # type: ignore[attr-defined]
     assert 100 <= held <= 2 << 20
-
-
-def test_no_such_bucket_has_a_name(bucket: str) -> None:
-    absent = Store(f"s3://{bucket}-absent/dataset")
-    for ask in (
-        absent.require_writable,
-        lambda: absent.put("a", b""),
-        lambda: absent.read("a"),
-        lambda: absent.names("a"),
-        lambda: open_dataset(absent.url),
-    ):
-        with pytest.raises(StoreNotFound, match="check the name"):
-            ask()
-    with pytest.raises(DatasetNotFound):
-        open_dataset(f"s3://{bucket}/absent")
-
-
-def test_no_credentials_have_a_name(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    store = Store(f"s3://{bucket}/dataset")
-    for ask in (store.require_writable, lambda: store.read("a"), lambda: store.exists("a")):
-        with pytest.raises(CredentialsMissing, match="AWS_PROFILE"):
-            ask()
-
-
-def test_credentials_that_are_wrong_or_lack_the_right_have_names(
-    s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import boto3
-
-    Store(f"s3://{bucket}/dataset").put("a", b"1")
-    iam = boto3.client("iam")
-    iam.create_user(UserName=bucket)
-    key = iam.create_access_key(UserName=bucket)["AccessKey"]
-
-    def enforce(after: str) -> None:
-        url = f"{s3_server.url}/moto-api/reset-auth"
-        request = urllib.request.Request(url, after.encode(), {"Content-Type": "text/plain"}, method="POST")
-        urllib.request.urlopen(request).close()
-
-    enforce("0")
-    try:
-        _login(monkeypatch, s3_server, "AKIAWRONG", "wrong")
-        with pytest.raises(CredentialsMissing, match="AWS_PROFILE"):
-            Store(f"s3://{bucket}/dataset").put("a", b"2")
-        with pytest.raises(AccessDenied, match="AWS_PROFILE"):  # of a HEAD request S3 says no more than 403
-            Store(f"s3://{bucket}/dataset").read("a")
-        _login(monkeypatch, s3_server, key["AccessKeyId"], key["SecretAccessKey"])
-        with pytest.raises(AccessDenied, match="request it"):
-            Store(f"s3://{bucket}/dataset").read("a")
-        with pytest.raises(AccessDenied, match="request it"):
-            Store(f"s3://{bucket}/dataset").require_writable()
-    finally:
-        enforce("inf")
-
-
-def test_a_refusal_in_the_middle_of_a_file_has_a_name(s3_server: S3Server, bucket: str) -> None:
-    store = Store(f"s3://{bucket}/dataset")
-    store.put("a", bytes(1 << 16))
-    with store.open("a") as file:
-        s3_server.fail("GET", "/a", "403 Forbidden", "AccessDenied")
-        with pytest.raises(AccessDenied, match="reading a"):
-            file.read(1)
-
-
-def test_a_refusal_in_the_middle_of_a_shard_has_a_name(s3_server: S3Server, bucket: str, tiny_dataset: Path) -> None:
-    push(tiny_dataset, f"s3://{bucket}/dataset", progress=False)
-    dataset = open_dataset(f"s3://{bucket}/dataset")
-    s3_server.fail("GET", dataset.shards[0].file.name, "403 Forbidden", "AccessDenied", times=9)
-    with pytest.raises(AccessDenied, match="reading shards"):
-        dataset.row(0)
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "error"),
-    [
-        ("507 Insufficient Storage", "XMinioStorageFull", StorageFull),
-        ("405 Method Not Allowed", "MethodNotAllowed", StorageFailed),
-        ("400 Bad Request", "SomethingNew", StorageFailed),
-        ("403 Forbidden", "ExpiredToken", CredentialsMissing),
-    ],
-)
-def test_a_refused_write_has_a_name(
-    s3_server: S3Server, bucket: str, status: str, code: str, error: type[StorageFailed]
-) -> None:
-    s3_server.fail("PUT", "/refused", status, code, times=9)
-    with pytest.raises(error, match="writing refused"):
-        Store(f"s3://{bucket}/dataset").put("refused", b"1")
-
-
-def test_a_store_that_does_not_answer_has_a_name(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    with pytest.raises(StoreUnreachable, match="check the network"):
-        Store(f"s3://{bucket}/dataset").read("a")
 
 
 def test_an_empty_object_that_stands_for_a_folder_is_no_file(bucket: str) -> None:

@@ -14,3 +14,9 @@ from tests.tools.exchange import peers
 def wide_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer of as many ids as the teacher of `peers.py` has."""
     return making.tiny_tokenizer(tmp_path_factory.mktemp("wide tokenizer"), vocabulary=peers.VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[peers.Sequence]:
+    """Enough text that the alignment shows."""
+    return peers.sequences(12, length=60)
