@@ -397,8 +397,3 @@ def test_answers_need_the_tap_of_runner_v1(folder: Path, header: DatasetHeader, 
 def test_settings_that_the_worker_finds_wrong_are_refused_by_name(folder: Path, header: DatasetHeader) -> None:
     with pytest.raises(TeacherUnusable, match=r"kv_sharing_fast_prefill.*\n.*\n.*tap: public"):
         load_teacher(_config(folder, engine_args={"kv_sharing_fast_prefill": True}), header)
-
-
-def test_a_model_that_transformers_cannot_load_is_named(tmp_path: Path, header: DatasetHeader) -> None:
-    with pytest.raises(TeacherUnusable, match="transformers loads"):
-        load_teacher(_config(tmp_path, "transformers"), header)

@@ -14,6 +14,7 @@ from coldstill.pipeline.config import SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.teachers.protocol import TokenSequence, non_finite
 from coldstill.pipeline.teachers.transformers_teacher import TransformersTeacher
+from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow, TeacherTargets
@@ -297,3 +298,9 @@ def test_a_teacher_that_attends_to_later_tokens_is_refused(tmp_path: Path) -> No
     )
     with pytest.raises(TeacherUnusable, match="depend on later tokens"):
         TransformersTeacher(_config(tmp_path), _header(tmp_path))
+
+
+def test_a_model_that_transformers_cannot_load_is_named(tmp_path: Path, folder: Path) -> None:
+    config = TeacherConfig(model=str(tmp_path), engine="transformers", top_k=8, max_length=64)
+    with pytest.raises(TeacherUnusable, match="transformers loads"):
+        load_teacher(config, making.tiny_header(folder))
