@@ -24,7 +24,7 @@ from coldstill.common.packages import require_packages
 from coldstill.common.visible import visible
 
 from .dataset_commands import dataset_commands
-from .output import show_error, show_result, stdout_console, word
+from .output import hide_loading_bars, show_error, show_result, stdout_console, word
 
 
 class _Commands(TyperGroup):
@@ -228,9 +228,10 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
     require_packages("train", "accelerate", "torch", "transformers")
     from coldstill.trainer.checkpoints import SUMMARY_NAME
     from coldstill.trainer.config import TrainConfig
+    from coldstill.trainer.sharding import end_process_group
 
     settings = load_config(config, model=TrainConfig, overrides=overrides or ())
-    _hide_loading_bars()
+    hide_loading_bars()
     output = Path(settings.output)
     was_finished = (output / SUMMARY_NAME).exists()
     show_result(
@@ -241,6 +242,7 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
         then=(_NOTHING_DONE if was_finished else "")
         + f"Next: coldstill evaluate {word(output / 'student')} DATASET, on a dataset of held-out rows.",
     )
+    end_process_group()  # not in `api.train`: a program may train again
 
 
 @app.command(rich_help_panel=MAKE)
@@ -323,7 +325,7 @@ def evaluate(
     require_packages("train", "accelerate", "torch", "transformers")
     from .evaluate import evaluate as run_evaluate
 
-    _hide_loading_bars()
+    hide_loading_bars()
     run_evaluate(
         student,
         dataset,
@@ -391,10 +393,3 @@ def main() -> None:
         # A message may quote a stranger's dataset, which must not control the terminal.
         show_error(visible(f"{type(error).__name__}: {error}", newline="\n"))
         raise SystemExit(1) from None
-
-
-def _hide_loading_bars() -> None:
-    """Turn off transformers' bars for loading and saving, which would break the bar of the run."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

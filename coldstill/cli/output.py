@@ -71,3 +71,10 @@ def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def hide_loading_bars() -> None:
+    """Turn off transformers' bars for loading and saving, which would break the bar of the run."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
