@@ -36,8 +36,9 @@ from .sharding import is_sharded, resharding, validate_sharded_student, whole
 from .step_record import StepRecord, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.images import check_dataset_images, image_probe, images_of
-from .student.load import check_attention, check_trainable, context_of, warn_of_short_context
+from .student.load import check_attention, check_trainable
 from .student.packing_check import check_packing
+from .student.positions import check_lengths, context_of
 from .student.tokenizer import checked_student
 from .student.tokenizer import other_tokenizer as read_other_tokenizer
 from .student.wrapper import check_wrapping
@@ -94,9 +95,9 @@ class DistillTrainer(TrainingLoop):
 
         Raises `TokenizerMismatch`, `TokenizerNotAligned`, `OtherTokenizerUnsupported`, `StudentHeadTooSmall`,
         `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`, `PackingUnsupported`, `WrapperUnsupported`,
-        `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`, `NotStudentRows`, what
-        `read_loss` and `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or
-        lose state.
+        `UnknownMetric`, `RowTooLong`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`,
+        `NotStudentRows`, what `read_loss` and `build_objective` raise, and `UnsupportedArgument` for arguments that
+        would have no effect or lose state.
         """
         validate_parameters(unsupported)
         args = args or TrainingArguments("trainer_output")
@@ -112,13 +113,13 @@ class DistillTrainer(TrainingLoop):
         own = header if self.aligned else None
         student, name = checked_student(model, train_dataset, processing_class, own_header=own)
         check_trainable(student, name=name)
-        if self.aligned is None:  # whose rows have other lengths, and are measured one by one
-            warn_of_short_context(innermost(student), header, name=name)
         self.images = images_of(innermost(student))
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
         evaluated = [part for part in evaluated if part is not None]
         for part in (train_dataset, *evaluated):
             check_dataset_images(part, self.images, innermost(student), name=name, packs=pack_length is not None)
+            if self.aligned is None:  # whose rows have other lengths, and are measured one by one
+                check_lengths(part, innermost(student), name=name)
         if self.aligned:
             self.objective: Objective = self.aligned.prepare(
                 train_dataset,
