@@ -57,8 +57,9 @@ class RunReport(TrainerCallback):
         self._next_s, self._has_failed, self._is_training = 0.0, False, False
         self._last_s: float | None = None
         self._longest_gap_s: float | None = None
-        with self._harmless():
-            self._facts = facts()
+        if write:
+            with self._harmless():
+                self._facts = facts()
 
     def __enter__(self) -> RunReport:
         return self
