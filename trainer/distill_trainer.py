@@ -5,15 +5,15 @@ Shape letters: `B` rows, `T` tokens, `M` target positions, `V` ids of the tokeni
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from .alignment.evaluation import RANKING
@@ -24,30 +24,32 @@ from .checkpoints import Checkpoint, ResumePoint, data_order, newest_checkpoint,
 from .config import OtherTokenizerConfig, StudentConfig
 from .data.logit_dataset import LogitDataset, check_eval_dataset, require_logit_dataset
 from .data.stream import LogitStream
-from .errors import UnsupportedArgument
-from .evaluation.evaluate import evaluate_student
-from .evaluation.figures import drawn_by_tail_mass, draws_per_position
 from .finished_student import TrainedLogits, first_row, model_card
 from .interruption import naming_dead_workers
 from .loss_kernels.fused_head import Objective
 from .losses import PluginLoss, read_loss
 from .losses.base import Loss, build_objective, join_objectives, state_of
+from .run_report.callback import RunReport
+from .run_report.facts import RunFacts
+from .run_report.pace import with_end_time
 from .sharding import is_sharded, resharding, validate_sharded_student, whole
-from .step_record import StepRecord, require_finite_weights
+from .step_record import StepRecord, figures_of, require_finite_weights
 from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.images import check_dataset_images, image_probe, images_of
-from .student.load import check_attention, check_trainable, context_of, warn_of_short_context
+from .student.load import check_attention, check_trainable
 from .student.packing_check import check_packing
+from .student.positions import check_lengths, context_of
 from .student.tokenizer import checked_student
 from .student.tokenizer import other_tokenizer as read_other_tokenizer
 from .student.wrapper import check_wrapping
 from .student.writer import check_writers
-from .training_loop import BatchLoader, TrainingLoop
+from .trainer_evaluation import EvaluatingTrainer
+from .training_loop import BatchLoader
 
 logger = logging.get_logger(__name__)
 
 
-class DistillTrainer(TrainingLoop):
+class DistillTrainer(EvaluatingTrainer):
     """Divides the summed loss of an optimizer step once, by the number of its targets on all devices.
 
     So padding, packing, accumulation and the number of devices do not change the gradient. t of TAID is updated once
@@ -66,6 +68,7 @@ class DistillTrainer(TrainingLoop):
         loss: str | Mapping[str, Any] | Loss | PluginLoss = "taid",
         pack_length: int | None = None,
         fused_head: bool = True,
+        report: bool = True,
         other_tokenizer: OtherTokenizerConfig | None = None,
         eval_dataset: LogitDataset | dict[str, LogitDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -81,6 +84,7 @@ class DistillTrainer(TrainingLoop):
           object such as `Taid(t_start=0.2)`, also of your own class.
         - `pack_length`: tokens of a pack; None pads each row of a batch to the longest.
         - `fused_head`: compute the head and the loss in chunks; False uses the logits of the model's own forward pass.
+        - `report`: write the page of the run, `report.html`, into the output folder (docs/run_report.md).
         - `processing_class`: the student's tokenizer or processor, saved with each checkpoint. It is compared with the
           dataset's, and so is the tokenizer beside the weights of a student given by name. A model object without
           `processing_class` is compared by its `name_or_path`; a warning is logged if there is no tokenizer.
@@ -94,9 +98,9 @@ class DistillTrainer(TrainingLoop):
 
         Raises `TokenizerMismatch`, `TokenizerNotAligned`, `OtherTokenizerUnsupported`, `StudentHeadTooSmall`,
         `AdapterMisfit`, `AttentionMismatch`, `ExtraLossUnsupported`, `PackingUnsupported`, `WrapperUnsupported`,
-        `UnknownMetric`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`, `NotStudentRows`, what
-        `read_loss` and `build_objective` raise, and `UnsupportedArgument` for arguments that would have no effect or
-        lose state.
+        `UnknownMetric`, `RowTooLong`, `StudentSeesNoImages`, `ProcessorUnusable`, `ImageTokenMismatch`,
+        `NotStudentRows`, what `read_loss` and `build_objective` raise, and `UnsupportedArgument` for arguments that
+        would have no effect or lose state.
         """
         validate_parameters(unsupported)
         args = args or TrainingArguments("trainer_output")
@@ -107,18 +111,19 @@ class DistillTrainer(TrainingLoop):
         self.distillation_loss = read_loss(loss)
         other = read_other_tokenizer(model, train_dataset, processing_class)
         args = rank_by_metric(args, eval_dataset, only=RANKING if other else None)
-        self.aligned = other and AlignedStudent(other, other_tokenizer or OtherTokenizerConfig(), train_dataset)
+        of_tokenizer = other_tokenizer or OtherTokenizerConfig()
+        self.aligned = AlignedStudent(other, of_tokenizer, train_dataset) if other else None
         header = self.aligned.header if self.aligned else train_dataset.header
         own = header if self.aligned else None
         student, name = checked_student(model, train_dataset, processing_class, own_header=own)
         check_trainable(student, name=name)
-        if self.aligned is None:  # whose rows have other lengths, and are measured one by one
-            warn_of_short_context(innermost(student), header, name=name)
         self.images = images_of(innermost(student))
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
         evaluated = [part for part in evaluated if part is not None]
         for part in (train_dataset, *evaluated):
             check_dataset_images(part, self.images, innermost(student), name=name, packs=pack_length is not None)
+            if self.aligned is None:  # whose rows have other lengths, and are measured one by one
+                check_lengths(part, innermost(student), name=name)
         if self.aligned:
             self.objective: Objective = self.aligned.prepare(
                 train_dataset,
@@ -144,6 +149,15 @@ class DistillTrainer(TrainingLoop):
         self.record = StepRecord(
             self.distillation_loss.new_schedule(), state_of(self.objective), order=self.order, length=self.length
         )
+        self._report: RunReport | None = None
+        if report:
+            self._report = RunReport(
+                args.output_dir,
+                lambda: RunFacts.of_arguments(
+                    args, self.distillation_loss, train_dataset, student=name, pack_length=pack_length
+                ),
+                write=args.process_index == 0,
+            )
         self._resumed = ResumePoint()
         self._row: torch.Tensor | None = None
         if self.images is not None and args.ddp_find_unused_parameters is None:
@@ -156,10 +170,11 @@ class DistillTrainer(TrainingLoop):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             # Before the user's callbacks, so that these read an updated record at the end of a step.
-            callbacks=[self.record, *(callbacks or [])],
+            callbacks=[self.record, *([self._report] if self._report else []), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        with_end_time(self)
         if self.is_fsdp_enabled:
             self.model.to(self.args.device)  # for the checks; it is sharded from there when the training begins
         check_attention(innermost(self.model), name=name)
@@ -209,9 +224,11 @@ class DistillTrainer(TrainingLoop):
         if isinstance(resume_from_checkpoint, str | Path):
             self._resumed = resume_point(Path(resume_from_checkpoint), self.order, is_whole=whole is not None)
             resume_from_checkpoint = str(resume_from_checkpoint)
-        with naming_dead_workers():
+        with self._report or nullcontext(), naming_dead_workers():
             found = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._use_averaged_weights()
+        if self._report:
+            self._report.finish(vars(self.state), figures_of(self.record.state()["attributes"]))
         return found
 
     def get_train_dataloader(self) -> BatchLoader:
@@ -296,68 +313,6 @@ class DistillTrainer(TrainingLoop):
             self.record.add(outputs["values"], inputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def evaluate(
-        self,
-        eval_dataset: LogitDataset | dict[str, LogitDataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Measure the student as `evaluate_student` does, with `eval_` before each name.
-
-        `eval_loss` does not depend on t. For the loss cross_entropy it is the cross-entropy, else the best figure of
-        KL(teacher || student) that the dataset allows. t, the data order and random numbers do not change.
-        """
-        dataset = self._evaluated(eval_dataset)
-        if isinstance(dataset, dict):
-            parts = {
-                name: self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()
-            }
-            return {key: value for part in parts.values() for key, value in part.items()}
-        self._memory_tracker.start()
-        began = time.time()
-        batches = self.get_eval_dataloader(dataset)
-        self._use_averaged_weights()
-
-        def reduce(sums: torch.Tensor) -> torch.Tensor:
-            return self.accelerator.reduce(sums, "sum")
-
-        with naming_dead_workers(), resharding(self.model), self.accelerator.autocast():
-            if self.aligned:
-                found = self.aligned.evaluate(self.model, batches, reduce=reduce)
-            else:
-                found = evaluate_student(
-                    self.model,
-                    batches,
-                    token_count=dataset.header.token_count,
-                    draws=draws_per_position(dataset),
-                    by_tail_mass=drawn_by_tail_mass(dataset),
-                    reduce=reduce,
-                    sharded=is_sharded(self.model),
-                ).metrics()
-                found = {"loss": found[self._eval_loss_name(found)], **found}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        metrics |= speed_metrics(metric_key_prefix, began, num_samples=dataset.rows)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._memory_tracker.stop_and_update_metrics(metrics)
-        return metrics
-
-    def get_eval_dataloader(self, eval_dataset: LogitDataset | str | None = None) -> BatchLoader:
-        """This device's batches of one pass over an evaluation dataset, in stored order.
-
-        `eval_dataset`: a dataset, or the name of one given to `DistillTrainer`. Raises `TokenizerMismatch`.
-        """
-        dataset = self._evaluated(eval_dataset)
-        if isinstance(dataset, dict):
-            raise UnsupportedArgument(
-                "get_eval_dataloader()",
-                found=f"{len(dataset)} evaluation datasets",
-                wanted="the name of one",
-                fix=f"pass one of {', '.join(map(repr, dataset))}",
-            )
-        check_eval_dataset(dataset, self.train_dataset)
-        return BatchLoader(self._stream(dataset, batch_size=self.args.eval_batch_size, epochs=1), self.args)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `bucket_kl`, `targets_per_s` and `peak_memory_mb` to training lines, and with TAID `taid_t` (of the next
         step) and `taid_momentum`."""
@@ -380,9 +335,6 @@ class DistillTrainer(TrainingLoop):
                 sees_images=self.images is not None,
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
-
-    def _eval_loss_name(self, found: Mapping[str, float]) -> str:
-        return next(name for name in self.distillation_loss.eval_loss if name in found)
 
     def _stream(self, dataset: LogitDataset, *, batch_size: int, epochs: int | None = None) -> LogitStream:
         """This device's share of the batches: endless in the order of training, or `epochs` in stored order."""

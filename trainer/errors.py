@@ -49,11 +49,11 @@ class MoreThanStored(ColdstillError):
 
 
 class RowTooLong(ColdstillError):
-    """A row has more tokens than a pack holds, or than the student's context with its images expanded; rows are never
-    split.
+    """A row has more tokens than a pack holds, than the student has positions, or than its context with the row's
+    images expanded; rows are never split.
 
     Fix: raise `training.pack_length` to the longest row, choose a student with a longer context, or make a dataset
-    without this row with `coldstill subset`.
+    without such rows with `coldstill subset`.
     """
 
 

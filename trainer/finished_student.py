@@ -1,4 +1,4 @@
-"""Writes the finished student: its model files, its model card, and the report of the run."""
+"""Writes the finished student: its model files, its model card, and `report.md`, the tables of its log."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
     )
     (student / "README.md").write_text(card, encoding="utf-8")
     write_json(output / TRAINER_STATE_NAME, last.state, sort_keys=True)
-    (output / REPORT_NAME).write_text(run_report(last.state["log_history"]), encoding="utf-8")
+    (output / REPORT_NAME).write_text(report_text(last.state["log_history"]), encoding="utf-8")
 
 
 def _check_student(
@@ -317,7 +317,7 @@ def model_card(
     return "\n".join([*lines, ""])
 
 
-def run_report(log: Sequence[Mapping[str, Any]]) -> str:
+def report_text(log: Sequence[Mapping[str, Any]]) -> str:
     """The text of `report.md`: the curve of t, the training log, and the evaluations on held-out rows."""
     logged = [line for line in log if "loss" in line]
     measured = [line for line in log if "eval_loss" in line]

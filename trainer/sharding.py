@@ -12,6 +12,7 @@ run that was started with DDP on as many devices resumes here, and the other way
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -239,3 +240,16 @@ def load_sharded_weights(model: Any, folder: Path) -> None:
 def _shard(value: torch.Tensor, like: DTensor) -> DTensor:
     """This device's part of `value`, which all devices hold, placed as `like` is."""
     return distribute_tensor(value, like.device_mesh, [Shard(0)], src_data_rank=None)
+
+
+def end_process_group() -> None:
+    """Let a process that trains no more leave its process group; nothing if it has none. Call it on all devices.
+
+    Without it, NCCL warns, and gloo may abort the process: a thread of gloo that drops its last tensor after Python has
+    begun to end waits for Python's lock, and is ended inside of a destructor ("terminate called without an active
+    exception", https://github.com/pytorch/pytorch/issues/190489). Threads end with the group, and the group with its
+    last reference. A model wrapped for DDP is part of a cycle, and holds one until the garbage is collected.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()

@@ -190,6 +190,17 @@ class StepRecord(TrainerCallback, ExportableState):
         )
 
 
+def figures_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training took, over all its starts, from the attributes of `StepRecord.state` at its end."""
+    return {
+        "targets": record["targets"],
+        "targets_per_s": round(record["targets"] / record["seconds"], 1),
+        "wall_s": round(record["seconds"], 3),
+        "peak_memory_mb": round(record["peak_memory_mb"], 1),
+        "taid_t": None if record["schedule"] is None else record["schedule"]["t"],
+    }
+
+
 def _sums(values: LossValues) -> torch.Tensor:
     """Sums of distillation and bucket KL, and the number of values that are not finite."""
     broken = ~values.loss.isfinite()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import ProgressCallback
 
 from coldstill.common.files import write_json
 from coldstill.common.interrupts import raising_interrupts
@@ -31,7 +30,8 @@ from .finished_student import push_student, write_student
 from .interruption import CheckpointOnSignal
 from .losses import run_identity
 from .run_report.callback import RunReport
-from .run_report.pace import EndTimeBar, Pace
+from .run_report.facts import RunFacts
+from .step_record import figures_of
 
 
 class TrainSummary(FrozenModel):
@@ -80,7 +80,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
     if (output / SUMMARY_NAME).exists():
         return TrainSummary.model_validate_json((output / SUMMARY_NAME).read_bytes())
 
-    report = RunReport(config, dataset, write=args.process_index == 0)
+    report = RunReport(config.output, lambda: RunFacts.of_config(config, dataset), write=args.process_index == 0)
     with report, naming_failed_writes(output):
         checkpoint = newest_checkpoint(output)
         if checkpoint is None or not checkpoint.finished:
@@ -111,10 +111,6 @@ def _run(
     on_signal = CheckpointOnSignal(grace_s=config.training.grace_s, saved_step=checkpoint.step if checkpoint else 0)
     with raising_interrupts(), on_signal:
         trainer = _build(config, dataset, args, [*callbacks, report, on_signal])
-        # Not by its type: that would also take a bar of the caller, of a class derived from it.
-        for bar in [each for each in trainer.callback_handler.callbacks if type(each) is ProgressCallback]:
-            trainer.remove_callback(bar)
-            trainer.add_callback(EndTimeBar(Pace()))
         trainer.train(resume_from_checkpoint=checkpoint)
     del trainer
     gc.collect()
@@ -133,6 +129,7 @@ def _build(
         train_dataset=dataset,
         loss=config.loss,
         pack_length=config.training.pack_length,
+        report=False,  # the report of `train` covers the making of the finished student too
         other_tokenizer=config.data.other_tokenizer,
         eval_dataset=None
         if config.eval_dataset is None
@@ -207,10 +204,6 @@ def _summary(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) -> Tr
         loss=config.loss.name,
         steps=last.step,
         student_step=last.best.step,
-        targets=record["targets"],
-        targets_per_s=round(record["targets"] / record["seconds"], 1),
-        wall_s=round(record["seconds"], 3),
-        peak_memory_mb=round(record["peak_memory_mb"], 1),
-        taid_t=None if record["schedule"] is None else record["schedule"]["t"],
         other_tokenizer=alignment_counts(record),
+        **figures_of(record),
     )

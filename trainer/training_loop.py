@@ -115,20 +115,6 @@ class TrainingLoop(Trainer):
     length: RunLength
     _loading: Path
 
-    def get_test_dataloader(self, test_dataset: Any) -> BatchLoader:
-        """The same as `get_eval_dataloader` of this dataset."""
-        found: BatchLoader = self.get_eval_dataloader(test_dataset)
-        return found
-
-    def predict(self, *_: Any, **__: Any) -> Any:
-        """Raise `UnsupportedArgument`: the logits of all positions would not fit in memory."""
-        raise UnsupportedArgument(
-            "predict()",
-            found="a request for the logits of all target positions",
-            wanted="figures, which are measured in parts",
-            fix="call evaluate(test_dataset, metric_key_prefix='test')",
-        )
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the weights that evaluation measures; transformers would save those of a schedule-free step. If they are
         sharded, call it on all devices."""
@@ -141,23 +127,6 @@ class TrainingLoop(Trainer):
             self._save(output_dir, state_dict=weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _evaluated(self, chosen: Any) -> Any:
-        """The dataset or datasets that `chosen` means: a dataset, a name of one, or None for all of them."""
-        dataset = self.eval_dataset if chosen is None else chosen
-        if isinstance(dataset, str):
-            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-            if dataset not in named:
-                raise UnsupportedArgument(
-                    "eval_dataset",
-                    found=repr(dataset),
-                    wanted=f"one of {', '.join(map(repr, named))}" if named else "a dataset of load_logit_dataset",
-                    fix="pass eval_dataset={NAME: dataset} to DistillTrainer",
-                )
-            return named[dataset]
-        if dataset is None:
-            raise ValueError("evaluate() needs an eval_dataset, here or in DistillTrainer(...)")
-        return dataset
 
     def _run_epoch(
         self,

@@ -30,6 +30,7 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
     from coldstill.trainer.checkpoints import SUMMARY_NAME
     from coldstill.trainer.config import TrainConfig
     from coldstill.trainer.run_report.record import PAGE_NAME
+    from coldstill.trainer.sharding import end_process_group
 
     settings = load_config(config, model=TrainConfig, overrides=overrides or ())
     _hide_loading_bars()
@@ -43,6 +44,7 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
         then=(NOTHING_DONE if was_finished else "")
         + f"Next: coldstill evaluate {word(output / 'student')} DATASET, on a dataset of held-out rows.",
     )
+    end_process_group()  # not in `api.train`: a program may train again
 
 
 @training_commands.command(rich_help_panel=MAKE)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +174,23 @@ def test_a_result_shows_lists_as_text_leaves_out_what_it_has_not_and_ends_with_w
     assert "runs/x/student" in out
     assert out.endswith("Next\n")
     assert json.loads((tmp_path / "s.json").read_text()) == result
+
+
+def test_train_leaves_its_process_group_at_its_end(
+    monkeypatch: pytest.MonkeyPatch, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """Else NCCL warns, and a thread of gloo may abort the process."""
+    torch = pytest.importorskip("torch")
+
+    def train(_: object) -> SimpleNamespace:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        return SimpleNamespace(model_dump=dict)
+
+    monkeypatch.setattr(coldstill.api, "train", train)
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump({"dataset": str(tiny_dataset), "output": "o", "student": {"model": "m"}}))
+    assert _run(monkeypatch, "train", path) == 0
+    assert not torch.distributed.is_initialized()
 
 
 def test_verify_names_its_findings_one_a_line_with_exit_code_1(

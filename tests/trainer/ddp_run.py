@@ -18,6 +18,7 @@ from coldstill.common.interrupts import Interrupted
 from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import NonFiniteLoss
 from coldstill.trainer.interruption import CheckpointOnSignal
+from coldstill.trainer.sharding import end_process_group
 from tests.trainer.training import KillAt, Killed, Seen, build, make_sick, weights_of
 
 SHAPE = {
@@ -109,27 +110,28 @@ def train_on_images(dataset: Path, student: Path, output: Path, **shape: Any) ->
     return weights_of(trainer.model)
 
 
+def end(found: dict[str, Any], output: Path) -> None:
+    """Write the results of this process, and leave the other one."""
+    torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
+    end_process_group()
+
+
 def main() -> None:
     """Write the results of this process to OUTPUT."""
     dataset, student, output = map(Path, sys.argv[1:4])
     if sys.argv[4:] == ["images"]:
-        found: dict[str, Any] = train_on_images(dataset, student, output / "images")
-        torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
-        torch.distributed.destroy_process_group()
+        end(train_on_images(dataset, student, output / "images"), output)
         return
     if sys.argv[4:5] == ["ensemble"]:
-        found = train(load_logit_dataset(ensemble=[dataset, sys.argv[5]]), student, output / "ensemble")
-        torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
-        torch.distributed.destroy_process_group()
+        end(train(load_logit_dataset(ensemble=[dataset, sys.argv[5]]), student, output / "ensemble"), output)
         return
-    found = {"unbroken": train(dataset, student, output / "unbroken")}
+    found: dict[str, Any] = {"unbroken": train(dataset, student, output / "unbroken")}
     train(dataset, student, output / "killed", kill=3)
     found["resumed"] = train(dataset, student, output / "killed")
     found["signaled"] = train(dataset, student, output / "signaled", end=2, save_steps=100)
     found["signaled, resumed"] = train(dataset, student, output / "signaled")
     found["sick"] = sick_row(dataset, student, output / "sick")
-    torch.save(found, output / f"rank-{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    end(found, output)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from coldstill import load_logit_dataset
+from coldstill.trainer.sharding import end_process_group
 from tests import vision
 from tests.trainer.ddp_run import train, train_on_images
 
@@ -111,3 +112,20 @@ def test_signaled_one_after_the_other_both_ranks_save_the_same_step_and_resume(r
 def test_a_row_with_a_loss_that_is_not_finite_stops_all_ranks_and_is_named(ranks):
     assert ranks[0]["sick"] == ranks[1]["sick"]
     assert "row-" in ranks[0]["sick"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads are read from /proc")
+def test_a_process_that_left_its_group_has_no_thread_that_could_end_after_python():
+    def threads() -> int:
+        names = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+        return names.count("pt_gloo_runloop")
+
+    end_process_group()  # without a group, it does nothing
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    cycle: list = [torch.distributed.group.WORLD]  # as a model in DDP holds its group
+    cycle.append(cycle)
+    del cycle
+    assert threads() > 0
+    end_process_group()
+    assert threads() == 0
+    assert not torch.distributed.is_initialized()

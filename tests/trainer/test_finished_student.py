@@ -21,7 +21,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import AdapterMisfit, StudentDiffers
 from coldstill.trainer.evaluation.measured_model import load_measured
-from coldstill.trainer.finished_student import LOGITS_NAME, MOST_ROWS, TrainedLogits, first_row, model_card, run_report
+from coldstill.trainer.finished_student import LOGITS_NAME, MOST_ROWS, TrainedLogits, first_row, model_card, report_text
 from coldstill.trainer.losses import read_loss
 from coldstill.trainer.student.forward import innermost
 from coldstill.trainer.train import train
@@ -254,7 +254,7 @@ def test_rounding_by_a_merge_is_no_difference_and_a_lost_adapter_is(tmp_path, fa
 
 def test_the_report_shows_the_curve_of_t_and_samples_a_long_log():
     log = [{"step": n, "loss": 1.0, "taid_t": n / 999, "taid_momentum": 0.0, "bucket_kl": 2.0} for n in range(1000)]
-    text = run_report(log)
+    text = report_text(log)
     assert "t from 0.000 to 1.000" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == MOST_ROWS + 1
@@ -263,13 +263,13 @@ def test_the_report_shows_the_curve_of_t_and_samples_a_long_log():
 
 
 def test_the_report_of_a_loss_without_t_has_none_and_shows_measurements():
-    text = run_report([{"step": 1, "loss": 1.0}, {"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.25}])
+    text = report_text([{"step": 1, "loss": 1.0}, {"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.25}])
     assert "taid_t" not in text
     assert "| 1 | 0.5 | 0.25 |" in text
 
 
 def test_an_empty_log_has_a_report():
-    assert run_report([]).startswith("# ")
+    assert report_text([]).startswith("# ")
 
 
 def test_the_hub_can_read_the_card_and_it_hides_local_folders(tiny_student: Path):

@@ -13,7 +13,7 @@ from coldstill.trainer.data.collate import collate
 from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.sharding import whole
 
-OURS = ("loss", "pack_length", "fused_head", "eval_dataset", "optimizer_cls_and_kwargs")
+OURS = ("loss", "pack_length", "fused_head", "eval_dataset", "optimizer_cls_and_kwargs", "report")
 """Parameters of `DistillTrainer` that a test sets through `build`."""
 
 

@@ -54,14 +54,17 @@ def collate_packs(
     `as_read`: the tokens and target positions of all rows in order, if a student reads others than the stored ones.
 
     - `input_ids`, `position_ids` `int64 [B, T]`. Positions restart at 0 in each row and in the padding: without a mask,
-      transformers derives from them which tokens attend to each other (only with `use_cache=False`).
+      transformers derives from them which tokens attend to each other (only with `use_cache=False`). In long padding
+      they restart again: a student's table of positions may end soon after the longest row.
     - `labels int64 [B, T]`: token `t + 1` at a target position `t` of a row, so they are already aligned and must not
       be shifted; `IGNORED` elsewhere.
     - `targets`: `SparseTargets` of the `M` positions, reduced to the `top_k` most probable ids if given.
     - `sample_ids`: a name per row; `target_samples int64 [M]`: the index there of each target's row.
     """
     rows = [row for pack in packs for row in pack]
-    following_row = iter(_as_stored(rows) if as_read is None else as_read)
+    as_read = _as_stored(rows) if as_read is None else as_read
+    longest = max(row.token_ids.size for row in as_read)
+    following_row = iter(as_read)
     ids = np.zeros((len(packs), length), np.int64)
     positions = np.empty_like(ids)
     places, counts = [], []
@@ -77,7 +80,7 @@ def collate_packs(
             places.append(at)
             counts.append(at.size)
             start = stop
-        positions[b, start:] = ramp[: length - start]
+        positions[b, start:] = ramp[: length - start] % longest
     position = np.concatenate(places)
     of_sample = np.repeat(np.arange(len(rows)), counts)
     of_pack = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])[of_sample]

@@ -212,6 +212,28 @@ class LogitDataset:
         finally:
             reader.close()
 
+    def rows_above(self, tokens: int) -> list[tuple[str, int, int]]:
+        """Datasets with rows of more than `tokens`, which have no images: place, longest row, number of such rows.
+
+        All lengths are read, unless the header excludes longer rows. Raises what `RowReader.lengths` raises.
+        """
+        reader, found = self.sources.reader(), []
+        try:
+            for number, dataset in enumerate(self.sources.datasets):
+                if dataset.header.max_length <= tokens:
+                    continue
+                longest = count = 0
+                for shard, record in enumerate(dataset.shards):
+                    for group in range(reader.groups(number, shard) if record.rows else 0):
+                        lengths = reader.lengths(number, shard, group)[reader.images(number, shard, group) == 0]
+                        count += int((lengths > tokens).sum())
+                        longest = max(longest, int(lengths.max(initial=0)))
+                if count:
+                    found.append((dataset.store.url, longest, count))
+        finally:
+            reader.close()
+        return found
+
     @property
     def targets(self) -> int:
         """Target positions of all datasets."""

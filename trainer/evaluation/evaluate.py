@@ -19,6 +19,7 @@ from coldstill.trainer.data.logit_dataset import LogitDataset, Rows, load_logit_
 from coldstill.trainer.errors import NonFiniteLogits, NoTargets, TeacherSawAnotherPrompt
 from coldstill.trainer.student.forward import innermost
 from coldstill.trainer.student.images import images_of
+from coldstill.trainer.student.positions import check_lengths
 from coldstill.trainer.student.tokenizer import check_model_tokenizer
 
 from .figures import Figures, cache_figures, dense_figures, drawn_by_tail_mass, draws_per_position
@@ -105,8 +106,8 @@ def evaluate_on_dataset(
 
     `tokenizers_are_checked`: both models are of `load_measured`; else the tokenizers beside their weights are checked.
 
-    Raises `TokenizerMismatch`, `NoTargets`, `NonFiniteLogits`, `TeacherSawAnotherPrompt`, and what `load_logit_dataset`
-    raises.
+    Raises `TokenizerMismatch`, `NoTargets`, `RowTooLong`, `NonFiniteLogits`, `TeacherSawAnotherPrompt`, and what
+    `load_logit_dataset` raises.
     """
     logits = load_logit_dataset(str(dataset), rows=rows)
     if teacher is not None and (prompt := logits.header.teacher_prompt):
@@ -116,10 +117,11 @@ def evaluate_on_dataset(
             wanted="rows that the teacher saw as they are",
             fix="evaluate without the resident teacher: the figures from the cache are exact",
         )
-    if not tokenizers_are_checked:
-        for role, given in (("the student", model), ("the resident teacher", teacher)):
-            if given is not None:
+    for role, given in (("the student", model), ("the resident teacher", teacher)):
+        if given is not None:
+            if not tokenizers_are_checked:
                 check_model_tokenizer(innermost(given), logits.sources.datasets[0], name=role)
+            check_lengths(logits, innermost(given), name=role)
     total = logits.stream(batch_size=batch_size, seed=0).batches_per_epoch
     batches = batches_of(logits, model, teacher, batch_size=batch_size)
     return evaluate_student(

@@ -15,15 +15,13 @@ from transformers.utils import logging
 from coldstill.common.clock import local_now
 from coldstill.common.errors import ColdstillError, first_line, type_and_line
 from coldstill.common.files import new_file
-from coldstill.common.models import flat
-from coldstill.trainer.config import TrainConfig
-from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import LoaderWorkerDied
 from coldstill.trainer.interruption import naming_dead_workers
 
+from .facts import RunFacts
 from .pace import Pace
 from .page import run_page
-from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, read_run, spread, without_password
+from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, read_run, spread
 
 logger = logging.get_logger(__name__)
 
@@ -41,34 +39,33 @@ class RunReport(TrainerCallback):
 
     def __init__(
         self,
-        config: TrainConfig,
-        dataset: LogitDataset,
+        output: str | Path,
+        facts: Callable[[], RunFacts],
         *,
         write: bool,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = local_now,
     ):
-        """`write`: whether this process writes, the first of all. `clock`: seconds; `now`: the local time."""
-        self._output, self._writes, self._clock, self._now = Path(config.output), write, clock, now
+        """`facts`: reads what the page says of the run. `write`: whether this process writes, the first of all.
+        `clock`: seconds; `now`: the local time."""
+        self._output, self._writes, self._clock, self._now = Path(output), write, clock, now
         self._pace = Pace(clock)
         self._time_left_s: float | None = None
         self._state: Any = None
-        self._changed: tuple[str, ...] = ()
-        self._settings: dict[str, Any] = {}
-        self._facts: dict[str, dict[str, str]] = {}
+        self._facts = RunFacts()
         self._resumed: tuple[int, ...] = ()
-        self._next_s, self._has_failed = 0.0, False
-        with self._harmless():
-            stated = flat(config.model_dump(mode="json", exclude_defaults=True))
-            self._changed = tuple(name for name in stated if name != "output")
-            settings = without_password(flat(config.model_dump(mode="json")))
-            self._settings = {name: value for name, value in settings.items() if name != "output"}
-            self._facts = facts_of(config, dataset)
+        self._next_s, self._has_failed, self._is_training = 0.0, False, False
+        self._last_s: float | None = None
+        self._longest_gap_s: float | None = None
+        if write:
+            with self._harmless():
+                self._facts = facts()
 
     def __enter__(self) -> RunReport:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._is_training = False
         if error is None or self._state is None:
             return
         with self._harmless():
@@ -80,7 +77,7 @@ class RunReport(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Take over what the report of the earlier starts lists, and write the first page of this one."""
-        self._state = state
+        self._state, self._is_training = state, True
         if not self._writes:
             return
         with self._harmless():
@@ -89,7 +86,7 @@ class RunReport(TrainerCallback):
             if model is not None:
                 weights = list(model.parameters())
                 trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-                self._facts.setdefault("Student", {}).update(
+                self._facts.sections.setdefault("Student", {}).update(
                     {
                         "parameters": f"{sum(weight.numel() for weight in weights):,}",
                         "trained parameters": f"{trained:,}",
@@ -102,13 +99,14 @@ class RunReport(TrainerCallback):
         self._time_left_s = self._pace.left_s(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write, unless the last time was a moment ago."""
+        """Write, unless the last time was a moment ago. An evaluation after the training is none of its steps."""
         with self._harmless():
-            if self._writes and self._clock() >= self._next_s:
+            if self._writes and self._is_training and self._clock() >= self._next_s:
                 self._write("running")
 
     def finish(self, state: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Write the report of the finished run from the `trainer_state.json` of its last checkpoint."""
+        self._is_training = False
         with self._harmless():
             if self._state is None and self._writes:  # an earlier start took the last step
                 self._resumed = self._earlier_resumes(before=int(state["global_step"]) + 1)
@@ -138,12 +136,13 @@ class RunReport(TrainerCallback):
         return RunRecord(
             state=kind,
             written=self._now().timestamp(),
+            longest_gap_s=self._longest_gap_s,
             step=step,
             max_steps=max(total, 0),
             time_left_s=self._time_left_s if kind == "running" else None,
-            facts=self._facts,
-            settings=self._settings,
-            changed=self._changed,
+            facts=self._facts.sections,
+            settings=self._facts.settings,
+            changed=self._facts.changed,
             resumed=self._resumed,
             log=tuple(dict(line) for line in spread(log)),
             **more,
@@ -153,6 +152,9 @@ class RunReport(TrainerCallback):
         if not self._writes:
             return
         began = self._clock()
+        if self._last_s is not None:
+            self._longest_gap_s = max(self._longest_gap_s or 0.0, began - self._last_s)
+        self._last_s = began
         try:
             record = self._record(kind, step, total, log, **more)
             page = run_page(record, name=self._output.resolve().name, now=self._now())
@@ -168,24 +170,3 @@ class RunReport(TrainerCallback):
             return tuple(step for step in read_run(self._output).resumed if step < before)
         except (ColdstillError, OSError):
             return ()
-
-
-def facts_of(config: TrainConfig, dataset: LogitDataset) -> dict[str, dict[str, str]]:
-    """Facts of each dataset with its teacher, and of the student, as text."""
-    found: dict[str, dict[str, str]] = {}
-    datasets = dataset.all_datasets
-    for number, one in enumerate(datasets, start=1):
-        header, manifest = one.header, one.manifest
-        found["Dataset" if len(datasets) == 1 else f"Dataset {number}"] = {
-            "path": without_password(one.store.url),
-            "dataset id": one.dataset_id,
-            "teacher": header.teacher.full_name + (f" @ {header.teacher.revision}" if header.teacher.revision else ""),
-            **({"teacher saw": header.teacher_saw} if header.teacher_saw else {}),
-            "rows": f"{manifest.rows:,}",
-            "targets": f"{manifest.targets:,}",
-            "kept": header.kept_in_words,
-            "draws per position": f"{header.draws:,}",
-            "license": header.about.license or "not stated",
-        }
-    found["Student"] = {"model": config.student.name, "loss": config.loss.name}
-    return found

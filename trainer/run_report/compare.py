@@ -78,6 +78,10 @@ class Comparison:
             "state": [record.state for record in runs],
             # A run that was killed says `running` for ever: the time tells.
             "last written": [moment(record.written) if record.state == "running" else None for record in runs],
+            "longest time between writes": [
+                duration(record.longest_gap_s) if record.state == "running" and record.longest_gap_s else None
+                for record in runs
+            ],
             "step": [f"{record.step:,} of {record.max_steps:,}" for record in runs],
             "loss": [record.late("loss") for record in runs],
             "KL to the teacher": [record.late("bucket_kl") for record in runs],

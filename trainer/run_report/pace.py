@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from coldstill.common.clock import ends_about, local_now
@@ -24,7 +25,7 @@ class Pace:
     def left_s(self, step: int, total: int) -> float | None:
         """Seconds until step `total`, at the end of `step`; None before the second step. Call it after each step."""
         now = self._clock()
-        if self._first is None:
+        if self._first is None or step <= self._first[0]:  # the first step, or that of a second training
             self._first = (step, now)
         first, began = self._first
         return (total - step) * (now - began) / (step - first) if step > first else None
@@ -51,3 +52,11 @@ class EndTimeBar(ProgressCallback):
             if left is not None:
                 self.training_bar.set_postfix_str(f"ends {ends_about(left, now=self._now())}", refresh=False)
         super().on_step_end(args, state, control, **kwargs)
+
+
+def with_end_time(trainer: Trainer) -> None:
+    """Replace transformers' bar by ours, which is a few lines where standard error is a log."""
+    # Not by its type: that would also take a bar of the caller, of a class derived from it.
+    for bar in [each for each in trainer.callback_handler.callbacks if type(each) is ProgressCallback]:
+        trainer.remove_callback(bar)
+        trainer.add_callback(EndTimeBar(Pace()))

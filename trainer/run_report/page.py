@@ -156,6 +156,8 @@ def _header(record: RunRecord, *, name: str, now: datetime) -> str:
     resumed = f" · resumed at step {', '.join(f'{step:,}' for step in record.resumed[-8:])} (dashed)"
     said = f"Written {now:%Y-%m-%d %H:%M}{resumed if record.resumed else ''}"
     if record.state == "running":  # a SIGKILL lets nothing be written
+        gap = record.longest_gap_s
+        said += "" if gap is None else f", with at most {duration(gap)} between two writes so far"
         said += ". If that is long ago and the training is gone, it was killed: re-run its command to resume"
     kind = "failed" if record.state == "failed" else "quiet"
     error = f'<p class="{kind} written">{escaped(record.error, most=1000)}</p>' if record.error else ""

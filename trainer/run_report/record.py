@@ -40,6 +40,9 @@ class RunRecord(FrozenModel):
     state: State
     error: str | None = Field(default=None, description="The error that ended the run.")
     written: float | None = Field(default=None, description="Unix time of this record.")
+    longest_gap_s: float | None = Field(
+        default=None, description="Most seconds between two records of this start: a longer silence means a killed run."
+    )
     step: int = Field(ge=0, le=MOST_STEPS, description="Optimizer steps taken.")
     max_steps: int = Field(ge=0, le=MOST_STEPS, description="Optimizer steps of the whole run.")
     time_left_s: float | None = None

@@ -27,8 +27,9 @@ from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.data.stream import packing_of_images
 from coldstill.trainer.errors import ImageTokenMismatch, StudentNotFound
 
-from .load import context_of, student_not_found
+from .load import student_not_found
 from .lora import is_adapter
+from .positions import context_of
 
 logger = logging.get_logger(__name__)
 

@@ -255,27 +255,3 @@ def _configuration(
 
 def _listed(ids: Any) -> list[Any]:
     return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
-
-
-def context_of(config: Any) -> int | None:
-    """Most tokens of a row of a model; None if its configuration names no number."""
-    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if type(found) is int and found > 0 else None
-
-
-def warn_of_short_context(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> None:
-    """Log a warning if rows of the dataset may be longer than the context of the student.
-
-    Learned positions end there, with an error of torch in the middle of a run; rotary ones go on, untrained.
-    """
-    context = context_of(model.config)
-    if context is not None and context < header.max_length:
-        logger.warning(
-            "Rows of the dataset may have %d tokens, and the context of %s is %d. Longer rows teach positions that it "
-            "was not made for, or end the training with an IndexError. To leave them out: coldstill subset DATASET "
-            'OUTPUT --filter "tokens <= %d"',
-            header.max_length,
-            name,
-            context,
-            context,
-        )

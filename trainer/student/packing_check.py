@@ -19,6 +19,7 @@ from coldstill.common.errors import first_line
 from coldstill.trainer.errors import PackingUnsupported
 
 from .forward import HeadFormula, before_head, head_of
+from .positions import context_of, table_length
 from .wrapper import LIBRARY_ERRORS
 
 SHORT_LENGTHS = (5, 3, 5, 4)
@@ -45,7 +46,7 @@ def check_packing(
 
     `formula`: that of the training; None compares the logits of the model's own forward.
     """
-    lengths = row_lengths(pack_length, longest=_longest_row(model))
+    lengths = row_lengths(pack_length, longest=table_length(model) or context_of(model.config) or pack_length)
     ids = torch.arange(sum(lengths), device=model.device) % model.get_input_embeddings().weight.shape[0]
     rows = ids.split(lengths)
     positions = [torch.arange(length, device=model.device) for length in lengths]
@@ -99,12 +100,6 @@ def row_lengths(pack_length: int, *, longest: int) -> tuple[int, ...]:
     rest = pack_length - sum(SHORT_LENGTHS)
     filled = [longest] * (max(rest, 0) // longest) + ([rest % longest] if rest > 0 and rest % longest else [])
     return (*before, *filled, last)
-
-
-def _longest_row(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config(decoder=True)
-    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    return min((limit for limit in found if type(limit) is int and limit > 0), default=1 << 62)
 
 
 def _outputs(

@@ -25,7 +25,7 @@ from coldstill.trainer.data import images as module
 from coldstill.trainer.data.images import Placed, RowExpander, StudentImages
 from coldstill.trainer.data.logit_dataset import load_logit_dataset
 from coldstill.trainer.errors import CursorMismatch, NoTargets, PackingUnsupported, RowTooLong, StudentSeesNoImages
-from coldstill.trainer.student.load import context_of
+from coldstill.trainer.student.positions import context_of
 from coldstill.trainer.training_loop import BatchLoader
 from tests import vision
 from tests.trainer.training import arguments

@@ -69,9 +69,11 @@ def test_what_a_killed_run_left_says_when_it_was_written_and_what_to_do(tmp_path
     """After a SIGKILL, page and comparison say `running` for ever."""
     assert "it was killed: re-run its command" in run_page(record(), name="run", now=NOW)
     assert "killed" not in run_page(record(state="finished"), name="run", now=NOW)
-    killed = put(tmp_path / "killed", written=NOW.timestamp())
+    assert "at most 40 s between two writes" in run_page(record(longest_gap_s=40.0), name="run", now=NOW)
+    killed = put(tmp_path / "killed", written=NOW.timestamp(), longest_gap_s=40.0)
     done = put(tmp_path / "done", state="finished", written=NOW.timestamp())
     assert read_runs([killed, done]).figures()["last written"] == ["2026-11-29 14:02", None]
+    assert read_runs([killed, done]).figures()["longest time between writes"] == ["40 s", None]
     assert "last written" not in read_runs([done]).figures()
     assert "last written" not in read_runs([put(tmp_path / "odd", written=1e300)]).figures()
 

@@ -30,7 +30,7 @@ from coldstill.trainer.errors import (
     StudentNotFound,
 )
 from coldstill.trainer.evaluation.measured_model import load_measured
-from coldstill.trainer.student.load import SpecialTokens, check_attention, load_student, warn_of_short_context
+from coldstill.trainer.student.load import SpecialTokens, check_attention, load_student
 from coldstill.trainer.student.lora import outside_language_model, with_adapters
 from coldstill.trainer.student.tokenizer import check_tokenizer, special_tokens, tokenizer_files
 from tests import making
@@ -131,16 +131,6 @@ def test_another_tokenizer_a_missing_one_and_that_of_a_run_s_folder_are_named_er
     with pytest.raises(TokenizerNotFound) as error:
         tokenizer_files(StudentConfig(model=str(run)), open_dataset(tiny_dataset))
     assert error.value.fix == f"did you mean {run / 'student'}?"
-
-
-def test_a_context_shorter_than_the_rows_of_the_dataset_is_told_with_the_way_out(header, caplog):
-    """GPT-2 ended in the middle of a run with torch's IndexError, and a Llama trained on untrained positions."""
-    for context, told in ((header.max_length - 1, True), (header.max_length, False)):
-        model = load_student(StudentConfig(from_scratch={**SMALL, "max_position_embeddings": context}), header)
-        caplog.clear()
-        with caplog.at_level("WARNING"):
-            warn_of_short_context(model, header, name="s")
-        assert (f'--filter "tokens <= {context}"' in caplog.text) is told
 
 
 SPECIAL = SpecialTokens(bos=0, pad=None, ends=(1, 5), token_count=making.VOCABULARY)
