@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import RESULTS
+from benchmarks.common.report import RESULTS, stored
 
 _BAR, _INK, _FLOOR = "#4a7ba6", "#1f2933", "#b4532a"
 _LINES = ("#b4532a", "#4a7ba6", "#8a5fa8", "#c9a227", "#5b8c5a", "#1f2933")
@@ -151,15 +150,6 @@ def draw_draws(result: dict[str, Any], path: Path) -> None:
 
 
 PLOTS = {"real_pair": draw_real_pair, "capacity": draw_capacity, "draws": draw_draws}
-
-
-def stored(name: str) -> Path:
-    """The newest stored result of this name. Raises `FileNotFoundError`."""
-    paths = [path for path in RESULTS.iterdir() if re.fullmatch(rf"{name}_\d+_cores\.json", path.name)]
-    found = sorted(paths, key=lambda path: json.loads(path.read_text())["date"])
-    if not found:
-        raise FileNotFoundError(f"no {name}_*_cores.json in {RESULTS}: run the benchmark first")
-    return found[-1]
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import RESULTS
-from benchmarks.plots import stored
+from benchmarks.common.report import RESULTS, stored
 
 REPOSITORY = Path(__file__).parents[1]
 PICTURES = REPOSITORY / "docs/pictures"

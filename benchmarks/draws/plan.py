@@ -1,13 +1,50 @@
-"""The rules, controls and sides of the benchmark of draws, and what a share is."""
+"""What is measured and trained: rules of drawing with their noise, and sides with their students."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from benchmarks.draws.rules import Control, Rule
-from benchmarks.quality.plan import DENSE, PLAIN, TEACHERS
-from benchmarks.quality.runs import Cache, Side
+from benchmarks.draws.grid import DENSE, PLAIN, TEACHERS, Cache, Run, Side
+
+Number = Literal["fixed", "rounded", "rounded_up"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What is kept of a position: ids of the top `top_k` with at least `min_prob`, and draws outside of them.
+
+    - `method`: independent draws, or equally spaced points of the cumulative sum with one random shift.
+    - `origin`: what is drawn from. `softmax`: `draws` times, and draws of kept ids are dropped; `tail`: from the ids
+      that are not kept.
+    - `number`, from the tail: `fixed`, `draws` of them; `rounded`: `draws` times the tail's mass, rounded up or down at
+      random, so that its mean is exact; `rounded_up`: always up.
+    - `most`: the maximum number of draws that are kept.
+    - `order`: of the ids along the cumulative sum: by token id, or by probability.
+    - `power`: draws follow p to this power (arXiv 2503.16870), and their weights are p over what they follow,
+      normalized.
+    """
+
+    name: str
+    top_k: int
+    min_prob: float = 1e-4
+    method: Literal["iid", "systematic"] = "iid"
+    origin: Literal["softmax", "tail"] = "softmax"
+    number: Number = "fixed"
+    draws: int = 64
+    most: int = 1024
+    order: Literal["id", "probability"] = "id"
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
+class Control:
+    """The control variate of TAID's tail: `share` of the draws' noise is taken off, with ratios of at most `limit`."""
+
+    share: float
+    limit: float
+
 
 SEEDS = 3
 TODAY = Rule(name="independent, at most 32 kept", top_k=16, most=32)
@@ -23,6 +60,11 @@ SIDES = [
     Side("K=8, D=64, systematic+lp, kept 64", Cache(8, 64, 64, "systematic", logprobs=True)),
 ]
 """Trained from captures; `lp`: with log-probs of the draws, for the control variate."""
+
+
+def runs() -> list[Run]:
+    """The training runs; the sides of one seed and teacher take turns."""
+    return [Run(teacher, seed, side) for seed in range(SEEDS) for teacher in TEACHERS for side in SIDES]
 
 
 def rules() -> list[Rule]:
@@ -63,15 +105,3 @@ def noise_jobs(quick: bool) -> Iterator[dict[str, Any]]:
                     named = None if control is None else vars(control)
                     facts = {"teacher": teacher, "student": student, "part": part}
                     yield {**facts, "rule": vars(controlled), "control": named}
-
-
-def shares_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Teacher -> side -> share of dense TAID's gain over plain fine-tuning, for each seed that has all three."""
-    kl = {(line["teacher"], line["side"], line["seed"]): line["kl"] for line in lines if "side" in line}
-    found: dict[str, dict[str, list[float]]] = {}
-    for (teacher, side, seed), value in sorted(kl.items(), key=lambda item: item[0][2]):
-        plain, dense = kl.get((teacher, PLAIN.name, seed)), kl.get((teacher, DENSE.name, seed))
-        if plain is not None and dense is not None:
-            share = round((plain - value) / (plain - dense), 4)
-            found.setdefault(teacher, {}).setdefault(side, []).append(share)
-    return found

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.report import stored
 from benchmarks.inputs.real_text import HEALING
-from benchmarks.plots import stored
 from benchmarks.real_pair.plan import Done, is_measured, planned, read_log, run_of
 from benchmarks.real_pair.runs import CROSS_ENTROPY, DENSE, HELD_OUT, SIDES, Bench, Run, Size
 from benchmarks.real_pair.stored_runs import LOG, check_same, settings

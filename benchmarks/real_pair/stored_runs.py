@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.common.report import stored
 from benchmarks.common.run_log import append
-from benchmarks.plots import stored
 from benchmarks.real_pair.plan import read_log, run_of
 from benchmarks.real_pair.runs import Bench, Size
 from coldstill.common.files import read_json
