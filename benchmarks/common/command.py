@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 _FOLDER = "benchmarks/results"
 
@@ -39,6 +40,21 @@ def new_parser(
         epilog="\n".join(f"{fact + ':':<10}{text}" for fact, text in facts.items() if text),
         allow_abbrev=False,
     )
+
+
+def add_folders(
+    parser: argparse.ArgumentParser, *, demo: bool = False, report: bool = False, dry_run: bool = False
+) -> None:
+    """Add OUTPUT, of a benchmark that resumes, behind DEMO, and the options that run nothing."""
+    if demo:
+        parser.add_argument("demo", metavar="DEMO", type=Path, help="output folder of a finished `coldstill demo`")
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, help="folder for models, captures and the log; a second start resumes"
+    )
+    if report:
+        parser.add_argument("--report", action="store_true", help="report what is finished, and run nothing")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="print the planned runs and their time, and exit")
 
 
 def is_quick() -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from benchmarks.common.command import is_quick, new_parser
+from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
 from benchmarks.common.run_log import append, lines_of
 from benchmarks.draws.grid import LOG, TEACHERS, Lines, key_of, shares_of, train_missing
@@ -66,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quick="a few rules, a few rows, no training",
         result="draws",
     )
-    parser.add_argument("demo", type=Path, help="output folder of a finished `coldstill demo`")
-    parser.add_argument("output", type=Path, help="folder for captures and the log; a second start resumes")
-    parser.add_argument("--report", action="store_true", help="store what is finished, without computing more")
+    add_folders(parser, demo=True, report=True)
     options, quick = parser.parse_args(arguments), is_quick()
     options.output.mkdir(parents=True, exist_ok=True)
     log = options.output / LOG

@@ -116,11 +116,11 @@ def kls_of(runs: Lines) -> dict[str, dict[str, dict[int, float]]]:
     return found
 
 
-def shares_of(runs: Lines) -> dict[str, dict[str, list[float]]]:
+def shares_of(runs: Lines, *, digits: int = 4) -> dict[str, dict[str, list[float]]]:
     """Teacher -> side -> share of dense TAID's gain over plain fine-tuning, for each seed that has all three."""
     found = {}
     for teacher, kls in kls_of(runs).items():
         of_sides = shares_of_gain(kls, floor=PLAIN.name, dense=DENSE.name)
-        if known := {side: [round(share, 4) for share in shares] for side, shares in of_sides.items() if shares}:
+        if known := {side: [round(share, digits) for share in shares] for side, shares in of_sides.items() if shares}:
             found[teacher] = known
     return found

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.command import is_quick, new_parser
+from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
 from benchmarks.draws.grid import (
     DENSE,
@@ -87,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quick="one teacher, three sides, few targets",
         result="draws_300k",
     )
-    parser.add_argument("demo", type=Path, help="output folder of a finished `coldstill demo`")
-    parser.add_argument("output", type=Path, help="folder for captures and the log; a second start resumes")
-    parser.add_argument("--report", action="store_true", help="store what is finished, without training more")
+    add_folders(parser, demo=True, report=True)
     options, quick = parser.parse_args(arguments), is_quick()
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.report:

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.common.command import is_quick, new_parser
+from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
 from benchmarks.draws.grid import (
     DENSE,
@@ -65,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quick="one teacher, one seed, a fifth of the rows, four sides",
         result="quality",
     )
-    parser.add_argument("demo", type=Path, help="output folder of a finished `coldstill demo`")
-    parser.add_argument("output", type=Path, help="folder for captures and the log of runs; a second start resumes")
+    add_folders(parser, demo=True)
     options, quick = parser.parse_args(arguments), is_quick()
     options.output.mkdir(parents=True, exist_ok=True)
     runs = planned(quick=quick)
@@ -77,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = {
         "share_of_dense_gain": {
             teacher: {side: round(statistics.mean(values), 4) for side, values in of_sides.items()}
-            for teacher, of_sides in shares_of(lines).items()
+            for teacher, of_sides in shares_of(lines, digits=9).items()
         },
         "kl": {
             teacher: {side: [round(kl, 5) for kl in of_seed.values()] for side, of_seed in of_sides.items()}
