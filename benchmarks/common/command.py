@@ -21,7 +21,7 @@ def new_parser(
     quick: str | None = None,
     make: str | None = None,
 ) -> argparse.ArgumentParser:
-    """The parser of `python -m benchmarks.NAME`, whose help is `doc`, the options and these facts.
+    """The parser of the module `name` of benchmarks, whose help is `doc`, the options and these facts.
 
     `takes`: how long a full run takes. `result`: name of the stored result; None if nothing is stored. `quick`: what
     QUICK=1 changes; None if the command does not read it. `make`: the target with its variables.

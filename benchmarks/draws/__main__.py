@@ -26,8 +26,8 @@ from tqdm import tqdm
 from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
 from benchmarks.common.run_log import append, lines_of
-from benchmarks.draws.grid import LOG, TEACHERS, Lines, key_of, shares_of, train_missing
-from benchmarks.draws.plan import Control, Rule, noise_jobs, runs
+from benchmarks.draws.grid import LOG, Lines, key_of, shares_of, train_missing
+from benchmarks.draws.plan import TEACHERS, Control, Rule, noise_jobs, runs
 from benchmarks.draws.tables import print_noise, print_shares
 from coldstill.demo.settings import Layout
 

@@ -6,67 +6,17 @@ The log is OUTPUT/runs.jsonl; a line with a `side` is a run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.common.run_log import append, lines_of
 from benchmarks.common.shares import shares_of_gain
+from benchmarks.draws.plan import DENSE, PLAIN, TEACHERS, Run
 
-if TYPE_CHECKING:
-    pass
-
-TEACHERS = {"as trained": 1.0, "sharpened": 0.512}
-"""Divisor of the teacher's logits."""
 LOG = "runs.jsonl"
 Lines = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The part of the teacher that a cache keeps: `top_k` ids, and those of `draws` draws that fall into the tail.
-
-    At most `kept_draws` of them are kept; None is the capture's default. `method`: how the draws are made. `logprobs`:
-    with their log-probs, by which the loss takes off a part of their noise.
-    """
-
-    top_k: int
-    draws: int
-    kept_draws: int | None = 32
-    method: Literal["iid", "systematic"] = "iid"
-    logprobs: bool = False
-
-    @property
-    def tail(self) -> Literal["auto", "control_variate"]:
-        """The loss's treatment of the tail."""
-        return "control_variate" if self.logprobs else "auto"
-
-
-@dataclass(frozen=True)
-class Side:
-    """One line of the table. A side without `cache` takes its targets from the labels or the dense teacher."""
-
-    name: str
-    cache: Cache | None = None
-    renormalize: bool = False
-
-
-PLAIN, DENSE_KL, DENSE = Side("plain fine-tuning"), Side("dense forward KL"), Side("dense TAID")
-
-
-class Run(NamedTuple):
-    """One training run: its teacher, order of rows and side."""
-
-    teacher: str
-    seed: int
-    side: Side
-
-    @property
-    def key(self) -> tuple[str, int, str]:
-        """As `key_of` its line in the log."""
-        return self.teacher, self.seed, self.side.name
 
 
 def key_of(line: dict[str, Any]) -> tuple[str, int, str]:

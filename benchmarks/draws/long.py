@@ -14,20 +14,8 @@ from typing import Any
 
 from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
-from benchmarks.draws.grid import (
-    DENSE,
-    LOG,
-    PLAIN,
-    TEACHERS,
-    Cache,
-    Lines,
-    Run,
-    Side,
-    key_of,
-    runs_of,
-    shares_of,
-    train_missing,
-)
+from benchmarks.draws.grid import LOG, Lines, key_of, runs_of, shares_of, train_missing
+from benchmarks.draws.plan import DENSE, PLAIN, TEACHERS, Cache, Run, Side
 from benchmarks.draws.tables import print_shares
 from coldstill.common.files import new_folder
 from coldstill.demo.text import write_text

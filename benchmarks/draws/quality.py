@@ -23,21 +23,8 @@ from collections.abc import Sequence
 
 from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
-from benchmarks.draws.grid import (
-    DENSE,
-    DENSE_KL,
-    LOG,
-    PLAIN,
-    TEACHERS,
-    Cache,
-    Run,
-    Side,
-    key_of,
-    kls_of,
-    runs_of,
-    shares_of,
-    train_missing,
-)
+from benchmarks.draws.grid import LOG, key_of, kls_of, runs_of, shares_of, train_missing
+from benchmarks.draws.plan import DENSE, DENSE_KL, PLAIN, TEACHERS, Cache, Run, Side
 from benchmarks.draws.tables import print_shares
 
 CACHED = [Side(f"K={k}, D={d}", Cache(k, d)) for k in (8, 16, 32) for d in (0, 32, 64)]

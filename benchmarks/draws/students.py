@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common.capture_here import capture_here
 from benchmarks.draws.comparison_losses import RenormalizedTaid
-from benchmarks.draws.grid import DENSE, PLAIN, Cache, Side
+from benchmarks.draws.plan import DENSE, PLAIN, Cache, Side
 from coldstill.demo.measure import StudentSums, batches, target_logprobs
 from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.draws import long, plan, quality
-from benchmarks.draws.grid import DENSE, PLAIN, Run, missing, shares_of
+from benchmarks.draws.grid import missing, shares_of
+from benchmarks.draws.plan import DENSE, PLAIN, Run
 from benchmarks.draws.quality import SIDES
 from benchmarks.draws.tables import print_shares
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.draws.grid import DENSE, PLAIN, key_of
+from benchmarks.draws.grid import key_of
 from benchmarks.draws.long import SIDES, planned, report
+from benchmarks.draws.plan import DENSE, PLAIN
 from benchmarks.draws.real import RULES
 from benchmarks.draws.real_noise import choose_rows, facts_of, measure
 from benchmarks.inputs.cut_models import toy_model

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.common.run_log import lines_of
-from benchmarks.draws.grid import DENSE, PLAIN, runs_of, shares_of
-from benchmarks.draws.plan import Control, Rule, controls, noise_jobs, rules
+from benchmarks.draws.grid import runs_of, shares_of
+from benchmarks.draws.plan import DENSE, PLAIN, Control, Rule, controls, noise_jobs, rules
 from benchmarks.draws.rules import Kept, keep, target
 from coldstill.trainer.losses.taid import CONTROL_SHARE, LARGEST_CONTROL
 
