@@ -111,18 +111,18 @@ bench-step: $(INSTALLED) ## a whole training step: TAID from a cache and plain f
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.step
 
 bench-quality: $(INSTALLED) ## quality of students by K and draws (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
-	QUICK=$(QUICK) $(BIN)/python -m benchmarks.quality "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_quality)"
+	QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws.quality "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_quality)"
 
 bench-draws: $(INSTALLED) ## ways of drawing: noise of the gradient, quality, bytes (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
-	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws_bytes
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws.bytes
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_draws)"
 
 bench-draws-long: $(INSTALLED) ## the ways of drawing that matter at 300,000 targets (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
-	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws_long "$(or $(DEMO),demo_output)" \
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws.long "$(or $(DEMO),demo_output)" \
 		"$(or $(OUTPUT),bench_draws_long)"
 
 bench-draws-real: $(INSTALLED) ## noise and bytes of ways of drawing on a real model's distributions (QUICK=1)
-	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws_real
+	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.draws.real
 
 bench-rounds: $(INSTALLED) ## rounds against the source's own answers (DEMO=DIR of a finished demo; OUTPUT=DIR; QUICK=1)
 	QUICK=$(QUICK) $(BIN)/python -m benchmarks.rounds "$(or $(DEMO),demo_output)" "$(or $(OUTPUT),bench_rounds)"

@@ -1,7 +1,5 @@
 """Seconds from a new virtual environment to a student trained on `examples/tiny`, by stage.
 
-    python -m benchmarks.first_result            # stores results/first_result_N_cores.json; QUICK=1 only prints
-
 The wheel is built first, which is not counted. The packages come from uv's cache or, if it lacks them, from the index.
 The working folder holds the examples only, so that what runs is the installed wheel. Training uses one thread.
 """
@@ -18,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.command import is_quick, new_parser
 from benchmarks.common.report import finish
 
 REPOSITORY = Path(__file__).parent.parent
@@ -70,14 +69,23 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure in a temporary folder. Raises `SystemExit` if a stage fails or all together take more than `LIMIT_S`."""
+    parser = new_parser(
+        "first_result",
+        __doc__,
+        make="bench-first-result",
+        takes="half a minute with uv's cache; more than three minutes fail",
+        quick="the same stages",
+        result="first_result",
+    )
+    parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         stages = measure(Path(folder))
     total = sum(stages.values())
     figures: dict[str, Any] = {"stages_s": {name: round(seconds, 1) for name, seconds in stages.items()}}
     figures |= {"total_s": round(total, 1), "load": round(os.getloadavg()[0], 1)}
-    finish("first_result", figures, command="python -m benchmarks.first_result", quick=os.environ.get("QUICK") == "1")
+    finish("first_result", figures, command="python -m benchmarks.first_result", quick=is_quick())
     if total > LIMIT_S:
         raise SystemExit(f"a student took {total:.0f} s; at most {LIMIT_S:.0f} s are wanted")
 

@@ -1,8 +1,5 @@
 """A student with another tokenizer than the teacher: does the cache teach it more than the text alone?
 
-    python -m benchmarks.other_tokenizer OUTPUT
-    QUICK=1 ...          weaker teachers, one seed, fewer sides, no search; nothing is stored
-
 Two texts, each with a teacher of its own: an invented language, whose entropy is known
 (`benchmarks/inputs/invented_text.py`), and Python's standard library, on which a teacher this small stays weak. Teacher
 and student have byte-level BPE of different sizes, learned from different texts; the student's splits numbers into
@@ -24,23 +21,20 @@ a second start makes the missing ones only.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.common.capture_here import capture_here
+from benchmarks.common.command import add_folders, is_quick, new_parser, set_threads
 from benchmarks.common.report import finish
 from benchmarks.common.run_log import append, lines_of
 from benchmarks.inputs.invented_text import InventedLanguage
@@ -137,6 +131,7 @@ class Bench:
 
     def _measured(self, model: Path, *, part: str) -> float:
         """Bits per byte of a part's text behind the first token of each row, by the model's own tokenizer."""
+        import torch
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(model)
@@ -180,6 +175,7 @@ class Bench:
         PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
 
     def _train_teacher(self) -> None:
+        import torch
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / "tokenizer_teacher")
@@ -207,6 +203,8 @@ class Bench:
 
     def _capture(self, name: str, count: int) -> Path:
         """The dataset of the first `count` rows of a part."""
+        from benchmarks.common.capture_here import capture_here
+
         root, path = self.folder / f"{name}_{count}", self.folder / f"{name}_{count}.jsonl"
         rows = [{"id": f"{name}-{number}", "text": text} for number, text in enumerate(self._texts[name][:count])]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -240,6 +238,7 @@ def _invented(teacher_rows: int) -> dict[str, list[str]]:
 
 
 def _llama(vocabulary: int, *, width: int, layers: int, seed: int) -> Any:
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -284,13 +283,19 @@ STUDIES = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train the missing students, print the tables, and store a full run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder for models, captures and the log; a second start resumes")
-    folder = parser.parse_args().output
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parser = new_parser(
+        "other_tokenizer",
+        __doc__,
+        make="bench-other-tokenizer OUTPUT=DIR",
+        takes="hours on 2 cores",
+        quick="weaker teachers, one seed, fewer sides, no search",
+        result="other_tokenizer",
+    )
+    add_folders(parser)
+    folder, quick = parser.parse_args(arguments).output, is_quick()
+    set_threads()
     figures = {
         name: _figures(name, _quick(study) if quick else study, folder / name, quick=quick)
         for name, study in STUDIES.items()

@@ -1,18 +1,18 @@
-"""Draws the plot of a stored result: `python -m benchmarks.plots real_pair` writes `benchmarks/results/real_pair.png`.
+"""Draws the plots of stored results: NAME as `benchmarks/results/NAME.png`, from the newest `NAME_*_cores.json`.
 
 Points are seeds, bars their means. A plot of unfinished results says how many of the planned runs it shows.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import RESULTS
+from benchmarks.common.command import new_parser
+from benchmarks.common.report import RESULTS, stored
 
 _BAR, _INK, _FLOOR = "#4a7ba6", "#1f2933", "#b4532a"
 _LINES = ("#b4532a", "#4a7ba6", "#8a5fa8", "#c9a227", "#5b8c5a", "#1f2933")
@@ -153,20 +153,11 @@ def draw_draws(result: dict[str, Any], path: Path) -> None:
 PLOTS = {"real_pair": draw_real_pair, "capacity": draw_capacity, "draws": draw_draws}
 
 
-def stored(name: str) -> Path:
-    """The newest stored result of this name. Raises `FileNotFoundError`."""
-    paths = [path for path in RESULTS.iterdir() if re.fullmatch(rf"{name}_\d+_cores\.json", path.name)]
-    found = sorted(paths, key=lambda path: json.loads(path.read_text())["date"])
-    if not found:
-        raise FileNotFoundError(f"no {name}_*_cores.json in {RESULTS}: run the benchmark first")
-    return found[-1]
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the named plots, by default all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser("plots", __doc__, make="plots", takes="seconds", result=None)
     parser.add_argument("names", nargs="*", help=f"results to draw, of {', '.join(PLOTS)}; by default all")
-    names = parser.parse_args().names or list(PLOTS)
+    names = parser.parse_args(arguments).names or list(PLOTS)
     if unknown := sorted(set(names) - set(PLOTS)):
         parser.error(f"no plot of {', '.join(unknown)}; there are {', '.join(PLOTS)}")
     for name in names:

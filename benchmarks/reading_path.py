@@ -1,7 +1,5 @@
 """Counts the files that a reader passes: from YAML to one committed unit, and from a batch to its loss.
 
-    python -m benchmarks.reading_path
-
 A file is on a path where one of its functions runs: class bodies and module bodies do not count. The first path is a
 capture of one unit of chats by the transformers engine in this process, so Ray's dispatch is not on it; files of
 `storage_schema` are left out, because the format is a separate room. The second path is one micro-batch through
@@ -18,13 +16,14 @@ import json
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import coldstill
+from benchmarks.common.command import new_parser
 
 PACKAGE = Path(coldstill.__file__).parent
 ROOMS = sorted(path for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists())
@@ -101,8 +100,9 @@ def loss_path(folder: Path) -> list[str]:
     return ran
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the two paths and the counts."""
+    new_parser("reading_path", __doc__, takes="under a minute", result=None).parse_args(arguments)
     paths: dict[str, Callable[[Path], list[str]]] = {"yaml_to_unit": capture_path, "batch_to_loss": loss_path}
     counts: dict[str, int] = {}
     for name, trace in paths.items():

@@ -1,10 +1,7 @@
 """Rounds against the same number of steps on the source's own answers: the student's error on what it writes itself.
 
-    python -m benchmarks.rounds DEMO OUTPUT    DEMO: the output folder of a finished `coldstill demo`
-    QUICK=1 ...                                one seed and few prompts, in about three minutes; nothing is stored
-
-Teacher, student and prompts (Python functions) are those of the demo. A second start resumes. Each side trains the same
-student in three legs with the same settings, optimizer steps and rows per step:
+DEMO is the output folder of a finished `coldstill demo`. Teacher, student and prompts (Python functions) are those of
+the demo. Each side trains the same student in three legs with the same settings, optimizer steps and rows per step:
 
 * rounds: `coldstill rounds`, three rounds; the student answers the prompts, the teacher scores the answers;
 * text: the teacher scores the source's own answers to the same prompts once, and each leg trains on that dataset.
@@ -18,29 +15,27 @@ Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `V` vocabu
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.command import add_folders, is_quick, new_parser
+from benchmarks.common.report import finish
 from coldstill.common.files import new_file, read_json, write_json
-from coldstill.demo.measure import StudentSums, batches, target_logprobs
-from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
 from coldstill.demo.text import read_rows
-from coldstill.rounds.config import RoundsConfig
-from coldstill.rounds.run import run_rounds
+
+if TYPE_CHECKING:
+    import torch
 
 ROUNDS = 3
 SIDES = {"rounds": "forward_kl", "rounds, lightning_opd": "lightning_opd", "text": "forward_kl"}
@@ -88,6 +83,9 @@ class Bench:
         if side == "text":
             self._text_leg(root, leg, seed)
         elif not (root / f"round-{leg:02}" / "train" / "train_summary.json").exists():
+            from coldstill.rounds.config import RoundsConfig
+            from coldstill.rounds.run import run_rounds
+
             run_rounds(RoundsConfig.model_validate(self._rounds(root, side, leg + 1, seed)))
 
     def student(self, side: str, seed: int) -> Path:
@@ -146,9 +144,13 @@ class Bench:
         if not (folder / "train" / "train_summary.json").exists():
             _coldstill("train", folder / "train.yaml", train)
 
-    @torch.inference_mode()
     def measure(self, side: str, seed: int) -> dict[str, float]:
         """KL(teacher || student), nats per target, on the student's own answers and on the text; both held out."""
+        import torch
+
+        from coldstill.demo.measure import batches
+        from coldstill.demo.models import load_tokenizer
+
         teacher, student = _load(self.layout.teacher), _load(self.student(side, seed))
         rows = read_rows(self.held_out)
         tokenizer = load_tokenizer(self.layout.tokenizer)
@@ -160,11 +162,15 @@ class Bench:
             for row in rows
         ]
         torch.manual_seed(seed)
-        on_own = list(_answered(student, prompts, most=self.size.answer_tokens, end=tokenizer.eos_token_id))
+        with torch.inference_mode():
+            on_own = list(_answered(student, prompts, most=self.size.answer_tokens, end=tokenizer.eos_token_id))
+            kls = {
+                "kl_on_own_answers": _kl(teacher, student, on_own),
+                "kl_on_text": _kl(teacher, student, on_text),
+                "reverse_kl_on_own_answers": _kl(student, teacher, on_own),
+            }
         return {
-            "kl_on_own_answers": _kl(teacher, student, on_own),
-            "kl_on_text": _kl(teacher, student, on_text),
-            "reverse_kl_on_own_answers": _kl(student, teacher, on_own),
+            **kls,
             "own_answer_tokens": sum(int(mask.sum()) for _, mask in on_own) / len(rows),
             "trained_targets": self._targets(side, seed),
         }
@@ -182,6 +188,7 @@ def _coldstill(command: str, path: Path, settings: dict[str, Any]) -> None:
 
 
 def _load(folder: Path) -> Any:
+    import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -189,6 +196,8 @@ def _load(folder: Path) -> Any:
 
 def _answered(model: Any, prompts: Sequence[list[int]], *, most: int, end: int) -> Any:
     """Yield `tokens int64 [B, T]` of prompts with sampled answers, right-padded, and `loss_mask bool [B, T]`."""
+    import torch
+
     ordered = sorted((ids for ids in prompts if len(ids) + most <= MAX_TOKENS), key=len)
     for start in range(0, len(ordered), _ROWS_PER_BATCH):
         batch = ordered[start : start + _ROWS_PER_BATCH]
@@ -210,6 +219,8 @@ def _answered(model: Any, prompts: Sequence[list[int]], *, most: int, end: int) 
 
 def _kl(of: Any, to: Any, encoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Mean KL(of || to), nats per target."""
+    from coldstill.demo.measure import StudentSums, target_logprobs
+
     sums, targets = StudentSums(), 0
     for tokens, mask in encoded:
         labels = tokens[:, 1:][mask[:, 1:]]
@@ -218,18 +229,21 @@ def _kl(of: Any, to: Any, encoded: Sequence[tuple[torch.Tensor, torch.Tensor]]) 
     return sums.means(targets)["kl_teacher_student"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the missing legs, measure, print the table, and store a full run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("demo", type=Path, help="output folder of a finished `coldstill demo`")
-    parser.add_argument("output", type=Path, help="folder for datasets and runs; a second start resumes")
+    parser = new_parser(
+        "rounds",
+        __doc__,
+        make="bench-rounds DEMO=DIR OUTPUT=DIR",
+        takes="hours on 2 cores",
+        quick="one seed and few prompts, in about three minutes",
+        result="rounds",
+    )
+    add_folders(parser, demo=True)
     for name in ("prompts", "held_out", "answer_tokens", "seeds"):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=None, help=f"instead of {getattr(FULL, name)}"
-        )
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of {getattr(FULL, name)}")
     parser.add_argument("--lightning-opd", action="store_true", help="also run rounds with the loss lightning_opd")
-    options = parser.parse_args()
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
+    options, quick = parser.parse_args(arguments), is_quick()
     changed = {name: value for name, value in vars(options).items() if hasattr(FULL, name) and value is not None}
     size = replace(QUICK if quick else FULL, **changed)
     bench = Bench(options.demo.resolve(), options.output.resolve(), size)
@@ -250,8 +264,6 @@ def main() -> None:
 
 
 def _report(found: dict[str, list[dict[str, float]]], size: Size, *, quick: bool, words: str) -> None:
-    from benchmarks.common.report import finish
-
     measures = ("kl_on_own_answers", "kl_on_text")
     columns = ("side", "KL on own answers", "KL on text", "tokens of an answer", "trained targets")
     table = Table(*columns, title="held out, nats per target")

@@ -1,14 +1,13 @@
-"""Draws the pictures of README and site: `python -m benchmarks.site_pictures` writes them into `docs/pictures/`.
+"""Draws the pictures of README and site into `docs/pictures/`.
 
-- `first_screen.png`: one row of `examples/tiny` as `coldstill inspect --html` shows it, beside the KL that a student
-  reaches by the bytes of its cache. It needs a browser (`apt-get install chromium-headless-shell`).
 - `demo.svg`: the terminal of the stored run of `make demo`, line by line.
 - `losses.svg`: losses of one position by the probability that the student gives to a token.
+- `first_screen.png`: one row of `examples/tiny` as `coldstill inspect --html` shows it, beside the KL that a student
+  reaches by the bytes of its cache. It needs a browser (`apt-get install chromium-headless-shell`).
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -21,8 +20,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import RESULTS
-from benchmarks.plots import stored
+from benchmarks.common.command import new_parser
+from benchmarks.common.report import RESULTS, stored
 
 REPOSITORY = Path(__file__).parents[1]
 PICTURES = REPOSITORY / "docs/pictures"
@@ -221,12 +220,12 @@ def _points(
     return points
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the named pictures, by default all."""
     names = ("demo.svg", "losses.svg", "first_screen.png")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser("site_pictures", __doc__, make="plots, which draws the first two", takes="seconds", result=None)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; by default all")
-    chosen = parser.parse_args().names or names
+    chosen = parser.parse_args(arguments).names or names
     if unknown := sorted(set(chosen) - set(names)):
         parser.error(f"no picture {', '.join(unknown)}; there are {', '.join(names)}")
     for name in chosen:

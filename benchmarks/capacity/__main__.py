@@ -1,10 +1,5 @@
 """Teachers of growing size for one student: which loss gains from a larger teacher?
 
-    python -m benchmarks.capacity OUTPUT --dry-run     the planned runs and their time, from those that are done
-    python -m benchmarks.capacity OUTPUT               a second start resumes
-    python -m benchmarks.capacity OUTPUT --minutes 40  stops before the run that would end later
-    QUICK=1 ...                                        two weak teachers, one rate, one seed; nothing is stored
-
 Text: Python's standard library, split by module. Teachers have about 1, 3, 10 and 30 times the student's parameters and
 read the same text; each is captured once, with K = 128 and draws. Students learn from the caches by
 `coldstill.train`, in the two settings of the paper (arXiv 2501.16937): from random weights on pieces of modules, and
@@ -18,22 +13,23 @@ of OUTPUT/runs.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.capacity.plan import (
     FULL,
+    LOSSES,
     QUICK,
+    SETTINGS,
     Done,
+    Run,
+    Size,
     chosen_rate,
     first_of_study,
     planned,
@@ -41,8 +37,12 @@ from benchmarks.capacity.plan import (
     seconds_of_a_run,
     study,
 )
-from benchmarks.capacity.runs import LOSSES, SETTINGS, Bench, Run, Size
+from benchmarks.common.command import add_folders, is_quick, new_parser, set_threads
+from benchmarks.common.report import finish
 from benchmarks.common.run_log import append
+
+if TYPE_CHECKING:
+    from benchmarks.capacity.runs import Bench
 
 LOG = "runs.jsonl"
 COLUMNS = {
@@ -58,22 +58,29 @@ COLUMNS = {
 """Figures of the table and their short names."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the missing runs, print the tables, and store what there is."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity", description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder for models, captures and the log; a second start resumes")
-    parser.add_argument("--dry-run", action="store_true", help="print the planned runs, and train nothing")
-    parser.add_argument("--report", action="store_true", help="report the finished runs, and train nothing")
+    parser = new_parser(
+        "capacity",
+        __doc__,
+        make="bench-capacity OUTPUT=DIR DRY_RUN=1",
+        takes="about 75 minutes on one core",
+        quick="two weak teachers, one rate, one seed",
+        result="capacity",
+    )
+    add_folders(parser, report=True, dry_run=True)
     parser.add_argument("--minutes", type=float, help="stop before the run that would end later, and report")
-    options = parser.parse_args()
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    options, quick = parser.parse_args(arguments), is_quick()
     began, size, output = time.monotonic(), QUICK if quick else FULL, options.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    log, bench = output / LOG, Bench(output, size)
+    log = output / LOG
     if options.dry_run:
         show_plan(size, read(log))
         return
+    from benchmarks.capacity.runs import Bench
+
+    set_threads()
+    output.mkdir(parents=True, exist_ok=True)
+    bench = Bench(output, size)
     if not options.report:
         bench.prepare()
         done = read(log)
@@ -103,8 +110,6 @@ def show_plan(size: Size, done: Done) -> None:
 
 def report(bench: Bench, done: Done, *, quick: bool) -> None:
     """Print the tables and store the finished runs."""
-    from benchmarks.common.report import finish
-
     size, plan = bench.size, {run for run, _ in planned(bench.size, done)}
     figures: dict[str, Any] = {
         "runs": {"done": sum(run in done for run in plan), "planned": len(plan)},

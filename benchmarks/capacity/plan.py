@@ -1,15 +1,76 @@
-"""Which runs the capacity benchmark needs, which are done, and which learning rate each loss takes."""
+"""The losses, models and amounts of the capacity benchmark, which runs are needed and done, and each learning rate."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.capacity.runs import LOSSES, SETTINGS, STUDIED, Run, Size
+from benchmarks.common.report import stored
 from benchmarks.common.run_log import lines_of
+from coldstill.common.files import read_json
+from coldstill.demo.settings import Shape
+
+STUDENT = Shape(width=64, layers=2, heads=2, feed_forward=192, seed=0)
+TEACHERS = {
+    "1x": STUDENT,
+    "3x": Shape(width=128, layers=3, heads=4, feed_forward=320, seed=0),
+    "10x": Shape(width=192, layers=5, heads=4, feed_forward=512, seed=0),
+    "30x": Shape(width=288, layers=6, heads=6, feed_forward=896, seed=0),
+}
+"""Name -> shape; the name is the rounded ratio of parameters to the student's."""
+LOSSES: dict[str, dict[str, Any]] = {
+    "SFT": {"name": "cross_entropy"},
+    "forward KL": {"name": "forward_kl"},
+    "reverse KL": {"name": "reverse_kl"},
+    "adaptive KL": {"name": "adaptive_kl"},
+    "skew KL": {"name": "skew_forward_kl"},
+    "TAID": {"name": "taid"},
+}
+"""Name in tables -> settings of the loss, all with their defaults."""
+STUDIED: dict[str, dict[str, Any]] = {
+    "TAID, t from 0.2": {"name": "taid", "t_start": 0.2},
+    "TAID, t from 0.8": {"name": "taid", "t_start": 0.8},
+}
+"""Of the study of where TAID's advantage begins, beside forward KL and TAID."""
+SETTINGS = ("pre-training", "instruction pairs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Amounts. `rows`, `rows_per_step`, `rates`: by setting; the first rate is tried first. `held_out`: rows of each
+    part. `student_tokens`: of the student's own pre-training, before instruction pairs."""
+
+    teacher_tokens: int
+    student_tokens: int
+    rows: dict[str, int]
+    rows_per_step: dict[str, int]
+    rates: dict[str, tuple[float, ...]]
+    held_out: int
+    teachers: tuple[str, ...]
+    main_teacher: str
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. SFT learns from the text alone; its teacher is the one that it is measured against."""
+
+    setting: str
+    loss: str
+    teacher: str
+    rate: float
+    seed: int
+    passes: int = 1
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        passes = f"{self.passes} passes"
+        return f"{self.setting}, {self.loss}, {self.teacher}, rate {self.rate:g}, seed {self.seed}, {passes}"
+
 
 FULL = Size(
     teacher_tokens=500_000,
@@ -33,8 +94,6 @@ QUICK = Size(
     main_teacher="3x",
     seeds=1,
 )
-SECONDS_OF_A_RUN = 18.5
-"""On one core beside other programs: the mean of the 135 runs of `results/capacity_2_cores.json`."""
 RUN_KEYS = tuple(field.name for field in fields(Run))
 STUDY_PASSES = (1, 4)
 Done = dict[Run, dict[str, Any]]
@@ -100,5 +159,6 @@ def first_of_study(size: Size, done: Done) -> list[Run]:
 
 
 def seconds_of_a_run(done: Done) -> float:
-    """Mean time of the finished runs; without any, that of the stored result."""
-    return statistics.mean(record["seconds"] for record in done.values()) if done else SECONDS_OF_A_RUN
+    """Mean time of the finished runs; without any, of those of the stored result."""
+    records = list(done.values()) or read_json(stored("capacity"))["log"]
+    return statistics.mean(record["seconds"] for record in records)

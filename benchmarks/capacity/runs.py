@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.capacity.plan import LOSSES, SETTINGS, STUDENT, STUDIED, TEACHERS, Run, Size
 from benchmarks.common.capture_here import capture_here
 from benchmarks.common.held_out import HeldOut, held_out, rounded, student_figures, teacher_figures
 from benchmarks.common.whole_teacher import HiddenStates, head_of, hidden_states, rows_of_text
@@ -30,71 +30,14 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.train import train
 
-STUDENT = Shape(width=64, layers=2, heads=2, feed_forward=192, seed=0)
-TEACHERS = {
-    "1x": STUDENT,
-    "3x": Shape(width=128, layers=3, heads=4, feed_forward=320, seed=0),
-    "10x": Shape(width=192, layers=5, heads=4, feed_forward=512, seed=0),
-    "30x": Shape(width=288, layers=6, heads=6, feed_forward=896, seed=0),
-}
-"""Name -> shape; the name is the rounded ratio of parameters to the student's."""
 VOCABULARY = 2048
 PIECE_CHARACTERS = 700
 """Of a piece of a module, a row of pre-training."""
-LOSSES: dict[str, dict[str, Any]] = {
-    "SFT": {"name": "cross_entropy"},
-    "forward KL": {"name": "forward_kl"},
-    "reverse KL": {"name": "reverse_kl"},
-    "adaptive KL": {"name": "adaptive_kl"},
-    "skew KL": {"name": "skew_forward_kl"},
-    "TAID": {"name": "taid"},
-}
-"""Name in tables -> settings of the loss, all with their defaults."""
-STUDIED: dict[str, dict[str, Any]] = {
-    "TAID, t from 0.2": {"name": "taid", "t_start": 0.2},
-    "TAID, t from 0.8": {"name": "taid", "t_start": 0.8},
-}
-"""Of the study of where TAID's advantage begins, beside forward KL and TAID."""
-SETTINGS = ("pre-training", "instruction pairs")
 PARTS = ("validation", "test")
 SAMPLED_ROWS, SAMPLED_PROMPT, SAMPLED_TOKENS = 24, 24, 64
 TOP_K = 128
 """K of the caches, high for this vocabulary: most losses know only the mass of the tail, so a small K would make the
 benchmark compare caches instead of losses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """Amounts. `rows`, `rows_per_step`, `rates`: by setting; the first rate is tried first. `held_out`: rows of each
-    part. `student_tokens`: of the student's own pre-training, before instruction pairs."""
-
-    teacher_tokens: int
-    student_tokens: int
-    rows: dict[str, int]
-    rows_per_step: dict[str, int]
-    rates: dict[str, tuple[float, ...]]
-    held_out: int
-    teachers: tuple[str, ...]
-    main_teacher: str
-    seeds: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run. SFT learns from the text alone; its teacher is the one that it is measured against."""
-
-    setting: str
-    loss: str
-    teacher: str
-    rate: float
-    seed: int
-    passes: int = 1
-
-    @property
-    def folder(self) -> str:
-        """Its folder's name."""
-        passes = f"{self.passes} passes"
-        return f"{self.setting}, {self.loss}, {self.teacher}, rate {self.rate:g}, seed {self.seed}, {passes}"
 
 
 class Bench:

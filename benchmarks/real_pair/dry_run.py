@@ -11,15 +11,29 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.report import stored
 from benchmarks.inputs.real_text import HEALING
-from benchmarks.plots import stored
-from benchmarks.real_pair.plan import Done, is_measured, planned, read_log, run_of
-from benchmarks.real_pair.runs import CROSS_ENTROPY, DENSE, HELD_OUT, SIDES, Bench, Run, Size
-from benchmarks.real_pair.stored_runs import LOG, check_same, settings
+from benchmarks.real_pair.plan import (
+    CROSS_ENTROPY,
+    DENSE,
+    HELD_OUT,
+    LOG,
+    SIDES,
+    TABLE_WIDTH,
+    Done,
+    Run,
+    Size,
+    is_measured,
+    planned,
+    read_log,
+    run_of,
+    settings,
+)
+from benchmarks.real_pair.runs import Bench
+from benchmarks.real_pair.stored_runs import check_same
 from coldstill.common.files import read_json, write_json
 
 CALIBRATION_ROWS, CALIBRATION_STEPS = {"train": 12, "validation": 4, "test": 4, HEALING: 40}, 4
-TABLE_WIDTH = 110
 
 
 def show_plan(output: Path, size: Size, *, with_stored: bool) -> None:

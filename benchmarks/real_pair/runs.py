@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from benchmarks.common.whole_teacher import HiddenStates, head_of, hidden_states
 from benchmarks.inputs import real_model, real_text
 from benchmarks.inputs.cut_models import blocks_of, load_model, make_toy, train_on_text, write_student
 from benchmarks.real_pair.dense_training import train_dense
+from benchmarks.real_pair.plan import HELD_OUT, Run, Side, Size, Student
 from coldstill.common.files import new_file, new_folder, read_json, write_json
 from coldstill.demo.text import read_rows
 from coldstill.storage_schema.dataset import open_dataset
@@ -36,102 +36,7 @@ from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import VanishedGradient
 from coldstill.trainer.train import TrainSummary, train
 
-HELD_OUT = ("validation", "test")
 EMBEDDINGS = "embed_tokens"
-
-
-@dataclass(frozen=True)
-class Side:
-    """A loss, from the cache or, where `dense`, from the teacher's whole distribution.
-
-    `is_main`: whether it is trained with every learning rate and in every order of rows. `rate_of`: the side whose
-    learning rate this one takes; by default the first one.
-    """
-
-    name: str
-    loss: dict[str, Any]
-    is_main: bool = False
-    dense: bool = False
-    rate_of: str | None = None
-
-
-CROSS_ENTROPY = Side("cross-entropy", {"name": "cross_entropy"}, is_main=True)
-TAID = Side("TAID, adaptive", {"name": "taid"}, is_main=True)
-DENSE = Side("dense TAID", {"name": "taid"}, dense=True, rate_of=TAID.name)
-SIDES = (
-    CROSS_ENTROPY,
-    Side("forward KL", {"name": "forward_kl"}, is_main=True),
-    TAID,
-    DENSE,
-    Side("TAID, t from 0.8", {"name": "taid", "t_start": 0.8}),
-    Side("reverse KL", {"name": "reverse_kl"}),
-    Side("TAID, linear", {"name": "taid", "schedule": "linear"}),
-)
-
-
-@dataclass(frozen=True)
-class Student:
-    """A student before training: the teacher with `layers` of its layers, trained on plain text since if `healed`."""
-
-    layers: int
-    healed: bool
-
-    @property
-    def name(self) -> str:
-        """Its name in tables and folders."""
-        return f"{self.layers} layers, {'healed' if self.healed else 'as cut'}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much is captured, trained and measured. Rows have up to `max_length` tokens.
-
-    `steps`: optimizer steps of a run. `students`: the main one first. The main comparison, of the main student and the
-    main sides, has each of the learning `rates`, the first one first, and `seeds` orders of rows; every other run has
-    the first rate and one order.
-    `healing_steps` and `healing_rate`: of the training on plain text, `rows_per_step` blocks of `max_length` tokens a
-    step. `embeddings`: whether the student's embeddings, which are its head too, are trained. `toy_steps`: steps of the
-    toy teacher; 0 for the real one.
-    """
-
-    rows: dict[str, int]
-    rows_per_step: int
-    steps: int
-    students: tuple[Student, ...]
-    rates: tuple[float, ...]
-    seeds: int
-    healing_steps: int
-    healing_rate: float
-    max_length: int = 256
-    embeddings: bool = False
-    toy_steps: int = 0
-
-    @property
-    def is_toy(self) -> bool:
-        """Whether the teacher is the toy."""
-        return self.toy_steps > 0
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run."""
-
-    layers: int
-    healed: bool
-    side: str
-    rate: float
-    seed: int
-    steps: int
-
-    @property
-    def student(self) -> Student:
-        """The student that it trains."""
-        return Student(self.layers, self.healed)
-
-    @property
-    def folder(self) -> str:
-        """Its folder's name."""
-        return f"{self.student.name}, {self.side}, rate {self.rate:g}, seed {self.seed}, {self.steps} steps"
 
 
 class Bench:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import Any
 
+from benchmarks.common.report import stored
 from benchmarks.common.run_log import append
-from benchmarks.plots import stored
-from benchmarks.real_pair.plan import read_log, run_of
-from benchmarks.real_pair.runs import Bench, Size
+from benchmarks.real_pair.plan import LOG, read_log, run_of, settings
+from benchmarks.real_pair.runs import Bench
 from coldstill.common.files import read_json
 
-LOG = "runs.jsonl"
 VARYING = ("teacher_on_test", "bytes_per_target")
 """Facts in the last digits of which machines differ."""
 
@@ -36,8 +33,3 @@ def check_same(name: str, ours: dict[str, Any], result: dict[str, Any]) -> None:
     if differing := sorted(key for key in ours if theirs.get(key) != ours[key] and key not in VARYING):
         values = ", ".join(f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in differing)
         raise ValueError(f"the stored result's {name} differ ({values}); start without --stored")
-
-
-def settings(size: Size) -> dict[str, Any]:
-    """The settings as a stored result has them."""
-    return dict(json.loads(json.dumps(asdict(size))))

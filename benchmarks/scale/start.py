@@ -1,20 +1,23 @@
 """One start of a driver, until it would assign units, in its own process so that its memory can be read.
 
-    python -m benchmarks.scale.start CONFIG.yaml
-
 Reads settings, source, header, plan and names of commit records, like `coldstill capture`. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common.command import new_parser
 
-def main() -> None:
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Start, and print time and memory."""
+    parser = new_parser("scale.start", __doc__, takes="seconds", result=None)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="of a capture")
+    options = parser.parse_args(arguments)
     begun = time.monotonic()
     from coldstill.common.config_file import load_config
     from coldstill.pipeline.capture import remaining
@@ -22,7 +25,7 @@ def main() -> None:
     from coldstill.pipeline.prepare import prepare
     from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 
-    config = load_config(sys.argv[1], model=CaptureConfig, overrides=())
+    config = load_config(options.config, model=CaptureConfig, overrides=())
     SequenceMaker.of(config)  # imports torch and transformers, which any number of units needs
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     imported, base = time.monotonic(), _memory_mb("VmRSS")

@@ -1,7 +1,5 @@
 """Time and memory of a whole training step of a tiny student: TAID from a cache, compared with plain fine-tuning.
 
-    python -m benchmarks.step         QUICK=1: one round, fewer steps and rows, under three minutes; nothing is stored
-
 Each side has its own process and one thread; sides take turns in every round, on the same rows and batches:
 
 * `plain, Trainer`: transformers' Trainer on tokens and labels, with logits of the whole batch, as usual;
@@ -11,18 +9,18 @@ Each side has its own process and one thread; sides take turns in every round, o
 
 A step lasts from the end of one optimizer step to the end of the next: reading, decoding, forward, loss, backward,
 optimizer. Peak memory is that of the whole run, above the level before models and data are loaded. The goal: TAID from
-the cache takes at most 1.10 of the time and memory of `plain, fused`.
+the cache takes at most 1.10 of the time and memory of `plain, fused`. If the quartiles enclose it, there is no verdict.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.common.report import finish
-from benchmarks.step.sides import QUICK_ROWS, ROWS, SIDES, make_models_and_dataset
+from benchmarks.common.command import is_quick, new_parser
+from benchmarks.common.report import finish, load_average
+from benchmarks.common.spread import Spread, ratio, verdict
+from benchmarks.step import CACHED, FUSED, PLAIN, RESIDENT, SIDES
 
-PLAIN, FUSED, CACHED, RESIDENT = SIDES
+ROWS, QUICK_ROWS = 96, 32
 GOAL = 1.10
+GOALS = ("taid_over_sft_time", "taid_over_sft_memory")
+"""Ratios that the goal limits."""
 
 
 def measure(side: str, folder: Path, *, steps: int) -> dict[str, float]:
@@ -47,14 +49,25 @@ def measure(side: str, folder: Path, *, steps: int) -> dict[str, float]:
     return found
 
 
-def ratios(found: dict[str, list[dict[str, float]]], over: str, under: str, what: str) -> list[float]:
-    """The ratio of each round."""
-    return [a[what] / b[what] for a, b in zip(found[over], found[under], strict=True)]
+def ratio_of(found: dict[str, list[dict[str, float]]], over: str, under: str, what: str) -> Spread:
+    """Of the rounds' ratios of two sides."""
+    return ratio((each[what] for each in found[over]), (each[what] for each in found[under]))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, store."""
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
+    parser = new_parser(
+        "step",
+        __doc__,
+        make="bench-step",
+        takes="minutes",
+        quick="one round, fewer steps and rows, under three minutes",
+        result="step",
+    )
+    parser.parse_args(arguments)
+    from benchmarks.step.sides import make_models_and_dataset
+
+    quick = is_quick()
     rounds, steps, row_count = (1, 2, QUICK_ROWS) if quick else (3, 6, ROWS)
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="coldstill-step-") as name:
@@ -67,13 +80,22 @@ def main() -> None:
                     bar.update()
     _print(found)
     pairs = {"sft": FUSED, "trainer_sft": PLAIN, "resident": RESIDENT}
-    figures: dict[str, Any] = {
-        f"taid_over_{name}_{label}": round(statistics.median(ratios(found, CACHED, side, what)), 3)
+    ratios = {
+        f"taid_over_{name}_{label}": ratio_of(found, CACHED, side, what)
         for name, side in pairs.items()
         for label, what in (("time", "step_s"), ("memory", "peak_bytes"))
     }
-    load = [round(value, 2) for value in os.getloadavg()]
-    figures |= {"goal": GOAL, "threads": 1, "load_average": load, "rounds": dict(found)}
+    figures: dict[str, Any] = {
+        **{name: round(of.middle, 3) for name, of in ratios.items()},
+        "quartiles": {name: [round(of.low, 3), round(of.high, 3)] for name, of in ratios.items()},
+        "verdicts": {name: verdict(ratios[name], GOAL, is_limit=True) for name in GOALS if not quick},
+        "goal": GOAL,
+        "threads": 1,
+        "load_average": load_average(),
+        "rounds": dict(found),
+    }
+    for name, of in figures["verdicts"].items():
+        print(f"{name}: {figures[name]:.3f}, {of}")
     finish("step", figures, command="make bench-step", quick=quick)
 
 
@@ -94,8 +116,8 @@ def _print(found: dict[str, list[dict[str, float]]]) -> None:
             f"{statistics.median(seconds):.3f}",
             f"{min(seconds):.3f} to {max(seconds):.3f}",
             f"{statistics.median(peak) / 1e6:,.0f}",
-            f"{statistics.median(ratios(found, side, FUSED, 'step_s')):.2f}",
-            f"{statistics.median(ratios(found, side, FUSED, 'peak_bytes')):.2f}",
+            f"{ratio_of(found, side, FUSED, 'step_s').middle:.2f}",
+            f"{ratio_of(found, side, FUSED, 'peak_bytes').middle:.2f}",
         )
     Console().print(table)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.common.command import new_parser
 from benchmarks.common.memory import Peak
-from benchmarks.step.sides import SIDES, trainer_of
+from benchmarks.step import SIDES
+from benchmarks.step.sides import trainer_of
 
 WARM_UP = 2
 """Steps that are not counted, because the first ones create the optimizer's state."""
@@ -32,13 +34,13 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train, then print the median time of a step and the peak memory."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser("step.case", __doc__, takes="a minute", result=None)
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     peak, clock = Peak(), Clock()
     trainer_of(options.side, options.folder, steps=WARM_UP + options.steps, callbacks=[clock]).train()

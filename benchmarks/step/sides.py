@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from transformers.trainer_callback import TrainerCallback
 
 from benchmarks.inputs.tiny_teachers import config_of, header_of, units_of_rows
+from benchmarks.step import CACHED, PLAIN, RESIDENT
 from coldstill.pipeline.teachers.protocol import scored_of
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.commits import commit_unit
@@ -24,9 +25,8 @@ from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.plan import PLAN_NAME, Unit, plan_to_bytes
 from coldstill.storage_schema.store import Store
 
-SIDES = ("plain, Trainer", "plain, fused", "TAID, cache", "TAID, teacher resident")
 VOCABULARY, TOP_K, DRAWS = 32_000, 16, 64
-ROWS, QUICK_ROWS, TOKENS, BATCH = 96, 32, 256, 8
+TOKENS, BATCH = 256, 8
 STUDENT = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEACHER = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
 T = 0.4
@@ -69,12 +69,12 @@ def trainer_of(side: str, folder: Path, *, steps: int, callbacks: list[TrainerCa
     student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     common: dict[str, Any] = {"model": student, "args": arguments, "callbacks": callbacks}
     dataset = str(folder / "dataset")
-    if side == "plain, Trainer":
+    if side == PLAIN:
         return Trainer(**common, train_dataset=_plain_rows(dataset), data_collator=_stacked)
-    if side == "TAID, teacher resident":
+    if side == RESIDENT:
         teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32).eval()
         return _Resident(**common, train_dataset=_plain_rows(dataset), data_collator=_stacked, teacher=teacher)
-    loss = "taid" if side == "TAID, cache" else "cross_entropy"
+    loss = "taid" if side == CACHED else "cross_entropy"
     return DistillTrainer(**common, train_dataset=load_logit_dataset(dataset), loss=loss)
 
 

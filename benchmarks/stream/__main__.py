@@ -1,8 +1,5 @@
 """Speed of the loader: target positions per second on one core, from shards to batches.
 
-    python -m benchmarks.stream [--cache DIR]    the first run trains the teacher, about ten minutes
-    QUICK=1 ...                                  one teacher, fewer rows and rounds; nothing is stored
-
 The data are a small teacher's distributions, flat and sharp, with K = 16 and 64, in rows of 512 targets. They are
 stored as sealed datasets, with all K ids and with a floor and draws, and as naive Parquet lists of the K ids. Sides
 are:
@@ -13,28 +10,31 @@ are:
 
 Each side has its own process. All run on one core and take turns. Speeds are targets per second of CPU time of the
 whole process, as medians over rounds; S3 also has wall time, because the server runs on another core. Verdicts compare
-the median of the worse teacher with the goal.
+the worse teacher with the goal; there is none if its quartiles enclose the goal.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.common.report import finish
+from benchmarks.common.command import is_quick, new_parser
+from benchmarks.common.report import finish, load_average, wide_console
+from benchmarks.common.spread import Spread, ratio, spread, verdict
 from benchmarks.inputs import CACHE
-from benchmarks.inputs.teacher_distributions import SHARPNESSES, load_distributions
-from benchmarks.stream.data import Stored, store
-from benchmarks.stream.sides import SideProcess, Turn, s3_server, sides_of, upload
+
+if TYPE_CHECKING:
+    from benchmarks.stream.data import Stored
+    from benchmarks.stream.sides import Turn
 
 TOP_KS = (16, 64)
 GOALS = {
@@ -49,6 +49,8 @@ Key = tuple[str, int, str]
 
 def measured(all_stored: list[Stored], *, rounds: int) -> dict[Key, list[Turn]]:
     """The turns of each side, after one warm-up turn."""
+    from benchmarks.stream.sides import SideProcess, sides_of, upload
+
     core = min(os.sched_getaffinity(0))
     turns: dict[Key, list[Turn]] = defaultdict(list)
     with tqdm(desc="loader", unit=" turns") as bar:
@@ -77,37 +79,36 @@ def per_cpu_s(turns: list[Turn]) -> list[float]:
 
 def times_faster(turns: dict[Key, list[Turn]], ours: str, theirs: str) -> float:
     """The smallest value over teachers and K of the median of the rounds' own ratios."""
-    ratios = []
-    for sharpness, top_k, name in turns:
-        if name == ours:
-            rival = per_cpu_s(turns[sharpness, top_k, theirs])
-            mine = per_cpu_s(turns[sharpness, top_k, ours])
-            ratios.append(statistics.median(a / b for a, b in zip(mine, rival, strict=True)))
+    ratios = [
+        ratio(per_cpu_s(found), per_cpu_s(turns[sharpness, top_k, theirs])).middle
+        for (sharpness, top_k, name), found in turns.items()
+        if name == ours
+    ]
     return round(min(ratios), 3)
 
 
 def figures_of(turns: dict[Key, list[Turn]]) -> dict[str, Any]:
     """The figures to compare between releases: those of the slower teacher and, for the loader, the slower K."""
 
-    def slowest(side: str, top_ks: tuple[int, ...]) -> int:
-        found = [per_cpu_s(found) for (_, top_k, name), found in turns.items() if name == side and top_k in top_ks]
-        return round(min(map(statistics.median, found)))
+    def slowest(side: str, top_ks: Iterable[int] = TOP_KS) -> Spread:
+        return min(
+            spread(per_cpu_s(found)) for (_, top_k, name), found in turns.items() if name == side and top_k in top_ks
+        )
 
-    figures: dict[str, Any] = {
+    speeds = {
         "decode_targets_per_s_core": slowest("decode, floor and draws", (64,)),
         "decode_targets_per_s_core_fixed": slowest("decode, K ids", (64,)),
-        "loader_targets_per_s_core": slowest("loader, floor and draws", TOP_KS),
-        "loader_targets_per_s_core_packed": slowest("loader, floor and draws, packed", TOP_KS),
-        "loader_targets_per_s_core_s3": slowest("loader, floor and draws, S3", TOP_KS),
-        "decode_over_naive": times_faster(turns, "decode, K ids", "decode, naive lists of K ids"),
-        "loader_over_naive": times_faster(turns, "loader, K ids", "loader, naive lists of K ids"),
+        "loader_targets_per_s_core": slowest("loader, floor and draws"),
+        "loader_targets_per_s_core_packed": slowest("loader, floor and draws, packed"),
+        "loader_targets_per_s_core_s3": slowest("loader, floor and draws, S3"),
     }
     return {
-        **figures,
-        "verdicts": {
-            name: f"{'reaches' if figures[name] >= goal else 'misses'} {goal}" for name, goal in GOALS.items()
-        },
-        "load_average": [round(load, 2) for load in os.getloadavg()],
+        **{name: round(found.middle) for name, found in speeds.items()},
+        "decode_over_naive": times_faster(turns, "decode, K ids", "decode, naive lists of K ids"),
+        "loader_over_naive": times_faster(turns, "loader, K ids", "loader, naive lists of K ids"),
+        "quartiles": {name: [round(found.low), round(found.high)] for name, found in speeds.items()},
+        "verdicts": {name: verdict(speeds[name], goal) for name, goal in GOALS.items()},
+        "load_average": load_average(),
         "lines": [_line(key, found) for key, found in turns.items()],
     }
 
@@ -130,19 +131,28 @@ def show(figures: dict[str, Any], console: Console) -> None:
         for line in figures["lines"]:
             if (line["teacher"], line["top_k"]) == (teacher, top_k):
                 middle, low, high = line["targets_per_cpu_s"]
-                spread = f"{low:,} to {high:,}"
-                table.add_row(line["side"], f"{middle:,}", spread, f"{line['targets_per_s']:,}")
+                table.add_row(line["side"], f"{middle:,}", f"{low:,} to {high:,}", f"{line['targets_per_s']:,}")
         console.print(table)
-    for name, verdict in figures["verdicts"].items():
-        console.print(f"{name}: {figures[name]:,}, {verdict}")
+    for name, found in figures["verdicts"].items():
+        console.print(f"{name}: {figures[name]:,}, {found}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and store a full run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=__doc__.splitlines()[0])
+    parser = new_parser(
+        "stream",
+        __doc__,
+        make="bench-stream, which runs `benchmarks.stream_readers` too",
+        takes="minutes; the first run trains the teacher, about ten minutes more",
+        quick="one teacher, fewer rows and rounds",
+        result="stream",
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps the teacher for later runs")
-    options = parser.parse_args()
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
+    options, quick = parser.parse_args(arguments), is_quick()
+    from benchmarks.inputs.teacher_distributions import SHARPNESSES, load_distributions
+    from benchmarks.stream.data import store
+    from benchmarks.stream.sides import s3_server
+
     distributions = load_distributions(options.cache)
     with tempfile.TemporaryDirectory() as folder, s3_server():
         all_stored = [
@@ -158,7 +168,7 @@ def main() -> None:
         ]
         turns = measured(all_stored, rounds=3 if quick else 7)
     figures = figures_of(turns)
-    show(figures, Console(width=None if Console().is_terminal else 160))
+    show(figures, wide_console(160))
     finish("stream", figures, command="make bench-stream", quick=quick)
 
 

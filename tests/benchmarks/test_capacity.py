@@ -11,8 +11,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.capacity.plan import FULL, Done, chosen_rate, planned, read
-from benchmarks.capacity.runs import LOSSES, SETTINGS, STUDENT, TEACHERS, Run
+from benchmarks.capacity.plan import (
+    FULL,
+    LOSSES,
+    SETTINGS,
+    STUDENT,
+    TEACHERS,
+    Done,
+    Run,
+    chosen_rate,
+    planned,
+    read,
+)
 from benchmarks.common.run_log import append
 from benchmarks.plots import draw_capacity
 from coldstill.demo.models import new_model, parameter_count

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import plots
-from benchmarks.plots import draw_draws, draw_real_pair, stored, title
+from benchmarks.common import report
+from benchmarks.common.report import stored
+from benchmarks.plots import draw_draws, draw_real_pair, title
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_plot_of_unfinished_results_says_so(result: dict[str, Any], tmp_path: 
 def test_the_newest_result_of_a_name_is_taken_and_none_of_a_longer_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     dates = {"a_2_cores": "2026-01-02", "a_64_cores": "2026-01-03", "a_long_2_cores": "2026-01-04"}
     for name, date in dates.items():
         (tmp_path / f"{name}.json").write_text(f'{{"date": "{date}"}}')
@@ -52,7 +53,7 @@ def test_the_plot_of_draws_shows_every_way_whose_bytes_are_known(
     (tmp_path / "draws_bytes_2_cores.json").write_text(json.dumps({"date": "", "flat": [line], "sharp": [line]}))
     longer = {"as trained": {way: [0.98], "dense TAID": [1.0]}}
     (tmp_path / "draws_300k_2_cores.json").write_text(json.dumps({"date": "", "share_of_dense_gain": longer}))
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     shares = {"as trained": {way: [0.9, 0.95], "dense TAID": [1.0, 1.0]}, "sharpened": {way: [1.0, 1.01]}}
     draw_draws({"share_of_dense_gain": shares}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

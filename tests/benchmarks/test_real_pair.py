@@ -25,10 +25,23 @@ from benchmarks.inputs.cut_models import (
     train_on_text,
     write_student,
 )
-from benchmarks.real_pair import stored_runs
+from benchmarks.real_pair import plan, stored_runs
 from benchmarks.real_pair.dense_training import DenseObjective
-from benchmarks.real_pair.plan import chosen_rate, planned, read_log, reported, shares
-from benchmarks.real_pair.runs import CROSS_ENTROPY, DENSE, SIDES, TAID, Bench, Run, Size, Student
+from benchmarks.real_pair.plan import (
+    CROSS_ENTROPY,
+    DENSE,
+    SIDES,
+    TAID,
+    Run,
+    Size,
+    Student,
+    chosen_rate,
+    planned,
+    read_log,
+    reported,
+    shares,
+)
+from benchmarks.real_pair.runs import Bench
 from coldstill.demo.text import ModuleFile
 from coldstill.trainer.errors import VanishedGradient
 from coldstill.trainer.targets import SparseTargets
@@ -289,13 +302,13 @@ def test_runs_of_the_stored_result_count_if_its_settings_and_its_cache_are_the_s
 ) -> None:
     run, other = _run(DENSE.name, 2e-4), _run(TAID.name, 2e-4)
     result: dict[str, Any] = {
-        "settings": stored_runs.settings(SIZE),
+        "settings": plan.settings(SIZE),
         "facts": {"targets": 100, "top_k": 8, "bytes_per_target": 50.2},
         "log": [_record(run, test=0.5), _record(other)],
     }
     monkeypatch.setattr(stored_runs, "stored", lambda name: tmp_path / f"{name}.json")
     (tmp_path / "real_pair.json").write_text(json.dumps(result), encoding="utf-8")
-    bench, log = _Bench(tmp_path, SIZE, engine="transformers"), tmp_path / stored_runs.LOG
+    bench, log = _Bench(tmp_path, SIZE, engine="transformers"), tmp_path / plan.LOG
     append(log, _record(run, test=0.7))
     stored_runs.take_stored(bench)
     stored_runs.take_stored(bench)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.comparison_losses import RenormalizedTaid, ZeroTailTaid
+from benchmarks.draws.comparison_losses import RenormalizedTaid, ZeroTailTaid
 from coldstill.trainer.loss_kernels.fused_head import Objective, loss_on_logits
 from coldstill.trainer.losses.adaptive_kl import AdaptiveKl
 from coldstill.trainer.losses.cross_entropy import CrossEntropy

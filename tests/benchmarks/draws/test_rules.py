@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.common.run_log import lines_of
-from benchmarks.draws.plan import controls, noise_jobs, rules, shares_of
-from benchmarks.draws.rules import Control, Kept, Rule, keep, target
-from benchmarks.quality.plan import DENSE, PLAIN
+from benchmarks.draws.grid import runs_of, shares_of
+from benchmarks.draws.plan import DENSE, PLAIN, Control, Rule, controls, noise_jobs, rules
+from benchmarks.draws.rules import Kept, keep, target
 from coldstill.trainer.losses.taid import CONTROL_SHARE, LARGEST_CONTROL
 
 REPEATS = 6000
@@ -82,4 +82,4 @@ def test_a_second_start_finds_the_finished_figures_and_shares(tmp_path: Path) ->
     ]
     log.write_text("".join(json.dumps(line) + "\n" for line in [*({"noise": job} for job in jobs), *runs]))
     assert [line["noise"] for line in lines_of(log) if "noise" in line] == jobs
-    assert shares_of(lines_of(log)) == {"flat": {PLAIN.name: [0, 0], DENSE.name: [1, 1], "other": [0.8]}}
+    assert shares_of(runs_of(log)) == {"flat": {PLAIN.name: [0, 0], DENSE.name: [1, 1], "other": [0.8]}}

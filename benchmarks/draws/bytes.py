@@ -1,31 +1,20 @@
 """Bytes of systematic draws in rows of 512 targets, by K, for the flat and the sharp teacher of `benchmarks.codec`.
 
-    python -m benchmarks.draws_bytes [--cache DIR]        QUICK=1: one row; nothing is stored
-
 The estimate of a capture (`pipeline/dry_run.py`) uses these figures. The first run trains the teacher, as that of
 `benchmarks.codec`.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from benchmarks.codec.ours import our_header
-from benchmarks.codec.sides import Case
+from benchmarks.common.command import is_quick, new_parser, set_threads
 from benchmarks.common.report import finish
 from benchmarks.inputs import CACHE
-from benchmarks.inputs.small_language_model import CONTEXT, VOCABULARY
-from benchmarks.inputs.teacher_distributions import SHARPNESSES, load_distributions, load_teacher
-from benchmarks.inputs.teacher_rows import Limits
-from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize, uniform_count
-from coldstill.storage_schema.codec import RowCodec
 
 TOP_KS = (4, 8, 16, 32, 64, 128)
 DRAWS, MIN_PROB = 64, 1e-4
@@ -34,6 +23,17 @@ ROWS = range(0, 60, 20)
 
 def measure(cache: Path, name: str, rows: range) -> list[dict[str, Any]]:
     """Per K and way of drawing: bytes and draws per target. `iid` is what captures had before: at most 32 are kept."""
+    import numpy as np
+    import torch
+
+    from benchmarks.codec.ours import our_header
+    from benchmarks.codec.sides import Case
+    from benchmarks.inputs.small_language_model import CONTEXT, VOCABULARY
+    from benchmarks.inputs.teacher_distributions import load_distributions, load_teacher
+    from benchmarks.inputs.teacher_rows import Limits
+    from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize, uniform_count
+    from coldstill.storage_schema.codec import RowCodec
+
     distributions, teacher = load_distributions(cache)[name], load_teacher(cache)
     found = []
     logits = [torch.cat(list(teacher.logits(row, temperature=distributions.temperature))) for row in rows]
@@ -70,13 +70,21 @@ def measure(cache: Path, name: str, rows: range) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both teachers, and store a full run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(
+        "draws.bytes",
+        __doc__,
+        make="bench-draws DEMO=DIR, which runs `benchmarks.draws` too",
+        takes="minutes; the first run trains the teacher, about ten minutes more",
+        quick="one row",
+        result="draws_bytes",
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder that keeps the teacher for later runs")
-    options = parser.parse_args()
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
-    torch.set_num_threads(1)
+    options, quick = parser.parse_args(arguments), is_quick()
+    from benchmarks.inputs.teacher_distributions import SHARPNESSES
+
+    set_threads()
     figures = {name: measure(options.cache, name, ROWS[:1] if quick else ROWS) for name in SHARPNESSES}
     finish("draws_bytes", figures, command="make bench-draws DEMO=DIR", quick=quick)
 

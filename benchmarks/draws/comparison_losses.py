@@ -5,7 +5,7 @@ Shape letters: `M` target positions, `K` teacher top-k.
 Neither is the teacher's loss, in expectation or otherwise. Measured on a flat teacher with K = 32: KL to the teacher
 1.13 after training, against .61 of plain fine-tuning and .36 with draws. They are losses of one's own, as
 `docs/adding_a_loss.md` describes: a training run can name them as
-`benchmarks.quality.comparison_losses:RenormalizedTaid`.
+`benchmarks.draws.comparison_losses:RenormalizedTaid`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.quality.comparison_losses import RenormalizedTaid, ZeroTailTaid
+from benchmarks.draws.comparison_losses import RenormalizedTaid, ZeroTailTaid
 from coldstill.trainer.loss_kernels.fused_head import Objective
 from coldstill.trainer.losses.taid import ForwardKl, Taid
 from tests import reference

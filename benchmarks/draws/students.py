@@ -1,4 +1,4 @@
-"""Trains one student of the quality benchmark and measures its held-out KL.
+"""Trains one student from what a cache keeps of the demo's teacher, and measures its held-out KL.
 
 Shape letters: `B` rows, `T` tokens, `M` target positions of a batch, `V` vocabulary.
 """
@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common.capture_here import capture_here
-from benchmarks.quality.comparison_losses import RenormalizedTaid
+from benchmarks.draws.comparison_losses import RenormalizedTaid
+from benchmarks.draws.plan import DENSE, PLAIN, Cache, Side
 from coldstill.demo.measure import StudentSums, batches, target_logprobs
 from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
@@ -32,35 +32,6 @@ from coldstill.trainer.losses.taid_schedule import TaidSchedule
 
 ROWS_PER_STEP = 8
 LEARNING_RATE = 2e-3  # the demo's
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The part of the teacher that a cache keeps: `top_k` ids, and those of `draws` draws that fall into the tail.
-
-    At most `kept_draws` of them are kept; None is the capture's default. `method`: how the draws are made. `logprobs`:
-    with their log-probs, by which the loss takes off a part of their noise.
-    """
-
-    top_k: int
-    draws: int
-    kept_draws: int | None = 32
-    method: Literal["iid", "systematic"] = "iid"
-    logprobs: bool = False
-
-    @property
-    def tail(self) -> Literal["auto", "control_variate"]:
-        """The loss's treatment of the tail."""
-        return "control_variate" if self.logprobs else "auto"
-
-
-@dataclass(frozen=True)
-class Side:
-    """One line of the table. A side without `cache` takes its targets from the labels or the dense teacher."""
-
-    name: str
-    cache: Cache | None = None
-    renormalize: bool = False
 
 
 class Bench:
@@ -174,11 +145,11 @@ class Bench:
                 loss, draws=side.cache.draws, mean_tail_mass=0.0, draw_logprobs=side.cache.logprobs
             )
             return loss_on_logits(logits, targets, objective, t=t, weight=1 / targets.count)[0]
-        if side.name == "plain fine-tuning":
+        if side == PLAIN:
             return torch.nn.functional.cross_entropy(logits, targets.labels)
         with torch.no_grad():
             wanted = _logits(self.teacher, batch)
-            if side.name == "dense TAID":
+            if side == DENSE:
                 wanted = torch.lerp(logits.detach(), wanted, t)
             wanted = wanted.log_softmax(-1)
         return torch.nn.functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)

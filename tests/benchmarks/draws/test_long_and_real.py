@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.draws_long import SIDES, key, planned, report
-from benchmarks.draws_real import RULES, choose_rows, facts_of, measure
+from benchmarks.draws.grid import key_of
+from benchmarks.draws.long import SIDES, planned, report
+from benchmarks.draws.plan import DENSE, PLAIN
+from benchmarks.draws.real import RULES
+from benchmarks.draws.real_noise import choose_rows, facts_of, measure
 from benchmarks.inputs.cut_models import toy_model
-from benchmarks.quality.plan import DENSE, PLAIN
 
 
 def test_a_share_needs_both_ends_of_its_teacher_and_order_of_rows() -> None:
@@ -22,7 +24,7 @@ def test_a_share_needs_both_ends_of_its_teacher_and_order_of_rows() -> None:
     lines = [line(0, PLAIN.name, 1.0), line(0, DENSE.name, 0.5), line(0, default, 0.6), line(1, default, 0.1)]
     found = report(lines, quick=False)
     assert found["runs_planned"] == len(list(planned(quick=False)))
-    assert found["runs_done"] == len({key(each) for each in lines})
+    assert found["runs_done"] == len({key_of(each) for each in lines})
     assert found["share_of_dense_gain"]["as trained"][default] == [pytest.approx(0.8)]
 
 

@@ -1,56 +1,20 @@
-"""Noise and bytes of drawing rules on a real language model's distributions, Gemma 3 270M with V = 262,144.
+"""Noise and bytes of drawing rules on the distributions of a large model, one row in memory at a time.
 
-    python -m benchmarks.draws_real [--student FOLDER]      QUICK=1: one row and three rules; nothing is stored
-
-The figures of part 1 of `benchmarks.draws`: squared error of forward KL's gradient against the dense one, and bytes,
-for the last positions of rows of chats and of Python text that `inputs/real_text.py` keeps for the test. Students have
-eight of the teacher's layers: untrained, and, with `--student`, a trained one. Their head is the teacher's.
-
-Shape letters: `T` tokens, `N` positions of a row, `V` vocabulary, `H` width.
+Shape letters: `T` tokens, `N` positions of a row, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.common.report import finish
-from benchmarks.common.whole_teacher import rows_of_text
 from benchmarks.draws.noise import NoiseSums, Row, rank_table
-from benchmarks.draws.plan import TODAY
-from benchmarks.draws.rules import Control, Rule
-from benchmarks.inputs import real_text
-from benchmarks.inputs.cut_models import load_model, write_student
-from benchmarks.inputs.real_model import model_folder
-from coldstill.trainer.losses.taid import CONTROL_SHARE, LARGEST_CONTROL
+from benchmarks.draws.plan import Control, Rule
 
-LAYERS = 8
-ROWS_OF_KIND, QUICK_ROWS_OF_KIND = 3, 1
 POSITIONS = 48
 """Of a row, its last ones: one float64 array `[48, 262144]` is 100 MB."""
-RANK_ROWS = 12
-MAX_LENGTH = 256
-SYSTEMATIC: dict[str, Any] = {"method": "systematic", "origin": "tail", "number": "rounded"}
-RULES: list[tuple[Rule, Control | None]] = [
-    (TODAY, None),
-    *((Rule(name="independent", top_k=k), None) for k in (8, 16)),
-    *((Rule(name="systematic", top_k=k, **SYSTEMATIC), None) for k in (4, 8, 16)),
-    (Rule(name="systematic by probability", top_k=8, order="probability", **SYSTEMATIC), None),
-    (Rule(name="systematic", top_k=8, draws=32, **SYSTEMATIC), None),
-    (Rule(name="systematic", top_k=4, draws=32, **SYSTEMATIC), None),
-    (Rule(name="systematic", top_k=0, method="systematic"), None),
-    (Rule(name="random sampling, power 0.8", top_k=0, power=0.8), None),
-    (Rule(name="systematic", top_k=8, **SYSTEMATIC), Control(CONTROL_SHARE, LARGEST_CONTROL)),
-]
-QUICK_RULES = [RULES[0], RULES[4], RULES[-1]]
 
 
 def kind_of(name: str) -> str:
@@ -155,57 +119,3 @@ def choose_rows(
             of_this.append((name, ids))
     chosen = [row for of_this in taken.values() for row in of_this]
     return [name for name, _ in chosen], [ids for _, ids in chosen]
-
-
-def main() -> None:
-    """Measure the rules on the real model, and store a full run."""
-    from transformers import AutoTokenizer
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", type=Path, help="folder of a trained student, measured beside the untrained one")
-    parser.add_argument("--state", default="trained", help="what the trained student is called in the result")
-    options = parser.parse_args()
-    quick = os.environ.get("QUICK", "0") not in ("", "0")
-    torch.set_num_threads(1)
-    folder = model_folder()
-
-    teacher = load_model(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        write_student(folder, Path(scratch) / "student", layers=LAYERS)
-        students = {"untrained": load_model(Path(scratch) / "student")}
-        parts = real_text.write_rows(Path(scratch) / "rows", {"train": 0, "validation": 60, "test": 60})
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tested = rows_of_text(parts["test"], tokenizer, max_length=MAX_LENGTH)
-        ranking = rows_of_text(parts["validation"], tokenizer, max_length=MAX_LENGTH)
-    if options.student:
-        students[options.state] = load_model(options.student)
-    figures = measure(
-        teacher,
-        students,
-        choose_rows(tested, start=0, of_kind=QUICK_ROWS_OF_KIND if quick else ROWS_OF_KIND),
-        choose_rows(ranking, start=0, of_kind=1 if quick else RANK_ROWS // 2),
-        rules=QUICK_RULES if quick else RULES,
-    )
-    _show(figures)
-    facts = {"teacher": "Gemma 3 270M", "vocabulary": len(teacher.lm_head.weight), "layers_of_students": LAYERS}
-    finish("draws_real", {**facts, **figures}, command="make bench-draws-real", quick=quick)
-
-
-def _show(figures: dict[str, Any]) -> None:
-    for kind, facts in figures["distributions"].items():
-        table = Table(
-            "student", "K", "D", "rule", "bytes", "logits", "hidden", "head", title=f"noise x 1000, {kind}: {facts}"
-        )
-        for line in figures["noise"]:
-            if line["text"] == kind:
-                rule = line["rule"]
-                noise = (f"{1000 * line[name]:.2f}" for name in ("logits", "hidden", "head"))
-                name = rule["name"] + (", control variate" if line["control"] else "")
-                table.add_row(
-                    line["student"], str(rule["top_k"]), str(rule["draws"]), name, f"{line['bytes']:.1f}", *noise
-                )
-        Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,1 +1,0 @@
-"""Quality of students trained from caches of several sizes."""
