@@ -38,8 +38,8 @@ def draw_real_pair(result: dict[str, Any], path: Path) -> None:
         before = result["before"][student]
         for panel, (name, label, hint) in zip(row, _PANELS, strict=True):
             ranked = sorted(of_sides, key=lambda side: statistics.mean(of_sides[side][name]), reverse=name == "kl")
-            # A student that training made worse would shrink the bars of all others.
-            lost = [side for side in ranked if name == "kl" and min(of_sides[side][name]) > before[name]]
+            # A student that training has destroyed would shrink the bars of all others.
+            lost = [side for side in ranked if name == "kl" and min(of_sides[side][name]) > 2 * before[name]]
             for place, side in enumerate(ranked):
                 values = of_sides[side][name]
                 if side in lost:

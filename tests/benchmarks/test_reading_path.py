@@ -8,15 +8,15 @@ import pytest
 
 from benchmarks.reading_path import capture_path, files_that_run, loss_path, product_files
 
-MAX_FILES, MAX_LINES = 280, 400
+MAX_FILES, MAX_LINES = 288, 400
 
 
-def test_a_capture_of_one_unit_runs_through_at_most_thirty_one_files(tmp_path: Path) -> None:
+def test_a_capture_of_one_unit_runs_through_at_most_thirty_two_files(tmp_path: Path) -> None:
     """Two of them are settings: those of the source have a file of their own, because one file would be too long. One
-    draws the progress bars of all commands, live or as lines of a log."""
+    draws the progress bars of all commands, live or as lines of a log. Two bound templates: their steps, their memory."""
     files = capture_path(tmp_path)
     assert {"pipeline/config.py", "pipeline/worker.py", "pipeline/sources/chat_template.py"} <= set(files)
-    assert len(files) <= 31, files
+    assert len(files) <= 32, files
 
 
 def test_a_batch_reaches_its_loss_and_gradient_through_at_most_seven_files(tmp_path: Path) -> None:
