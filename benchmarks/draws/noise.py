@@ -53,12 +53,22 @@ class Scene:
 
 @torch.inference_mode()
 def load_scene(demo: Path, student: Path, *, divisor: float, part: str, count: int) -> Scene:
-    """The first `count` rows of `held_out`, or of `choose`: the distillation part's rows that no run trains on."""
+    """The first `count` rows of `held_out`, or of `choose`: the distillation part's rows that no run trains on.
+
+    Raises `SystemExit` for a demo with too few rows.
+    """
     torch.set_num_threads(1)
-    layout, tokenizer = Layout(demo), load_tokenizer(Layout(demo).tokenizer)
+    layout = Layout(demo)
+    distilled = read_rows(layout.rows("distill", "pairs"))
+    unread, needed = distilled[FIRST_UNTRAINED:], FIRST_UNTRAINED + count + _RANK_ROWS
+    if len(distilled) < needed:
+        raise SystemExit(
+            f"{demo} has {len(distilled)} rows to distill on, and the noise needs {needed}: give the output of a demo that "
+            "was run without --quick"
+        )
+    tokenizer = load_tokenizer(layout.tokenizer)
     teacher: Any = AutoModelForCausalLM.from_pretrained(layout.teacher, dtype=torch.float32).eval()
     pupil: Any = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
-    unread = read_rows(layout.rows("distill", "pairs"))[FIRST_UNTRAINED:]
     wanted = unread[:count] if part == "choose" else read_rows(layout.rows("held_out", "pairs"))[:count]
     head = pupil.lm_head.weight.double()
     made = []

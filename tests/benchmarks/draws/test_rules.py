@@ -10,8 +10,10 @@ import torch
 
 from benchmarks.common.run_log import lines_of
 from benchmarks.draws.grid import runs_of, shares_of
+from benchmarks.draws.noise import load_scene
 from benchmarks.draws.plan import DENSE, PLAIN, Control, Rule, controls, noise_jobs, rules
 from benchmarks.draws.rules import Kept, keep, target
+from coldstill.demo.settings import Layout
 from coldstill.trainer.losses.taid import CONTROL_SHARE, LARGEST_CONTROL
 
 REPEATS = 6000
@@ -83,3 +85,12 @@ def test_a_second_start_finds_the_finished_figures_and_shares(tmp_path: Path) ->
     log.write_text("".join(json.dumps(line) + "\n" for line in [*({"noise": job} for job in jobs), *runs]))
     assert [line["noise"] for line in lines_of(log) if "noise" in line] == jobs
     assert shares_of(runs_of(log)) == {"flat": {PLAIN.name: [0, 0], DENSE.name: [1, 1], "other": [0.8]}}
+
+
+def test_the_noise_is_not_measured_on_a_quick_demo(tmp_path: Path) -> None:
+    """It has no rows that no run trains on, so nothing would be measured."""
+    rows = Layout(tmp_path).rows("distill", "pairs")
+    rows.parent.mkdir(parents=True)
+    rows.write_text('{"prompt": "a", "response": "b"}\n' * 256)
+    with pytest.raises(SystemExit, match="has 256 rows to distill on, and the noise needs 820: .* without --quick"):
+        load_scene(tmp_path, tmp_path / "student", divisor=1.0, part="held_out", count=4)
