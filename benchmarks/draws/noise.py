@@ -63,8 +63,8 @@ def load_scene(demo: Path, student: Path, *, divisor: float, part: str, count: i
     unread, needed = distilled[FIRST_UNTRAINED:], FIRST_UNTRAINED + count + _RANK_ROWS
     if len(distilled) < needed:
         raise SystemExit(
-            f"{demo} has {len(distilled)} rows to distill on, and the noise needs {needed}: give the output of a demo that "
-            "was run without --quick"
+            f"{demo} has {len(distilled)} rows to distill on, and the noise needs {needed}: give the output of a demo "
+            "that was run without --quick"
         )
     tokenizer = load_tokenizer(layout.tokenizer)
     teacher: Any = AutoModelForCausalLM.from_pretrained(layout.teacher, dtype=torch.float32).eval()

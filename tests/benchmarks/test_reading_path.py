@@ -13,7 +13,7 @@ MAX_FILES, MAX_LINES = 288, 400
 
 def test_a_capture_of_one_unit_runs_through_at_most_thirty_two_files(tmp_path: Path) -> None:
     """Two of them are settings: those of the source have a file of their own, because one file would be too long. One
-    draws the progress bars of all commands, live or as lines of a log. Two bound templates: their steps, their memory."""
+    draws the progress bars of all commands, live or as lines of a log. Two bound templates: their steps and memory."""
     files = capture_path(tmp_path)
     assert {"pipeline/config.py", "pipeline/worker.py", "pipeline/sources/chat_template.py"} <= set(files)
     assert len(files) <= 32, files

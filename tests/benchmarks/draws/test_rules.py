@@ -92,5 +92,5 @@ def test_the_noise_is_not_measured_on_a_quick_demo(tmp_path: Path) -> None:
     rows = Layout(tmp_path).rows("distill", "pairs")
     rows.parent.mkdir(parents=True)
     rows.write_text('{"prompt": "a", "response": "b"}\n' * 256)
-    with pytest.raises(SystemExit, match="has 256 rows to distill on, and the noise needs 820: .* without --quick"):
+    with pytest.raises(SystemExit, match=r"has 256 rows to distill on, and the noise needs 820: .* without --quick"):
         load_scene(tmp_path, tmp_path / "student", divisor=1.0, part="held_out", count=4)
