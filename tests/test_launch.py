@@ -83,13 +83,8 @@ def test_the_scripts_of_a_skypilot_task_parse(path: Path, part: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_training_on_a_lost_machine_is_copied_on_after_a_copy_that_failed(tmp_path: Path) -> None:
-    """A file that the training removes during a copy fails that copy, and no later one."""
-    programs = {
-        "aws": 'echo "$@" >>"$CALLS"; test "$(wc -l <"$CALLS")" -ne 2',
-        "sleep": f"exec {shutil.which('sleep')} 0.02",
-        "coldstill": f'mkdir run; while test "$(wc -l <"$CALLS")" -lt 5; do {shutil.which("sleep")} 0.02; done',
-    }
+def calls_of_training(tmp_path: Path, programs: dict[str, str]) -> list[str]:
+    """What the task of a training does with these programs: arguments of `aws`, in order."""
     for name, line in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
@@ -98,9 +93,33 @@ def test_a_training_on_a_lost_machine_is_copied_on_after_a_copy_that_failed(tmp_
     script = task(FOLDER / "skypilot_train.yaml")["run"]
     done = subprocess.run(["bash", "-c", script], env=os.environ | variables, cwd=tmp_path, timeout=20)
     assert done.returncode == 0
-    calls = [line.replace("s3 sync --only-show-errors ", "") for line in (tmp_path / "calls").read_text().splitlines()]
+    return [line.replace("s3 sync --only-show-errors ", "") for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+def test_a_training_on_a_lost_machine_is_copied_on_after_a_copy_that_failed(tmp_path: Path) -> None:
+    """A file that the training removes during a copy fails that copy, and no later one."""
+    programs = {
+        "aws": 'echo "$@" >>"$CALLS"; test "$(wc -l <"$CALLS")" -ne 2',
+        "sleep": f"exec {shutil.which('sleep')} 0.02",
+        "coldstill": f'mkdir run; while test "$(wc -l <"$CALLS")" -lt 5; do {shutil.which("sleep")} 0.02; done',
+    }
+    calls = calls_of_training(tmp_path, programs)
     assert calls[:4] == ["s3://b/run run", "links s3://b/run", "links s3://b/run", "--delete links s3://b/run"]
     assert calls[-1] == "--delete run s3://b/run"
+
+
+@pytest.mark.parametrize("running", ["errors links s3", "--delete links s3"])
+def test_the_last_copy_of_a_training_waits_for_one_that_runs(tmp_path: Path, running: str) -> None:
+    """A copy of an earlier moment that ends after the last one would delete the student in the bucket."""
+    sleep = shutil.which("sleep")
+    programs = {
+        "aws": f'echo start "$@" >>"$CALLS"; [[ "$@" != *"{running}"* ]] || {sleep} 0.3; echo end "$@" >>"$CALLS"',
+        "sleep": f"exec {sleep} 0.02",
+        "coldstill": f'mkdir run; until grep -q -- "{running}" "$CALLS"; do {sleep} 0.02; done',
+    }
+    calls = calls_of_training(tmp_path, programs)
+    assert calls[-2:] == ["start --delete run s3://b/run", "end --delete run s3://b/run"]
+    assert calls[-4].split()[1:] == calls[-3].split()[1:]  # its start and its end
 
 
 @pytest.mark.parametrize("path", SLURM, ids=lambda path: path.stem)
