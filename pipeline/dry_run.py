@@ -158,9 +158,11 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
             example=next(iter(counts.examples.values()), ""),
         )
     shards = len(units)
-    most = _most_bytes(config, counts, shards, token_count=_facts(config, maker).token_count)
+    tokenizer = tokenizer_files(maker.tokenizer)[TOKENIZER_FILE]
+    facts = fingerprint_bytes(tokenizer, where=f"{config.teacher.model}: {TOKENIZER_FILE}")
+    most = _most_bytes(config, counts, shards, token_count=facts.token_count)
     if probe:
-        report, gpus = _probe(config, source, maker, seconds=probe_s)
+        report, gpus = _probe(config, source, maker, facts, seconds=probe_s)
         return _with_probe(config, counts, shards=shards, bytes_most=most, report=report, gpus=gpus)
     return _without_probe(config, counts, shards=shards, bytes_most=most)
 
@@ -229,11 +231,12 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
     }
 
 
-def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, seconds: float) -> tuple[SpeedReport, float]:
+def _probe(
+    config: CaptureConfig, source: Source, maker: SequenceMaker, facts: TokenizerFacts, *, seconds: float
+) -> tuple[SpeedReport, float]:
     """The speed of one real worker, and its number of GPUs."""
     from .cluster.pool import WorkerPool
 
-    facts = _facts(config, maker)
     header = make_header(
         config,
         model_config=load_model_config(config.teacher, facts),
@@ -248,11 +251,6 @@ def _probe(config: CaptureConfig, source: Source, maker: SequenceMaker, *, secon
         WorkerPool(config.model_copy(update={"output": elsewhere})) as pool,
     ):
         return pool.measure(header, sequences, seconds=seconds), pool.gpus_per_worker
-
-
-def _facts(config: CaptureConfig, maker: SequenceMaker) -> TokenizerFacts:
-    tokenizer = tokenizer_files(maker.tokenizer)[TOKENIZER_FILE]
-    return fingerprint_bytes(tokenizer, where=f"{config.teacher.model}: {TOKENIZER_FILE}")
 
 
 def _first(source: Source, maker: SequenceMaker) -> Iterator[TokenSequence]:
