@@ -40,8 +40,8 @@ demo: $(INSTALLED) ## capture a teacher and train three students on this machine
 demo-vision: $(INSTALLED) ## the same with images: a teacher that sees, students that see (QUICK=1; OUTPUT=DIR)
 	$(BIN)/coldstill demo --vision $(if $(filter-out 0,$(QUICK)),--quick) $(if $(OUTPUT),--output "$(OUTPUT)")
 
-# Engine tests run in their own process: vLLM fails to start beside some web servers, and processes that held both engines
-# and Ray's driver have crashed at exit. Two run at a time, because most capture tests wait for workers to start.
+# Engine tests run in their own process: vLLM fails to start beside some web servers, and a process that held engines and
+# Ray's driver has crashed at its end. Two run at a time, because most capture tests wait for workers to start.
 PARTS := test-trainer test-rest test-capture test-engines
 AT_ONCE := $(MAKE) --no-print-directory --jobs 2 --output-sync=line
 

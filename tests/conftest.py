@@ -6,12 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from coldstill.cli.main import end_process
 from tests import making
 
 # A run in the background of a shell has Ctrl-C ignored, and so have its children: tests that press it need it.
@@ -20,6 +22,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The servers of the tests are on this machine, where no proxy of the environment reaches them.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost,::1"
+
+
+_exit_code = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keep the exit code for the end of the process."""
+    session.config.stash[_exit_code] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End a process that has driven Ray as the command `coldstill` does, after the last word of the report."""
+    if "ray" in sys.modules and _exit_code in config.stash:
+        end_process(config.stash[_exit_code])
 
 
 @pytest.fixture(scope="session", autouse=True)

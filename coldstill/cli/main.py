@@ -6,7 +6,11 @@ Defaults are read from the function or the settings class that a command calls.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import atexit
+import os
+import sys
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -92,9 +96,33 @@ for commands in (capture_commands, training_commands, combined_commands, dataset
     app.add_typer(commands)
 
 
+def run() -> None:
+    """Entry point of the command `coldstill`: `main` in a process of its own, which ends with it."""
+    try:
+        main()
+    except SystemExit as end:
+        if "ray" not in sys.modules or not isinstance(end.code, int):
+            raise
+        end_process(end.code)
+
+
+def end_process(code: int) -> NoReturn:
+    """End a process that has driven Ray, with exit code `code`, as Python would, but for destructors of native objects.
+
+    Threads of Ray outlive `ray.shutdown`: gRPC's, and from the second cluster of a process on one for each that still
+    collects metrics (Ray 2.60, seen with gdb). Python ends with `exit`, which destroys what they use while they run, so
+    that a process whose work was done could end by SIGSEGV, which a scheduler takes for a failure.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader is gone, or it is closed
+            stream.flush()
+    os._exit(code)
+
+
 def main() -> None:
-    """Entry point of the command `coldstill`: prints a `ColdstillError` and exits with code 1; a signal, such as Ctrl-C
-    or SIGTERM, ends it with 128 and the signal's number."""
+    """Run the command of `sys.argv`: prints a `ColdstillError` and exits with code 1; a signal, such as Ctrl-C or
+    SIGTERM, ends it with 128 and the signal's number."""
     try:
         with raising_interrupts(exit_at_second=True):
             app(prog_name="coldstill")

@@ -38,10 +38,18 @@ from tests.pipeline.capturing import capture_config, contents, do_units, write_c
 from tests.pipeline.cluster.faulty import Faults
 
 VLLM = {"engine": "vllm", "draws": 8, "engine_args": making.SMALL_ENGINE}
+PROGRAM = """
+import ctypes
+from coldstill.cli.main import run
+c = ctypes.CDLL(None)
+c.__cxa_atexit(ctypes.cast(c.abort, ctypes.c_void_p), None, None)
+run()
+"""
+"""`coldstill` in a process that a destructor would abort. Threads of Ray may meet such a one: see `end_process`."""
 
 
 def _start(config_path: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "coldstill", "capture", str(config_path), *words]
+    command = [sys.executable, "-c", PROGRAM, "capture", str(config_path), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
