@@ -142,7 +142,8 @@ def _layout_of(columns: Columns, source: SourceConfig, *, answered: bool) -> _La
     """Where the messages of a row are: in the columns of the settings, or else in those of a known layout."""
     if columns.get(source.messages):
         messages = _listed(columns[source.messages])
-        is_sharegpt = isinstance(messages[0], dict) and "role" not in messages[0] and "from" in messages[0]
+        first = messages[0] if messages else None
+        is_sharegpt = isinstance(first, dict) and "role" not in first and "from" in first
         return _Layout(messages, (source.messages,), "ShareGPT" if is_sharegpt else "")
     has_prompt = bool(columns.get(source.prompt))
     if has_prompt and columns.get(source.response):
@@ -226,14 +227,23 @@ def _alpaca(columns: Columns, answered: bool) -> _Layout | None:
         "answer",
         answered=answered,
     )
-    earlier = [
-        {"role": role, "content": text}
-        for pair in columns.get("history") or ()
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-    if earlier:
+    if earlier := _history(columns.get("history")):
         used = (*used, "history")
     return _with_system(_Layout(earlier + layout.messages, used, "alpaca"), columns)
+
+
+def _history(pairs: object) -> list[dict[str, Any]]:
+    """The turns before an alpaca row's own: pairs of a question and its answer. Raises `RowUnusable`."""
+    if isinstance(pairs, str) and pairs.lstrip().startswith("["):
+        pairs = _parsed(pairs, RejectReason.BAD_MESSAGES, "the pairs in column 'history'")
+    listed = pairs or []
+    if not isinstance(listed, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in listed):
+        raise RowUnusable(RejectReason.BAD_MESSAGES, "column 'history' holds no pairs of a question and its answer")
+    return [
+        {"role": role, "content": text}
+        for pair in listed
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 _LAYOUTS: tuple[Callable[[Columns, bool], _Layout | None], ...] = (_sharegpt, _cauldron, _preference, _trl, _alpaca)

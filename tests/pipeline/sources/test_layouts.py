@@ -119,6 +119,28 @@ def test_calls_and_results_of_sharegpt_are_calls_and_results() -> None:
     assert _text({"conversations": rows}) == _text({"messages": messages})
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": "[ ]"},
+        {"messages": "[]", "tools": "[]"},
+        *({"instruction": "a", "output": "b", "history": given} for given in ("1900", 5, [["a"]], [None], {"a": 1})),
+    ],
+)
+@pytest.mark.parametrize("mode", ["score", "generate"])
+def test_a_layout_that_holds_something_else_rejects_its_row(columns: dict[str, Any], mode: str) -> None:
+    made = _maker(mode=mode).make(SourceRow(0, columns))
+    assert isinstance(made, Reject)
+    assert made.reason == "bad_messages"
+
+
+def test_the_history_of_alpaca_may_be_json_text() -> None:
+    row = {"instruction": "a", "output": "b"}
+    pairs = [["q", "r"], ["s", "t"]]
+    assert _text({**row, "history": json.dumps(pairs)}) == _text({**row, "history": pairs})
+    assert _text({**row, "history": ""}) == _text({**row, "history": "[]"}) == _text(row)
+
+
 def test_explicit_settings_win() -> None:
     columns = {"conversations": SHAREGPT, "q": "a", "a": "b", "body": "plain"}
     assert "<|im_start|>user\na<|im_end|>" in _text(columns, prompt="q", response="a")
