@@ -22,7 +22,10 @@ class RejectReason(StrEnum):
         return member
 
     NOT_UTF8 = "not_utf8", "The line is not UTF-8."
-    LONE_SURROGATE = "lone_surrogate", "A \\u escape of the line is half of a surrogate pair, which is not text."
+    LONE_SURROGATE = (
+        "lone_surrogate",
+        "The row holds half of a surrogate pair, as a \\u escape of JSON may, which is not text.",
+    )
     NOT_JSON = "not_json", "The line is not a JSON object."
     ADAPTER_DROPPED = "adapter_dropped", "The function source.adapter returned nothing for the row."
     NO_MESSAGES = "no_messages", "The columns for messages, prompt and text are empty."

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.source_config import SourceConfig
 
+from .files import lone_surrogate
+
 Columns = dict[str, Any]
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 IMAGE_TYPES = ("image", "image_url")
@@ -366,6 +368,9 @@ def _tools(tools: object) -> list[Any] | None:
 
 def _parsed(text: object, reason: RejectReason, what: str) -> object:
     try:
-        return json.loads(str(text))
+        value = json.loads(str(text))
     except (ValueError, RecursionError) as error:
         raise RowUnusable(reason, f"{what} are not JSON: {error}") from None
+    if "\\u" in str(text) and (problem := lone_surrogate(value)):
+        raise RowUnusable(RejectReason.LONE_SURROGATE, f"{what}: {problem}")
+    return value

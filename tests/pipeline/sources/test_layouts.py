@@ -134,6 +134,28 @@ def test_a_layout_that_holds_something_else_rejects_its_row(columns: dict[str, A
     assert made.reason == "bad_messages"
 
 
+HALF = "x\ud83d"
+"""Half of a surrogate pair, which JSON text may hold as an escape."""
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": json.dumps([{"role": "user", "content": HALF}, *CHAT[2:]])},
+        {"messages": json.dumps([*CHAT[:2], {"role": "assistant", "content": HALF}])},
+        {"messages": CHAT, "tools": json.dumps([{"type": "function", "function": {"name": HALF}}])},
+        {"messages": [*CHAT, {"role": "assistant", "tool_calls": json.dumps({"name": HALF, "arguments": {}})}]},
+        {"messages": [*CHAT, {"role": "assistant", "tool_calls": {"name": "f", "arguments": json.dumps({"a": HALF})}}]},
+    ],
+)
+def test_half_of_a_surrogate_pair_in_json_text_of_a_column_rejects_its_row(columns: dict[str, Any]) -> None:
+    """The row's own JSON holds the escape's six characters, so it is text before the column is parsed."""
+    made = _maker().make(SourceRow(0, columns))
+    assert isinstance(made, Reject)
+    assert made.reason == "lone_surrogate"
+    made.detail.encode()
+
+
 def test_the_history_of_alpaca_may_be_json_text() -> None:
     row = {"instruction": "a", "output": "b"}
     pairs = [["q", "r"], ["s", "t"]]
