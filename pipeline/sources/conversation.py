@@ -20,6 +20,8 @@ _ROLES = {"system", "developer", "user", "assistant", "tool"}
 IMAGE_TYPES = ("image", "image_url")
 MARK = "<image>"
 """Stands in a text where an image of the row's column belongs, as in LLaVA's data."""
+_MAX_DEPTH = 128
+"""Levels of a message or of the tools. Copies and templates recurse, and Python's stack ends at about 500 levels."""
 _SYNONYMS = {
     "human": "user",
     "prompter": "user",
@@ -294,6 +296,7 @@ def _message(number: int, message: object, tools: list[Any] | None, *, with_imag
     role = _role_of(message)
     if not role or not isinstance(message, dict):
         raise RowUnusable(bad, f"message {number} has no role")
+    _require_shallow(message, bad, f"message {number}")
     fields = {name: value for name, value in message.items() if value is not None}
     is_sharegpt = "role" not in fields
     fields.pop("from", None)
@@ -363,6 +366,7 @@ def _tools(tools: object) -> list[Any] | None:
         tools = _parsed(tools, RejectReason.BAD_TOOLS, "tools")
     if tools and not isinstance(tools, list):
         raise RowUnusable(RejectReason.BAD_TOOLS, f"tools are {type(tools).__name__}, not a list")
+    _require_shallow(tools, RejectReason.BAD_TOOLS, "the list of tools")
     return tools or None  # type: ignore[return-value]
 
 
@@ -373,4 +377,20 @@ def _parsed(text: object, reason: RejectReason, what: str) -> object:
         raise RowUnusable(reason, f"{what} are not JSON: {error}") from None
     if "\\u" in str(text) and (problem := lone_surrogate(value)):
         raise RowUnusable(RejectReason.LONE_SURROGATE, f"{what}: {problem}")
+    _require_shallow(value, reason, f"the JSON of {what}")
     return value
+
+
+def _require_shallow(value: object, reason: RejectReason, what: str) -> None:
+    """Raise `RowUnusable` for a value that is nested deeper than `_MAX_DEPTH`."""
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise RowUnusable(reason, f"{what} is nested deeper than {_MAX_DEPTH} levels")

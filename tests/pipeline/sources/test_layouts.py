@@ -156,6 +156,36 @@ def test_half_of_a_surrogate_pair_in_json_text_of_a_column_rejects_its_row(colum
     made.detail.encode()
 
 
+def _nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {"x": 1}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("part", "as_text"),
+    [("arguments", False), ("arguments", True), ("tools", False), ("tools", True), ("another field", False)],
+)
+def test_a_chat_that_is_nested_deeper_than_pythons_stack_rejects_its_row(part: str, as_text: bool) -> None:
+    def chat(levels: int) -> TokenSequence | Reject:
+        value: Any = _nested(levels)
+        tools = [{"type": "function", "function": {"name": "f", "parameters": value}}]
+        given = json.dumps(value) if as_text else value
+        columns: dict[str, Any] = {
+            "arguments": {"messages": [*CHAT, {"role": "assistant", "tool_calls": {"name": "f", "arguments": given}}]},
+            "tools": {"messages": CHAT, "tools": json.dumps(tools) if as_text else tools},
+            "another field": {"messages": [*CHAT[:1], {**CHAT[1], "more": given}, *CHAT[2:]]},
+        }[part]
+        return _maker().make(SourceRow(0, columns))
+
+    assert isinstance(chat(60), TokenSequence)
+    made = chat(700)
+    assert isinstance(made, Reject)
+    assert made.reason == ("bad_tools" if part == "tools" else "bad_messages")
+    assert "nested deeper" in made.detail
+
+
 def test_the_history_of_alpaca_may_be_json_text() -> None:
     row = {"instruction": "a", "output": "b"}
     pairs = [["q", "r"], ["s", "t"]]
