@@ -21,12 +21,12 @@ class RejectReason(StrEnum):
         member._value_, member.sentence = value, sentence
         return member
 
-    NOT_UTF8 = "not_utf8", "The line is not UTF-8."
+    NOT_UTF8 = "not_utf8", "The line, or a text in Parquet, is not UTF-8."
     LONE_SURROGATE = (
         "lone_surrogate",
         "The row holds half of a surrogate pair, as a \\u escape of JSON may, which is not text.",
     )
-    NOT_JSON = "not_json", "The line is not a JSON object."
+    NOT_JSON = "not_json", "The line is not a JSON object, or a value in Parquet cannot be read."
     ADAPTER_DROPPED = "adapter_dropped", "The function source.adapter returned nothing for the row."
     NO_MESSAGES = "no_messages", "The columns for messages, prompt and text are empty."
     NO_TEXT = "no_text", "Mode pretrain found no text in the text column."
