@@ -88,8 +88,8 @@ def _without_images(value: object) -> object:
 
 
 def _as_json(value: object) -> object:
-    """Metadata is JSON: values that JSON cannot hold (dates, bytes) become strings."""
-    return json.loads(json.dumps(value, default=str))
+    """Metadata is JSON: values that JSON cannot hold (dates, bytes) become strings, and NaN and infinities null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def split(
