@@ -152,10 +152,10 @@ def end_token_ids(config: TeacherConfig, tokenizer: transformers.PreTrainedToken
     try:
         ids = transformers.GenerationConfig.from_pretrained(config.model, revision=config.revision).eos_token_id
     except (ValueError, OSError):
-        with suppress(ValueError, OSError):
-            stored = transformers.AutoConfig.from_pretrained(config.model, revision=config.revision)
+        with suppress(TeacherUnusable):
+            stored = _model_config(config).get_text_config()
             special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-            ids = [id_ for id_ in _listed(stored.get_text_config().eos_token_id) if id_ in special]
+            ids = [id_ for id_ in _listed(stored.eos_token_id) if id_ in special]
     found = {*_listed(ids), *_listed(tokenizer.eos_token_id)}
     return tuple(sorted(id_ for id_ in found if 0 <= id_ < len(tokenizer)))
 
