@@ -309,11 +309,13 @@ def _message(number: int, message: object, tools: list[Any] | None, *, with_imag
     calls = _calls(number, fields.pop("tool_calls", None), tools)
     if not isinstance(content, str | list) and not (content is None and calls):
         raise RowUnusable(bad, f"content of message {number} is {type(content).__name__}, neither text nor parts")
-    for index, part in enumerate(content if isinstance(content, list) and role in _ROLES else ()):
+    for index, part in enumerate(content if isinstance(content, list) else ()):
         if with_images and is_image_part(part):
             continue
         if not isinstance(part, str) and not (
-            isinstance(part, dict) and (isinstance(part.get("text"), str) or isinstance(part.get("thinking"), str))
+            isinstance(part, dict)
+            # A role of the template's own may have parts of its own.
+            and (role not in _ROLES or isinstance(part.get("text"), str) or isinstance(part.get("thinking"), str))
         ):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             captured = "text and images are" if with_images else "text is"

@@ -124,6 +124,7 @@ def test_calls_and_results_of_sharegpt_are_calls_and_results() -> None:
     [
         {"messages": "[ ]"},
         {"messages": "[]", "tools": "[]"},
+        *({"messages": [{"role": role, "content": [5]}, *CHAT[1:]]} for role in ("user", "context")),
         *({"instruction": "a", "output": "b", "history": given} for given in ("1900", 5, [["a"]], [None], {"a": 1})),
     ],
 )
