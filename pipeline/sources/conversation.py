@@ -339,8 +339,8 @@ def _calls(number: int, calls: object, tools: list[Any] | None) -> list[dict[str
         value = _parsed(arguments, bad, f"arguments of {what}") if isinstance(arguments, str) else arguments
         if not isinstance(value, dict):
             raise RowUnusable(bad, f"arguments of {what} are {type(value).__name__}, not an object")
-        if isinstance(arguments, dict):
-            arguments = _declared(arguments, function["name"], tools)
+        if isinstance(arguments, dict):  # of a typed column, which may have dates: strings, as in metadata
+            arguments = json.loads(json.dumps(_declared(arguments, function["name"], tools), default=str))
         function = {**function, "arguments": arguments}
         checked.append(
             {**call, "function": function} if "function" in call else {"type": "function", "function": function}

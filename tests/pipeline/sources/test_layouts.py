@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from coldstill.pipeline.dry_run import dry_run
 from coldstill.pipeline.errors import AllRowsRejected, DuplicateIds, SourceNotFound, SourceUnreadable
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.source_config import SourceConfig
-from coldstill.pipeline.sources.files import SourceRow
+from coldstill.pipeline.sources.files import SourceRow, json_text, parse_row
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import TokenSequence
@@ -185,6 +186,18 @@ def test_a_chat_that_is_nested_deeper_than_pythons_stack_rejects_its_row(part: s
     assert isinstance(made, Reject)
     assert made.reason == ("bad_tools" if part == "tools" else "bad_messages")
     assert "nested deeper" in made.detail
+
+
+def test_a_date_in_the_arguments_of_a_call_is_a_string_wherever_the_rows_lie(tmp_path: Path) -> None:
+    """A typed column of Parquet has dates; the staged copy of a source has them as strings."""
+    given = {"name": "f", "arguments": {"on": datetime(2026, 1, 2)}}
+    chats = [[*CHAT, {"role": "assistant", "content": "", "tool_calls": [given]}]]
+    pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat in chats]), tmp_path / "x.parquet")
+    (row,) = open_source(SourceConfig(path=str(tmp_path / "x.parquet"))).rows()
+    made, staged = _maker().make(row), _maker().make(parse_row(0, json_text(row.columns)))
+    assert isinstance(made, TokenSequence)
+    assert isinstance(staged, TokenSequence)
+    assert made.token_ids.tolist() == staged.token_ids.tolist()
 
 
 def test_the_history_of_alpaca_may_be_json_text() -> None:
