@@ -238,7 +238,8 @@ class SequenceMaker:
         else:
             used = chat.columns
             self._layouts[chat.layout] += 1
-            chat, token_ids, mask = self._student.rendered(chat, answered=True)
+            most = self.max_length if self.over_long == "reject" else None
+            chat, token_ids, mask = self._student.rendered(chat, answered=True, most=most)
             loss_mask = mask or []
         positions = self._images.placeholders(token_ids, chat)
         for position in positions:  # a teacher predicts text only
@@ -307,10 +308,12 @@ class SequenceMaker:
             )
             if chat is not None and theirs.images != chat.images:
                 raise RowUnusable(RejectReason.BAD_IMAGES, f"{len(theirs.images)} images, and the row has others")
-            theirs, token_ids, loss_mask = self._rule.side.rendered(theirs, answered=answered)
+            most = self._rule.max_read_length
+            theirs, token_ids, loss_mask = self._rule.side.rendered(theirs, answered=answered, most=most)
             return self._rule.read(row, token_ids, loss_mask, self._images.placeholders(token_ids, theirs))
         except RowUnusable as why:
-            raise RowUnusable(why.reason, f"as the teacher reads it: {why.detail}", lost=why.lost) from None
+            reason = RejectReason.TEACHER_OVER_LONG if why.reason is RejectReason.OVER_LONG else why.reason
+            raise RowUnusable(reason, f"as the teacher reads it: {why.detail}", lost=why.lost) from None
 
     def _isolated(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         facts, token_ids = self._document(number, columns)
