@@ -335,8 +335,11 @@ def _cannot_load(teacher: TeacherConfig, what: str, error: Exception) -> Coldsti
 
 
 def way_out(error: Exception) -> str:
-    """What to do about an error of transformers or vLLM that names a missing package or code to trust, else nothing."""
+    """What to do about an error of transformers or vLLM that names a missing package, code to trust or an argument,
+    else nothing."""
     text = " ".join(str(error).split())
+    if isinstance(error, TypeError) and "keyword argument" in text:
+        return "remove that argument from teacher.engine_args, or correct its name"
     if "trust_remote_code" in text:
         return "read the model's own code, then set teacher.engine_args: {trust_remote_code: true}"
     for pattern in _MISSING:
