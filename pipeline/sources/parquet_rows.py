@@ -110,7 +110,7 @@ def _parquet(file: SourceFile, *, unit: Unit | None = None) -> Iterator[pq.Parqu
         try:
             parquet = pq.ParquetFile(handle, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
-            raise _unreadable(file, error) from None
+            raise _named(file, error) from None
         yield parquet
 
 
@@ -129,7 +129,7 @@ def _rows(
                 try:
                     batch = next(batches, None)
                 except (pa.ArrowException, OSError) as error:
-                    raise _unreadable(file, error) from None
+                    raise _named(file, error) from None
                 if batch is None:
                     break
                 stop = start + batch.num_rows
@@ -174,7 +174,10 @@ def _document(row: SourceRow) -> bytes:
     return row.problem.encode() + (b"\xff" if row.reason is RejectReason.NOT_UTF8 else b"")
 
 
-def _unreadable(file: SourceFile, error: Exception) -> SourceUnreadable:
+def _named(file: SourceFile, error: Exception) -> Exception:
+    """What Arrow found wrong with a file. An error of the disk or network is returned as it is: `opened` names it."""
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        return error
     return SourceUnreadable(
         file.name, found=str(error), wanted="a whole Parquet file", fix="download or write the file again"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.implementations.local import LocalFileSystem
 
 from coldstill.pipeline.errors import SourceEmpty, SourceNotFound, SourceUnreadable, TooManyUnits
 from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources import json_lines
 from coldstill.pipeline.sources import source as source_module
 from coldstill.pipeline.sources.source import open_source
+from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.store import Store
 from tests.pipeline.sources.source_files import (
     as_lines,
@@ -126,6 +129,29 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(SourceUnreadable, match=r"x\.parquet"):
         open_source(SourceConfig(path=str(path)))
+
+
+LOST = [ConnectionResetError(104, "reset"), OSError(5, "Input/output error"), TimeoutError()]
+
+
+@pytest.mark.parametrize("error", LOST)
+@pytest.mark.parametrize("part", ["footer", "rows"])
+def test_a_connection_that_is_lost_in_a_parquet_file_is_no_damage_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, part: str
+) -> None:
+    pq.write_table(pa.table({"text": [os.urandom(50).hex() for _ in range(3000)]}), tmp_path / "x.parquet")
+    data = (tmp_path / "x.parquet").read_bytes()
+    source = open_source(SourceConfig(path=str(tmp_path / "x.parquet")))
+
+    class Cut(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if part == "footer" or self.tell() < len(data) // 2:
+                raise error
+            return super().read(size)
+
+    monkeypatch.setattr(LocalFileSystem, "open", lambda *_, **__: Cut(data))
+    with pytest.raises(StorageFailed, match="reading the source"):
+        list(source.rows())
 
 
 @pytest.mark.parametrize(("ending", "packed"), [("gz", gzip.compress), ("zst", zstandard.compress)])
