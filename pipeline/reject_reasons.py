@@ -60,6 +60,10 @@ class RejectReason(StrEnum):
         "The teacher would read more than teacher.max_read_length tokens, or have no room for an answer below it.",
     )
     NO_TARGETS = "no_targets", "No token of the row or part is a target."
+    TOO_MANY_TARGETS = (
+        "too_many_targets",
+        "The row's targets times teacher.top_k, or its draws, are more than 2^24, which a row may store.",
+    )
     BAD_SCORE_IDS = (
         "bad_score_ids",
         "The column source.score_ids holds no token ids, or too many, or another number of lists than target tokens.",

@@ -33,6 +33,7 @@ from coldstill.pipeline.teachers.protocol import (
     UnscoredSequence,
     scored_of,
 )
+from coldstill.storage_schema.codec import MAX_ENTRIES
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
@@ -126,7 +127,7 @@ class CaptureWorker:
         seconds = 0.0
         for part in parts:
             scored, took = self._score(part)
-            results += scored
+            results += [_storable(result, self.header) for result in scored]
             seconds += took
         self._require_working_teacher(index, results)
         rejects = sorted([*rejects, *_rejects_of(results)], key=lambda reject: reject.source_row)
@@ -263,6 +264,18 @@ def _without(
         if sequence.source_row in details
     ]
     return [sequence for sequence in sequences if sequence.source_row not in details], rejects
+
+
+def _storable(result: ScoreResult, header: DatasetHeader) -> ScoreResult:
+    """The result, or a reject of an answer or row with more kept ids or draws than readers take of a row."""
+    if isinstance(result, UnscoredSequence):
+        return result
+    sequence, targets = result
+    if max(targets.positions * header.top_k, targets.draw_ids.size) <= MAX_ENTRIES:
+        return result
+    found = f"{targets.positions:,} targets of {header.top_k:,} kept ids, and {targets.draw_ids.size:,} draws"
+    detail = f"{found}; at most {MAX_ENTRIES:,} of both in a row"
+    return UnscoredSequence(sequence.sample_id, sequence.source_row, RejectReason.TOO_MANY_TARGETS, detail)
 
 
 def _rejects_of(results: Sequence[ScoreResult]) -> list[Reject]:
