@@ -17,7 +17,7 @@ import numpy as np
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import TeacherTargets, span_positions
-from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.store.retrying import RetryingStore
 
 from .config import CaptureConfig, TeacherConfig
 from .sources.sequence_maker import SequenceMaker
@@ -49,7 +49,8 @@ def calibrate(config: CaptureConfig, teacher: Teacher, header: DatasetHeader, un
     Raises the named errors of sources and teachers.
     """
     maker = SequenceMaker.of(config, header=header)
-    made = maker.sequences(open_source(config.source, Store(config.output)).read(unit))
+    store = RetryingStore(config.output, retry_for_s=config.cluster.store_retry_s)
+    made = maker.sequences(open_source(config.source, store).read(unit))
     sequences = (sequence for sequence in made if isinstance(sequence, TokenSequence))
     counts = np.zeros(header.token_count, np.int64)
     positions, tail_mass = 0, 0.0

@@ -159,8 +159,9 @@ def _run_units(prepared: Prepared, pool: WorkerPool, *, lease: Lease, progress: 
     with ProgressBar(progress, work=pool, rows=plan.total_rows, rows_done=rows_done) as bar:
         for report in pool.run_units(todo):
             lease.check()
-            progress.add(report)
-            bar.add(report)
+            rows = plan[report.unit].rows
+            progress.add(report, source_rows=rows)
+            bar.add(rows)
     if pool.failed:
         reasons = [f"unit {failed.unit}: {failed.reason}" for failed in pool.failed[:_MAX_LISTED]]
         more = len(pool.failed) - len(reasons)

@@ -170,7 +170,6 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
 def _without_probe(config: CaptureConfig, counts: SourceCounts, *, shards: int, bytes_most: int) -> DryRun:
     targets, own = counts.targets, counts.own_bytes + shards * BYTES_PER_SHARD
     if config.mode == "generate":
-        targets = counts.sequences * config.sampling.n * config.sampling.max_tokens
         own += counts.own_bytes * (config.sampling.n - 1) + round(targets * BYTES_PER_TOKEN)
     least, most = (round(targets * one) + own for one in bytes_per_target(config))
     if config.calibration_targets and config.fidelity != "exact":

@@ -21,9 +21,12 @@ class RejectReason(StrEnum):
         member._value_, member.sentence = value, sentence
         return member
 
-    NOT_UTF8 = "not_utf8", "The line is not UTF-8."
-    LONE_SURROGATE = "lone_surrogate", "A \\u escape of the line is half of a surrogate pair, which is not text."
-    NOT_JSON = "not_json", "The line is not a JSON object."
+    NOT_UTF8 = "not_utf8", "The line, or a text in Parquet, is not UTF-8."
+    LONE_SURROGATE = (
+        "lone_surrogate",
+        "The row holds half of a surrogate pair, as a \\u escape of JSON may, which is not text.",
+    )
+    NOT_JSON = "not_json", "The line is not a JSON object, or a value in Parquet cannot be read."
     ADAPTER_DROPPED = "adapter_dropped", "The function source.adapter returned nothing for the row."
     NO_MESSAGES = "no_messages", "The columns for messages, prompt and text are empty."
     NO_TEXT = "no_text", "Mode pretrain found no text in the text column."
@@ -57,6 +60,10 @@ class RejectReason(StrEnum):
         "The teacher would read more than teacher.max_read_length tokens, or have no room for an answer below it.",
     )
     NO_TARGETS = "no_targets", "No token of the row or part is a target."
+    TOO_MANY_TARGETS = (
+        "too_many_targets",
+        "The row's targets times teacher.top_k, or its draws, are more than 2^24, which a row may store.",
+    )
     BAD_SCORE_IDS = (
         "bad_score_ids",
         "The column source.score_ids holds no token ids, or too many, or another number of lists than target tokens.",

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
-from coldstill.pipeline.errors import TeacherOutputInvalid
+from coldstill.pipeline.errors import TeacherOutputInvalid, all_rejected
 from coldstill.pipeline.reject_reasons import REJECT_REASONS, RejectReason, reject_reasons_of
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
@@ -33,6 +33,7 @@ from coldstill.pipeline.teachers.protocol import (
     UnscoredSequence,
     scored_of,
 )
+from coldstill.storage_schema.codec import MAX_ENTRIES
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
 from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
@@ -126,7 +127,7 @@ class CaptureWorker:
         seconds = 0.0
         for part in parts:
             scored, took = self._score(part)
-            results += scored
+            results += [_storable(result, self.header) for result in scored]
             seconds += took
         self._require_working_teacher(index, results)
         rejects = sorted([*rejects, *_rejects_of(results)], key=lambda reject: reject.source_row)
@@ -218,19 +219,29 @@ def load_for(config: CaptureConfig, header: DatasetHeader, load: TeacherLoader =
 def measure_speed(
     teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence], *, seconds: float
 ) -> SpeedReport:
-    """The report of the slice with most tokens. Raises the named errors of teachers."""
+    """The report of the slice with most tokens. Raises `AllRowsRejected`, and the named errors of teachers."""
     reports: list[SpeedReport] = []
+    rejects: list[Reject] = []
     start, size, begun = 0, _FIRST_SLICE, time.monotonic()
     while start < len(sequences) and (not reports or time.monotonic() - begun < seconds):
-        reports.append(_measure_slice(teacher, header, sequences[start : start + size]))
+        reports.append(_measure_slice(teacher, header, sequences[start : start + size], rejects))
         start, size = start + size, size * _GROWTH
-    return max(reports, key=lambda report: report.tokens)
+    best = max(reports, key=lambda report: report.tokens)
+    if not best.tokens:  # nothing to extrapolate from
+        example = f"row {rejects[0].source_row}: {rejects[0].detail}"
+        what = f"the first {len(rejects)} rows that the teacher got"
+        raise all_rejected(Counter(str(reject.reason) for reject in rejects), what=what, example=example)
+    return best
 
 
-def _measure_slice(teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence]) -> SpeedReport:
+def _measure_slice(
+    teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence], rejects: list[Reject]
+) -> SpeedReport:
+    """`rejects`: those of the slice are added to it."""
     started = time.monotonic()
     scored = teacher.score(sequences)
     seconds = time.monotonic() - started
+    rejects += _rejects_of(scored)
     # Images as files, which are not written: their bytes are known, and do not grow with the targets.
     rows = place_media([one.row for one in scored_of(scored)], in_row_bytes=0).rows
     return SpeedReport(
@@ -253,6 +264,18 @@ def _without(
         if sequence.source_row in details
     ]
     return [sequence for sequence in sequences if sequence.source_row not in details], rejects
+
+
+def _storable(result: ScoreResult, header: DatasetHeader) -> ScoreResult:
+    """The result, or a reject of an answer or row with more kept ids or draws than readers take of a row."""
+    if isinstance(result, UnscoredSequence):
+        return result
+    sequence, targets = result
+    if max(targets.positions * header.top_k, targets.draw_ids.size) <= MAX_ENTRIES:
+        return result
+    found = f"{targets.positions:,} targets of {header.top_k:,} kept ids, and {targets.draw_ids.size:,} draws"
+    detail = f"{found}; at most {MAX_ENTRIES:,} of both in a row"
+    return UnscoredSequence(sequence.sample_id, sequence.source_row, RejectReason.TOO_MANY_TARGETS, detail)
 
 
 def _rejects_of(results: Sequence[ScoreResult]) -> list[Reject]:

@@ -113,7 +113,7 @@ def gpus_per_worker(config: CaptureConfig, resources: Mapping[str, float]) -> fl
         return 0
     gpus = 1
     for name in _PARALLEL_SIZES:
-        gpus *= int(config.teacher.engine_args.get(name, 1))
+        gpus *= int(config.teacher.engine_args.get(name) or 1)
     return gpus
 
 

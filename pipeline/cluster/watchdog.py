@@ -112,6 +112,9 @@ class Watchdog(threading.Thread):
         """Check until `stop` is called."""
         try:
             self._watch()
+        except Exception as error:  # of the engine's own `progress` or `processes`: a hung call would never be found
+            logger.exception("the teacher's progress cannot be read")
+            self._on_exit(_crash_report(error))
         finally:  # a timer that is left running would kill this process much later
             faulthandler.cancel_dump_traceback_later()
 

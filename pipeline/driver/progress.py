@@ -76,7 +76,7 @@ class Work(Protocol):
 
 
 class Rates(NamedTuple):
-    """Rates per second of all workers, in the last ten minutes."""
+    """Rates per second of all workers, in the last ten minutes; `rows` are those of the source."""
 
     rows: float
     tokens: float
@@ -149,13 +149,14 @@ class Progress:
             if path.endswith(".json"):
                 self._store.delete(path)
 
-    def add(self, report: UnitReport) -> None:
-        """Count a committed unit."""
+    def add(self, report: UnitReport, *, source_rows: int) -> None:
+        """Count a committed unit of `source_rows`. Its shard may have more rows, as of several answers, or fewer,
+        as of joined documents."""
         with self._lock:
             self._count_workers()
             self._own += Totals(
                 units=1,
-                rows=report.rows + report.rejected,
+                rows=source_rows,
                 tokens=report.tokens,
                 targets=report.targets,
                 bytes=report.bytes,
@@ -277,9 +278,9 @@ class ProgressBar:
         self._progress.on_second = None
         self._bar.close()
 
-    def add(self, report: UnitReport) -> None:
-        """Count a committed unit."""
-        self._bar.update(report.rows + report.rejected)
+    def add(self, source_rows: int) -> None:
+        """Count the rows of a committed unit."""
+        self._bar.update(source_rows)
         self._refresh()
 
     def _refresh(self) -> None:

@@ -189,6 +189,9 @@ def record_name(token: str) -> str:
 def _sealed(store: Store, record: ProgressRecord | None) -> Status:
     manifest, dataset_id = read_manifest(store)
     rows = manifest.rows + manifest.rejected
+    if record is not None:  # captured here: a row of the source may have become several rows, or a part of one
+        with suppress(FileNotFoundError, CommitDamaged):
+            rows = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME).total_rows
     counted = {
         "units": len(manifest.shards),
         "rows": rows,

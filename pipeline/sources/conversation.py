@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.source_config import SourceConfig
 
+from .files import lone_surrogate
+
 Columns = dict[str, Any]
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 IMAGE_TYPES = ("image", "image_url")
 MARK = "<image>"
 """Stands in a text where an image of the row's column belongs, as in LLaVA's data."""
+_MAX_DEPTH = 128
+"""Levels of a message or of the tools. Copies and templates recurse, and Python's stack ends at about 500 levels."""
 _SYNONYMS = {
     "human": "user",
     "prompter": "user",
@@ -142,7 +146,8 @@ def _layout_of(columns: Columns, source: SourceConfig, *, answered: bool) -> _La
     """Where the messages of a row are: in the columns of the settings, or else in those of a known layout."""
     if columns.get(source.messages):
         messages = _listed(columns[source.messages])
-        is_sharegpt = isinstance(messages[0], dict) and "role" not in messages[0] and "from" in messages[0]
+        first = messages[0] if messages else None
+        is_sharegpt = isinstance(first, dict) and "role" not in first and "from" in first
         return _Layout(messages, (source.messages,), "ShareGPT" if is_sharegpt else "")
     has_prompt = bool(columns.get(source.prompt))
     if has_prompt and columns.get(source.response):
@@ -226,14 +231,23 @@ def _alpaca(columns: Columns, answered: bool) -> _Layout | None:
         "answer",
         answered=answered,
     )
-    earlier = [
-        {"role": role, "content": text}
-        for pair in columns.get("history") or ()
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-    if earlier:
+    if earlier := _history(columns.get("history")):
         used = (*used, "history")
     return _with_system(_Layout(earlier + layout.messages, used, "alpaca"), columns)
+
+
+def _history(pairs: object) -> list[dict[str, Any]]:
+    """The turns before an alpaca row's own: pairs of a question and its answer. Raises `RowUnusable`."""
+    if isinstance(pairs, str) and pairs.lstrip().startswith("["):
+        pairs = _parsed(pairs, RejectReason.BAD_MESSAGES, "the pairs in column 'history'")
+    listed = pairs or []
+    if not isinstance(listed, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in listed):
+        raise RowUnusable(RejectReason.BAD_MESSAGES, "column 'history' holds no pairs of a question and its answer")
+    return [
+        {"role": role, "content": text}
+        for pair in listed
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 _LAYOUTS: tuple[Callable[[Columns, bool], _Layout | None], ...] = (_sharegpt, _cauldron, _preference, _trl, _alpaca)
@@ -282,6 +296,7 @@ def _message(number: int, message: object, tools: list[Any] | None, *, with_imag
     role = _role_of(message)
     if not role or not isinstance(message, dict):
         raise RowUnusable(bad, f"message {number} has no role")
+    _require_shallow(message, bad, f"message {number}")
     fields = {name: value for name, value in message.items() if value is not None}
     is_sharegpt = "role" not in fields
     fields.pop("from", None)
@@ -294,11 +309,13 @@ def _message(number: int, message: object, tools: list[Any] | None, *, with_imag
     calls = _calls(number, fields.pop("tool_calls", None), tools)
     if not isinstance(content, str | list) and not (content is None and calls):
         raise RowUnusable(bad, f"content of message {number} is {type(content).__name__}, neither text nor parts")
-    for index, part in enumerate(content if isinstance(content, list) and role in _ROLES else ()):
+    for index, part in enumerate(content if isinstance(content, list) else ()):
         if with_images and is_image_part(part):
             continue
         if not isinstance(part, str) and not (
-            isinstance(part, dict) and (isinstance(part.get("text"), str) or isinstance(part.get("thinking"), str))
+            isinstance(part, dict)
+            # A role of the template's own may have parts of its own.
+            and (role not in _ROLES or isinstance(part.get("text"), str) or isinstance(part.get("thinking"), str))
         ):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             captured = "text and images are" if with_images else "text is"
@@ -322,8 +339,8 @@ def _calls(number: int, calls: object, tools: list[Any] | None) -> list[dict[str
         value = _parsed(arguments, bad, f"arguments of {what}") if isinstance(arguments, str) else arguments
         if not isinstance(value, dict):
             raise RowUnusable(bad, f"arguments of {what} are {type(value).__name__}, not an object")
-        if isinstance(arguments, dict):
-            arguments = _declared(arguments, function["name"], tools)
+        if isinstance(arguments, dict):  # of a typed column, which may have dates: strings, as in metadata
+            arguments = json.loads(json.dumps(_declared(arguments, function["name"], tools), default=str))
         function = {**function, "arguments": arguments}
         checked.append(
             {**call, "function": function} if "function" in call else {"type": "function", "function": function}
@@ -351,11 +368,31 @@ def _tools(tools: object) -> list[Any] | None:
         tools = _parsed(tools, RejectReason.BAD_TOOLS, "tools")
     if tools and not isinstance(tools, list):
         raise RowUnusable(RejectReason.BAD_TOOLS, f"tools are {type(tools).__name__}, not a list")
+    _require_shallow(tools, RejectReason.BAD_TOOLS, "the list of tools")
     return tools or None  # type: ignore[return-value]
 
 
 def _parsed(text: object, reason: RejectReason, what: str) -> object:
     try:
-        return json.loads(str(text))
+        value = json.loads(str(text))
     except (ValueError, RecursionError) as error:
         raise RowUnusable(reason, f"{what} are not JSON: {error}") from None
+    if "\\u" in str(text) and (problem := lone_surrogate(value)):
+        raise RowUnusable(RejectReason.LONE_SURROGATE, f"{what}: {problem}")
+    _require_shallow(value, reason, f"the JSON of {what}")
+    return value
+
+
+def _require_shallow(value: object, reason: RejectReason, what: str) -> None:
+    """Raise `RowUnusable` for a value that is nested deeper than `_MAX_DEPTH`."""
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise RowUnusable(reason, f"{what} is nested deeper than {_MAX_DEPTH} levels")

@@ -124,14 +124,23 @@ def parse_row(number: int, text: bytes) -> SourceRow:
         return SourceRow(number, None, f"not JSON: {error}")
     if not isinstance(columns, dict):
         return SourceRow(number, None, f"not a JSON object but {type(columns).__name__}")
-    if b"\\u" in text:
-        try:
-            # Half of a surrogate pair is valid JSON, but not text.
-            json.dumps(columns, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            problem = f"surrogates are not text: half of a pair, \\u{ord(error.object[error.start]):04x}"
-            return SourceRow(number, None, problem, reason=RejectReason.LONE_SURROGATE)
-    return SourceRow(number, columns)
+    row = SourceRow(number, columns)
+    return as_text(row) if b"\\u" in text else row
+
+
+def as_text(row: SourceRow) -> SourceRow:
+    """The row, or one with a problem if its columns hold half of a surrogate pair."""
+    problem = lone_surrogate(row.columns)
+    return row._replace(columns=None, problem=problem, reason=RejectReason.LONE_SURROGATE) if problem else row
+
+
+def lone_surrogate(value: Any) -> str:
+    """What a reject says of half of a surrogate pair in a value: valid JSON, but not text. Empty without one."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=lambda _: None).encode()
+    except UnicodeEncodeError as error:
+        return f"surrogates are not text: half of a pair, \\u{ord(error.object[error.start]):04x}"
+    return ""
 
 
 def json_text(columns: Any) -> bytes:

@@ -87,13 +87,16 @@ class LossMask:
         """Tokens that end an assistant turn; the first of them is a turn's last target."""
         return self._turns.end_token_ids
 
-    def ids_and_loss_mask(self, chat: Conversation) -> tuple[list[int], list[bool]]:
+    def ids_and_loss_mask(self, chat: Conversation, *, most: int | None = None) -> tuple[list[int], list[bool]]:
         """Token ids of a whole chat, and which of them are target tokens.
 
-        Raises `TemplateCannotMark` if the template does not determine the mask, `RowUnusable` if it does but this row
-        cannot be masked.
+        `most`: maximum number of tokens. The turns of a longer chat are not looked for: each is found by rendering all
+        that precedes it, so a row of ten thousand short turns would take hours. Raises `TemplateCannotMark` if the
+        template does not determine the mask, `RowUnusable` if it does but this row cannot be masked.
         """
         whole = self._turns.rendered(chat.messages, chat)
+        if most is not None and len(whole.ids) > most:
+            raise RowUnusable(RejectReason.OVER_LONG, f"{len(whole.ids)} tokens, at most {most}")
         if self._loss_on == "all":
             return whole.ids, [True] * len(whole.ids)
         loss_mask = [False] * len(whole.ids)
@@ -246,14 +249,17 @@ class ChatSide:
         """Tokens that end an assistant turn."""
         return self._loss_mask.end_token_ids
 
-    def rendered(self, chat: Conversation, *, answered: bool) -> RenderedChat:
-        """A whole chat, or, if it is not `answered`, a prompt. Raises `RowUnusable`, `TemplateCannotMark`."""
+    def rendered(self, chat: Conversation, *, answered: bool, most: int | None = None) -> RenderedChat:
+        """A whole chat of at most `most` tokens, or, if it is not `answered`, a prompt.
+
+        Raises `RowUnusable`, `TemplateCannotMark`.
+        """
         if not answered:
             chat = _whole(self.template.fitted(chat, prompted=True))
             return RenderedChat(chat, self.template.prompt(chat), None)
         learned = chat.learned_reasoning(last_turn=self._loss_on == "last_turn")
         chat = _whole(self.template.fitted(chat, learned=learned))
-        return RenderedChat(chat, *self._loss_mask.ids_and_loss_mask(chat))
+        return RenderedChat(chat, *self._loss_mask.ids_and_loss_mask(chat, most=most))
 
 
 def _whole(fitted: Fitted) -> Conversation:

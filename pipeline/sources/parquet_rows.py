@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from coldstill.common.progress import tqdm
 from coldstill.pipeline.errors import SourceUnreadable
+from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.storage_schema.plan import Unit
 
 from .files import (
@@ -46,9 +47,8 @@ class ParquetRows(Reader):
         number = 0
         for file in self.files:
             with _parquet(file) as parquet:
-                for columns in _columns(parquet, file, 0, parquet.metadata.num_rows, only):
-                    yield SourceRow(number, columns)
-                    number += 1
+                yield from _rows(parquet, file, 0, parquet.metadata.num_rows, number=number, only=only)
+                number += parquet.metadata.num_rows
 
     def is_wide(self) -> bool:
         """Whether a file has row groups of more than 128 MiB: each unit would read many rows of other units."""
@@ -84,9 +84,8 @@ class ParquetRows(Reader):
                 if parquet.metadata.num_rows != file.rows:
                     found, wanted = f"{parquet.metadata.num_rows} rows in the file", f"{file.rows} rows in the file"
                     raise changed(file.name, unit=unit, found=found, wanted=wanted)
-                for columns in _columns(parquet, file, low, high):
-                    yield SourceRow(number, columns)
-                    number += 1
+                yield from _rows(parquet, file, low, high, number=number)
+                number += high - low
         if number < unit.first_row + unit.rows:
             found, wanted = f"{number - unit.first_row} rows", f"{unit.rows} rows"
             raise changed(self.files[-1].name, unit=unit, found=found, wanted=wanted)
@@ -100,7 +99,7 @@ class WideParquet(Stream):
         survey = rows.survey(1)
         with tqdm(total=survey.rows, desc="reading the source", unit=" rows", delay=3) as bar:
             for row in rows.rows():
-                yield json_text(row.columns)
+                yield _document(row)
                 bar.update()
         self.sha256 = survey.sha256
 
@@ -111,14 +110,14 @@ def _parquet(file: SourceFile, *, unit: Unit | None = None) -> Iterator[pq.Parqu
         try:
             parquet = pq.ParquetFile(handle, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
-            raise _unreadable(file, error) from None
+            raise _named(file, error) from None
         yield parquet
 
 
-def _columns(
-    parquet: pq.ParquetFile, file: SourceFile, low: int, high: int, only: str | None = None
-) -> Iterator[dict[str, object]]:
-    """Rows `low` to `high` of a file."""
+def _rows(
+    parquet: pq.ParquetFile, file: SourceFile, low: int, high: int, *, number: int, only: str | None = None
+) -> Iterator[SourceRow]:
+    """Rows `low` to `high` of a file; the first one is row `number` of the source."""
     first = 0
     wanted = [only] if only in parquet.schema_arrow.names else None
     for group in range(parquet.num_row_groups):
@@ -130,19 +129,55 @@ def _columns(
                 try:
                     batch = next(batches, None)
                 except (pa.ArrowException, OSError) as error:
-                    raise _unreadable(file, error) from None
+                    raise _named(file, error) from None
                 if batch is None:
                     break
                 stop = start + batch.num_rows
                 if stop > low:
                     offset = max(0, low - start)
-                    for row in batch.slice(offset, min(high, stop) - start - offset).to_pylist():
-                        yield {name: without_nulls(value) for name, value in row.items()}
+                    wanted_rows = batch.slice(offset, min(high, stop) - start - offset)
+                    yield from _of_batch(wanted_rows, number + max(low, start) - low)
                 start = stop
         first += rows
 
 
-def _unreadable(file: SourceFile, error: Exception) -> SourceUnreadable:
+def _of_batch(batch: pa.RecordBatch, number: int) -> Iterator[SourceRow]:
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # each row alone, to find those that Python cannot hold
+        yield from (_of_row(batch.slice(index, 1), number + index) for index in range(batch.num_rows))
+        return
+    for index, row in enumerate(rows):
+        yield SourceRow(number + index, {name: without_nulls(value) for name, value in row.items()})
+
+
+def _of_row(row: pa.RecordBatch, number: int) -> SourceRow:
+    """The one row of a batch. Arrow checks neither text nor times: a time outside of Python's becomes Arrow's text."""
+    columns: dict[str, object] = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            columns[name] = without_nulls(column[0].as_py())
+        except UnicodeDecodeError as error:
+            return SourceRow(number, None, f"not UTF-8: column {name!r}: {error}", reason=RejectReason.NOT_UTF8)
+        except (ValueError, OverflowError) as error:
+            try:
+                columns[name] = column[0].cast(pa.string()).as_py()
+            except pa.ArrowException:
+                return SourceRow(number, None, f"column {name!r} holds a value that cannot be read: {error}")
+    return SourceRow(number, columns)
+
+
+def _document(row: SourceRow) -> bytes:
+    """A row as JSON; of one that cannot be read, its problem, which `parse_row` rejects for the same reason."""
+    if row.columns is not None:
+        return json_text(row.columns)
+    return row.problem.encode() + (b"\xff" if row.reason is RejectReason.NOT_UTF8 else b"")
+
+
+def _named(file: SourceFile, error: Exception) -> Exception:
+    """What Arrow found wrong with a file. An error of the disk or network is returned as it is: `opened` names it."""
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        return error
     return SourceUnreadable(
         file.name, found=str(error), wanted="a whole Parquet file", fix="download or write the file again"
     )

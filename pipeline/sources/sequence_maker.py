@@ -39,7 +39,7 @@ from .files import SourceRow
 from .image_parts import RowImages, column_images, image_columns
 from .image_reader import ImageReader
 from .loss_mask import ChatSide
-from .sequences import Document, OverLong, facts_of, joined, prompt, sample_id_of, split
+from .sequences import Document, OverLong, facts_of, joined, prompt, sample_id_of, split, storable
 from .teacher_prompt import PromptRule
 
 Mode = Literal["score", "generate", "pretrain"]
@@ -70,14 +70,14 @@ class SequenceMaker:
     ):
         """`stops`: tokens at which the teacher stops, besides the tokenizer's end of sequence. `processor`: that of a
         teacher that sees images, or why it cannot be loaded, which the first row with an image raises; `max_images` of
-        a row. `stored`: the rows are those of a dataset, scored as they are. `top_k`: K, which bounds a row with ids
-        of `source.score_ids`."""
+        a row. `stored`: the rows are those of a dataset, scored as they are. `top_k`: K, which bounds the
+        targets of a row."""
         self.stored = stored
         self.tokenizer, self.source, self.max_length = tokenizer, source, max_length
         read = None if processor is None else ImageReader(source).read
         self._images = RowImages(tokenizer, source, processor, most=max_images, read=read)
         self.processor: Any | None = self._images.processor
-        self._top_k = top_k
+        self._width = top_k + (source.max_score_ids if source.score_ids else 0)
         self.template = ChatTemplate(tokenizer, source, today=today, processor=self.processor)
         stops = frozenset(stops)
         self._student = ChatSide(self.template, loss_on=source.loss_on, stops=stops)
@@ -175,7 +175,8 @@ class SequenceMaker:
         none of the first rows.
         """
         if self._mode == "pretrain" and self._documents == "concat":
-            yield from joined(map(self._document_or_reject, rows), max_length=self.max_length)
+            documents = map(self._document_or_reject, rows)
+            yield from storable(joined(documents, max_length=self.max_length), width=self._width)
             return
         for row in rows:
             try:
@@ -208,7 +209,7 @@ class SequenceMaker:
     def _problem(self, row: SourceRow) -> RowUnusable | None:
         """Why a row gives no sequence, None if it gives one."""
         try:
-            made = list(self._made(row.number, _columns_of(row)))
+            made = list(self._storable(row))
         except RowUnusable as unusable:
             return unusable
         if any(isinstance(result, TokenSequence) for result in made):
@@ -225,9 +226,12 @@ class SequenceMaker:
 
     def _of_row(self, row: SourceRow) -> Iterator[TokenSequence | Reject]:
         try:
-            yield from self._made(row.number, _columns_of(row))
+            yield from self._storable(row)
         except RowUnusable as unusable:
             yield self._reject(row, unusable)
+
+    def _storable(self, row: SourceRow) -> Iterator[TokenSequence | Reject]:
+        return storable(self._made(row.number, _columns_of(row)), width=self._width)
 
     def _scored(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         chat = self._chat(columns, answered=True)
@@ -238,7 +242,8 @@ class SequenceMaker:
         else:
             used = chat.columns
             self._layouts[chat.layout] += 1
-            chat, token_ids, mask = self._student.rendered(chat, answered=True)
+            most = self.max_length if self.over_long == "reject" else None
+            chat, token_ids, mask = self._student.rendered(chat, answered=True, most=most)
             loss_mask = mask or []
         positions = self._images.placeholders(token_ids, chat)
         for position in positions:  # a teacher predicts text only
@@ -267,8 +272,7 @@ class SequenceMaker:
 
     def _score_ids(self, value: object, targets: int) -> np.ndarray:
         """The ids that the row names for its `targets`. Raises `RowUnusable`."""
-        most = self.source.max_score_ids
-        width = self._top_k + most
+        most, width = self.source.max_score_ids, self._width
         try:
             return read_score_ids(value, targets=targets, token_count=self._token_count, most=most, width=width)
         except BadScoreIds as error:
@@ -307,10 +311,12 @@ class SequenceMaker:
             )
             if chat is not None and theirs.images != chat.images:
                 raise RowUnusable(RejectReason.BAD_IMAGES, f"{len(theirs.images)} images, and the row has others")
-            theirs, token_ids, loss_mask = self._rule.side.rendered(theirs, answered=answered)
+            most = self._rule.max_read_length
+            theirs, token_ids, loss_mask = self._rule.side.rendered(theirs, answered=answered, most=most)
             return self._rule.read(row, token_ids, loss_mask, self._images.placeholders(token_ids, theirs))
         except RowUnusable as why:
-            raise RowUnusable(why.reason, f"as the teacher reads it: {why.detail}", lost=why.lost) from None
+            reason = RejectReason.TEACHER_OVER_LONG if why.reason is RejectReason.OVER_LONG else why.reason
+            raise RowUnusable(reason, f"as the teacher reads it: {why.detail}", lost=why.lost) from None
 
     def _isolated(self, number: int, columns: Columns) -> Iterator[TokenSequence | Reject]:
         facts, token_ids = self._document(number, columns)

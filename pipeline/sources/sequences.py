@@ -17,6 +17,7 @@ from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.score_ids import ids_of_part
 from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.teachers.protocol import TokenSequence
+from coldstill.storage_schema.codec import MAX_ENTRIES
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import MediaReference, spans_from_mask
 from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES
@@ -88,8 +89,8 @@ def _without_images(value: object) -> object:
 
 
 def _as_json(value: object) -> object:
-    """Metadata is JSON: values that JSON cannot hold (dates, bytes) become strings."""
-    return json.loads(json.dumps(value, default=str))
+    """Metadata is JSON: values that JSON cannot hold (dates, bytes) become strings, and NaN and infinities null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def split(
@@ -150,6 +151,17 @@ def _sequence(
         media=media,
         score_ids=facts.score_ids,
     )
+
+
+def storable(made: Iterable[TokenSequence | Reject], *, width: int) -> Iterator[TokenSequence | Reject]:
+    """The same, with a reject for each sequence whose targets, `width` kept ids each, are more than a row may store."""
+    for one in made:
+        targets = int(np.diff(one.target_spans).sum()) if isinstance(one, TokenSequence) else 0
+        if isinstance(one, TokenSequence) and targets * width > MAX_ENTRIES:
+            detail = f"{targets:,} targets of {width:,} kept ids, at most {MAX_ENTRIES:,} in a row"
+            yield Reject(one.source_row, one.sample_id, RejectReason.TOO_MANY_TARGETS, detail)
+        else:
+            yield one
 
 
 def joined(documents: Iterable[Document | Reject], *, max_length: int) -> Iterator[TokenSequence | Reject]:

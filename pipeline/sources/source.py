@@ -36,7 +36,7 @@ from coldstill.storage_schema.plan import MAX_UNITS, Plan, Unit
 from coldstill.storage_schema.store import Store
 
 from .dataset_rows import DatasetRows
-from .files import Reader, SourceFile, SourceRow, Stream, Survey, changed, find_files, is_folder, sample_sha256
+from .files import Reader, SourceFile, SourceRow, Stream, Survey, as_text, changed, find_files, is_folder, sample_sha256
 from .hub_dataset import HubDataset
 from .json_lines import COMPRESSIONS, CompressedLines, JsonDocuments, JsonLines, is_document
 from .parquet_rows import ParquetRows, WideParquet
@@ -330,13 +330,13 @@ def _loaded_adapter(name: str) -> Callable[[SourceRow], SourceRow]:
             return row
         try:
             columns = function(row.columns)
+            if columns is None or columns == {}:
+                return row._replace(is_dropped=True)
+            if isinstance(columns, dict):
+                return as_text(row._replace(columns=columns))  # raises what JSON cannot hold
         except Exception as error:
             raise _adapter_failed(name, row, type_and_line(error)) from error
-        if columns is None or columns == {}:
-            return row._replace(is_dropped=True)
-        if not isinstance(columns, dict):
-            raise _adapter_failed(name, row, f"returned {type(columns).__name__}")
-        return row._replace(columns=columns)
+        raise _adapter_failed(name, row, f"returned {type(columns).__name__}")
 
     return adapt
 

@@ -45,7 +45,7 @@ class PromptRule:
 
         Raises `TemplateDrops` for a variable that the template does not read: the teacher would see nothing of it.
         """
-        self._source, self.side, self._max_read_length = source, side, max_read_length
+        self._source, self.side, self.max_read_length = source, side, max_read_length
         template = side.template
         ignored = [name for name in source.teacher_template_arguments if not _mentions(template.text, name)]
         if ignored:
@@ -100,8 +100,8 @@ class PromptRule:
         Raises `RowUnusable`.
         """
         theirs = np.asarray(token_ids, np.int32)
-        if theirs.size > self._max_read_length - (loss_mask is None):
-            detail = f"{theirs.size} tokens, at most {self._max_read_length}"
+        if theirs.size > self.max_read_length - (loss_mask is None):
+            detail = f"{theirs.size} tokens, at most {self.max_read_length}"
             detail += " with an answer of at least one token" if loss_mask is None else ""
             raise RowUnusable(RejectReason.TEACHER_OVER_LONG, detail)
         spans = row.target_spans

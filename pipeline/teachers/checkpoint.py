@@ -152,10 +152,10 @@ def end_token_ids(config: TeacherConfig, tokenizer: transformers.PreTrainedToken
     try:
         ids = transformers.GenerationConfig.from_pretrained(config.model, revision=config.revision).eos_token_id
     except (ValueError, OSError):
-        with suppress(ValueError, OSError):
-            stored = transformers.AutoConfig.from_pretrained(config.model, revision=config.revision)
+        with suppress(TeacherUnusable):
+            stored = _model_config(config).get_text_config()
             special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-            ids = [id_ for id_ in _listed(stored.get_text_config().eos_token_id) if id_ in special]
+            ids = [id_ for id_ in _listed(stored.eos_token_id) if id_ in special]
     found = {*_listed(ids), *_listed(tokenizer.eos_token_id)}
     return tuple(sorted(id_ for id_ in found if 0 <= id_ < len(tokenizer)))
 
@@ -335,8 +335,11 @@ def _cannot_load(teacher: TeacherConfig, what: str, error: Exception) -> Coldsti
 
 
 def way_out(error: Exception) -> str:
-    """What to do about an error of transformers or vLLM that names a missing package or code to trust, else nothing."""
+    """What to do about an error of transformers or vLLM that names a missing package, code to trust or an argument,
+    else nothing."""
     text = " ".join(str(error).split())
+    if isinstance(error, TypeError) and "keyword argument" in text:
+        return "remove that argument from teacher.engine_args, or correct its name"
     if "trust_remote_code" in text:
         return "read the model's own code, then set teacher.engine_args: {trust_remote_code: true}"
     for pattern in _MISSING:

@@ -81,8 +81,8 @@ class TargetExtractor:
 
         - Padding columns are removed before the softmax.
         - Totals are float64: a float32 log-softmax over 32,000 entries alone is off by 5e-6.
-        - The kept ids are those of the top K that reach the floor, and all that are named. Tail, label and draws are
-          relative to them.
+        - The kept ids are those of the top K that reach the floor and are not -inf, and all that are named. Tail, label
+          and draws are relative to them.
         - The tail is the sum of the entries outside the kept ids, never 1 minus the rest.
         - Independent draws (U = D): the mass of the kept ids comes first on the unit interval. A uniform inside it is a
           draw of a kept id and is dropped. The others are looked up on the cumulative sum of the tail alone, and the
@@ -117,7 +117,8 @@ class TargetExtractor:
         blocks = weights.view(-1, self._width // _B, _B).sum(-1)
         wide = kept_weights.double()
         total = blocks.sum(-1, dtype=torch.float64) + wide.sum(-1)
-        kept = wide >= self.min_prob * total[:, None]
+        # Padding columns are -inf in `work`: a position with fewer than K tokens of any mass would keep some of them.
+        kept = (wide >= self.min_prob * total[:, None]) & (values > -torch.inf)
         kept[:, 0] = True
         if marks:
             kept = torch.cat((kept[:, : self.top_k] | marks.top_is_named, marks.is_new), 1)
@@ -188,8 +189,9 @@ class TargetExtractor:
     def _padding_mass(self, logits: Tensor, best: Tensor, total: Tensor) -> Tensor:
         if logits.shape[1] <= self.token_count:
             return torch.zeros_like(best)
-        mass = torch.exp(logits[:, self.token_count :].float() - best[:, None]).sum(-1)
-        return mass / (mass + total.float())
+        # As logarithms: a padding logit may be so far above all tokens that its exponential is infinite.
+        log_mass = torch.logsumexp(logits[:, self.token_count :].float() - best[:, None], -1)
+        return torch.sigmoid(log_mass - torch.log(total).float())
 
 
 class _NamedMarks(NamedTuple):

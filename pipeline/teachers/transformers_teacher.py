@@ -295,9 +295,12 @@ def load_model(config: TeacherConfig, header: DatasetHeader, *, device: str | No
         model = _class_of(header).from_pretrained(
             config.model, revision=config.revision, dtype=config.dtype, **config.engine_args
         )
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, TypeError) as error:  # TypeError: of an argument that it does not take
         raise TeacherUnusable(
-            config.model, found=first_line(error), wanted="a model that transformers loads", fix=way_out(error)
+            config.model,
+            found=first_line(error),
+            wanted="a model that transformers loads, with the arguments of teacher.engine_args",
+            fix=way_out(error),
         ) from error
     if loaded := loaded_quantization(model):
         require_loaded(config, recorded=header.teacher.quantization, loaded=loaded)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coldstill.storage_schema.codec import STREAMS, RowCodec
+from coldstill.storage_schema.codec import MAX_ENTRIES, STREAMS, RowCodec
 from coldstill.storage_schema.errors import InvalidRow, ShardTooLarge
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.rows import CachedRow
@@ -148,6 +148,10 @@ def _check_bounds(row: CachedRow, codec: RowCodec) -> None:
             raise InvalidRow(
                 f"row {row.sample_id!r}: {name}", found=found, wanted=f"at most {wanted}, as in the header"
             )
+    for name, found in (("targets times top_k", targets.positions * header.top_k), ("draws", targets.draw_ids.size)):
+        if found > MAX_ENTRIES:
+            wanted_entries = f"at most {MAX_ENTRIES:,}, which readers take"
+            raise InvalidRow(f"row {row.sample_id!r}: {name}", found=f"{found:,}", wanted=wanted_entries)
     if targets.draw_ids.size and header.draw_logprobs != (targets.draw_logprobs is not None):
         raise InvalidRow(
             f"row {row.sample_id!r}: draw_logprobs",

@@ -16,9 +16,11 @@ from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.teachers.protocol import ScoredSequence, Teacher, TokenSequence
 from coldstill.pipeline.worker import load_teacher
 from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.plan import Unit
+from coldstill.storage_schema.store import Store
 from coldstill.tools.verify import verify
 from tests import making
 from tests.pipeline.capturing import capture_config, do_units
@@ -96,6 +98,24 @@ def test_a_first_unit_of_rejects_alone_gives_no_table(tmp_path: Path) -> None:
     making.write_jsonl(tmp_path / "rows.jsonl", [{"id": "useless"}, *making.chat_rows(3)])
     prepared = prepare(capture_config(tmp_path, rows_per_unit=1))
     assert calibrate(config, cast(Teacher, None), prepared.header, prepared.units[0]) == ((), 0.0)
+
+
+def test_the_calibration_pass_outlasts_a_store_that_fails_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the units do: `cluster.store_retry_s` is the time of all work of a worker."""
+    config = capture_config(tmp_path, mode="generate", calibration_targets=10)
+    prepared = prepare(config)
+    read, failures = Store.read, [StorageFailed("reading staging/source.json", found="503")]
+
+    def failing(store: Store, name: str, *, at_most: int | None = None) -> bytes:
+        if failures:
+            raise failures.pop()
+        return read(store, name, at_most=at_most)
+
+    monkeypatch.setattr(Store, "read", failing)
+    assert calibrate(config, cast(Teacher, _Answering()), prepared.header, prepared.units[0]).id_ranks
+    assert not failures
 
 
 def test_a_dataset_keeps_the_table_that_it_was_started_with(tmp_path: Path) -> None:

@@ -107,6 +107,13 @@ def test_of_generated_answers_only_a_bound_is_known_before(tmp_path: Path) -> No
     assert dry.targets == dry.sequences * 2 * 7
 
 
+def test_the_bound_of_answers_ends_where_max_length_leaves_no_room_for_more_tokens(tmp_path: Path) -> None:
+    config = capture_config(tmp_path, mode="generate", sampling={"n": 3, "max_tokens": 4096})
+    dry = dry_run(config, progress=False)
+    assert dry.targets == 3 * (dry.sequences * config.teacher.max_length - dry.tokens)
+    assert dry.bytes_from <= dry.bytes_to <= dry.bytes_most
+
+
 def test_the_expected_bytes_are_those_of_the_stored_benchmark() -> None:
     lines = json.loads(RESULT.read_text())["lines"]
     measured = {(line["side"], line["teacher"], line["top_k"], line["min_prob"], line["draws"]): line for line in lines}

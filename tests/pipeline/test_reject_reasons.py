@@ -6,7 +6,12 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.reject_reasons import RejectReason
+from coldstill.storage_schema.commits import read_commit
+from tests.pipeline.capturing import capture_config, do_units
 
 PIPELINE = Path(__file__).parents[2] / "pipeline"
 PLACE = {"Reject": 2, "RowUnusable": 0, "reject": 0}
@@ -51,3 +56,13 @@ def test_every_reason_is_a_string_with_a_sentence() -> None:
 
 def test_reasons_of_earlier_datasets_keep_their_values() -> None:
     assert {reason.value for reason in RejectReason} >= FIRST_RELEASE
+
+
+def test_an_answer_that_readers_would_not_take_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coldstill.pipeline.worker.MAX_ENTRIES", 12 * 4)
+    config = capture_config(tmp_path, mode="generate", sampling={"max_tokens": 5})
+    store = prepare(config).store
+    do_units(config)
+    commit = read_commit(store, 0)
+    assert commit.rows + commit.rejected == 10
+    assert commit.environment["reject_reasons"] == {"too_many_targets": commit.rejected}

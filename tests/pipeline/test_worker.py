@@ -15,6 +15,7 @@ import pytest
 from coldstill.pipeline.calibration import calibrate
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.errors import (
+    AllRowsRejected,
     SourceChanged,
     SourceEmpty,
     TeacherOutputInvalid,
@@ -377,6 +378,9 @@ def test_the_measurement_of_speed_and_the_calibration_pass_over_a_row_without_fi
     assert calibrate(config, teacher, prepared.header, prepared.units[0]).id_ranks  # type: ignore[arg-type]
     sequences = CaptureWorker(config, teacher)._sequences(0)[0]  # type: ignore[arg-type]
     assert measure_speed(teacher, prepared.header, sequences, seconds=0).targets > 0  # type: ignore[arg-type]
+    teacher = _Poisoned(load_for(config, prepared.header), *range(8))
+    with pytest.raises(AllRowsRejected, match="8 non_finite_logits"):  # not an estimate of years
+        measure_speed(teacher, prepared.header, sequences[:8], seconds=0)  # type: ignore[arg-type]
 
 
 def test_an_absent_model_is_named_at_once_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

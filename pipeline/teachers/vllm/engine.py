@@ -66,7 +66,7 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader, adapter: Adap
                 wanted="no such argument",
                 fix=f"remove it: {reason}",
             )
-    parallel = config.engine_args.get("tensor_parallel_size", 1) * config.engine_args.get("pipeline_parallel_size", 1)
+    sizes = [int(config.engine_args.get(name) or 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
     arguments: dict[str, Any] = {
         "model": config.model,
         "revision": config.revision,
@@ -78,7 +78,7 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader, adapter: Adap
         "logprobs_mode": "raw_logprobs",
         "enable_prefix_caching": False,
         # Inside a Ray placement group vLLM would choose Ray, and wait for the GPUs that this actor holds.
-        "distributed_executor_backend": "uni" if parallel == 1 else "mp",
+        "distributed_executor_backend": "uni" if sizes == [1, 1] else "mp",
         "enforce_eager": not _can_compile(),
         "seed": 0,
     }
@@ -163,7 +163,7 @@ class Engine:
         threading.Thread(target=self._run, args=(arguments, started), name="engine", daemon=True).start()
         try:
             started.result()
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, TypeError) as error:  # TypeError: of an unknown argument
             raise TeacherUnusable(
                 f"teacher.model {config.model}",
                 found=" ".join(str(error).split())[:600],

@@ -60,6 +60,26 @@ def test_a_call_without_progress_is_reported_as_hung_once() -> None:
     assert [crash.reason.partition(":")[0] for crash in reports] == ["hung"]
 
 
+@pytest.mark.parametrize("broken", ["progress", "processes"])
+def test_an_engine_whose_progress_cannot_be_read_ends_the_worker(broken: str) -> None:
+    """Its calls would never be found hung."""
+
+    class Broken(Stub):
+        is_broken = False
+
+        def __getattribute__(self, name: str) -> object:
+            if name == broken and self.is_broken:
+                raise AttributeError("no such counter")
+            return super().__getattribute__(name)
+
+    released = threading.Event()
+    with _watched(Broken(released.wait), hung_after_s=0.2) as reports:
+        Broken.is_broken = True
+        _wait_for(lambda: reports)
+        released.set()
+    assert [crash.reason for crash in reports] == ["AttributeError: no such counter"]
+
+
 def test_a_long_call_that_makes_progress_is_not_hung_nor_is_an_idle_engine() -> None:
     stub = Stub()
 

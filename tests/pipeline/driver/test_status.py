@@ -20,6 +20,8 @@ from rich.console import Console
 
 from coldstill.cli.status_table import show_status
 from coldstill.common.clock import duration
+from coldstill.pipeline.capture import capture
+from coldstill.pipeline.cluster import pool
 from coldstill.pipeline.cluster.dispatcher import FailedUnit
 from coldstill.pipeline.driver.lease import Lease
 from coldstill.pipeline.driver.progress import Progress, ProgressBar, Rates
@@ -32,8 +34,10 @@ from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.store import Store
 from tests import making
 from tests.pipeline.buckets import s3_bucket
+from tests.pipeline.capturing import OneWorkerPool, capture_config
 
 UNITS = 4
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 
 
 @dataclass
@@ -81,7 +85,7 @@ def test_a_running_capture_shows_its_done_running_and_failed_units(tmp_path: Pat
         assert read_status(str(tmp_path)).state == "starting"
         progress.begin()
         report = commit(store, tokenizer_folder, 0)
-        progress.add(report)
+        progress.add(report, source_rows=5)
         work.failed.append(FailedUnit(3, "it kills every worker"))
         while (status := read_status(str(tmp_path))).totals.units < 1:
             progress.write()
@@ -103,7 +107,7 @@ def test_rates_give_the_remaining_time(tmp_path: Path, tokenizer_folder: Path) -
         started = time.monotonic()
         while progress.rates is None:
             if time.monotonic() - started > 1.5 and not progress.totals.units:
-                progress.add(commit(store, tokenizer_folder, 0))
+                progress.add(commit(store, tokenizer_folder, 0), source_rows=5)
             time.sleep(0.05)
         progress.write()
         status, record = read_status(str(tmp_path)), read_progress(store)
@@ -154,7 +158,7 @@ def test_costs_of_all_starts_add_up_in_one_record_after_any_kills(tmp_path: Path
     for start in range(5):
         progress = Progress(store, token=f"start-{start}", work=Workers(), price_per_gpu_hour=2.0)
         progress.begin()
-        progress.add(UnitReport(start, 4, 1, 100, 50, 1000))
+        progress.add(UnitReport(start, 4, 1, 100, 50, 1000), source_rows=5)
         time.sleep(0.01)
         progress.write()  # and then it is killed
         record = read_progress(store)
@@ -170,7 +174,7 @@ def test_a_kill_between_adding_up_and_removing_counts_nothing_twice(tmp_path: Pa
     store = begin(tmp_path, tokenizer_folder)
     first = Progress(store, token="first", work=Workers())
     first.begin()
-    first.add(UnitReport(0, 5, 0, 100, 50, 1000))
+    first.add(UnitReport(0, 5, 0, 100, 50, 1000), source_rows=5)
     first.write()
     left = store.read("progress/first.json")
     second = Progress(store, token="second", work=Workers())
@@ -228,6 +232,29 @@ def test_after_sealing_counts_come_from_the_manifest_and_costs_stay(tmp_path: Pa
     assert status.dataset_id
     assert status.is_over
     assert "cost" in shown(status)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "generate", "sampling": {"n": 3, "max_tokens": 4}},
+        {"mode": "pretrain", "documents": "concat"},
+    ],
+)
+def test_progress_counts_rows_of_the_source_however_many_rows_a_shard_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """The time that is left is that of the source's rows which are left."""
+    shown_rows: list[int] = []
+    monkeypatch.setattr(pool, "WorkerPool", OneWorkerPool)
+    monkeypatch.setattr(ProgressBar, "add", lambda self, rows: shown_rows.append(rows))
+    config = capture_config(tmp_path, rows=12, rows_per_unit=5, **changes)
+    making.write_jsonl(Path(str(config.source.path)), [{"text": f"text number {n}", **CHAT} for n in range(12)])
+    assert capture(config).rows != 12
+    record, status = read_progress(Store(config.output)), read_status(config.output)
+    assert record is not None
+    assert (shown_rows, record.totals.rows) == ([5, 5, 2], 12)
+    assert (status.rows_planned, status.rows_done, status.totals.rows) == (12, 12, 12)
 
 
 def test_a_sealed_dataset_that_was_not_captured_here_has_a_status_too(tiny_dataset: Path) -> None:

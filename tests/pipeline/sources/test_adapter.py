@@ -72,6 +72,16 @@ def give_nothing(row: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def halve_a_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns half of a surrogate pair for one row, as `errors="surrogateescape"` makes of bytes that are not text."""
+    return {"text": row["question"], "source": "\udcff" if row["key"] == "q7" else ""}
+
+
+def give_a_tuple_as_key(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns what JSON cannot hold."""
+    return {"text": row["question"], "pairs": {(1, 2): 3}}
+
+
 def _jsonl(folder: Path) -> SourceConfig:
     (folder / "x.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     return SourceConfig(path=str(folder / "x.jsonl"))
@@ -178,6 +188,16 @@ def test_a_worker_names_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_result_of_another_type_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceAdapterFailed, match="returned list"):
         prepare(_config(tmp_path, f"{HERE}:give_a_list"))
+
+
+def test_a_result_that_is_no_text_rejects_its_row_and_one_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
+    config = _config(tmp_path, f"{HERE}:halve_a_pair")
+    prepare(config)
+    do_units(config)
+    (file,) = Path(config.output, "rejects").iterdir()
+    assert [json.loads(line)["reason"] for line in file.read_text().splitlines()] == ["lone_surrogate"]
+    with pytest.raises(SourceAdapterFailed, match="row 0"):
+        open_source(_source(tmp_path / "source", "jsonl", f"{HERE}:give_a_tuple_as_key")).head()
 
 
 def test_a_function_that_is_not_there_is_named_before_anything_is_written(tmp_path: Path) -> None:

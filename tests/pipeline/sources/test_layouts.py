@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from coldstill.pipeline.dry_run import dry_run
 from coldstill.pipeline.errors import AllRowsRejected, DuplicateIds, SourceNotFound, SourceUnreadable
 from coldstill.pipeline.prepare import prepare
 from coldstill.pipeline.source_config import SourceConfig
-from coldstill.pipeline.sources.files import SourceRow
+from coldstill.pipeline.sources.files import SourceRow, json_text, parse_row
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
 from coldstill.pipeline.teachers.protocol import TokenSequence
@@ -117,6 +118,93 @@ def test_calls_and_results_of_sharegpt_are_calls_and_results() -> None:
         {"role": "assistant", "content": "1!"},
     ]
     assert _text({"conversations": rows}) == _text({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": "[ ]"},
+        {"messages": "[]", "tools": "[]"},
+        *({"messages": [{"role": role, "content": [5]}, *CHAT[1:]]} for role in ("user", "context")),
+        *({"instruction": "a", "output": "b", "history": given} for given in ("1900", 5, [["a"]], [None], {"a": 1})),
+    ],
+)
+@pytest.mark.parametrize("mode", ["score", "generate"])
+def test_a_layout_that_holds_something_else_rejects_its_row(columns: dict[str, Any], mode: str) -> None:
+    made = _maker(mode=mode).make(SourceRow(0, columns))
+    assert isinstance(made, Reject)
+    assert made.reason == "bad_messages"
+
+
+HALF = "x\ud83d"
+"""Half of a surrogate pair, which JSON text may hold as an escape."""
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": json.dumps([{"role": "user", "content": HALF}, *CHAT[2:]])},
+        {"messages": json.dumps([*CHAT[:2], {"role": "assistant", "content": HALF}])},
+        {"messages": CHAT, "tools": json.dumps([{"type": "function", "function": {"name": HALF}}])},
+        {"messages": [*CHAT, {"role": "assistant", "tool_calls": json.dumps({"name": HALF, "arguments": {}})}]},
+        {"messages": [*CHAT, {"role": "assistant", "tool_calls": {"name": "f", "arguments": json.dumps({"a": HALF})}}]},
+    ],
+)
+def test_half_of_a_surrogate_pair_in_json_text_of_a_column_rejects_its_row(columns: dict[str, Any]) -> None:
+    """The row's own JSON holds the escape's six characters, so it is text before the column is parsed."""
+    made = _maker().make(SourceRow(0, columns))
+    assert isinstance(made, Reject)
+    assert made.reason == "lone_surrogate"
+    made.detail.encode()
+
+
+def _nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {"x": 1}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("part", "as_text"),
+    [("arguments", False), ("arguments", True), ("tools", False), ("tools", True), ("another field", False)],
+)
+def test_a_chat_that_is_nested_deeper_than_pythons_stack_rejects_its_row(part: str, as_text: bool) -> None:
+    def chat(levels: int) -> TokenSequence | Reject:
+        value: Any = _nested(levels)
+        tools = [{"type": "function", "function": {"name": "f", "parameters": value}}]
+        given = json.dumps(value) if as_text else value
+        columns: dict[str, Any] = {
+            "arguments": {"messages": [*CHAT, {"role": "assistant", "tool_calls": {"name": "f", "arguments": given}}]},
+            "tools": {"messages": CHAT, "tools": json.dumps(tools) if as_text else tools},
+            "another field": {"messages": [*CHAT[:1], {**CHAT[1], "more": given}, *CHAT[2:]]},
+        }[part]
+        return _maker().make(SourceRow(0, columns))
+
+    assert isinstance(chat(60), TokenSequence)
+    made = chat(700)
+    assert isinstance(made, Reject)
+    assert made.reason == ("bad_tools" if part == "tools" else "bad_messages")
+    assert "nested deeper" in made.detail
+
+
+def test_a_date_in_the_arguments_of_a_call_is_a_string_wherever_the_rows_lie(tmp_path: Path) -> None:
+    """A typed column of Parquet has dates; the staged copy of a source has them as strings."""
+    given = {"name": "f", "arguments": {"on": datetime(2026, 1, 2)}}
+    chats = [[*CHAT, {"role": "assistant", "content": "", "tool_calls": [given]}]]
+    pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat in chats]), tmp_path / "x.parquet")
+    (row,) = open_source(SourceConfig(path=str(tmp_path / "x.parquet"))).rows()
+    made, staged = _maker().make(row), _maker().make(parse_row(0, json_text(row.columns)))
+    assert isinstance(made, TokenSequence)
+    assert isinstance(staged, TokenSequence)
+    assert made.token_ids.tolist() == staged.token_ids.tolist()
+
+
+def test_the_history_of_alpaca_may_be_json_text() -> None:
+    row = {"instruction": "a", "output": "b"}
+    pairs = [["q", "r"], ["s", "t"]]
+    assert _text({**row, "history": json.dumps(pairs)}) == _text({**row, "history": pairs})
+    assert _text({**row, "history": ""}) == _text({**row, "history": "[]"}) == _text(row)
 
 
 def test_explicit_settings_win() -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coldstill.pipeline.errors import TemplateCannotMark
 from coldstill.pipeline.source_config import SourceConfig
+from coldstill.pipeline.sources.chat_template import ChatTemplate
 from coldstill.pipeline.sources.files import SourceRow
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence
@@ -238,3 +239,24 @@ def test_a_template_file_with_marks_is_used_like_the_tokenizers_own(tmp_path: Pa
         "hello 👍<|im_end|>",
         "bye\n<|im_end|>",
     ]
+
+
+@pytest.mark.parametrize("side", ["row", "teacher"])
+def test_the_turns_of_a_chat_that_is_too_long_are_not_looked_for(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+    """Each turn takes renderings of all that precedes it: the time would grow with the square of their number."""
+    rendered: list[int] = []
+    apply = ChatTemplate.apply
+
+    def counting(template: ChatTemplate, messages: list[dict[str, Any]], *arguments: Any, **options: Any) -> Any:
+        rendered.append(len(messages))
+        return apply(template, messages, *arguments, **options)
+
+    monkeypatch.setattr(ChatTemplate, "apply", counting)
+    source = SourceConfig(path="x.jsonl", **({"teacher_messages": "theirs"} if side == "teacher" else {}))
+    maker = SequenceMaker(templates.tokenizer(QWEN25), source=source, max_length=256)
+    turn = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+    columns = {"messages": turn if side == "teacher" else turn * 200, "theirs": turn * 200}
+    made = maker.make(SourceRow(0, columns))
+    assert isinstance(made, Reject)
+    assert made.reason == ("teacher_over_long" if side == "teacher" else "over_long")
+    assert sum(rendered) < 10 * 400

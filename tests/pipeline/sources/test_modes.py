@@ -142,3 +142,16 @@ def test_documents_are_joined_only_where_there_is_a_separator(tmp_path: Path) ->
     (document,) = _made(_maker(tokenizer, mode="pretrain"), {"text": "ABC"})
     assert isinstance(document, TokenSequence)
     assert document.token_ids.size == 3
+
+
+@pytest.mark.parametrize("documents", ["isolate", "concat"])
+def test_a_row_with_more_targets_than_readers_take_at_this_k_is_rejected(
+    tokenizer: PreTrainedTokenizerBase, documents: str
+) -> None:
+    """2^24 kept ids: they would be written, and no one could read them."""
+    maker = _maker(tokenizer, mode="pretrain", documents=documents, max_length=1 << 13, top_k=4096)
+    fits, exceeds = _made(maker, {"text": "a" * 4096})[0], _made(maker, {"text": "a" * 4097})[0]
+    assert isinstance(fits, TokenSequence)
+    assert fits.target_spans.tolist() == [[0, 4096]]  # with the end of the document
+    assert isinstance(exceeds, Reject)
+    assert exceeds.reason == "too_many_targets"

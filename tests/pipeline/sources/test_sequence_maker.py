@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from coldstill.pipeline.errors import SourceNotFound, TemplateCannotMark
 from coldstill.pipeline.source_config import SourceConfig
-from coldstill.pipeline.sources.files import SourceRow
+from coldstill.pipeline.sources.files import SourceRow, parse_row
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.commits import Reject
@@ -83,6 +84,16 @@ def test_what_is_no_text_of_a_row_becomes_metadata(tokenizer: PreTrainedTokenize
     assert isinstance(sequence, TokenSequence)
     assert sequence.sample_id == "5"
     assert set(sequence.metadata) == {"topic", "when"}
+
+
+def test_metadata_is_json_also_of_numbers_that_json_does_not_have(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Typed columns have NaN where a number is missing, and Python reads 1e999 as infinity."""
+    row = parse_row(0, b'{"text": "abc", "score": NaN, "all": [1.5, {"a": -Infinity, "b": 1e999}]}')
+    assert row.columns is not None
+    sequence = _make(tokenizer, {**row.columns, "other": float("nan")})
+    assert isinstance(sequence, TokenSequence)
+    assert sequence.metadata == {"score": None, "all": [1.5, {"a": None, "b": None}], "other": None}
+    json.dumps(sequence.metadata, allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.implementations.local import LocalFileSystem
 
 from coldstill.pipeline.errors import SourceEmpty, SourceNotFound, SourceUnreadable, TooManyUnits
 from coldstill.pipeline.source_config import SourceConfig
 from coldstill.pipeline.sources import json_lines
 from coldstill.pipeline.sources import source as source_module
 from coldstill.pipeline.sources.source import open_source
+from coldstill.storage_schema.errors import StorageFailed
 from coldstill.storage_schema.store import Store
 from tests.pipeline.sources.source_files import (
     as_lines,
@@ -43,6 +48,33 @@ def test_a_line_that_is_no_object_is_told_apart_not_dropped(tmp_path: Path, endi
     assert [row.columns for row in rows] == [{"a": 1}, *[None] * len(BROKEN_LINES), {"a": 2}]
     for row, problem in zip(rows[1:-1], BROKEN_LINES.values(), strict=True):
         assert problem in row.problem
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_a_value_of_parquet_that_python_cannot_hold_costs_no_more_than_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_wide: bool
+) -> None:
+    """Arrow reads text that is not UTF-8 and times after the year 9999 without an error."""
+    if is_wide:
+        monkeypatch.setattr("coldstill.pipeline.sources.parquet_rows._WIDE_BYTES", 0)
+    texts = [b"a", b"b \xff", b"c", b"d", b"e"]
+    table = pa.table(
+        {
+            "text": pa.Array.from_buffers(pa.string(), 5, pa.array(texts, pa.binary()).buffers()),
+            "time": pa.array([0, 0, 1 << 62, 0, None], pa.timestamp("us")),
+            "times": pa.array([[0], [0], [0], [1 << 62], [0]], pa.list_(pa.timestamp("us"))),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    source = open_source(SourceConfig(path=str(tmp_path / "x.parquet")), Store(tmp_path / "dataset"))
+    plan = source.plan(2)
+    rows = [row for unit in plan for row in source.read(unit)]
+    assert [row.number for row in rows] == list(range(5))
+    assert [row.columns and row.columns["text"] for row in rows] == ["a", None, "c", None, "e"]
+    assert [row.reason for row in rows if row.columns is None] == ["not_utf8", "not_json"]
+    assert rows[2].columns is not None
+    assert str(1 << 62) in rows[2].columns["time"]
+    assert [row.number for row in source.rows(only="text")] == list(range(5))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -97,6 +129,29 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(SourceUnreadable, match=r"x\.parquet"):
         open_source(SourceConfig(path=str(path)))
+
+
+LOST = [ConnectionResetError(104, "reset"), OSError(5, "Input/output error"), TimeoutError()]
+
+
+@pytest.mark.parametrize("error", LOST)
+@pytest.mark.parametrize("part", ["footer", "rows"])
+def test_a_connection_that_is_lost_in_a_parquet_file_is_no_damage_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, part: str
+) -> None:
+    pq.write_table(pa.table({"text": [os.urandom(50).hex() for _ in range(3000)]}), tmp_path / "x.parquet")
+    data = (tmp_path / "x.parquet").read_bytes()
+    source = open_source(SourceConfig(path=str(tmp_path / "x.parquet")))
+
+    class Cut(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if part == "footer" or self.tell() < len(data) // 2:
+                raise error
+            return super().read(size)
+
+    monkeypatch.setattr(LocalFileSystem, "open", lambda *_, **__: Cut(data))
+    with pytest.raises(StorageFailed, match="reading the source"):
+        list(source.rows())
 
 
 @pytest.mark.parametrize(("ending", "packed"), [("gz", gzip.compress), ("zst", zstandard.compress)])

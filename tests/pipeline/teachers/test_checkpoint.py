@@ -114,6 +114,15 @@ def test_an_import_error_of_a_model_class_is_an_error_for_the_user(
         load_model(_config(tmp_path, engine="transformers"), header)
 
 
+@pytest.mark.parametrize(("name", "value"), [("atn_implementation", "eager"), ("dtype", "float32")])
+def test_an_argument_that_transformers_does_not_take_is_an_error_for_the_user(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    header = making.tiny_header(making.chat_model(tmp_path))
+    with pytest.raises(TeacherUnusable, match=rf"(?s)keyword argument '{name}'.*remove that argument"):
+        load_model(_config(tmp_path, engine="transformers", engine_args={name: value}), header)
+
+
 def test_a_models_own_code_is_run_only_if_the_user_trusts_it(tmp_path: Path) -> None:
     folder = making.chat_model(tmp_path)
     path = folder / "tokenizer_config.json"

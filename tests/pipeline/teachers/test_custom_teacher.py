@@ -126,6 +126,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "no images": _last_sequence(media=lambda media: ()),
     "a list of tokens": _last_sequence(token_ids=lambda ids: ids.tolist()),
     "no sequence": lambda scored: [ScoredSequence(item.sequence.sample_id, item.targets) for item in scored],  # type: ignore[arg-type]
+    "new metadata": _last_sequence(metadata=lambda metadata: {"finish_reason": "stop", "own": 2}),
     "no finish reason": _last_sequence(metadata=lambda metadata: {}),
     "a position too few": lambda scored: [ScoredSequence(s, t.slice(0, t.positions - 1)) for s, t in scored],
     "K too small": _last(ids=lambda ids: ids[:, 1:], logprobs=lambda logprobs: logprobs[:, 1:]),
@@ -197,6 +198,13 @@ def test_output_that_keeps_the_laws_comes_back_as_it_is(header: DatasetHeader) -
     answers = _load(header, sampling=SamplingConfig(n=2)).score(_prompts())
     assert [one.sequence.sample_id for one in answers] == ["a#0", "a#1", "b#0", "b#1"]
     assert (teacher.environment, teacher.progress, teacher.processes) == ({"engine": f"{HERE}:Uniform"}, 0, ())
+
+
+@pytest.mark.parametrize("sampling", [None, SamplingConfig()])
+def test_a_row_keeps_its_metadata_beside_those_of_the_class(header: DatasetHeader, sampling: Any) -> None:
+    given = [replace(one, metadata={"topic": 1}) for one in (_prompts() if sampling else _sequences())]
+    last = scored_of(_load(header, "new metadata", sampling).score(given))[-1]
+    assert last.row.metadata == {"topic": 1, "own": 2, "finish_reason": "stop"}
 
 
 def test_a_class_draws_in_the_way_that_its_attribute_names() -> None:

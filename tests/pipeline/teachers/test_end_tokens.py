@@ -48,6 +48,20 @@ def test_without_a_generation_config_an_ordinary_token_of_config_json_ends_nothi
     assert _ends(folder, eos_token_id=stored) == wanted
 
 
+def test_a_config_of_code_that_the_user_trusts_names_end_tokens_too(tmp_path: Path) -> None:
+    folder = making.chat_model(tmp_path)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "own.py").write_text(
+        "import transformers\nclass Own(transformers.LlamaConfig):\n    model_type = 'own'\n"
+    )
+    path = folder / "config.json"
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}, "eos_token_id": [0, 1]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    tokenizer = AutoTokenizer.from_pretrained(making.chat_model(tmp_path / "plain"))
+    trusting = TeacherConfig(model=str(folder), engine_args={"trust_remote_code": True})
+    assert end_token_ids(trusting, tokenizer) == (0, 1)
+
+
 @pytest.mark.parametrize("mode", ["score", "generate"])
 def test_the_header_names_the_end_tokens_of_the_capture(tmp_path: Path, mode: str) -> None:
     config = capture_config(tmp_path, mode=mode)

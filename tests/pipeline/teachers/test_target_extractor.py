@@ -90,6 +90,37 @@ def test_the_mass_of_padding_columns_is_recorded() -> None:
     np.testing.assert_allclose(summary.padding_mass.numpy(), wanted.numpy(), rtol=1e-5)
 
 
+def test_the_mass_of_padding_columns_is_recorded_however_far_they_are_above_all_tokens() -> None:
+    logits = _logits(5, 400)
+    logits[:, :390] -= 150  # the tokens of some models have logits of -100, and padding rows of zeros have 0
+    extract = TargetExtractor(top_k=4, min_prob=0.0, kept_draws=0, token_count=390)
+    summary = extract(logits, torch.zeros(5).long(), torch.empty(5, 0).double())
+    np.testing.assert_allclose(summary.padding_mass.numpy(), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(70, 16), (90, 60), (5000, 8), (5000, 70)])
+@pytest.mark.parametrize("named", [False, True])
+def test_where_fewer_than_k_tokens_have_any_mass_these_alone_are_kept(tokens: int, top_k: int, named: bool) -> None:
+    """And the named ones, but no padding column, which has as little mass as a masked token."""
+    logits = torch.full((2, tokens + 3), -torch.inf)
+    logits[:, [3, 7, 11]] = torch.tensor([1.0, 0.5, 2.0])
+    targets = summarize(
+        logits,
+        torch.tensor([3, 4]),
+        np.random.default_rng(0).random((2, 4)),
+        top_k=top_k,
+        min_prob=0.0,
+        kept_draws=4,
+        token_count=tokens,
+        named=np.array([[7, 20], [30, -1]]) if named else None,
+        named_width=2 if named else 0,
+    )
+    targets.check(token_count=tokens)
+    wanted = [[11, 3, 7, 20], [11, 3, 7, 30]] if named else [[11, 3, 7]] * 2
+    assert [ids[:count].tolist() for ids, count in zip(targets.ids, targets.counts, strict=True)] == wanted
+    assert targets.draw_ids.size == 0
+
+
 @pytest.mark.parametrize("vocabulary", [70, 5000])
 @pytest.mark.parametrize("min_prob", [0.0, 0.01])
 def test_draws_are_those_of_a_plain_inverse_cdf(vocabulary: int, min_prob: float) -> None:

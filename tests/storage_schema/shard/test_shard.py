@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.codec import MAX_ENTRIES
 from coldstill.storage_schema.errors import HeaderMismatch, InvalidRow, ShardDamaged, StreamDamaged
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.rows import CachedRow, MediaReference
+from coldstill.storage_schema.rows import CachedRow, MediaReference, TeacherTargets
 from coldstill.storage_schema.shard import SCHEMA, ShardFile, copy_shard, read_shard, write_shard
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_METADATA_DEPTH, is_too_deep
 from tests import making
@@ -69,6 +70,34 @@ def test_row_groups_are_small(header: DatasetHeader) -> None:
     assert _open(write_shard([row] * (MAX_GROUP_ROWS + 1), header=header)).group_rows == (MAX_GROUP_ROWS, 1)
     large = replace(row, metadata={"text": "x" * (MAX_GROUP_BYTES // 9)})
     assert max(_open(write_shard([large] * 20, header=header)).group_rows) == 8
+
+
+@pytest.mark.parametrize("entries", ["kept ids", "draws"])
+def test_a_row_that_no_reader_would_take_is_not_written(tokenizer_folder: Path, entries: str) -> None:
+    header = making.tiny_header(
+        tokenizer_folder, top_k=4096, draws=1024, token_count=5200, vocab_size=5200, max_length=1 << 15
+    )
+
+    def row(positions: int) -> CachedRow:
+        width, draws = (4096, 0) if entries == "kept ids" else (1, 1024)
+        targets = TeacherTargets(
+            ids=np.broadcast_to(np.arange(width, dtype=np.int32), (positions, width)),
+            logprobs=np.broadcast_to(np.float32(-np.log(5200)), (positions, width)),
+            counts=np.full(positions, width, np.int32),
+            log_tail=np.full(positions, np.log1p(-width / 5200), np.float32),
+            label_logprob=np.full(positions, -np.log(5200), np.float32),
+            draw_ids=np.full(positions * draws, 5000, np.int32),
+            draw_counts=np.full(positions, draws, np.int32),
+        )
+        token_ids, spans = np.zeros(positions + 1, np.int32), np.array([[0, positions]], np.int32)
+        return CachedRow(sample_id="a", token_ids=token_ids, target_spans=spans, targets=targets)
+
+    header = header if entries == "kept ids" else header.model_copy(update={"top_k": 1})
+    most = MAX_ENTRIES // (4096 if entries == "kept ids" else 1024)
+    with pytest.raises(InvalidRow, match="16,777,216"):
+        write_shard([row(most + 1)], header=header)
+    (read,) = read_shard(write_shard([row(most)], header=header), header=header, where="x")
+    assert read.targets.positions == most
 
 
 def test_a_row_is_read_without_its_neighbors(header: DatasetHeader, rows: list[CachedRow]) -> None:
