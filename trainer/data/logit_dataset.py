@@ -304,13 +304,20 @@ class LogitDataset:
 def check_eval_dataset(dataset: Any, trained: LogitDataset, *, name: str = "eval_dataset") -> None:
     """Raise `TokenizerMismatch` unless `dataset`, or each dataset of a mapping, has the ids of the `trained` one.
 
-    Raises `UnsupportedArgument` for anything but datasets of `load_logit_dataset`.
+    Raises `UnsupportedArgument` for anything but datasets of `load_logit_dataset`, and for an ensemble.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             check_eval_dataset(part, trained, name=f"{name}[{key!r}]")
         return
     require_logit_dataset(dataset, name=name)
+    if dataset.ensemble_weights:
+        raise UnsupportedArgument(
+            name,
+            found=f"an ensemble of {len(dataset.ensemble_weights)} teachers",
+            wanted="a dataset of one teacher: a figure compares the student with one distribution",
+            fix="pass one of dataset.by_teacher, or all of them as {NAME: part}",
+        )
     require_same_ids(
         f"tokenizer of {name} ({dataset.sources.datasets[0].store.url})",
         dataset.header.ids,
