@@ -67,8 +67,11 @@ class StepRecord(TrainerCallback, ExportableState):
         """Of the step's complete gradient. A scaler's is left out: it skips a step that is not finite."""
 
     def add(self, values: LossValues, batch: Mapping[str, Any]) -> None:
-        """Keep the values of a micro-batch; they are read from the device once per optimizer step."""
-        self._parts.append((values, batch))
+        """Keep the values of a micro-batch; they are read from the device once per optimizer step.
+
+        Of the batch only what names its rows: its pixels would stay on the device until the end of the step.
+        """
+        self._parts.append((values, {name: batch[name] for name in ("sample_ids", "target_samples")}))
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: torch.nn.Module | None = None, **_: Any
@@ -234,7 +237,7 @@ def require_finite_weights(model: torch.nn.Module | None) -> None:
 
 
 def _broken_rows(values: LossValues, batch: Mapping[str, Any]) -> list[str]:
-    owners = batch.get("target_samples", batch["targets"].row)
+    owners = batch["target_samples"]
     return [batch["sample_ids"][owner] for owner in owners[(~values.loss.isfinite()).to(owners.device)].tolist()]
 
 
