@@ -135,9 +135,14 @@ class StepRecord(TrainerCallback, ExportableState):
         distillation, bucket_kl = self._means
         self.targets += self._step_targets
         self.cursor = self._step_cursor
-        self._kl_since_log.append(bucket_kl)
+        # A mean of nothing is no loss of 0, which the log would show and t follow.
+        has_loss = self._step_targets > 0
+        if has_loss:
+            self._kl_since_log.append(bucket_kl)
         if self.schedule is not None:
-            self.schedule.update(distillation, step=state.global_step, total_steps=state.max_steps)
+            self.schedule.update(
+                distillation if has_loss else None, step=state.global_step, total_steps=state.max_steps
+            )
         if self.loss_state is not None:
             self.loss_state.update(self._state_sums, step=state.global_step, total_steps=state.max_steps)
         state.epoch = self._length.epoch_after(state.global_step)
