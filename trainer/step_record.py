@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .arguments import RunLength
-from .errors import NonFiniteGradient, NonFiniteLoss, NonFiniteWeights, VanishedGradient
+from .errors import CheckpointMismatch, NonFiniteGradient, NonFiniteLoss, NonFiniteWeights, VanishedGradient
 from .loss_kernels.fused_head import LossValues
 from .losses.base import LossState
 from .losses.taid_schedule import TaidSchedule
@@ -76,7 +76,8 @@ class StepRecord(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: torch.nn.Module | None = None, **_: Any
     ) -> None:
-        """Start with an empty state, or restore the checkpoint's. Raises `NonFiniteWeights`."""
+        """Start with an empty state, or restore the checkpoint's. Raises `NonFiniteWeights`, and `CheckpointMismatch`
+        for a checkpoint of a loss that keeps other numbers between steps."""
         self._reset()
         require_finite_weights(model)
         # transformers sees one pass of the length of the run.
@@ -88,6 +89,16 @@ class StepRecord(TrainerCallback, ExportableState):
             return
         # transformers stores the state of a callback under its class name.
         saved = state.stateful_callbacks[StepRecord.__name__]["attributes"]
+        now = self.state()["attributes"]
+        for name in ("schedule", "memory"):
+            of_run, own = saved[name], now[name]
+            if (of_run is None) != (own is None):
+                raise CheckpointMismatch(
+                    f"loss of the run of the checkpoint at step {state.global_step}",
+                    found=f"one that keeps {', '.join(of_run or ['nothing'])} between steps",
+                    wanted=f"the loss of this run, which keeps {', '.join(own or ['nothing'])}",
+                    fix="resume with the loss of that run, or start a new run in another output folder",
+                )
         self.targets, self._seconds_before, self.cursor = saved["targets"], saved["seconds"], saved["cursor"]
         self._peak_before = saved["peak_memory_mb"]
         self._targets_at_log = self.targets
