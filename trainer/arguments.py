@@ -148,7 +148,15 @@ _ACCELERATOR_FIELDS = ("split_batches", "dispatch_batches", "even_batches", "use
 
 
 def validate_arguments(args: TrainingArguments) -> None:
-    """Raise `UnsupportedArgument` for each setting that would have no effect, or lose targets or state."""
+    """Raise `UnsupportedArgument` for each setting that would have no effect, or lose targets or state.
+
+    A warmup without effect is only a warning: runs of earlier releases that have it must resume.
+    """
+    if args.lr_scheduler_type == SchedulerType.CONSTANT and args.warmup_steps:
+        logger.warning(
+            f"a warmup of {args.warmup_steps:g} has no effect: lr_scheduler constant has the peak learning rate from "
+            "the first step on. Set it to constant_with_warmup, or the warmup to 0"
+        )
     defaults = {field.name: _default(field) for field in fields(args)}
     for name, reason in UNSUPPORTED_FIELDS.items():
         value = getattr(args, name, None)

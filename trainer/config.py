@@ -189,7 +189,7 @@ class TrainingConfig(FrozenModel):
         0.0, ge=0, lt=1, description="Share of the optimizer steps in which the learning rate rises from 0."
     )
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="Learning rate schedule after the warmup."
+        "cosine", description="Learning rate schedule after the warmup; constant has no warmup."
     )
     weight_decay: float = Field(
         0.01, ge=0, description="Weight decay of the optimizer, not applied to biases and norms."

@@ -38,7 +38,7 @@ from .student.forward import distill_in_forward, innermost, model_inputs
 from .student.images import check_dataset_images, image_probe, images_of
 from .student.load import check_attention, check_trainable
 from .student.packing_check import check_packing
-from .student.positions import check_lengths, context_of
+from .student.positions import check_lengths, context_of, room_of
 from .student.tokenizer import checked_student
 from .student.tokenizer import other_tokenizer as read_other_tokenizer
 from .student.wrapper import check_wrapping
@@ -123,14 +123,14 @@ class DistillTrainer(EvaluatingTrainer):
         for part in (train_dataset, *evaluated):
             check_dataset_images(part, self.images, innermost(student), name=name, packs=pack_length is not None)
             if self.aligned is None:  # whose rows have other lengths, and are measured one by one
-                check_lengths(part, innermost(student), name=name)
+                check_lengths(part, student, name=name)
         if self.aligned:
             self.objective: Objective = self.aligned.prepare(
                 train_dataset,
                 self.distillation_loss,
                 evaluated=evaluated,
                 pack_length=pack_length,
-                context=context_of(innermost(student).config),
+                context=room_of(context_of(innermost(student).config), student),
                 sees_images=self.images is not None,
             )
         else:

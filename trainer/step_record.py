@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .arguments import RunLength
-from .errors import NonFiniteGradient, NonFiniteLoss, NonFiniteWeights, VanishedGradient
+from .errors import CheckpointMismatch, NonFiniteGradient, NonFiniteLoss, NonFiniteWeights, VanishedGradient
 from .loss_kernels.fused_head import LossValues
 from .losses.base import LossState
 from .losses.taid_schedule import TaidSchedule
@@ -67,13 +67,17 @@ class StepRecord(TrainerCallback, ExportableState):
         """Of the step's complete gradient. A scaler's is left out: it skips a step that is not finite."""
 
     def add(self, values: LossValues, batch: Mapping[str, Any]) -> None:
-        """Keep the values of a micro-batch; they are read from the device once per optimizer step."""
-        self._parts.append((values, batch))
+        """Keep the values of a micro-batch; they are read from the device once per optimizer step.
+
+        Of the batch only what names its rows: its pixels would stay on the device until the end of the step.
+        """
+        self._parts.append((values, {name: batch[name] for name in ("sample_ids", "target_samples")}))
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: torch.nn.Module | None = None, **_: Any
     ) -> None:
-        """Start with an empty state, or restore the checkpoint's. Raises `NonFiniteWeights`."""
+        """Start with an empty state, or restore the checkpoint's. Raises `NonFiniteWeights`, and `CheckpointMismatch`
+        for a checkpoint of a loss that keeps other numbers between steps."""
         self._reset()
         require_finite_weights(model)
         # transformers sees one pass of the length of the run.
@@ -85,6 +89,16 @@ class StepRecord(TrainerCallback, ExportableState):
             return
         # transformers stores the state of a callback under its class name.
         saved = state.stateful_callbacks[StepRecord.__name__]["attributes"]
+        now = self.state()["attributes"]
+        for name in ("schedule", "memory"):
+            of_run, own = saved[name], now[name]
+            if (of_run is None) != (own is None):
+                raise CheckpointMismatch(
+                    f"loss of the run of the checkpoint at step {state.global_step}",
+                    found=f"one that keeps {', '.join(of_run or ['nothing'])} between steps",
+                    wanted=f"the loss of this run, which keeps {', '.join(own or ['nothing'])}",
+                    fix="resume with the loss of that run, or start a new run in another output folder",
+                )
         self.targets, self._seconds_before, self.cursor = saved["targets"], saved["seconds"], saved["cursor"]
         self._peak_before = saved["peak_memory_mb"]
         self._targets_at_log = self.targets
@@ -132,9 +146,14 @@ class StepRecord(TrainerCallback, ExportableState):
         distillation, bucket_kl = self._means
         self.targets += self._step_targets
         self.cursor = self._step_cursor
-        self._kl_since_log.append(bucket_kl)
+        # A mean of nothing is no loss of 0, which the log would show and t follow.
+        has_loss = self._step_targets > 0
+        if has_loss:
+            self._kl_since_log.append(bucket_kl)
         if self.schedule is not None:
-            self.schedule.update(distillation, step=state.global_step, total_steps=state.max_steps)
+            self.schedule.update(
+                distillation if has_loss else None, step=state.global_step, total_steps=state.max_steps
+            )
         if self.loss_state is not None:
             self.loss_state.update(self._state_sums, step=state.global_step, total_steps=state.max_steps)
         state.epoch = self._length.epoch_after(state.global_step)
@@ -234,7 +253,7 @@ def require_finite_weights(model: torch.nn.Module | None) -> None:
 
 
 def _broken_rows(values: LossValues, batch: Mapping[str, Any]) -> list[str]:
-    owners = batch.get("target_samples", batch["targets"].row)
+    owners = batch["target_samples"]
     return [batch["sample_ids"][owner] for owner in owners[(~values.loss.isfinite()).to(owners.device)].tolist()]
 
 

@@ -196,6 +196,17 @@ def test_an_epoch_ends_with_the_step_that_takes_its_last_batch(tmp_path, epochs,
     assert length.last_steps(2) == sorted(step for step in ends if step > 2)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "warmup", "told"),
+    [("constant", 0.1, True), ("constant", 0, False), ("constant_with_warmup", 0.1, False), ("cosine", 0.1, False)],
+)
+def test_a_warmup_that_the_scheduler_leaves_out_is_told(tmp_path, caplog, scheduler, warmup, told):
+    args = arguments(tmp_path, lr_scheduler_type=scheduler, warmup_steps=warmup)
+    with caplog.at_level("WARNING"):
+        validate_arguments(args)
+    assert ("constant_with_warmup" in caplog.text) is told
+
+
 LOWER = words(
     """
     loss cross_entropy perplexity forward_kl_lower_bound reverse_kl_lower_bound forward_kl_estimate tail_kl_estimate

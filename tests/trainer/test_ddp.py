@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,9 @@ def test_a_process_that_left_its_group_has_no_thread_that_could_end_after_python
     cycle: list = [torch.distributed.group.WORLD]  # as a model in DDP holds its group
     cycle.append(cycle)
     del cycle
+    until = time.monotonic() + 10  # a thread names itself a moment after it has started
+    while not threads() and time.monotonic() < until:
+        time.sleep(0.01)
     assert threads() > 0
     end_process_group()
     assert threads() == 0

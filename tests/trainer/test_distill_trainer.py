@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,13 @@ from coldstill import DistillTrainer, load_logit_dataset
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import TokenizerMismatch
 from coldstill.storage_schema.rows import CachedRow, spans_from_mask
+from coldstill.trainer.arguments import RunLength
 from coldstill.trainer.data.collate import collate
 from coldstill.trainer.errors import NonFiniteLoss, StudentHeadTooSmall
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
+from coldstill.trainer.loss_kernels.fused_head import LossValues
 from coldstill.trainer.losses import read_loss
+from coldstill.trainer.step_record import StepRecord
 from tests import making
 from tests.trainer.training import build, make_sick, mean_loss, weights_of
 
@@ -181,6 +186,17 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_stops_before_the_optimizer
     assert gradients.steps == []
     for was, weight in zip(before, trainer.model.parameters(), strict=True):
         torch.testing.assert_close(weight, was, rtol=0, atol=0)
+
+
+def test_an_accumulating_step_keeps_no_inputs_of_its_micro_batches(tiny_dataset):
+    batch = next(iter(load_logit_dataset(tiny_dataset).stream(batch_size=4, seed=0)))
+    batch["images"] = {"pixel_values": torch.zeros(4, 3, 8, 8)}
+    inputs = [weakref.ref(each) for each in (batch["input_ids"], batch["images"]["pixel_values"])]
+    record = StepRecord(None, None, order={}, length=RunLength.of(TrainingArguments("o"), batches_per_epoch=1))
+    zeros = torch.zeros(batch["targets"].count)
+    record.add(LossValues(loss=zeros, distillation=zeros, bucket_kl=zeros), batch)
+    del batch
+    assert [each() for each in inputs] == [None, None]
 
 
 def test_rows_of_the_head_beyond_the_tokenizer_get_no_gradient(tiny_dataset, tiny_student, tmp_path):

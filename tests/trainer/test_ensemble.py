@@ -16,7 +16,7 @@ from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.manifest import seal
 from coldstill.trainer.config import TrainConfig
-from coldstill.trainer.errors import CheckpointMismatch, EnsembleMismatch, NoDraws
+from coldstill.trainer.errors import CheckpointMismatch, EnsembleMismatch, NoDraws, UnsupportedArgument
 from coldstill.trainer.train import TrainSummary, train
 from tests import making
 from tests.pipeline.capturing import capture_config, do_units
@@ -167,6 +167,20 @@ def test_held_out_rows_of_one_teacher_measure_a_student_of_several(parts, tmp_pa
     changes = both(parts) | {"eval_dataset": str(parts / "two")}
     training = {"max_steps": 2, "batch_size": 4, "eval_steps": 1, "best_metric": "eval_loss", "dataloader_workers": 0}
     assert train(config_of(parts, tmp_path / "run", **changes, training=training)).steps == 2
+
+
+def test_held_out_rows_of_an_ensemble_are_measured_teacher_by_teacher(parts, tmp_path):
+    ensemble = load_logit_dataset(ensemble=[parts / "one", parts / "two"])
+    for given in (ensemble, {"both": ensemble}):
+        with pytest.raises(UnsupportedArgument, match="an ensemble of 2 teachers"):
+            build(parts / "one", making_double(parts / "student"), tmp_path, eval_dataset=given)
+    trainer, _ = build(parts / "one", making_double(parts / "student"), tmp_path)
+    with pytest.raises(UnsupportedArgument, match="by_teacher"):
+        trainer.evaluate(ensemble)
+    found = trainer.evaluate(dict(zip("ab", ensemble.by_teacher, strict=True)))
+    for name, part in (("a", "one"), ("b", "two")):
+        alone = trainer.evaluate(load_logit_dataset(parts / part))
+        assert found[f"eval_{name}_forward_kl_lower_bound"] == alone["eval_forward_kl_lower_bound"]
 
 
 def test_a_teacher_that_rejected_rows_is_refused_before_the_student_is_loaded(parts, tmp_path):

@@ -132,6 +132,14 @@ def test_a_checkpoint_of_another_order_is_a_named_error(tiny_dataset, tiny_stude
             trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(("before", "now"), [("taid", "forward_kl"), ("forward_kl", "taid")])
+def test_a_checkpoint_of_a_loss_with_another_state_is_a_named_error(tiny_dataset, tiny_student, tmp_path, before, now):
+    run(tiny_dataset, tiny_student, tmp_path, max_steps=1, loss=before)
+    trainer, _ = build(tiny_dataset, tiny_student, tmp_path, **{**SHAPE, "max_steps": 2, "loss": now})
+    with pytest.raises(CheckpointMismatch, match="resume with the loss of that run"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_of_another_dataset_or_tool_is_a_named_error(tiny_dataset, tiny_student, tmp_path):
     run(tiny_dataset, tiny_student, tmp_path / "run", max_steps=1)
     header = making.tiny_header(tiny_student)

@@ -87,12 +87,12 @@ def load_logit_dataset(
         cache=ShardCache(folder, most_bytes=cache_bytes - media_bytes),
         media_cache=MediaCache(folder, most_bytes=media_bytes),
         without_images=rows == "without_images",
-        rows=sum(len(dataset) for dataset in datasets),
+        counts=[len(dataset) for dataset in datasets],
         partners=partners,
         shares=[part / sum(parts) for part in parts],
     )
-    counts = [float(count) for count in _counted(sources)]
-    return LogitDataset(replace(sources, weights=_shares("weights", weights, counts), rows=int(sum(counts))))
+    counts = _counted(sources)
+    return LogitDataset(replace(sources, weights=_shares("weights", weights, list(map(float, counts))), counts=counts))
 
 
 def _shares(name: str, given: Sequence[float] | None, default: list[float]) -> list[float]:
@@ -269,6 +269,7 @@ class LogitDataset:
     ) -> LogitStream:
         """Batches of `batch_size` rows, or of packs of `pack_length` tokens; endless unless `epochs` is given.
 
+        `shuffle`: if False, rows come in stored order, one dataset after the other, whatever the weights of a mixture.
         `images`: how the student reads images; without it, rows with images are an error. `collator`: makes batches of
         single rows in another way, such as in the tokens of another tokenizer.
         """
@@ -304,13 +305,20 @@ class LogitDataset:
 def check_eval_dataset(dataset: Any, trained: LogitDataset, *, name: str = "eval_dataset") -> None:
     """Raise `TokenizerMismatch` unless `dataset`, or each dataset of a mapping, has the ids of the `trained` one.
 
-    Raises `UnsupportedArgument` for anything but datasets of `load_logit_dataset`.
+    Raises `UnsupportedArgument` for anything but datasets of `load_logit_dataset`, and for an ensemble.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             check_eval_dataset(part, trained, name=f"{name}[{key!r}]")
         return
     require_logit_dataset(dataset, name=name)
+    if dataset.ensemble_weights:
+        raise UnsupportedArgument(
+            name,
+            found=f"an ensemble of {len(dataset.ensemble_weights)} teachers",
+            wanted="a dataset of one teacher: a figure compares the student with one distribution",
+            fix="pass one of dataset.by_teacher, or all of them as {NAME: part}",
+        )
     require_same_ids(
         f"tokenizer of {name} ({dataset.sources.datasets[0].store.url})",
         dataset.header.ids,

@@ -57,9 +57,10 @@ class Sources:
 
     `weights`: the share of the rows that comes from each dataset, of any sum. `top_k`, `draws`: kept ids and draws per
     position, all if None. `cache`: copies of remote shards, `media_cache`: of remote media. `without_images`: rows that
-    have media are passed over. `rows`: of an epoch. `partners`: further datasets with the rows of the only one in
-    `datasets`, one for each other teacher of an ensemble; `shares`: of all its teachers, in that order, with the sum 1.
-    `verified`: per dataset, the partners last, the stamps of the local shards that were verified.
+    have media are passed over. `counts`: the rows of each dataset that are used. `partners`: further datasets with the
+    rows of the only one in `datasets`, one for each other teacher of an ensemble; `shares`: of all its teachers, in
+    that order, with the sum 1. `verified`: per dataset, the partners last, the stamps of the local shards that were
+    verified.
     """
 
     datasets: Sequence[Dataset]
@@ -69,13 +70,18 @@ class Sources:
     cache: ShardCache
     media_cache: MediaCache
     without_images: bool
-    rows: int
+    counts: Sequence[int]
     partners: Sequence[Dataset] = ()
     shares: Sequence[float] = ()
     verified: Sequence[dict[int, Stamp]] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "verified", tuple({} for _ in (*self.datasets, *self.partners)))
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch."""
+        return sum(self.counts)
 
     def reader(self) -> RowReader:
         """A reader for the calling thread. Close it after use."""

@@ -117,11 +117,22 @@ class MixtureCursor(TypedDict):
 
 
 class Mixture:
-    """Rows of several datasets; a uniform number of (seed, n) chooses the dataset of row n by its weight."""
+    """Rows of several datasets; a uniform number of (seed, n) chooses the dataset of row n by its weight.
 
-    def __init__(self, datasets: Sequence[ShuffledRows], *, weights: Sequence[float], seed: int):
+    With `in_turn`, the rows of each dataset, they come one dataset after the other, each row once in an epoch.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[ShuffledRows],
+        *,
+        weights: Sequence[float],
+        seed: int,
+        in_turn: Sequence[int] | None = None,
+    ):
         self._datasets, self._seed = datasets, seed
         self._edges = np.cumsum(weights)[:-1] / sum(weights)
+        self._ends = None if in_turn is None else np.cumsum(in_turn)
         self._block, self._choices = -1, np.empty(0, np.int64)
         self.taken = 0
 
@@ -147,6 +158,8 @@ class Mixture:
     def _choice(self, number: int) -> int:
         if not self._edges.size:
             return 0
+        if self._ends is not None:
+            return int(np.searchsorted(self._ends, number % self._ends[-1], "right"))
         block, place = divmod(number, MIXTURE_BLOCK)
         if block != self._block:
             uniforms = mixture_uniforms(block, seed=self._seed)

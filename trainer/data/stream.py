@@ -157,7 +157,9 @@ class LogitStream(IterableDataset):
             ShuffledRows(reader, number, seed=self.seed, shuffle=self.shuffle)
             for number in range(len(self._sources.datasets))
         ]
-        mixture = Mixture(datasets, weights=self._sources.weights, seed=self.seed)
+        # Unshuffled rows are measured: to draw their dataset would take some twice and leave others out.
+        in_turn = None if self.shuffle else self._sources.counts
+        mixture = Mixture(datasets, weights=self._sources.weights, seed=self.seed, in_turn=in_turn)
         sampler = BatchSampler(
             reader, mixture, rows=self._sources.rows, batch_size=self.batch_size, pack_length=self.pack_length
         )

@@ -121,7 +121,7 @@ def evaluate_on_dataset(
         if given is not None:
             if not tokenizers_are_checked:
                 check_model_tokenizer(innermost(given), logits.sources.datasets[0], name=role)
-            check_lengths(logits, innermost(given), name=role)
+            check_lengths(logits, given, name=role)
     total = logits.stream(batch_size=batch_size, seed=0).batches_per_epoch
     batches = batches_of(logits, model, teacher, batch_size=batch_size)
     return evaluate_student(

@@ -16,6 +16,7 @@ from coldstill.common.errors import ColdstillError
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
 from coldstill.trainer.config import StudentConfig
+from coldstill.trainer.loss_kernels.fused_head import logits_in_parts
 from coldstill.trainer.student.forward import (
     HeadFormula,
     before_head,
@@ -31,7 +32,8 @@ from coldstill.trainer.targets import SparseTargets
 
 Weights = Literal["float32", "bfloat16"]
 LogitsOfPart = Callable[[int, int], torch.Tensor]
-"""`(start, stop) -> [stop - start, V]` logits in the dtype of the model's own. Read-only."""
+"""`(start, stop) -> [stop - start, V]` logits: float32 at least if the head has a formula, else in the dtype of the
+model's own. Read-only."""
 
 
 def load_measured(name: str, dataset: Dataset, *, role: str, weights: Weights = "float32") -> Any:
@@ -100,8 +102,8 @@ class LogitReader:
         return self._of_parts(hidden, self._formula)
 
     def _of_parts(self, hidden: torch.Tensor, formula: HeadFormula) -> LogitsOfPart:
-        model = self._model
-        return lambda start, stop: formula.logits(model, hidden[start:stop])[:, : self.token_count]
+        scaled = hidden if formula.scale == 1 else hidden * formula.scale
+        return logits_in_parts(scaled, formula.head(self._model, token_count=self.token_count))
 
 
 class ShardedLogitReader(LogitReader):

@@ -26,7 +26,7 @@ from coldstill.trainer.data.media import MediaReader
 from coldstill.trainer.errors import NoAnswers
 from coldstill.trainer.student.forward import innermost, model_inputs
 from coldstill.trainer.student.images import images_of
-from coldstill.trainer.student.positions import context_of, table_length
+from coldstill.trainer.student.positions import context_of, room_of, table_length
 
 from .measured_model import measuring
 
@@ -144,7 +144,7 @@ def greedy_answers(
     An answer ends at the model's end token, after `max_new_tokens`, or at the end of the model's context. Prompts are
     padded on the left. `read`: how the model reads questions with images.
     """
-    context = table_length(innermost(model)) or context_of(model.config)
+    context = room_of(table_length(innermost(model)) or context_of(model.config), model)
     for start in range(0, len(asked), batch_size):
         taken = asked[start : start + batch_size]
         rows = read(taken)

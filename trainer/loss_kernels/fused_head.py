@@ -12,6 +12,7 @@ cross-entropy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -161,7 +162,7 @@ class _OnHidden(torch.autograd.Function):
         kept: list[LossValues],
     ) -> torch.Tensor:
         device = hidden.device.type
-        factors = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        factors = _dtype_of_factors(hidden)
         # Gradients are always off in here; `needs_input_grad` tells which inputs require one, not whether it is wanted.
         needs = [grad_enabled and it for it in ctx.needs_input_grad[:3]]
         with torch.autocast(device, enabled=False):
@@ -202,8 +203,8 @@ class _Chunks:
     ):
         self._head = head
         self._wide = torch.promote_types(factors, torch.float32)
-        self._hidden = self._factor(hidden.to(factors))
-        self._weight = self._factor(head.weight[: head.token_count].to(factors))
+        self._hidden = _factor(hidden, factors)
+        self._weight = _factor(head.weight[: head.token_count], factors)
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes
         rows = max(1, budget // (head.token_count * self._wide.itemsize))
         self.borders = targets.borders(rows)
@@ -216,21 +217,10 @@ class _Chunks:
         if self.by_weight is not None:
             self.by_weight[head.token_count :] = 0
 
-    def _factor(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Only CUDA multiplies 16-bit factors into float32; elsewhere their rounded values are multiplied in float32.
-        return tensor if tensor.is_cuda else tensor.to(self._wide)
-
     def logits(self, start: int, stop: int) -> torch.Tensor:
         """`[C, V]`, in the memory that every chunk uses."""
         logits = _product(self._hidden[start:stop], self._weight.t(), out=self._logits[: stop - start])
-        if self._head.bias is not None:
-            logits += self._head.bias[: self._head.token_count]
-        if self._head.softcap is not None:
-            logits.div_(self._head.softcap).tanh_()
-            if self._slope is not None:
-                torch.square(logits, out=self._slope[: stop - start]).neg_().add_(1)
-            logits.mul_(self._head.softcap)
-        return logits
+        return _finished(logits, self._head, slope=None if self._slope is None else self._slope[: stop - start])
 
     def add_gradient(self, start: int, stop: int, gradient: torch.Tensor) -> None:
         """Add the part of a chunk whose gradient with respect to its logits is `gradient [C, V]`."""
@@ -249,6 +239,47 @@ class _Chunks:
                 rows.addmm_(gradient.t(), self._hidden[start:stop])
             else:
                 rows += _product(gradient.t(), self._hidden[start:stop], out=torch.empty_like(rows))
+
+
+def logits_in_parts(hidden: torch.Tensor, head: Head) -> Callable[[int, int], torch.Tensor]:
+    """`(start, stop) -> [stop - start, V]`: logits of a part of `hidden [M, D]` without a gradient, of the precision of
+    `loss_on_hidden`. A layer of autocast would round them to 16 bits: the two largest of a position are then often
+    equal.
+    """
+    factors = _dtype_of_factors(hidden)
+    rows, weight = _factor(hidden, factors), _factor(head.weight[: head.token_count], factors)
+    dtype = torch.promote_types(factors, torch.float32)
+
+    def part(start: int, stop: int) -> torch.Tensor:
+        taken = rows[start:stop]
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            out = taken.new_empty(len(taken), head.token_count, dtype=dtype)
+            return _finished(_product(taken, weight.t(), out=out), head)
+
+    return part
+
+
+def _dtype_of_factors(hidden: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _factor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # Only CUDA multiplies 16-bit factors into float32; elsewhere their rounded values are multiplied in float32.
+    rounded = tensor.to(dtype)
+    return rounded if tensor.is_cuda else rounded.to(torch.promote_types(dtype, torch.float32))
+
+
+def _finished(logits: torch.Tensor, head: Head, *, slope: torch.Tensor | None = None) -> torch.Tensor:
+    """The logits of `head` from its products, in their memory; `slope` gets the derivative of the soft-capping."""
+    if head.bias is not None:
+        logits += head.bias[: head.token_count]
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_()
+        if slope is not None:
+            torch.square(logits, out=slope).neg_().add_(1)
+        logits.mul_(head.softcap)
+    return logits
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:

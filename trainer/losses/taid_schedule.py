@@ -45,19 +45,21 @@ class TaidSchedule:
         self.momentum = 0.0
         self.previous_loss: float | None = None
 
-    def update(self, loss: float, *, step: int, total_steps: int) -> float:
+    def update(self, loss: float | None, *, step: int, total_steps: int) -> float:
         """Take the mean loss of optimizer step number `step` (1 is the first) of `total_steps`; return the new t.
 
-        The adaptive rule needs two losses: its first call only stores one. t never falls.
+        The adaptive rule needs two losses: its first call only stores one. t never falls. A step without any target
+        has the loss None, and t only keeps up with the line.
         """
         line = self.t_start + (self.t_end - self.t_start) * min(1.0, step / total_steps)
-        if self.kind == "linear":
+        if self.kind == "linear" or loss is None:
             self.t = max(self.t, line)
         elif self.previous_loss is not None:
             self.momentum = self.beta * self.momentum + (1 - self.beta) * self._relative_fall(loss)
             pace = self._alpha(total_steps) / (1 + math.exp(-self.momentum))
             self.t = min(self.t_end, max(line, self.t + pace * (1 - self.t)))
-        self.previous_loss = loss
+        if loss is not None:
+            self.previous_loss = loss
         return self.t
 
     def _relative_fall(self, loss: float) -> float:

@@ -15,6 +15,9 @@ from transformers.utils import logging
 from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import RowTooLong
 
+from .forward import innermost
+from .wrapper import without_parallel
+
 logger = logging.get_logger(__name__)
 
 
@@ -43,20 +46,33 @@ def table_length(model: PreTrainedModel) -> int | None:
     return context if any(table.dim() == 2 and table.shape[0] == context for table in tables) else None
 
 
-def check_lengths(dataset: LogitDataset, model: PreTrainedModel, *, name: str) -> None:
-    """Raise `RowTooLong` if a row is longer than the table of positions of the model `name`.
+def virtual_tokens(model: torch.nn.Module) -> int:
+    """Positions that peft's prompt learning takes from each row: those of virtual tokens, or of cached keys."""
+    config: Any = getattr(without_parallel(model), "active_peft_config", None)
+    return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
+
+
+def room_of(limit: int | None, model: torch.nn.Module) -> int | None:
+    """The tokens of a row that are left of `limit` positions beside the virtual tokens of `model`; None without one."""
+    return None if limit is None else limit - virtual_tokens(model)
+
+
+def check_lengths(dataset: LogitDataset, model: torch.nn.Module, *, name: str) -> None:
+    """Raise `RowTooLong` if a row is longer than the table of positions of the model `name`, which peft may wrap.
 
     For a model without a table, log a warning if rows may be longer than its context. Rows with images have another
     length for each student, and are checked when they are read. Raises what `RowReader.lengths` raises.
     """
     header = dataset.header
-    limit = table_length(model)
+    inner, virtual = innermost(model), virtual_tokens(model)
+    limit = room_of(table_length(inner), model)
     if limit is None:
-        context = context_of(model.config)
+        context = room_of(context_of(inner.config), model)
         if context is not None and context < header.max_length:
             logger.warning(
-                "Rows of the dataset may have %d tokens, and the context of %s is %d. Longer rows teach positions that "
-                'it was not made for. To leave them out: coldstill subset DATASET OUTPUT --filter "tokens <= %d"',
+                "Rows of the dataset may have %d tokens, and the context of %s has room for %d. Longer rows teach "
+                "positions that it was not made for. To leave them out: coldstill subset DATASET OUTPUT --filter "
+                '"tokens <= %d"',
                 header.max_length,
                 name,
                 context,
@@ -67,7 +83,8 @@ def check_lengths(dataset: LogitDataset, model: PreTrainedModel, *, name: str) -
         raise RowTooLong(
             f"{longer:,} rows of {url}",
             found=f"up to {longest:,} tokens",
-            wanted=f"at most {limit:,}, the positions of {name}",
+            wanted=f"at most {limit:,}, the positions of {name}"
+            + (f" beside its {virtual:,} virtual tokens" if virtual else ""),
             fix=f'leave them out: coldstill subset {url} OUTPUT --filter "tokens <= {limit}"; or choose a student with '
             "a longer context",
         )

@@ -40,6 +40,18 @@ def test_every_row_of_a_dataset_comes_once_before_any_comes_again(grouped, other
         assert sorted(mine[: len(wanted)]) == wanted
 
 
+@pytest.mark.parametrize("weights", [None, [5, 1]])
+@pytest.mark.parametrize("pack_length", [None, 48])
+def test_measuring_a_mixture_takes_each_row_once_in_stored_order(grouped, other, weights, pack_length):
+    stored = [row.sample_id for path in (grouped, other) for row in open_dataset(path).rows()]
+    ranks = [
+        names(list(mixed(grouped, other, weights=weights, pack_length=pack_length, epochs=2, shuffle=False, **share)))
+        for share in ({}, {"rank": 0, "world_size": 2}, {"rank": 1, "world_size": 2})
+    ]
+    assert sorted(ranks[0]) == sorted(ranks[1] + ranks[2]) == sorted(stored * 2)
+    assert pack_length or ranks[0] == stored * 2
+
+
 def test_an_epoch_of_a_mixture_has_as_many_rows_as_its_datasets(grouped, other):
     assert len(names(list(mixed(grouped, other, weights=[1, 5], epochs=2)))) == 2 * (77 + 40)
 

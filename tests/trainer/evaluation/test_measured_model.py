@@ -20,7 +20,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from coldstill.trainer.evaluation.figures import cache_figures
 from coldstill.trainer.evaluation.measured_model import LogitReader, measuring
+from coldstill.trainer.loss_kernels.fused_head import Objective
+from coldstill.trainer.losses.taid import ForwardKl
+from coldstill.trainer.student.forward import distill_in_forward, model_inputs
 from tests import making
 from tests.trainer.evaluation.batches import packed, padded, random_rows
 
@@ -84,3 +88,18 @@ def test_the_head_is_applied_to_the_requested_part_only(monkeypatch: pytest.Monk
         monkeypatch.setattr(head, "forward", lambda hidden: pytest.fail("the head ran over all positions"))
         read = reader.read(batch, batch["targets"])
         assert read(0, 2).shape == (2, V)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, capped", "granite, scaled", "with adapters"])
+def test_logits_are_not_rounded_to_16_bits_where_the_layers_are(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    batch = padded([row for row, _ in random_rows(3, 4)])
+    targets = batch["targets"]
+    distill_in_forward(model, token_count=V)
+    with measuring(model), torch.autocast("cpu", torch.bfloat16):
+        measured = LogitReader(model, token_count=V).read(batch, targets)(0, targets.count)
+        values = model(**model_inputs(batch), targets=targets, objective=Objective(ForwardKl(tail="bucket")), t=1.0)
+    kl = cache_figures(measured, targets, draws=0)["forward_kl_lower_bound"]
+    # What is measured during a training is what its log says, to the last digits of float32.
+    torch.testing.assert_close(kl.float(), values["values"].bucket_kl, rtol=0, atol=2e-6)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import TrainingArguments
 
+from coldstill.trainer.arguments import RunLength
+from coldstill.trainer.loss_kernels.fused_head import LossValues
 from coldstill.trainer.losses.taid_schedule import TaidSchedule
+from coldstill.trainer.step_record import StepRecord
 from tests import reference
 
 
@@ -80,3 +87,25 @@ def test_resumes_from_a_state_that_was_stored_as_json():
     got = [second.update(losses[step - 1], step=step, total_steps=200) for step in range(101, 201)]
     assert got == wanted[100:]
     assert second.state_dict() == unbroken.state_dict()
+
+
+def test_a_step_whose_rows_were_all_skipped_has_no_loss_that_t_or_the_log_follows():
+    def run(*losses: float | None) -> tuple[dict[str, Any], dict[str, float]]:
+        length = RunLength.of(TrainingArguments("o", max_steps=100, use_cpu=True), batches_per_epoch=100)
+        record = StepRecord(TaidSchedule(), None, order={}, length=length)
+        state = SimpleNamespace(global_step=0, max_steps=100, epoch=0.0)
+        for loss in losses:
+            values = torch.full((0 if loss is None else 3,), loss or 0.0)
+            record.open_step(targets=len(values), cursor=None)
+            record.add(
+                LossValues(loss=values, distillation=values, bucket_kl=values), {"sample_ids": [], "target_samples": []}
+            )
+            record.on_pre_optimizer_step(None, state, None)
+            state.global_step += 1
+            record.on_step_end(None, state, None)
+        return record.schedule.state_dict(), record.take_logs()
+
+    (schedule, logs), (wanted, of_full_steps) = run(2.0, None, 1.5, None), run(2.0, 1.5)
+    assert {**schedule, "t": 0} == {**wanted, "t": 0}
+    assert schedule["t"] > 0.4 + 0.6 * 4 / 100  # the line
+    assert logs["bucket_kl"] == of_full_steps["bucket_kl"]

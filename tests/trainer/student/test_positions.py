@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coldstill import load_logit_dataset
@@ -117,6 +118,29 @@ def test_a_row_without_positions_is_a_named_error_before_the_first_step(tiny_dat
     held_out = load_logit_dataset(tiny_dataset)
     with pytest.raises(RowTooLong):
         check_lengths(held_out, model, name="s")
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_virtual_tokens_take_positions_from_the_rows(tiny_dataset: Path, tmp_path: Path, kind, caplog):
+    longest = longest_of(tiny_dataset)
+    more = {"encoder_hidden_size": 8} if kind is PromptEncoderConfig else {}
+    prompt = kind(task_type="CAUSAL_LM", num_virtual_tokens=3, **more)
+
+    def prompted(family: str, **settings: Any) -> Any:
+        return get_peft_model(small(family, **settings), prompt)
+
+    model = prompted("gpt2", **{**GPT, "n_positions": longest + 2})
+    with pytest.raises(RowTooLong, match="beside its 3 virtual tokens") as error:
+        build(tiny_dataset, model, tmp_path)
+    assert f"at most {longest - 1}," in error.value.wanted
+    with pytest.raises(RowTooLong):
+        evaluate_on_dataset(model, tiny_dataset, tokenizers_are_checked=True)
+    trainer, _ = build(tiny_dataset, prompted("gpt2", **{**GPT, "n_positions": longest + 3}), tmp_path, max_steps=1)
+    trainer.train()
+    dataset = load_logit_dataset(tiny_dataset)
+    context = dataset.header.max_length + 2
+    check_lengths(dataset, prompted("llama", **{**BERT, "max_position_embeddings": context}), name="s")
+    assert f'--filter "tokens <= {context - 3}"' in caplog.text
 
 
 def test_rows_that_fit_train_whatever_the_header_allows_also_in_packs_longer_than_the_table(

@@ -200,8 +200,6 @@ def test_the_message_about_an_adapter_on_the_head_does_not_contradict_itself(tin
     assert "its head has an adapter" in caplog.text
     assert "a Linear, not" not in caplog.text
 
-    return np.random.default_rng(0)
-
 
 def test_an_unwrapped_model_is_not_probed(tiny_student, monkeypatch):
     model = LlamaForCausalLM.from_pretrained(tiny_student)
