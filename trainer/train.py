@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from coldstill.common.files import write_json
 from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
+from coldstill.storage_schema.store import require_folder
 
 from .alignment.objective import alignment_counts
 from .arguments import validate_optimizer
@@ -74,6 +75,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
         torch.set_num_threads(config.training.threads)
     args = _arguments(config)
     output = Path(config.output)
+    require_folder(config.output)
     dataset = load_logit_dataset(config.dataset, **config.data.model_dump(exclude={"seed", "other_tokenizer"}))
     with naming_failed_writes(output):
         claim(output, _identity(config, dataset), write=args.process_index == 0)

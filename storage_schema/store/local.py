@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from coldstill.common.visible import visible
-from coldstill.storage_schema.errors import OutsideDataset
+from coldstill.storage_schema.errors import OutsideDataset, UnsupportedStore
 
 
 def local_file(root: str, name: str) -> Path:
@@ -95,6 +95,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_folder(path: str | Path) -> None:
+    """Raises `UnsupportedStore` unless `path` is a local folder, or can become one: checked before the work begins."""
+    if "://" in str(path):
+        raise UnsupportedStore(str(path), found="a URL", wanted="a local folder", fix="choose another output")
+    place = Path(os.path.abspath(path))
+    existing = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    if not existing.is_dir():
+        kind = "a file" if existing.exists() else "a link to nothing"
+        raise UnsupportedStore(
+            str(path),
+            found=kind if existing == place else f"{kind} at {existing}",
+            wanted="a folder, or nothing yet",
+            fix="choose another output",
+        )
 
 
 def what_lies_at(root: str) -> tuple[str, list[str]]:

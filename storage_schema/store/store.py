@@ -60,19 +60,21 @@ class Store:
         self._in_memory = "memory" in protocols
         self._can_create = bool(protocols & CREATE_IF_ABSENT)
 
+    def require_usable(self) -> None:
+        """Raises `UnsupportedStore` for an output that no command can write, as far as it shows without a write."""
+        if not self._can_create:
+            raise self._unsupported()
+        if self.is_local:
+            local.require_folder(self.root)
+
     def require_writable(self) -> None:
         """Raises `UnsupportedStore` unless a capture can write here, and `StorageFailed` if a write fails.
 
         On an object store a probe file is created twice: some stores with an S3 interface accept the condition of a
         `create` and ignore it, and so does gcsfs on a zonal bucket of Google's.
         """
-        if not self._can_create:
-            raise self._unsupported()
+        self.require_usable()
         if self.is_local:
-            if os.path.exists(self.root) and not os.path.isdir(self.root):
-                raise UnsupportedStore(
-                    self.url, found="a file", wanted="a folder, or nothing yet", fix="choose another output"
-                )
             return
         probe = f"{RUN_FOLDER}/probe-{secrets.token_hex(8)}"
         self.create(probe, b"1")

@@ -60,8 +60,11 @@ def test_a_store_that_cannot_create_is_refused_by_name() -> None:
 
 def test_a_file_where_a_folder_is_wanted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
-    with pytest.raises(UnsupportedStore, match="a file"):
-        Store(tmp_path / "x").require_writable()
+    (tmp_path / "link").symlink_to("gone")
+    for name, found in (("x", "a file"), ("x/y/z", f"a file at {tmp_path}/x"), ("link/y", "a link to nothing at")):
+        with pytest.raises(UnsupportedStore, match=f"found:  {found}"):
+            Store(tmp_path / name).require_writable()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "x"]
 
 
 def test_a_refused_write_has_a_name(tmp_path: Path) -> None:
