@@ -59,10 +59,12 @@ def compare(
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="PAGE", callback=writable, help="Also write a page with the curves.")
+        Path | None,
+        typer.Option(metavar="PAGE", callback=writable(".html", ".htm"), help="Also write a page with the curves."),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=writable, help="Also draw the curves into this file.")
+        Path | None,
+        typer.Option(metavar="FILE", callback=writable(".png"), help="Also draw the curves into this file."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -91,7 +93,9 @@ def evaluate(
     records: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", callback=writable, help="Write the rows of --per-token to FILE as JSON lines instead."
+            metavar="FILE",
+            callback=writable(".jsonl", ".json", ".ndjson"),
+            help="Write the rows of --per-token to FILE as JSON lines instead.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = _EVALUATE["batch_size"],

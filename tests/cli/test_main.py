@@ -279,6 +279,38 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("words", "ending"),
+    [
+        (("capture", "absent.yaml", "--summary"), ".json"),
+        (("train", "absent.yaml", "--summary"), ".json"),
+        (("rounds", "absent.yaml", "--summary"), ".json"),
+        (("compare", "absent", "--html"), ".html"),
+        (("compare", "absent", "--png"), ".png"),
+        (("evaluate", "absent", "absent", "--records"), ".jsonl"),
+        (("stats", "absent", "--json"), ".json"),
+        (("stats", "absent", "--png"), ".png"),
+        (("inspect", "absent", "--html"), ".html"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else " ".join(one),
+)
+def test_a_file_has_the_ending_of_its_content_or_none(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    ending: str,
+) -> None:
+    """A picture called `x.pdf` or `x.json` opens in no program. A file beside the final one may have more endings."""
+    assert _run(monkeypatch, *words, tmp_path / "x.xyz") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("PageNotWritten")
+    assert f"write {tmp_path}/x{ending}" in err
+    for name in ("x", f"x{ending}", f"x{ending.upper()}", f".x{ending}.12-ab.part"):
+        assert _run(monkeypatch, *words, tmp_path / name) == 1
+        assert "PageNotWritten" not in capsys.readouterr().err
+
+
 def test_a_file_in_a_new_folder_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_dataset: Path) -> None:
     assert _run(monkeypatch, "stats", tiny_dataset, "--json", tmp_path / "a" / "b.json") == 0
     assert json.loads((tmp_path / "a" / "b.json").read_text())
@@ -320,7 +352,7 @@ def test_an_output_where_no_folder_can_be_is_refused_before_the_work(
     (tmp_path / "file").touch()
     next((tiny_dataset / "shards").iterdir()).write_bytes(b"")
     output = os.path.normpath(tmp_path / "file" / inside)
-    settings = {**CAPTURE, "output": output, "source": {"path": str(tmp_path / "absent.jsonl")}}
+    settings: dict[str, Any] = {**CAPTURE, "output": output, "source": {"path": str(tmp_path / "absent.jsonl")}}
     if words[0] == "rounds":
         settings |= {"rounds": 1, "student": {"model": "absent"}, "sampling": {"max_tokens": 1}}
     if words[0] == "train":
