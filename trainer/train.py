@@ -15,14 +15,14 @@ import torch
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from coldstill.common.files import write_json
+from coldstill.common.files import SUMMARY_NAME, write_json
 from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
 from coldstill.storage_schema.store import require_folder
 
 from .alignment.objective import alignment_counts
 from .arguments import validate_optimizer
-from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_failed_writes, newest_checkpoint
+from .checkpoints import Checkpoint, EarlyStopping, claim, naming_failed_writes, newest_checkpoint
 from .config import FREE_TRAINING_SETTINGS, OtherTokenizerConfig, TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer

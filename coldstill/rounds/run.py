@@ -25,7 +25,7 @@ from rich.console import Console
 
 from coldstill.common.config_file import check_config
 from coldstill.common.errors import ColdstillError
-from coldstill.common.files import read_json, write_json
+from coldstill.common.files import SUMMARY_NAME, read_json, write_json
 from coldstill.common.interrupts import as_interrupted, end_with_parent, raising_interrupts
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig
@@ -34,7 +34,7 @@ from coldstill.trainer.config import FREE_TRAINING_SETTINGS, TrainConfig
 
 from .checks import require_usable_models
 from .config import MAX_ROUNDS, RoundsConfig
-from .parts import HEADINGS, SUMMARY_NAME, Part, part_folder, parts_of, stated_teacher, student_folder
+from .parts import HEADINGS, Part, part_folder, parts_of, stated_teacher, student_folder
 
 RECORD_NAME = "rounds.json"
 LOCK_NAME = "rounds.lock"
