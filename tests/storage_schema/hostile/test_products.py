@@ -20,8 +20,9 @@ from coldstill.common.errors import MAX_MESSAGE_CHARS, ColdstillError
 from coldstill.common.visible import json_start
 from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.shard.layout import is_too_deep
 from coldstill.tools.card.card import write_card
-from coldstill.tools.card_text import CARD_NAME
+from coldstill.tools.card_text import CARD_NAME, with_shards
 from coldstill.tools.errors import NotExportable
 from coldstill.tools.exchange import export
 from coldstill.tools.inspect import page, terminal
@@ -141,6 +142,14 @@ def test_a_row_whose_export_would_multiply_tokens_by_k_is_refused_by_name(
     with pytest.raises(NotExportable, match="tokens x K") as raised:
         export.export_axolotl(root, tmp_path / "axolotl", progress=False)
     assert len(str(raised.value)) <= MAX_MESSAGE_CHARS
+
+
+def test_a_pattern_takes_time_in_proportion_to_a_strangers_text() -> None:
+    """By the square of it, a megabyte took hours."""
+    started = time.monotonic()
+    assert is_too_deep(b"{" * 1_001 + b'"' + b'\\"' * (LONG // 2))
+    assert with_shards(b"---" + b"\n" * LONG, "---\nconfigs:\n---\n").endswith(b"\n" * LONG)
+    assert in_time(started)
 
 
 def test_the_message_of_an_error_is_bounded_whatever_it_quotes() -> None:
