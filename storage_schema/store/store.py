@@ -29,6 +29,8 @@ RUN_FOLDER = "_run"
 CREATE_IF_ABSENT = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs"})
 """Protocols of stores that can create a file only if it is absent."""
 
+MAX_FILE_BYTES = 512 << 20
+"""Maximum bytes of a file that is read whole: the largest shard, and more than any other such file."""
 _READ_AHEAD_BYTES = 1 << 20
 """Bytes that are read at once from a remote file: a footer or a small column takes one request, a row group one
 more."""
@@ -114,8 +116,11 @@ class Store:
         """The content of a file.
 
         Raises `FileNotFoundError`, `OutsideDataset`, `StorageFailed`; `CommitDamaged` for a file of more than `at_most`
-        bytes, before it is read.
+        bytes, before it is read. Without `at_most`, a local file has at most `MAX_FILE_BYTES`: an archive can hold one of
+        any size that takes no room. Of a remote file, the size would be a request more.
         """
+        if at_most is None and self.is_local:
+            at_most = MAX_FILE_BYTES
         if at_most is not None and (size := self.size(name)) > at_most:
             raise CommitDamaged(f"{self.url}/{name}: size", found=f"{size} bytes", wanted=f"at most {at_most}")
         with self._named_errors(f"reading {name}"):

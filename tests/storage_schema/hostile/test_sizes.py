@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.driver.status import read_status
+from coldstill.storage_schema.errors import CommitDamaged
 from coldstill.storage_schema.header import HEADER_NAME
-from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.storage_schema.plan import PLAN_NAME
+from coldstill.storage_schema.store import Store
 from tests.fuzz import shard_rows
 from tests.fuzz.tree import Tree
 from tests.storage_schema.hostile.changes import (
@@ -44,6 +49,31 @@ def test_a_manifest_of_8_gigabytes_is_not_read(tree: Tree, read: Read, tmp_path:
     del tree.files[MANIFEST_NAME]
     os.truncate(root / MANIFEST_NAME, 8 << 30)  # a file of holes: takes no room
     assert isinstance(read(tree)["named"]["open"], str)
+
+
+@pytest.mark.parametrize("name", ["commits/000000.json", PLAN_NAME, HEADER_NAME])
+def test_a_file_of_a_terabyte_that_takes_no_room_is_not_read(tree: Tree, tmp_path: Path, name: str) -> None:
+    """Of an unfinished dataset, whose files no manifest lists."""
+    del tree.files[MANIFEST_NAME]
+    root = written(tree, tmp_path / "dataset")
+    os.truncate(root / name, 1 << 40)
+    with pytest.raises(CommitDamaged, match=rf"{name}: size"):
+        Store(root).read(name)
+    with pytest.raises(ColdstillError, match=r"size|units"):
+        seal(Store(root))
+
+
+def test_a_commit_record_of_a_unit_beyond_any_number_does_not_end_a_status(tree: Tree, tmp_path: Path) -> None:
+    del tree.files[MANIFEST_NAME]
+    tree.files[f"commits/{'9' * 30}.json"] = b"{}"
+    status = read_status(str(written(tree, tmp_path / "dataset")))
+    assert status.rows_done == status.rows_planned
+
+
+def test_a_manifest_of_a_million_unknown_fields_does_not_fill_the_memory(tree: Tree, read: Read) -> None:
+    fields = b"".join(b'"%x": 0,' % number for number in range(1_000_000))
+    tree.files[MANIFEST_NAME] = b"{" + fields + tree.files[MANIFEST_NAME].lstrip()[1:]
+    assert read(tree)["named"]["open"] == "CommitDamaged"
 
 
 @pytest.mark.parametrize("filling", [b"[],", b"{},", b'"",', b"0,", b'{"name":"","bytes":0,"sha256":""},'])
