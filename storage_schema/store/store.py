@@ -116,8 +116,8 @@ class Store:
         """The content of a file.
 
         Raises `FileNotFoundError`, `OutsideDataset`, `StorageFailed`; `CommitDamaged` for a file of more than `at_most`
-        bytes, before it is read. Without `at_most`, a local file has at most `MAX_FILE_BYTES`: an archive can hold one of
-        any size that takes no room. Of a remote file, the size would be a request more.
+        bytes, before it is read. Without `at_most`, a local file has at most `MAX_FILE_BYTES`: an archive can hold one
+        of any size that takes no room. The size of a remote file would be one more request.
         """
         if at_most is None and self.is_local:
             at_most = MAX_FILE_BYTES
