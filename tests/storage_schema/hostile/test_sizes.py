@@ -10,11 +10,15 @@ import pytest
 
 from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.driver.status import read_status
-from coldstill.storage_schema.errors import CommitDamaged
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.errors import CommitDamaged, TokenizerNotFound
 from coldstill.storage_schema.header import HEADER_NAME
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.plan import PLAN_NAME
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.verified_files import file_record
+from coldstill.tools.errors import TokenizerUnreadable
+from coldstill.tools.inspect.token_text import TokenText
 from tests.fuzz import shard_rows
 from tests.fuzz.tree import Tree
 from tests.storage_schema.hostile.changes import (
@@ -98,6 +102,25 @@ def test_a_tokenizer_of_45_megabytes_of_tiny_values_does_not_fill_the_memory(
     tree.files[name] = tree.files[name].replace(field + b"{", field + many + b"{")
     tree.reseal()
     assert read(tree)["findings"] == ["TokenizerNotFound"]
+
+
+def test_the_settings_of_a_tokenizer_of_tiny_values_do_not_fill_the_memory(tree: Tree, read: Read) -> None:
+    name, data = "tokenizer/tokenizer_config.json", b'{"a": [' + b"[]," * 15_000_000 + b"0]}"
+    tree.files[name] = data
+    change_document(tree, MANIFEST_NAME, lambda found: found["files"].append(file_record(name, data).model_dump()))
+    assert read(tree)["findings"] == ["TokenizerNotFound"]
+
+
+def test_a_tokenizer_of_tiny_values_is_opened_by_no_library(tree: Tree, tmp_path: Path) -> None:
+    """The parser of `tokenizers` ends the process where the memory ends."""
+    name = "tokenizer/tokenizer.json"
+    tree.files[name] = tree.files[name].rstrip()[:-1] + b', "a": [' + b"[]," * 15_000_000 + b"0]}"
+    tree.reseal()
+    dataset = open_dataset(written(tree, tmp_path / "dataset"))
+    with pytest.raises(TokenizerUnreadable, match="values"):
+        TokenText(dataset)
+    with pytest.raises(TokenizerNotFound, match="values"):
+        dataset.tokenizer_files()
 
 
 def test_metadata_that_are_too_long_are_not_parsed(tree: Tree, read: Read) -> None:
