@@ -45,6 +45,19 @@ def local_file(root: str, name: str) -> Path:
     return real
 
 
+def require_inside(root: str, folder: str) -> None:
+    """Raises `OutsideDataset` if a folder of the dataset at `root` is a link, or lies in one, to a place outside it: what
+    is written or deleted there would be somebody else's."""
+    real = os.path.realpath(f"{root}/{folder}")
+    if not Path(real).is_relative_to(os.path.realpath(root)):
+        raise OutsideDataset(
+            f"{root}/{folder}",
+            found=f"a link to {real}",
+            wanted="a folder inside the dataset",
+            fix="if you trust its links, copy the dataset with the files that they point to: cp -rL",
+        )
+
+
 def size_of(entry: os.DirEntry[str]) -> int:
     """Bytes of a listed file; -1 if another process deleted it meanwhile."""
     try:
@@ -98,7 +111,7 @@ def sync(path: Path) -> None:
 
 
 def require_folder(path: str | Path) -> None:
-    """Raises `UnsupportedStore` unless `path` is a local folder, or can become one: checked before the work begins."""
+    """Raises `UnsupportedStore` unless `path` is a local folder, or can become one. It is called before the work."""
     if "://" in str(path):
         raise UnsupportedStore(str(path), found="a URL", wanted="a local folder", fix="choose another output")
     place = Path(os.path.abspath(path))

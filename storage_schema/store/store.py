@@ -193,18 +193,20 @@ class Store:
         }
 
     def delete(self, name: str) -> None:
-        """Removes the file if it exists. Raises `StorageFailed`."""
+        """Removes the file if it exists. Raises `OutsideDataset`, `StorageFailed`."""
         with suppress(FileNotFoundError), self._named_errors(f"deleting {name}"):
+            self._require_inside(name)
             self.fs.rm_file(self.path(name))
 
     def delete_folder(self, name: str) -> None:
-        """Removes the folder and its content if it exists. Raises `StorageFailed`."""
+        """Removes the folder and its content if it exists. Raises `OutsideDataset`, `StorageFailed`."""
         with suppress(FileNotFoundError), self._named_errors(f"deleting {name}"):
+            self._require_inside(f"{name}/")
             self.fs.invalidate_cache(self.path(name))
             self.fs.rm(self.path(name), recursive=True)
 
     def put(self, name: str, data: bytes) -> None:
-        """Writes the file whole, and replaces an existing one. Raises `StorageFailed`."""
+        """Writes the file whole, and replaces an existing one. Raises `OutsideDataset`, `StorageFailed`."""
         with self._named_errors(f"writing {name}", writes=True):
             if not self.is_local:
                 self.fs.pipe_file(self.path(name), data)
@@ -260,7 +262,14 @@ class Store:
             raise
         return True
 
+    def _require_inside(self, name: str) -> None:
+        """Raises `OutsideDataset` if a link leads a change of a local file out of the dataset."""
+        if self.is_local:
+            local.require_inside(self.root, name.rpartition("/")[0])
+
     def _temporary(self, name: str) -> AbstractContextManager[Path]:
+        for changed in (name, f"{RUN_FOLDER}/"):
+            self._require_inside(changed)
         return local.temporary_file(Path(self.root, RUN_FOLDER), final=Path(self.path(name)))
 
     def _named_errors(self, doing: str, *, writes: bool = False) -> AbstractContextManager[None]:
