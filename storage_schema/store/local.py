@@ -46,8 +46,8 @@ def local_file(root: str, name: str) -> Path:
 
 
 def require_inside(root: str, folder: str) -> None:
-    """Raises `OutsideDataset` if a folder of the dataset at `root` is a link, or lies in one, to a place outside it: what
-    is written or deleted there would be somebody else's."""
+    """Raises `OutsideDataset` if a link leads a folder of the dataset at `root` to a place outside it: what is written
+    or deleted there would be somebody else's."""
     real = os.path.realpath(f"{root}/{folder}")
     if not Path(real).is_relative_to(os.path.realpath(root)):
         raise OutsideDataset(

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,24 @@ def test_a_row_whose_export_would_multiply_tokens_by_k_is_refused_by_name(
     with pytest.raises(NotExportable, match="tokens x K") as raised:
         export.export_axolotl(root, tmp_path / "axolotl", progress=False)
     assert len(str(raised.value)) <= MAX_MESSAGE_CHARS
+
+
+def test_long_ids_that_several_rows_have_are_not_held(tmp_path: Path) -> None:
+    """Compressed, an id of a megabyte takes a hundred bytes of a shard."""
+    one = making.random_row(np.random.default_rng(0), "a")
+    ids = [f"{number:02}" + "a" * 900_000 for number in range(30)] * 2
+    tokenizer = making.tiny_tokenizer(tmp_path / "tokenizer")
+    rows = [dataclasses.replace(one, sample_id=name) for name in ids]
+    making.write_dataset(tmp_path / "dataset", [rows], header=making.tiny_header(tokenizer), tokenizer=tokenizer)
+    tracemalloc.start()
+    try:
+        (finding,) = verify(tmp_path / "dataset", deep=True, progress=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert finding.error == "DuplicateIds"
+    assert "30 ids that several rows have, such as '00aaa" in finding.message
+    assert peak < 20_000_000
 
 
 def test_a_pattern_takes_time_in_proportion_to_a_strangers_text() -> None:
