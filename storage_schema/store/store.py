@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
@@ -36,6 +36,9 @@ _READ_AHEAD_BYTES = 1 << 20
 more."""
 _CREATE_ATTEMPTS = 5
 """Attempts to create an object while S3 responds 409, because another writer is creating it."""
+_PLACE_ATTEMPTS = 3
+
+Result = TypeVar("Result")
 
 
 class Store:
@@ -211,9 +214,7 @@ class Store:
             if not self.is_local:
                 self.fs.pipe_file(self.path(name), data)
                 return
-            with self._temporary(name) as part:
-                part.write_bytes(data)
-                local.replace(part, Path(self.path(name)))
+            self._place(name, data, local.replace)
 
     @contextmanager
     def receive(self, name: str) -> Iterator[Path]:
@@ -246,9 +247,18 @@ class Store:
         with self._named_errors(f"writing {name}", writes=True):
             if not self.is_local:
                 return self._create_object(name, data)
+            return self._place(name, data, local.link)
+
+    def _place(self, name: str, data: bytes, place: Callable[[Path, Path], Result]) -> Result:
+        """`place` a temporary local file of `data` at its name. Again, if another process that seals or ends a copy
+        removes the temporary files meanwhile."""
+
+        def attempt() -> Result:
             with self._temporary(name) as part:
                 part.write_bytes(data)
-                return local.link(part, Path(self.path(name)))
+                return place(part, Path(self.path(name)))
+
+        return retrying(lambda error: isinstance(error, FileNotFoundError), attempts=_PLACE_ATTEMPTS)(attempt)
 
     def _create_object(self, name: str, data: bytes) -> bool:
         create = partial(self.fs.pipe_file, self.path(name), data, mode="create")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,6 +45,27 @@ def test_nothing_is_left_beside_a_file(tmp_path: Path) -> None:
     store.create("a", b"2")
     store.put("b", b"3")
     assert list((tmp_path / RUN_FOLDER).iterdir()) == []
+
+
+def test_a_file_is_written_while_another_process_removes_the_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two pulls into one folder, the first one to end removes them."""
+    store, write = Store(tmp_path), Path.write_bytes
+    monkeypatch.setattr("coldstill.common.retry.FIRST_WAIT_S", 0.0)
+    for change in (store.put, store.create):
+        removals = iter([True, False])
+
+        def write_and_lose(path: Path, data: bytes, removals: Iterator[bool] = removals) -> int:
+            written = write(path, data)
+            if next(removals):
+                Store(tmp_path).delete_folder(RUN_FOLDER)
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", write_and_lose)
+            change(f"a/{change.__name__}", b"1")
+        assert store.read(f"a/{change.__name__}") == b"1"
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", "./a", "a\\..\\b"])
