@@ -49,7 +49,12 @@ def show_result(
     if summary:
         from coldstill.tools.inspect.page import put_page
 
-        put_page(summary, (json.dumps(result, indent=2) + "\n").encode())
+        put_page(summary, f"{json_text(result, indent=2)}\n".encode())
+
+
+def json_text(document: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """A document as JSON, which has neither NaN nor infinities: they become null."""
+    return json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None), indent=indent)
 
 
 def writable(*endings: str) -> Callable[[Path | None], Path | None]:
