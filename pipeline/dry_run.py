@@ -22,6 +22,7 @@ from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
+from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TokenizerFacts, fingerprint_bytes
 
 from .config import CaptureConfig
@@ -144,8 +145,10 @@ class DryRun(BaseModel):
 def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROBE_S, progress: bool = True) -> DryRun:
     """Count the source, and with `probe` measure one worker for `probe_s` seconds.
 
-    Raises the named errors of the configuration, source and teacher.
+    Raises `UnsupportedStore` for an output that the capture could not write, and the named errors of the
+    configuration, source and teacher.
     """
+    Store(config.output).require_usable()
     config = with_read_length(config)
     source, maker = open_checked(config)  # without a store: nothing is staged
     units = source.plan(config.rows_per_unit)

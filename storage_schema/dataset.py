@@ -23,9 +23,9 @@ from .manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
 from .parquet import MAX_TABLE_BYTES
 from .rows import MAX_MEDIA_BYTES, MEDIA_FOLDER, CachedRow, MediaReference
 from .shard import ShardFile
-from .store import Store
+from .store import MAX_FILE_BYTES, Store
 from .tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILES, TOKENIZER_FOLDER, without_code
-from .verified_files import MAX_FILE_BYTES, FileRecord, check_file, read_file, require_size
+from .verified_files import FileRecord, check_file, read_file, require_size
 
 _OPEN_SHARDS = 8
 

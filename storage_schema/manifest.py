@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from coldstill.common.files import PAGE_NAME, RUN_NAME
 from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, parse_document
 from coldstill.common.visible import visible
 
@@ -48,10 +49,6 @@ from .verified_files import MAX_COUNT, SHARDS_FOLDER, FileRecord, file_record, r
 MANIFEST_NAME = "manifest.json"
 MAX_SEALED_UNITS = 100_000
 """A unit with rejects takes 492 bytes of the manifest: this many units fit `MAX_DOCUMENT_BYTES`."""
-
-_RUN_NAME, _RUN_PAGE = "run.json", "report.html"
-"""Files that `coldstill.trainer`, which this room does not import, writes into the output of a training."""
-
 
 _SINGLE_FILES = (HEADER_NAME, PLAN_NAME, FAITHFULNESS_NAME)
 _ENDINGS = {SHARDS_FOLDER: ".parquet", REJECTS_FOLDER: ".jsonl"}
@@ -297,8 +294,8 @@ def absent(
         datasets = (name for name in names if Path(store.root, name, HEADER_NAME).is_file())
         if inside := [visible(f"{store.url}/{name}") for name in islice(datasets, 3)]:
             fix = f"did you mean {' or '.join(inside)}?"
-        elif {_RUN_NAME, _RUN_PAGE} <= set(names):
-            fix = f"this is the output of a training: see its {_RUN_PAGE}, or give the folder to `coldstill compare`"
+        elif {RUN_NAME, PAGE_NAME} <= set(names):
+            fix = f"this is the output of a training: see its {PAGE_NAME}, or give the folder to `coldstill compare`"
     return DatasetNotFound(store.url, found=found, wanted="a dataset directory", fix=fix)
 
 

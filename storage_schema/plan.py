@@ -61,8 +61,8 @@ class Plan(Sequence[Unit]):
 
     def rows_of(self, units: Iterable[int]) -> int:
         """Source rows of these units; numbers outside the plan count as 0."""
-        numbers = np.fromiter(units, np.int64)
-        return int(self.rows[numbers[numbers < len(self)]].sum(dtype=np.int64))
+        inside = np.fromiter((unit for unit in units if unit < len(self)), np.int64)  # others may have any size
+        return int(self.rows[inside].sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return self.start.size

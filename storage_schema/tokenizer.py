@@ -117,15 +117,20 @@ def fingerprint(folder: str | Path) -> TokenizerFacts:
 def fingerprint_bytes(data: bytes, *, where: str) -> TokenizerFacts:
     """Facts of a `tokenizer.json` given as bytes. Raises `TokenizerNotFound` if it is invalid."""
     try:
-        if len(data) > MAX_TOKENIZER_BYTES:
-            raise ValueError(f"{len(data)} bytes")
-        if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
-            raise ValueError(f"more than {_MAX_VALUES} values")
+        if found := too_large(data):
+            raise ValueError(found)
         return _facts(json.loads(data))
     except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TokenizerNotFound(
             where, found=f"{type(error).__name__}: {error}"[:300], wanted="a valid tokenizer.json"
         ) from None
+
+
+def too_large(data: bytes) -> str:
+    """What a JSON file of a tokenizer has too much of, as `N bytes`; empty for one that a parser can hold in memory."""
+    if len(data) > MAX_TOKENIZER_BYTES:
+        return f"{len(data)} bytes"
+    return f"more than {_MAX_VALUES} values" if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES else ""
 
 
 def _facts(document: dict[str, Any]) -> TokenizerFacts:
@@ -202,8 +207,11 @@ def _canonical(value: Any) -> Any:
 def without_code(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
     """The files of a tokenizer, without the `auto_map` of its configuration: it names Python code to load.
 
-    Raises `TokenizerNotFound` for a configuration that is not a JSON object.
+    Raises `TokenizerNotFound` for a configuration that is not a JSON object, and for a file that is too large to parse.
     """
+    for name, data in files.items():
+        if name.endswith(".json") and (much := too_large(data)):
+            raise TokenizerNotFound(f"{where}: {name}", found=much, wanted=f"at most {_MAX_VALUES} values")
     found = dict(files)
     if TOKENIZER_CONFIG in found:
         try:

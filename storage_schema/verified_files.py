@@ -14,13 +14,11 @@ from pydantic import Field
 from coldstill.common.models import FrozenModel
 
 from .errors import CommitDamaged, FileDamaged, FileMissing, OutsideDataset, ShardDamaged, ShardMissing
-from .store import Store
+from .store import MAX_FILE_BYTES, Store
 
 SHARDS_FOLDER = "shards"
 MAX_COUNT = 1 << 53
 """The largest integer that every JSON reader keeps exact. `len` accepts values below 2^63 only."""
-MAX_FILE_BYTES = 512 << 20
-"""Maximum bytes of a file that is read whole: the largest shard, and more than any other such file."""
 BLOCK_BYTES = 16 << 20
 """Bytes that each checking or copying thread reads at once: one request to a remote store."""
 _CHECKERS = 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,16 @@ ALLOWED = {
     "demo": {"common", "storage_schema", "tools", "pipeline", "trainer"},
     "rounds": {"common", "storage_schema", "tools", "pipeline", "trainer"},
     "cli": {"common", "storage_schema", "tools", "pipeline", "trainer", "demo", "rounds", "api"},
+}
+_FILE_NAME = re.compile(r"[\w.-]+\.(?:html|jinja|jsonl?|lock|md|parquet|safetensors|yaml)")
+_OF_LIBRARIES = {
+    "README.md",
+    "adapter_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
 }
 
 
@@ -150,6 +161,19 @@ def test_the_command_line_loads_no_library_of_a_room_before_a_command_runs() -> 
     program = f"import sys, coldstill.cli.main; print({heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_name_of_a_file_of_ours_stands_in_one_room() -> None:
+    """Written twice, one of them changes alone. Names that other libraries chose are written where they are read."""
+    found: dict[str, set[str]] = {}
+    for room in ROOMS:
+        for path in (REPOSITORY / "coldstill" / room).resolve().rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                value = node.value if isinstance(node, ast.Constant) else None
+                if isinstance(value, str) and _FILE_NAME.fullmatch(value):
+                    found.setdefault(value, set()).add(room)
+    twice = {name: sorted(rooms) for name, rooms in found.items() if len(rooms) > 1 and name not in _OF_LIBRARIES}
+    assert twice == {}
 
 
 def test_the_slow_references_share_no_code_with_what_they_check() -> None:

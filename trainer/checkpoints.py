@@ -27,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from coldstill.common.errors import ColdstillError, first_line
-from coldstill.common.files import write_json
+from coldstill.common.files import RUN_NAME, SUMMARY_NAME, write_json
 from coldstill.common.models import flat
 from coldstill.common.processor import processor_sha256
 from coldstill.storage_schema.errors import StorageFailed, StorageFull
@@ -42,10 +42,7 @@ from .step_record import StepRecord
 
 logger = logging.get_logger(__name__)
 
-RUN_NAME = "run.json"
-SUMMARY_NAME = "train_summary.json"
 REPORT_NAME = "report.md"
-STUDENT_FOLDER = "student"
 ADAPTER_FOLDER = "adapter"
 _FULL_BELOW_BYTES = 1 << 20
 _WRITE_FAILED = ("PytorchStreamWriter", "inline_container", "I/O error", "file write failed", "unexpected pos")

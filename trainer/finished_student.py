@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 
 from coldstill.common.attention import evaluation_mode
-from coldstill.common.files import write_json
+from coldstill.common.files import STUDENT_FOLDER, write_json
 from coldstill.common.visible import plain
 from coldstill.storage_schema.header import DatasetHeader
 
 from .alignment.objective import alignment_counts, alignment_facts
 from .alignment.student import header_of_student
 from .checkpoint_files import FILES_NAME
-from .checkpoints import ADAPTER_FOLDER, REPORT_NAME, STUDENT_FOLDER, Checkpoint
+from .checkpoints import ADAPTER_FOLDER, REPORT_NAME, Checkpoint
 from .config import TrainConfig
 from .data.logit_dataset import LogitDataset
 from .errors import StudentDiffers

@@ -15,13 +15,14 @@ import torch
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from coldstill.common.files import write_json
+from coldstill.common.files import SUMMARY_NAME, write_json
 from coldstill.common.interrupts import raising_interrupts
 from coldstill.common.models import FrozenModel
+from coldstill.storage_schema.store import require_folder
 
 from .alignment.objective import alignment_counts
 from .arguments import validate_optimizer
-from .checkpoints import SUMMARY_NAME, Checkpoint, EarlyStopping, claim, naming_failed_writes, newest_checkpoint
+from .checkpoints import Checkpoint, EarlyStopping, claim, naming_failed_writes, newest_checkpoint
 from .config import FREE_TRAINING_SETTINGS, OtherTokenizerConfig, TrainConfig
 from .data.logit_dataset import LogitDataset, load_logit_dataset
 from .distill_trainer import DistillTrainer
@@ -74,6 +75,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> 
         torch.set_num_threads(config.training.threads)
     args = _arguments(config)
     output = Path(config.output)
+    require_folder(config.output)
     dataset = load_logit_dataset(config.dataset, **config.data.model_dump(exclude={"seed", "other_tokenizer"}))
     with naming_failed_writes(output):
         claim(output, _identity(config, dataset), write=args.process_index == 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from coldstill.common.page import MAX_TEXT
 from coldstill.common.visible import visible
 from coldstill.tools.inspect.page import put_page
 from coldstill.trainer.run_report.compare import Comparison, comparison_page, read_runs
+
+from .output import json_text
 
 
 def compare(
@@ -38,8 +39,7 @@ def compare(
 
         put_page(png, comparison_png(comparison))
     if as_json:
-        # A setting may be infinite or not a number, which JSON does not have.
-        print(json.dumps(json.loads(json.dumps(comparison.document()), parse_constant=lambda _: None)))
+        print(json_text(comparison.document()))
     else:
         show_comparison(comparison, console=console)
 

@@ -111,7 +111,9 @@ def inspect_(
     html: Annotated[
         Path | None,
         typer.Option(
-            metavar="PAGE", callback=writable, help="Write the row to this file as an HTML page that works offline."
+            metavar="PAGE",
+            callback=writable(".html", ".htm"),
+            help="Write the row to this file as an HTML page that works offline.",
         ),
     ] = None,
 ) -> None:
@@ -136,10 +138,11 @@ def stats(
     root: Root,
     json: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", callback=writable, help="Also write all figures to this file, as JSON."),
+        typer.Option(metavar="FILE", callback=writable(".json"), help="Also write all figures to this file, as JSON."),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=writable, help="Also draw the histograms into this file.")
+        Path | None,
+        typer.Option(metavar="FILE", callback=writable(".png"), help="Also draw the histograms into this file."),
     ] = None,
 ) -> None:
     """Measure a dataset: bytes by stream, entropy, tail mass, label ranks, lengths."""

@@ -6,7 +6,6 @@ of it is parsed as markup.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby, islice
 from pathlib import Path
@@ -28,7 +27,7 @@ from coldstill.trainer.evaluation.rouge import require_rouge, rouge_l
 from coldstill.trainer.evaluation.token_records import TOP, Choice, TokenRecord, token_records, write_records
 from coldstill.trainer.student.tokenizer import load_tokenizer
 
-from .output import show_result, show_warning, stdout_console
+from .output import json_text, show_result, show_warning, stdout_console
 
 ANOTHER_TEACHER_NATS = 0.05
 """Above this KL, in nats, the resident teacher is not the dataset's teacher: storage costs at most 1e-4."""
@@ -83,7 +82,7 @@ def evaluate(
     if tasks:
         found |= evaluate_tasks(model, load_tokenizer(student), tasks, batch_size=batch_size)
     if as_json:
-        print(json.dumps(found))
+        print(json_text(found))
     else:
         found.pop("calibration")
         show_result(found, title="evaluation")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,30 @@ def show_result(
     if summary:
         from coldstill.tools.inspect.page import put_page
 
-        put_page(summary, (json.dumps(result, indent=2) + "\n").encode())
+        put_page(summary, f"{json_text(result, indent=2)}\n".encode())
 
 
-def writable(path: Path | None) -> Path | None:
-    """Check, before a command begins its work, that the file of an option can be written at its end.
+def json_text(document: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """A document as JSON, which has neither NaN nor infinities: they become null."""
+    return json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None), indent=indent)
 
-    Raises `PageNotWritten`.
+
+def writable(*endings: str) -> Callable[[Path | None], Path | None]:
+    """A check of an option's file before a command begins its work: that it can be written, and that its name, if it
+    has an ending, has one of `endings`, which fit the content.
+
+    It raises `PageNotWritten`.
     """
-    if path is None:
-        return None
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None:
+            _require_writable(path, endings)
+        return path
+
+    return check
+
+
+def _require_writable(path: Path, endings: Sequence[str]) -> None:
     from coldstill.tools.errors import PageNotWritten
 
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -73,7 +87,14 @@ def writable(path: Path | None) -> Path | None:
         raise PageNotWritten(
             visible(str(path)), found=visible(found), wanted="a file that can be written", fix="choose another path"
         )
-    return path
+    found_endings = [suffix.lower() for suffix in path.suffixes]
+    if found_endings and not {*endings} & {*found_endings}:
+        raise PageNotWritten(
+            visible(str(path)),
+            found=f"the ending {visible(found_endings[-1])}",
+            wanted=f"{' or '.join(endings)}, as the content is",
+            fix=f"write {visible(str(path.with_suffix(endings[0])))}",
+        )
 
 
 def show_error(text: str) -> None:

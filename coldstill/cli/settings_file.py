@@ -23,7 +23,8 @@ Overrides = Annotated[
     typer.Argument(metavar="key=value", help="Settings that replace those of the file, such as output=data/other."),
 ]
 Summary = Annotated[
-    Path | None, typer.Option(metavar="FILE", callback=writable, help="Also write the summary to this file, as JSON.")
+    Path | None,
+    typer.Option(metavar="FILE", callback=writable(".json"), help="Also write the summary to this file, as JSON."),
 ]
 
 NOTHING_DONE = "It was finished before, and nothing was done again: choose another output to start anew.\n"

@@ -10,6 +10,7 @@ import typer
 
 from coldstill import api
 from coldstill.common.config_file import load_config
+from coldstill.common.files import PAGE_NAME, STUDENT_FOLDER, SUMMARY_NAME
 from coldstill.common.packages import require_packages
 
 from .output import show_result, stdout_console, word, writable
@@ -27,9 +28,7 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
     Re-run the same command to resume from the newest checkpoint after an interruption.
     """
     require_packages("train", "accelerate", "torch", "transformers")
-    from coldstill.trainer.checkpoints import SUMMARY_NAME
     from coldstill.trainer.config import TrainConfig
-    from coldstill.trainer.run_report.record import PAGE_NAME
     from coldstill.trainer.sharding import end_process_group
 
     settings = load_config(config, model=TrainConfig, overrides=overrides or ())
@@ -40,7 +39,7 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
         api.train(settings).model_dump(),
         title="train",
         summary=summary,
-        places={"student": str(output / "student"), "report": str(output / PAGE_NAME)},
+        places={"student": str(output / STUDENT_FOLDER), "report": str(output / PAGE_NAME)},
         then=(NOTHING_DONE if was_finished else "")
         + f"Next: coldstill evaluate {word(output / 'student')} DATASET, on a dataset of held-out rows.",
     )
@@ -59,10 +58,12 @@ def compare(
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="PAGE", callback=writable, help="Also write a page with the curves.")
+        Path | None,
+        typer.Option(metavar="PAGE", callback=writable(".html", ".htm"), help="Also write a page with the curves."),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", callback=writable, help="Also draw the curves into this file.")
+        Path | None,
+        typer.Option(metavar="FILE", callback=writable(".png"), help="Also draw the curves into this file."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -91,7 +92,9 @@ def evaluate(
     records: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", callback=writable, help="Write the rows of --per-token to FILE as JSON lines instead."
+            metavar="FILE",
+            callback=writable(".jsonl", ".json", ".ndjson"),
+            help="Write the rows of --per-token to FILE as JSON lines instead.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = _EVALUATE["batch_size"],

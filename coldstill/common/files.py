@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+RUN_NAME, SUMMARY_NAME, PAGE_NAME, STUDENT_FOLDER = "run.json", "train_summary.json", "report.html", "student"
+"""Files and a folder in the output of a training, which rooms that do not import `trainer` recognize by them."""
+
 
 @contextmanager
 def new_file(final: Path) -> Iterator[Path]:

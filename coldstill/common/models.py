@@ -17,6 +17,8 @@ _BYTES_PER_VALUE = 16
 _FREE_CONTAINERS = 1 << 14
 _FREE_VALUES = 1 << 20
 """The parser needs 500 bytes for a list or object and 64 for a value. No document that we write is as dense as this."""
+_MAX_ERRORS = 1000
+"""Of more errors none is named: pydantic makes a dictionary of 600 bytes of each, and a document can have millions."""
 
 
 class FrozenModel(BaseModel):
@@ -74,6 +76,8 @@ def parse_document(data: bytes, *, model: type[Model], where: str, error: type[C
     try:
         return model.model_validate_json(data, strict=True)
     except ValidationError as failure:
+        if (count := failure.error_count()) > _MAX_ERRORS:
+            raise error(where, found=f"{count:,} invalid or unknown fields", wanted="none") from None
         first = failure.errors()[0]
         field = ".".join(map(str, first["loc"])) or "content"
         raise error(f"{where}: {field}", found=repr(first["input"])[:200], wanted=first["msg"]) from None

@@ -27,6 +27,8 @@ from rich.console import Console
 from coldstill.common.errors import ColdstillError
 from coldstill.common.files import new_file, new_folder, read_json, write_json
 from coldstill.common.interrupts import end_with_parent
+from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.store import require_folder
 
 from .settings import LOSSES, Layout, capture_config, demo_engine, size_of, train_config
 from .speed import speed_of, using_threads
@@ -154,9 +156,11 @@ def run_stages(
 
     `before_new(console)` is called before the first stage of a new demo, which runs within what it returns.
 
-    Raises `OutputOfAnotherSize`, or `StageFailed` with the last lines of the failed stage.
+    Raises `UnsupportedStore` for a root that is no folder, `OutputOfAnotherSize`, or `StageFailed` with the last lines
+    of the failed stage.
     """
     console = Console(highlight=False)
+    require_folder(layout.root)
     _claim(layout, size, quick=quick)
     bring_back(layout.teacher)
     is_new = not any(stage.done for stage in stages)
@@ -248,7 +252,7 @@ def dataset_stages(
         Stage(
             name="capture",
             heading=f"writes the teacher's top-k log-probs into Parquet shards, with Ray and {shown}",
-            makes=(layout.dataset / "manifest.json", layout.capture_summary),
+            makes=(layout.dataset / MANIFEST_NAME, layout.capture_summary),
             work=capture,
         ),
         Stage(

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from coldstill.common.files import SUMMARY_NAME
+
 LOSSES = ("cross_entropy", "forward_kl", "taid")
 """The three training runs, in the order in which they are shown. The first is the baseline."""
 
@@ -182,7 +184,7 @@ class Layout:
 
     def train_summary(self, loss: str) -> Path:
         """The trainer writes this file last."""
-        return self.run(loss) / "train_summary.json"
+        return self.run(loss) / SUMMARY_NAME
 
 
 def has_vllm_wheel() -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coldstill.common.files import new_file, read_json, write_json
-from coldstill.trainer.run_report.record import PAGE_NAME
+from coldstill.common.files import PAGE_NAME, new_file, read_json, write_json
 
 from .settings import LOSSES, Layout, Size
 

@@ -20,7 +20,7 @@ import yaml
 
 from coldstill.common.config_file import ConfigInvalid
 from coldstill.common.errors import type_and_line
-from coldstill.common.files import new_file
+from coldstill.common.files import STUDENT_FOLDER, SUMMARY_NAME, new_file
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 
@@ -32,8 +32,6 @@ HEADINGS: dict[PartName, str] = {
     "scores": "the teacher scores the answers",
     "train": "the student trains on the scores of all rounds so far",
 }
-STUDENT_FOLDER, SUMMARY_NAME = "student", "train_summary.json"
-"""Names of `trainer.checkpoints`, which imports torch."""
 _ANSWERS_TOP_K = 1
 """The answers' distributions are the student's own. Nothing trains on them; their log-probs of the answers are kept."""
 

@@ -25,15 +25,16 @@ from rich.console import Console
 
 from coldstill.common.config_file import check_config
 from coldstill.common.errors import ColdstillError
-from coldstill.common.files import read_json, write_json
+from coldstill.common.files import SUMMARY_NAME, read_json, write_json
 from coldstill.common.interrupts import as_interrupted, end_with_parent, raising_interrupts
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig
+from coldstill.storage_schema.store import require_folder
 from coldstill.trainer.config import FREE_TRAINING_SETTINGS, TrainConfig
 
 from .checks import require_usable_models
 from .config import MAX_ROUNDS, RoundsConfig
-from .parts import HEADINGS, SUMMARY_NAME, Part, part_folder, parts_of, stated_teacher, student_folder
+from .parts import HEADINGS, Part, part_folder, parts_of, stated_teacher, student_folder
 
 RECORD_NAME = "rounds.json"
 LOCK_NAME = "rounds.lock"
@@ -114,8 +115,9 @@ def run_rounds(config: RoundsConfig, *, console: Console | None = None) -> Round
 
 
 def checked_parts(config: RoundsConfig) -> list[Part]:
-    """All parts, in their order. Raises `ConfigInvalid` for settings that a part refuses, and what
-    `require_usable_models` raises."""
+    """All parts, in their order. Raises `UnsupportedStore` for an output that is no folder, `ConfigInvalid` for
+    settings that a part refuses, and what `require_usable_models` raises."""
+    require_folder(config.output)
     parts = parts_of(config)
     for part in (*parts[:3], *parts[-3:]):  # those between differ in paths, and their seeds are smaller than the last
         check_config(part.settings, model=_model_of(part), where=part.title)

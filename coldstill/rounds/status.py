@@ -11,13 +11,14 @@ from typing import Literal
 from pydantic import Field
 
 from coldstill.common.errors import ColdstillError
+from coldstill.common.files import SUMMARY_NAME
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.driver.status import Status, read_status
 from coldstill.storage_schema.errors import DatasetNotFound
 from coldstill.trainer.run_report.record import RECORD_NAME as RECORD_NAME_OF_RUN
 from coldstill.trainer.run_report.record import read_run
 
-from .parts import HEADINGS, SUMMARY_NAME, Part, PartName, part_folder, student_folder
+from .parts import HEADINGS, Part, PartName, part_folder, student_folder
 from .run import LOCK_NAME, RECORD_NAME, read_record
 
 State = Literal["running", "stopped", "finished"]

@@ -26,7 +26,7 @@ _SHORT = """
 
 Read them with `from coldstill import open_dataset`. `coldstill card` writes a card that describes them.
 """
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*?\n", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A---[ \t\r]*\n(.*?\n)---[ \t\r]*\n", re.DOTALL)
 
 
 def marked_card(text: str) -> bytes:

@@ -96,11 +96,17 @@ def push(
     `StorageFailed`.
     """
     dataset = retried(open_dataset, root)
-    _require_intact(dataset, progress=progress)
     if destination.startswith("hf://"):
-        return upload(dataset, parse_hub_url(destination), private=private, replace=replace, progress=progress)
+        repo = parse_hub_url(destination)
+        _hub_client(dataset, repo)
+        _require_intact(dataset, progress=progress)
+        return upload(dataset, repo, private=private, replace=replace, progress=progress)
+    store = Store(destination)
+    if store.is_local:
+        store.require_usable()
+    _require_intact(dataset, progress=progress)
     make = partial(made_card, dataset, progress=progress)
-    return copy_dataset(dataset, Store(destination), progress=progress, replace_card=replace, make_card=make)
+    return copy_dataset(dataset, store, progress=progress, replace_card=replace, make_card=make)
 
 
 def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = False, progress: bool) -> TransferResult:
@@ -109,14 +115,7 @@ def upload(dataset: Dataset, repo: HubRepo, *, private: bool, replace: bool = Fa
     Raises `AnotherDataset`, `CardExists`, `PackagesMissing`, `CredentialsMissing`, `AccessDenied`, `StoreNotFound`,
     `UnsupportedStore`, `CardRefused`, `StorageFailed`.
     """
-    if not dataset.store.is_local:
-        raise UnsupportedStore(
-            dataset.store.url,
-            found="a remote store",
-            wanted="a local folder",
-            fix="`coldstill pull` it into a folder and push that",
-        )
-    api = _hub_client(repo)
+    api = _hub_client(dataset, repo)
     with _client_bars(shown=progress):
         _request(repo, _create_repo, api, repo, private=private)
         remote = _request(repo, _remote_files, api, repo)
@@ -230,7 +229,15 @@ def _require_intact(dataset: Dataset, *, progress: bool) -> None:
         )
 
 
-def _hub_client(repo: HubRepo) -> HfApi:
+def _hub_client(dataset: Dataset, repo: HubRepo) -> HfApi:
+    """The Hub's client. Raises what a push of `dataset` lacks before any request."""
+    if not dataset.store.is_local:
+        raise UnsupportedStore(
+            dataset.store.url,
+            found="a remote store",
+            wanted="a local folder",
+            fix="`coldstill pull` it into a folder and push that",
+        )
     require_packages("share", "huggingface_hub")
     from huggingface_hub import HfApi, get_token
 

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 
 from coldstill.common.errors import ColdstillError
+from coldstill.common.models import too_dense
 from coldstill.storage_schema.commits import REJECTS_FOLDER
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.errors import FileDamaged, InvalidRow, InvalidTargets
@@ -55,6 +56,8 @@ def count_reasons(dataset: Dataset) -> Counter[str]:
 
 
 def _reason(line: bytes, *, where: str) -> str:
+    if found := too_dense(line):
+        raise FileDamaged(where, found=found, wanted="a JSON object with a reason")
     try:
         reason = json.loads(line)["reason"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

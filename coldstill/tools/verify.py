@@ -54,7 +54,7 @@ MAX_FINDINGS = 10_000
 _FINDINGS_PER_SHARD = 20
 _READERS = 8
 _BATCH = 1024
-_IDS_LISTED = 3
+_IDS_LISTED, _ID_CHARS = 3, 200
 _TOKENIZER = f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}"
 _SETTINGS = f"{TOKENIZER_FOLDER}/{TOKENIZER_CONFIG}"
 _READ = {_TOKENIZER, _SETTINGS, PLAN_NAME}
@@ -218,11 +218,16 @@ def _repeated_ids(dataset: Dataset, hashes: array[int]) -> Iterator[ColdstillErr
     ordered = np.frombuffer(hashes, np.uint64)
     ordered.sort()
     repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    names = (row.sample_id for row in dataset.rows()) if repeated else ()
-    counts = Counter(name for name in names if _hash_of(name) in repeated)
-    found = [(name, count) for name, count in counts.most_common() if count > 1]
+    counts, starts = Counter[bytes](), dict[bytes, str]()
+    for row in dataset.rows() if repeated else ():
+        # Their digests and starts: a row of 100 bytes can have an id of a megabyte.
+        if _hash_of(row.sample_id) in repeated:
+            digest = hashlib.blake2b(row.sample_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            counts[digest] += 1
+            starts.setdefault(digest, row.sample_id[:_ID_CHARS])
+    found = [(starts[digest], count) for digest, count in counts.most_common() if count > 1]
     if found:
-        listed = ", ".join(f"{name!r} {count} times" for name, count in found[:_IDS_LISTED])
+        listed = ", ".join(f"{start!r} {count} times" for start, count in found[:_IDS_LISTED])
         yield DuplicateIds(
             "sample ids",
             found=f"{len(found):,} ids that several rows have, such as {listed}",

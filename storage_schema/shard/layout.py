@@ -95,8 +95,9 @@ _MOST_BYTES_OF_A_ROW = {
     "target_spans.list.element": 2 * _NUMBER_BYTES * MAX_TOKENS,
 }
 """Other columns are bounded by the size of a row group only."""
-_NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+', re.DOTALL)
-"""Strings of JSON, and everything else that is not a bracket."""
+_NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"?|[^][{}"]+', re.DOTALL)
+"""Strings of JSON, and everything else that is not a bracket. A string without an end takes the rest of the text: each
+quote in it would be tried as another start."""
 
 
 def is_too_deep(json_text: bytes) -> bool:

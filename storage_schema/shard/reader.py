@@ -141,7 +141,9 @@ class ShardFile:
             if index < first + rows:
                 batch = self._batches.get(group)
                 if batch is None:
-                    batch = self._batches[group] = self._batch_rows(group)
+                    batch = self._batch_rows(group)
+                    if rows > 1:  # one row alone may have 256 MB, and is rarely read again
+                        self._batches[group] = batch
                 return self._row(batch, index - first, index)
             first += rows
         raise IndexError(f"row {index} of a shard of {first} rows")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,8 +106,23 @@ def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
     processor = header.about.processor
     row.check(token_count=header.token_count, image_token_id=processor.image_token_id if processor else None)
     _check_bounds(row, codec)
+    return {
+        "sample_id": row.sample_id,
+        "token_ids": row.token_ids,
+        "target_spans": np.asarray(row.target_spans, np.int32).reshape(-1),
+        "metadata": metadata_json(row),
+        "media": [
+            {"position": item.position, "type": item.type, "sha256": item.sha256, "path": item.path, "bytes": item.data}
+            for item in row.media
+        ],
+        **codec.encode(row.targets, labels=row.labels),
+    }
+
+
+def metadata_json(row: CachedRow) -> str:
+    """A row's metadata as they are stored. Raises `InvalidRow` for those, or a sample id, that a shard cannot hold."""
     try:
-        metadata = json.dumps(row.metadata, ensure_ascii=False, sort_keys=True)
+        metadata = _json(row.metadata)
         encoded = metadata.encode()
         size = len(row.sample_id.encode()) + len(encoded)
     except (TypeError, ValueError, RecursionError) as error:
@@ -122,17 +137,15 @@ def _to_record(row: CachedRow, codec: RowCodec) -> dict[str, Any]:
         raise InvalidRow(
             f"row {row.sample_id!r}: metadata", found="deeper JSON", wanted=f"at most {MAX_METADATA_DEPTH} levels"
         )
-    return {
-        "sample_id": row.sample_id,
-        "token_ids": row.token_ids,
-        "target_spans": np.asarray(row.target_spans, np.int32).reshape(-1),
-        "metadata": metadata,
-        "media": [
-            {"position": item.position, "type": item.type, "sha256": item.sha256, "path": item.path, "bytes": item.data}
-            for item in row.media
-        ],
-        **codec.encode(row.targets, labels=row.labels),
-    }
+    return metadata
+
+
+def _json(metadata: Mapping[str, Any]) -> str:
+    """Metadata as JSON, which has neither NaN nor infinities: they become null. Raises `TypeError`, `ValueError`."""
+    text = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+    if "NaN" not in text and "Infinity" not in text:  # nearly every row
+        return text
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False, sort_keys=True)
 
 
 def _check_bounds(row: CachedRow, codec: RowCodec) -> None:

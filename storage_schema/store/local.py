@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from coldstill.common.visible import visible
-from coldstill.storage_schema.errors import OutsideDataset
+from coldstill.storage_schema.errors import OutsideDataset, UnsupportedStore
 
 
 def local_file(root: str, name: str) -> Path:
@@ -43,6 +43,19 @@ def local_file(root: str, name: str) -> Path:
     if not stat.S_ISREG(mode):
         raise OutsideDataset(f"{root}/{name}", found="a device, pipe or socket", wanted="a regular file")
     return real
+
+
+def require_inside(root: str, folder: str) -> None:
+    """Raises `OutsideDataset` if a link leads a folder of the dataset at `root` to a place outside it: what is written
+    or deleted there would be somebody else's."""
+    real = os.path.realpath(f"{root}/{folder}")
+    if not Path(real).is_relative_to(os.path.realpath(root)):
+        raise OutsideDataset(
+            f"{root}/{folder}",
+            found=f"a link to {real}",
+            wanted="a folder inside the dataset",
+            fix="if you trust its links, copy the dataset with the files that they point to: cp -rL",
+        )
 
 
 def size_of(entry: os.DirEntry[str]) -> int:
@@ -95,6 +108,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_folder(path: str | Path) -> None:
+    """Raises `UnsupportedStore` unless `path` is a local folder, or can become one. It is called before the work."""
+    if "://" in str(path):
+        raise UnsupportedStore(str(path), found="a URL", wanted="a local folder", fix="choose another output")
+    place = Path(os.path.abspath(path))
+    existing = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    if not existing.is_dir():
+        kind = "a file" if existing.exists() else "a link to nothing"
+        raise UnsupportedStore(
+            str(path),
+            found=kind if existing == place else f"{kind} at {existing}",
+            wanted="a folder, or nothing yet",
+            fix="choose another output",
+        )
 
 
 def what_lies_at(root: str) -> tuple[str, list[str]]:

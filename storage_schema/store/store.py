@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
@@ -29,11 +29,16 @@ RUN_FOLDER = "_run"
 CREATE_IF_ABSENT = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs"})
 """Protocols of stores that can create a file only if it is absent."""
 
+MAX_FILE_BYTES = 512 << 20
+"""Maximum bytes of a file that is read whole: the largest shard, and more than any other such file."""
 _READ_AHEAD_BYTES = 1 << 20
 """Bytes that are read at once from a remote file: a footer or a small column takes one request, a row group one
 more."""
 _CREATE_ATTEMPTS = 5
 """Attempts to create an object while S3 responds 409, because another writer is creating it."""
+_PLACE_ATTEMPTS = 3
+
+Result = TypeVar("Result")
 
 
 class Store:
@@ -60,19 +65,21 @@ class Store:
         self._in_memory = "memory" in protocols
         self._can_create = bool(protocols & CREATE_IF_ABSENT)
 
+    def require_usable(self) -> None:
+        """Raises `UnsupportedStore` for an output that no command can write, as far as it shows without a write."""
+        if not self._can_create:
+            raise self._unsupported()
+        if self.is_local:
+            local.require_folder(self.root)
+
     def require_writable(self) -> None:
         """Raises `UnsupportedStore` unless a capture can write here, and `StorageFailed` if a write fails.
 
         On an object store a probe file is created twice: some stores with an S3 interface accept the condition of a
         `create` and ignore it, and so does gcsfs on a zonal bucket of Google's.
         """
-        if not self._can_create:
-            raise self._unsupported()
+        self.require_usable()
         if self.is_local:
-            if os.path.exists(self.root) and not os.path.isdir(self.root):
-                raise UnsupportedStore(
-                    self.url, found="a file", wanted="a folder, or nothing yet", fix="choose another output"
-                )
             return
         probe = f"{RUN_FOLDER}/probe-{secrets.token_hex(8)}"
         self.create(probe, b"1")
@@ -112,8 +119,11 @@ class Store:
         """The content of a file.
 
         Raises `FileNotFoundError`, `OutsideDataset`, `StorageFailed`; `CommitDamaged` for a file of more than `at_most`
-        bytes, before it is read.
+        bytes, before it is read. Without `at_most`, a local file has at most `MAX_FILE_BYTES`: an archive can hold one
+        of any size that takes no room. The size of a remote file would be one more request.
         """
+        if at_most is None and self.is_local:
+            at_most = MAX_FILE_BYTES
         if at_most is not None and (size := self.size(name)) > at_most:
             raise CommitDamaged(f"{self.url}/{name}: size", found=f"{size} bytes", wanted=f"at most {at_most}")
         with self._named_errors(f"reading {name}"):
@@ -186,25 +196,25 @@ class Store:
         }
 
     def delete(self, name: str) -> None:
-        """Removes the file if it exists. Raises `StorageFailed`."""
+        """Removes the file if it exists. Raises `OutsideDataset`, `StorageFailed`."""
         with suppress(FileNotFoundError), self._named_errors(f"deleting {name}"):
+            self._require_inside(name)
             self.fs.rm_file(self.path(name))
 
     def delete_folder(self, name: str) -> None:
-        """Removes the folder and its content if it exists. Raises `StorageFailed`."""
+        """Removes the folder and its content if it exists. Raises `OutsideDataset`, `StorageFailed`."""
         with suppress(FileNotFoundError), self._named_errors(f"deleting {name}"):
+            self._require_inside(f"{name}/")
             self.fs.invalidate_cache(self.path(name))
             self.fs.rm(self.path(name), recursive=True)
 
     def put(self, name: str, data: bytes) -> None:
-        """Writes the file whole, and replaces an existing one. Raises `StorageFailed`."""
+        """Writes the file whole, and replaces an existing one. Raises `OutsideDataset`, `StorageFailed`."""
         with self._named_errors(f"writing {name}", writes=True):
             if not self.is_local:
                 self.fs.pipe_file(self.path(name), data)
                 return
-            with self._temporary(name) as part:
-                part.write_bytes(data)
-                local.replace(part, Path(self.path(name)))
+            self._place(name, data, local.replace)
 
     @contextmanager
     def receive(self, name: str) -> Iterator[Path]:
@@ -237,9 +247,18 @@ class Store:
         with self._named_errors(f"writing {name}", writes=True):
             if not self.is_local:
                 return self._create_object(name, data)
+            return self._place(name, data, local.link)
+
+    def _place(self, name: str, data: bytes, place: Callable[[Path, Path], Result]) -> Result:
+        """`place` a temporary local file of `data` at its name. Again, if another process that seals or ends a copy
+        removes the temporary files meanwhile."""
+
+        def attempt() -> Result:
             with self._temporary(name) as part:
                 part.write_bytes(data)
-                return local.link(part, Path(self.path(name)))
+                return place(part, Path(self.path(name)))
+
+        return retrying(lambda error: isinstance(error, FileNotFoundError), attempts=_PLACE_ATTEMPTS)(attempt)
 
     def _create_object(self, name: str, data: bytes) -> bool:
         create = partial(self.fs.pipe_file, self.path(name), data, mode="create")
@@ -253,7 +272,14 @@ class Store:
             raise
         return True
 
+    def _require_inside(self, name: str) -> None:
+        """Raises `OutsideDataset` if a link leads a change of a local file out of the dataset."""
+        if self.is_local:
+            local.require_inside(self.root, name.rpartition("/")[0])
+
     def _temporary(self, name: str) -> AbstractContextManager[Path]:
+        for changed in (name, f"{RUN_FOLDER}/"):
+            self._require_inside(changed)
         return local.temporary_file(Path(self.root, RUN_FOLDER), final=Path(self.path(name)))
 
     def _named_errors(self, doing: str, *, writes: bool = False) -> AbstractContextManager[None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -165,7 +167,7 @@ def test_a_file_gets_an_id_in_one_line_and_a_narrow_window_does_not(
 def test_a_result_shows_lists_as_text_leaves_out_what_it_has_not_and_ends_with_what_to_do(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    result = {"teachers": ["a", "[red]b\x1b[31m"], "taid_t": None}
+    result: dict[str, Any] = {"teachers": ["a", "[red]b\x1b[31m"], "taid_t": None, "perplexity": math.inf}
     show_result(result, title="train", summary=tmp_path / "s.json", places={"student": "runs/x/student"}, then="Next")
     out = capsys.readouterr().out
     assert "a, [red]b" in out
@@ -173,7 +175,8 @@ def test_a_result_shows_lists_as_text_leaves_out_what_it_has_not_and_ends_with_w
     assert "None" not in out
     assert "runs/x/student" in out
     assert out.endswith("Next\n")
-    assert json.loads((tmp_path / "s.json").read_text()) == result
+    written = json.loads((tmp_path / "s.json").read_text(), parse_constant=pytest.fail)
+    assert written == {**result, "perplexity": None}
 
 
 def test_train_leaves_its_process_group_at_its_end(
@@ -278,6 +281,100 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("words", "ending"),
+    [
+        (("capture", "absent.yaml", "--summary"), ".json"),
+        (("train", "absent.yaml", "--summary"), ".json"),
+        (("rounds", "absent.yaml", "--summary"), ".json"),
+        (("compare", "absent", "--html"), ".html"),
+        (("compare", "absent", "--png"), ".png"),
+        (("evaluate", "absent", "absent", "--records"), ".jsonl"),
+        (("stats", "absent", "--json"), ".json"),
+        (("stats", "absent", "--png"), ".png"),
+        (("inspect", "absent", "--html"), ".html"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else " ".join(one),
+)
+def test_a_file_has_the_ending_of_its_content_or_none(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    ending: str,
+) -> None:
+    """A picture called `x.pdf` or `x.json` opens in no program. A file beside the final one may have more endings."""
+    assert _run(monkeypatch, *words, tmp_path / "x.xyz") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("PageNotWritten")
+    assert f"write {tmp_path}/x{ending}" in err
+    for name in ("x", f"x{ending}", f"x{ending.upper()}", f".x{ending}.12-ab.part"):
+        assert _run(monkeypatch, *words, tmp_path / name) == 1
+        assert "PageNotWritten" not in capsys.readouterr().err
+
+
 def test_a_file_in_a_new_folder_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_dataset: Path) -> None:
     assert _run(monkeypatch, "stats", tiny_dataset, "--json", tmp_path / "a" / "b.json") == 0
     assert json.loads((tmp_path / "a" / "b.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("capture", "CONFIG"),
+        ("capture", "CONFIG", "--dry-run"),
+        ("rounds", "CONFIG"),
+        ("rounds", "CONFIG", "--dry-run"),
+        ("train", "CONFIG"),
+        ("demo", "--output", "OUTPUT"),
+        ("demo", "--vision", "--output", "OUTPUT"),
+        ("merge", "DATASET", "--output", "OUTPUT"),
+        ("split", "DATASET", "OUTPUT", "--part", "a=0.5", "--part", "b=0.5"),
+        ("subset", "DATASET", "OUTPUT"),
+        ("push", "DATASET", "OUTPUT"),
+        ("pull", "DATASET", "OUTPUT"),
+        ("export", "plain", "DATASET", "OUTPUT"),
+        ("export", "axolotl", "DATASET", "OUTPUT"),
+        ("import", "axolotl", "absent", "OUTPUT", "--tokenizer", "absent", "--teacher", "t"),
+        ("import", "distillkit", "absent", "OUTPUT", "--tokenizer", "absent", "--teacher", "t"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+@pytest.mark.parametrize(("inside", "found"), [("", "a file"), ("a/b", "a file at")])
+def test_an_output_where_no_folder_can_be_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tiny_dataset: Path,
+    words: tuple[str, ...],
+    inside: str,
+    found: str,
+) -> None:
+    """Sources and models are absent, and a shard is damaged: what is read first would end with another error."""
+    (tmp_path / "file").touch()
+    next((tiny_dataset / "shards").iterdir()).write_bytes(b"")
+    output = os.path.normpath(tmp_path / "file" / inside)
+    settings: dict[str, Any] = {**CAPTURE, "output": output, "source": {"path": str(tmp_path / "absent.jsonl")}}
+    if words[0] == "rounds":
+        settings |= {"rounds": 1, "student": {"model": "absent"}, "sampling": {"max_tokens": 1}}
+    if words[0] == "train":
+        settings = {"output": output, "dataset": str(tmp_path / "absent"), "student": {"model": "absent"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    places = {"CONFIG": tmp_path / "config.yaml", "DATASET": tiny_dataset, "OUTPUT": output}
+    assert _run(monkeypatch, *(places.get(word, word) for word in words)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("UnsupportedStore")
+    assert f"found:  {found}" in err
+    assert "choose another output" in err
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_student_is_not_trained_into_a_folder_named_like_a_url(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"output": "s3://b/x", "dataset": "d", "student": {"model": "m"}}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    assert _run(monkeypatch, "train", "train.yaml") == 1
+    assert "wanted: a local folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["train.yaml"]

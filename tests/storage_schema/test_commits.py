@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coldstill.common.files import PAGE_NAME, RUN_NAME
 from coldstill.pipeline.driver.status import read_status
 from coldstill.storage_schema.commits import (
     CommitRecord,
@@ -24,8 +25,6 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.store import RUN_FOLDER, Store
-from coldstill.trainer.checkpoints import RUN_NAME
-from coldstill.trainer.run_report.record import PAGE_NAME
 from tests import making
 
 

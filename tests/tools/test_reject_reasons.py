@@ -84,3 +84,11 @@ def test_rejects_that_are_none_are_a_named_error(tiny_dataset: Path, line: bytes
 
     with pytest.raises(FileDamaged, match=r"rejects/000000-aaaaaaaaaaaa\.jsonl, line"):
         count_reasons(open_dataset(tiny_dataset))
+
+
+def test_a_reject_of_tiny_values_is_not_parsed(tiny_dataset: Path) -> None:
+    """30 MB of them took 800 MB, and a file may have 256."""
+    with_rejects(tiny_dataset, b'{"reason": [' + b"[]," * 10_000_000 + b"0]}")
+
+    with pytest.raises(FileDamaged, match="lists and objects"):
+        count_reasons(open_dataset(tiny_dataset))

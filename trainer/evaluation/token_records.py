@@ -76,8 +76,9 @@ def token_records(
 
 
 def write_records(records: Iterable[TokenRecord], path: Path) -> int:
-    """Write one JSON document per line; return the number of records."""
+    """Write one JSON document per line, and the file's folder; return the number of records."""
     count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(record.model_dump_json(exclude_none=True) + "\n")

@@ -14,14 +14,14 @@ from transformers.utils import logging
 
 from coldstill.common.clock import local_now
 from coldstill.common.errors import ColdstillError, first_line, type_and_line
-from coldstill.common.files import new_file
+from coldstill.common.files import PAGE_NAME, new_file
 from coldstill.trainer.errors import LoaderWorkerDied
 from coldstill.trainer.interruption import naming_dead_workers
 
 from .facts import RunFacts
 from .pace import Pace
 from .page import run_page
-from .record import PAGE_NAME, RECORD_NAME, RunRecord, State, read_run, spread
+from .record import RECORD_NAME, RunRecord, State, read_run, spread
 
 logger = logging.get_logger(__name__)
 

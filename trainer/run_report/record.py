@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from coldstill.common.charts import Point
+from coldstill.common.files import RUN_NAME, SUMMARY_NAME
 from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, flat, parse_document, too_dense
 from coldstill.trainer.errors import RunDamaged, RunNotFound
 
-RECORD_NAME, PAGE_NAME = "report.json", "report.html"
+RECORD_NAME = "report.json"
 MOST_LINES = 100_000
 """Of a longer log, evenly spaced lines are kept: more would not be read, see `MAX_DOCUMENT_BYTES`."""
 
@@ -128,8 +129,8 @@ def _read_run(folder: Path) -> RunRecord:
 
 def _of_checkpoint(folder: Path, state: Path) -> RunRecord:
     found = json_object(state)
-    summary = json_object(folder / "train_summary.json") if (folder / "train_summary.json").exists() else {}
-    identity = json_object(folder / "run.json") if (folder / "run.json").exists() else {}
+    summary = json_object(folder / SUMMARY_NAME) if (folder / SUMMARY_NAME).exists() else {}
+    identity = json_object(folder / RUN_NAME) if (folder / RUN_NAME).exists() else {}
     ids = identity.pop("dataset_ids", None) or summary.get("dataset_ids") or []
     teachers = summary.get("teachers") or []
     facts = {}

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coldstill.storage_schema.manifest import Manifest
+from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import fingerprint
 from coldstill.tools.errors import NotFullSoftmax, SourceUnreadable
 
@@ -47,8 +48,8 @@ def import_axolotl(
     `settings.normalized_over` or `settings.assume_aligned` states it. `import_rows` explains `bad_rows`, memory, and
     how an import resumes.
 
-    Raises `SourceUnreadable`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`, `TokenizerNotFound`,
-    `InvalidHeader`, `HeaderMismatch`.
+    Raises `UnsupportedStore`, `SourceUnreadable`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`,
+    `TokenizerNotFound`, `InvalidHeader`, `HeaderMismatch`.
     """
     if settings.temperature != 1.0:
         raise NotFullSoftmax(
@@ -57,6 +58,7 @@ def import_axolotl(
             wanted="1.0",
             fix="capture again at temperature 1: a few log-probs at another temperature do not give the full softmax",
         )
+    Store(output).require_usable()  # all files are read before the first write
     files = input_files(source, endings=(".parquet", ".jsonl"))
     tables: Tables
     if files[0].name.endswith(".jsonl"):

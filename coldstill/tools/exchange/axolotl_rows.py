@@ -78,10 +78,10 @@ class AxolotlRows:
                 yield ImportedRow(f"{file.stem}-{first_row}", table)
                 continue
             for index in range(table.num_rows):
-                name = text_of(table, index, "sample_id") or text_of(table, index, "id")
-                name = name or f"{file.stem}-{first_row + index}"
+                name = f"{file.stem}-{first_row + index}"
                 where = f"{file.name}, row {first_row + index}"
                 try:
+                    name = text_of(table, index, "sample_id") or text_of(table, index, "id") or name
                     yield self._row(table, index, name)
                 except NotFullSoftmax as error:
                     raise error.at(where) from None
@@ -230,10 +230,10 @@ def _parsed(flat: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise UnusableRow(f"{name}: token", found=str(tokens.type), wanted="strings `token_id:N`")
     ids = pc.struct_field(pc.extract_regex(tokens, r"^token_id:(?P<id>[0-9]{1,9})$"), "id")
     if ids.null_count:
-        wrong = tokens[int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])].as_py()
+        wrong = tokens.cast(pa.large_binary())[int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])]
         raise UnusableRow(
             f"{name}: token",
-            found=repr(wrong)[:80],
+            found=repr(wrong.as_py().decode(errors="backslashreplace"))[:80],
             wanted="`token_id:N`",
             fix="capture with vLLM's return_tokens_as_token_ids: several ids may have the same text",
         )

@@ -19,6 +19,7 @@ from typing import cast
 import fsspec
 
 from coldstill.storage_schema.manifest import Manifest
+from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import fingerprint
 from coldstill.tools.errors import CompressionUnknown, SourceUnreadable
 
@@ -51,9 +52,10 @@ def import_distillkit(
     show a tail, so that `settings.normalized_over` must state one; `plausibility.py` explains this. `within_mass`
     explains sums above 1, `derived_targets` the tail, and `import_rows` `bad_rows`, memory, and how an import resumes.
 
-    Raises `SourceUnreadable`, `CompressionUnknown`, `NotFullSoftmax`, `AlignmentDoubtful`, `UnusableRow`,
-    `TokenizerNotFound`, `InvalidHeader`, `HeaderMismatch`.
+    Raises `UnsupportedStore`, `SourceUnreadable`, `CompressionUnknown`, `NotFullSoftmax`, `AlignmentDoubtful`,
+    `UnusableRow`, `TokenizerNotFound`, `InvalidHeader`, `HeaderMismatch`.
     """
+    Store(output).require_usable()  # all files are read before the first write
     files = input_files(source, endings=(".parquet",))
     tables = ParquetTables(files)
     layout = _layout(tables)

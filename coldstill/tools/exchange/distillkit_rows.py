@@ -50,7 +50,8 @@ MAX_CURVE_MASS = 100.0
 """Largest mass of a position without exact values. A bad curve through log-probs had 4.3 (K = 50, teacher of 0.7 nats);
 centered logits are above 1,000. With exact values no limit is needed: they sum to at most 1 if they are log-probs."""
 
-_POSITIONS_PER_BLOCK = 4096
+ENTRIES_PER_BLOCK = 1 << 20
+"""Unpacking takes up to 130 bytes of each: one for each bit, twice."""
 
 
 class _Entries(NamedTuple):
@@ -183,8 +184,8 @@ class DistillKitRows:
         if isinstance(config, Quantized) and self._layout == "quantised":
             packed = _matrix(table, index, "compressed_logprobs", config.value_bytes, tokens).astype(np.uint8)
             packed_ids = _matrix(table, index, "bytepacked_indices", config.id_bytes, tokens).astype(np.uint8)
-            blocks = range(0, len(packed), _POSITIONS_PER_BLOCK)
-            parts = [slice(start, start + _POSITIONS_PER_BLOCK) for start in blocks]
+            step = max(1, ENTRIES_PER_BLOCK // config.k)
+            parts = [slice(start, start + step) for start in range(0, len(packed), step)]
             values = np.concatenate([decode_quantized(packed[part], config) for part in parts])
             errors = value_errors(values, packed, config)
             ids = np.concatenate([unpack_stream(packed_ids[p], bits=config.id_bits, count=config.k) for p in parts])

@@ -24,6 +24,7 @@ from coldstill.storage_schema.header_facts import ImportFacts, TeacherFacts
 from coldstill.storage_schema.manifest import MANIFEST_NAME, Manifest, read_manifest, seal
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.rows import CachedRow
+from coldstill.storage_schema.shard import metadata_json
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, fingerprint
 from coldstill.tools.errors import SourceUnreadable, UnusableRow, invalid_field
@@ -301,4 +302,5 @@ def _checked(item: ImportedRow, header: DatasetHeader) -> CachedRow:
             fix="reject such rows with --bad-rows reject; in Python, max_length can be raised too",
         )
     item.row.check(token_count=header.token_count)
+    metadata_json(item.row)
     return item.row

@@ -287,7 +287,9 @@ def check_size(name: str, *, positions: int, width: int) -> None:
 
 
 def check_token_ids(token_ids: np.ndarray, *, token_count: int) -> None:
-    """Raise `UnusableRow` for ids that the tokenizer does not have."""
+    """Raise `UnusableRow` for ids that the tokenizer does not have, and for numbers that are no integers."""
+    if token_ids.dtype.kind == "f" and not (token_ids == np.trunc(token_ids)).all():
+        raise UnusableRow("input_ids", found="a fraction or NaN", wanted="integers")
     if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= token_count):
         raise UnusableRow(
             "input_ids", found=f"{token_ids.min()}..{token_ids.max()}", wanted=f"ids in 0..{token_count - 1}"
@@ -336,8 +338,16 @@ def _to_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def text_of(table: pa.RecordBatch, row: int, name: str) -> str | None:
-    """The value of a string or number column in one row, as text; None if it is null or absent."""
-    value = table.column(name)[row].as_py() if name in table.schema.names else None
+    """The value of a string or number column in one row, as text; None if it is null or absent.
+
+    Raises `UnusableRow` for text that is not UTF-8, and for a time that Python does not have.
+    """
+    if name not in table.schema.names:
+        return None
+    try:
+        value = table.column(name)[row].as_py()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise UnusableRow(name, found=f"{type(error).__name__}: {error}"[:200], wanted="UTF-8 text") from None
     return None if value is None else str(value)
 
 

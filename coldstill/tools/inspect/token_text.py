@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from coldstill.common.packages import require_packages
 from coldstill.common.visible import NEWLINE, SPACE, visible
 from coldstill.storage_schema.dataset import Dataset
-from coldstill.storage_schema.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, TOKENIZER_FOLDER
+from coldstill.storage_schema.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, TOKENIZER_FOLDER, too_large
 from coldstill.tools.errors import TokenizerUnreadable
 
 if TYPE_CHECKING:
@@ -199,6 +199,8 @@ def _load(dataset: Dataset) -> tuple[Tokenizer | None, _ByteEncoding]:
     from tokenizers import Tokenizer
 
     data = dataset.read_file(record)
+    if found := too_large(data):  # the library's parser would end the process
+        raise TokenizerUnreadable(where, found=found, wanted="fewer")
     try:
         tokenizer = Tokenizer.from_buffer(data)
         return tokenizer, _ByteEncoding(tokenizer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from coldstill.storage_schema.commits import read_commit
 from coldstill.storage_schema.dataset import open_dataset
-from coldstill.storage_schema.errors import CommitDamaged
+from coldstill.storage_schema.errors import CommitDamaged, OutsideDataset
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.store import Store
 from tests.fuzz.tree import Tree
@@ -87,3 +89,37 @@ def test_a_pipe_in_the_place_of_a_shard_is_refused_and_not_waited_for(tree: Tree
     (root / name).unlink()
     os.mkfifo(root / name)
     assert read(tree)["named"]["rows"] == "OutsideDataset"
+
+
+@pytest.mark.parametrize("folder", ["card", "shards", "_run"])
+def test_nothing_is_written_or_deleted_through_a_link_that_leaves_the_dataset(tmp_path: Path, folder: str) -> None:
+    """`coldstill card` would replace the files of whoever reads a stranger's dataset."""
+    outside, store = tmp_path / "outside", Store(tmp_path / "dataset")
+    outside.mkdir()
+    (outside / "x").write_text("mine")
+    store.put("a", b"")
+    shutil.rmtree(tmp_path / "dataset" / folder, ignore_errors=True)
+    (tmp_path / "dataset" / folder).symlink_to(outside)
+    changes: list[Callable[[], object]] = [
+        lambda: store.put(f"{folder}/x", b"theirs"),
+        lambda: store.create(f"{folder}/y", b"theirs"),
+        lambda: store.receive(f"{folder}/x").__enter__(),
+        lambda: store.delete(f"{folder}/x"),
+        lambda: store.delete_folder(folder),
+        lambda: store.delete_folder(f"{folder}/x"),
+    ]
+    for change in changes:
+        with pytest.raises(OutsideDataset):
+            change()
+    assert [(path.name, path.read_text()) for path in outside.iterdir()] == [("x", "mine")]
+
+
+def test_a_link_within_the_dataset_and_one_to_the_dataset_are_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "a").symlink_to("b")
+    store = Store(tmp_path / "link")
+    store.put("a/x", b"1")
+    assert (tmp_path / "real" / "b" / "x").read_bytes() == b"1"
+    store.delete("a/x")
+    assert not store.exists("a/x")

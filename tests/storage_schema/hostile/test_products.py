@@ -6,22 +6,28 @@ What is shown of a token, of a row and of a page has limits together; so has wha
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from coldstill.common.errors import MAX_MESSAGE_CHARS, ColdstillError
 from coldstill.common.visible import json_start
+from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import InvalidRow
 from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.rows import MediaReference
+from coldstill.storage_schema.shard.layout import is_too_deep
 from coldstill.tools.card.card import write_card
-from coldstill.tools.card_text import CARD_NAME
+from coldstill.tools.card_text import CARD_NAME, with_shards
 from coldstill.tools.errors import NotExportable
 from coldstill.tools.exchange import export
 from coldstill.tools.inspect import page, terminal
@@ -141,6 +147,45 @@ def test_a_row_whose_export_would_multiply_tokens_by_k_is_refused_by_name(
     with pytest.raises(NotExportable, match="tokens x K") as raised:
         export.export_axolotl(root, tmp_path / "axolotl", progress=False)
     assert len(str(raised.value)) <= MAX_MESSAGE_CHARS
+
+
+def test_long_ids_that_several_rows_have_are_not_held(tmp_path: Path) -> None:
+    """Compressed, an id of a megabyte takes a hundred bytes of a shard."""
+    one = making.random_row(np.random.default_rng(0), "a")
+    ids = [f"{number:02}" + "a" * 900_000 for number in range(30)] * 2
+    tokenizer = making.tiny_tokenizer(tmp_path / "tokenizer")
+    rows = [dataclasses.replace(one, sample_id=name) for name in ids]
+    making.write_dataset(tmp_path / "dataset", [rows], header=making.tiny_header(tokenizer), tokenizer=tokenizer)
+    tracemalloc.start()
+    try:
+        (finding,) = verify(tmp_path / "dataset", deep=True, progress=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert finding.error == "DuplicateIds"
+    assert "30 ids that several rows have, such as '00aaa" in finding.message
+    assert peak < 20_000_000
+
+
+def test_large_rows_that_were_read_are_not_held(tmp_path: Path) -> None:
+    """A dataset keeps eight shards open, each with two row groups: of one row each they may have 4 GB."""
+    data = bytes(20 << 20)
+    image = MediaReference(position=1, type="image/png", sha256=hashlib.sha256(data).hexdigest(), data=data)
+    rows = [[dataclasses.replace(row, media=(image,))] * 2 for row in making.random_rows(3)]
+    tokenizer = making.tiny_tokenizer(tmp_path / "tokenizer")
+    making.write_dataset(tmp_path / "dataset", rows, header=making.tiny_header(tokenizer), tokenizer=tokenizer)
+    dataset, before = open_dataset(tmp_path / "dataset"), pa.total_allocated_bytes()
+    for number in range(len(dataset)):
+        assert dataset.row(number).media == (image,)
+    assert pa.total_allocated_bytes() - before < len(data)
+
+
+def test_a_pattern_takes_time_in_proportion_to_a_strangers_text() -> None:
+    """By the square of it, a megabyte took hours."""
+    started = time.monotonic()
+    assert is_too_deep(b"{" * 1_001 + b'"' + b'\\"' * (LONG // 2))
+    assert with_shards(b"---" + b"\n" * LONG, "---\nconfigs:\n---\n").endswith(b"\n" * LONG)
+    assert in_time(started)
 
 
 def test_the_message_of_an_error_is_bounded_whatever_it_quotes() -> None:

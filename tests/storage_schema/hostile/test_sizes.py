@@ -8,8 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coldstill.common.errors import ColdstillError
+from coldstill.pipeline.driver.status import read_status
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.errors import CommitDamaged, TokenizerNotFound
 from coldstill.storage_schema.header import HEADER_NAME
-from coldstill.storage_schema.manifest import MANIFEST_NAME
+from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
+from coldstill.storage_schema.plan import PLAN_NAME
+from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.verified_files import file_record
+from coldstill.tools.errors import TokenizerUnreadable
+from coldstill.tools.inspect.token_text import TokenText
 from tests.fuzz import shard_rows
 from tests.fuzz.tree import Tree
 from tests.storage_schema.hostile.changes import (
@@ -46,6 +55,31 @@ def test_a_manifest_of_8_gigabytes_is_not_read(tree: Tree, read: Read, tmp_path:
     assert isinstance(read(tree)["named"]["open"], str)
 
 
+@pytest.mark.parametrize("name", ["commits/000000.json", PLAN_NAME, HEADER_NAME])
+def test_a_file_of_a_terabyte_that_takes_no_room_is_not_read(tree: Tree, tmp_path: Path, name: str) -> None:
+    """Of an unfinished dataset, whose files no manifest lists."""
+    del tree.files[MANIFEST_NAME]
+    root = written(tree, tmp_path / "dataset")
+    os.truncate(root / name, 1 << 40)
+    with pytest.raises(CommitDamaged, match=rf"{name}: size"):
+        Store(root).read(name)
+    with pytest.raises(ColdstillError, match=r"size|units"):
+        seal(Store(root))
+
+
+def test_a_commit_record_of_a_unit_beyond_any_number_does_not_end_a_status(tree: Tree, tmp_path: Path) -> None:
+    del tree.files[MANIFEST_NAME]
+    tree.files[f"commits/{'9' * 30}.json"] = b"{}"
+    status = read_status(str(written(tree, tmp_path / "dataset")))
+    assert status.rows_done == status.rows_planned
+
+
+def test_a_manifest_of_a_million_unknown_fields_does_not_fill_the_memory(tree: Tree, read: Read) -> None:
+    fields = b"".join(b'"%x": 0,' % number for number in range(1_000_000))
+    tree.files[MANIFEST_NAME] = b"{" + fields + tree.files[MANIFEST_NAME].lstrip()[1:]
+    assert read(tree)["named"]["open"] == "CommitDamaged"
+
+
 @pytest.mark.parametrize("filling", [b"[],", b"{},", b'"",', b"0,", b'{"name":"","bytes":0,"sha256":""},'])
 def test_a_manifest_of_45_megabytes_of_tiny_values_does_not_fill_the_memory(
     tree: Tree, read: Read, filling: bytes
@@ -68,6 +102,25 @@ def test_a_tokenizer_of_45_megabytes_of_tiny_values_does_not_fill_the_memory(
     tree.files[name] = tree.files[name].replace(field + b"{", field + many + b"{")
     tree.reseal()
     assert read(tree)["findings"] == ["TokenizerNotFound"]
+
+
+def test_the_settings_of_a_tokenizer_of_tiny_values_do_not_fill_the_memory(tree: Tree, read: Read) -> None:
+    name, data = "tokenizer/tokenizer_config.json", b'{"a": [' + b"[]," * 15_000_000 + b"0]}"
+    tree.files[name] = data
+    change_document(tree, MANIFEST_NAME, lambda found: found["files"].append(file_record(name, data).model_dump()))
+    assert read(tree)["findings"] == ["TokenizerNotFound"]
+
+
+def test_a_tokenizer_of_tiny_values_is_opened_by_no_library(tree: Tree, tmp_path: Path) -> None:
+    """The parser of `tokenizers` ends the process where the memory ends."""
+    name = "tokenizer/tokenizer.json"
+    tree.files[name] = tree.files[name].rstrip()[:-1] + b', "a": [' + b"[]," * 15_000_000 + b"0]}"
+    tree.reseal()
+    dataset = open_dataset(written(tree, tmp_path / "dataset"))
+    with pytest.raises(TokenizerUnreadable, match="values"):
+        TokenText(dataset)
+    with pytest.raises(TokenizerNotFound, match="values"):
+        dataset.tokenizer_files()
 
 
 def test_metadata_that_are_too_long_are_not_parsed(tree: Tree, read: Read) -> None:

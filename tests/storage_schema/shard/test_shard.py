@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,6 +216,15 @@ def test_brackets_in_strings_and_beside_each_other_are_not_depth() -> None:
     many = MAX_METADATA_DEPTH + 1
     assert not is_too_deep(('{"a": "' + "[" * many + '\\"' + "{" * many + '"}').encode())
     assert not is_too_deep(("[" + "[]," * many + "{}]").encode())
+
+
+def test_metadata_are_stored_as_json_which_has_no_nan(header: DatasetHeader) -> None:
+    """Other readers of Parquet and JSON would refuse the row."""
+    metadata = {"a": math.nan, "b": [math.inf, -math.inf, 1.5], "NaN": "Infinity"}
+    row = replace(making.random_row(np.random.default_rng(0), "nan"), metadata=metadata)
+    data = write_shard([row], header=header)
+    (text,) = pq.read_table(pa.BufferReader(data), columns=["metadata"])["metadata"].to_pylist()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, None, 1.5], "NaN": "Infinity"}
 
 
 def test_metadata_that_is_too_deep_is_not_written(header: DatasetHeader) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,6 +47,27 @@ def test_nothing_is_left_beside_a_file(tmp_path: Path) -> None:
     assert list((tmp_path / RUN_FOLDER).iterdir()) == []
 
 
+def test_a_file_is_written_while_another_process_removes_the_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two pulls into one folder, the first one to end removes them."""
+    store, write = Store(tmp_path), Path.write_bytes
+    monkeypatch.setattr("coldstill.common.retry.FIRST_WAIT_S", 0.0)
+    for change in (store.put, store.create):
+        removals = iter([True, False])
+
+        def write_and_lose(path: Path, data: bytes, removals: Iterator[bool] = removals) -> int:
+            written = write(path, data)
+            if next(removals):
+                Store(tmp_path).delete_folder(RUN_FOLDER)
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", write_and_lose)
+            change(f"a/{change.__name__}", b"1")
+        assert store.read(f"a/{change.__name__}") == b"1"
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", "./a", "a\\..\\b"])
 def test_a_name_that_leaves_the_dataset_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CommitDamaged, match="a file's name"):
@@ -60,8 +82,11 @@ def test_a_store_that_cannot_create_is_refused_by_name() -> None:
 
 def test_a_file_where_a_folder_is_wanted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
-    with pytest.raises(UnsupportedStore, match="a file"):
-        Store(tmp_path / "x").require_writable()
+    (tmp_path / "link").symlink_to("gone")
+    for name, found in (("x", "a file"), ("x/y/z", f"a file at {tmp_path}/x"), ("link/y", "a link to nothing at")):
+        with pytest.raises(UnsupportedStore, match=f"found:  {found}"):
+            Store(tmp_path / name).require_writable()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "x"]
 
 
 def test_a_refused_write_has_a_name(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from coldstill.storage_schema.dataset import Dataset, open_dataset
+from coldstill.storage_schema.errors import InvalidRow
 from coldstill.tools.errors import (
     AlignmentDoubtful,
     NotExportable,
@@ -176,6 +177,39 @@ def test_a_row_with_a_fault_ends_the_import_or_is_rejected(fault: str, tmp_path:
     dataset = run(path, tmp_path / "out", wide_tokenizer, bad_rows="reject")
     assert [row.sample_id for row in dataset.rows()] == ["in-0", "in-2"]
     assert dataset.manifest.rejected == 1
+
+
+def not_utf_8(values: list[bytes]) -> pa.Array:
+    return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("sample_id", not_utf_8([b"a", b"\xff", b"c"])),
+        ("sample_id", pa.array([0, 1 << 62, 0], pa.timestamp("us"))),
+        ("metadata", not_utf_8([b"{}", b'{"a": "\xff"}', b"{}"])),
+        ("metadata", pa.array(["{}", '{"a": "\\ud800"}', "{}"])),
+        ("metadata", pa.array(["{}", f'{{"a": "{"x" * (1 << 20)}"}}', "{}"])),
+        ("input_ids", pa.array([[1, 2, 3], [1, 2.5, 3], [1, 2, 3]], pa.list_(pa.float64()))),
+        ("input_ids", pa.array([[1, 2, 3], [1, math.nan, 3], [1, 2, 3]], pa.list_(pa.float64()))),
+    ],
+    ids=["id", "time", "metadata", "surrogate", "a megabyte", "fraction", "nan"],
+)
+def test_a_value_that_no_row_can_hold_ends_the_import_by_name_or_rejects_its_row(
+    column: str, values: pa.Array, tmp_path: Path, wide_tokenizer: Path
+) -> None:
+    table = {
+        "input_ids": pa.array([[1, 2, 3]] * 3),
+        "target_token_ids": pa.array([[[1, 2]] * 3] * 3),
+        "target_logprobs": pa.array([[[-0.5, -1.5]] * 3] * 3),
+        column: values,
+    }
+    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    with pytest.raises((UnusableRow, InvalidRow)):
+        run(tmp_path / "in.parquet", tmp_path / "failed", wide_tokenizer)
+    dataset = run(tmp_path / "in.parquet", tmp_path / "out", wide_tokenizer, bad_rows="reject")
+    assert (len(dataset), dataset.manifest.rejected) == (2, 1)
 
 
 def test_a_line_of_many_brackets_is_no_crash(tmp_path: Path, wide_tokenizer: Path) -> None:

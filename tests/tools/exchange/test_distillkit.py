@@ -20,7 +20,9 @@ from coldstill.tools.errors import (
     SourceUnreadable,
     UnusableRow,
 )
+from coldstill.tools.exchange import distillkit_rows
 from coldstill.tools.exchange.derived_targets import MIN_TAIL
+from coldstill.tools.exchange.distillkit_compression import unpack_stream
 from coldstill.tools.exchange.distillkit_import import import_distillkit
 from coldstill.tools.exchange.distillkit_rows import LAYOUTS
 from coldstill.tools.exchange.settings import DistillKitSettings
@@ -87,6 +89,24 @@ def test_position_t_of_the_import_predicts_token_t_plus_1(
             wanted = kept[label] if label in kept else tail / (peers.VOCABULARY - len(kept))
             assert math.exp(row.targets.label_logprob[n]) == pytest.approx(wanted, rel=0.02, abs=1e-6)
     assert verify(tmp_path / "out", deep=True, progress=False) == []
+
+
+def test_the_bits_of_a_bounded_number_of_entries_are_unpacked_at_once(
+    tmp_path: Path, wide_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4,096 positions at K = 4,096 they took 2.6 GB."""
+    capture(tmp_path / "capture", peers.ARCEE_50)
+    whole = run(tmp_path / "capture", tmp_path / "whole", wide_tokenizer).dataset_id
+    entries: list[int] = []
+
+    def unpack(packed: np.ndarray, *, bits: int, count: int) -> np.ndarray:
+        entries.append(len(packed) * count)
+        return unpack_stream(packed, bits=bits, count=count)
+
+    monkeypatch.setattr(distillkit_rows, "unpack_stream", unpack)
+    monkeypatch.setattr(distillkit_rows, "ENTRIES_PER_BLOCK", 200)
+    assert run(tmp_path / "capture", tmp_path / "parts", wide_tokenizer).dataset_id == whole
+    assert max(entries) == 200
 
 
 def test_the_last_of_t_distributions_is_left_out(tmp_path: Path, wide_tokenizer: Path) -> None:

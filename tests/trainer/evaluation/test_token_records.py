@@ -89,8 +89,9 @@ def test_unused_entries_are_no_choices(student: Any) -> None:
 
 def test_a_file_has_a_json_document_per_line(student: Any, tmp_path: Path) -> None:
     found = records_of(student, random_rows(4, 2))
-    assert write_records(found, tmp_path / "tokens.jsonl") == len(found)
-    lines = (tmp_path / "tokens.jsonl").read_text().splitlines()
+    path = tmp_path / "a new folder" / "tokens.jsonl"
+    assert write_records(found, path) == len(found)
+    lines = path.read_text().splitlines()
     assert [TokenRecord.model_validate(json.loads(line)) for line in lines] == found
 
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from coldstill import load_logit_dataset
+from coldstill.common.files import PAGE_NAME
 from coldstill.common.interrupts import Interrupted
 from coldstill.storage_schema.errors import StorageFull
 from coldstill.trainer import train as train_module
@@ -18,7 +19,7 @@ from coldstill.trainer.errors import LoaderWorkerDied
 from coldstill.trainer.run_report import callback as callback_module
 from coldstill.trainer.run_report.callback import RunReport
 from coldstill.trainer.run_report.facts import RunFacts
-from coldstill.trainer.run_report.record import PAGE_NAME, RECORD_NAME, RunRecord, read_run
+from coldstill.trainer.run_report.record import RECORD_NAME, RunRecord, read_run
 from coldstill.trainer.train import train
 from tests.trainer.test_train import make_config
 from tests.trainer.training import KillAt, Killed, build
