@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import math
@@ -80,6 +81,25 @@ def test_a_key_is_found_by_its_usual_abbreviation_and_in_its_own_section(tmp_pat
         load_config(str(path), model=TrainConfig, overrides=[word])
 
 
+@pytest.mark.parametrize(
+    ("word", "key", "wanted"),
+    [
+        ("student.from_scratch=true", "student.from_scratch", "a valid string or a valid dictionary"),
+        ("dataset=5", "dataset", "a valid string or a valid list"),
+        ("dataset=[a, 5]", "dataset.1", "a valid string"),
+        ("student.lora={target_modules: [5]}", "student.lora.target_modules.0", "a valid string"),
+    ],
+)
+def test_a_value_of_no_allowed_type_is_named_by_its_key_with_every_type(
+    tmp_path: Path, word: str, key: str, wanted: str
+) -> None:
+    (tmp_path / "t.yaml").write_text("dataset: d\noutput: o\nstudent: {model: m}\n")
+    with pytest.raises(ConfigInvalid) as caught:
+        load_config(str(tmp_path / "t.yaml"), model=TrainConfig, overrides=[word])
+    assert str(caught.value).splitlines()[0].endswith(f": {key}")
+    assert f"wanted: Input should be {wanted}\n" in f"{caught.value}\n"
+
+
 def test_a_missing_key_is_named(config: Path) -> None:
     config.write_text(yaml.safe_dump({**CAPTURE, "source": {}}))
     with pytest.raises(ConfigInvalid, match="exactly one of path and dataset"):
@@ -92,6 +112,24 @@ def test_a_file_that_is_no_mapping_is_named(config: Path, text: str) -> None:
     with pytest.raises(ConfigInvalid, match=r"capture\.yaml") as error:
         load_config(str(config), model=CaptureConfig)
     assert "NoneType" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train", "confg/tiny.yaml"], "config/tiny.yaml"),
+        (["verify", "dtaa/first"], "data/first"),
+        (["compare", "runs/taid-0"], "runs/taid_0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_error_of_a_misspelled_path_names_the_path_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], meant: str
+) -> None:
+    (tmp_path / meant).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert _run(monkeypatch, *words) == 1
+    assert f"did you mean {meant}?" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -153,6 +191,16 @@ def test_a_command_without_its_argument_says_what_the_argument_is(
     assert meaning in err
 
 
+@pytest.mark.parametrize("words", [["inspect"], ["merge"], ["compare"]], ids=lambda words: words[0])
+def test_the_usage_writes_brackets_and_dots_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert _run(monkeypatch, *words, "--help") == 0
+    usage = next(line for line in capsys.readouterr().out.splitlines() if "Usage:" in line)
+    assert "[[" not in usage
+    assert usage.count("...") <= 1
+
+
 def test_a_file_gets_an_id_in_one_line_and_a_narrow_window_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dataset: Path
 ) -> None:
@@ -167,12 +215,18 @@ def test_a_file_gets_an_id_in_one_line_and_a_narrow_window_does_not(
 def test_a_result_shows_lists_as_text_leaves_out_what_it_has_not_and_ends_with_what_to_do(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    result: dict[str, Any] = {"teachers": ["a", "[red]b\x1b[31m"], "taid_t": None, "perplexity": math.inf}
+    result: dict[str, Any] = {
+        "teachers": ["a", "[red]b\x1b[31m"],
+        "taid_t": None,
+        "tokens_per_s": 10571.4,
+        "perplexity": math.inf,
+    }
     show_result(result, title="train", summary=tmp_path / "s.json", places={"student": "runs/x/student"}, then="Next")
     out = capsys.readouterr().out
     assert "a, [red]b" in out
     assert "\x1b" not in out
     assert "None" not in out
+    assert "10,571" in out  # not 1.057e+04
     assert "runs/x/student" in out
     assert out.endswith("Next\n")
     written = json.loads((tmp_path / "s.json").read_text(), parse_constant=pytest.fail)
@@ -214,6 +268,34 @@ def test_verify_of_a_sound_dataset_prints_its_facts(
 ) -> None:
     assert _run(monkeypatch, "verify", tiny_dataset) == 0
     assert "dataset id" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "status"])
+def test_a_reader_that_ends_is_named_where_work_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """`coldstill train run.yaml | head` must not end a night's run without a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def write(self: object, ctx: object) -> None:
+        os.write(writer, b"{'loss': '3.046'}")
+
+    monkeypatch.setattr(typer.core.TyperCommand, "invoke", write)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert _run(monkeypatch, command, "x") == 1
+    assert ("re-run the same command to resume" in capsys.readouterr().err) == (command == "train")
+
+
+def test_a_connection_that_breaks_is_no_reader_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(self: object, ctx: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "of a worker")
+
+    monkeypatch.setattr(typer.core.TyperCommand, "invoke", write)
+    monkeypatch.setattr(sys, "argv", ["coldstill", "train", "x"])
+    with pytest.raises(RuntimeError, match="a pipe or connection closed"):
+        main()
 
 
 def test_an_error_is_printed_whole_without_a_traceback(
