@@ -133,7 +133,9 @@ def _build(
         other_tokenizer=config.data.other_tokenizer,
         eval_dataset=None
         if config.eval_dataset is None
-        else load_logit_dataset(config.eval_dataset, rows=config.data.rows),
+        else load_logit_dataset(
+            config.eval_dataset, **config.data.model_dump(include={"rows", "cache_dir", "cache_bytes"})
+        ),
         callbacks=[*callbacks, *([] if patience is None else [EarlyStopping(patience)])],
     )
 
