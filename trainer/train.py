@@ -158,7 +158,6 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         num_train_epochs=training.epochs,
         max_steps=-1 if training.max_steps is None else training.max_steps,
         logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,
         eval_strategy="no" if config.eval_dataset is None else "steps",
         eval_steps=training.eval_steps,
         metric_for_best_model=training.best_metric,
