@@ -85,7 +85,9 @@ def adapt_arguments(
     """A copy of `args` in which "epoch" strategies are steps of an epoch's length.
 
     Settings that our batches require are overridden: no column is removed, no batch is skipped on resuming (the stream
-    seeks its cursor), one process uses one device, and the student's configuration keeps its own `use_cache`.
+    seeks its cursor), one process uses one device, and the student's configuration keeps its own `use_cache`. A loss
+    that is not finite ends the run, so none is left out of the log: looking for one would wait for the device at each
+    micro-batch.
     """
     args = copy.copy(args)
     length = RunLength.of(args, batches_per_epoch=batches_per_epoch)
@@ -101,6 +103,7 @@ def adapt_arguments(
     args.remove_unused_columns = False
     args.ignore_data_skip = True
     args.use_cache = use_cache
+    args.logging_nan_inf_filter = False
     args._n_gpu = min(1, args.n_gpu)
     return args, length
 

@@ -209,7 +209,7 @@ class DistillTrainer(EvaluatingTrainer):
         `resume_from_checkpoint`: a folder, or `True` for the newest whole checkpoint in the output folder; one that
         `newest_checkpoint` returned is not read again.
 
-        Raises `CheckpointMismatch` for a checkpoint of another dataset or data order, `CheckpointDamaged`,
+        Raises `CheckpointMismatch` for a checkpoint of another dataset, data order or loss, `CheckpointDamaged`,
         `NonFiniteLoss`, `NonFiniteGradient`, `NonFiniteWeights`, `LoaderWorkerDied`, and what a `LogitStream` raises.
         """
         whole = resume_from_checkpoint if isinstance(resume_from_checkpoint, Checkpoint) else None

@@ -135,7 +135,9 @@ def _build(
         other_tokenizer=config.data.other_tokenizer,
         eval_dataset=None
         if config.eval_dataset is None
-        else load_logit_dataset(config.eval_dataset, rows=config.data.rows),
+        else load_logit_dataset(
+            config.eval_dataset, **config.data.model_dump(include={"rows", "cache_dir", "cache_bytes"})
+        ),
         callbacks=[*callbacks, *([] if patience is None else [EarlyStopping(patience)])],
     )
 
@@ -158,7 +160,6 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         num_train_epochs=training.epochs,
         max_steps=-1 if training.max_steps is None else training.max_steps,
         logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,
         eval_strategy="no" if config.eval_dataset is None else "steps",
         eval_steps=training.eval_steps,
         metric_for_best_model=training.best_metric,

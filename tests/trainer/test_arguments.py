@@ -34,7 +34,7 @@ HONORED = words(
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 gradient_checkpointing
     gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode neftune_noise_alpha
-    torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
     include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
     trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size
     eval_on_start save_only_model save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token
@@ -59,6 +59,7 @@ WITHOUT_EFFECT = {
     "length_column_name": "train_sampling_strategy is refused",
     "liger_kernel_config": "use_liger_kernel is refused",
     "local_rank": "Trainer does not read it",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
     "remove_unused_columns": "a batch has no unused columns",
     "resume_from_checkpoint": "Trainer does not read it",
     "use_cache": "the student's configuration keeps its own",
@@ -111,6 +112,7 @@ def test_the_user_s_own_arguments_stay_as_they_are(tmp_path):
     assert args.to_dict() == before
     assert (changed.eval_strategy, changed.logging_strategy, changed.save_strategy) == ("steps",) * 3
     assert (changed.eval_steps, changed.logging_steps, changed.save_steps) == (10, 10, 10)
+    assert not changed.logging_nan_inf_filter  # it would wait for the device at each micro-batch
 
 
 def test_every_field_of_training_arguments_is_sorted_as_honored_refused_or_without_effect():

@@ -326,6 +326,18 @@ def test_the_student_of_a_run_has_the_best_value_of_its_metric_and_a_typo_is_nam
         train(config, callbacks=[KillAt(0)])
 
 
+def test_held_out_rows_are_cached_where_the_run_says(tiny_dataset, tiny_student, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLDSTILL_CACHE", str(tmp_path / "default"))
+    held_out = shutil.copytree(tiny_dataset, tmp_path / "held out")
+    shape = {"max_steps": 1, "eval_steps": 1}
+    data = {"cache_dir": str(tmp_path / "named")}
+    train(
+        make_config(tiny_dataset, tiny_student, tmp_path / "run", training=shape, eval_dataset=str(held_out), data=data)
+    )
+    assert (tmp_path / "named").is_dir()
+    assert not (tmp_path / "default").exists()
+
+
 def test_a_pushed_student_is_on_the_hub_with_its_card(tiny_dataset, tiny_student, tmp_path, hub):
     train(make_config(tiny_dataset, tiny_student, tmp_path / "run", training={"push_to_hub": "me/student"}))
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub["me/student"])

@@ -134,12 +134,12 @@ def greedy_answers(
     model: Any,
     asked: Sequence[Question],
     *,
-    pad_id: int,
+    pad_id: int | None,
     batch_size: int,
     max_new_tokens: int,
     read: Callable[[Sequence[Question]], ReadRows | None] = lambda asked: None,
 ) -> Iterator[list[int]]:
-    """New token ids of each answer, in order, by greedy decoding.
+    """New token ids of each answer, in order, by greedy decoding. `pad_id`: None if the tokenizer has no such id.
 
     An answer ends at the model's end token, after `max_new_tokens`, or at the end of the model's context. Prompts are
     padded on the left. `read`: how the model reads questions with images.
@@ -150,7 +150,8 @@ def greedy_answers(
         rows = read(taken)
         ids = [one.prompt for one in taken] if rows is None else [row.token_ids for row in rows.rows]
         prompts = [torch.from_numpy(one.astype(np.int64)) for one in ids]
-        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
+        filler = 0 if pad_id is None else pad_id  # the mask hides it
+        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=filler, padding_side="left")
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = tokens.shape[1]
         room = max_new_tokens if context is None else max(1, min(max_new_tokens, context - width))

@@ -84,6 +84,15 @@ def test_answers_are_greedy_for_any_batch_and_any_settings_of_the_model(
         assert set(answer[len(wanted) :]) <= {1}
 
 
+def test_a_tokenizer_without_padding_and_end_is_no_obstacle(chats: Dataset, tmp_path: Path) -> None:
+    model = load(making.tiny_llama(tmp_path, seed=3, initializer_range=1.0, pad_token_id=None, eos_token_id=None))
+    asked = questions(chats, limit=5)
+    together, alone = (
+        list(greedy_answers(model, asked, pad_id=None, batch_size=size, max_new_tokens=6)) for size in (3, 1)
+    )
+    assert together == alone
+
+
 def test_an_answer_ends_where_the_models_context_does(chats: Dataset, tmp_path: Path) -> None:
     model = load(making.tiny_llama(tmp_path, max_position_embeddings=44, eos_token_id=63))
     found = list(greedy_answers(model, questions(chats, limit=5), pad_id=1, batch_size=1, max_new_tokens=99))
