@@ -58,7 +58,7 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
         document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise ConfigNotFound(path, found=error.strerror, wanted="a YAML file", fix="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigInvalid(path, found=str(error), wanted="YAML") from None
     if not isinstance(document, dict):
         found = "an empty file" if document is None else f"a {type(document).__name__}"
