@@ -330,8 +330,8 @@ def _named(error: Exception, url: str, doing: str, *, writes: bool) -> StorageFa
         kind, wanted, fix = CredentialsMissing, "valid credentials", login
     elif codes & _DENIED:
         kind, wanted, fix = AccessDenied, "permission to do this", f"request it, or use other credentials: {login}"
-    elif isinstance(error, FileNotFoundError) and not writes:
-        return None
+    elif isinstance(error, FileNotFoundError) and not writes and not codes & (_UNREACHABLE | _TRANSIENT):
+        return None  # fsspec raises it for any failure of an http server, and names that one as its cause
     elif codes & _UNREACHABLE:
         kind, wanted, fix = StoreUnreachable, "a response", f"check the network and the address, and {_RESUME}"
     elif any(_is_from_a_client(cause) for cause in _chain(error)):

@@ -76,14 +76,17 @@ def writable(*endings: str) -> Callable[[Path | None], Path | None]:
 def _require_writable(path: Path, endings: Sequence[str]) -> None:
     from coldstill.tools.errors import PageNotWritten
 
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
     found = ""
-    if path.is_dir():
-        found = "a folder"
-    elif not folder.is_dir():
-        found = f"{folder} is a file"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        found = "no permission to write it"
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir():
+            found = "a folder"
+        elif not folder.is_dir():
+            found = f"{folder} is a file"
+        elif not os.access(path if path.exists() else folder, os.W_OK):
+            found = "no permission to write it"
+    except OSError as error:  # such as a name that is too long
+        found = error.strerror or str(error)
     if found:
         raise PageNotWritten(
             visible(str(path)), found=visible(found), wanted="a file that can be written", fix="choose another path"

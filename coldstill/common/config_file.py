@@ -61,7 +61,7 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
     except OSError as error:
         fix = did_you_mean(path) or "check the path"
         raise ConfigNotFound(path, found=error.strerror, wanted="a YAML file", fix=fix) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigInvalid(path, found=str(error), wanted="YAML") from None
     if not isinstance(document, dict):
         found = "an empty file" if document is None else f"a {type(document).__name__}"

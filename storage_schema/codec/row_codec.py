@@ -156,7 +156,8 @@ class RowCodec:
         return replace(filled, draw_ids=draws.ids, draw_counts=draws.counts, draw_logprobs=draws.logprobs)
 
     def label_slack(self, log_tail: np.ndarray) -> np.ndarray:
-        """`[N]` nats by which the label log-prob of a decoded position may exceed its log tail: one step of each."""
+        """`[N]` nats by which the label log-prob of a decoded position may exceed its log tail: two steps (FORMAT.md,
+        "Decoding")."""
         halves = 2.0**-10 * (1 - log_tail)
         return halves + (self._kept.grid.step(log_tail) if isinstance(self._kept, GridEntries) else halves)
 

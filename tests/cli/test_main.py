@@ -132,6 +132,12 @@ def test_an_error_of_a_misspelled_path_names_the_path_that_is_there(
     assert f"did you mean {meant}?" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
 
 
+def test_a_file_that_is_nested_too_deep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("[" * 3000)
+    with pytest.raises(ConfigInvalid, match="recursion"):
+        load_config(str(tmp_path / "a.yaml"), model=CaptureConfig)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigNotFound, match=r"absent\.yaml"):
         load_config(str(tmp_path / "absent.yaml"), model=CaptureConfig)
@@ -355,7 +361,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     """After a night of training it would be too late."""
     (tmp_path / "file").touch()
-    for place, found in ((tmp_path, "a folder"), (tmp_path / "file" / "x", "is a file")):
+    for place, found in (
+        (tmp_path, "a folder"),
+        (tmp_path / "file" / "x", "is a file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
         assert _run(monkeypatch, *words, place) == 1
         err = capsys.readouterr().err
         assert err.startswith("PageNotWritten")

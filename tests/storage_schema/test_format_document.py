@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
+import pytest
 import zstandard
 
 import coldstill.storage_schema
@@ -116,3 +118,20 @@ def test_the_example_of_an_expansion_is_what_the_code_computes() -> None:
     assert expanded.tolist() == wanted
     pairs = list(zip(images, lengths.tolist(), strict=True))
     assert [t + sum(length - 1 for p, length in pairs if p <= t) for t in positions] == wanted
+
+
+@pytest.mark.parametrize("fidelity", ["fine", "coarse", "exact"])
+def test_a_label_may_exceed_the_tail_by_the_two_steps_of_the_document(
+    tokenizer_folder: Path, fidelity: Literal["fine", "coarse", "exact"]
+) -> None:
+    """A reader with a smaller bound would refuse rows that a capture writes."""
+    for formula in ("`2^-10 (1 + x)`", "`1 / ((a / 2) exp(-x / 2) + b)`"):
+        assert formula in DOCUMENT
+    codec = Codec.preset(fidelity, top_k=8)
+    for x in (0.001, 0.5, 3.0, 60.0):
+        of_float16 = 2.0**-10 * (1 + x)
+        second = of_float16
+        if codec.a is not None and codec.b is not None:
+            second = 1 / ((codec.a / 2) * math.exp(-x / 2) + codec.b)
+        found = RowCodec(making.tiny_header(tokenizer_folder, codec=codec)).label_slack(np.array([-x]))
+        assert found == pytest.approx([of_float16 + second])

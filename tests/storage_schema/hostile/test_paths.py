@@ -93,7 +93,7 @@ def test_a_pipe_in_the_place_of_a_shard_is_refused_and_not_waited_for(tree: Tree
 
 @pytest.mark.parametrize("folder", ["card", "shards", "_run"])
 def test_nothing_is_written_or_deleted_through_a_link_that_leaves_the_dataset(tmp_path: Path, folder: str) -> None:
-    """`coldstill card` would replace the files of whoever reads a stranger's dataset."""
+    """`coldstill card` would replace files of anyone who reads a stranger's dataset."""
     outside, store = tmp_path / "outside", Store(tmp_path / "dataset")
     outside.mkdir()
     (outside / "x").write_text("mine")

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from coldstill.storage_schema.errors import CommitDamaged, StorageFailed, StorageFull, UnsupportedStore
+from coldstill.storage_schema.dataset import open_dataset
+from coldstill.storage_schema.errors import (
+    CommitDamaged,
+    StorageFailed,
+    StorageFull,
+    StoreUnreachable,
+    UnsupportedStore,
+)
 from coldstill.storage_schema.store import RUN_FOLDER, Store
 from tests.conftest import SmallDisk
 
@@ -106,3 +113,12 @@ def test_a_full_disk_has_a_name_and_leaves_what_was_there(small_disk: SmallDisk)
     assert sorted(path.name for path in small_disk.path.iterdir()) == [RUN_FOLDER, "good"]
     assert list((small_disk.path / RUN_FOLDER).iterdir()) == []
     assert store.read("good") == b"1"
+
+
+def test_a_server_that_does_not_answer_is_no_missing_file() -> None:
+    """fsspec raises FileNotFoundError in both cases."""
+    pytest.importorskip("aiohttp")
+    with pytest.raises(StoreUnreachable):
+        open_dataset("http://127.0.0.1:1/dataset")
+    with pytest.raises(StoreUnreachable):
+        Store("http://127.0.0.1:1/dataset").size("shards/x")
