@@ -107,7 +107,7 @@ def verify(
 @dataset_commands.command("inspect", rich_help_panel=LOOK)
 def inspect_(
     root: Root,
-    row: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Row number, starting at 0.")] = None,
+    row: Annotated[int | None, typer.Argument(metavar="ROW", help="Row number, starting at 0.")] = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -116,7 +116,6 @@ def inspect_(
     ] = None,
 ) -> None:
     """Print what a dataset holds, or one of its rows token by token with the teacher's predictions."""
-    require_packages("share", "tokenizers")
     if html is not None:
         from coldstill.tools.inspect.page import write_page
 
@@ -211,7 +210,7 @@ def pull(
 
 @dataset_commands.command(rich_help_panel=DERIVE)
 def merge(
-    roots: Annotated[list[str], typer.Argument(metavar="ROOT...", help="At least two datasets of one teacher.")],
+    roots: Annotated[list[str], typer.Argument(metavar="ROOT", help="At least two datasets of one teacher.")],
     output: Annotated[str, typer.Option(help="The new dataset: a folder, s3:// or gs://.")],
 ) -> None:
     """Merge datasets into one, without encoding anything again. Datasets whose headers conflict are refused."""

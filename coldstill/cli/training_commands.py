@@ -49,7 +49,7 @@ def train(config: Config, overrides: Overrides = None, summary: Summary = None) 
 
 @training_commands.command(rich_help_panel=MAKE)
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Outputs of trainings, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Outputs of trainings, finished or not.")],
     evaluation: Annotated[
         list[Path] | None,
         typer.Option(

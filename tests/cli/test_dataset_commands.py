@@ -58,6 +58,15 @@ def test_inspect_shows_the_dataset_and_a_row_and_writes_a_page(say, tiny_dataset
     assert "row-1-0" in (tmp_path / "row.html").read_text(encoding="utf-8")
 
 
+def test_inspect_shows_the_dataset_where_tokenizers_is_not_installed(
+    say, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dataset: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "tiny" in say("inspect", tiny_dataset)
+    assert run(monkeypatch, "inspect", tiny_dataset, 8) == 1
+    assert 'pip install "coldstill[share]"' in capsys.readouterr().err
+
+
 def test_stats_are_printed_and_written(say, tiny_dataset: Path, tmp_path: Path) -> None:
     say("stats", tiny_dataset, "--json", tmp_path / "stats.json", "--png", tmp_path / "stats.png")
     assert json.loads((tmp_path / "stats.json").read_text())["rows"] == 24

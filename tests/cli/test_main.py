@@ -151,6 +151,16 @@ def test_a_command_without_its_argument_says_what_the_argument_is(
     assert meaning in err
 
 
+@pytest.mark.parametrize("words", [["inspect"], ["merge"], ["compare"]], ids=lambda words: words[0])
+def test_the_usage_writes_brackets_and_dots_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert _run(monkeypatch, *words, "--help") == 0
+    usage = next(line for line in capsys.readouterr().out.splitlines() if "Usage:" in line)
+    assert "[[" not in usage
+    assert usage.count("...") <= 1
+
+
 def test_a_file_gets_an_id_in_one_line_and_a_narrow_window_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_dataset: Path
 ) -> None:
