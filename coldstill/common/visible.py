@@ -43,6 +43,11 @@ def plain(text: str) -> str:
     return _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", shown) or "-"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 shard`, `2 shards`, `1,000 shards`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def shortened(text: str) -> str:
     """At most `MAX_SHOWN` characters, without spaces around them."""
     return (text[:MAX_SHOWN] + "…" if len(text) > MAX_SHOWN else text).strip()

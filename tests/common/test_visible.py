@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldstill.common.visible import visible
+from coldstill.common.visible import counted, visible
 from tests.tools.inspect.strange_tokens import hidden_characters
 
 
@@ -42,3 +42,7 @@ def test_each_kind_of_hidden_character_has_its_form(hidden: str, shown: str) -> 
 
 def test_a_sign_that_looks_like_a_newline_stays_a_sign() -> None:
     assert visible("a⏎b\nc", newline="\n") == "a⏎b\nc"
+
+
+def test_one_of_a_thing_is_no_plural() -> None:
+    assert [counted(count, "shard") for count in (0, 1, 1000)] == ["0 shards", "1 shard", "1,000 shards"]

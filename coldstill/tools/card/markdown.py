@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from coldstill.common.visible import MAX_SHOWN, plain
+from coldstill.common.visible import MAX_SHOWN, counted, plain
 from coldstill.storage_schema.dataset import Dataset
 from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
@@ -167,7 +167,8 @@ def _facts(dataset: Dataset, stats: Stats) -> dict[str, str]:
         f"{codec.mean_kl:g} nats",
         "Rows": f"{stats.rows:,} of at most {header.max_length:,} tokens (longer ones {over_long}); "
         f"{stats.tokens:,} tokens, {stats.targets:,} targets",
-        "Size": f"{stats.bytes:,} bytes in {stats.shards:,} shards, {figure(stats.bytes_per_target)} per target",
+        "Size": f"{stats.bytes:,} bytes in {counted(stats.shards, 'shard')}, "
+        f"{figure(stats.bytes_per_target)} per target",
         **_images(header, stats),
         "Tokenizer": f"{header.token_count:,} ids, {included}; fingerprint {header.tokenizer_fingerprint}",
         "License": plain(header.about.license) if header.about.license else "not given",
@@ -209,7 +210,7 @@ def _optional_facts(header: DatasetHeader) -> dict[str, str]:
     if header.kept_ids != "top_k":
         facts["Kept ids"] = "the most probable ones, and those that the source named"
     about = {name: value for name, value in header.about_in_words.items() if name not in _IN_OTHER_FACTS}
-    return facts | {f"`{plain(name)}`": plain(value) for name, value in about.items()}
+    return facts | {plain(name): plain(value) for name, value in about.items()}
 
 
 def _preview() -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coldstill.common.visible import visible
+from coldstill.common.visible import counted, visible
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER
 
@@ -65,7 +65,7 @@ def show_dataset(root: str | Path, *, console: Console) -> None:
         "kept": f"{kept} of {header.vocab_size:,} ids{floor}; tail mass {header.tail}",
         "draws": header.draws_in_words,
         "targets on": f"loss on {header.loss_on}, mode {header.mode}",
-        "rows": f"{manifest.rows:,} in {len(dataset.shards):,} shards; {manifest.rejected:,} rejected",
+        "rows": f"{manifest.rows:,} in {counted(len(dataset.shards), 'shard')}; {manifest.rejected:,} rejected",
         "tokens": f"{manifest.tokens:,}, at most {header.max_length:,} per row",
         "targets": f"{manifest.targets:,}",
         "size": f"{size:,} bytes" + (f", {size / manifest.targets:.1f} per target" if manifest.targets else ""),

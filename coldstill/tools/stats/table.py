@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coldstill.common.visible import counted
 from coldstill.tools.stats.histogram import Histogram
 from coldstill.tools.stats.measure import Stats
 
@@ -93,7 +94,7 @@ def _totals(stats: Stats) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for name, value in (
-        ("rows", f"{stats.rows:,} in {stats.shards:,} shards; {stats.rejected:,} source rows rejected"),
+        ("rows", f"{stats.rows:,} in {counted(stats.shards, 'shard')}; {stats.rejected:,} source rows rejected"),
         ("tokens", f"{stats.tokens:,}"),
         ("targets", f"{stats.targets:,}"),
         ("size", f"{stats.bytes:,} bytes, {figure(stats.bytes_per_target)} per target"),

@@ -210,6 +210,15 @@ def test_no_text_of_the_dataset_is_markup_or_yaml(
     assert all(sign.isprintable() or sign == "\n" for sign in card)
 
 
+def test_no_entity_of_a_card_is_shown_as_its_code(carded: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Markdown does not replace entities within backticks."""
+    captured(tmp_path / "d", tokenizer_folder, reasons=(), about={"end_token_ids": [1]})
+    write_card(tmp_path / "d", progress=False)
+    page = page_of((tmp_path / "d" / CARD_NAME).read_text())
+    assert "end_token_ids" in page
+    assert "&amp;#" not in page + page_of((carded / CARD_NAME).read_text())
+
+
 def test_a_card_that_people_may_have_edited_is_not_overwritten_unasked(tiny_dataset: Path) -> None:
     (tiny_dataset / CARD_NAME).write_text("mine")
 

@@ -91,7 +91,7 @@ def test_a_row_number_out_of_range_names_the_range(index: int, tiny_dataset: Pat
 def test_a_dataset_without_rows_has_no_row_to_show(tokenizer_folder: Path, tmp_path: Path) -> None:
     header = making.tiny_header(tokenizer_folder)
     making.write_dataset(tmp_path / "dataset", [[]], header=header, tokenizer=tokenizer_folder)
-    assert "0 in 1 shards" in printed(show_dataset, tmp_path / "dataset")
+    assert "0 in 1 shard;" in printed(show_dataset, tmp_path / "dataset")
     with pytest.raises(RowOutOfRange, match="no rows"):
         printed(show_row, tmp_path / "dataset", 0)
 
