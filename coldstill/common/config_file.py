@@ -6,7 +6,8 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
@@ -129,6 +130,16 @@ def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
     }
 
 
+def _has_types(annotation: Any) -> bool:
+    """Whether pydantic's location of a problem names the type after the field: of several, none of them a section."""
+    types = (
+        [one for one in get_args(annotation) if one is not NoneType]
+        if get_origin(annotation) in (Union, UnionType)
+        else []
+    )
+    return len(types) > 1 and not _variants(annotation) and _inner_model(annotation) is None
+
+
 def _as_yaml(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
@@ -176,8 +187,7 @@ def _spellings(model: type[BaseModel] | None, name: str) -> set[str]:
 
 def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigInvalid:
     """The first problem of a validation error, located by the file's own keys."""
-    first = error.errors()[0]
-    location, section = _located(first["loc"], model)
+    first, location, section, wanted = _first_problem(error, model)
     key = ".".join(location)
     if first["type"] != "extra_forbidden":
         # The input of a check over several keys is a whole section, which would be longer than the message.
@@ -188,7 +198,7 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
         return ConfigInvalid(
             f"{path}: {key}" if key else path,
             found="nothing" if first["type"] == "missing" else found,
-            wanted=first["msg"].removeprefix("Value error, "),
+            wanted=wanted.removeprefix("Value error, "),
             fix=_number_in_digits(first["input"]),
         )
     names = list(section.model_fields) if section else []
@@ -199,6 +209,27 @@ def _named(error: ValidationError, model: type[BaseModel], path: str) -> ConfigI
         found="an unknown key",
         wanted=f"one of {', '.join(names)}",
         fix=f"did you mean {near}?" if near else "remove it, or find its name in the list that --help prints",
+    )
+
+
+def _first_problem(
+    error: ValidationError, model: type[BaseModel]
+) -> tuple[Mapping[str, Any], list[str], type[BaseModel] | None, str]:
+    """The first problem, its keys in the file, the model of their section, and what each type of the field wants.
+
+    A field that may be a string or a list has a problem for each type: the deepest ones fit the value best.
+    """
+    problems = [(problem, *_located(problem["loc"], model)) for problem in error.errors()]
+    start = problems[0][1]
+    ours = [problem for problem in problems if problem[1][: len(start)] == start]
+    depth = max(len(keys) for _, keys, _ in ours)
+    first, keys, section = next(problem for problem in ours if len(problem[1]) == depth)
+    others = [problem["msg"] for problem, other, _ in ours if other == keys and problem is not first]
+    return (
+        first,
+        keys,
+        section,
+        " or ".join([first["msg"], *(text.removeprefix("Input should be ") for text in others)]),
     )
 
 
@@ -224,12 +255,17 @@ def _located(place: Sequence[int | str], model: type[BaseModel]) -> tuple[list[s
     keys: list[str] = []
     section: type[BaseModel] | None = model
     variants: dict[str, type[BaseModel]] = {}
+    a_type_follows = False
     for depth, part in enumerate(place):
         if part in variants:
             section, variants = variants[str(part)], {}
             continue
+        if a_type_follows:  # such as `list[str]`, which is no key
+            a_type_follows = False
+            continue
         keys.append(str(part))
         field = section.model_fields.get(str(part)) if section else None
+        a_type_follows = field is not None and _has_types(field.annotation)
         variants = _variants(field.annotation) if field else {}
         if depth < len(place) - 1 and not variants:
             section = _inner_model(field.annotation) if field else None

@@ -78,6 +78,25 @@ def test_a_key_is_found_by_its_usual_abbreviation_and_in_its_own_section(tmp_pat
         load_config(str(path), model=TrainConfig, overrides=[word])
 
 
+@pytest.mark.parametrize(
+    ("word", "key", "wanted"),
+    [
+        ("student.from_scratch=true", "student.from_scratch", "a valid string or a valid dictionary"),
+        ("dataset=5", "dataset", "a valid string or a valid list"),
+        ("dataset=[a, 5]", "dataset.1", "a valid string"),
+        ("student.lora={target_modules: [5]}", "student.lora.target_modules.0", "a valid string"),
+    ],
+)
+def test_a_value_of_no_allowed_type_is_named_by_its_key_with_every_type(
+    tmp_path: Path, word: str, key: str, wanted: str
+) -> None:
+    (tmp_path / "t.yaml").write_text("dataset: d\noutput: o\nstudent: {model: m}\n")
+    with pytest.raises(ConfigInvalid) as caught:
+        load_config(str(tmp_path / "t.yaml"), model=TrainConfig, overrides=[word])
+    assert str(caught.value).splitlines()[0].endswith(f": {key}")
+    assert f"wanted: Input should be {wanted}\n" in f"{caught.value}\n"
+
+
 def test_a_missing_key_is_named(config: Path) -> None:
     config.write_text(yaml.safe_dump({**CAPTURE, "source": {}}))
     with pytest.raises(ConfigInvalid, match="exactly one of path and dataset"):
