@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from coldstill.common.files import did_you_mean
 from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, parse_document
 from coldstill.common.visible import visible
 
@@ -293,6 +294,7 @@ def absent(
     fix = f"check the path: it is the `output` of `coldstill capture`{hint}"
     if store.is_local:
         words, names = what_lies_at(store.root)
+        fix = did_you_mean(store.url) or fix
         found = f"{words}, {found}"
         datasets = (name for name in names if Path(store.root, name, HEADER_NAME).is_file())
         if inside := [visible(f"{store.url}/{name}") for name in islice(datasets, 3)]:

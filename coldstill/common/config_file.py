@@ -14,6 +14,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from .errors import ColdstillError
+from .files import did_you_mean
 from .models import KeysClash, other_names
 
 
@@ -58,7 +59,8 @@ def load_config(path: str, *, model: type[Settings], overrides: Sequence[str] = 
     try:
         document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
-        raise ConfigNotFound(path, found=error.strerror, wanted="a YAML file", fix="check the path") from None
+        fix = did_you_mean(path) or "check the path"
+        raise ConfigNotFound(path, found=error.strerror, wanted="a YAML file", fix=fix) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigInvalid(path, found=str(error), wanted="YAML") from None
     if not isinstance(document, dict):

@@ -1,15 +1,34 @@
-"""Writes files and folders that appear under their final name whole, or not at all."""
+"""Writes files and folders that appear under their final name whole, or not at all; finds a misspelled path."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from .visible import visible
+
+
+def did_you_mean(path: str | Path) -> str:
+    """`did you mean PATH?` with an existing path whose parts are nearly those of `path`; empty if there is none."""
+    found = Path()
+    for part in Path(path).parts:
+        if not os.path.exists(found / part):  # which, unlike Path.exists, never raises
+            names: list[str] = []
+            with suppress(OSError), os.scandir(found) as entries:
+                names = [entry.name for entry in islice(entries, 1000)]
+            part = next(iter(difflib.get_close_matches(part, names, n=1, cutoff=0.75)), "")
+            if not part:
+                return ""
+        found /= part
+    return f"did you mean {visible(str(found))}?" if found != Path(path) else ""
 
 
 @contextmanager

@@ -68,6 +68,18 @@ def test_rows_are_shown_token_by_token_or_written(
     assert [line["label"] for line in lines[: rows[0].positions.size]] == rows[0].labels.tolist()
 
 
+def test_a_folder_that_is_not_there_is_no_hub_name(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "student").symlink_to(tiny_student)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StudentNotFound, match=r"no such folder(.|\n)*did you mean runs/student\?"):
+        evaluate("runs/studnet", str(tiny_dataset))
+    with pytest.raises(StudentNotFound, match=r"no such folder(.|\n)*check the path"):
+        evaluate("runs/first/student", str(tiny_dataset))
+
+
 def test_errors_say_which_of_the_models_it_is(tiny_dataset: Path, tiny_student: Path, tmp_path: Path) -> None:
     with pytest.raises(StudentNotFound, match="student: "):
         evaluate(str(tmp_path / "nowhere"), str(tiny_dataset))

@@ -111,6 +111,24 @@ def test_a_file_that_is_no_mapping_is_named(config: Path, text: str) -> None:
     assert "NoneType" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train", "confg/tiny.yaml"], "config/tiny.yaml"),
+        (["verify", "dtaa/first"], "data/first"),
+        (["compare", "runs/taid-0"], "runs/taid_0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_error_of_a_misspelled_path_names_the_path_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], meant: str
+) -> None:
+    (tmp_path / meant).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert _run(monkeypatch, *words) == 1
+    assert f"did you mean {meant}?" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigNotFound, match=r"absent\.yaml"):
         load_config(str(tmp_path / "absent.yaml"), model=CaptureConfig)

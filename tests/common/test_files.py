@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coldstill.common.files import new_file, new_folder, read_json, write_json
+from coldstill.common.files import did_you_mean, new_file, new_folder, read_json, write_json
 
 KILLED_WRITER = """
 import os, signal, sys
@@ -135,3 +135,12 @@ def test_json_is_written_whole_and_read_back(tmp_path: Path) -> None:
         write_json(final, {"a": object()})
     assert json.loads(final.read_text(encoding="utf-8")) == document
     assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_a_misspelled_path_is_found_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "first\x1b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert did_you_mean("rnus/frist\x1b") == "did you mean runs/first␛?"
+    assert did_you_mean(tmp_path / "rnus") == f"did you mean {tmp_path}/runs?"
+    for path in ("", "runs", "./runs/../runs", "other/first", "runs/second", "x" * 5000, "a\0b", "s3://runs/frist"):
+        assert did_you_mean(path) == ""

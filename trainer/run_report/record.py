@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from coldstill.common.charts import Point
+from coldstill.common.files import did_you_mean
 from coldstill.common.models import MAX_DOCUMENT_BYTES, FrozenModel, flat, parse_document, too_dense
 from coldstill.trainer.errors import RunDamaged, RunNotFound
 
@@ -189,7 +190,7 @@ def _not_found(folder: Path, found: str) -> RunNotFound:
         str(folder),
         found=found,
         wanted=f"the output of a training, with {RECORD_NAME} or a checkpoint",
-        fix="give the folder that the configuration of `coldstill train` names as output",
+        fix=did_you_mean(folder) or "give the folder that the configuration of `coldstill train` names as output",
     )
 
 
