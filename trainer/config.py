@@ -14,6 +14,9 @@ from coldstill.common.models import FrozenModel, KeysClash
 from .losses import LossConfig
 from .losses.taid import Taid
 
+FROM_SCRATCH = " from scratch"
+"""The end of the name of a student with random weights, in messages."""
+
 
 class LoraConfig(FrozenModel):
     """LoRA: train low-rank adapters instead of all weights (arXiv 2106.09685), by peft."""
@@ -92,8 +95,8 @@ class StudentConfig(FrozenModel):
         if self.model is not None:
             return self.model
         if isinstance(self.from_scratch, dict):
-            return f"{self.from_scratch['model_type']} from scratch"
-        return f"{self.from_scratch} from scratch"
+            return f"{self.from_scratch['model_type']}{FROM_SCRATCH}"
+        return f"{self.from_scratch}{FROM_SCRATCH}"
 
 
 class OtherTokenizerConfig(FrozenModel):

@@ -94,9 +94,10 @@ class LoaderWorkerDied(ColdstillError):
 
 
 class StudentNotFound(ColdstillError):
-    """No model that transformers can load has the student's name.
+    """No model that transformers can load has this path or name.
 
-    Fix: check `student.model` or `student.from_scratch`; without network access, download a Hub model first.
+    Fix: check `student.model` or `student.from_scratch` of a training, or the argument of `coldstill evaluate`; without
+    network access, download a Hub model first.
     """
 
 
@@ -118,7 +119,8 @@ class OtherTokenizerUnsupported(ColdstillError):
 class StudentHeadTooSmall(ColdstillError):
     """The student's head has fewer rows than the dataset's tokenizer has ids.
 
-    Fix: call `model.resize_token_embeddings` with the dataset's number of ids, and save the student again.
+    Fix: call `model.resize_token_embeddings` with the dataset's number of ids, and save the student again. For
+    `student.from_scratch`, set `vocab_size` to this number.
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from transformers.utils import logging
 
 from coldstill.common.attention import PLAIN, attends_ahead, use_correct_attention
 from coldstill.common.errors import first_line
+from coldstill.common.files import did_you_mean
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.trainer.config import StudentConfig
+from coldstill.trainer.config import FROM_SCRATCH, StudentConfig
 from coldstill.trainer.errors import (
     AdapterMisfit,
     AttentionMismatch,
@@ -122,7 +124,9 @@ def check_head(model: PreTrainedModel, header: DatasetHeader, *, name: str) -> N
             f"head of the student {name}",
             found=f"{rows} rows",
             wanted=f"at least {header.token_count}, one per id of the dataset's tokenizer",
-            fix=f"call model.resize_token_embeddings({header.token_count}) and save the student again",
+            fix=f"set vocab_size: {header.token_count} in student.from_scratch, or in the config.json that it names"
+            if name.endswith(FROM_SCRATCH)
+            else f"call model.resize_token_embeddings({header.token_count}) and save the student again",
         )
 
 
@@ -176,12 +180,16 @@ def check_attention(model: PreTrainedModel, *, name: str) -> None:
 
 
 def student_not_found(name: str, error: Exception) -> StudentNotFound:
-    """The `StudentNotFound` for an exception of a library."""
+    """The `StudentNotFound` for an exception of a library, which takes a missing folder for a Hub name."""
+    path = Path(name.removesuffix(FROM_SCRATCH))
+    is_path = path.is_absolute() or len(path.parts) != 2 or path.parent.exists()
+    missing = is_path and not path.exists() and len(path.parts) > 1
     return StudentNotFound(
         f"student {name}",
-        found=first_line(error),
+        found="no such folder" if missing else first_line(error),
         wanted="a folder, hub name or configuration of a causal language model that transformers can load",
-        fix="check student.model or student.from_scratch; without network access, download a hub model first",
+        fix=(missing and did_you_mean(path))
+        or "check the path, the name or the keys of student.from_scratch; without network, download a hub model first",
     )
 
 

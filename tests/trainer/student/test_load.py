@@ -100,18 +100,23 @@ def test_an_unknown_layer_is_a_named_error(header, tiny_student):
     [
         {"model": "nowhere/at-all"},
         {"from_scratch": "nowhere/at-all"},
+        {"from_scratch": str(Path(__file__).parent)},
         {"from_scratch": {"model_type": "lama"}},
         {"from_scratch": {**SMALL, "hidden_size": "wide"}},
     ],
 )
 def test_a_missing_student_is_a_named_error(header, config):
-    with pytest.raises(StudentNotFound, match="student"):
+    with pytest.raises(StudentNotFound, match="student") as caught:
         load_student(StudentConfig.model_validate(config), header)
+    assert "no such folder" not in str(caught.value)  # it is a Hub name, is there, or is no folder at all
 
 
 def test_a_head_with_too_few_rows_is_a_named_error_and_one_with_more_is_fine(header, tmp_path):
     with pytest.raises(StudentHeadTooSmall, match="60 rows") as error:
         load_student(StudentConfig(from_scratch={**SMALL, "vocab_size": 60}), header)
+    assert "vocab_size: 64 in student.from_scratch" in error.value.fix
+    with pytest.raises(StudentHeadTooSmall, match="60 rows") as error:
+        load_student(StudentConfig(model=str(making.tiny_llama(tmp_path / "narrow", vocabulary=60))), header)
     assert "resize_token_embeddings(64)" in error.value.fix
     load_student(StudentConfig(from_scratch={**SMALL, "vocab_size": making.VOCABULARY + 128}), header)
 
