@@ -224,12 +224,16 @@ class TrainingLoop(Trainer):
         """Load the weights by the model's own class if their saved names are others than those in memory.
 
         transformers saves some families, such as LLaVA, under the names of their first release, and its Trainer would
-        only warn that it loaded none of them.
+        only warn that it loaded none of them. It would also warn of a tied head, which is saved as the embedding alone.
         """
         if load_result.unexpected_keys:
             load_saved_weights(self.model, self._loading)
-        else:
-            super()._issue_warnings_after_load(load_result)
+            return
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        absent = set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in weights.items() if name not in absent}
+        missing = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _use_averaged_weights(self) -> None:
         """With a schedule-free optimizer, give the model the weights it is used with; the next step undoes it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -99,6 +100,21 @@ def test_a_family_whose_weights_are_saved_under_other_names_resumes_exactly(tiny
     assert not runs[0].keys() <= load_file(tmp_path / "killed/checkpoint-24/model.safetensors").keys()
     for name, weight in runs[1].items():
         assert torch.equal(weight, runs[0][name]), name
+
+
+def test_a_tied_head_is_not_reported_as_missing_and_another_weight_is(tiny_dataset, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    student = making.tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    shape = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    build(tiny_dataset, student, tmp_path / "run", **shape)[0].train()
+    trainer, _ = build(tiny_dataset, student, tmp_path / "run", **shape)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert "missing keys" not in caplog.text
+    weights = trainer.model.state_dict()
+    kept = {name: weight for name, weight in weights.items() if name not in ("lm_head.weight", "model.norm.weight")}
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict(kept, strict=False))
+    assert "missing keys" in caplog.text
+    assert "['model.norm.weight']" in caplog.text
 
 
 def test_workers_and_prefetch_change_nothing(tiny_dataset, forgetful, tmp_path):
