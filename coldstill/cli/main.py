@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import sys
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
@@ -36,6 +37,13 @@ class _Commands(TyperGroup):
         except typer.BadParameter as error:  # a missing argument has no message of its own: its name teaches nobody
             error.message = error.message or getattr(error.param, "help", None) or ""
             raise
+        except BrokenPipeError as error:  # typer would end every one with code 1 and no word
+            if not _reader_is_gone():
+                raise RuntimeError("a pipe or connection closed during the command") from error
+            if resume := _RESUME.get(ctx.invoked_subcommand or ""):
+                with suppress(OSError):
+                    show_error(f"\nThe program that reads the output has ended, as `head` does. {resume}")
+            raise
         except KeyboardInterrupt as error:
             interrupted = as_interrupted(error, _RESUME.get(ctx.invoked_subcommand or "", ""))
             show_error(f"\n{interrupted}")
@@ -54,6 +62,16 @@ _RESUME = {
     "export": "Delete the unfinished folder before you re-run the command.",
 }
 """What to do after an interruption; the other commands leave nothing behind."""
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output or standard error is a pipe that no process reads any more."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # None, or not a file
+            poll.register(stream.fileno(), 0)  # POLLERR is reported without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
 
 app = typer.Typer(
     cls=_Commands,

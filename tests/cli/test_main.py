@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -258,6 +260,34 @@ def test_verify_of_a_sound_dataset_prints_its_facts(
 ) -> None:
     assert _run(monkeypatch, "verify", tiny_dataset) == 0
     assert "dataset id" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "status"])
+def test_a_reader_that_ends_is_named_where_work_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """`coldstill train run.yaml | head` must not end a night's run without a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def write(self: object, ctx: object) -> None:
+        os.write(writer, b"{'loss': '3.046'}")
+
+    monkeypatch.setattr(typer.core.TyperCommand, "invoke", write)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert _run(monkeypatch, command, "x") == 1
+    assert ("re-run the same command to resume" in capsys.readouterr().err) == (command == "train")
+
+
+def test_a_connection_that_breaks_is_no_reader_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(self: object, ctx: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "of a worker")
+
+    monkeypatch.setattr(typer.core.TyperCommand, "invoke", write)
+    monkeypatch.setattr(sys, "argv", ["coldstill", "train", "x"])
+    with pytest.raises(RuntimeError, match="a pipe or connection closed"):
+        main()
 
 
 def test_an_error_is_printed_whole_without_a_traceback(
