@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 
 from coldstill.common.attention import evaluation_mode
+from coldstill.common.charts import figure
 from coldstill.common.files import write_json
 from coldstill.common.visible import plain
 from coldstill.storage_schema.header import DatasetHeader
@@ -376,7 +377,7 @@ def _table(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else figure(value) if isinstance(value, float) else str(value)
 
 
 def _evenly_spaced(items: Sequence[Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coldstill.common.charts import figure
 from coldstill.common.visible import visible
 
 _FILE_WIDTH = 160
@@ -93,7 +94,7 @@ def word(path: object) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        return figure(value)
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -214,12 +214,13 @@ def test_a_file_gets_an_id_in_one_line_and_a_narrow_window_does_not(
 def test_a_result_shows_lists_as_text_leaves_out_what_it_has_not_and_ends_with_what_to_do(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    result = {"teachers": ["a", "[red]b\x1b[31m"], "taid_t": None}
+    result = {"teachers": ["a", "[red]b\x1b[31m"], "taid_t": None, "tokens_per_s": 10571.4}
     show_result(result, title="train", summary=tmp_path / "s.json", places={"student": "runs/x/student"}, then="Next")
     out = capsys.readouterr().out
     assert "a, [red]b" in out
     assert "\x1b" not in out
     assert "None" not in out
+    assert "10,571" in out  # not 1.057e+04
     assert "runs/x/student" in out
     assert out.endswith("Next\n")
     assert json.loads((tmp_path / "s.json").read_text()) == result
