@@ -96,9 +96,12 @@ def push(
     `StorageFailed`.
     """
     dataset = retried(open_dataset, root)
+    repo = parse_hub_url(destination) if destination.startswith("hf://") else None
+    if repo:
+        _hub_client(repo)  # a missing login ends the push before a large dataset is read
     _require_intact(dataset, progress=progress)
-    if destination.startswith("hf://"):
-        return upload(dataset, parse_hub_url(destination), private=private, replace=replace, progress=progress)
+    if repo:
+        return upload(dataset, repo, private=private, replace=replace, progress=progress)
     make = partial(made_card, dataset, progress=progress)
     return copy_dataset(dataset, Store(destination), progress=progress, replace_card=replace, make_card=make)
 
