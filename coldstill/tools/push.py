@@ -98,7 +98,7 @@ def push(
     dataset = retried(open_dataset, root)
     if destination.startswith("hf://"):
         repo = parse_hub_url(destination)
-        _hub_client(dataset, repo)
+        _hub_client(dataset, repo)  # a missing login ends the push before a large dataset is read
         _require_intact(dataset, progress=progress)
         return upload(dataset, repo, private=private, replace=replace, progress=progress)
     store = Store(destination)

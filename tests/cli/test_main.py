@@ -117,7 +117,7 @@ def test_a_file_that_is_no_mapping_is_named(config: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
-        (["train", "confg/tiny.yaml"], "config/tiny.yaml"),
+        (["train", "configs/tiny.yaml"], "config/tiny.yaml"),
         (["verify", "dtaa/first"], "data/first"),
         (["compare", "runs/taid-0"], "runs/taid_0"),
     ],

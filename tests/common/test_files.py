@@ -140,7 +140,7 @@ def test_json_is_written_whole_and_read_back(tmp_path: Path) -> None:
 def test_a_misspelled_path_is_found_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs" / "first\x1b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert did_you_mean("rnus/frist\x1b") == "did you mean runs/first␛?"
+    assert did_you_mean("rnus/fiirst\x1b") == "did you mean runs/first␛?"
     assert did_you_mean(tmp_path / "rnus") == f"did you mean {tmp_path}/runs?"
-    for path in ("", "runs", "./runs/../runs", "other/first", "runs/second", "x" * 5000, "a\0b", "s3://runs/frist"):
+    for path in ("", "runs", "./runs/../runs", "other/first", "runs/second", "x" * 5000, "a\0b", "s3://runs/fiirst"):
         assert did_you_mean(path) == ""

@@ -185,6 +185,10 @@ def test_a_push_without_a_login_has_a_named_error(
     log_in(monkeypatch, "reader")
     with pytest.raises(AccessDenied, match="HF_TOKEN"):
         push(tiny_dataset, URL, progress=False)
+    monkeypatch.delenv("HF_TOKEN")
+    (tiny_dataset / open_dataset(tiny_dataset).shards[0].file.name).unlink()  # found by reading all files, thus later
+    with pytest.raises(CredentialsMissing, match="hf auth login"):
+        push(tiny_dataset, URL, progress=False)
     assert hub.repositories == {}
 
 

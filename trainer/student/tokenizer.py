@@ -20,6 +20,7 @@ from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.tokenizer import (
     TOKENIZER_FILE,
     TOKENIZER_FILES,
+    TOKENIZER_FOLDER,
     fingerprint_bytes,
     first_difference,
     load_faithfully,
@@ -54,8 +55,7 @@ def tokenizer_files(student: StudentConfig, dataset: Dataset) -> dict[str, bytes
             f"tokenizer of the student {student.name}",
             found=f"no {TOKENIZER_FILE}" + (f", only {', '.join(sorted(files))}" if files else ""),
             wanted=f"a {TOKENIZER_FILE}, as the tokenizers library writes it",
-            fix=_student_inside(student)
-            or "save the tokenizer with `save_pretrained` of a fast tokenizer of transformers",
+            fix=_student_inside(student) or _how_to_save(dataset),
         )
     return files
 
@@ -64,6 +64,12 @@ def _student_inside(student: StudentConfig) -> str:
     """The question whether the student of a training was meant, if its output was given; empty otherwise."""
     inside = Path(student.model or "", "student")
     return f"did you mean {inside}?" if (inside / TOKENIZER_FILE).is_file() else ""
+
+
+def _how_to_save(dataset: Dataset) -> str:
+    """What a program must do whose student has no tokenizer beside its weights; the student may have the dataset's."""
+    own = f"; that of the dataset is in {dataset.store.url}/{TOKENIZER_FOLDER}" if dataset.tokenizer_files() else ""
+    return f"pass the tokenizer to DistillTrainer as processing_class, or save it there with `save_pretrained`{own}"
 
 
 def check_tokenizer(tokenizer_json: bytes, header: DatasetHeader, *, name: str, dataset: Dataset | None = None) -> None:
@@ -149,7 +155,7 @@ def check_model_tokenizer(model: Any, dataset: Dataset, *, name: str) -> None:
         return
     logger.warning(
         "The tokenizer of %s was not checked: no %s %s. Training and evaluation use the dataset's ids (%s) with this "
-        "model. Pass its tokenizer as processing_class to check them.",
+        "model. Pass its tokenizer as processing_class, to check the ids and to save it with the student.",
         name,
         TOKENIZER_FILE,
         f"is in {source}" if source else "belongs to a model that was not loaded from a folder or the Hub",

@@ -127,8 +127,11 @@ def test_another_tokenizer_a_missing_one_and_that_of_a_run_s_folder_are_named_er
     with pytest.raises(TokenizerMismatch, match="60 ids"):
         check_tokenizer(files["tokenizer.json"], header, name="other")
     (other / "tokenizer.json").unlink()
-    with pytest.raises(TokenizerNotFound, match=r"tokenizer\.json"):
+    with pytest.raises(TokenizerNotFound, match=r"tokenizer\.json") as error:
         tokenizer_files(StudentConfig(model=str(other)), open_dataset(tiny_dataset))
+    assert f"processing_class, or save it there with `save_pretrained`; that of the dataset is in {tiny_dataset}/" in (
+        error.value.fix
+    )
     (other / "tokenizer.json").write_text(json.dumps({}))
     with pytest.raises(TokenizerNotFound):
         check_tokenizer(b"{}", header, name="other")
