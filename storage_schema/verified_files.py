@@ -13,7 +13,16 @@ from pydantic import Field
 
 from coldstill.common.models import FrozenModel
 
-from .errors import CommitDamaged, FileDamaged, FileMissing, OutsideDataset, ShardDamaged, ShardMissing
+from .errors import (
+    CommitDamaged,
+    FileDamaged,
+    FileMissing,
+    OutsideDataset,
+    ShardDamaged,
+    ShardMissing,
+    StorageFailed,
+    error_codes,
+)
 from .store import MAX_FILE_BYTES, Store
 
 SHARDS_FOLDER = "shards"
@@ -95,9 +104,26 @@ def open_file(store: Store, file: FileRecord) -> BinaryIO:
         raise _missing(store, file) from None
 
 
-def check_content(store: Store, file: FileRecord, source: BinaryIO) -> None:
-    """Verifies the open file `source`, one block in memory at a time. Raises `FileDamaged` (`ShardDamaged`)."""
-    _require_digest(store, file, *_digest(source, file.bytes))
+def check_content(
+    store: Store,
+    file: FileRecord,
+    source: BinaryIO,
+    *,
+    on_block: Callable[[int], None] = lambda _: None,
+    write: Callable[[bytes], object] = bool,
+) -> None:
+    """Verifies the open file `source`, one block in memory at a time, each of which `write` and `on_block` get.
+
+    Raises `FileDamaged` (`ShardDamaged`), also for an object that is replaced while it is read.
+    """
+    try:
+        found = _digest(source, file.bytes, on_block=on_block, write=write)
+    except StorageFailed as error:
+        if "FileExpired" in error_codes(error):  # the S3 client's: the object has another ETag than when it was opened
+            replaced = "another file, put in its place while it was read"
+            raise _damaged(store, file, found=replaced, wanted=_content(file)) from error
+        raise
+    _require_digest(store, file, *found)
 
 
 def unusable_files(store: Store, files: Iterable[FileRecord], *, deep: bool = False) -> set[str]:
@@ -142,10 +168,10 @@ def copy_file(source: Store, file: FileRecord, destination: Store, on_block: Cal
     try:
         if destination.size(file.name) == file.bytes:
             with destination.open(file.name) as existing:
-                if _digest(existing, file.bytes) == (file.bytes, file.sha256):
-                    on_block(file.bytes)
-                    return False
-    except (FileNotFoundError, OutsideDataset):
+                check_content(destination, file, existing)
+            on_block(file.bytes)
+            return False
+    except (FileNotFoundError, FileDamaged, OutsideDataset):
         pass
     if source.is_local and not destination.is_local:
         destination.upload(file.name, source.local_path(file.name))
@@ -154,10 +180,9 @@ def copy_file(source: Store, file: FileRecord, destination: Store, on_block: Cal
     try:
         with source.open(file.name) as reading, destination.receive(file.name) as path, path.open("xb") as writing:
             try:
-                size, digest = _digest(reading, file.bytes, on_block=on_block, write=writing.write)
+                check_content(source, file, reading, on_block=on_block, write=writing.write)
             except FileNotFoundError:  # deleted since it was opened; `receive` would take it for an error of its own
                 raise _missing(source, file) from None
-            _require_digest(source, file, size, digest)
     except FileNotFoundError:
         raise _missing(source, file) from None
     return True
@@ -167,8 +192,8 @@ def _digest(
     reading: BinaryIO,
     wanted_bytes: int,
     *,
-    on_block: Callable[[int], None] = lambda _: None,
-    write: Callable[[bytes], object] = bool,
+    on_block: Callable[[int], None],
+    write: Callable[[bytes], object],
 ) -> tuple[int, str]:
     """Size and sha256. Reading stops one byte after `wanted_bytes`, even if the source sends more."""
     size, sha256 = 0, hashlib.sha256()
@@ -183,7 +208,11 @@ def _digest(
 def _require_digest(store: Store, file: FileRecord, size: int, sha256: str) -> None:
     if (size, sha256) != (file.bytes, file.sha256):
         found = f"more than {file.bytes} bytes" if size > file.bytes else f"{size} bytes, sha256 {sha256}"
-        raise _damaged(store, file, found=found, wanted=f"{file.bytes} bytes, sha256 {file.sha256}")
+        raise _damaged(store, file, found=found, wanted=_content(file))
+
+
+def _content(file: FileRecord) -> str:
+    return f"{file.bytes} bytes, sha256 {file.sha256}"
 
 
 def _missing(store: Store, file: FileRecord) -> FileMissing:

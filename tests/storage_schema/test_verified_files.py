@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -17,6 +18,7 @@ from coldstill.storage_schema.verified_files import (
     file_record,
     read_file,
 )
+from tests.pipeline.buckets import s3_bucket
 
 CONTENT = b"content" * 1000
 MANY_BLOCKS = bytes(range(256)) * ((2 * BLOCK_BYTES) // 256) + b"rest"
@@ -132,3 +134,26 @@ def test_a_source_that_is_deleted_while_it_is_copied_is_missing_and_not_a_failed
     with pytest.raises(ShardMissing, match="source"):
         copy_file(source, record, destination, on_block=lambda _: None)
     assert not destination.exists(record.name)
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, destination: Store
+) -> None:
+    with s3_bucket(monkeypatch) as (address, _):
+        source = Store(f"{address}/dataset")
+        file = stored(source)
+        opened = Store.open
+
+        def open_and_replace(store: Store, name: str) -> BinaryIO:
+            found = opened(store, name)
+            if store is source:
+                Store(source.url).put(name, bytes(len(CONTENT)))
+            return found
+
+        monkeypatch.setattr(Store, "open", open_and_replace)
+        for use in (lambda: copy_file(source, file, destination, nothing), lambda: check_file(source, file)):
+            source.put(file.name, CONTENT)
+            with pytest.raises(ShardDamaged, match="put in its place while it was read"):
+                use()
+        with pytest.raises(FileNotFoundError):
+            destination.size(file.name)
