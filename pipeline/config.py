@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -113,6 +114,12 @@ class TeacherConfig(FrozenModel):
     def read_length(self) -> int:
         """The maximum number of tokens of a sequence that the engine gets; see `checkpoint.with_read_length`."""
         return self.max_read_length or self.max_length
+
+    @property
+    def devices(self) -> int:
+        """The devices that hold one engine, by `engine_args`; a size that is null is the engine's default of 1."""
+        sizes = (self.engine_args.get(name) for name in ("tensor_parallel_size", "pipeline_parallel_size"))
+        return math.prod(int(size or 1) for size in sizes)
 
     @property
     def is_own_class(self) -> bool:

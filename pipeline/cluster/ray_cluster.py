@@ -23,7 +23,6 @@ from coldstill.pipeline.worker import UnitReport
 
 _NEEDS = {"cpus_per_worker": "CPU", "gpus_per_worker": "GPU"}
 """Settings of a worker's needs, and Ray's names of the resources; `join_cluster` fills both in."""
-_PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 START_LIMITS = ("RAY_gcs_server_port_wait_time_s", "RAY_raylet_start_wait_time_s")
 """Ray's own environment variables for how long the parts of a new node may take to start."""
 _FIRST_REPORT_S = 60.0
@@ -111,10 +110,7 @@ def gpus_per_worker(config: CaptureConfig, resources: Mapping[str, float]) -> fl
         return config.cluster.gpus_per_worker
     if config.teacher.engine == "endpoint" or not resources.get("GPU"):
         return 0
-    gpus = 1
-    for name in _PARALLEL_SIZES:
-        gpus *= int(config.teacher.engine_args.get(name) or 1)
-    return gpus
+    return config.teacher.devices
 
 
 def cpus_per_worker(config: CaptureConfig, resources: Mapping[str, float], *, is_local: bool) -> float:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from coldstill.common.files import json_value
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.score_ids import ids_of_part
 from coldstill.pipeline.source_config import SourceConfig
@@ -71,7 +72,8 @@ def facts_of(number: int, columns: Mapping[str, Any], source: SourceConfig, *, u
     kept = {name: value for name, value in columns.items() if name not in (*used, source.id)}
     if source.dataset is not None:
         kept = {name: _without_images(value) for name, value in kept.items()}
-    metadata = {name: _as_json(value) for name, value in kept.items()}
+    # Values that JSON cannot hold (dates, bytes) become strings.
+    metadata = {name: json_value(value, default=str) for name, value in kept.items()}
     size = len(sample_id.encode()) + len(json.dumps(metadata, ensure_ascii=False).encode()) + _ROOM_FOR_ID
     if size > MAX_METADATA_BYTES:
         detail = f"{size:,} bytes in other columns than the text, at most {MAX_METADATA_BYTES:,}"
@@ -86,11 +88,6 @@ def _without_images(value: object) -> object:
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return {**value, "bytes": f"{len(value['bytes'])} bytes"}
     return value
-
-
-def _as_json(value: object) -> object:
-    """Metadata is JSON: values that JSON cannot hold (dates, bytes) become strings, and NaN and infinities null."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def split(

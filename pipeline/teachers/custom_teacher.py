@@ -118,10 +118,8 @@ class CheckedTeacher:
             if stored.token_ids.size > self._header.max_length:
                 found = f"{stored.token_ids.size} tokens in the stored row"
                 raise self._invalid(where, found, f"at most {self._header.max_length}")
-        metadata = {
-            **given.metadata,
-            **item.sequence.metadata,
-        }  # a class may build its sequences itself, and add to them
+        # A class may build its sequences itself, and add to them.
+        metadata = {**given.metadata, **item.sequence.metadata}
         item = item._replace(sequence=replace(item.sequence, stored=stored, metadata=metadata))
         self._check_arrays(where, item)
         if _is_nan(item.targets):

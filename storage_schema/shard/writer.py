@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from coldstill.common.files import json_value
 from coldstill.storage_schema.codec import MAX_ENTRIES, STREAMS, RowCodec
 from coldstill.storage_schema.errors import InvalidRow, ShardTooLarge
 from coldstill.storage_schema.header import DatasetHeader
@@ -145,7 +146,7 @@ def _json(metadata: Mapping[str, Any]) -> str:
     text = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
     if "NaN" not in text and "Infinity" not in text:  # nearly every row
         return text
-    return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False, sort_keys=True)
+    return json.dumps(json_value(metadata), ensure_ascii=False, sort_keys=True)
 
 
 def _check_bounds(row: CachedRow, codec: RowCodec) -> None:

@@ -66,7 +66,6 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader, adapter: Adap
                 wanted="no such argument",
                 fix=f"remove it: {reason}",
             )
-    sizes = [int(config.engine_args.get(name) or 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
     arguments: dict[str, Any] = {
         "model": config.model,
         "revision": config.revision,
@@ -78,7 +77,7 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader, adapter: Adap
         "logprobs_mode": "raw_logprobs",
         "enable_prefix_caching": False,
         # Inside a Ray placement group vLLM would choose Ray, and wait for the GPUs that this actor holds.
-        "distributed_executor_backend": "uni" if sizes == [1, 1] else "mp",
+        "distributed_executor_backend": "uni" if config.devices == 1 else "mp",
         "enforce_eager": not _can_compile(),
         "seed": 0,
     }
