@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from coldstill.common.charts import figure
-from coldstill.common.files import json_value
 from coldstill.common.visible import visible
 
 _FILE_WIDTH = 160
@@ -56,7 +55,7 @@ def show_result(
 
 def json_text(document: Mapping[str, Any], *, indent: int | None = None) -> str:
     """A document as JSON, which has neither NaN nor infinities: they become null."""
-    return json.dumps(json_value(document), indent=indent)
+    return json.dumps(json.loads(json.dumps(document), parse_constant=lambda _: None), indent=indent)
 
 
 def writable(*endings: str) -> Callable[[Path | None], Path | None]:

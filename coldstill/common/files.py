@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -72,9 +72,3 @@ def write_json(final: Path, document: Mapping[str, Any], *, sort_keys: bool = Fa
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def json_value(value: Any, *, default: Callable[[Any], Any] | None = None) -> Any:
-    """What JSON holds of a value. It has neither NaN nor infinities: they become null. `default`: as of `json.dumps`,
-    which raises `TypeError` without it."""
-    return json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from coldstill.common.files import json_value
 from coldstill.pipeline.reject_reasons import RejectReason
 from coldstill.pipeline.score_ids import ids_of_part
 from coldstill.pipeline.source_config import SourceConfig
@@ -21,6 +20,7 @@ from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.codec import MAX_ENTRIES
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.rows import MediaReference, spans_from_mask
+from coldstill.storage_schema.shard import json_value
 from coldstill.storage_schema.shard.layout import MAX_METADATA_BYTES
 
 from .conversation import RowUnusable

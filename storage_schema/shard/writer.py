@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coldstill.common.files import json_value
 from coldstill.storage_schema.codec import MAX_ENTRIES, STREAMS, RowCodec
 from coldstill.storage_schema.errors import InvalidRow, ShardTooLarge
 from coldstill.storage_schema.header import DatasetHeader
@@ -139,6 +138,12 @@ def metadata_json(row: CachedRow) -> str:
             f"row {row.sample_id!r}: metadata", found="deeper JSON", wanted=f"at most {MAX_METADATA_DEPTH} levels"
         )
     return metadata
+
+
+def json_value(value: Any, *, default: Callable[[Any], Any] | None = None) -> Any:
+    """What a row's metadata hold of a value. JSON has neither NaN nor infinities: they become null. `default`: as of
+    `json.dumps`, which raises `TypeError` without it."""
+    return json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)
 
 
 def _json(metadata: Mapping[str, Any]) -> str:
