@@ -117,6 +117,7 @@ def draw_draws(result: dict[str, Any], path: Path) -> None:
     and highest share of the orders of rows. Bytes and the runs with more targets have results of their own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     found_bytes = json.loads(stored("draws_bytes").read_text(encoding="utf-8"))
     longer = json.loads(stored("draws_300k").read_text(encoding="utf-8"))
@@ -138,7 +139,8 @@ def draw_draws(result: dict[str, Any], path: Path) -> None:
                 marker = "s" if method == "iid" else "o"
                 named = label if number == 0 else None
                 axes.errorbar(place, mean, yerr=spread, fmt=marker, color=color, capsize=3, markersize=6, label=named)
-                axes.annotate(name, (place, mean), (6, height), textcoords="offset points", fontsize=8, color=color)
+                text = axes.annotate(name, (place, mean), (6, height), textcoords="offset points", fontsize=8)
+                text.set(color=color, zorder=10, path_effects=[withStroke(linewidth=3, foreground="white")])
         axes.axhline(1, color=_FLOOR, linestyle="--", linewidth=1)
         axes.set_title(f"{kind} teacher; the dashed line is the whole teacher", fontsize=10)
         axes.set_xlabel("bytes per target")

@@ -6,7 +6,8 @@ read the same text; each is captured once, with K = 128 and draws. Students lear
 from a pre-trained student on pairs of a function's signature and its body.
 
 Each loss takes the learning rate with the lowest validation cross-entropy, chosen with the 10x teacher and the first
-seed. With these, the validation part also shows other first values of TAID's t, and more passes. The test part gives
+seed. With these, the validation part also shows other first values of TAID's t, and more passes. In long runs, of four
+passes, teachers are used that read all text, and learning rates are chosen again. The test part gives
 the cross-entropy to the text, KL(teacher || student), masses, and what the student writes. A finished run is a line
 of OUTPUT/runs.jsonl.
 """
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.capacity.plan import (
     FULL,
+    LONG_PASSES,
     LOSSES,
     QUICK,
     SETTINGS,
@@ -32,9 +34,10 @@ from benchmarks.capacity.plan import (
     Size,
     chosen_rate,
     first_of_study,
+    long_runs,
     planned,
     read,
-    seconds_of_a_run,
+    seconds_of_a_pass,
     study,
 )
 from benchmarks.common.command import add_folders, is_quick, new_parser, set_threads
@@ -86,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = read(log)
         while run := next((run for run, final in planned(size, done) if final and run not in done), None):
             used = time.monotonic() - began
-            if options.minutes is not None and used + seconds_of_a_run(done) > 60 * options.minutes:
+            if options.minutes is not None and used + run.passes * seconds_of_a_pass(done) > 60 * options.minutes:
                 break
             done[run] = bench.run(run)
             append(log, done[run])
@@ -102,10 +105,9 @@ def show_plan(size: Size, done: Done) -> None:
             of_seed = [run for run in runs if (run.setting, run.seed) == (setting, seed)]
             table.add_row(setting, str(seed), str(len(of_seed)), str(sum(run in done for run in of_seed)))
     Console().print(table)
-    left = sum(run not in done for run in runs)
-    print(
-        f"{left} runs left, {left * seconds_of_a_run(done) / 60:.0f} minutes, beside 20 minutes for teachers and caches"
-    )
+    left = [run for run in runs if run not in done]
+    minutes = sum(run.passes for run in left) * seconds_of_a_pass(done) / 60
+    print(f"{len(left)} runs left, {minutes:.0f} minutes, beside 100 minutes for teachers and caches")
 
 
 def report(bench: Bench, done: Done, *, quick: bool) -> None:
@@ -117,6 +119,7 @@ def report(bench: Bench, done: Done, *, quick: bool) -> None:
         "settings": json.loads(json.dumps(vars(size))),
         "before": {setting: bench.before(setting) for setting in SETTINGS},
         "students": {},
+        "long": {},
         "study": [],
     }
     for setting in SETTINGS:
@@ -136,6 +139,7 @@ def report(bench: Bench, done: Done, *, quick: bool) -> None:
                 table.add_row(loss, teacher, f"{rate:g}", str(len(records)), *means)
         Console(width=150).print(table)
         figures["students"][setting] = of_losses
+        figures["long"][setting] = _long_figures(setting, size, done)
     studied = [*study(size, done), *((run, True) for run in first_of_study(size, done))]
     table = Table("setting", "loss", "passes", "validation CE", "validation KL", title="study of TAID, validation part")
     for run in sorted({run for run, _ in studied} & done.keys(), key=lambda run: (run.setting, run.passes, run.loss)):
@@ -144,6 +148,25 @@ def report(bench: Bench, done: Done, *, quick: bool) -> None:
         figures["study"].append({**vars(run), **of})
     Console(width=150).print(table)
     finish("capacity", {**figures, "log": list(done.values())}, command="make bench-capacity", quick=quick)
+
+
+def _long_figures(setting: str, size: Size, done: Done) -> list[dict[str, Any]]:
+    """Figures of the long runs, a record for each teacher and loss."""
+    of_sides: dict[tuple[str, str], list[Run]] = {}
+    for run, _ in long_runs(setting, size, done):
+        if run in done:
+            of_sides.setdefault((run.teacher, run.loss), []).append(run)
+    title = f"{setting}, {LONG_PASSES} passes, test part"
+    table = Table("loss", "teacher", "rate", "seeds", *COLUMNS.values(), title=title)
+    records = []
+    for (teacher, loss), runs in of_sides.items():
+        values = {name: [done[run]["test"][name] for run in runs] for name in done[runs[0]]["test"]}
+        records.append({"teacher": teacher, "loss": loss, "rate": runs[0].rate, "test": values})
+        means = (f"{statistics.mean(values[name]):.4f}" for name in COLUMNS)
+        table.add_row(loss, teacher, f"{runs[0].rate:g}", str(len(runs)), *means)
+    if records:
+        Console(width=150).print(table)
+    return records
 
 
 if __name__ == "__main__":

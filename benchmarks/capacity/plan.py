@@ -30,6 +30,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     "TAID": {"name": "taid"},
 }
 """Name in tables -> settings of the loss, all with their defaults."""
+MORE_TEXT = ", all text"
+"""Behind a teacher's name: it read all of the teachers' part, about five times as much. A student that passes four
+times over its own text is not behind the other teachers, so they have little to teach it."""
 STUDIED: dict[str, dict[str, Any]] = {
     "TAID, t from 0.2": {"name": "taid", "t_start": 0.2},
     "TAID, t from 0.8": {"name": "taid", "t_start": 0.8},
@@ -52,6 +55,10 @@ class Size:
     teachers: tuple[str, ...]
     main_teacher: str
     seeds: int
+    better_teachers: tuple[str, ...]
+    """Of the long runs; the first one is used to choose their learning rates."""
+    better_tokens: int
+    """At most, for each of them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ FULL = Size(
     teachers=("1x", "3x", "10x", "30x"),
     main_teacher="10x",
     seeds=3,
+    better_teachers=("10x" + MORE_TEXT, "30x" + MORE_TEXT),
+    better_tokens=10**9,
 )
 QUICK = Size(
     teacher_tokens=40_000,
@@ -93,9 +102,13 @@ QUICK = Size(
     teachers=("1x", "3x"),
     main_teacher="3x",
     seeds=1,
+    better_teachers=("3x" + MORE_TEXT,),
+    better_tokens=80_000,
 )
 RUN_KEYS = tuple(field.name for field in fields(Run))
 STUDY_PASSES = (1, 4)
+LONG_PASSES = 4
+LONG_LOSSES = ("SFT", "forward KL", "adaptive KL", "TAID", "TAID, t from 0.8")
 Done = dict[Run, dict[str, Any]]
 
 
@@ -104,9 +117,12 @@ def read(log: Path) -> Done:
     return {Run(**{name: record[name] for name in RUN_KEYS if name in record}): record for record in lines_of(log)}
 
 
-def chosen_rate(setting: str, loss: str, size: Size, done: Done) -> tuple[float, bool]:
+def chosen_rate(
+    setting: str, loss: str, size: Size, done: Done, *, teacher: str = "", passes: int = 1
+) -> tuple[float, bool]:
     """The best learning rate of those tried, the first one if none was, and whether all were tried."""
-    tried = {rate: done.get(Run(setting, loss, size.main_teacher, rate, 0)) for rate in size.rates[setting]}
+    teacher = teacher or size.main_teacher
+    tried = {rate: done.get(Run(setting, loss, teacher, rate, 0, passes)) for rate in size.rates[setting]}
     values = {rate: record["validation"]["cross_entropy"] for rate, record in tried.items() if record}
     best = min(values, key=lambda rate: values[rate]) if values else size.rates[setting][0]
     return best, len(values) == len(tried)
@@ -115,7 +131,7 @@ def chosen_rate(setting: str, loss: str, size: Size, done: Done) -> tuple[float,
 def planned(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
     """Every run in the order of its value, and whether its learning rate is final.
 
-    Both settings: the learning rates, then the other teachers. Then the study of TAID, then other seeds.
+    Both settings: the learning rates, then the other teachers. Then the study of TAID, other seeds, and long runs.
     """
     for setting in SETTINGS:
         for rate in size.rates[setting]:
@@ -126,6 +142,25 @@ def planned(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
     for setting in reversed(SETTINGS):  # the shorter runs first
         for seed in range(1, size.seeds):
             yield from _with_chosen_rates(setting, seed, size, done)
+    for setting in SETTINGS:
+        tried = [
+            Run(setting, loss, size.better_teachers[0], rate, 0, LONG_PASSES)
+            for rate in size.rates[setting]
+            for loss in LONG_LOSSES
+        ]
+        yield from ((run, True) for run in tried)
+        yield from ((run, is_final) for run, is_final in long_runs(setting, size, done) if run not in tried)
+
+
+def long_runs(setting: str, size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
+    """Runs with more passes, against teachers that read more, with their learning rates and all seeds."""
+    first = size.better_teachers[0]
+    for teacher in size.better_teachers:
+        for seed in range(size.seeds):
+            for loss in LONG_LOSSES:
+                if teacher == first or loss != "SFT":  # SFT has no teacher
+                    rate, is_final = chosen_rate(setting, loss, size, done, teacher=first, passes=LONG_PASSES)
+                    yield Run(setting, loss, teacher, rate, seed, LONG_PASSES), is_final
 
 
 def study(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
@@ -158,7 +193,7 @@ def first_of_study(size: Size, done: Done) -> list[Run]:
     ]
 
 
-def seconds_of_a_run(done: Done) -> float:
-    """Mean time of the finished runs; without any, of those of the stored result."""
+def seconds_of_a_pass(done: Done) -> float:
+    """Mean time of a pass of the finished runs; without any, of those of the stored result."""
     records = list(done.values()) or read_json(stored("capacity"))["log"]
-    return statistics.mean(record["seconds"] for record in records)
+    return statistics.mean(record["seconds"] / record.get("passes", 1) for record in records)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.capacity.plan import LOSSES, SETTINGS, STUDENT, STUDIED, TEACHERS, Run, Size
+from benchmarks.capacity.plan import LOSSES, MORE_TEXT, SETTINGS, STUDENT, STUDIED, TEACHERS, Run, Size
 from benchmarks.common.capture_here import capture_here
 from benchmarks.common.held_out import HeldOut, held_out, rounded, student_figures, teacher_figures
 from benchmarks.common.whole_teacher import HiddenStates, head_of, hidden_states, rows_of_text
@@ -61,11 +61,13 @@ class Bench:
                 train_tokenizer(texts, vocabulary=VOCABULARY).save_pretrained(folder)
         for name in self.size.teachers:
             self._model(self.teacher(name), TEACHERS[name], tokens=self.size.teacher_tokens)
+        for name in self.size.better_teachers:
+            self._model(self.teacher(name), TEACHERS[name.removesuffix(MORE_TEXT)], tokens=self.size.better_tokens)
         self._model(self.student("instruction pairs", 0), STUDENT, tokens=self.size.student_tokens)
         for seed in range(self.size.seeds):
             self._model(self.student("pre-training", seed), STUDENT, tokens=0, seed=seed)
         for setting in SETTINGS:
-            for name in self.size.teachers:
+            for name in (*self.size.teachers, *self.size.better_teachers):
                 self._capture(setting, name)
                 _ = self.held_out(setting, name)
 
@@ -123,7 +125,7 @@ class Bench:
     def facts(self) -> dict[str, Any]:
         """Models, caches and held-out parts."""
         teachers = {}
-        for name in self.size.teachers:
+        for name in (*self.size.teachers, *self.size.better_teachers):
             of_settings = {}
             for setting in SETTINGS:
                 root = self.dataset(setting, name)
@@ -208,13 +210,21 @@ class Bench:
             return
         model = new_model(Shape(**{**vars(shape), "seed": seed}), vocabulary=len(self._tokenizer))
         if tokens:
-            blocks = training_blocks(self.layout, self._tokenizer, tokens=tokens, seed=0)
+            blocks = self._blocks(tokens, all_modules=folder.name.endswith(MORE_TEXT))
             checkpoint = self.layout.root / f".{folder.name}.pt"
             pretrain(model, blocks, checkpoint=checkpoint, label=folder.name)
             checkpoint.unlink(missing_ok=True)
         with new_folder(folder) as beside:
             model.save_pretrained(beside)
             self._tokenizer.save_pretrained(beside)
+
+    def _blocks(self, tokens: int, *, all_modules: bool) -> torch.Tensor:
+        """A quarter of the tokens are of modules and the others of pairs after them; or `all_modules`, and then the
+        pairs, in random order."""
+        if not all_modules:
+            return training_blocks(self.layout, self._tokenizer, tokens=tokens, seed=0)
+        blocks = training_blocks(self.layout, self._tokenizer, tokens=tokens, seed=0, raw_share=1.0)
+        return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
 
     def _capture(self, setting: str, teacher: str) -> None:
         root = self.dataset(setting, teacher)

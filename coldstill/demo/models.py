@@ -139,7 +139,9 @@ def parameter_count(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def training_blocks(layout: Layout, tokenizer: PreTrainedTokenizerFast, *, tokens: int, seed: int) -> torch.Tensor:
+def training_blocks(
+    layout: Layout, tokenizer: PreTrainedTokenizerFast, *, tokens: int, seed: int, raw_share: float = RAW_SHARE
+) -> torch.Tensor:
     """`int64 [N, T]`, about `tokens` in total: whole files of the teacher's part, then its pairs."""
     files = [row["text"] for row in read_rows(layout.rows("teacher", "raw"))]
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -147,7 +149,7 @@ def training_blocks(layout: Layout, tokenizer: PreTrainedTokenizerFast, *, token
     chats = [row["messages"] for row in read_rows(layout.rows("teacher", "pairs"))]
     encoded = tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True)["input_ids"]
     blocks = tokens // MAX_TOKENS
-    raw = raw[: int(blocks * RAW_SHARE)]
+    raw = raw[: int(blocks * raw_share)]
     pairs = pack(encoded, block=MAX_TOKENS, seed=seed + 1)[: blocks - len(raw)]
     return torch.cat([raw, pairs])
 
