@@ -35,6 +35,18 @@ from tests import making
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
+@pytest.fixture
+def not_ignored():
+    """Behind `nohup`, processes are started with SIGHUP ignored, and a training leaves it so."""
+    found = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    for signum in SIGNALS:
+        if found[signum] is signal.SIG_IGN:
+            signal.signal(signum, signal.SIG_DFL)
+    yield
+    for signum, handler in found.items():
+        signal.signal(signum, handler)
+
+
 @pytest.fixture(scope="module")
 def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student with dropout, whose random numbers must be restored too."""
@@ -119,7 +131,7 @@ def test_a_signal_anywhere_saves_the_last_step_and_the_resumed_run_equals_an_unb
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_the_exit_code_names_the_signal(tiny_dataset, tiny_student, tmp_path, signum):
+def test_the_exit_code_names_the_signal(tiny_dataset, tiny_student, tmp_path, signum, not_ignored):
     with pytest.raises(Interrupted) as ended:
         train(config_of(tiny_dataset, tiny_student, tmp_path / "run"), callbacks=[SignalAt("end of a step", 1, signum)])
     assert ended.value.exit_code == 128 + signum
