@@ -7,7 +7,7 @@ from a pre-trained student on pairs of a function's signature and its body.
 
 Each loss takes the learning rate with the lowest validation cross-entropy, chosen with the 10x teacher and the first
 seed. With these, the validation part also shows other first values of TAID's t, and more passes. In long runs, of four
-passes, teachers are used that read all text, and learning rates are chosen again. The test part gives
+passes, the teacher has read five times as much, and learning rates are chosen again. The test part gives
 the cross-entropy to the text, KL(teacher || student), masses, and what the student writes. A finished run is a line
 of OUTPUT/runs.jsonl.
 """
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.capacity.plan import (
     FULL,
+    LONG_LOSSES,
     LONG_PASSES,
     LOSSES,
     QUICK,
@@ -150,23 +151,21 @@ def report(bench: Bench, done: Done, *, quick: bool) -> None:
     finish("capacity", {**figures, "log": list(done.values())}, command="make bench-capacity", quick=quick)
 
 
-def _long_figures(setting: str, size: Size, done: Done) -> list[dict[str, Any]]:
-    """Figures of the long runs, a record for each teacher and loss."""
-    of_sides: dict[tuple[str, str], list[Run]] = {}
-    for run, _ in long_runs(setting, size, done):
-        if run in done:
-            of_sides.setdefault((run.teacher, run.loss), []).append(run)
-    title = f"{setting}, {LONG_PASSES} passes, test part"
-    table = Table("loss", "teacher", "rate", "seeds", *COLUMNS.values(), title=title)
-    records = []
-    for (teacher, loss), runs in of_sides.items():
-        values = {name: [done[run]["test"][name] for run in runs] for name in done[runs[0]]["test"]}
-        records.append({"teacher": teacher, "loss": loss, "rate": runs[0].rate, "test": values})
-        means = (f"{statistics.mean(values[name]):.4f}" for name in COLUMNS)
-        table.add_row(loss, teacher, f"{runs[0].rate:g}", str(len(runs)), *means)
-    if records:
-        Console(width=150).print(table)
-    return records
+def _long_figures(setting: str, size: Size, done: Done) -> dict[str, Any]:
+    """Figures of the long runs of each loss, by seed."""
+    title = f"{setting}, {size.better_teacher}, {LONG_PASSES} passes, test part"
+    table = Table("loss", "rate", "seeds", *COLUMNS.values(), title=title)
+    of_losses: dict[str, Any] = {}
+    for loss in LONG_LOSSES:
+        rate, all_tried = chosen_rate(setting, loss, size, done, is_long=True)
+        records = [done[run] for run, _ in long_runs(setting, size, done) if run.loss == loss and run in done]
+        if records:
+            values = {name: [record["test"][name] for record in records] for name in records[0]["test"]}
+            of_losses[loss] = {"rate": rate, "all_rates_tried": all_tried, "test": values}
+            means = (f"{statistics.mean(values[name]):.4f}" for name in COLUMNS)
+            table.add_row(loss, f"{rate:g}", str(len(records)), *means)
+    Console(width=150).print(table)
+    return of_losses
 
 
 if __name__ == "__main__":

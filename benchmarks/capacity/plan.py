@@ -55,10 +55,11 @@ class Size:
     teachers: tuple[str, ...]
     main_teacher: str
     seeds: int
-    better_teachers: tuple[str, ...]
-    """Of the long runs; the first one is used to choose their learning rates."""
+    better_teacher: str
+    """Of the long runs."""
     better_tokens: int
-    """At most, for each of them."""
+    """That it reads at most."""
+    long_rates: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ FULL = Size(
     teachers=("1x", "3x", "10x", "30x"),
     main_teacher="10x",
     seeds=3,
-    better_teachers=("10x" + MORE_TEXT, "30x" + MORE_TEXT),
+    better_teacher="10x" + MORE_TEXT,
     better_tokens=10**9,
+    long_rates={"pre-training": (4e-3, 8e-3, 2e-3), "instruction pairs": (2e-3, 4e-3, 8e-3)},
 )
 QUICK = Size(
     teacher_tokens=40_000,
@@ -102,8 +104,9 @@ QUICK = Size(
     teachers=("1x", "3x"),
     main_teacher="3x",
     seeds=1,
-    better_teachers=("3x" + MORE_TEXT,),
+    better_teacher="3x" + MORE_TEXT,
     better_tokens=80_000,
+    long_rates={"pre-training": (4e-3,), "instruction pairs": (2e-3,)},
 )
 RUN_KEYS = tuple(field.name for field in fields(Run))
 STUDY_PASSES = (1, 4)
@@ -117,15 +120,19 @@ def read(log: Path) -> Done:
     return {Run(**{name: record[name] for name in RUN_KEYS if name in record}): record for record in lines_of(log)}
 
 
-def chosen_rate(
-    setting: str, loss: str, size: Size, done: Done, *, teacher: str = "", passes: int = 1
-) -> tuple[float, bool]:
+def chosen_rate(setting: str, loss: str, size: Size, done: Done, *, is_long: bool = False) -> tuple[float, bool]:
     """The best learning rate of those tried, the first one if none was, and whether all were tried."""
-    teacher = teacher or size.main_teacher
-    tried = {rate: done.get(Run(setting, loss, teacher, rate, 0, passes)) for rate in size.rates[setting]}
-    values = {rate: record["validation"]["cross_entropy"] for rate, record in tried.items() if record}
-    best = min(values, key=lambda rate: values[rate]) if values else size.rates[setting][0]
+    if is_long:
+        tried = {rate: _long_run(setting, loss, size, rate, 0) for rate in size.long_rates[setting]}
+    else:
+        tried = {rate: Run(setting, loss, size.main_teacher, rate, 0) for rate in size.rates[setting]}
+    values = {rate: done[run]["validation"]["cross_entropy"] for rate, run in tried.items() if run in done}
+    best = min(values, key=lambda rate: values[rate]) if values else next(iter(tried))
     return best, len(values) == len(tried)
+
+
+def _long_run(setting: str, loss: str, size: Size, rate: float, seed: int) -> Run:
+    return Run(setting, loss, size.better_teacher, rate, seed, LONG_PASSES)
 
 
 def planned(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
@@ -143,24 +150,18 @@ def planned(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
         for seed in range(1, size.seeds):
             yield from _with_chosen_rates(setting, seed, size, done)
     for setting in SETTINGS:
-        tried = [
-            Run(setting, loss, size.better_teachers[0], rate, 0, LONG_PASSES)
-            for rate in size.rates[setting]
-            for loss in LONG_LOSSES
-        ]
+        rates = size.long_rates[setting]
+        tried = [_long_run(setting, loss, size, rate, 0) for rate in rates for loss in LONG_LOSSES]
         yield from ((run, True) for run in tried)
         yield from ((run, is_final) for run, is_final in long_runs(setting, size, done) if run not in tried)
 
 
 def long_runs(setting: str, size: Size, done: Done) -> Iterator[tuple[Run, bool]]:
-    """Runs with more passes, against teachers that read more, with their learning rates and all seeds."""
-    first = size.better_teachers[0]
-    for teacher in size.better_teachers:
-        for seed in range(size.seeds):
-            for loss in LONG_LOSSES:
-                if teacher == first or loss != "SFT":  # SFT has no teacher
-                    rate, is_final = chosen_rate(setting, loss, size, done, teacher=first, passes=LONG_PASSES)
-                    yield Run(setting, loss, teacher, rate, seed, LONG_PASSES), is_final
+    """Runs with more passes, against a teacher that read more, with their learning rates and all seeds."""
+    for seed in range(size.seeds):
+        for loss in LONG_LOSSES:
+            rate, is_final = chosen_rate(setting, loss, size, done, is_long=True)
+            yield _long_run(setting, loss, size, rate, seed), is_final
 
 
 def study(size: Size, done: Done) -> Iterator[tuple[Run, bool]]:

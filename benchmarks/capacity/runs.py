@@ -61,13 +61,13 @@ class Bench:
                 train_tokenizer(texts, vocabulary=VOCABULARY).save_pretrained(folder)
         for name in self.size.teachers:
             self._model(self.teacher(name), TEACHERS[name], tokens=self.size.teacher_tokens)
-        for name in self.size.better_teachers:
-            self._model(self.teacher(name), TEACHERS[name.removesuffix(MORE_TEXT)], tokens=self.size.better_tokens)
+        better = self.size.better_teacher
+        self._model(self.teacher(better), TEACHERS[better.removesuffix(MORE_TEXT)], tokens=self.size.better_tokens)
         self._model(self.student("instruction pairs", 0), STUDENT, tokens=self.size.student_tokens)
         for seed in range(self.size.seeds):
             self._model(self.student("pre-training", seed), STUDENT, tokens=0, seed=seed)
         for setting in SETTINGS:
-            for name in (*self.size.teachers, *self.size.better_teachers):
+            for name in (*self.size.teachers, self.size.better_teacher):
                 self._capture(setting, name)
                 _ = self.held_out(setting, name)
 
@@ -125,7 +125,7 @@ class Bench:
     def facts(self) -> dict[str, Any]:
         """Models, caches and held-out parts."""
         teachers = {}
-        for name in (*self.size.teachers, *self.size.better_teachers):
+        for name in (*self.size.teachers, self.size.better_teacher):
             of_settings = {}
             for setting in SETTINGS:
                 root = self.dataset(setting, name)

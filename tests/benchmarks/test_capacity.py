@@ -76,15 +76,16 @@ def test_the_learning_rate_is_chosen_on_the_validation_part_alone() -> None:
     assert later[0] == (Run(setting, loss, "30x", rates[0], 0), False)
 
 
-def test_long_runs_take_a_rate_of_their_own_and_all_seeds_and_teachers() -> None:
-    setting, loss, first = SETTINGS[0], "forward KL", FULL.better_teachers[0]
-    done, rates = _all_done(), FULL.rates[SETTINGS[0]]
-    best = Run(setting, loss, first, rates[2], 0, LONG_PASSES)
+def test_long_runs_take_learning_rates_of_their_own_and_all_seeds() -> None:
+    setting, loss = SETTINGS[0], "forward KL"
+    done, rates = _all_done(), FULL.long_rates[SETTINGS[0]]
+    best = Run(setting, loss, FULL.better_teacher, rates[2], 0, LONG_PASSES)
     done[best] = _record(best, validation=0.5, test=2.0)
-    assert chosen_rate(setting, loss, FULL, done)[0] == rates[0]
+    assert chosen_rate(setting, loss, FULL, done)[0] == FULL.rates[setting][0]
     runs = [run for run, is_final in long_runs(setting, FULL, done) if run.loss == loss and is_final]
-    wanted = [(name, rates[2], seed) for name in FULL.better_teachers for seed in range(FULL.seeds)]
-    assert [(run.teacher, run.rate, run.seed) for run in runs] == wanted
+    assert [(run.teacher, run.rate, run.seed) for run in runs] == [
+        (FULL.better_teacher, rates[2], seed) for seed in range(FULL.seeds)
+    ]
     assert {run.loss for run, _ in long_runs(setting, FULL, done)} == set(LONG_LOSSES)
 
 
