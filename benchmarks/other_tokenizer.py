@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from benchmarks.common.command import add_folders, is_quick, new_parser, set_threads
 from benchmarks.common.report import finish
-from benchmarks.common.run_log import append, lines_of
+from benchmarks.common.run_log import append, claim, lines_of
 from benchmarks.inputs.invented_text import InventedLanguage
 from coldstill.demo.text import module_files
 
@@ -295,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_folders(parser)
     folder, quick = parser.parse_args(arguments).output, is_quick()
+    claim(folder, benchmark="other_tokenizer", quick=quick)
     set_threads()
     figures = {
         name: _figures(name, _quick(study) if quick else study, folder / name, quick=quick)
