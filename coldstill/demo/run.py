@@ -35,6 +35,9 @@ from .speed import speed_of, using_threads
 from .summary import show, write_summary
 from .text import write_text
 
+STDERR_WAIT_S = 5.0
+"""Seconds to wait for the end of a command's stderr: a grandchild may outlive the command and keep it open."""
+
 LAST_LINES = 20
 """Number of lines of a failed command's output that its error quotes."""
 
@@ -336,7 +339,9 @@ def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
             command, stdout=log_file, stderr=subprocess.PIPE, env=_environment(), preexec_fn=end_with_parent
         )
         assert child.stderr is not None
-        copier = threading.Thread(target=_copy_stderr, args=(child.stderr, log_file.fileno()), daemon=True)
+        # A descriptor of its own: once the log is closed, its number may be that of another file.
+        own = os.dup(log_file.fileno())
+        copier = threading.Thread(target=_copy_stderr, args=(child.stderr, own), daemon=True)
         copier.start()
         try:
             code = child.wait()
@@ -344,8 +349,7 @@ def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
             child.terminate()
             child.wait()
             raise
-        # A time limit, because grandchildren may outlive the command and keep the pipe open.
-        copier.join(timeout=5)
+        copier.join(timeout=STDERR_WAIT_S)
     _check(stage, command, code, log=log)
 
 
@@ -360,11 +364,15 @@ def _check(stage: str, command: Sequence[str], code: int, *, log: Path) -> None:
 
 
 def _copy_stderr(stream: IO[bytes], log: int) -> None:
-    """Copy stderr to the log and the terminal without waiting for line ends: a progress bar has none."""
-    while chunk := os.read(stream.fileno(), 65536):
-        os.write(log, chunk)
-        sys.stderr.buffer.write(chunk)
-        sys.stderr.buffer.flush()
+    """Copy stderr to the descriptor `log`, which is closed at its end, and to the terminal.
+
+    Line ends are not waited for: a progress bar has none.
+    """
+    with stream, os.fdopen(log, "wb", buffering=0) as kept:
+        while chunk := os.read(stream.fileno(), 65536):
+            kept.write(chunk)
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()
 
 
 def _environment() -> dict[str, str]:
