@@ -172,7 +172,7 @@ class Bench:
             }
         return {
             **kls,
-            "own_answer_tokens": sum(int(mask.sum()) for _, mask in on_own) / len(rows),
+            "own_answer_tokens": sum(int(mask.sum()) for _, mask in on_own) / sum(len(mask) for _, mask in on_own),
             "trained_targets": self._targets(side, seed),
         }
 
