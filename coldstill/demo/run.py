@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import yaml
 from rich.console import Console
@@ -30,7 +30,7 @@ from coldstill.common.interrupts import end_with_parent
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.store import require_folder
 
-from .settings import LOSSES, Layout, capture_config, demo_engine, size_of, train_config
+from .settings import LOSSES, DemoSize, Layout, capture_config, demo_engine, size_of, train_config
 from .speed import speed_of, using_threads
 from .summary import show, write_summary
 from .text import write_text
@@ -69,13 +69,6 @@ class Stage:
     def done(self) -> bool:
         """Whether all of its paths exist."""
         return all(path.exists() for path in self.makes)
-
-
-class AnySize(Protocol):
-    """How much a demo reads and trains on."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
 
 
 def run_demo(output: Path, *, quick: bool) -> None:
@@ -149,7 +142,7 @@ def run_demo(output: Path, *, quick: bool) -> None:
 def run_stages(
     stages: Sequence[Stage],
     layout: Layout,
-    size: AnySize,
+    size: DemoSize,
     *,
     quick: bool,
     show: Callable[..., None],
@@ -186,7 +179,7 @@ def _run_missing(stages: Sequence[Stage], layout: Layout, console: Console, *, s
     show(layout, console, wall_s=time.monotonic() - started)
 
 
-def _claim(layout: Layout, size: AnySize, *, quick: bool) -> None:
+def _claim(layout: Layout, size: DemoSize, *, quick: bool) -> None:
     """Record the size in the output folder. Raises `OutputOfAnotherSize` if the folder has another one."""
     wanted = size.as_dict()
     if layout.size.exists():

@@ -13,7 +13,6 @@ from benchmarks.common.run_log import claim
 from benchmarks.inputs import real_model, real_text
 from tests.benchmarks.test_commands import COMMANDS, NAMES, ROOT
 
-
 RESUMING = [name for name in COMMANDS if "add_folders(" in NAMES[name].read_text()]
 WRITERS = {"write_text", "write_bytes", "save_pretrained", "savez"}
 
