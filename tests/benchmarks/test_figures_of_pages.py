@@ -136,3 +136,16 @@ def test_the_figures_of_rounds_are_those_of_the_stored_run() -> None:
     assert _table("rounds.md", "| student | on its own answers |") == {
         name: cells(side) for name, side in sides.items()
     }
+
+
+def test_the_bytes_of_ids_that_the_design_quotes_are_those_of_the_stored_run() -> None:
+    lines = [
+        line for line in _result("codec")["lines"] if (line["top_k"], line["draws"], line["min_prob"]) == (64, 0, 0)
+    ]
+    of = {line["side"]: line for line in lines if line["teacher"] == "flat"}
+    ids = {side: sum(size for name, size in line["streams"].items() if "id" in name) for side, line in of.items()}
+    fine, ranked, exact = (ids[f"ours, {side}"] for side in ("fine", "fine, id ranks", "exact"))
+    text = " ".join((DOCS / "design.md").read_text().split())
+    assert f"cost {fine:.0f} bytes at K = 64 instead of {exact:.0f} in rank order" in text
+    assert f"at {of['ours, exact']['bytes'] / of['ours, fine']['bytes']:.1f} times the size" in text
+    assert f"{1 - ranked / fine:.0%} of the id bytes at K = 64" in text
