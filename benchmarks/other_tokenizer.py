@@ -36,8 +36,9 @@ from tqdm import tqdm
 
 from benchmarks.common.command import add_folders, is_quick, new_parser, set_threads
 from benchmarks.common.report import finish
-from benchmarks.common.run_log import append, lines_of
+from benchmarks.common.run_log import append, claim, lines_of
 from benchmarks.inputs.invented_text import InventedLanguage
+from coldstill.common.files import new_file, new_folder
 from coldstill.demo.text import module_files
 
 TEACHER_TOKENS, ROWS_PER_STEP = 192, 8
@@ -91,7 +92,7 @@ class Bench:
         self._texts = study.texts()
         self._tokenizer("teacher", part="teacher", vocabulary=study.vocabularies[0], digits=False)
         self._tokenizer("student", part="distill", vocabulary=study.vocabularies[1], digits=True)
-        if not (folder / "teacher" / "config.json").exists():
+        if not (folder / "teacher").exists():
             self._train_teacher()
 
     def teacher(self) -> float:
@@ -150,8 +151,9 @@ class Bench:
         folder = self.folder / f"{kind}_tokens_student_{seed}"
         if not folder.exists():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / f"tokenizer_{kind}")
-            _llama(len(tokenizer), width=96, layers=2, seed=seed).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            with new_folder(folder) as beside:
+                _llama(len(tokenizer), width=96, layers=2, seed=seed).save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
         return folder
 
     def _tokenizer(self, name: str, *, part: str, vocabulary: int, digits: bool) -> None:
@@ -172,7 +174,8 @@ class Bench:
             show_progress=False,
         )
         backend.train_from_iterator(self._texts[part][:2000], trainer)
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
+        with new_folder(folder) as beside:
+            PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(beside)
 
     def _train_teacher(self) -> None:
         import torch
@@ -198,8 +201,9 @@ class Bench:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        tokenizer.save_pretrained(self.folder / "teacher")
-        model.save_pretrained(self.folder / "teacher")
+        with new_folder(self.folder / "teacher") as beside:
+            tokenizer.save_pretrained(beside)
+            model.save_pretrained(beside)
 
     def _capture(self, name: str, count: int) -> Path:
         """The dataset of the first `count` rows of a part."""
@@ -207,7 +211,8 @@ class Bench:
 
         root, path = self.folder / f"{name}_{count}", self.folder / f"{name}_{count}.jsonl"
         rows = [{"id": f"{name}-{number}", "text": text} for number, text in enumerate(self._texts[name][:count])]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with new_file(path) as beside:
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         teacher = {"model": str(self.folder / "teacher"), "engine": "transformers", "max_length": 1000}
         document = {
             "output": str(root),
@@ -295,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_folders(parser)
     folder, quick = parser.parse_args(arguments).output, is_quick()
+    claim(folder, benchmark="other_tokenizer", quick=quick)
     set_threads()
     figures = {
         name: _figures(name, _quick(study) if quick else study, folder / name, quick=quick)

@@ -60,9 +60,12 @@ def draw_real_pair(result: dict[str, Any], path: Path) -> None:
 
 def title(result: dict[str, Any]) -> str:
     """The teacher, and how many of the planned runs there are if some are missing."""
+    return f"{result['facts']['teacher']}, test part{_missing(result)}"
+
+
+def _missing(result: dict[str, Any]) -> str:
     runs = result["runs"]
-    missing = "" if runs["done"] == runs["planned"] else f"; {runs['done']} of {runs['planned']} planned runs"
-    return f"{result['facts']['teacher']}, test part{missing}"
+    return "" if runs["done"] == runs["planned"] else f"; {runs['done']} of {runs['planned']} planned runs"
 
 
 def draw_capacity(result: dict[str, Any], path: Path) -> None:
@@ -96,9 +99,8 @@ def draw_capacity(result: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    runs = result["runs"]
-    missing = "" if runs["done"] == runs["planned"] else f"; {runs['done']} of {runs['planned']} planned runs"
-    figure.suptitle(f"Quality of one student against the size of its teacher, {facts['text']}{missing}", fontsize=11)
+    heading = f"Quality of one student against the size of its teacher, {facts['text']}{_missing(result)}"
+    figure.suptitle(heading, fontsize=11)
     with path.open("wb") as sink:
         canvas.print_png(sink, metadata={"Software": None})
 

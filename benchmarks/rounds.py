@@ -30,6 +30,7 @@ from rich.table import Table
 
 from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
+from benchmarks.common.run_log import claim
 from coldstill.common.files import new_file, read_json, write_json
 from coldstill.demo.settings import MAX_TOKENS, Layout
 from coldstill.demo.text import read_rows
@@ -171,7 +172,7 @@ class Bench:
             }
         return {
             **kls,
-            "own_answer_tokens": sum(int(mask.sum()) for _, mask in on_own) / len(rows),
+            "own_answer_tokens": sum(int(mask.sum()) for _, mask in on_own) / sum(len(mask) for _, mask in on_own),
             "trained_targets": self._targets(side, seed),
         }
 
@@ -247,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changed = {name: value for name, value in vars(options).items() if hasattr(FULL, name) and value is not None}
     size = replace(QUICK if quick else FULL, **changed)
     bench = Bench(options.demo.resolve(), options.output.resolve(), size)
+    kept = {name: value for name, value in vars(size).items() if name != "seeds"}
+    claim(bench.output, benchmark="rounds", demo=str(bench.layout.root), **kept)
     bench.prepare()
     sides = [side for side, loss in SIDES.items() if loss != "lightning_opd" or options.lightning_opd]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in (BEFORE, *sides)}

@@ -14,6 +14,7 @@ captured, start a new dataset.
 
 from __future__ import annotations
 
+from string import ascii_uppercase
 from typing import Any
 
 
@@ -21,7 +22,7 @@ def to_chat(row: dict[str, Any]) -> dict[str, Any] | None:
     """A multiple-choice question as a chat of two turns; None for a question without a solution."""
     if not row.get("solution"):
         return None
-    options = "\n".join(f"{letter}) {option}" for letter, option in zip("ABCD", row["options"], strict=False))
+    options = "\n".join(f"{letter}) {option}" for letter, option in zip(ascii_uppercase, row["options"], strict=False))
     return {
         "id": row["key"],
         "messages": [

@@ -278,7 +278,7 @@ def error_codes(error: BaseException) -> set[str | int]:
             codes.add(response.get("Error", {}).get("Code", ""))
         code = getattr(response, "status_code", getattr(cause, "code", None))
         if isinstance(code, (int, str)):
-            codes.add(int(code) if str(code).isdigit() else code)
+            codes.add(int(code) if str(code).isascii() and str(code).isdigit() else code)
         if isinstance(cause, OSError) and str(cause).startswith("Forbidden:"):
             codes.add(403)  # gcsfs writes it in the message only
     return codes

@@ -130,11 +130,6 @@ def dkd(p: np.ndarray, q: np.ndarray, label: int, alpha: float, beta: float) -> 
     return alpha * of_label + beta * of_others
 
 
-def kl_at_temperature(p: np.ndarray, q: np.ndarray, temperature: float) -> float:
-    """`T^2 KL` of the two distributions after their logits were divided by T."""
-    return temperature**2 * kl(softmax(np.log(p) / temperature), softmax(np.log(q) / temperature))
-
-
 def slope(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-5) -> np.ndarray:
     """Gradient `[V]` of `function` by central differences; good to about 1e-9."""
     rises = []

@@ -176,6 +176,19 @@ def test_the_name_of_a_file_of_ours_stands_in_one_room() -> None:
     assert twice == {}
 
 
+def test_text_is_read_as_a_number_only_where_its_digits_are_those_of_ascii() -> None:
+    """`"²".isdigit()` is true and `int("²")` raises, for the name of a file as for the answer of a server."""
+    lines = [
+        line
+        for room in ROOMS
+        for file in (REPOSITORY / "coldstill" / room).resolve().rglob("*.py")
+        for line in file.read_text().splitlines()
+        if ".isdigit()" in line
+    ]
+    assert len(lines) > 3
+    assert [line for line in lines if ".isascii() and " not in line] == []
+
+
 def test_the_slow_references_share_no_code_with_what_they_check() -> None:
     tree = ast.parse((REPOSITORY / "tests" / "reference.py").read_text())
     modules = {

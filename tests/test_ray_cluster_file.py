@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,18 @@ def test_every_choice_has_its_reason_above_it() -> None:
     lines = FILE.read_text().splitlines()
     keys = [number for number, line in enumerate(lines) if re.match(r"[a-z_]+:", line)]
     assert [lines[number] for number in keys if not lines[number - 1].startswith("#")] == []
+
+
+def test_the_outputs_of_commands_are_not_sent_to_the_nodes_and_the_package_is(
+    cluster: dict[str, Any],
+) -> None:
+    """`ray up` sends the clone to each node: a demo, and the models of a benchmark, have gigabytes."""
+    names = [part.strip("/") for part in (REPOSITORY / ".gitignore").read_text().split()]
+    outputs = [name for name in names if name.endswith("_output") or name.startswith("bench_")]
+    assert len(outputs) > 8
+
+    def is_left_out(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in cluster["rsync_exclude"])
+
+    assert [name for name in outputs if not is_left_out(name)] == []
+    assert not any(is_left_out(name) for name in ("benchmarks", "coldstill", "pipeline", "storage_schema", "trainer"))

@@ -289,4 +289,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _step(folder: Path) -> int:
     number = folder.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isascii() and number.isdigit() else -1

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from coldstill.storage_schema.rows import CachedRow, TeacherTargets
+from coldstill.storage_schema.rows import TeacherTargets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +44,6 @@ class SparseTargets:
     draw_logprobs: torch.Tensor | None
     row: torch.Tensor
     position: torch.Tensor
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[CachedRow]) -> SparseTargets:
-        """Targets of `rows`, in order; row `b` of the batch is `rows[b]`. Draws of a position have equal weights."""
-        positions = [row.positions for row in rows]
-        return cls.from_joined(
-            joined([row.targets for row in rows]),
-            labels=np.concatenate([row.token_ids[at + 1] for row, at in zip(rows, positions, strict=True)]),
-            row=np.repeat(np.arange(len(rows)), [at.size for at in positions]),
-            position=np.concatenate(positions),
-        )
 
     @classmethod
     def from_joined(

@@ -43,7 +43,7 @@ from benchmarks.capacity.plan import (
 )
 from benchmarks.common.command import add_folders, is_quick, new_parser, set_threads
 from benchmarks.common.report import finish
-from benchmarks.common.run_log import append
+from benchmarks.common.run_log import append, claim
 
 if TYPE_CHECKING:
     from benchmarks.capacity.runs import Bench
@@ -80,10 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dry_run:
         show_plan(size, read(log))
         return
+    kept = {name: value for name, value in vars(size).items() if name != "seeds"}
+    claim(output, benchmark="capacity", **kept)
     from benchmarks.capacity.runs import Bench
 
     set_threads()
-    output.mkdir(parents=True, exist_ok=True)
     bench = Bench(output, size)
     if not options.report:
         bench.prepare()

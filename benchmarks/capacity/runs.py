@@ -22,7 +22,7 @@ from benchmarks.common.capture_here import capture_here
 from benchmarks.common.held_out import HeldOut, held_out, rounded, student_figures, teacher_figures
 from benchmarks.common.whole_teacher import HiddenStates, head_of, hidden_states, rows_of_text
 from benchmarks.inputs.cut_models import load_model
-from coldstill.common.files import new_folder
+from coldstill.common.files import new_file, new_folder
 from coldstill.demo.models import load_tokenizer, new_model, parameter_count, pretrain, train_tokenizer, training_blocks
 from coldstill.demo.settings import Layout, Shape
 from coldstill.demo.text import read_rows, write_text
@@ -201,7 +201,8 @@ class Bench:
                 for number, start in enumerate(range(0, len(row["text"]) - PIECE_CHARACTERS, PIECE_CHARACTERS))
             ]
             chosen = [row for _, row in sorted(pieces, key=lambda piece: piece[0])][:count]
-            path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+            with new_file(path) as beside:
+                beside.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         return path
 
     def _model(self, folder: Path, shape: Shape, *, tokens: int, seed: int = 0) -> None:

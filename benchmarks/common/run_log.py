@@ -1,10 +1,28 @@
-"""The log of a benchmark that resumes: one JSON line for each finished run, in OUTPUT/runs.jsonl."""
+"""OUTPUT of a benchmark that resumes: its settings, and its log of one JSON line for each finished run, runs.jsonl."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from coldstill.common.files import read_json, write_json
+
+SETTINGS_NAME = "settings.json"
+
+
+def claim(output: Path, **settings: Any) -> None:
+    """Record in OUTPUT which benchmark, of which size, keeps its runs there. Raises `SystemExit` if it has others.
+
+    Models, captures and runs that exist are kept, so those of a quick run would count as runs of a full one. A folder
+    without a record, of an earlier version, takes the settings of this start.
+    """
+    path, ours = output / SETTINGS_NAME, json.loads(json.dumps(settings))
+    theirs = read_json(path) if path.exists() else ours
+    if differing := sorted(key for key in {*ours, *theirs} if theirs.get(key) != ours.get(key)):
+        values = ", ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+        raise SystemExit(f"{output} was begun with other settings ({values}): choose another OUTPUT, or restore them")
+    write_json(path, ours)
 
 
 def lines_of(log: Path) -> list[dict[str, Any]]:

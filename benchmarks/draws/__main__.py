@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
-from benchmarks.common.run_log import append, lines_of
+from benchmarks.common.run_log import append, claim, lines_of
 from benchmarks.draws.grid import LOG, Lines, key_of, shares_of, train_missing
 from benchmarks.draws.plan import TEACHERS, Control, Rule, noise_jobs, runs
 from benchmarks.draws.tables import print_noise, print_shares
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_folders(parser, demo=True, report=True)
     options, quick = parser.parse_args(arguments), is_quick()
-    options.output.mkdir(parents=True, exist_ok=True)
+    claim(options.output, benchmark="draws", demo=str(options.demo.resolve()), quick=quick)
     log = options.output / LOG
     if not options.report:
         measure_noise(options.demo, log, quick=quick)

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
+from benchmarks.common.run_log import claim
 from benchmarks.draws.grid import LOG, Lines, key_of, runs_of, shares_of, train_missing
 from benchmarks.draws.plan import DENSE, PLAIN, TEACHERS, Cache, Run, Side
 from benchmarks.draws.tables import print_shares
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_folders(parser, demo=True, report=True)
     options, quick = parser.parse_args(arguments), is_quick()
-    options.output.mkdir(parents=True, exist_ok=True)
+    claim(options.output, benchmark="draws.long", demo=str(options.demo.resolve()), quick=quick)
     if not options.report:
         rows, targets = (
             all_pairs(options.output, limit=QUICK_ROWS if quick else None),

@@ -26,7 +26,10 @@ from coldstill.storage_schema.header_facts import TeacherFacts
 from coldstill.storage_schema.rows import LOG_FLOOR, TeacherTargets
 
 FIRST_UNTRAINED = 800
-"""The training runs read the rows of the distillation part before this one; the parts to choose on are behind it."""
+"""The runs of part 2 read the rows of the distillation part before this one; the parts to choose on are behind it.
+
+The student `after` training is the demo's, which has read all of the part: what is chosen with it has no such promise.
+"""
 _RANK_ROWS = 16
 _MOST_RANKED = 4096
 _REPEATS = 2
@@ -53,7 +56,7 @@ class Scene:
 
 @torch.inference_mode()
 def load_scene(demo: Path, student: Path, *, divisor: float, part: str, count: int) -> Scene:
-    """The first `count` rows of `held_out`, or of `choose`: the distillation part's rows that no run trains on.
+    """The first `count` rows of `held_out`, or of `choose`: rows to distill on that no run of part 2 reads.
 
     Raises `SystemExit` for a demo with too few rows.
     """

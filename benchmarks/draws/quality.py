@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from benchmarks.common.command import add_folders, is_quick, new_parser
 from benchmarks.common.report import finish
+from benchmarks.common.run_log import claim
 from benchmarks.draws.grid import LOG, key_of, kls_of, runs_of, shares_of, train_missing
 from benchmarks.draws.plan import DENSE, DENSE_KL, PLAIN, TEACHERS, Cache, Run, Side
 from benchmarks.draws.tables import print_shares
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_folders(parser, demo=True)
     options, quick = parser.parse_args(arguments), is_quick()
-    options.output.mkdir(parents=True, exist_ok=True)
+    claim(options.output, benchmark="draws.quality", demo=str(options.demo.resolve()), quick=quick)
     runs = planned(quick=quick)
     train_missing(runs, demo=options.demo, output=options.output, quick=quick)
     wanted = {run.key for run in runs}

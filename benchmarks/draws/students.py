@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common.capture_here import capture_here
 from benchmarks.draws.comparison_losses import RenormalizedTaid
 from benchmarks.draws.plan import DENSE, PLAIN, Cache, Side
+from coldstill.common.files import new_file, new_folder
 from coldstill.demo.measure import StudentSums, batches, target_logprobs
 from coldstill.demo.models import load_tokenizer
 from coldstill.demo.settings import MAX_TOKENS, Layout
@@ -63,21 +64,23 @@ class Bench:
     def _teacher(self, divisor: float) -> Path:
         """Folder of the teacher with divided logits: its head's weights are divided."""
         folder = self.folder / "teacher"
-        if not (folder / "config.json").exists():
+        if not folder.exists():
             model: Any = AutoModelForCausalLM.from_pretrained(self.layout.teacher, dtype=torch.float32)
             if model.config.tie_word_embeddings:
                 model.config.tie_word_embeddings = False
                 model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
             model.lm_head.weight.data.div_(divisor)
-            load_tokenizer(self.layout.tokenizer).save_pretrained(folder)
-            model.save_pretrained(folder)
+            with new_folder(folder) as beside:
+                load_tokenizer(self.layout.tokenizer).save_pretrained(beside)
+                model.save_pretrained(beside)
         return folder
 
     def _prompts(self, count: int) -> Path:
         """A file with the first `count` rows of the demo's distillation part."""
         lines = self.layout.rows("distill", "pairs").read_text(encoding="utf-8").splitlines(keepends=True)
         path = self.folder / f"{count}_rows.jsonl"
-        path.write_text("".join(lines[:count]), encoding="utf-8")
+        with new_file(path) as beside:
+            beside.write_text("".join(lines[:count]), encoding="utf-8")
         return path
 
     def rows(self, cache: Cache) -> list[CachedRow]:

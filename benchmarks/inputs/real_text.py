@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from coldstill.common.files import new_file
 from coldstill.demo.text import module_files
 
 PART_BORDERS = {"train": 0.8, "validation": 0.88, "test": 1.0}
@@ -52,7 +53,8 @@ def write_rows(folder: Path, counts: dict[str, int], *, chats: bool = True) -> d
     paths = {part: folder / f"{part}.jsonl" for part in counts}
     for part, path in paths.items():
         lines = [json.dumps(row) + "\n" for row in found[part][: counts[part]]]
-        path.write_text("".join(lines), encoding="utf-8")
+        with new_file(path) as beside:
+            beside.write_text("".join(lines), encoding="utf-8")
     return paths
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from benchmarks.inputs import machine_text
 from benchmarks.inputs.small_language_model import CONTEXT, VOCABULARY, SmallLanguageModel, train, train_tokenizer
 from benchmarks.inputs.teacher_rows import DRAWS, WIDEST, WideRow, all_draws
+from coldstill.common.files import new_file
 from coldstill.pipeline.teachers.target_extractor import draw_uniforms, summarize
 from coldstill.storage_schema.rows import TeacherTargets
 
@@ -181,11 +182,8 @@ def _summaries(teacher: Teacher, temperature: float, name: str) -> dict[str, np.
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write the file whole or not at all."""
-    unfinished = path.with_suffix(".part")
-    with unfinished.open("wb") as file:
+    with new_file(path) as beside, beside.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    unfinished.replace(path)
 
 
 def _distributions(path: Path, name: str) -> Distributions:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coldstill.common.files import new_folder
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.teachers.protocol import TokenSequence
 from coldstill.storage_schema.header import Codec, DatasetHeader
@@ -22,7 +23,7 @@ CONTEXT = 512
 def tiny_teacher(cache: Path, *, vocabulary: int) -> Path:
     """Folder of a Llama with random weights, created once."""
     folder = cache / f"tiny_teacher_{vocabulary}"
-    if not (folder / "config.json").exists():
+    if not folder.exists():
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +44,8 @@ def tiny_teacher(cache: Path, *, vocabulary: int) -> Path:
         )
         # Random weights of this size give nearly flat distributions; real teachers are sharper.
         model.lm_head.weight.data.mul_(12)
-        model.save_pretrained(folder)
+        with new_folder(folder) as beside:
+            model.save_pretrained(beside)
     return folder
 
 

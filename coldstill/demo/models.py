@@ -72,6 +72,23 @@ SECONDS_BETWEEN_CHECKPOINTS = 15.0
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Learn the merges from `texts`. The same texts give the same tokenizer."""
+    return byte_level_tokenizer(
+        texts,
+        vocabulary=vocabulary,
+        pattern=WORD_PATTERN,
+        special_tokens=SPECIAL_TOKENS,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def byte_level_tokenizer(
+    texts: Iterable[str], *, vocabulary: int, pattern: str, special_tokens: Sequence[str], **settings: Any
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `texts`, which `pattern` splits into words. `settings`: of the tokenizer's class."""
     # The library reads this at its first use. Without it every later fork prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -80,27 +97,19 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> Pr
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=BEGIN,
-        eos_token=END,
-        pad_token=END,
-        additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **settings)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

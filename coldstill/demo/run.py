@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import yaml
 from rich.console import Console
@@ -30,10 +30,13 @@ from coldstill.common.interrupts import end_with_parent
 from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.store import require_folder
 
-from .settings import LOSSES, Layout, capture_config, demo_engine, size_of, train_config
+from .settings import LOSSES, DemoSize, Layout, capture_config, demo_engine, size_of, train_config
 from .speed import speed_of, using_threads
 from .summary import show, write_summary
 from .text import write_text
+
+STDERR_WAIT_S = 5.0
+"""Seconds to wait for the end of a command's stderr: a grandchild may outlive the command and keep it open."""
 
 LAST_LINES = 20
 """Number of lines of a failed command's output that its error quotes."""
@@ -66,13 +69,6 @@ class Stage:
     def done(self) -> bool:
         """Whether all of its paths exist."""
         return all(path.exists() for path in self.makes)
-
-
-class AnySize(Protocol):
-    """How much a demo reads and trains on."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
 
 
 def run_demo(output: Path, *, quick: bool) -> None:
@@ -146,7 +142,7 @@ def run_demo(output: Path, *, quick: bool) -> None:
 def run_stages(
     stages: Sequence[Stage],
     layout: Layout,
-    size: AnySize,
+    size: DemoSize,
     *,
     quick: bool,
     show: Callable[..., None],
@@ -183,7 +179,7 @@ def _run_missing(stages: Sequence[Stage], layout: Layout, console: Console, *, s
     show(layout, console, wall_s=time.monotonic() - started)
 
 
-def _claim(layout: Layout, size: AnySize, *, quick: bool) -> None:
+def _claim(layout: Layout, size: DemoSize, *, quick: bool) -> None:
     """Record the size in the output folder. Raises `OutputOfAnotherSize` if the folder has another one."""
     wanted = size.as_dict()
     if layout.size.exists():
@@ -336,7 +332,9 @@ def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
             command, stdout=log_file, stderr=subprocess.PIPE, env=_environment(), preexec_fn=end_with_parent
         )
         assert child.stderr is not None
-        copier = threading.Thread(target=_copy_stderr, args=(child.stderr, log_file.fileno()), daemon=True)
+        # A descriptor of its own: once the log is closed, its number may be that of another file.
+        own = os.dup(log_file.fileno())
+        copier = threading.Thread(target=_copy_stderr, args=(child.stderr, own), daemon=True)
         copier.start()
         try:
             code = child.wait()
@@ -344,8 +342,7 @@ def run_stage(stage: str, command: Sequence[str], *, log: Path) -> None:
             child.terminate()
             child.wait()
             raise
-        # A time limit, because grandchildren may outlive the command and keep the pipe open.
-        copier.join(timeout=5)
+        copier.join(timeout=STDERR_WAIT_S)
     _check(stage, command, code, log=log)
 
 
@@ -360,11 +357,15 @@ def _check(stage: str, command: Sequence[str], code: int, *, log: Path) -> None:
 
 
 def _copy_stderr(stream: IO[bytes], log: int) -> None:
-    """Copy stderr to the log and the terminal without waiting for line ends: a progress bar has none."""
-    while chunk := os.read(stream.fileno(), 65536):
-        os.write(log, chunk)
-        sys.stderr.buffer.write(chunk)
-        sys.stderr.buffer.flush()
+    """Copy stderr to the descriptor `log`, which is closed at its end, and to the terminal.
+
+    Line ends are not waited for: a progress bar has none.
+    """
+    with stream, os.fdopen(log, "wb", buffering=0) as kept:
+        while chunk := os.read(stream.fileno(), 65536):
+            kept.write(chunk)
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()
 
 
 def _environment() -> dict[str, str]:

@@ -37,17 +37,13 @@ STUDENT = Shape(width=96, layers=4, heads=3, feed_forward=256, seed=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much the demo reads and trains on. Rows are pairs; tokens are counted over all optimizer steps."""
+class DemoSize:
+    """How much a demo captures, and how its students are trained."""
 
-    teacher_tokens: int
-    student_tokens: int
     distill_rows: int
     held_out_rows: int
     rows_per_unit: int
     top_k: int
-    """K. A teacher this small is flat: 44% of its mass lies outside its top 16. K = 16 with 64 draws keeps 0.94 of the
-    gain of dense distributions. Without draws, K = 32 does worse than plain fine-tuning (`make bench-quality`)."""
     draws: int
     """D, random draws per position."""
     epochs: float
@@ -59,6 +55,18 @@ class Size:
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(DemoSize):
+    """Rows are pairs; tokens are counted over all optimizer steps.
+
+    A teacher this small is flat: 44% of its mass lies outside its top 16. K = 16 with 64 draws keeps 0.94 of the gain
+    of dense distributions. Without draws, K = 32 does worse than plain fine-tuning (`make bench-quality`).
+    """
+
+    teacher_tokens: int
+    student_tokens: int
 
 
 FULL = Size(
@@ -215,7 +223,7 @@ def capture_config(layout: Layout, size: Size, *, engine: str = "vllm") -> dict[
     }
 
 
-def train_config(layout: Layout, size: Size, *, loss: str) -> dict[str, Any]:
+def train_config(layout: Layout, size: DemoSize, *, loss: str) -> dict[str, Any]:
     """Settings that train the student with one loss. Only the loss and the output differ between the three runs."""
     return {
         "dataset": str(layout.dataset),

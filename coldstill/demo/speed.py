@@ -45,11 +45,15 @@ FEWER_THREADS_GAIN = 1.1
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """`steps_per_s` of a training step in the shape of the teacher with `threads`; `start_s` to import torch."""
+    """`steps_per_s` of a training step in the shape of the teacher with `threads`; `start_s` to import torch.
+
+    `most_threads`: the most that were measured.
+    """
 
     steps_per_s: float
     start_s: float
     threads: int
+    most_threads: int
 
     def expected_s(self, *, quick: bool) -> tuple[float, float]:
         """The shortest and the longest time, in seconds, that a whole demo should take."""
@@ -59,9 +63,7 @@ class Speed:
     def sentence(self, *, quick: bool) -> str:
         """What the demo prints at its start."""
         shortest, longest = (max(1, round(seconds / 60)) for seconds in self.expected_s(quick=quick))
-        limited = (
-            "" if self.threads > 1 or (os.cpu_count() or 1) == 1 else ", with one thread, the fastest at this load"
-        )
+        limited = ", with one thread, the fastest at this load" if self.threads < self.most_threads else ""
         return (
             f"This will take about {shortest} to {longest} minutes on this machine ({self.steps_per_s:.1f} training "
             f"steps per second{limited}), and longer if other programs use its cores."
@@ -104,7 +106,7 @@ def measure_speed() -> Speed:
     rates = {threads: rate(threads, MEASURED_S / len(numbers)) for threads in numbers}
     most = numbers[-1]
     threads = 1 if rates[1] > FEWER_THREADS_GAIN * rates[most] else most
-    return Speed(steps_per_s=rates[threads], start_s=start_s, threads=threads)
+    return Speed(steps_per_s=rates[threads], start_s=start_s, threads=threads, most_threads=most)
 
 
 def speed_of(environment: Mapping[str, str]) -> Speed | None:

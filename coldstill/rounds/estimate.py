@@ -22,11 +22,6 @@ def estimate_rounds(config: RoundsConfig) -> dict[str, Any]:
     answers, scores = (CaptureConfig.model_validate(part.settings) for part in parts[:2])
     found = dry_run(answers)
     rows = found.sequences * config.sampling.n
-    steps = config.training.max_steps
-    if steps is None:
-        batch = config.training.batch_size * config.training.gradient_accumulation_steps
-        datasets = 1 if not config.start_datasets else len(config.start_datasets) + 1
-        steps = math.ceil(rows * config.training.epochs / batch) if datasets == 1 else None
     return {
         **{part.title: part.words for part in parts},
         "prompts": found.sequences,
@@ -36,5 +31,18 @@ def estimate_rounds(config: RoundsConfig) -> dict[str, Any]:
         "bytes of the answers of a round, at most": found.bytes_most,
         "bytes of the scores of a round, at most": round(found.targets * most_bytes_per_target(scores))
         + found.bytes_most,
-        "optimizer steps of the first round": "not known: start_datasets have rows too" if steps is None else steps,
+        "optimizer steps of the first round": _steps(config, rows),
     }
+
+
+def _steps(config: RoundsConfig, rows: int) -> int | str:
+    """Optimizer steps on one device of a training on `rows` rows, or why they are not known."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    if config.start_datasets:
+        return "not known: start_datasets have rows too"
+    if training.pack_length is not None:
+        return "not known: training.pack_length puts several rows into one, by their lengths"
+    forward_passes = math.ceil(training.epochs * math.ceil(rows / training.batch_size))
+    return math.ceil(forward_passes / training.gradient_accumulation_steps)

@@ -248,8 +248,11 @@ def read_record(output: Path) -> tuple[int, dict[str, Any]]:
     path = output / RECORD_NAME
     try:
         document = read_json(path)
-        return int(document["rounds"]), dict(document["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rounds = int(document["rounds"])
+        if not 1 <= rounds <= MAX_ROUNDS:
+            raise ValueError(f"{rounds} rounds, not 1 to {MAX_ROUNDS}")
+        return rounds, dict(document["settings"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RoundsDamaged(
             str(path),
             found=f"{type(error).__name__}: {error}",

@@ -103,7 +103,7 @@ def _steps(part: Part) -> int | None:
     if part.command != "train":
         return None
     names = [path.parent.name.rpartition("-")[2] for path in part.folder.glob("checkpoint-*/files.json")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
 
 
 def _training(part: Part) -> TrainingProgress | None:

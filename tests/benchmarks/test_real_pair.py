@@ -43,8 +43,8 @@ from benchmarks.real_pair.plan import (
 )
 from benchmarks.real_pair.runs import Bench
 from coldstill.demo.text import ModuleFile
+from coldstill.trainer.data.collate import collate
 from coldstill.trainer.errors import VanishedGradient
-from coldstill.trainer.targets import SparseTargets
 from tests.benchmarks.making import rows
 
 MAIN, CUT, SMALL = Student(8, healed=True), Student(8, healed=False), Student(6, healed=True)
@@ -97,7 +97,7 @@ def test_a_student_computes_what_its_teacher_computes_without_the_layers_it_lack
 
 @pytest.mark.parametrize("t", [0.3, 1.0])
 def test_the_dense_objective_is_the_kl_of_the_interpolated_logits_and_its_gradient(t: float) -> None:
-    targets = SparseTargets.from_rows(rows(top_k=8))
+    targets = collate(rows(top_k=8))["targets"]
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(400, 12, generator=generator).double()
     hidden = torch.randn(targets.count, 12, generator=generator).double()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -104,6 +103,20 @@ def test_a_successful_command_shows_its_progress_and_logs_its_output(
     assert "a table" in (tmp_path / "verify.txt").read_text()
 
 
+def test_what_a_grandchild_writes_late_is_in_the_log_and_in_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("coldstill.demo.run.STDERR_WAIT_S", 0.05)
+    log, other = tmp_path / "log.txt", tmp_path / "other.txt"
+    run_stage("capture", ["sh", "-c", "(sleep 0.3; echo late >&2) >/dev/null &"], log=log)
+    with other.open("wb"):  # takes the number that the log had
+        deadline = time.monotonic() + 10
+        while "late" not in capfd.readouterr().err:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert (log.read_text(), other.read_text()) == ("late\n", "")
+
+
 @pytest.fixture
 def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a module `sleeper SECONDS CODE OUTPUT`, which writes its pid, sleeps, and exits with a code."""
@@ -193,10 +206,9 @@ def _load(folder: Path, settings: dict, model):
 
 def _alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def _wait_for(condition, seconds: float = 30.0) -> None:

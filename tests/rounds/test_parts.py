@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from coldstill.common.config_file import ConfigInvalid, check_config, described_keys, load_config
 from coldstill.pipeline.config import CaptureConfig, TeacherConfig
@@ -19,6 +20,7 @@ from coldstill.rounds.parts import parts_of
 from coldstill.rounds.run import RECORD_NAME, RoundsChanged, RoundsDamaged, checked_parts, run_rounds
 from coldstill.storage_schema.errors import DatasetNotFound, TokenizerMismatch
 from coldstill.storage_schema.header_facts import About, RowWriter, weights_fingerprint
+from coldstill.trainer.arguments import RunLength
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.errors import NotStudentRows
 from tests import making
@@ -131,6 +133,33 @@ def test_a_dry_run_counts_the_prompts_and_names_the_parts(tmp_path: Path) -> Non
     assert found["optimizer steps of the first round"] == 3
     assert found["round-01/train"] == f"coldstill train {tmp_path}/rounds/round-01/train.yaml"
     assert not (tmp_path / "rounds").exists()
+
+
+@pytest.mark.parametrize(
+    ("training", "steps"),
+    [
+        ({"batch_size": 3, "epochs": 3}, 9),  # three batches of each epoch, the third of two rows
+        ({"batch_size": 3, "epochs": 3, "gradient_accumulation_steps": 2}, 5),
+        ({"batch_size": 8, "epochs": 0.5}, 1),
+        ({"batch_size": 2, "pack_length": 64}, "not known: training.pack_length puts"),
+    ],
+)
+def test_a_dry_run_counts_the_steps_that_a_training_takes(
+    tmp_path: Path, training: dict[str, Any], steps: int | str
+) -> None:
+    config = RoundsConfig.model_validate({**settings(tmp_path), "training": training})
+    found = estimate_rounds(config)["optimizer steps of the first round"]
+    if isinstance(steps, str):
+        assert str(found).startswith(steps)
+        return
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        num_train_epochs=training["epochs"],
+        gradient_accumulation_steps=training.get("gradient_accumulation_steps", 1),
+    )
+    batches = math.ceil(8 / training["batch_size"])
+    assert found == steps == RunLength.of(arguments, batches_per_epoch=batches).steps
 
 
 def test_a_dry_run_refuses_what_the_run_refuses(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def test_the_first_part_that_is_not_done_is_the_one_that_is_shown(tmp_path: Path
     checkpoint.mkdir(parents=True)
     assert read_rounds_status(str(root)).steps_done == 0
     (checkpoint / "files.json").touch()
+    (checkpoint.with_name("checkpoint-²")).mkdir()  # `isdigit`, and no number
+    (checkpoint.with_name("checkpoint-²") / "files.json").touch()
     assert read_rounds_status(str(root)).steps_done == 40
     _done(root, 0, "train")
     found = read_rounds_status(str(root))
@@ -112,8 +114,19 @@ def test_the_command_shows_rounds_as_a_table_and_as_json(
             assert "round-00/scores: the teacher scores the answers" in out
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        '{"rounds": 1000000000, "settings": {}}',
+        '{"rounds": 0, "settings": {}}',
+        '{"rounds": 1e999}',
+        "[" * 100_000,
+    ],
+    ids=["cut", "no_end", "none", "infinite", "deep"],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, record: str) -> None:
     root = _rounds(tmp_path / "rounds")
-    (root / RECORD_NAME).write_text("{")
+    (root / RECORD_NAME).write_text(record)
     with pytest.raises(RoundsDamaged, match=r"rounds\.json"):
         read_rounds_status(str(root))

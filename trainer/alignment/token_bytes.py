@@ -73,11 +73,6 @@ class TokenBytes:
         """V: the highest id plus one."""
         return len(self.of_id)
 
-    def id_of(self, token: str | None) -> int | None:
-        """The id of the token `token`, None if there is none."""
-        found: int | None = None if token is None else self._tokenizer.token_to_id(token)
-        return found
-
     def encode(self, text: str) -> ByteText:
         """The tokens of `text`; none are added before or after it."""
         return self.read(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -68,8 +68,8 @@ LARGEST_RATIO = 50.0
 """Upper limit of one draw's r: one draw likely for the student but not for the teacher would dominate the estimate."""
 
 CONTROL_SHARE, LARGEST_CONTROL = 0.5, 4.0
-"""The least noise at both ends of a run (`make bench-draws`). Without a limit, a few ids that are likely for the
-student and rare for the teacher make the noise larger than it was."""
+"""The least noise, summed over both ends of a run and two teachers (`make bench-draws`). Without a limit, a few ids
+that are likely for the student and rare for the teacher make the noise larger than it was."""
 
 SMALLEST_NORMAL = 1.1754944e-38
 """The smallest normal float32; keeps divisions by 0 and logs of 0 finite."""

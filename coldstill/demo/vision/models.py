@@ -13,7 +13,6 @@ Shape letters: `S` scenes of a step, `B` rows of a step, `T` tokens of the longe
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from coldstill.common.files import new_folder
-from coldstill.demo.models import parameter_count, train_steps
+from coldstill.demo.models import byte_level_tokenizer, parameter_count, train_steps
 
 from .scenes import SIDE, Chat, machine_fonts, make_chat, texts
 from .settings import STUDENT, TEACHER, Layout, Shape, size_of
@@ -70,33 +69,15 @@ EASY_SHARE = 0.15
 
 def train_tokenizer() -> Any:
     """A byte-level BPE that has learned the words of all questions and answers. Always the same."""
-    # The library reads this at its first use. Without it every later fork prints a warning.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+    return byte_level_tokenizer(
+        texts(),
+        vocabulary=VOCABULARY,
+        pattern=WORD_PATTERN,
         special_tokens=[END, USER, ASSISTANT, *IMAGE_TOKENS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
         eos_token=END,
         pad_token=END,
         additional_special_tokens=[USER, ASSISTANT, *IMAGE_TOKENS],
         chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
     )
 
 

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from coldstill.common.files import new_folder
 from coldstill.demo.run import Stage, background_module, dataset_stages, run_module, run_stages
+from coldstill.demo.settings import train_config
 
 from .scenes import machine_fonts, write_part
-from .settings import DISTILL_SEED, HELD_OUT_SEED, Layout, capture_config, size_of, train_config
+from .settings import DISTILL_SEED, HELD_OUT_SEED, Layout, capture_config, size_of
 from .summary import show, write_summary
 
 

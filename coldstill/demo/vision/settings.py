@@ -5,10 +5,11 @@ Imports no heavy library, because the driver, every stage and the tests import i
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldstill.demo.settings import DemoSize
 from coldstill.demo.settings import Layout as TextLayout
 
 MAX_TOKENS = 64
@@ -64,26 +65,15 @@ STUDENT = Shape(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much the vision demo draws and trains on. Rows are chats of one question."""
+class Size(DemoSize):
+    """Rows are chats of one question."""
 
     teacher_steps: int
     student_steps: int
-    distill_rows: int
-    held_out_rows: int
-    rows_per_unit: int
-    top_k: int
-    draws: int
-    """D, random draws per position."""
-    epochs: float
-    batch_size: int
-    learning_rate: float
-    logging_steps: int
-    save_steps: int
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values, with a mark that tells them from those of the text demo."""
-        return {"vision": True, **asdict(self)}
+        return {"vision": True, **super().as_dict()}
 
 
 FULL = Size(
@@ -161,23 +151,4 @@ def capture_config(layout: Layout, size: Size) -> dict[str, Any]:
         },
         "rows_per_unit": size.rows_per_unit,
         "cluster": {"max_workers": 1},
-    }
-
-
-def train_config(layout: Layout, size: Size, *, loss: str) -> dict[str, Any]:
-    """Settings that train the student with one loss. Only the loss and the output differ between the three runs."""
-    return {
-        "dataset": str(layout.dataset),
-        "output": str(layout.run(loss)),
-        "student": {"model": str(layout.student)},
-        "loss": {"name": loss},
-        "data": {"seed": 0},
-        "training": {
-            "learning_rate": size.learning_rate,
-            "epochs": size.epochs,
-            "batch_size": size.batch_size,
-            "warmup_ratio": 0.05,
-            "logging_steps": size.logging_steps,
-            "save_steps": size.save_steps,
-        },
     }

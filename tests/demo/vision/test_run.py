@@ -13,9 +13,9 @@ import yaml
 from coldstill.common.config_file import load_config
 from coldstill.common.files import read_json, write_json
 from coldstill.demo.run import OutputOfAnotherSize, run_demo
-from coldstill.demo.settings import LOSSES
+from coldstill.demo.settings import LOSSES, train_config
 from coldstill.demo.vision.run import run_vision_demo
-from coldstill.demo.vision.settings import FULL, QUICK, Layout, capture_config, train_config
+from coldstill.demo.vision.settings import FULL, QUICK, Layout, capture_config
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.trainer.config import TrainConfig
 

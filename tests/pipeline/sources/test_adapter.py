@@ -26,6 +26,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import HeaderMismatch
 from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.store import Store
+from examples.source_adapter import to_chat
 from tests.pipeline.capturing import capture_config, do_units
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -154,6 +155,12 @@ def test_the_example_makes_a_dataset_and_dropped_rows_are_rejects(
     reject = json.loads(file.read_text())
     assert (reject["source_row"], reject["reason"]) == (4, "adapter_dropped")
     monkeypatch.delitem(sys.modules, "source_adapter")
+
+
+def test_the_example_keeps_every_option_of_a_question() -> None:
+    made = to_chat({"key": "a", "question": "Which?", "options": list("vwxyz"), "solution": "E"})
+    assert made is not None
+    assert made["messages"][0]["content"].splitlines() == ["Which?", "A) v", "B) w", "C) x", "D) y", "E) z"]
 
 
 def test_an_empty_result_is_dropped_too(tmp_path: Path) -> None:

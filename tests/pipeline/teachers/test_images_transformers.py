@@ -96,8 +96,9 @@ def test_temperature_0_writes_what_transformers_writes(folders: dict[str, Path])
     folder = folders["llava"]
     sampling = SamplingConfig(max_tokens=6, temperature=0)
     teacher = TransformersTeacher(config(folder, "transformers"), header(folder), sampling)
-    reference = Reference(folder)
-    for prompt, result in zip(rows(folder, prompts=True), teacher.score(rows(folder, prompts=True)), strict=True):
+    reference, results = Reference(folder), teacher.score(rows(folder, prompts=True))
+    assert any(isinstance(result, ScoredSequence) for result in results)
+    for prompt, result in zip(rows(folder, prompts=True), results, strict=True):
         written = reference._model.generate(
             **reference._inputs(prompt.token_ids, prompt), do_sample=False, max_new_tokens=6, pad_token_id=1
         )[0, -6:].tolist()

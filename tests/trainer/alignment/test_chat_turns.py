@@ -176,7 +176,7 @@ def test_what_cannot_be_proven_is_not_recovered(tokenizers: dict[str, Path]) -> 
         assert turns.messages(tokens.encode(text)) is None
     # The same text with the end of the turn as ordinary tokens is another row.
     end = turns.place_behind(row, row.text.index(b"b<|") + 1)
-    spelled = [tokens.id_of(character) for character in "<|im_end|>"]
+    spelled = [tokens._tokenizer.token_to_id(character) for character in "<|im_end|>"]
     assert turns.messages(tokens.read(np.concatenate([row.ids[:end], spelled, row.ids[end + 1 :]]))) is None
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from coldstill.trainer.data.collate import IGNORED, collate, collate_packs
-from coldstill.trainer.targets import SparseTargets
 from tests import making
 
 from .datasets import make_rows
@@ -74,28 +73,28 @@ def check_targets(targets, rows):
 
 def test_sparse_targets_are_the_rows_targets_in_order():
     rows = make_rows(4)
-    targets = SparseTargets.from_rows(rows)
+    targets = collate(rows)["targets"]
     assert targets.draw_logprobs is None
     check_targets(targets, rows)
 
 
 def test_log_probs_of_draws_are_kept_if_all_rows_have_them():
     rows = make_rows(4, draw_logprobs=True)
-    targets = SparseTargets.from_rows(rows)
+    targets = collate(rows)["targets"]
     assert targets.draw_logprobs is not None
     check_targets(targets, rows)
-    assert SparseTargets.from_rows([*rows, *make_rows(1)]).draw_logprobs is None
+    assert collate([*rows, *make_rows(1)])["targets"].draw_logprobs is None
 
 
 def test_rows_without_draws_give_no_columns_of_draws():
-    targets = SparseTargets.from_rows([making.random_row(np.random.default_rng(2), "r", draws=0)])
+    targets = collate([making.random_row(np.random.default_rng(2), "r", draws=0)])["targets"]
     assert targets.draws.shape == targets.draw_weights.shape == (targets.count, 0)
 
 
 def test_targets_move_and_split_as_a_whole():
-    targets = SparseTargets.from_rows(make_rows(3, draw_logprobs=True))
+    targets = collate(make_rows(3, draw_logprobs=True))["targets"]
     assert {value.device for value in vars(targets.to("meta")).values()} == {torch.device("meta")}
     part = targets.part(2, 5)
     assert part.count == 3
     assert torch.equal(part.ids, targets.ids[2:5])
-    assert SparseTargets.from_rows(make_rows(3)).part(1, 2).draw_logprobs is None
+    assert collate(make_rows(3))["targets"].part(1, 2).draw_logprobs is None

@@ -64,7 +64,9 @@ def stream_of(*paths: str, **changes: Any) -> Any:
 def test_batches_are_those_of_the_first_dataset_with_the_targets_of_each(grouped, second, shape):
     rows = {row.sample_id: row for row in open_dataset(second).rows()}
     alone = load_logit_dataset(grouped).stream(batch_size=5, seed=1, **shape)
-    for wanted, found in islice(zip(alone, stream_of(grouped, second, **shape), strict=False), 20):
+    pairs = list(islice(zip(alone, stream_of(grouped, second, **shape), strict=False), 20))
+    assert len(pairs) == 20
+    for wanted, found in pairs:
         targets = found["targets"]
         assert same(targets.teachers[0], wanted["targets"])
         for name in ("input_ids", "labels", "sample_ids", "position_ids"):
