@@ -92,7 +92,7 @@ FULL = Size(
     seeds=3,
     better_teacher="10x" + MORE_TEXT,
     better_tokens=10**9,
-    long_rates={"pre-training": (4e-3, 8e-3, 2e-3), "instruction pairs": (2e-3, 4e-3, 8e-3)},
+    long_rates={"pre-training": (4e-3, 8e-3, 2e-3), "instruction pairs": (8e-3, 4e-3, 2e-3, 16e-3)},
 )
 QUICK = Size(
     teacher_tokens=40_000,
