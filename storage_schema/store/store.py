@@ -147,7 +147,7 @@ class Store:
             file = self._seeing_new_files(name, read)
             if getattr(file, "details", {}).get("type") == "directory":
                 raise FileNotFoundError(self.path(name))
-            return cast(BinaryIO, _RemoteFile(file, url=self.url, name=name))
+            return cast(BinaryIO, _RemoteFile(file, url=self.url, name=name, retry=self._retry))
 
     def size(self, name: str) -> int:
         """Bytes of the file, without reading it. Raises what `read` raises."""
@@ -272,6 +272,9 @@ class Store:
             raise
         return True
 
+    def _retry(self, call: Callable[..., Result], *values: Any, **options: Any) -> Result:
+        return call(*values, **options)
+
     def _require_inside(self, name: str) -> None:
         """Raises `OutsideDataset` if a link leads a change of a local file out of the dataset."""
         if self.is_local:
@@ -293,8 +296,8 @@ def _is_conflict(error: BaseException) -> bool:
 class _RemoteFile(io.RawIOBase):
     """A seekable file that fsspec opened, read by ranges. Its errors are `StorageFailed` or a subclass."""
 
-    def __init__(self, file: Any, *, url: str, name: str):
-        self._file, self._url, self._doing = file, url, f"reading {name}"
+    def __init__(self, file: Any, *, url: str, name: str, retry: Callable[..., bytes]):
+        self._file, self._url, self._doing, self._retry = file, url, f"reading {name}", retry
 
     def readable(self) -> bool:
         """Always."""
@@ -306,8 +309,11 @@ class _RemoteFile(io.RawIOBase):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Up to `size` bytes, fewer only at the end. Raises `StorageFailed`."""
+        return self._retry(self._read, -1 if size is None else size)  # a failed read leaves the position as it was
+
+    def _read(self, size: int) -> bytes:
         with named_errors(self._url, self._doing):
-            return bytes(self._file.read(-1 if size is None else size))
+            return bytes(self._file.read(size))
 
     def readall(self) -> bytes:
         """All bytes up to the end. Raises `StorageFailed`."""
