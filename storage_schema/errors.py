@@ -100,10 +100,9 @@ class ShardDamaged(FileDamaged):
 
 
 class ShardTooLarge(ColdstillError):
-    """The rows of a unit make a shard larger than the format allows.
+    """The rows of a unit make a shard larger than the format allows."""
 
-    Fix: lower `rows_per_unit`, `teacher.max_length` or `source.images_in_row_bytes`, and capture into another output.
-    """
+    usual_fix = "lower rows_per_unit, and choose another output"
 
 
 class TooManyMedia(ColdstillError):
