@@ -281,6 +281,7 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.on_second = None
+        self._refresh(is_over=True)
         self._bar.close()
 
     def add(self, source_rows: int) -> None:
@@ -288,18 +289,18 @@ class ProgressBar:
         self._bar.update(source_rows)
         self._refresh()
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, is_over: bool = False) -> None:
         if self._work.workers and not self._has_begun:
             self._has_begun = True
             self._bar.unpause()  # engine starts do not count in the time estimate
-        self._bar.set_postfix_str(self._text())
+        self._bar.set_postfix_str(self._text(is_over=is_over))
 
-    def _text(self) -> str:
+    def _text(self, *, is_over: bool = False) -> str:
         if not self._has_begun:
             return "starting workers"
         rates, totals, failed = self._progress.rates, self._progress.totals, len(self._work.failed)
         parts = [f"{rates.targets:,.0f} targets/s"] if rates else []
-        if rates and rates.rows and (rows := (self._bar.total or 0) - self._bar.n) > 0:
+        if not is_over and rates and rates.rows and (rows := (self._bar.total or 0) - self._bar.n) > 0:
             parts.append(f"ends {ends_about(rows / rates.rows, now=self._now())}")
         parts.append(f"workers: {self._work.workers}")
         parts += [f"failed: {failed}"] if failed else []
