@@ -236,6 +236,7 @@ _CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "hf_xet", "
 _TRANSIENT = {
     *(408, 425, 429, 500, 502, 503, 504),
     *("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "ThrottlingException"),
+    "TemporaryFileGone",
     *("ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError", "RemoteProtocolError"),
 }
 MAX_RETRY_AFTER_S = 900.0

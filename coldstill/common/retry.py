@@ -16,6 +16,7 @@ from .interrupts import received
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 _SLICE_S = 0.5
+"""After this time, a waiting thread notices Ctrl-C."""
 
 
 class BackoffWait(wait_base):
@@ -52,10 +53,11 @@ def retrying(
         return len(received) > before
 
     def sleep(seconds: float) -> None:
-        slice_s = seconds if threading.current_thread() is threading.main_thread() else _SLICE_S
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not is_interrupted():
-            time.sleep(min(left, slice_s))
+        is_main = threading.current_thread() is threading.main_thread()
+        while seconds > 0 and not is_interrupted():
+            wait = seconds if is_main else min(seconds, _SLICE_S)
+            time.sleep(wait)
+            seconds -= wait
 
     def before_sleep(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None

@@ -8,6 +8,7 @@ stores write whole objects and have their own "if absent" condition: S3 `If-None
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import secrets
@@ -206,7 +207,8 @@ class Store:
         with suppress(FileNotFoundError), self._named_errors(f"deleting {name}"):
             self._require_inside(f"{name}/")
             self.fs.invalidate_cache(self.path(name))
-            self.fs.rm(self.path(name), recursive=True)
+            remove = partial(self.fs.rm, self.path(name), recursive=True)
+            retrying(_is_filled, attempts=_PLACE_ATTEMPTS)(remove)
 
     def put(self, name: str, data: bytes) -> None:
         """Writes the file whole, and replaces an existing one. Raises `OutsideDataset`, `StorageFailed`."""
@@ -230,8 +232,11 @@ class Store:
                     self.upload(name, Path(folder, "part"))
                 return
             with self._temporary(name) as part:
-                yield part
-                local.replace(part, Path(self.path(name)))
+                try:
+                    yield part
+                    local.replace(part, Path(self.path(name)))
+                except FileNotFoundError as error:
+                    raise local.TemporaryFileGone(str(error)) from error
 
     def upload(self, name: str, local: Path) -> None:
         """Copies a local file to a remote store, a large one in parts. Raises `StorageFailed`."""
@@ -291,6 +296,11 @@ class Store:
 
 def _is_conflict(error: BaseException) -> bool:
     return isinstance(error, OSError) and "ConditionalRequestConflict" in error_codes(error)
+
+
+def _is_filled(error: BaseException) -> bool:
+    """Whether another process created a file in a folder while it was removed."""
+    return isinstance(error, OSError) and error.errno == errno.ENOTEMPTY
 
 
 class _RemoteFile(io.RawIOBase):
