@@ -25,6 +25,7 @@ from coldstill.storage_schema.manifest import MANIFEST_NAME, MAX_SEALED_UNITS, r
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.repair import Reopened, reopen_damaged
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.store.retrying import RetryingStore
 
 from .calibration import warn_if_flat
 from .config import CaptureConfig
@@ -76,7 +77,7 @@ def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
     started = time.monotonic()
     from .cluster.pool import WorkerPool
 
-    store = Store(config.output)
+    store = RetryingStore(config.output, retry_for_s=config.cluster.store_retry_s, is_first=True)
     pool = WorkerPool(config)
     with (
         raising_interrupts(),
@@ -87,7 +88,7 @@ def capture(config: CaptureConfig, *, repair: bool = False) -> CaptureSummary:
         reopened = reopen_damaged(store, deep=repair)
         for seals_left in reversed(range(_MAX_SEALS)):
             with pool:
-                prepared = _prepare(config, pool)
+                prepared = _prepare(config, pool, store)
                 if not store.exists(MANIFEST_NAME):
                     progress.begin()
                     _run_units(prepared, pool, lease=lease, progress=progress)
@@ -116,7 +117,7 @@ def _no_empty_folder_left(store: Store) -> Iterator[None]:
                     folder.rmdir()
 
 
-def _prepare(config: CaptureConfig, pool: WorkerPool) -> Prepared:
+def _prepare(config: CaptureConfig, pool: WorkerPool, store: Store) -> Prepared:
     def rank_ids(header: DatasetHeader, unit: Unit) -> tuple[int, ...]:
         with tqdm(total=config.calibration_targets, desc="calibration", unit=" targets") as bar:
             bar.set_postfix_str("starting a worker")
@@ -126,7 +127,7 @@ def _prepare(config: CaptureConfig, pool: WorkerPool) -> Prepared:
         warn_if_flat(config.teacher, tail_mass)
         return ranks
 
-    prepared = prepare(config, rank_ids=rank_ids if config.calibration_targets else None)
+    prepared = prepare(config, rank_ids=rank_ids if config.calibration_targets else None, store=store)
     if len(prepared.units) > MAX_SEALED_UNITS:
         raise TooManyUnits(
             f"{config.output}: plan",

@@ -7,6 +7,7 @@ probe, one worker scores the first rows of the source for a minute, which gives 
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from coldstill.storage_schema.codec import MOST_ROW_OVERHEAD
 from coldstill.storage_schema.commits import Reject
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import span_positions
-from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS
+from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_SHARD_BYTES
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TokenizerFacts, fingerprint_bytes
 
@@ -34,6 +35,7 @@ from .expected_bytes import (
     MOST_BYTES_PER_GROUP,
     MOST_BYTES_PER_ROW,
     bytes_per_target,
+    fix_of_large_shards,
     most_bytes_per_target,
 )
 from .image_counts import ImageCounts, ImageEstimate
@@ -49,6 +51,8 @@ _PROBED_TOKENS = 1 << 20
 _PROBED_SEQUENCES = 4096
 _PROBED_MEDIA_BYTES = 256 << 20
 """Upper limits of what is sent to the worker of a probe: more than it scores in a minute, little for the network."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -166,8 +170,23 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
     most = _most_bytes(config, counts, shards, token_count=facts.token_count)
     if probe:
         report, gpus = _probe(config, source, maker, facts, seconds=probe_s)
-        return _with_probe(config, counts, shards=shards, bytes_most=most, report=report, gpus=gpus)
-    return _without_probe(config, counts, shards=shards, bytes_most=most)
+        found = _with_probe(config, counts, shards=shards, bytes_most=most, report=report, gpus=gpus)
+    else:
+        found = _without_probe(config, counts, shards=shards, bytes_most=most)
+    _warn_if_too_large(config, found)
+    return found
+
+
+def _warn_if_too_large(config: CaptureConfig, found: DryRun) -> None:
+    """Log a warning if a shard of the mean size is too large: the capture would end at its first unit."""
+    mean = found.bytes_to // found.shards
+    if mean > MAX_SHARD_BYTES:
+        log.warning(
+            "a shard would have up to %s bytes on average, and a shard has at most %s: %s",
+            f"{mean:,}",
+            f"{MAX_SHARD_BYTES:,}",
+            fix_of_large_shards(config.source),
+        )
 
 
 def _without_probe(config: CaptureConfig, counts: SourceCounts, *, shards: int, bytes_most: int) -> DryRun:

@@ -10,6 +10,7 @@ from coldstill.storage_schema.codec import most_position_bytes
 from coldstill.storage_schema.header import MAX_VOCAB_SIZE, Codec
 
 from .config import CaptureConfig
+from .source_config import SourceConfig
 
 # Bytes per target until a teacher has run: `benchmarks/results/codec_2_cores.json`, sides "ours", of a sharp and
 # a flat teacher (mean entropies 1.2 and 4.4 nats, vocabulary 8,192). A vocabulary of more than 65,536 ids takes a few
@@ -90,6 +91,16 @@ def most_bytes_per_target(config: CaptureConfig, *, token_count: int = MAX_VOCAB
         kept_draws=min(teacher.draws, teacher.kept_draws),
         draw_logprobs=teacher.draw_logprobs,
     )
+
+
+def fix_of_large_shards(source: SourceConfig) -> str:
+    """How a capture gets smaller shards."""
+    if source.rows_of is not None:
+        return (
+            "lower teacher.top_k, teacher.kept_draws or source.images_in_row_bytes, and choose another output: a unit "
+            "is a shard of source.rows_of, so that rows_per_unit has no effect"
+        )
+    return "lower rows_per_unit, teacher.max_length or source.images_in_row_bytes, and choose another output"
 
 
 def _at(values: tuple[float, ...], top_k: int) -> float:

@@ -34,6 +34,7 @@ from coldstill.storage_schema.manifest import MANIFEST_NAME
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.repair import restore_header
 from coldstill.storage_schema.store import Store
+from coldstill.storage_schema.store.retrying import RetryingStore
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TOKENIZER_FOLDER, TokenizerFacts, fingerprint_bytes
 
 from .config import CaptureConfig, TeacherConfig
@@ -76,15 +77,20 @@ class Prepared:
 
 
 def prepare(
-    config: CaptureConfig, *, rank_ids: Callable[[DatasetHeader, Unit], Sequence[int]] | None = None
+    config: CaptureConfig,
+    *,
+    rank_ids: Callable[[DatasetHeader, Unit], Sequence[int]] | None = None,
+    store: Store | None = None,
 ) -> Prepared:
     """Create the dataset directory, or check that `config` describes the one that exists.
 
     `rank_ids` makes the id rank table of a new dataset by a calibration pass; without it there is no table.
+    `store`: the output, if it is open already.
+
     Raises `HeaderMismatch` for a changed configuration, and the errors of sources, templates and teachers.
     """
     config = with_read_length(config)
-    store = Store(config.output)
+    store = store or RetryingStore(config.output, retry_for_s=config.cluster.store_retry_s, is_first=True)
     store.require_writable()
     restore_header(store)
     source, maker = open_checked(config, store)

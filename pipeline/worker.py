@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 from coldstill.common.models import FrozenModel
 from coldstill.pipeline.config import CaptureConfig, SamplingConfig, TeacherConfig
 from coldstill.pipeline.errors import TeacherOutputInvalid, all_rejected
+from coldstill.pipeline.expected_bytes import fix_of_large_shards
 from coldstill.pipeline.reject_reasons import REJECT_REASONS, RejectReason, reject_reasons_of
 from coldstill.pipeline.sources.sequence_maker import SequenceMaker
 from coldstill.pipeline.sources.source import open_source
@@ -35,6 +36,7 @@ from coldstill.pipeline.teachers.protocol import (
 )
 from coldstill.storage_schema.codec import MAX_ENTRIES
 from coldstill.storage_schema.commits import CommitRecord, Reject, commit_name, commit_unit, read_commit
+from coldstill.storage_schema.errors import ShardTooLarge
 from coldstill.storage_schema.faithfulness import sample_share
 from coldstill.storage_schema.header import HEADER_NAME, DatasetHeader
 from coldstill.storage_schema.media import place_media
@@ -101,6 +103,7 @@ class CaptureWorker:
         self.store = RetryingStore(config.output, retry_for_s=config.cluster.store_retry_s)
         self.header = DatasetHeader.from_bytes(self.store.read(HEADER_NAME), where=HEADER_NAME)
         self._units = plan_from_bytes(self.store.read(PLAN_NAME), where=PLAN_NAME)
+        self._source_config = config.source
         self._source = open_source(config.source, self.store)
         self._maker = SequenceMaker.of(config, header=self.header)
         self._teacher = teacher or load_for(config, self.header)
@@ -136,8 +139,8 @@ class CaptureWorker:
             environment["parts"] = len(parts)
         if rejects:
             environment[REJECT_REASONS] = dict(Counter(str(reject.reason) for reject in rejects))
-        return _report(
-            commit_unit(
+        try:
+            commit = commit_unit(
                 self.store,
                 index,
                 rows=[one.row for one in scored_of(results)],
@@ -146,7 +149,10 @@ class CaptureWorker:
                 environment=environment,
                 faithful_positions=sample_share(index, units=len(self._units)),
             )
-        )
+        except ShardTooLarge as error:
+            fix = fix_of_large_shards(self._source_config)
+            raise ShardTooLarge(error.what, found=error.found, wanted=error.wanted, fix=fix) from None
+        return _report(commit)
 
     def probe(self, index: int, start: int, stop: int) -> None:
         """Score source rows `start` to `stop` of a unit and discard the result. Raises what `run` raises."""

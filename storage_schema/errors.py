@@ -100,10 +100,9 @@ class ShardDamaged(FileDamaged):
 
 
 class ShardTooLarge(ColdstillError):
-    """The rows of a unit make a shard larger than the format allows.
+    """The rows of a unit make a shard larger than the format allows."""
 
-    Fix: lower `rows_per_unit`, `teacher.max_length` or `source.images_in_row_bytes`, and capture into another output.
-    """
+    usual_fix = "lower rows_per_unit, and choose another output"
 
 
 class TooManyMedia(ColdstillError):
@@ -237,6 +236,7 @@ _CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "hf_xet", "
 _TRANSIENT = {
     *(408, 425, 429, 500, 502, 503, 504),
     *("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "ThrottlingException"),
+    "TemporaryFileGone",
     *("ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError", "RemoteProtocolError"),
 }
 MAX_RETRY_AFTER_S = 900.0

@@ -43,7 +43,7 @@ def capture(
     require_packages("capture", "ray", "torch", "transformers")
     from coldstill.pipeline.config import CaptureConfig
     from coldstill.storage_schema.manifest import MANIFEST_NAME
-    from coldstill.storage_schema.store import Store
+    from coldstill.storage_schema.store.retrying import RetryingStore
 
     settings = load_config(config, model=CaptureConfig, overrides=overrides or ())
     if probe and not dry_run:
@@ -60,7 +60,8 @@ def capture(
         )
         show_result(run_dry(settings, probe=probe).lines(), title="dry run", summary=summary, then=then)
         return
-    was_finished = Store(settings.output).exists(MANIFEST_NAME)
+    store = RetryingStore(settings.output, retry_for_s=settings.cluster.store_retry_s, is_first=True)
+    was_finished = store.exists(MANIFEST_NAME)
     result = api.capture(settings, repair=repair).model_dump(exclude_none=True)
     show_result(
         _captured(result, settings.output),

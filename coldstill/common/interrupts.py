@@ -18,8 +18,9 @@ from typing import Any
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
-_received: list[int] = []
-"""Signals of this process: Ray catches `Interrupted` in its own code and raises a plain `KeyboardInterrupt` instead."""
+received: list[int] = []
+"""Signals of this process. Ray catches `Interrupted` in its own code and raises a plain `KeyboardInterrupt` instead,
+and other threads than the main one get no exception at all."""
 
 Handler = Callable[[int, Any], object]
 
@@ -45,7 +46,7 @@ def as_interrupted(error: KeyboardInterrupt, resume: str = "") -> Interrupted:
     """The signal that `error` stands for, with a sentence on how to resume unless it has one."""
     if isinstance(error, Interrupted):
         return Interrupted(error.signum, error.resume or resume)
-    return Interrupted(_received[-1] if _received else signal.SIGINT, resume)
+    return Interrupted(received[-1] if received else signal.SIGINT, resume)
 
 
 @contextmanager
@@ -55,13 +56,13 @@ def raising_interrupts(*, exit_at_second: bool = False) -> Iterator[None]:
     Signals that are ignored, as after `nohup`, or that the program handles itself, stay so. `exit_at_second`: a second
     signal ends the process at once, also where the first one waits for something.
     """
-    process, before = os.getpid(), len(_received)
+    process, before = os.getpid(), len(received)
 
     def handle(signum: int, _: object) -> None:
         if os.getpid() != process:
             os._exit(128 + signum)  # a child that was forked inside the block
-        _received.append(signum)
-        if exit_at_second and len(_received) > before + 1:
+        received.append(signum)
+        if exit_at_second and len(received) > before + 1:
             with suppress(Exception):
                 sys.stderr.flush()
             os._exit(128 + signum)

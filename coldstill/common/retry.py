@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Callable
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_before_delay
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
+from .interrupts import received
+
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
+_SLICE_S = 0.5
+"""After this time, a waiting thread notices Ctrl-C."""
 
 
 class BackoffWait(wait_base):
@@ -38,8 +44,20 @@ def retrying(
 
     An exception for which `retry_if` is false propagates at once. After any other the call is repeated, up to
     `attempts` calls in all, or while the next wait ends within `seconds` of the first call. Then the last exception is
-    raised unchanged. `on_wait` is called before each wait with its seconds and the exception.
+    raised unchanged. `on_wait` is called before each wait with its seconds and the exception. After Ctrl-C, the wait of
+    another thread ends with one more call: the main thread waits for its threads.
     """
+    before = len(received)
+
+    def is_interrupted() -> bool:
+        return len(received) > before
+
+    def sleep(seconds: float) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        while seconds > 0 and not is_interrupted():
+            wait = seconds if is_main else min(seconds, _SLICE_S)
+            time.sleep(wait)
+            seconds -= wait
 
     def before_sleep(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -48,5 +66,10 @@ def retrying(
 
     stop: stop_base = stop_after_attempt(attempts) if attempts is not None else stop_before_delay(seconds or 0.0)
     return Retrying(
-        retry=retry_if_exception(retry_if), stop=stop, wait=BackoffWait(), reraise=True, before_sleep=before_sleep
+        retry=retry_if_exception(retry_if),
+        stop=lambda state: is_interrupted() or stop(state),
+        wait=BackoffWait(),
+        sleep=sleep,
+        reraise=True,
+        before_sleep=before_sleep,
     )

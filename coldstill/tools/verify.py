@@ -1,8 +1,9 @@
 """`coldstill verify`: check a dataset against its manifest, and list what is wrong.
 
-Always: each file that the manifest lists exists with its size and digest, the tokenizer matches the header, and the
-plan matches the shards. Deep: each row is decoded, each decoded value passes the checks of `rows.py`, and the media
-and the faithfulness sample fit the rows: digests, types, placeholders, and no file that no row needs.
+Always: each file that the manifest lists exists with its size and digest, the tokenizer matches the header, the plan
+matches the shards, and the rejects are as many as the manifest counts. Deep: each row is decoded, each decoded value
+passes the checks of `rows.py`, and the media and the faithfulness sample fit the rows: digests, types, placeholders,
+and no file that no row needs.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ import numpy as np
 from coldstill.common.errors import ColdstillError
 from coldstill.common.progress import tqdm
 from coldstill.common.visible import visible
+from coldstill.storage_schema.commits import REJECTS_FOLDER
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import (
     CommitDamaged,
     FileDamaged,
+    FileMissing,
     ForeignFile,
     ShardDamaged,
     TokenizerMismatch,
 )
 from coldstill.storage_schema.faithfulness import FAITHFULNESS_NAME, storage_kl
 from coldstill.storage_schema.header import DatasetHeader
-from coldstill.storage_schema.manifest import is_dataset_file
+from coldstill.storage_schema.manifest import MANIFEST_NAME, is_dataset_file
 from coldstill.storage_schema.plan import PLAN_NAME, plan_from_bytes
 from coldstill.storage_schema.rows import MEDIA_FOLDER, CachedRow
 from coldstill.storage_schema.tokenizer import (
@@ -43,7 +46,7 @@ from coldstill.storage_schema.tokenizer import (
     fingerprint_bytes,
     without_code,
 )
-from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord
+from coldstill.storage_schema.verified_files import SHARDS_FOLDER, FileRecord, check_content, open_file
 
 from .errors import DuplicateIds
 from .media_checks import MediaChecks
@@ -80,14 +83,15 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
     """
     dataset = open_dataset(root)
     media, foreign = MediaChecks(dataset), {*dataset.manifest.foreign_names}
-    ids = array("Q")
+    ids, rejected = array("Q"), {f"{REJECTS_FOLDER}/{shard.unit:06d}": shard.rejected for shard in dataset.shards}
     files = [
-        _Check(file.name, file.bytes, partial(_check_file, dataset, file, foreign, media))
+        _Check(file.name, file.bytes, partial(_check_file, dataset, file, foreign, media, rejected))
         for file in dataset.manifest.files
         if file.name != FAITHFULNESS_NAME
     ]
     checks = [
         *(check for check in files if not check.is_of_media),
+        _Check(REJECTS_FOLDER, 0, partial(_check_unlisted, rejected)),
         _Check(FAITHFULNESS_NAME, 0, partial(_check_sample, dataset, deep)),
         *(
             _Check(shard.file.name, shard.file.bytes, partial(_check_shard, dataset, index, media, deep, ids))
@@ -101,7 +105,7 @@ def verify(root: str | Path, *, deep: bool = False, progress: bool = True) -> li
             findings += found
             bar.update(check.bytes)
             if findings:
-                bar.set_postfix_str(f"{len(findings)} findings", refresh=False)
+                bar.set_postfix_str("1 finding" if len(findings) == 1 else f"{len(findings):,} findings", refresh=False)
             if len(findings) >= MAX_FINDINGS:
                 return findings[:MAX_FINDINGS]
     if deep and not findings:  # a shard that cannot be read hides what its rows refer to
@@ -162,13 +166,16 @@ def _is_row_for_row(header: DatasetHeader) -> bool:
 
 
 def _check_file(
-    dataset: Dataset, file: FileRecord, foreign: Container[str], media: MediaChecks
+    dataset: Dataset, file: FileRecord, foreign: Container[str], media: MediaChecks, rejected: dict[str, int]
 ) -> Iterator[ColdstillError]:
     """Check a file other than a shard: its name, its digest, and its content if the format defines it."""
     if file.name in foreign:
         yield foreign_file(file.name)
     if file.name not in _READ:
-        (media if file.name.startswith(f"{MEDIA_FOLDER}/") else dataset).check_file(file)
+        if file.name.startswith(f"{REJECTS_FOLDER}/") and file.name not in foreign:
+            yield from _check_rejects(dataset, file, rejected)
+        else:
+            (media if file.name.startswith(f"{MEDIA_FOLDER}/") else dataset).check_file(file)
         return
     data = dataset.read_file(file)
     if file.name == _TOKENIZER:
@@ -185,6 +192,30 @@ def _check_file(
                 f"{file.name}: rows",
                 found=f"{sum(planned)} in {len(planned)} units",
                 wanted=f"{sum(found)} in {len(found)}",
+            )
+
+
+def _check_rejects(dataset: Dataset, file: FileRecord, rejected: dict[str, int]) -> Iterator[ColdstillError]:
+    """Check the rejects of a unit: the digest, and that they are a line for each row that the manifest counts."""
+    wanted, lines, end = rejected.pop(file.name.partition("-")[0], 0), 0, b"\n"
+
+    def count(block: bytes) -> None:
+        nonlocal lines, end
+        lines, end = lines + block.count(b"\n"), block[-1:]
+
+    with open_file(dataset.store, file) as source:
+        check_content(dataset.store, file, source, write=count)
+    lines += end != b"\n"
+    if lines != wanted:
+        yield FileDamaged(f"{file.name}: lines", found=lines, wanted=f"{wanted}, the rejected rows in {MANIFEST_NAME}")
+
+
+def _check_unlisted(rejected: dict[str, int]) -> Iterator[ColdstillError]:
+    """Check that no unit has rejected rows without a file."""
+    for name, count in rejected.items():
+        if count:
+            yield FileMissing(
+                f"{name}-*.jsonl", found=f"no such file in {MANIFEST_NAME}", wanted=f"{count} rejected rows"
             )
 
 

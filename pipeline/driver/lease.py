@@ -90,13 +90,14 @@ def read_lease(store: Store) -> LeaseRecord | None:
 class Lease:
     """The exclusive right of this process to capture into a dataset directory, while the `with` block lasts.
 
-    A thread writes the heartbeats. When the store fails, the next heartbeat tries again. A driver that lost its lease
-    leaves the block with `LeaseLost`: at once if the block runs in the main thread, elsewhere at its next `check`.
+    A thread writes the heartbeats. When the store fails, the next heartbeat tries again, so a `RetryingStore` retries
+    only the taking of the lease. A driver that lost its lease leaves the block with `LeaseLost`: at once if the block
+    runs in the main thread, elsewhere at its next `check`.
     """
 
     def __init__(self, store: Store, *, dead_after_s: float):
         now = time.time()
-        self._store = store
+        self._store, self._unretried = store, Store(store.url)
         self._mine = LeaseRecord(
             token=secrets.token_hex(8),
             host=socket.gethostname(),
@@ -156,9 +157,9 @@ class Lease:
         self._thread.join()
         if self._winner is None:
             with suppress(StorageFailed, CommitDamaged):
-                found = read_lease(self._store)
+                found = read_lease(self._unretried)
                 if found is not None and found.token == self.token:
-                    self._store.delete(LEASE_NAME)
+                    self._unretried.delete(LEASE_NAME)
         elif kind is None or issubclass(kind, KeyboardInterrupt):
             raise self._lost(self._winner) from None
 
@@ -177,15 +178,16 @@ class Lease:
                 return
 
     def _refresh(self) -> None:
+        store = self._unretried
         try:
-            found = read_lease(self._store)
+            found = read_lease(store)
         except CommitDamaged:  # this driver holds it: another one waits until it can be read
-            self._store.put(LEASE_NAME, self._record())
+            store.put(LEASE_NAME, self._record())
             return
         if found is None:
-            self._store.create(LEASE_NAME, self._record())  # another driver may take over now: the first one wins
+            store.create(LEASE_NAME, self._record())  # another driver may take over now: the first one wins
         elif found.token == self.token:
-            self._store.put(LEASE_NAME, self._record())
+            store.put(LEASE_NAME, self._record())
         else:
             self._winner = found
 

@@ -94,13 +94,14 @@ class Progress:
     """Writes the record of this start while a `with` block lasts, and how the block ended.
 
     A thread adds up worker time each second and writes the record each `_WRITE_EVERY_S` seconds. When a write fails,
-    the next one replaces it.
+    the next one replaces it; a `RetryingStore` retries only the first and the last record of a capture that succeeded.
     """
 
     def __init__(self, store: Store, *, token: str, work: Work, price_per_gpu_hour: float | None = None):
         self.on_second: Callable[[], None] | None = None
         """Called each second by that thread."""
-        self._store, self._token, self._work, self._price = store, token, work, price_per_gpu_hour
+        self._store, self._unretried = store, Store(store.url)
+        self._token, self._work, self._price = token, work, price_per_gpu_hour
         self._started = time.time()
         self._lock = threading.Lock()
         self._own = Totals(starts=1)
@@ -124,8 +125,9 @@ class Progress:
         state: RecordState = "sealed"
         if kind is not None:
             state = next((state for error, state in _STATES.items() if issubclass(kind, error)), "stopped")
-        with suppress(StorageFailed):  # must not hide the error that ended the block
-            self.write(state, error=f"{kind.__name__}: {error}" if kind and state == "stopped" else None)
+        text = f"{kind.__name__}: {error}" if kind and state == "stopped" else None
+        with suppress(StorageFailed):  # must not hide the error that ended the block, or delay it
+            self.write(state, error=text, store=self._store if kind is None else None)
 
     def begin(self) -> None:
         """Add up the earlier starts and write the first record. Before this call, nothing is written; a second call
@@ -144,7 +146,7 @@ class Progress:
         self._earlier = sum((record.totals for record in newest), start=Totals())
         for record in newest:
             self._rejected.update(record.rejected)
-        self.write()
+        self.write(store=self._store)
         for path in stored:
             if path.endswith(".json"):
                 self._store.delete(path)
@@ -171,8 +173,11 @@ class Progress:
         """Note that the dataset is sealed, how long its teachers scored in total, and the rejects by reason."""
         self._score_seconds, self._rejected = score_seconds, Counter(rejected)
 
-    def write(self, state: RecordState = "running", *, error: str | None = None) -> None:
-        """Replace the record; does nothing before `begin`. Raises `StorageFailed`."""
+    def write(self, state: RecordState = "running", *, error: str | None = None, store: Store | None = None) -> None:
+        """Replace the record, without retries unless a `store` has them; does nothing before `begin`.
+
+        Raises `StorageFailed`.
+        """
         if self._earlier is None:
             return
         rates, is_over, failed = self.rates, state != "running", list(self._work.failed)
@@ -199,7 +204,7 @@ class Progress:
         )
         # A record without rejects is one that a driver of an earlier release reads too.
         unknown_before = None if record.rejected else {"rejected"}
-        self._store.put(
+        (store or self._unretried).put(
             record_name(self._token), (record.model_dump_json(indent=2, exclude=unknown_before) + "\n").encode()
         )
 
@@ -276,6 +281,7 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.on_second = None
+        self._refresh(is_over=True)
         self._bar.close()
 
     def add(self, source_rows: int) -> None:
@@ -283,18 +289,18 @@ class ProgressBar:
         self._bar.update(source_rows)
         self._refresh()
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, is_over: bool = False) -> None:
         if self._work.workers and not self._has_begun:
             self._has_begun = True
             self._bar.unpause()  # engine starts do not count in the time estimate
-        self._bar.set_postfix_str(self._text())
+        self._bar.set_postfix_str(self._text(is_over=is_over))
 
-    def _text(self) -> str:
+    def _text(self, *, is_over: bool = False) -> str:
         if not self._has_begun:
             return "starting workers"
         rates, totals, failed = self._progress.rates, self._progress.totals, len(self._work.failed)
         parts = [f"{rates.targets:,.0f} targets/s"] if rates else []
-        if rates and rates.rows and (rows := (self._bar.total or 0) - self._bar.n) > 0:
+        if not is_over and rates and rates.rows and (rows := (self._bar.total or 0) - self._bar.n) > 0:
             parts.append(f"ends {ends_about(rows / rates.rows, now=self._now())}")
         parts.append(f"workers: {self._work.workers}")
         parts += [f"failed: {failed}"] if failed else []

@@ -87,8 +87,13 @@ class LossMask:
         """Tokens that end an assistant turn; the first of them is a turn's last target."""
         return self._turns.end_token_ids
 
-    def ids_and_loss_mask(self, chat: Conversation, *, most: int | None = None) -> tuple[list[int], list[bool]]:
+    def ids_and_loss_mask(
+        self, chat: Conversation, *, most: int | None = None, until: int | None = None
+    ) -> tuple[list[int], list[bool]]:
         """Token ids of a whole chat, and which of them are target tokens.
+
+        `until`: the mask may end there, because the rest of the chat is cut off. Turns that begin later are not looked
+        for.
 
         `most`: maximum number of tokens. The turns of a longer chat are not looked for: each is found by rendering all
         that precedes it, so a row of ten thousand short turns would take hours. Raises `TemplateCannotMark` if the
@@ -100,11 +105,11 @@ class LossMask:
         if self._loss_on == "all":
             return whole.ids, [True] * len(whole.ids)
         loss_mask = [False] * len(whole.ids)
-        for start, stop in self._spans(chat, whole):
+        for start, stop in self._spans(chat, whole, len(whole.ids) if until is None else until):
             loss_mask[start:stop] = [True] * (stop - start)
         return whole.ids, loss_mask
 
-    def _spans(self, chat: Conversation, whole: Rendered) -> Iterator[Span]:
+    def _spans(self, chat: Conversation, whole: Rendered, until: int) -> Iterator[Span]:
         turns = _assistant_turns(chat)
         marks = self._marks(chat, whole)
         for turn in turns[-1:] if self._loss_on == "last_turn" else turns:
@@ -115,9 +120,12 @@ class LossMask:
             except TemplateCannotMark as error:
                 if marks is None:
                     raise
-                yield from self._marked_spans(chat, turn, whole, marks, error)
+                found = list(self._marked_spans(chat, turn, whole, marks, error))
             else:
-                yield from [span] if marks is None else self._selected(span, whole, marks)
+                found = [span] if marks is None else list(self._selected(span, whole, marks))
+            yield from found
+            if found and found[0].start >= until:
+                return
 
     def _marks(self, chat: Conversation, whole: Rendered) -> _Marks | None:
         if self._marked is None:
@@ -249,8 +257,10 @@ class ChatSide:
         """Tokens that end an assistant turn."""
         return self._loss_mask.end_token_ids
 
-    def rendered(self, chat: Conversation, *, answered: bool, most: int | None = None) -> RenderedChat:
-        """A whole chat of at most `most` tokens, or, if it is not `answered`, a prompt.
+    def rendered(
+        self, chat: Conversation, *, answered: bool, most: int | None = None, until: int | None = None
+    ) -> RenderedChat:
+        """A whole chat of at most `most` tokens, or, if it is not `answered`, a prompt. The mask may end at `until`.
 
         Raises `RowUnusable`, `TemplateCannotMark`.
         """
@@ -259,7 +269,7 @@ class ChatSide:
             return RenderedChat(chat, self.template.prompt(chat), None)
         learned = chat.learned_reasoning(last_turn=self._loss_on == "last_turn")
         chat = _whole(self.template.fitted(chat, learned=learned))
-        return RenderedChat(chat, *self._loss_mask.ids_and_loss_mask(chat, most=most))
+        return RenderedChat(chat, *self._loss_mask.ids_and_loss_mask(chat, most=most, until=until))
 
 
 def _whole(fitted: Fitted) -> Conversation:

@@ -243,7 +243,9 @@ class SequenceMaker:
             used = chat.columns
             self._layouts[chat.layout] += 1
             most = self.max_length if self.over_long == "reject" else None
-            chat, token_ids, mask = self._student.rendered(chat, answered=True, most=most)
+            # Named ids are given for all targets of the row, also for those that are cut off.
+            until = self.max_length if self.over_long == "cut" and self.source.score_ids is None else None
+            chat, token_ids, mask = self._student.rendered(chat, answered=True, most=most, until=until)
             loss_mask = mask or []
         positions = self._images.placeholders(token_ids, chat)
         for position in positions:  # a teacher predicts text only

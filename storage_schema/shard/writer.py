@@ -73,8 +73,7 @@ def _write(groups: Iterable[pa.Table], header: DatasetHeader) -> bytes:
 
 def _check_size(what: str, size: int, most: int) -> None:
     if size > most:
-        fix = "lower rows_per_unit, or source.images_in_row_bytes"
-        raise ShardTooLarge(what, found=f"{size} bytes", wanted=f"at most {most}", fix=fix)
+        raise ShardTooLarge(what, found=f"{size} bytes", wanted=f"at most {most}")
 
 
 def _groups(records: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -66,6 +66,10 @@ def size_of(entry: os.DirEntry[str]) -> int:
         return -1
 
 
+class TemporaryFileGone(FileNotFoundError):
+    """Another process that sealed or ended a copy here removed the temporary files: the same write may succeed now."""
+
+
 @contextmanager
 def temporary_file(folder: Path, *, final: Path) -> Iterator[Path]:
     """A unique path in `folder` to write to, removed at the end of the block. Creates the folder of `final` too.

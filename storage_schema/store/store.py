@@ -8,6 +8,7 @@ stores write whole objects and have their own "if absent" condition: S3 `If-None
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import secrets
@@ -147,7 +148,7 @@ class Store:
             file = self._seeing_new_files(name, read)
             if getattr(file, "details", {}).get("type") == "directory":
                 raise FileNotFoundError(self.path(name))
-            return cast(BinaryIO, _RemoteFile(file, url=self.url, name=name))
+            return cast(BinaryIO, _RemoteFile(file, url=self.url, name=name, retry=self._retry))
 
     def size(self, name: str) -> int:
         """Bytes of the file, without reading it. Raises what `read` raises."""
@@ -206,7 +207,8 @@ class Store:
         with suppress(FileNotFoundError), self._named_errors(f"deleting {name}"):
             self._require_inside(f"{name}/")
             self.fs.invalidate_cache(self.path(name))
-            self.fs.rm(self.path(name), recursive=True)
+            remove = partial(self.fs.rm, self.path(name), recursive=True)
+            retrying(_is_filled, attempts=_PLACE_ATTEMPTS)(remove)
 
     def put(self, name: str, data: bytes) -> None:
         """Writes the file whole, and replaces an existing one. Raises `OutsideDataset`, `StorageFailed`."""
@@ -230,8 +232,11 @@ class Store:
                     self.upload(name, Path(folder, "part"))
                 return
             with self._temporary(name) as part:
-                yield part
-                local.replace(part, Path(self.path(name)))
+                try:
+                    yield part
+                    local.replace(part, Path(self.path(name)))
+                except FileNotFoundError as error:
+                    raise local.TemporaryFileGone(str(error)) from error
 
     def upload(self, name: str, local: Path) -> None:
         """Copies a local file to a remote store, a large one in parts. Raises `StorageFailed`."""
@@ -272,6 +277,9 @@ class Store:
             raise
         return True
 
+    def _retry(self, call: Callable[..., Result], *values: Any, **options: Any) -> Result:
+        return call(*values, **options)
+
     def _require_inside(self, name: str) -> None:
         """Raises `OutsideDataset` if a link leads a change of a local file out of the dataset."""
         if self.is_local:
@@ -290,11 +298,16 @@ def _is_conflict(error: BaseException) -> bool:
     return isinstance(error, OSError) and "ConditionalRequestConflict" in error_codes(error)
 
 
+def _is_filled(error: BaseException) -> bool:
+    """Whether another process created a file in a folder while it was removed."""
+    return isinstance(error, OSError) and error.errno == errno.ENOTEMPTY
+
+
 class _RemoteFile(io.RawIOBase):
     """A seekable file that fsspec opened, read by ranges. Its errors are `StorageFailed` or a subclass."""
 
-    def __init__(self, file: Any, *, url: str, name: str):
-        self._file, self._url, self._doing = file, url, f"reading {name}"
+    def __init__(self, file: Any, *, url: str, name: str, retry: Callable[..., bytes]):
+        self._file, self._url, self._doing, self._retry = file, url, f"reading {name}", retry
 
     def readable(self) -> bool:
         """Always."""
@@ -306,8 +319,11 @@ class _RemoteFile(io.RawIOBase):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Up to `size` bytes, fewer only at the end. Raises `StorageFailed`."""
+        return self._retry(self._read, -1 if size is None else size)  # a failed read leaves the position as it was
+
+    def _read(self, size: int) -> bytes:
         with named_errors(self._url, self._doing):
-            return bytes(self._file.read(-1 if size is None else size))
+            return bytes(self._file.read(size))
 
     def readall(self) -> bytes:
         """All bytes up to the end. Raises `StorageFailed`."""

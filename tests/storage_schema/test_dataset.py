@@ -8,12 +8,13 @@ import tracemalloc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
 from coldstill.common.errors import ColdstillError
+from coldstill.storage_schema.commits import Reject, commit_name, commit_unit
 from coldstill.storage_schema.dataset import Dataset, open_dataset
 from coldstill.storage_schema.errors import (
     CommitDamaged,
@@ -24,6 +25,7 @@ from coldstill.storage_schema.errors import (
     UnsupportedFormat,
 )
 from coldstill.storage_schema.header import DatasetHeader
+from coldstill.storage_schema.manifest import seal
 from coldstill.storage_schema.plan import Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.store import Store
 from coldstill.storage_schema.tokenizer import fingerprint
@@ -95,6 +97,28 @@ def test_a_copy_in_another_place_is_the_same_dataset(tiny_dataset: Path) -> None
 def test_a_sound_dataset_has_no_findings(tiny_dataset: Path) -> None:
     assert verify(tiny_dataset, progress=False) == []
     assert verify(tiny_dataset, deep=True, progress=False) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "error"),
+    [
+        ({}, "", ""),
+        ({"rejected": 3}, "rejects/000000-", "FileDamaged"),
+        ({"rejected": 3, "rejects": None}, "rejects", "FileMissing"),
+    ],
+)
+def test_rejects_are_as_many_as_their_unit_counts(
+    tmp_path: Path, tokenizer_folder: Path, change: dict[str, Any], where: str, error: str, capsys: Any
+) -> None:
+    header, rows = making.tiny_header(tokenizer_folder), making.random_rows(4)
+    store = making.begin_dataset(tmp_path / "dataset", header, tokenizer_folder, [4 + change.get("rejected", 2)])
+    rejects = [Reject(4, "one", "no_targets", "a line\u2028and\nanother"), Reject(5, "two", "no_targets", "")]
+    record = commit_unit(store, 0, rows=rows, rejects=rejects, header=header, environment={})
+    store.put(commit_name(0), record.model_copy(update=change).to_bytes())
+    seal(store)
+    found = verify(store.url)
+    assert [(finding.where.startswith(where), finding.error) for finding in found] == ([(True, error)] if error else [])
+    assert ("1 finding" in capsys.readouterr().err) == bool(error)
 
 
 def _shard(root: Path) -> Path:

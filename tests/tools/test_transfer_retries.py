@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.errors import (
     StorageFailed,
 )
+from coldstill.storage_schema.store import local
 from coldstill.tools.pull import pull
 from coldstill.tools.push import push
 from coldstill.tools.verify import verify
@@ -104,3 +107,32 @@ def test_a_wait_is_shown_above_the_progress_bar(
     hub.faults.append(Fault("POST", f"/api/datasets/{NAME}/preupload", status=503, times=7))
     push(tiny_dataset, URL)
     assert "waiting" in capsys.readouterr().err
+
+
+def test_two_pulls_into_one_folder_both_succeed(
+    tiny_dataset: Path, tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that ends removes the temporary files of the other."""
+    place, remove = local.replace, shutil.rmtree
+    folder, results, lost = tmp_path / "copy", [], []
+
+    def place_after_another_pull(part: Path, final: Path) -> None:
+        if final.name.endswith(".parquet") and not lost:
+            lost.append(part)
+            results.append(pull(tiny_dataset, folder, progress=False))
+            assert not part.exists()
+        place(part, final)
+
+    def remove_while_another_writes(path: str, *values: Any, **options: Any) -> None:
+        if len(lost) == 1:
+            lost.append(Path(path))
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+        remove(path, *values, **options)
+
+    monkeypatch.setattr(local, "replace", place_after_another_pull)
+    monkeypatch.setattr(shutil, "rmtree", remove_while_another_writes)
+    results.append(pull(tiny_dataset, folder, progress=False))
+    assert len(lost) == 2
+    assert len({result.dataset_id for result in results}) == 1
+    assert verify(folder, deep=True, progress=False) == []
+    assert not (folder / "_run").exists()

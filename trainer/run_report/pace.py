@@ -53,6 +53,12 @@ class EndTimeBar(ProgressCallback):
                 self.training_bar.set_postfix_str(f"ends {ends_about(left, now=self._now())}", refresh=False)
         super().on_step_end(args, state, control, **kwargs)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar, without a time at which it ends."""
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str("", refresh=False)
+        super().on_train_end(args, state, control, **kwargs)
+
 
 def with_end_time(trainer: Trainer) -> None:
     """Replace transformers' bar by ours, which is a few lines where standard error is a log."""

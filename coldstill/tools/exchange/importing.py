@@ -21,7 +21,7 @@ from coldstill.storage_schema.commits import Reject, commit_unit, committed_unit
 from coldstill.storage_schema.errors import InvalidHeader
 from coldstill.storage_schema.header import HEADER_NAME, Codec, DatasetHeader
 from coldstill.storage_schema.header_facts import ImportFacts, TeacherFacts
-from coldstill.storage_schema.manifest import MANIFEST_NAME, Manifest, read_manifest, seal
+from coldstill.storage_schema.manifest import MANIFEST_NAME, MAX_SEALED_UNITS, Manifest, read_manifest, seal
 from coldstill.storage_schema.plan import PLAN_NAME, Plan, Unit, plan_from_bytes, plan_to_bytes
 from coldstill.storage_schema.rows import CachedRow
 from coldstill.storage_schema.shard import metadata_json
@@ -165,7 +165,14 @@ def import_rows(
     """
     if len(rows) == 0:
         raise SourceUnreadable("source", found="no row", wanted="at least one")
-    store = Store(output)
+    store, most = Store(output), MAX_SEALED_UNITS * header.rows_per_unit
+    if len(rows) > most and not store.exists(PLAN_NAME):  # before a list of the units takes memory
+        raise SourceUnreadable(
+            "source",
+            found=f"{len(rows):,} rows",
+            wanted=f"at most {most:,}: {MAX_SEALED_UNITS:,} shards of {header.rows_per_unit}",
+            fix="raise --rows-per-unit",
+        )
     header, units = _begin(store, rows, header, Path(tokenizer))
     if store.exists(MANIFEST_NAME):
         return read_manifest(store)[0]

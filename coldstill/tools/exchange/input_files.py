@@ -27,6 +27,8 @@ from pydantic import ValidationError
 from coldstill.common.progress import tqdm
 from coldstill.storage_schema.errors import InvalidHeader
 from coldstill.storage_schema.header_facts import ImportFacts
+from coldstill.storage_schema.parquet import check_foreign_footer
+from coldstill.storage_schema.verified_files import MAX_COUNT
 from coldstill.tools.errors import SourceUnreadable, UnusableRow, invalid_field
 
 ROWS_PER_BATCH = 8
@@ -131,6 +133,8 @@ class ParquetTables:
                     self.schema = parquet.schema_arrow
         self.names = list(self.schema.names)
         self._first_rows = [0, *itertools.accumulate(map(sum, self._group_rows))]
+        if self._first_rows[-1] > MAX_COUNT:
+            raise SourceUnreadable("source", found=f"{self._first_rows[-1]} rows", wanted=f"at most {MAX_COUNT}")
 
     def __len__(self) -> int:
         """Rows of all files."""
@@ -166,6 +170,8 @@ class ParquetTables:
     def _open(self, file: InputFile) -> Iterator[pq.ParquetFile]:
         with file.fs.open(file.path, "rb") as stream:  # a ParquetFile does not close a stream that it did not open
             try:
+                check_foreign_footer(stream)
+                stream.seek(0)
                 parquet = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise _unreadable(file, error) from None

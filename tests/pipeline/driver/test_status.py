@@ -367,5 +367,7 @@ def test_the_bar_of_a_capture_says_when_it_ends() -> None:
         progress, work=Workers(), rows=4_600, rows_done=1_000, now=lambda: datetime(2026, 11, 29, 14, 2)
     ) as bar:
         assert "ends about 14:32 today" in bar._text()
-        progress.rates = None
+        rates, progress.rates = progress.rates, None
         assert "ends" not in bar._text()
+        progress.rates = rates
+    assert bar._bar.postfix == "8 targets/s, workers: 2"

@@ -14,7 +14,7 @@ from coldstill.pipeline.dry_run import dry_run
 from coldstill.pipeline.errors import SourceEmpty, WriterRoundUnused
 from coldstill.pipeline.prepare import prepare
 from coldstill.storage_schema.dataset import Dataset, open_dataset
-from coldstill.storage_schema.errors import DatasetNotSealed, HeaderMismatch, TokenizerMismatch
+from coldstill.storage_schema.errors import DatasetNotSealed, HeaderMismatch, ShardTooLarge, TokenizerMismatch
 from coldstill.storage_schema.manifest import MANIFEST_NAME, seal
 from coldstill.tools.verify import verify
 from tests import making
@@ -178,3 +178,28 @@ def test_rows_written_under_another_prompt_keep_that_fact_and_not_the_length_of_
     own = _sealed(capture_config(tmp_path, rows=6, output="own", mode="generate", sampling={"max_tokens": 6}))
     own = _sealed(_again(tmp_path, "own", output="own scores"))
     assert own.header.about.writer_prompt is None
+
+
+def test_a_shard_that_is_too_large_is_foreseen_and_the_advice_fits_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _sealed(capture_config(tmp_path, rows=20))
+    fixes = {}
+    for config in (capture_config(tmp_path, rows=20, output="large"), _again(tmp_path)):
+        with monkeypatch.context() as small:
+            for module in ("pipeline.dry_run", "storage_schema.shard.writer"):
+                small.setattr(f"coldstill.{module}.MAX_SHARD_BYTES", 2_000)
+            caplog.clear()
+            dry_run(config, progress=False)
+            prepare(config)
+            with pytest.raises(ShardTooLarge) as raised:
+                do_units(config)
+        fixes[config.output] = raised.value.fix
+        assert raised.value.fix in caplog.text
+    of_text, of_rows = fixes.values()
+    assert "lower rows_per_unit" in of_text
+    assert "rows_per_unit has no effect" in of_rows
+    assert "teacher.top_k" in of_rows
+    caplog.clear()
+    dry_run(config, progress=False)
+    assert not caplog.records

@@ -260,3 +260,34 @@ def test_the_turns_of_a_chat_that_is_too_long_are_not_looked_for(monkeypatch: py
     assert isinstance(made, Reject)
     assert made.reason == ("teacher_over_long" if side == "teacher" else "over_long")
     assert sum(rendered) < 10 * 400
+
+
+@pytest.mark.parametrize("template", [QWEN25, MARKED["round content and end"]], ids=["proven", "marked"])
+def test_of_a_chat_that_is_cut_only_the_turns_before_the_cut_are_looked_for(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn is found by rendering all that precedes it: the time grows with the square of the turns."""
+    renders, render = [], ChatTemplate.render
+
+    def counted(self: ChatTemplate, messages: Any, *values: Any, **options: Any) -> str:
+        renders.append(len(messages))
+        return render(self, messages, *values, **options)
+
+    tokenizer = templates.tokenizer(template, end="<|im_end|>")
+    source = SourceConfig.model_validate({"path": "x.jsonl", "over_long": "cut"})
+    counts = []
+    for turns in (15, 45):
+        chat = _chat(*([("u", "and then?"), ("a", "one more answer")] * turns))
+        row = SourceRow(0, {"id": "a", "messages": chat})
+        (whole,) = SequenceMaker(tokenizer, source=source, max_length=100_000, stops=()).sequences([row])
+        monkeypatch.setattr(ChatTemplate, "render", counted)
+        renders.clear()
+        (cut,) = SequenceMaker(tokenizer, source=source, max_length=100, stops=()).sequences([row])
+        monkeypatch.undo()
+        assert isinstance(whole, TokenSequence)
+        assert isinstance(cut, TokenSequence)
+        assert cut.token_ids.tolist() == whole.token_ids[:100].tolist()
+        wanted = [(start, min(stop, 100)) for start, stop in whole.target_spans.reshape(-1, 2).tolist() if start < 100]
+        assert cut.target_spans.reshape(-1, 2).tolist() == [list(span) for span in wanted]
+        counts.append(len(renders))
+    assert counts[0] == counts[1] < 60

@@ -13,6 +13,7 @@ import pytest
 from coldstill.tools.errors import SourceUnreadable, UnusableRow
 from coldstill.tools.exchange import input_files as input_files_module
 from coldstill.tools.exchange.distillkit_import import import_distillkit
+from coldstill.tools.exchange.importing import import_rows
 from coldstill.tools.exchange.input_files import (
     JsonTables,
     ParquetTables,
@@ -23,6 +24,7 @@ from coldstill.tools.exchange.input_files import (
     values_of,
 )
 from coldstill.tools.exchange.settings import DistillKitSettings
+from tests import making
 from tests.tools.exchange import peers
 
 
@@ -121,6 +123,59 @@ def test_damaged_pages_are_named(tmp_path: Path) -> None:
     tables = ParquetTables(input_files(tmp_path, endings=(".parquet",)))
     with pytest.raises(SourceUnreadable, match="whole Parquet"):
         list(tables.batches(0, columns=("n",)))
+
+
+def _with_footer(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """The file at `path` with a changed footer."""
+    data = path.read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    footer = change(data[start:-8])
+    path.write_bytes(data[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def _number(value: int) -> bytes:
+    """A number of Thrift's compact protocol."""
+    value, found = value << 1, b""
+    while value > 127:
+        found, value = found + bytes([value & 127 | 128]), value >> 7
+    return found + bytes([value])
+
+
+FOOTERS: dict[str, Callable[[bytes], bytes]] = {
+    "a list of a million columns": lambda footer: footer.replace(b"\x19\x1c\x19\x1c", b"\x19\x1c\x19\xfc\xbf\x84\x3d"),
+    "other rows in its groups": lambda footer: footer.replace(b"\x16" + _number(999), b"\x16" + _number(7), 1),
+    "fewer values than rows": lambda footer: footer.replace(b"\x16" + _number(2997), b"\x16" + _number(3)),
+    "a gigabyte": lambda footer: footer + bytes(17 << 20),
+}
+
+
+@pytest.mark.parametrize("change", FOOTERS.values(), ids=FOOTERS.keys())
+def test_a_footer_is_checked_before_arrow_takes_memory_for_it(
+    tmp_path: Path, change: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": [[1, 2, 3]] * 999}), path, compression="gzip")
+    files = input_files(path, endings=(".parquet",))
+    assert len(ParquetTables(files)) == 999
+    before = path.read_bytes()
+    _with_footer(path, change)
+    assert path.read_bytes() != before
+    monkeypatch.setattr(pq, "ParquetFile", lambda *values, **options: pytest.fail("Arrow read it"))
+    with pytest.raises(SourceUnreadable, match=r"(?s)a\.parquet.*whole Parquet"):
+        ParquetTables(files)
+
+
+def test_a_file_that_claims_more_rows_than_a_dataset_has_ends_before_they_are_planned(
+    tmp_path: Path, wide_tokenizer: Path
+) -> None:
+    class Claimed:
+        def __len__(self) -> int:
+            return 1 << 50
+
+    header = making.tiny_header(wide_tokenizer)
+    with pytest.raises(SourceUnreadable, match="rows-per-unit"):
+        import_rows(Claimed(), tmp_path / "dataset", header=header, tokenizer=wide_tokenizer)  # type: ignore[arg-type]
+    assert not (tmp_path / "dataset").exists()
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,9 @@ def test_the_bar_says_when_the_run_ends_and_counts_its_own_steps(tmp_path: Path)
         bar.on_step_end(None, state, None)
     assert bar.training_bar.postfix == "ends about 15:41 today"
     assert bar.training_bar.n == 402
-    bar.training_bar.close()
+    closed = bar.training_bar
+    bar.on_train_end(None, state, None)
+    assert not closed.postfix, "a bar that is closed ends at no other time"
 
 
 def test_pace_counts_neither_earlier_starts_nor_the_first_step() -> None:
