@@ -69,7 +69,7 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
     _require_one_writer(datasets)
     for dataset in datasets:
         about = about.shared(dataset.header.about)
-        own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit")}
+        own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit", "id_ranks")}
         facts = {name: getattr(dataset.header.about, name) for name in ("license", "normalized_over")}
         facts["processor"] = dataset.header.about.processor or processor
         own["about"] = first.about.model_copy(update=facts)
@@ -78,6 +78,7 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
             where=f"{dataset.store.url}/{HEADER_NAME}",
             fix="merge only captures of the same teacher with the same configuration",
         )
+    _require_one_rank_table(datasets)
     digests = [dataset.header.source_sha256 for dataset in datasets]
     together = hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
     return first.newest().model_copy(
@@ -102,6 +103,23 @@ def _require_one_writer(datasets: Sequence[Dataset]) -> None:
                     wanted=f"{_in_words(wanted)}, as in {datasets[0].store.url}",
                     fix="leave the datasets apart, and train on a list of them: dataset: [A, B]",
                 )
+
+
+def _require_one_rank_table(datasets: Sequence[Dataset]) -> None:
+    """Raise `HeaderMismatch` if the `id_ranks` differ: a merge copies shards, whose ids are ranks in that table.
+
+    It is compared last, and not printed: each capture makes its own table, of thousands of ids.
+    """
+    first = datasets[0]
+    for dataset in datasets:
+        if dataset.header.id_ranks != first.header.id_ranks:
+            raise HeaderMismatch(
+                f"{dataset.store.url}/{HEADER_NAME}: id_ranks",
+                found="another table of frequent token ids, which each capture makes from its own first rows",
+                wanted=f"the table of {first.store.url}",
+                fix="leave the datasets apart, and train on a list of them: dataset: [A, B]. Captures with "
+                "calibration_targets: 0 have no table and can be merged",
+            )
 
 
 def _in_words(fact: RowWriter | TeacherPrompt | None) -> str:
