@@ -103,6 +103,12 @@ def test_the_job_of_the_guide_names_no_file_by_a_path_that_depends_on_its_folder
     assert {path.partition("://")[0] for path in (settings.source.path, settings.output)} == {"s3"}
 
 
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("examples/*_capture.yaml")), ids=lambda path: path.stem)
+def test_the_capture_of_the_guide_by_a_server_takes_the_examples(path: Path) -> None:
+    (words,) = re.findall(r"coldstill capture CONFIG.yaml (.*teacher.engine=endpoint.*)$", GUIDE, re.MULTILINE)
+    assert load_config(str(path), model=CaptureConfig, overrides=words.split()).teacher.engine == "endpoint"
+
+
 def test_the_image_of_the_guide_can_build_the_folder_that_it_copies() -> None:
     """setuptools writes beside pyproject.toml, and Ray's image runs as the user `ray`."""
     (copied,) = re.findall(r"^COPY (.*)$", GUIDE, re.MULTILINE)

@@ -20,6 +20,7 @@ from .sources import Sources
 
 _OF_WRITER = ("writer", "writer_prompt")
 """Facts in `about` of which a merged header could state neither value."""
+_LEAVE_APART = "leave the datasets apart, and train on a list of them: dataset: [A, B]"
 
 
 def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = True) -> Dataset:
@@ -76,7 +77,7 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
         wanted.require_equal(
             dataset.header.model_copy(update=own),
             where=f"{dataset.store.url}/{HEADER_NAME}",
-            fix="merge only captures of the same teacher with the same configuration",
+            fix=f"merge only captures of the same teacher with the same configuration; or {_LEAVE_APART}",
         )
     _require_one_rank_table(datasets)
     digests = [dataset.header.source_sha256 for dataset in datasets]
@@ -101,7 +102,7 @@ def _require_one_writer(datasets: Sequence[Dataset]) -> None:
                     f"{dataset.store.url}/{HEADER_NAME}: about.{name}",
                     found=_in_words(found),
                     wanted=f"{_in_words(wanted)}, as in {datasets[0].store.url}",
-                    fix="leave the datasets apart, and train on a list of them: dataset: [A, B]",
+                    fix=_LEAVE_APART,
                 )
 
 
@@ -117,8 +118,7 @@ def _require_one_rank_table(datasets: Sequence[Dataset]) -> None:
                 f"{dataset.store.url}/{HEADER_NAME}: id_ranks",
                 found="another table of frequent token ids, which each capture makes from its own first rows",
                 wanted=f"the table of {first.store.url}",
-                fix="leave the datasets apart, and train on a list of them: dataset: [A, B]. Captures with "
-                "calibration_targets: 0 have no table and can be merged",
+                fix=f"{_LEAVE_APART}. Captures with calibration_targets: 0 have no table and can be merged",
             )
 
 

@@ -160,7 +160,8 @@ def test_of_two_tables_of_frequent_ids_neither_is_printed_and_the_way_out_is_a_l
         with pytest.raises(HeaderMismatch, match=rf"{name}/dataset\.json: {field}\n") as error:
             merge([source.store.url, other.store.url], tmp_path / "merged", progress=False)
         assert len(str(error.value)) < 1000
-        assert ("dataset: [A, B]" in str(error.value)) == (field == "id_ranks")
+        assert "dataset: [A, B]" in str(error.value)
+        assert ("calibration_targets: 0" in str(error.value)) == (field == "id_ranks")
 
 
 def test_a_tokenizer_that_is_not_the_headers_is_refused(source: Dataset, header: DatasetHeader, tmp_path: Path) -> None:
