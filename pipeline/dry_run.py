@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from coldstill.common.progress import tqdm
 from coldstill.storage_schema.codec import MOST_ROW_OVERHEAD
 from coldstill.storage_schema.commits import Reject
+from coldstill.storage_schema.header import DatasetHeader
 from coldstill.storage_schema.plan import Unit
 from coldstill.storage_schema.rows import span_positions
 from coldstill.storage_schema.shard.layout import MAX_GROUP_BYTES, MAX_GROUP_ROWS, MAX_SHARD_BYTES
 from coldstill.storage_schema.store import Store
-from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TokenizerFacts, fingerprint_bytes
 
 from .config import CaptureConfig
 from .errors import all_rejected
@@ -39,10 +39,10 @@ from .expected_bytes import (
     most_bytes_per_target,
 )
 from .image_counts import ImageCounts, ImageEstimate
-from .prepare import make_header, open_checked, require_unique_ids
+from .prepare import make_header, open_checked, read_teacher, require_unique_ids
 from .sources.sequence_maker import SequenceMaker
 from .sources.source import Source
-from .teachers.checkpoint import load_model_config, tokenizer_files, with_read_length
+from .teachers.checkpoint import with_read_length
 from .teachers.protocol import TokenSequence
 from .worker import SpeedReport
 
@@ -155,6 +155,7 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
     Store(config.output).require_usable()
     config = with_read_length(config)
     source, maker = open_checked(config)  # without a store: nothing is staged
+    _, facts, model_config = read_teacher(config, maker)  # the capture would refuse the same settings
     units = source.plan(config.rows_per_unit)
     require_unique_ids(config, source)
     counts = count_source(config, units=units, source=source, maker=maker, progress=progress)
@@ -165,11 +166,12 @@ def dry_run(config: CaptureConfig, *, probe: bool = False, probe_s: float = PROB
             example=next(iter(counts.examples.values()), ""),
         )
     shards = len(units)
-    tokenizer = tokenizer_files(maker.tokenizer)[TOKENIZER_FILE]
-    facts = fingerprint_bytes(tokenizer, where=f"{config.teacher.model}: {TOKENIZER_FILE}")
     most = _most_bytes(config, counts, shards, token_count=facts.token_count)
     if probe:
-        report, gpus = _probe(config, source, maker, facts, seconds=probe_s)
+        header = make_header(
+            config, model_config=model_config, facts=facts, maker=maker, source_sha256=source.fingerprint
+        )
+        report, gpus = _probe(config, source, maker, header, seconds=probe_s)
         found = _with_probe(config, counts, shards=shards, bytes_most=most, report=report, gpus=gpus)
     else:
         found = _without_probe(config, counts, shards=shards, bytes_most=most)
@@ -253,18 +255,11 @@ def _counted(counts: SourceCounts) -> dict[str, object]:
 
 
 def _probe(
-    config: CaptureConfig, source: Source, maker: SequenceMaker, facts: TokenizerFacts, *, seconds: float
+    config: CaptureConfig, source: Source, maker: SequenceMaker, header: DatasetHeader, *, seconds: float
 ) -> tuple[SpeedReport, float]:
     """The speed of one real worker, and its number of GPUs."""
     from .cluster.pool import WorkerPool
 
-    header = make_header(
-        config,
-        model_config=load_model_config(config.teacher, facts),
-        facts=facts,
-        maker=maker,
-        source_sha256=source.fingerprint,
-    )
     sequences = list(_first(source, maker))
     with (
         # A worker that dies writes a crash report to its output; the capture's own output must not be touched.

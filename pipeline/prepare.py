@@ -94,11 +94,7 @@ def prepare(
     store.require_writable()
     restore_header(store)
     source, maker = open_checked(config, store)
-    files = tokenizer_files(maker.tokenizer)
-    if config.teacher.adapter:
-        adapter_of(config.teacher).check_tokenizer(files, has_own_template=config.source.chat_template is not None)
-    facts = fingerprint_bytes(files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
-    model_config = load_model_config(config.teacher, facts)
+    files, facts, model_config = read_teacher(config, maker)
     planned, was_surveyed = _stored_plan(store), source.is_surveyed
     if planned is None or not (was_surveyed or store.exists(MANIFEST_NAME)):
         units = source.plan(config.rows_per_unit)
@@ -126,6 +122,18 @@ def prepare(
     if planned is None and not store.create(PLAN_NAME, plan_to_bytes(units)):
         units = plan_from_bytes(store.read(PLAN_NAME), where=PLAN_NAME)  # another driver created it first
     return Prepared(store, stored, units, maker.layouts)
+
+
+def read_teacher(config: CaptureConfig, maker: SequenceMaker) -> tuple[dict[str, bytes], TokenizerFacts, Any]:
+    """Tokenizer files, their facts and `config.json` of the teacher.
+
+    Raises `TeacherUnusable` or `TokenizerMismatch` if the settings or the adapter do not fit them.
+    """
+    files = tokenizer_files(maker.tokenizer)
+    if config.teacher.adapter:
+        adapter_of(config.teacher).check_tokenizer(files, has_own_template=config.source.chat_template is not None)
+    facts = fingerprint_bytes(files[TOKENIZER_FILE], where=f"{config.teacher.model}: {TOKENIZER_FILE}")
+    return files, facts, load_model_config(config.teacher, facts)
 
 
 def _stored_plan(store: Store) -> Plan | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ import jsonschema
 import pytest
 import yaml
 
+from coldstill.common.config_file import load_config
+from coldstill.pipeline.config import CaptureConfig
+
 REPOSITORY = Path(__file__).parent.parent
 FILE = REPOSITORY / "ray_cluster.yaml"
+GUIDE = (REPOSITORY / "docs" / "cluster.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,35 @@ def test_the_nodes_install_this_folder_in_the_locked_versions(cluster: dict[str,
     (install,) = (command for command in cluster["setup_commands"] if "coldstill[" in command)
     assert re.search(rf'"{folder}\[capture\b[^"]*\]"', install)
     assert f"--constraint {folder}/requirements/gpu.txt" in install
+
+
+def test_the_job_of_the_guide_names_no_file_by_a_path_that_depends_on_its_folder(cluster: dict[str, Any]) -> None:
+    """A job starts in a folder of Ray's, so a relative path of an example's configuration leads nowhere."""
+    (line,) = re.findall(r"ray job submit .*?-- (.*?)\n *```", GUIDE.replace("\\\n", " "), re.DOTALL)
+    program, command, config, *overrides = shlex.split(line)
+    assert (program, command) == ("coldstill", "capture")
+    (folder,) = (remote for remote, local in cluster["file_mounts"].items() if local == ".")
+
+    def here(path: str) -> Path:
+        return REPOSITORY / Path(path).relative_to(folder)
+
+    settings = load_config(str(here(config)), model=CaptureConfig, overrides=overrides)
+    assert settings.source.chat_template is not None
+    assert here(settings.source.chat_template).exists()
+    assert settings.source.path is not None
+    assert {path.partition("://")[0] for path in (settings.source.path, settings.output)} == {"s3"}
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("examples/*_capture.yaml")), ids=lambda path: path.stem)
+def test_the_capture_of_the_guide_by_a_server_takes_the_examples(path: Path) -> None:
+    (words,) = re.findall(r"coldstill capture CONFIG.yaml (.*teacher.engine=endpoint.*)$", GUIDE, re.MULTILINE)
+    assert load_config(str(path), model=CaptureConfig, overrides=words.split()).teacher.engine == "endpoint"
+
+
+def test_the_image_of_the_guide_can_build_the_folder_that_it_copies() -> None:
+    """setuptools writes beside pyproject.toml, and Ray's image runs as the user `ray`."""
+    (copied,) = re.findall(r"^COPY (.*)$", GUIDE, re.MULTILINE)
+    assert "--chown=ray" in copied.split()
 
 
 def test_every_choice_has_its_reason_above_it() -> None:

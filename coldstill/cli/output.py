@@ -121,4 +121,6 @@ def _text(value: object) -> str:
         return figure(value)
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')}: {_text(of_name)}" for name, of_name in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from coldstill.common.errors import ColdstillError
 from coldstill.pipeline.config import CaptureConfig, TeacherConfig
 from coldstill.storage_schema.dataset import open_dataset
 from coldstill.storage_schema.header import DatasetHeader
@@ -10,8 +13,12 @@ from coldstill.storage_schema.tokenizer import TOKENIZER_FILE, TokenizerFacts, f
 from coldstill.trainer.errors import NotStudentRows
 from coldstill.trainer.losses.base import Loss, other_rows_fix
 
-from .config import RoundsConfig
+from .config import RoundsConfig, WriterConfig
 from .parts import Part
+
+_KEY = re.compile(r"\bteacher\.(\w+)")
+_KEYS_OF_ROUNDS = {name: f"writer.{name}" for name in WriterConfig.model_fields} | {"model": "student.model"}
+"""Keys of `teacher` in the capture of the answers, whose teacher is the student."""
 
 
 def require_usable_models(config: RoundsConfig, parts: list[Part]) -> None:
@@ -25,7 +32,11 @@ def require_usable_models(config: RoundsConfig, parts: list[Part]) -> None:
         return
     teacher = None
     if not parts[1].is_done:  # the capture of the scores made the same check
-        student, teacher = _tokenizer_facts(answers), _tokenizer_facts(scores)
+        try:
+            student = _tokenizer_facts(answers)
+        except ColdstillError as error:
+            raise _with_keys_of_rounds(error) from None
+        teacher = _tokenizer_facts(scores)
         require_same_ids(
             f"tokenizer of the student {answers.model}",
             student.ids,
@@ -41,6 +52,17 @@ def require_usable_models(config: RoundsConfig, parts: list[Part]) -> None:
         require_same_ids(f"tokenizer of {key} {path}", header.ids, teacher.ids, of=scores.model, fix=fix)
         if key == "start_datasets":
             _require_student_rows(config, path, header)
+
+
+def _with_keys_of_rounds(error: ColdstillError) -> ColdstillError:
+    """An error of the capture in which the student is the teacher, with the keys that these settings have."""
+
+    def renamed(text: object) -> str:
+        return _KEY.sub(lambda key: _KEYS_OF_ROUNDS.get(key[1], key[0]), str(text))
+
+    found = None if error.found is None else renamed(error.found)
+    wanted = None if error.wanted is None else renamed(error.wanted)
+    return type(error)(renamed(error.what), found=found, wanted=wanted, fix=renamed(error.fix))
 
 
 def _tokenizer_facts(model: TeacherConfig) -> TokenizerFacts:

@@ -143,11 +143,13 @@ def _run(part: Part, *, lock: int) -> None:
         child.wait()
         raise
     if code != 0 or not part.is_done:
+        keys = " (its teacher is the student here: keys of `writer`)" if part.name == "answers" else ""
         raise PartFailed(
             f"{part.title}: {part.words}",
             found=_ending(code),
             wanted="exit code 0",
-            fix="fix the error that the part printed and re-run the same command to resume: what is finished is kept",
+            fix=f"fix the error that the part printed{keys} and re-run the same command to resume: what is finished "
+            "is kept",
         )
 
 

@@ -237,7 +237,9 @@ def dtype_of(config: TeacherConfig, model_config: Any) -> str:
     """Data type of the weights in the engine."""
     if config.dtype != "auto":
         return config.dtype
-    return str(getattr(model_config.get_text_config(), "dtype", None) or "float32").removeprefix("torch.")
+    # The configuration of a model that sees images may state it at the top alone; both engines read it there first.
+    stated = (getattr(of, "dtype", None) for of in (model_config, model_config.get_text_config()))
+    return str(next(filter(None, stated), "float32")).removeprefix("torch.")
 
 
 def head_dtype_of(config: TeacherConfig, model_config: Any) -> str:

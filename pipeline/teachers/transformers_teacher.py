@@ -293,7 +293,7 @@ def load_model(config: TeacherConfig, header: DatasetHeader, *, device: str | No
     """
     try:
         model = _class_of(header).from_pretrained(
-            config.model, revision=config.revision, dtype=config.dtype, **config.engine_args
+            config.model, revision=config.revision, dtype=header.teacher.dtype, **config.engine_args
         )
     except (ValueError, OSError, ImportError, TypeError) as error:  # TypeError: of an argument that it does not take
         raise TeacherUnusable(

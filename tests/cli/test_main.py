@@ -137,6 +137,7 @@ def test_a_result_shows_lists_as_text_leaves_out_what_it_has_not_and_ends_with_w
         "taid_t": None,
         "tokens_per_s": 10571.4,
         "perplexity": math.inf,
+        "other_tokenizer": {"one_to_one": 1380, "chunk_loss": 5.287492171577785},
     }
     show_result(result, title="train", summary=tmp_path / "s.json", places={"student": "runs/x/student"}, then="Next")
     out = capsys.readouterr().out
@@ -144,6 +145,7 @@ def test_a_result_shows_lists_as_text_leaves_out_what_it_has_not_and_ends_with_w
     assert "\x1b" not in out
     assert "None" not in out
     assert "10,571" in out  # not 1.057e+04
+    assert "one to one: 1,380, chunk loss: 5.287" in out
     assert "runs/x/student" in out
     assert out.endswith("Next\n")
     written = json.loads((tmp_path / "s.json").read_text(), parse_constant=pytest.fail)

@@ -14,6 +14,7 @@ import pytest
 
 from coldstill.pipeline.config import CaptureConfig
 from coldstill.pipeline.dry_run import DryRun, SourceCounts, count_source, dry_run
+from coldstill.pipeline.errors import TeacherUnusable
 from coldstill.pipeline.expected_bytes import (
     BYTES_OF_DRAWS,
     BYTES_PER_TARGET,
@@ -53,6 +54,18 @@ def test_what_is_counted_is_what_a_capture_gives_and_nothing_is_written(tmp_path
     assert (dry.sequences, dry.tokens, dry.targets) == (manifest.rows, manifest.tokens, manifest.targets)
     assert dry.targets_are == "counted"
     assert dry.effort is None
+
+
+@pytest.mark.parametrize("wrong", [{"max_length": 4096}, {"top_k": 500}])
+def test_settings_that_the_teacher_cannot_have_are_refused_as_the_capture_refuses_them(
+    tmp_path: Path, wrong: dict[str, int]
+) -> None:
+    config = capture_config(tmp_path, teacher=wrong)
+    with pytest.raises(TeacherUnusable) as of_capture:
+        prepare(config)
+    with pytest.raises(TeacherUnusable) as of_dry_run:
+        dry_run(config, progress=False)
+    assert str(of_dry_run.value) == str(of_capture.value)
 
 
 def test_the_directory_of_a_capture_that_is_under_way_is_not_touched(tmp_path: Path) -> None:

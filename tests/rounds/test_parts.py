@@ -254,6 +254,24 @@ def test_a_teacher_with_too_little_context_is_refused_before_the_student_writes(
     assert not (tmp_path / "rounds").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("writer", {"max_length": 513}, "writer.max_length\n.*513\n.*\n.*set writer.max_length: 512"),
+        ("student", {"model": "."}, "student.model \\.\n.*\n.*\n.*check student.model"),
+    ],
+)
+def test_an_error_of_the_student_as_a_writer_names_the_keys_of_rounds(
+    tmp_path: Path, section: str, change: dict[str, Any], message: str
+) -> None:
+    document = settings(tmp_path)
+    document["teacher"]["max_length"] = 1024
+    document[section] = {**document[section], **change}
+    with pytest.raises(TeacherUnusable, match=message) as error:
+        run_rounds(RoundsConfig.model_validate(document))
+    assert "teacher." not in str(error.value)
+
+
 @pytest.mark.parametrize("section", ["sampling", "data"])
 def test_a_seed_that_only_the_last_round_cannot_have_is_refused_at_the_start(tmp_path: Path, section: str) -> None:
     document = settings(tmp_path, rounds=5)

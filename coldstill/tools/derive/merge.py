@@ -20,6 +20,7 @@ from .sources import Sources
 
 _OF_WRITER = ("writer", "writer_prompt")
 """Facts in `about` of which a merged header could state neither value."""
+_LEAVE_APART = "leave the datasets apart, and train on a list of them: dataset: [A, B]"
 
 
 def merge(roots: Sequence[str | Path], output: str | Path, *, progress: bool = True) -> Dataset:
@@ -69,15 +70,16 @@ def merged_header(datasets: Sequence[Dataset]) -> DatasetHeader:
     _require_one_writer(datasets)
     for dataset in datasets:
         about = about.shared(dataset.header.about)
-        own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit")}
+        own = {name: getattr(first, name) for name in ("source_sha256", "rows_per_unit", "id_ranks")}
         facts = {name: getattr(dataset.header.about, name) for name in ("license", "normalized_over")}
         facts["processor"] = dataset.header.about.processor or processor
         own["about"] = first.about.model_copy(update=facts)
         wanted.require_equal(
             dataset.header.model_copy(update=own),
             where=f"{dataset.store.url}/{HEADER_NAME}",
-            fix="merge only captures of the same teacher with the same configuration",
+            fix=f"merge only captures of the same teacher with the same configuration; or {_LEAVE_APART}",
         )
+    _require_one_rank_table(datasets)
     digests = [dataset.header.source_sha256 for dataset in datasets]
     together = hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
     return first.newest().model_copy(
@@ -100,8 +102,24 @@ def _require_one_writer(datasets: Sequence[Dataset]) -> None:
                     f"{dataset.store.url}/{HEADER_NAME}: about.{name}",
                     found=_in_words(found),
                     wanted=f"{_in_words(wanted)}, as in {datasets[0].store.url}",
-                    fix="leave the datasets apart, and train on a list of them: dataset: [A, B]",
+                    fix=_LEAVE_APART,
                 )
+
+
+def _require_one_rank_table(datasets: Sequence[Dataset]) -> None:
+    """Raise `HeaderMismatch` if the `id_ranks` differ: a merge copies shards, whose ids are ranks in that table.
+
+    It is compared last, and not printed: each capture makes its own table, of thousands of ids.
+    """
+    first = datasets[0]
+    for dataset in datasets:
+        if dataset.header.id_ranks != first.header.id_ranks:
+            raise HeaderMismatch(
+                f"{dataset.store.url}/{HEADER_NAME}: id_ranks",
+                found="another table of frequent token ids, which each capture makes from its own first rows",
+                wanted=f"the table of {first.store.url}",
+                fix=f"{_LEAVE_APART}. Captures with calibration_targets: 0 have no table and can be merged",
+            )
 
 
 def _in_words(fact: RowWriter | TeacherPrompt | None) -> str:

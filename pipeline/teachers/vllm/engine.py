@@ -69,7 +69,8 @@ def engine_arguments(config: TeacherConfig, header: DatasetHeader, adapter: Adap
     arguments: dict[str, Any] = {
         "model": config.model,
         "revision": config.revision,
-        "dtype": config.dtype,
+        # Not config.dtype: of `auto` and weights in float32, vLLM makes bfloat16.
+        "dtype": header.teacher.dtype,
         # vLLM needs room for one sampled token after the prompt.
         "max_model_len": config.read_length + 1,
         # The self-check needs as many from the public path.

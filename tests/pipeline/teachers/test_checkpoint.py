@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 
 from coldstill.pipeline.config import TeacherConfig
 from coldstill.pipeline.errors import TeacherUnusable
-from coldstill.pipeline.teachers.checkpoint import load_tokenizer, way_out
+from coldstill.pipeline.teachers.checkpoint import dtype_of, load_tokenizer, way_out
 from coldstill.pipeline.teachers.transformers_teacher import load_model
 from coldstill.pipeline.teachers.vllm.engine import engine_arguments
 from coldstill.storage_schema.tokenizer import TOKENIZER_FILE
@@ -141,3 +142,27 @@ def test_a_name_that_nothing_has_is_named_once(tmp_path: Path) -> None:
     for name in (tmp_path / "nothing", "my-org/no-such-model"):
         with pytest.raises(TeacherUnusable, match=r"(?s)teacher\.model .*tokenizer.*check teacher\.model"):
             load_tokenizer(_config(name))
+
+
+@pytest.mark.parametrize("stated", ["float32", "bfloat16", None])
+def test_both_engines_load_the_data_type_that_the_header_states(tmp_path: Path, stated: str | None) -> None:
+    """Of `auto`, vLLM makes bfloat16 of weights in float32; transformers takes that of files that state none."""
+    folder = making.chat_model(tmp_path / "teacher")
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=stated or "bfloat16").save_pretrained(folder)
+    document = json.loads((folder / "config.json").read_text())
+    document["dtype"] = stated
+    (folder / "config.json").write_text(json.dumps(document))
+    config = _config(folder)
+    dtype = dtype_of(config, transformers.AutoConfig.from_pretrained(folder))
+    assert dtype == (stated or "float32")
+    header = making.tiny_header(folder)
+    header = header.model_copy(update={"teacher": header.teacher.model_copy(update={"dtype": dtype})})
+    assert engine_arguments(config, header)["dtype"] == dtype
+    assert str(load_model(config, header, device="cpu").dtype) == f"torch.{dtype}"
+
+
+def test_a_data_type_that_a_vision_model_states_at_the_top_alone_is_that_of_its_weights() -> None:
+    text = transformers.LlamaConfig()
+    model = SimpleNamespace(dtype="bfloat16", get_text_config=lambda: text)
+    assert text.dtype is None
+    assert dtype_of(_config("m"), model) == "bfloat16"

@@ -150,6 +150,20 @@ def test_headers_that_disagree_name_the_field(
     assert not (tmp_path / "merged").exists()
 
 
+def test_of_two_tables_of_frequent_ids_neither_is_printed_and_the_way_out_is_a_list_of_datasets(
+    source: Dataset, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    table = tuple(reversed(range(source.header.token_count)))
+    for name, field, change in (("a", "id_ranks", {}), ("b", "top_k", {"top_k": source.header.top_k + 1})):
+        header = source.header.model_copy(update={"id_ranks": table, **change})
+        other = rich_dataset(tmp_path / name, header, tokenizer_folder, shards=(2,))
+        with pytest.raises(HeaderMismatch, match=rf"{name}/dataset\.json: {field}\n") as error:
+            merge([source.store.url, other.store.url], tmp_path / "merged", progress=False)
+        assert len(str(error.value)) < 1000
+        assert "dataset: [A, B]" in str(error.value)
+        assert ("calibration_targets: 0" in str(error.value)) == (field == "id_ranks")
+
+
 def test_a_tokenizer_that_is_not_the_headers_is_refused(source: Dataset, header: DatasetHeader, tmp_path: Path) -> None:
     wrong = making.tiny_tokenizer(tmp_path / "wrong", vocabulary=32)
     other = rich_dataset(tmp_path / "other", header, wrong, shards=(2,))
