@@ -54,7 +54,9 @@ class TeacherConfig(FrozenModel):
         default="v1", description="vLLM's model runner that tap worker reads; v2 has not been run on a GPU yet."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Data type of the weights; auto takes it from the model's config.json."
+        default="auto",
+        description="Data type of the weights; auto takes it from the model's config.json, which may be float32 and cost "
+        "twice the memory of bfloat16.",
     )
     head_dtype: Literal["auto", "float32", "model"] = Field(
         default="auto",
