@@ -117,7 +117,7 @@ class DistillTrainer(EvaluatingTrainer):
         own = header if self.aligned else None
         student, name = checked_student(model, train_dataset, processing_class, own_header=own)
         check_trainable(student, name=name)
-        self.images = images_of(innermost(student))
+        self.images = images_of(student)
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
         evaluated = [part for part in evaluated if part is not None]
         for part in (train_dataset, *evaluated):

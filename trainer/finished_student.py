@@ -226,7 +226,7 @@ def _reloaded(
 
 def _logits(model: Any, tokens: torch.Tensor) -> TrainedLogits:
     """Those of a model that reads text alone at `tokens`; of one that reads images, of a row with an image."""
-    images = images_of(innermost(model))
+    images = images_of(model)
     if images is None:
         return TrainedLogits.of(model, tokens)
     return TrainedLogits.of(model, *image_probe(images, innermost(model)))
