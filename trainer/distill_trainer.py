@@ -342,6 +342,7 @@ class DistillTrainer(EvaluatingTrainer):
                 steps=self.state.global_step,
                 adapters=innermost(self.model) is not self.model,
                 sees_images=self.images is not None,
+                draws=[part.draws for part in self.train_dataset.by_teacher],
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 

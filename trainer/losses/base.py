@@ -243,6 +243,13 @@ def join_objectives(objectives: Sequence[Objective], shares: Sequence[float]) ->
     return EnsembleObjective(joined, objectives[0].cross_entropy_share)
 
 
+def with_tail(loss: Loss, *, draws: int) -> Loss:
+    """`loss` with the tail that `auto` stands for on a dataset with so many draws per position."""
+    if getattr(loss, "tail", None) != "auto":
+        return loss
+    return loss.model_copy(update={"tail": "mixture" if draws and "mixture" in loss.tails() else "bucket"})
+
+
 def build_objective(
     loss: Loss,
     *,
@@ -261,10 +268,8 @@ def build_objective(
     """
     from coldstill.trainer.loss_kernels.fused_head import Objective
 
+    loss = with_tail(loss, draws=draws)
     tail = getattr(loss, "tail", None)
-    if tail == "auto":
-        tail = "mixture" if draws and "mixture" in loss.tails() else "bucket"
-        loss = loss.model_copy(update={"tail": tail})
     needs = loss.all_needs | TAIL_NEEDS.get(tail or "", frozenset())
     key, chosen = ("loss.name", loss.name) if needs == loss.all_needs else ("loss.tail", tail)
     if "draws" in needs and draws == 0:
