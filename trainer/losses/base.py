@@ -36,6 +36,7 @@ TAIL_NEEDS: dict[str, frozenset[Need]] = {
     "mixture": frozenset({"draws"}),
     "mass_corrected": frozenset({"draws", "draw_logprobs"}),
     "control_variate": frozenset({"draws", "draw_logprobs"}),
+    "forward_kl": frozenset({"draws"}),
 }
 """What a treatment of the tail needs; those that are not named need only the stored tail mass."""
 
@@ -320,7 +321,7 @@ def state_of(objective: Objective) -> LossState | None:
 
 def _warn_of_truncation(loss: Loss, tail: str | None, mean_tail_mass: float) -> None:
     left = f"{mean_tail_mass:.4f} of the teacher's mass on average is outside the kept ids of this dataset"
-    if loss.tails() == ("bucket",):
+    if tail == "bucket" and "mixture" not in loss.tails():
         log.warning("loss %s is computed over the kept ids and one bucket for the rest: %s", loss.name, left)
     elif tail == "bucket" and mean_tail_mass > LARGE_TAIL_MASS:
         log.warning(

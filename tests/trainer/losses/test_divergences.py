@@ -53,6 +53,37 @@ def test_is_the_dense_divergence_from_the_teacher_whose_tail_has_the_student_s_s
         np.testing.assert_allclose(gradient[m], wanted, atol=2e-9)
 
 
+@pytest.mark.parametrize("pads", [0, 3])
+def test_reverse_kl_with_forward_kl_in_the_tail_is_that_of_the_buckets_and_the_cross_entropy_of_the_draws(pads):
+    student, teacher, draws = scene()
+    targets = cut(teacher, top_k=7, draws=draws, pads=pads)
+    values, gradient = value_and_gradient(ReverseKl(tail="forward_kl"), student, targets)
+    of_buckets, bucket_gradient = value_and_gradient(ReverseKl(), student, targets)
+    for m in range(6):
+        outside = np.setdiff1d(np.arange(student.shape[1]), targets.ids[m].numpy())
+        drawn = np.zeros(student.shape[1])
+        np.add.at(drawn, targets.draws[m].numpy(), targets.draw_weights[m].double().numpy())
+        mass = reference.softmax(student[m])[outside].sum()
+
+        def within(z, outside=outside, drawn=drawn, mass=mass):
+            return -mass * drawn[outside] @ np.log(reference.softmax(z[outside]))
+
+        assert (values.loss[m] - of_buckets.loss[m]).item() == pytest.approx(within(student[m]), abs=1e-7)
+        wanted = bucket_gradient[m] + reference.slope(within, student[m])
+        np.testing.assert_allclose(gradient[m], wanted, atol=1e-7)
+
+
+def test_the_draws_pull_a_student_back_whose_mass_is_on_one_id_of_the_tail():
+    student, teacher, draws = scene()
+    targets = cut(teacher, top_k=7, draws=draws)
+    m = int(targets.draw_weights.sum(1).argmax())
+    alone = np.setdiff1d(np.arange(student.shape[1]), [*targets.ids[m].tolist(), *targets.draws[m].tolist()])[0]
+    student[m, alone] += 100
+    lost, pulled = (value_and_gradient(ReverseKl(tail=tail), student, targets)[1] for tail in ("bucket", "forward_kl"))
+    assert np.abs(lost[m]).max() < 1e-20
+    assert pulled[m][alone] == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_is_a_lower_bound_of_the_dense_divergence(name):
     student, teacher, _ = scene()
