@@ -50,9 +50,7 @@ class RunFacts:
         given = _plain(args)
         changed = [name for name, value in own.items() if value is not None]
         changed += [name for name, value in given.items() if value != plain.get(name)]
-        return cls(
-            without_password({**own, **given}), tuple(changed), _sections(dataset, student=student, loss=loss)
-        )
+        return cls(without_password({**own, **given}), tuple(changed), _sections(dataset, student=student, loss=loss))
 
 
 def _plain(args: TrainingArguments) -> dict[str, Any]:

@@ -174,8 +174,8 @@ def check_model_tokenizer(model: Any, dataset: Dataset, *, name: str) -> None:
         return
     logger.warning(
         "The tokenizer of %s was not checked: no %s %s. Training and evaluation use the dataset's ids (%s) with this "
-        "model, and training saves the dataset's tokenizer with it. Pass its own tokenizer as processing_class, to check "
-        "the ids and to save it instead.",
+        "model, and training saves the dataset's tokenizer with it. Pass its own as processing_class, to check the ids "
+        "and to save it instead.",
         name,
         TOKENIZER_FILE,
         f"is in {source}" if source else "belongs to a model that was not loaded from a folder or the Hub",

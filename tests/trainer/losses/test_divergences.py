@@ -13,7 +13,7 @@ from coldstill.trainer.loss_kernels.fused_head import Objective, SparseLoss, los
 from coldstill.trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
 from coldstill.trainer.losses.taid import ForwardKl
 from tests import reference
-from tests.trainer.losses.scenes import cut, known, scene, value_and_gradient
+from tests.trainer.losses.scenes import cut, known, log_softmax, scene, value_and_gradient
 
 Divergence = Callable[[np.ndarray, np.ndarray], float]
 LOSSES: dict[str, tuple[Callable[..., SparseLoss], Divergence]] = {
@@ -82,6 +82,31 @@ def test_the_draws_pull_a_student_back_whose_mass_is_on_one_id_of_the_tail():
     lost, pulled = (value_and_gradient(ReverseKl(tail=tail), student, targets)[1] for tail in ("bucket", "forward_kl"))
     assert np.abs(lost[m]).max() < 1e-20
     assert pulled[m][alone] == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_one_id", [False, True], ids=["random logits", "one id of the tail"])
+def test_with_forward_kl_in_the_tail_free_logits_come_near_to_the_dense_reverse_kl(from_one_id):
+    random, count, size, steps = np.random.default_rng(0), 32, 128, 300
+    teacher = log_softmax(1.5 * random.standard_normal((count, size)))
+    outside = [np.argsort(-row)[8:] for row in teacher]
+    start = 3 * random.standard_normal((count, size))
+    if from_one_id:
+        start[np.arange(count), [rest[5] for rest in outside]] += 40
+
+    def left(loss: SparseLoss) -> float:
+        logits = torch.tensor(start, requires_grad=True)
+        adam = torch.optim.Adam([logits], lr=0.2)
+        for _ in range(steps):
+            drawn = [random.choice(size, 64, p=np.exp(row)) for row in teacher]
+            kept = [ids[np.isin(ids, rest)] for ids, rest in zip(drawn, outside, strict=True)]
+            adam.zero_grad()
+            loss_on_logits(logits, cut(teacher, top_k=8, draws=kept), Objective(loss), t=0)[0].backward()
+            adam.step()
+        log_q = logits.detach().log_softmax(1)
+        return (log_q.exp() * (log_q - torch.tensor(teacher))).sum(1).mean().item()
+
+    assert left(ReverseKl(tail="forward_kl")) < 0.2 * left(ReverseKl())
 
 
 @pytest.mark.parametrize("name", LOSSES)
