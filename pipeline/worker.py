@@ -230,7 +230,9 @@ def measure_speed(
     rejects: list[Reject] = []
     start, size, begun = 0, _FIRST_SLICE, time.monotonic()
     while start < len(sequences) and (not reports or time.monotonic() - begun < seconds):
-        reports.append(_measure_slice(teacher, header, sequences[start : start + size], rejects))
+        report, rejected = _measure_slice(teacher, header, sequences[start : start + size])
+        reports.append(report)
+        rejects += rejected
         start, size = start + size, size * _GROWTH
     best = max(reports, key=lambda report: report.tokens)
     if not best.tokens:  # nothing to extrapolate from
@@ -241,22 +243,22 @@ def measure_speed(
 
 
 def _measure_slice(
-    teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence], rejects: list[Reject]
-) -> SpeedReport:
-    """`rejects`: those of the slice are added to it."""
+    teacher: Teacher, header: DatasetHeader, sequences: Sequence[TokenSequence]
+) -> tuple[SpeedReport, list[Reject]]:
+    """The report of one slice, and its rejects."""
     started = time.monotonic()
     scored = teacher.score(sequences)
     seconds = time.monotonic() - started
-    rejects += _rejects_of(scored)
     # Images as files, which are not written: their bytes are known, and do not grow with the targets.
     rows = place_media([one.row for one in scored_of(scored)], in_row_bytes=0).rows
-    return SpeedReport(
+    report = SpeedReport(
         sequences=len(sequences),
         tokens=sum(one.sequence.token_ids.size for one in scored_of(scored)),
         targets=sum(row.targets.positions for row in rows),
         seconds=seconds,
         bytes=len(write_shard(rows, header=header)),
     )
+    return report, _rejects_of(scored)
 
 
 def _without(

@@ -39,7 +39,7 @@ from .student.images import check_dataset_images, image_probe, images_of
 from .student.load import check_attention, check_trainable
 from .student.packing_check import check_packing
 from .student.positions import check_lengths, context_of, room_of
-from .student.tokenizer import checked_student
+from .student.tokenizer import checked_student, files_to_save
 from .student.tokenizer import other_tokenizer as read_other_tokenizer
 from .student.wrapper import check_wrapping
 from .student.writer import check_writers
@@ -85,9 +85,10 @@ class DistillTrainer(EvaluatingTrainer):
         - `pack_length`: tokens of a pack; None pads each row of a batch to the longest.
         - `fused_head`: compute the head and the loss in chunks; False uses the logits of the model's own forward pass.
         - `report`: write the page of the run, `report.html`, into the output folder (docs/run_report.md).
-        - `processing_class`: the student's tokenizer or processor, saved with each checkpoint. It is compared with the
-          dataset's, and so is the tokenizer beside the weights of a student given by name. A model object without
-          `processing_class` is compared by its `name_or_path`; a warning is logged if there is no tokenizer.
+        - `processing_class`: the student's tokenizer or processor, saved with the student and with each checkpoint; by
+          default the one beside its weights, or else the dataset's tokenizer. It is compared with the dataset's, and so
+          is the tokenizer beside the weights of a student given by name. A model object without `processing_class` is
+          compared by its `name_or_path`; a warning is logged if there is no tokenizer.
         - `other_tokenizer`: how a student learns whose tokenizer is not the dataset's (docs/other_tokenizer.md).
         - A model that sees images reads them by the processor given, or by the one beside its weights; without one it
           is trained on text alone.
@@ -117,7 +118,9 @@ class DistillTrainer(EvaluatingTrainer):
         own = header if self.aligned else None
         student, name = checked_student(model, train_dataset, processing_class, own_header=own)
         check_trainable(student, name=name)
-        self.images = images_of(innermost(student))
+        given = processing_class is not None
+        self._files = {} if given else files_to_save(model, train_dataset.sources.datasets[0])
+        self.images = images_of(student)
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
         evaluated = [part for part in evaluated if part is not None]
         for part in (train_dataset, *evaluated):
@@ -262,6 +265,12 @@ class DistillTrainer(EvaluatingTrainer):
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best and str(folder.parent / Path(best).name), use_mtime=True)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the tokenizer too if none was given, byte for byte: a student without one cannot be served."""
+        super()._save(output_dir, state_dict=state_dict)
+        for name, data in self._files.items():
+            Path(output_dir or self.args.output_dir, name).write_bytes(data)
+
     def _trained_logits(self) -> TrainedLogits | None:
         if self._row is None:
             return None
@@ -333,6 +342,7 @@ class DistillTrainer(EvaluatingTrainer):
                 steps=self.state.global_step,
                 adapters=innermost(self.model) is not self.model,
                 sees_images=self.images is not None,
+                draws=[part.draws for part in self.train_dataset.by_teacher],
             )
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 

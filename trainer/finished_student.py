@@ -32,7 +32,7 @@ from .config import TrainConfig
 from .data.logit_dataset import LogitDataset
 from .errors import StudentDiffers
 from .losses import read_loss
-from .losses.base import Loss
+from .losses.base import Loss, with_tail
 from .sharding import is_sharded
 from .student.forward import innermost
 from .student.images import STUDENT_FILES, image_probe, images_of, processor_files
@@ -156,6 +156,7 @@ def write_student(config: TrainConfig, dataset: LogitDataset, last: Checkpoint) 
         dataset_ids=dataset.dataset_ids,
         shares=dataset.shares(),
         loss=read_loss(config.loss),
+        draws=[part.draws for part in dataset.by_teacher],
         record=chosen.record,
         steps=chosen.step,
         adapters=lora is not None and not lora.merge,
@@ -226,7 +227,7 @@ def _reloaded(
 
 def _logits(model: Any, tokens: torch.Tensor) -> TrainedLogits:
     """Those of a model that reads text alone at `tokens`; of one that reads images, of a row with an image."""
-    images = images_of(innermost(model))
+    images = images_of(model)
     if images is None:
         return TrainedLogits.of(model, tokens)
     return TrainedLogits.of(model, *image_probe(images, innermost(model)))
@@ -274,11 +275,13 @@ def model_card(
     adapters: bool,
     sees_images: bool = False,
     recipe: Mapping[str, Any] | None = None,
+    draws: Sequence[int] = (),
 ) -> str:
     """The text of the student's `README.md`: Markdown with the Hub's metadata.
 
     `student`: the model before training; only the name of a local folder is shown. `shares`: of the datasets, by
     what they are shares of. `record`: the state of `StepRecord` at the end. `recipe`: the settings that repeat the run.
+    `draws`: per position, of each teacher: the card names the tail that was used, not the setting `auto`.
     """
     base = Path(student).name if Path(student).is_dir() else student
     data = ModelCardData(
@@ -292,7 +295,7 @@ def model_card(
         "teacher": "; ".join(_teacher(header) for header in headers),
         "dataset id": ", ".join(dataset_ids),
         "dataset license": ", ".join(plain(header.about.license or "not stated") for header in headers),
-        "loss": loss.heading,
+        "loss": "; ".join(dict.fromkeys(with_tail(loss, draws=one).heading for one in draws)) or loss.heading,
         "share of cross-entropy in the loss": f"{loss.label_share:g}",
         "optimizer steps": f"{steps:,}",
         "target positions": f"{record['targets']:,}",

@@ -108,11 +108,17 @@ class StepRecord(TrainerCallback, ExportableState):
             self.loss_state.load_state_dict(saved["memory"])
 
     def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: torch.nn.Module | None = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: torch.nn.Module | None = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         """Raise `NonFiniteLoss` or `NonFiniteGradient` on all devices if one has a value that is not finite;
         `NonFiniteWeights` if the reason is in the student; `VanishedGradient` if it has not learned for long. No
-        weight has changed."""
+        weight has changed, and a step without targets on any device changes none."""
         sums = torch.stack([_sums(values) for values, _ in self._parts]).sum(0)
         norm = torch.as_tensor(self.gradient_norm, device=sums.device)
         of_norm = torch.stack([~norm.isfinite(), norm < VANISHED_NORM])
@@ -125,6 +131,8 @@ class StepRecord(TrainerCallback, ExportableState):
             raise self._not_finite(int(broken), step=state.global_step + 1)
         # A step of rows that were all skipped has no target.
         targets = max(1, self._step_targets)
+        if not self._step_targets and optimizer is not None:
+            _drop_gradients(optimizer, are_unscaled=args.max_grad_norm > 0)
         self._means = (distillation / targets, bucket_kl / targets)
         if self._step_targets:
             is_stuck = vanished and distillation / targets > LEARNABLE_LOSS
@@ -224,6 +232,13 @@ def _sums(values: LossValues) -> torch.Tensor:
     """Sums of distillation and bucket KL, and the number of values that are not finite."""
     broken = ~values.loss.isfinite()
     return torch.stack([values.distillation.double().sum(), values.bucket_kl.double().sum(), broken.double().sum()])
+
+
+def _drop_gradients(optimizer: Any, *, are_unscaled: bool) -> None:
+    """Let the optimizer of accelerate pass over all weights: a gradient of 0 would leave momentum and weight decay."""
+    if optimizer.scaler is not None and not are_unscaled:
+        optimizer.scaler.unscale_(optimizer.optimizer)  # which must have seen a gradient before it steps
+    optimizer.zero_grad()
 
 
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -283,7 +283,7 @@ def test_the_card_of_a_pushed_student_names_dataset_loss_and_t(tiny_dataset, tin
     trainer.train()
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    for fact in (open_dataset(tiny_dataset).dataset_id, "TAID", "1.0000", "tiny", "CC0-1.0"):
+    for fact in (open_dataset(tiny_dataset).dataset_id, "TAID (arXiv 2501.16937), tail: mixture |", "1.0000", "tiny"):
         assert fact in card
 
 

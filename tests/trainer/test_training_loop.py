@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from copy import deepcopy
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +113,10 @@ def test_a_process_that_ends_while_its_batch_is_fetched_is_named(tiny_dataset, t
 
 UNCAUGHT = """
 import sys
+from copy import deepcopy
+from itertools import count
 from pathlib import Path
+from typing import Any
 from coldstill import load_logit_dataset
 from coldstill.trainer.training_loop import BatchLoader
 from tests.trainer.training import arguments
@@ -133,3 +139,55 @@ def test_a_script_that_an_uncaught_error_ends_waits_for_no_process(tiny_dataset,
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "KeyError: 'uncaught'" in ended.stderr
+
+
+def leave_out_targets(trainer: Any, micro_batches: set[int]) -> None:
+    """Let these micro-batches, counted from 0, be of rows that were all skipped."""
+    inner, number = trainer.get_batch_samples, count()
+
+    def emptied(batch: dict[str, Any]) -> dict[str, Any]:
+        if next(number) not in micro_batches:
+            return batch
+        return {**batch, "targets": batch["targets"].part(0, 0), "target_samples": batch["target_samples"][:0]}
+
+    trainer.get_batch_samples = lambda batches, *rest: inner(map(emptied, batches), *rest)
+
+
+class State(TrainerCallback):
+    """Keeps the weights and the optimizer's state after each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **_) -> None:
+        self.steps.append(deepcopy({"weights": model.state_dict(), "optimizer": optimizer.state_dict()["state"]}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
+def test_a_step_without_targets_changes_neither_weights_nor_momentum(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path, optimizer: str
+) -> None:
+    seen = State()
+    settings = {"optim": optimizer, "weight_decay": 0.1, "optim_args": "momentum=0.9"}
+    if optimizer != "sgd":
+        del settings["optim_args"]
+    trainer, _ = build(
+        tiny_dataset, tiny_student, tmp_path, callbacks=[seen], max_steps=3, gradient_accumulation_steps=2, **settings
+    )
+    leave_out_targets(trainer, {2, 3})
+    trainer.train()
+    first, empty, last = seen.steps
+    torch.testing.assert_close(empty, first, rtol=0, atol=0)
+    assert any(not torch.equal(last["weights"][name], empty["weights"][name]) for name in last["weights"])
+    assert trainer.state.global_step == 3
+
+
+def test_micro_batches_without_targets_add_nothing_to_a_step(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    trainer, found = build(tiny_dataset, tiny_student, tmp_path / "a", max_steps=1, gradient_accumulation_steps=2)
+    leave_out_targets(trainer, {1})
+    trainer.train()
+    alone, wanted = build(tiny_dataset, tiny_student, tmp_path / "b", max_steps=1)
+    alone.train()
+    assert torch.equal(found.steps[0], wanted.steps[0])

@@ -25,7 +25,8 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
         learned = [whole(weight.grad).flatten().clone() for weight in model.parameters() if weight.grad is not None]
-        self.steps.append(torch.cat(learned))
+        if learned:  # a step without targets has no gradient
+            self.steps.append(torch.cat(learned))
 
 
 class Killed(Exception):

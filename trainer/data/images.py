@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 class StudentImages:
     """How a student reads images: by its `processor`, into rows of at most `context` tokens (None: no limit is known).
 
-    It can be pickled, so loader workers get it with their stream. `name`: the student's, for errors.
+    It can be pickled, so loader workers get it with their stream. `name`: the student's, for errors. `virtual_tokens`:
+    those that its prompt learning puts into the context beside each row.
     """
 
     processor: Any
     context: int | None
     name: str
+    virtual_tokens: int = 0
 
 
 class ReadRow(NamedTuple):
@@ -112,11 +114,13 @@ class RowExpander:
 
     def _moved(self, placed: Placed, expanded: Expanded) -> ReadRow:
         row, tokens, context = placed.row, expanded.token_ids, self._student.context
-        if row.media and context is not None and tokens.size > context:
+        virtual = self._student.virtual_tokens
+        if row.media and context is not None and tokens.size > context - virtual:
             raise RowTooLong(
                 f"row {row.sample_id!r} of {placed.where}",
                 found=f"{tokens.size} tokens with its {len(row.media)} images expanded, {row.token_ids.size} stored",
-                wanted=f"at most {context}, the context of the student {self._student.name}",
+                wanted=f"at most {context - virtual}, the context of the student {self._student.name}"
+                + (f" beside its {virtual} virtual tokens" if virtual else ""),
                 fix="choose a student with a longer context or a processor with fewer patches per image (such as a "
                 "smaller size in its preprocessor_config.json), or make a dataset without this row",
             )

@@ -137,7 +137,7 @@ def evaluate_on_dataset(
 def batches_of(dataset: LogitDataset, model: Any, teacher: Any = None, *, batch_size: int) -> Iterator[dict[str, Any]]:
     """All rows of `dataset` in stored order, as `model` and a resident `teacher` read them. Raises what a `LogitStream`
     raises."""
-    read = [images_of(innermost(each)) for each in (model, teacher) if each is not None]
+    read = [images_of(each) for each in (model, teacher) if each is not None]
     streams = [
         dataset.stream(batch_size=batch_size, seed=0, epochs=1, shuffle=False, images=images)
         for images in (read if any(read) else [None])

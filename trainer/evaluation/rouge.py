@@ -116,7 +116,7 @@ def _questions(rows: Iterable[CachedRow]) -> Iterator[Question]:
 
 def _reader_of_prompts(model: Any, dataset: Dataset) -> Callable[[Sequence[Question]], ReadRows | None]:
     """How `model` reads prompts; None for its result if it reads text alone."""
-    images = images_of(innermost(model))
+    images = images_of(model)
     expander = None if images is None else RowExpander(images)
     content = MediaReader(dataset, dataset.store).content
 

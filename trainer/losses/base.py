@@ -36,6 +36,7 @@ TAIL_NEEDS: dict[str, frozenset[Need]] = {
     "mixture": frozenset({"draws"}),
     "mass_corrected": frozenset({"draws", "draw_logprobs"}),
     "control_variate": frozenset({"draws", "draw_logprobs"}),
+    "forward_kl": frozenset({"draws"}),
 }
 """What a treatment of the tail needs; those that are not named need only the stored tail mass."""
 
@@ -243,6 +244,13 @@ def join_objectives(objectives: Sequence[Objective], shares: Sequence[float]) ->
     return EnsembleObjective(joined, objectives[0].cross_entropy_share)
 
 
+def with_tail(loss: Loss, *, draws: int) -> Loss:
+    """`loss` with the tail that `auto` stands for on a dataset with so many draws per position."""
+    if getattr(loss, "tail", None) != "auto":
+        return loss
+    return loss.model_copy(update={"tail": "mixture" if draws and "mixture" in loss.tails() else "bucket"})
+
+
 def build_objective(
     loss: Loss,
     *,
@@ -261,10 +269,8 @@ def build_objective(
     """
     from coldstill.trainer.loss_kernels.fused_head import Objective
 
+    loss = with_tail(loss, draws=draws)
     tail = getattr(loss, "tail", None)
-    if tail == "auto":
-        tail = "mixture" if draws and "mixture" in loss.tails() else "bucket"
-        loss = loss.model_copy(update={"tail": tail})
     needs = loss.all_needs | TAIL_NEEDS.get(tail or "", frozenset())
     key, chosen = ("loss.name", loss.name) if needs == loss.all_needs else ("loss.tail", tail)
     if "draws" in needs and draws == 0:
@@ -315,7 +321,7 @@ def state_of(objective: Objective) -> LossState | None:
 
 def _warn_of_truncation(loss: Loss, tail: str | None, mean_tail_mass: float) -> None:
     left = f"{mean_tail_mass:.4f} of the teacher's mass on average is outside the kept ids of this dataset"
-    if loss.tails() == ("bucket",):
+    if tail == "bucket" and "mixture" not in loss.tails():
         log.warning("loss %s is computed over the kept ids and one bucket for the rest: %s", loss.name, left)
     elif tail == "bucket" and mean_tail_mass > LARGE_TAIL_MASS:
         log.warning(

@@ -39,6 +39,9 @@ LEAST_SHARE_LEFT = 1e-5
 """Smallest share of a tail that is left without its label: rounding in the cache can leave nothing or less, and in
 float32 1 minus the share has lost all its digits two powers of ten further down."""
 
+LEAST_LABEL_LOGPROB = -60.0
+"""A label that the teacher excludes has the log-prob -inf: e^-60 is as good as 0, and 0 * -inf is not a number."""
+
 
 class Dkd(TeacherLoss):
     """`alpha TCKD + beta NCKD`."""
@@ -54,7 +57,7 @@ class Dkd(TeacherLoss):
     def __call__(self, student: StudentLogProbs, targets: SparseTargets, *, t: float = 0.0) -> torch.Tensor:
         """Value `[M]`; `t` is ignored."""
         both = student.buckets(targets)
-        label_p = targets.label_logprob.to(both.log_p.dtype)
+        label_p = targets.label_logprob.to(both.log_p.dtype).clamp_min(LEAST_LABEL_LOGPROB)
         label_q = student.log_q_label
         is_label = (targets.ids == targets.labels[:, None]) & targets.kept
         in_tail = ~is_label.any(1)

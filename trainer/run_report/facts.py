@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 from coldstill.common.models import flat
 from coldstill.trainer.config import TrainConfig
 from coldstill.trainer.data.logit_dataset import LogitDataset
-from coldstill.trainer.losses.base import Loss
+from coldstill.trainer.losses import read_loss
+from coldstill.trainer.losses.base import Loss, with_tail
 
 from .record import without_password
 
@@ -36,7 +37,7 @@ class RunFacts:
         return cls(
             {name: value for name, value in settings.items() if name != "output"},
             tuple(name for name in stated if name != "output"),
-            _sections(dataset, student=config.student.name, loss=config.loss.name),
+            _sections(dataset, student=config.student.name, loss=read_loss(config.loss)),
         )
 
     @classmethod
@@ -49,9 +50,7 @@ class RunFacts:
         given = _plain(args)
         changed = [name for name, value in own.items() if value is not None]
         changed += [name for name, value in given.items() if value != plain.get(name)]
-        return cls(
-            without_password({**own, **given}), tuple(changed), _sections(dataset, student=student, loss=loss.name)
-        )
+        return cls(without_password({**own, **given}), tuple(changed), _sections(dataset, student=student, loss=loss))
 
 
 def _plain(args: TrainingArguments) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def _plain(args: TrainingArguments) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in _PLACES}
 
 
-def _sections(dataset: LogitDataset, *, student: str, loss: str) -> dict[str, dict[str, str]]:
+def _sections(dataset: LogitDataset, *, student: str, loss: Loss) -> dict[str, dict[str, str]]:
     """Facts of each dataset with its teacher, and of the student, as text."""
     found: dict[str, dict[str, str]] = {}
     datasets = dataset.all_datasets
@@ -77,5 +76,9 @@ def _sections(dataset: LogitDataset, *, student: str, loss: str) -> dict[str, di
             "draws per position": f"{header.draws:,}",
             "license": header.about.license or "not stated",
         }
-    found["Student"] = {"model": student, "loss": loss}
+    found["Student"] = {"model": student, "loss": loss.name}
+    if tails := loss.tails():
+        # What was used, where the setting is `auto`.
+        used = [getattr(with_tail(loss, draws=part.draws), "tail", tails[0]) for part in dataset.by_teacher]
+        found["Student"]["tail"] = ", ".join(dict.fromkeys(used))
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,10 @@ from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.data.stream import packing_of_images
 from coldstill.trainer.errors import ImageTokenMismatch, StudentNotFound
 
+from .forward import innermost
 from .load import student_not_found
 from .lora import is_adapter
-from .positions import context_of
+from .positions import context_of, virtual_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -102,7 +104,12 @@ def load_images(student: StudentConfig, files: Mapping[str, bytes]) -> StudentIm
 
 def images_of(model: Any, processing_class: Any = None) -> StudentImages | None:
     """How a loaded model reads images: as `set_images` said, by the processor given, or by the one beside its weights;
-    None if it reads none. Raises `ProcessorUnusable`."""
+    None if it reads none. peft may wrap it. Raises `ProcessorUnusable`."""
+    found = _reading(innermost(model), processing_class)
+    return None if found is None else replace(found, virtual_tokens=virtual_tokens(model))
+
+
+def _reading(model: Any, processing_class: Any) -> StudentImages | None:
     if not sees_images(model.config):
         return None
     source = model.config.name_or_path

@@ -32,7 +32,7 @@ from coldstill.trainer.data.logit_dataset import LogitDataset
 from coldstill.trainer.errors import StudentNotFound
 
 from .forward import innermost
-from .images import PROCESSOR_FILES, images_of, load_images, model_folder, processor_files, set_images
+from .images import PROCESSOR_FILES, STUDENT_FILES, images_of, load_images, model_folder, processor_files, set_images
 from .load import SpecialTokens, check_head, load_student, student_not_found
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,25 @@ def tokenizer_files(student: StudentConfig, dataset: Dataset) -> dict[str, bytes
             fix=_student_inside(student) or _how_to_save(dataset),
         )
     return files
+
+
+def files_to_save(model: Any, dataset: Dataset) -> dict[str, bytes]:
+    """Name and content of each tokenizer and processor file for a folder of the student `model`: those beside its
+    weights, or the dataset's tokenizer for one made in memory. Only names of `STUDENT_FILES`.
+
+    Raises what `tokenizer_files` raises.
+    """
+    config = StudentConfig(model=model) if isinstance(model, str) else model
+    if isinstance(config, StudentConfig):
+        return tokenizer_files(config, dataset) | processor_files(config)
+    source = innermost(model).config.name_or_path
+    try:
+        folder = model_folder(source) if source else None
+    except StudentNotFound:
+        folder = None
+    if folder is None or not (folder / TOKENIZER_FILE).is_file():
+        return dataset.tokenizer_files()
+    return {name: (folder / name).read_bytes() for name in STUDENT_FILES if (folder / name).is_file()}
 
 
 def _student_inside(student: StudentConfig) -> str:
@@ -155,7 +174,8 @@ def check_model_tokenizer(model: Any, dataset: Dataset, *, name: str) -> None:
         return
     logger.warning(
         "The tokenizer of %s was not checked: no %s %s. Training and evaluation use the dataset's ids (%s) with this "
-        "model. Pass its tokenizer as processing_class, to check the ids and to save it with the student.",
+        "model, and training saves the dataset's tokenizer with it. Pass its own as processing_class, to check the ids "
+        "and to save it instead.",
         name,
         TOKENIZER_FILE,
         f"is in {source}" if source else "belongs to a model that was not loaded from a folder or the Hub",

@@ -89,4 +89,4 @@ def test_a_whole_run_from_a_configuration_ends_with_its_card(hellinger, tiny_dat
         }
     )
     assert train(config).loss == "hellinger:Hellinger"
-    assert "squared Hellinger distance, tail: auto" in (tmp_path / "run/student/README.md").read_text()
+    assert "squared Hellinger distance, tail: bucket" in (tmp_path / "run/student/README.md").read_text()

@@ -13,7 +13,7 @@ from coldstill.trainer.loss_kernels.fused_head import Objective, SparseLoss, los
 from coldstill.trainer.losses.divergences import JensenShannon, ReverseKl, SkewForwardKl, SkewReverseKl, TotalVariation
 from coldstill.trainer.losses.taid import ForwardKl
 from tests import reference
-from tests.trainer.losses.scenes import cut, known, scene, value_and_gradient
+from tests.trainer.losses.scenes import cut, known, log_softmax, scene, value_and_gradient
 
 Divergence = Callable[[np.ndarray, np.ndarray], float]
 LOSSES: dict[str, tuple[Callable[..., SparseLoss], Divergence]] = {
@@ -51,6 +51,62 @@ def test_is_the_dense_divergence_from_the_teacher_whose_tail_has_the_student_s_s
         assert values.loss[m].item() == pytest.approx(divergence(p, reference.softmax(student[m])), abs=1e-12)
         wanted = reference.slope(lambda z, p=p: divergence(p, reference.softmax(z)), student[m])
         np.testing.assert_allclose(gradient[m], wanted, atol=2e-9)
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+def test_reverse_kl_with_forward_kl_in_the_tail_is_that_of_the_buckets_and_the_cross_entropy_of_the_draws(pads):
+    student, teacher, draws = scene()
+    targets = cut(teacher, top_k=7, draws=draws, pads=pads)
+    values, gradient = value_and_gradient(ReverseKl(tail="forward_kl"), student, targets)
+    of_buckets, bucket_gradient = value_and_gradient(ReverseKl(), student, targets)
+    for m in range(6):
+        outside = np.setdiff1d(np.arange(student.shape[1]), targets.ids[m].numpy())
+        drawn = np.zeros(student.shape[1])
+        np.add.at(drawn, targets.draws[m].numpy(), targets.draw_weights[m].double().numpy())
+        mass = reference.softmax(student[m])[outside].sum()
+
+        def within(z, outside=outside, drawn=drawn, mass=mass):
+            return -mass * drawn[outside] @ np.log(reference.softmax(z[outside]))
+
+        assert (values.loss[m] - of_buckets.loss[m]).item() == pytest.approx(within(student[m]), abs=1e-7)
+        wanted = bucket_gradient[m] + reference.slope(within, student[m])
+        np.testing.assert_allclose(gradient[m], wanted, atol=1e-7)
+
+
+def test_the_draws_pull_a_student_back_whose_mass_is_on_one_id_of_the_tail():
+    student, teacher, draws = scene()
+    targets = cut(teacher, top_k=7, draws=draws)
+    m = int(targets.draw_weights.sum(1).argmax())
+    alone = np.setdiff1d(np.arange(student.shape[1]), [*targets.ids[m].tolist(), *targets.draws[m].tolist()])[0]
+    student[m, alone] += 100
+    lost, pulled = (value_and_gradient(ReverseKl(tail=tail), student, targets)[1] for tail in ("bucket", "forward_kl"))
+    assert np.abs(lost[m]).max() < 1e-20
+    assert pulled[m][alone] == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_one_id", [False, True], ids=["random logits", "one id of the tail"])
+def test_with_forward_kl_in_the_tail_free_logits_come_near_to_the_dense_reverse_kl(from_one_id):
+    random, count, size, steps = np.random.default_rng(0), 32, 128, 300
+    teacher = log_softmax(1.5 * random.standard_normal((count, size)))
+    outside = [np.argsort(-row)[8:] for row in teacher]
+    start = 3 * random.standard_normal((count, size))
+    if from_one_id:
+        start[np.arange(count), [rest[5] for rest in outside]] += 40
+
+    def left(loss: SparseLoss) -> float:
+        logits = torch.tensor(start, requires_grad=True)
+        adam = torch.optim.Adam([logits], lr=0.2)
+        for _ in range(steps):
+            drawn = [random.choice(size, 64, p=np.exp(row)) for row in teacher]
+            kept = [ids[np.isin(ids, rest)] for ids, rest in zip(drawn, outside, strict=True)]
+            adam.zero_grad()
+            loss_on_logits(logits, cut(teacher, top_k=8, draws=kept), Objective(loss), t=0)[0].backward()
+            adam.step()
+        log_q = logits.detach().log_softmax(1)
+        return (log_q.exp() * (log_q - torch.tensor(teacher))).sum(1).mean().item()
+
+    assert left(ReverseKl(tail="forward_kl")) < 0.2 * left(ReverseKl())
 
 
 @pytest.mark.parametrize("name", LOSSES)

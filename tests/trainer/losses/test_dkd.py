@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_finite_where_the_label_is_all_of_the_tail_or_more_by_rounding(dtype):
     outside = [int(np.argsort(-row)[-1]) for row in teacher]
     targets = cut(teacher, top_k=7, labels=outside)
     for excess in (0.0, 1e-3, 2.0):
-        rounded = dataclasses.replace(targets, label_logprob=targets.log_tail + excess)
+        rounded = replace(targets, label_logprob=targets.log_tail + excess)
         for scale in (1.0, 60.0):
             # The student's tail is its label too, to the last digit.
             logits = student.copy()
@@ -103,3 +104,14 @@ def test_finite_where_the_label_is_all_of_the_tail_or_more_by_rounding(dtype):
             assert values.loss.isfinite().all()
             assert np.isfinite(gradient).all()
             assert np.abs(gradient).max() < 3
+
+
+def test_a_label_that_the_teacher_excludes_has_no_part_in_the_loss():
+    student, teacher, draws = scene()
+    targets = cut(teacher, top_k=7, draws=draws)
+    found, wanted = (
+        value_and_gradient(Dkd(), student, replace(targets, label_logprob=torch.full((6,), logprob).double()))
+        for logprob in (-math.inf, -50.0)
+    )
+    torch.testing.assert_close(found[0].loss, wanted[0].loss)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-12)

@@ -181,6 +181,7 @@ def test_a_trainer_of_python_writes_the_page_and_one_argument_turns_it_off(
     assert not {"warmup_steps", "output_dir"} & set(record.changed)
     assert "hf_secret" not in (tmp_path / "run" / RECORD_NAME).read_text()
     assert record.facts["Student"]["parameters"]
+    assert (record.settings["loss.tail"], record.facts["Student"]["tail"]) == ("auto", "bucket")
     assert record.summary["targets"] > 0
     assert "finished" in (tmp_path / "run" / PAGE_NAME).read_text()
     quiet, _ = build(tiny_dataset, tiny_student, tmp_path / "quiet", max_steps=1, report=False)

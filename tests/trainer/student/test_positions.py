@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from coldstill.storage_schema.dataset import open_dataset
 from coldstill.trainer.config import StudentConfig
 from coldstill.trainer.errors import RowTooLong
 from coldstill.trainer.evaluation.evaluate import evaluate_on_dataset
+from coldstill.trainer.student.images import images_of
 from coldstill.trainer.student.load import load_student
 from coldstill.trainer.student.positions import check_lengths, context_of, table_length
 from tests import making, vision
@@ -141,6 +143,25 @@ def test_virtual_tokens_take_positions_from_the_rows(tiny_dataset: Path, tmp_pat
     context = dataset.header.max_length + 2
     check_lengths(dataset, prompted("llama", **{**BERT, "max_position_embeddings": context}), name="s")
     assert f'--filter "tokens <= {context - 3}"' in caplog.text
+
+
+def test_virtual_tokens_take_positions_from_rows_with_images_too(tmp_path: Path):
+    student = vision.llava_model(tmp_path / "student")
+    rows = vision.vision_rows(student, [1, 2], size=(70, 40))
+    dataset = vision.vision_dataset(tmp_path / "data", [rows], tokenizer=student)
+    longest = max(row.token_ids.size + 15 * len(row.media) for row in rows if row.media)
+    model = load_vision(tmp_path)
+    model.config.text_config.max_position_embeddings = longest + 2
+
+    def stream(virtual: int) -> Any:
+        prompt = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+        images = images_of(get_peft_model(copy.deepcopy(model), prompt))
+        return load_logit_dataset(dataset).stream(batch_size=1, seed=0, epochs=1, images=images)
+
+    assert list(stream(2))
+    with pytest.raises(RowTooLong, match="beside its 3 virtual tokens") as error:
+        list(stream(3))
+    assert f"at most {longest - 1}," in error.value.wanted
 
 
 def test_rows_that_fit_train_whatever_the_header_allows_also_in_packs_longer_than_the_table(

@@ -213,6 +213,33 @@ def test_a_student_without_a_tokenizer_is_told_and_a_name_without_one_is_refused
         DistillTrainer(str(bare), args, train_dataset=dataset, processing_class=object())
 
 
+def test_a_saved_student_loads_with_its_tokenizer_whichever_way_it_was_given(
+    tiny_dataset: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    dataset = load_logit_dataset(tiny_dataset)
+    made = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_student, name_or_path=""))
+    made.config.name_or_path = ""
+    own = making.tiny_llama(tmp_path / "own")
+    (own / "chat_template.jinja").write_text("its own")
+    loaded = LlamaForCausalLM.from_pretrained(own)
+    given = AutoTokenizer.from_pretrained(own)
+    students = {
+        "made": (made, {}, None),
+        "loaded": (loaded, {}, "its own"),
+        "named": (str(own), {}, "its own"),
+        "given": (made, {"processing_class": given}, "its own"),
+    }
+    for name, (student, options, template) in students.items():
+        args = arguments(tmp_path / name, max_steps=1, save_strategy="steps", save_steps=1)
+        trainer = DistillTrainer(student, args, train_dataset=dataset, report=False, **options)
+        trainer.train()
+        trainer.save_model()
+        for folder in (tmp_path / name, tmp_path / name / "checkpoint-1"):
+            saved = AutoTokenizer.from_pretrained(folder)
+            assert saved.get_vocab() == given.get_vocab(), name
+            assert saved.chat_template == template, name
+
+
 def test_a_slow_tokenizer_is_checked_by_the_token_of_each_id(tmp_path: Path) -> None:
     slow = ByT5Tokenizer()
     assert not slow.is_fast
