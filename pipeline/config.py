@@ -55,8 +55,8 @@ class TeacherConfig(FrozenModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Data type of the weights; auto takes it from the model's config.json, which may be float32 and cost "
-        "twice the memory of bfloat16.",
+        description="Data type of the weights; auto takes it from the model's config.json, which may be float32 and "
+        "cost twice the memory of bfloat16.",
     )
     head_dtype: Literal["auto", "float32", "model"] = Field(
         default="auto",

@@ -220,8 +220,9 @@ class NonFiniteGradient(ColdstillError):
 class VanishedGradient(ColdstillError):
     """The gradient has been almost zero for many optimizer steps although the loss is not: the student learns nothing.
 
-    Fix: resume from an older checkpoint or start again, with a lower `training.learning_rate` or with `loss: taid` or
-    `loss: forward_kl`. A reverse KL has no gradient once the student's mass has left the ids that the dataset keeps.
+    Fix: resume from an older checkpoint or start again, with a lower `training.learning_rate`, with `loss: taid` or
+    `loss: forward_kl`, or with `tail: forward_kl` of `reverse_kl`. A reverse KL has no gradient once the student's mass
+    has left the ids that the dataset keeps.
     """
 
 

@@ -143,8 +143,9 @@ class StepRecord(TrainerCallback, ExportableState):
                 found=f"a norm of {float(norm):.0e} with a loss of {distillation / targets:.2f} nats per target: the "
                 "student learns nothing",
                 wanted=f"a norm above {VANISHED_NORM:g}, or a loss below {LEARNABLE_LOSS:g}",
-                fix="lower training.learning_rate, or set loss to taid or forward_kl; a reverse KL has no gradient "
-                "once the student's mass has left the ids that the dataset keeps",
+                fix="lower training.learning_rate, set loss to taid or forward_kl, or loss.tail of reverse_kl to "
+                "forward_kl; a reverse KL has no gradient once the student's mass has left the ids that the "
+                "dataset keeps",
             )
         self._state_sums = state_sums
 
