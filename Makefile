@@ -134,7 +134,7 @@ bench-real: $(INSTALLED) ## a real model and students with fewer layers, a night
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.real_pair "$(or $(OUTPUT),bench_real)" \
 		$(if $(filter-out 0,$(DRY_RUN)),--dry-run) $(if $(filter-out 0,$(STORED)),--stored)
 
-bench-capacity: $(INSTALLED) ## one student under teachers of four sizes, 75 minutes on one core (DRY_RUN=1, QUICK=1; OUTPUT=DIR)
+bench-capacity: $(INSTALLED) ## one student under teachers of four sizes, three hours on one core (DRY_RUN=1, QUICK=1; OUTPUT=DIR)
 	OMP_NUM_THREADS=1 QUICK=$(QUICK) $(BIN)/python -m benchmarks.capacity "$(or $(OUTPUT),bench_capacity)" \
 		$(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 

@@ -74,7 +74,8 @@ def draw_capacity(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     facts, students = result["facts"], {name: of for name, of in result["students"].items() if of}
-    sizes = {name: of["parameters"] / 1e6 for name, of in facts["teachers"].items()}
+    shown = {name for of_losses in students.values() for found in of_losses.values() for name in found["teachers"]}
+    sizes = {name: of["parameters"] / 1e6 for name, of in facts["teachers"].items() if name in shown}
     figure = Figure(figsize=(5.6 * len(students), 4.4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(students), squeeze=False)[0]

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "capacity",
         __doc__,
         make="bench-capacity OUTPUT=DIR DRY_RUN=1",
-        takes="about 75 minutes on one core",
+        takes="about three hours on one core",
         quick="two weak teachers, one rate, one seed",
         result="capacity",
     )
@@ -109,7 +109,7 @@ def show_plan(size: Size, done: Done) -> None:
     Console().print(table)
     left = [run for run in runs if run not in done]
     minutes = sum(run.passes for run in left) * seconds_of_a_pass(done) / 60
-    print(f"{len(left)} runs left, {minutes:.0f} minutes, beside 100 minutes for teachers and caches")
+    print(f"{len(left)} runs left, {minutes:.0f} minutes, beside an hour for teachers and caches")
 
 
 def report(bench: Bench, done: Done, *, quick: bool) -> None:
