@@ -47,6 +47,7 @@ SIDES = (
     DENSE,
     Side("TAID, t from 0.8", {"name": "taid", "t_start": 0.8}),
     Side("reverse KL", {"name": "reverse_kl"}),
+    Side("reverse KL, tail by draws", {"name": "reverse_kl", "tail": "forward_kl"}),
     Side("TAID, linear", {"name": "taid", "schedule": "linear"}),
 )
 

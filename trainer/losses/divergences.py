@@ -51,7 +51,8 @@ class ReverseKl(TeacherLoss):
         r up to 4    .006  .101   5.6        .001  .114  13.4
 
     A student that learns the few draws of 128 positions by heart ends worse with them than with the bucket (1.02, not
-    .37, flat teacher), as it does under the loss `forward_kl` (1.00).
+    .37, flat teacher), as it does under the loss `forward_kl` (1.00). On a real model the KL to the teacher ended at
+    1.77 with the draws and 2.86 with the bucket, the reverse KL at 1.84 and 2.22 (docs/real_pair.md).
     """
 
     title: ClassVar[str] = "reverse KL to the teacher, as in MiniLLM"
