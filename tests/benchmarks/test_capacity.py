@@ -107,9 +107,10 @@ def test_the_quick_benchmark_trains_every_side_and_a_second_start_trains_none(tm
         return json.loads(ended.stdout.splitlines()[-1])
 
     first = figures()
-    assert first["runs"]["done"] == first["runs"]["planned"] == 22
+    assert first["runs"]["done"] == first["runs"]["planned"] == 22 + len(SETTINGS) * len(LONG_LOSSES)
     assert len(first["study"]) == 4
     for setting in SETTINGS:
+        assert first["long"][setting].keys() == set(LONG_LOSSES)
         of_losses = first["students"][setting]
         before = first["before"][setting]["kl"]
         for loss in set(LOSSES) - {"SFT"}:
